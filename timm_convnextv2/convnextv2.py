@@ -1,0 +1,196 @@
+"""ConvNeXt V2 for `timm.create_model`: timm's ConvNeXt with blocks that also run on packed (visible) patches.
+
+Paper: `ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders` - https://arxiv.org/abs/2301.00808
+
+Parameter names and shapes, constructor arguments, pretrained configs and weights are those of
+`timm.models.convnext`, so that a state dict moves between the two in both directions. The published weights are
+CC-BY-NC 4.0.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
+from timm.models import build_model_with_cfg, checkpoint_seq, register_model
+from timm.models import convnext as timm_convnext
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage, checkpoint_filter_fn
+from torch import nn
+
+from .ops import GlobalResponseNorm
+
+__all__ = ["ConvNeXtV2", "ConvNeXtV2Block", "ConvNeXtV2Stage", "VARIANTS"]
+
+# depths, dims, and whether the token MLP is written as 1x1 Conv2d (timm: atto to nano)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "atto": dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320), conv_mlp=True),
+    "femto": dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384), conv_mlp=True),
+    "pico": dict(depths=(2, 2, 6, 2), dims=(64, 128, 256, 512), conv_mlp=True),
+    "nano": dict(depths=(2, 2, 8, 2), dims=(80, 160, 320, 640), conv_mlp=True),
+    "tiny": dict(depths=(3, 3, 9, 3), dims=(96, 192, 384, 768)),
+    "small": dict(depths=(3, 3, 27, 3), dims=(96, 192, 384, 768)),
+    "base": dict(depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
+    "large": dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
+    "huge": dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816)),
+}
+
+
+class Layout(Protocol):
+    """What the mixer asks of a packed layout; `timm_convnextv2.masking.Visible` is one."""
+
+    def mix(self, x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
+        """Applies `conv` to packed features `x` as if they lay in their image, and packs the result."""
+
+
+class ConvNeXtV2Block(ConvNeXtBlock):
+    """timm's `ConvNeXtBlock`, split into the mixer (which asks the layout) and the token MLP (which does not)."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        _upgrade_grn(self)
+
+    def _token_mlp(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        if self.use_conv_mlp:
+            x = self.norm(x)
+            x = self.mlp(x)
+        else:
+            x = x.permute(0, 2, 3, 1)
+            x = self.norm(x)
+            x = self.mlp(x)
+            x = x.permute(0, 3, 1, 2)
+        if self.gamma is not None:
+            x = x.mul(self.gamma.reshape(1, -1, 1, 1))
+        return self.drop_path(x) + self.shortcut(shortcut)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Dense features `[B, C, H, W]`."""
+        return self._token_mlp(self.conv_dw(x), x)
+
+    def forward_packed(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Packed features in the layout's own shape (`[B, C, K * p, p]` for `Visible`)."""
+        return self._token_mlp(layout.mix(x, self.conv_dw), x)
+
+
+class ConvNeXtV2Stage(ConvNeXtStage):
+    """timm's `ConvNeXtStage` with a packed path."""
+
+    def forward_packed(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Packed features; the downsampling convolution never crosses a patch border."""
+        x = self.downsample(x)
+        blocks = [partial(block.forward_packed, layout=layout) for block in self.blocks]
+        if self.grad_checkpointing:
+            return checkpoint_seq(blocks, x)
+        for block in blocks:
+            x = block(x)
+        return x
+
+
+class ConvNeXtV2(ConvNeXt):
+    """timm's `ConvNeXt` with `ConvNeXtV2Block`s: the same arguments, parameters and numbers.
+
+    `forward_packed` runs the feature extractor on visible patches only; everything else is timm's.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        # timm builds its own block and stage classes and has no hook for others. Ours add methods and no state, so
+        # the instances change class; weights and the random numbers drawn to initialise them stay timm's.
+        for stage in self.stages:
+            stage.__class__ = ConvNeXtV2Stage
+            for block in stage.blocks:
+                block.__class__ = ConvNeXtV2Block
+                _upgrade_grn(block)
+
+    def forward_packed(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Features of packed pixels, in the layout's own shape.
+
+        Args:
+            x: Packed pixels, `[B, in_chans, K * stride, stride]` for `Visible`.
+            layout: Puts the mixer's neighbourhood back together.
+
+        Returns:
+            Packed features of the last stage, `[B, num_features, K, 1]` for `Visible`.
+        """
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage.forward_packed(x, layout)
+        return self.norm_pre(x)
+
+
+def _upgrade_grn(block: ConvNeXtBlock) -> None:
+    grn = getattr(block.mlp, "grn", None)
+    if type(grn) is TimmGlobalResponseNorm:
+        grn.__class__ = GlobalResponseNorm
+
+
+def build_model(model_cls: type, variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    """`timm.models.build_model_with_cfg`, with one clear error where the weights cannot be had.
+
+    Raises:
+        RuntimeError: Neither the Hub nor its cache has the weights; names the repository and the ways out.
+    """
+    try:
+        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as e:
+        if not pretrained:
+            raise
+        from timm.models._builder import resolve_pretrained_cfg
+
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        raise RuntimeError(
+            f"Could not get the weights of '{cfg.hf_hub_id}' from the Hugging Face Hub or its local cache "
+            f"({type(e).__name__}: {str(e).splitlines()[0]}). Without network, download "
+            f"https://huggingface.co/{cfg.hf_hub_id} elsewhere and pass its weights file: timm.create_model("
+            f"'{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='/path/to/model.safetensors')), or set "
+            "HF_HOME to a folder whose hub cache holds the repository. pretrained=False starts from random weights."
+        ) from e
+
+
+def _create_convnextv2(variant: str, pretrained: bool = False, **kwargs) -> ConvNeXtV2:
+    if kwargs.get("pretrained_cfg", "") == "fcmae":
+        # as in timm: the fcmae weights have neither classifier nor `head.norm`
+        kwargs.setdefault("pretrained_strict", False)
+    return build_model(
+        ConvNeXtV2,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+
+
+# `register_model` looks for this name: every tag that timm knows
+default_cfgs = {f"convnextv2_{name}": timm_convnext.default_cfgs[f"convnextv2_{name}"] for name in VARIANTS}
+
+
+def register_variants(module_name: str, prefix: str, create: Callable[..., nn.Module]) -> None:
+    """Defines and registers one timm entrypoint a variant, `prefix + name`, in the module that calls.
+
+    Args:
+        module_name: `__name__` of the module, where timm looks for `default_cfgs`.
+        prefix: Start of the model names.
+        create: Takes `(variant, pretrained, **kwargs)`.
+    """
+    module = sys.modules[module_name]
+    for size, size_args in VARIANTS.items():
+        name = f"{prefix}{size}"
+
+        def entrypoint(pretrained: bool = False, _name=name, _size_args=size_args, **kwargs) -> nn.Module:
+            return create(_name, pretrained, **{**_size_args, "use_grn": True, "ls_init_value": None, **kwargs})
+
+        entrypoint.__name__ = entrypoint.__qualname__ = name
+        entrypoint.__module__ = module_name
+        entrypoint.__doc__ = f"{name}: depths {size_args['depths']}, dims {size_args['dims']}."
+        setattr(module, name, entrypoint)
+        with warnings.catch_warnings():
+            # replacing timm's own entries is what this package is for
+            warnings.filterwarnings("ignore", message="Overwriting .* in registry", category=UserWarning)
+            register_model(entrypoint)
+
+
+register_variants(__name__, "convnextv2_", _create_convnextv2)

@@ -1,0 +1,337 @@
+"""FCMAE: fully convolutional masked autoencoder around a timm ConvNeXt V2.
+
+Paper: section 3 of https://arxiv.org/abs/2301.00808. Reference code: `models/fcmae.py` of
+https://github.com/facebookresearch/ConvNeXt-V2, with GRN's statistics per image, as in the code that trained the
+published weights (there: per batch; see its issue 86).
+
+Data flow and shapes: images `[B, C, H, W]` -> mask `[B, h, w]`, True = removed -> strip of visible pixels
+`[B, C, K * stride, stride]` -> encoder `[B, D, K, 1]` -> projected tokens in the grid, mask token elsewhere
+`[B, h * w, decoder_dim]` -> decoder block -> predicted pixels of the removed patches
+`[B, h * w - K, stride^2 * C]` -> loss.
+"""
+
+import logging
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs
+from timm.models.convnext import checkpoint_filter_fn
+from timm.task import TrainingTask
+from torch import nn
+
+from .convnextv2 import VARIANTS, ConvNeXtV2, ConvNeXtV2Block, build_model, register_variants
+from .convnextv2 import default_cfgs as encoder_cfgs
+from .masking import Visible, check_mask, num_visible, random_mask
+
+__all__ = ["FCMAE", "FCMAEOutput", "FCMAETask", "normalize_target", "patchify", "unpatchify"]
+
+_logger = logging.getLogger(__name__)
+
+
+class FCMAEOutput(NamedTuple):
+    """What a forward pass of `FCMAE` returns.
+
+    Attributes:
+        loss: Scalar float32, mean squared error over the pixels of the removed patches.
+        pred: Predicted pixels of every patch, `[B, h * w, stride^2 * C]`, in (row, column, channel) order, in the
+            units of the target (normalised per patch where `norm_pix_loss`); None where not asked for.
+        mask: Bool `[B, h, w]`, True = removed.
+    """
+
+    loss: torch.Tensor
+    pred: torch.Tensor | None
+    mask: torch.Tensor
+
+
+def patchify(images: torch.Tensor, stride: int) -> torch.Tensor:
+    """`[B, C, H, W]` as patches `[B, h * w, stride^2 * C]`, pixels in (row, column, channel) order."""
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // stride, stride, W // stride, stride)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, stride * stride * C)
+
+
+def unpatchify(patches: torch.Tensor, grid: tuple[int, int], stride: int) -> torch.Tensor:
+    """The inverse of `patchify`: `[B, h * w, stride^2 * C]` as images `[B, C, h * stride, w * stride]`."""
+    h, w = grid
+    x = patches.reshape(patches.shape[0], h, w, stride, stride, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, h * stride, w * stride)
+
+
+def normalize_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalises each patch (last axis) with its mean and *unbiased* variance (official `forward_loss`).
+
+    Returns:
+        The normalised patches, and the mean and standard deviation `[..., 1]` that undo it: `x * std + mean`.
+    """
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    std = (var + 1e-6).sqrt()
+    return (patches - mean) / std, mean, std
+
+
+class FCMAE(nn.Module):
+    """Masked autoencoder whose encoder computes the visible patches only.
+
+    Args:
+        img_size: Nominal image size, an int or (H, W), for checks and records; `forward` takes any multiple of the
+            stride.
+        in_chans: Number of image channels.
+        patch_size: Stem patch size. The mask's patch is the encoder's total stride (`stride`): 8 x `patch_size`; 32
+            for `patch_size` 2 too, where timm's ConvNeXt adds a downsampling layer.
+        mask_ratio: Share of patches to remove where no mask is given.
+        decoder_depth: Number of decoder blocks.
+        decoder_dim: Width of the decoder.
+        norm_pix_loss: Normalise the target per patch.
+        **encoder_kwargs: Passed to `ConvNeXtV2` (`depths`, `dims`, `kernel_sizes`, `drop_path_rate`, ...).
+
+    Raises:
+        ValueError: Sizes that do not divide, a mask ratio that is not in (0, 1), or encoder options that mix patches
+            outside the mixer (`stem_type` other than 'patch', `output_stride` below 32).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        patch_size: int = 4,
+        mask_ratio: float = 0.6,
+        decoder_depth: int = 1,
+        decoder_dim: int = 512,
+        norm_pix_loss: bool = True,
+        num_classes: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **encoder_kwargs,
+    ) -> None:
+        super().__init__()
+        if num_classes:
+            raise ValueError(
+                f"An FCMAE model has no classifier, got num_classes={num_classes}. Pretrain without it, export "
+                "`model.encoder`, and give num_classes to the exported model."
+            )
+        for option, needed in (("stem_type", "patch"), ("output_stride", 32)):
+            if encoder_kwargs.get(option, needed) != needed:
+                raise ValueError(
+                    f"The sparse encoder needs {option}={needed!r}, where only the mixer crosses patch borders; got "
+                    f"{encoder_kwargs[option]!r}. Other values work in the dense convnextv2_* models."
+                )
+        dd = {"device": device, "dtype": dtype}
+        self.encoder = ConvNeXtV2(in_chans=in_chans, patch_size=patch_size, num_classes=0, **encoder_kwargs, **dd)
+        self.stride = self.encoder.feature_info[-1]["reduction"]
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.in_chans = in_chans
+        self.num_classes = 0
+        self.num_features = self.encoder.num_features
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        num_visible(self.grid(*self.img_size), mask_ratio)  # both checks, before anything is built on them
+
+        self.proj = nn.Conv2d(self.num_features, decoder_dim, kernel_size=1, **dd)
+        self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1, **dd))
+        self.decoder = nn.Sequential(
+            *[ConvNeXtV2Block(decoder_dim, use_grn=True, ls_init_value=None, **dd) for _ in range(decoder_depth)]
+        )
+        self.pred = nn.Conv2d(decoder_dim, self.stride**2 * in_chans, kernel_size=1, **dd)
+        for module in (self.proj, *self.decoder.modules(), self.pred):
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Image size in patches.
+
+        Raises:
+            ValueError: The stride does not divide the size; names the nearest sizes that work.
+        """
+        s = self.stride
+        if height % s or width % s or min(height, width) < s:
+            sizes = [[max(s, v // s * s), (v // s + 1) * s] if v % s or v < s else [v] for v in (height, width)]
+            near = (
+                " or ".join(f"{h}x{w}" for h, w in zip(sizes[0], sizes[-1], strict=False))
+                if (len(sizes[0]) == len(sizes[1]))
+                else " or ".join(f"{h}x{w}" for h in sizes[0] for w in sizes[1])
+            )
+            raise ValueError(
+                f"Image size {height}x{width} (height x width) is not a multiple of the encoder's stride {s}; the "
+                f"nearest that work: {near}. A smaller stem `patch_size` gives a smaller stride."
+            )
+        return height // s, width // s
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each encoder block in the backward pass: less memory, about a third more work."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def visible(self, images: torch.Tensor, mask: torch.Tensor | None = None) -> Visible:
+        """The layout of a batch, from a mask that is given (and checked) or drawn with `self.mask_ratio`.
+
+        Args:
+            images: `[B, in_chans, H, W]`.
+            mask: Bool `[B, h, w]`, True = removed.
+
+        Raises:
+            ValueError: See `grid`, `masking.check_mask` and `masking.num_visible`.
+        """
+        if images.ndim != 4 or images.shape[1] != self.in_chans or not images.is_floating_point():
+            raise ValueError(
+                f"images must be float [B, {self.in_chans}, H, W], got {images.dtype} {list(images.shape)}. The number "
+                "of channels is set with timm.create_model(..., in_chans=...)."
+            )
+        grid = self.grid(*images.shape[-2:])
+        if mask is None:
+            keep = num_visible(grid, self.mask_ratio)
+            mask = random_mask(images.shape[0], grid, self.mask_ratio, device=images.device)
+        else:
+            keep = check_mask(mask, images.shape[0], grid)
+        return Visible(mask, keep, device=images.device)
+
+    def forward_encoder(self, images: torch.Tensor, layout: Visible) -> torch.Tensor:
+        """Features of the visible patches, in `layout.ids` order: `[B, K, num_features]`."""
+        x = self.encoder.forward_packed(layout.pack(images, self.stride), layout)
+        return x.squeeze(-1).transpose(1, 2)
+
+    def forward_decoder(self, x: torch.Tensor, layout: Visible) -> torch.Tensor:
+        """Decoded features of all patches, `[B, h * w, decoder_dim]`, from visible tokens `[B, K, num_features]`."""
+        x = F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        x = layout.unpack(x, self.mask_token.flatten())
+        x = x.view(x.shape[0], *layout.grid, -1).permute(0, 3, 1, 2)
+        return self.decoder(x).permute(0, 2, 3, 1).flatten(1, 2)
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        mask: torch.Tensor | Visible | None = None,
+        return_pred: bool = True,
+    ) -> FCMAEOutput:
+        """Masks, encodes, decodes, and compares the removed patches with the image.
+
+        Args:
+            images: Float `[B, in_chans, H, W]`, H and W multiples of `stride`.
+            mask: Bool `[B, h, w]`, True = removed, the same number in each image; drawn where None. A `Visible`
+                from `self.visible(images, mask)` is taken as it is: its checks are done, so that a compiled forward
+                has static shapes and nothing to wait for.
+            return_pred: Predict the visible patches too. Without, `pred` is None and only the removed patches, all
+                that the loss needs, go through the prediction layer.
+
+        Raises:
+            ValueError: See `visible`; also a mask without a visible or without a removed patch.
+        """
+        layout = mask if isinstance(mask, Visible) else self.visible(images, mask)
+        if not 0 < layout.num_visible < layout.grid[0] * layout.grid[1]:
+            raise ValueError(
+                f"The loss needs at least one visible and one masked patch in each image; this mask leaves "
+                f"{layout.num_visible} of {layout.grid[0] * layout.grid[1]} visible. For features of whole images "
+                "use `model.encoder` or `forward_encoder`."
+            )
+        x = self.forward_decoder(self.forward_encoder(images, layout), layout)
+        weight, bias = self.pred.weight.flatten(1), self.pred.bias
+        pred = F.linear(x, weight, bias) if return_pred else None
+        pred_masked = F.linear(layout.take_masked(x), weight, bias) if pred is None else layout.take_masked(pred)
+
+        target = layout.masked_patches(images, self.stride).float()
+        if self.norm_pix_loss:
+            target, _, _ = normalize_target(target)
+        loss = F.mse_loss(pred_masked.float(), target)
+        return FCMAEOutput(loss, pred, layout.mask)
+
+
+class FCMAETask(TrainingTask):
+    """timm `TrainingTask` for FCMAE: DDP, compile, EMA and checkpoint state are timm's.
+
+    Args:
+        model: The model to train. The head of its encoder is left over from timm's ConvNeXt and takes no part in
+            pretraining, so it is frozen here; DDP would wait for its gradients.
+        device: Device for task tensors.
+        dtype: Dtype for task tensors.
+        verbose: Enable info logging.
+    """
+
+    def __init__(
+        self,
+        model: FCMAE,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        model.encoder.head.requires_grad_(False)
+        self.trainable_module = model
+        self._layout = model.visible  # outlives the DDP and compile wrappers
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> "FCMAETask":
+        """Wraps the model in DistributedDataParallel."""
+        self.trainable_module = nn.parallel.DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs
+        )
+        return self
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs) -> nn.Module:
+        """Compiles the model, before DDP wrapping."""
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        return self.trainable_module
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Loss of a batch.
+
+        Args:
+            input: Images `[B, C, H, W]`.
+            target: Masks, bool `[B, h, w]`, True = removed; drawn where None. Masks on the CPU are checked there,
+                without waiting for the GPU.
+
+        Returns:
+            Dictionary with 'loss' (scalar) and 'mask'.
+        """
+        output = self.trainable_module(input, self._layout(input, target), return_pred=False)
+        return {"loss": output.loss, "mask": output.mask}
+
+
+def _fcmae_cfg(name: str) -> dict:
+    """Pretrained cfg of `fcmae_convnextv2_{name}`: the published encoder, where there is one."""
+    published = encoder_cfgs[f"convnextv2_{name}"].cfgs.get("fcmae")
+    cfg = {"input_size": (3, 224, 224), "interpolation": "bicubic"}
+    if published is not None:
+        cfg = {**published.to_dict(), "url": None, "hf_hub_id": f"timm/convnextv2_{name}.fcmae"}
+    return {**cfg, "num_classes": 0, "first_conv": "encoder.stem.0", "classifier": None}
+
+
+def _encoder_filter_fn(state_dict: dict[str, torch.Tensor], model: FCMAE) -> dict[str, torch.Tensor]:
+    """Makes whole FCMAE weights of what was loaded: ours as they are, encoder-only ones with our fresh decoder.
+
+    Raises:
+        RuntimeError: The weights do not cover the encoder.
+    """
+    if any(k.startswith("encoder.") for k in state_dict):
+        return state_dict
+    loaded = {f"encoder.{k}": v for k, v in checkpoint_filter_fn(state_dict, model.encoder).items()}
+    loaded = {k: v for k, v in loaded.items() if not k.startswith("encoder.head.")}
+    own = model.state_dict()
+    missing = [k for k in own if k.startswith("encoder.") and not k.startswith("encoder.head.") and k not in loaded]
+    if missing:
+        raise RuntimeError(f"The weights lack {len(missing)} parameters of the encoder, the first: {missing[0]}.")
+    _logger.warning("Loaded the published encoder. No decoder was published: it starts from random weights.")
+    return {**own, **loaded}
+
+
+def _create_fcmae(variant: str, pretrained: bool = False, **kwargs) -> FCMAE:
+    if kwargs.pop("features_only", False):
+        raise ValueError(
+            f"'{variant}' is the pretraining wrapper; use '{variant.removeprefix('fcmae_')}' for features_only=True."
+        )
+    return build_model(
+        FCMAE,
+        variant,
+        pretrained,
+        pretrained_filter_fn=_encoder_filter_fn,
+        kwargs_filter=("global_pool",),
+        **kwargs,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"fcmae_convnextv2_{name}" + (".fcmae" if name != "small" else ".untrained"): _fcmae_cfg(name)
+        for name in VARIANTS
+    }
+)
+register_variants(__name__, "fcmae_convnextv2_", _create_fcmae)

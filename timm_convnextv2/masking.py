@@ -1,0 +1,227 @@
+"""Masks, and the packed layout that lets dense modules run on visible patches only.
+
+Words: a *patch* is `stride x stride` pixels; the *grid* `(h, w)` is the image in patches; a *mask* is bool
+`[B, h, w]` with **True = removed**; every image of a batch keeps the same number `K` of patches.
+
+The packed layout is a *strip*: the visible patches of each image, stacked downwards in row-major grid order,
+`[B, C, K * p, p]` in channels-last memory, where `p` is the side of a patch in the current feature map. A strip is an
+ordinary batch of images, so everything that does not cross patch borders (stem, downsampling, LayerNorm, the token
+MLP, GRN's per-image sums, drop path) runs on it unchanged and exactly. Only the depthwise convolution looks beyond its
+patch: `Visible.mix` gives it the neighbourhood back.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+__all__ = ["Visible", "check_mask", "num_visible", "random_mask"]
+
+
+def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
+    """Number of patches `K = int(h * w * (1 - mask_ratio))` that each image keeps (official `gen_random_mask`).
+
+    Args:
+        grid: Image size in patches, `(h, w)`.
+        mask_ratio: Share of the patches to remove.
+
+    Raises:
+        ValueError: The ratio is outside (0, 1), or leaves no visible or no masked patch on this grid.
+    """
+    total = grid[0] * grid[1]
+    if not 0.0 < mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio must lie strictly between 0 and 1, got {mask_ratio}. The paper uses 0.6.")
+    if total < 2:
+        raise ValueError(
+            f"A {grid[0]}x{grid[1]} grid has {total} patch: masked pretraining needs at least 2, one to see and one "
+            "to predict. Use larger images or a smaller stem `patch_size`."
+        )
+    visible = int(total * (1 - mask_ratio))
+    if not 1 <= visible < total:
+        # rounded down, so that the ratio that is named works when it is typed
+        largest = math.floor(1e4 * (1 - 1 / total)) / 1e4
+        raise ValueError(
+            f"mask_ratio={mask_ratio} leaves {visible} of {total} patches visible on a {grid[0]}x{grid[1]} grid; "
+            f"each image needs at least one visible and one masked patch. Ratios above 0 and up to {largest} can "
+            "give that here."
+        )
+    return visible
+
+
+def random_mask(
+    batch_size: int,
+    grid: tuple[int, int],
+    mask_ratio: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Draws a mask that removes the same number of patches, chosen uniformly, from each image.
+
+    Args:
+        batch_size: Number of images.
+        grid: Image size in patches, `(h, w)`.
+        mask_ratio: Share of the patches to remove.
+        generator: Source of randomness on `device`; the default generator otherwise.
+        device: Device of the mask.
+
+    Returns:
+        Bool mask `[B, h, w]`, True = removed.
+
+    Raises:
+        ValueError: See `num_visible`.
+    """
+    keep = num_visible(grid, mask_ratio)
+    total = grid[0] * grid[1]
+    order = torch.rand(batch_size, total, generator=generator, device=device).argsort(dim=1)
+    mask = torch.ones(batch_size, total, dtype=torch.bool, device=device)
+    mask.scatter_(1, order[:, :keep], False)
+    return mask.view(batch_size, *grid)
+
+
+def check_mask(mask: torch.Tensor, batch_size: int, grid: tuple[int, int]) -> int:
+    """Checks a mask that was given and returns its number `K` of visible patches per image.
+
+    Raises:
+        ValueError: Wrong dtype or shape, or images that keep different numbers of patches.
+    """
+    shape = (batch_size, *grid)
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"mask must be a torch.bool tensor (True = removed), got {came}. Convert it with `mask.bool()`."
+        )
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"mask must have shape [B, h, w] = {list(shape)} for these images, got {list(mask.shape)}.")
+    counts = (~mask).flatten(1).sum(1).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"Every image of a batch must keep the same number of patches, got {min(counts)} to {max(counts)} visible. "
+            "Draw masks with `timm_convnextv2.random_mask`, or equalise the counts."
+        )
+    return counts[0]
+
+
+class _GatherRows(torch.autograd.Function):
+    """`x[rows]` for unique rows. The gradient is a plain copy, where autograd's would be an atomic add."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, rows = inputs
+        ctx.save_for_backward(rows)
+        ctx.num_rows = x.shape[0]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (rows,) = ctx.saved_tensors
+        return _ScatterRows.apply(grad.contiguous(), rows, ctx.num_rows), None
+
+
+class _ScatterRows(torch.autograd.Function):
+    """The transpose of `_GatherRows`: rows of `x` to their places among `num_rows`, zeros elsewhere."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (rows,) = ctx.saved_tensors
+        return _GatherRows.apply(grad.contiguous(), rows), None, None
+
+
+def _nhwc(x: torch.Tensor) -> torch.Tensor:
+    """`[B, C, H, W]` as contiguous `[B, H, W, C]`: a view where the memory is channels-last already."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+class Visible:
+    """Which patches of a batch are visible: packs images and features, unpacks tokens, feeds the mixer.
+
+    Args:
+        mask: Bool `[B, h, w]`, True = removed, the same number of visible patches in each image (`check_mask`).
+        num_visible: That number, `K`.
+        device: Where the features live; the mask's device by default.
+
+    Attributes:
+        mask: The mask, on `device`.
+        ids: Visible patches in row-major order, int64 `[B, K]` into the `h * w` patches.
+        masked_ids: Removed patches likewise, `[B, h * w - K]`.
+    """
+
+    def __init__(self, mask: torch.Tensor, num_visible: int, device: torch.device | None = None) -> None:
+        self.batch_size, *grid = mask.shape
+        self.grid = tuple(grid)
+        self.num_visible = num_visible
+        # stable: False (visible) sorts first and both halves keep row-major order
+        order = mask.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
+        order = order.to(device, non_blocking=True)
+        self.mask = mask.to(device, non_blocking=True)
+        self.ids = order[:, :num_visible]
+        self.masked_ids = order[:, num_visible:]
+        self._rows: dict[int, torch.Tensor] = {}
+
+    def _patches(self, images: torch.Tensor, ids: torch.Tensor, stride: int) -> torch.Tensor:
+        """Chosen patches of `[B, C, H, W]`, as `[B, n, stride, stride, C]`."""
+        h, w = self.grid
+        x = images.reshape(images.shape[0], images.shape[1], h, stride, w, stride).permute(0, 2, 4, 3, 5, 1)
+        batch = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
+        return x[batch, ids // w, ids % w]
+
+    def pack(self, images: torch.Tensor, stride: int) -> torch.Tensor:
+        """Visible patches of `[B, C, H, W]` as a strip `[B, C, K * stride, stride]`, channels-last."""
+        x = self._patches(images, self.ids, stride)
+        return x.reshape(x.shape[0], -1, stride, x.shape[-1]).permute(0, 3, 1, 2)
+
+    def masked_patches(self, images: torch.Tensor, stride: int) -> torch.Tensor:
+        """Removed patches of `[B, C, H, W]`, pixels in (row, column, channel) order: `[B, h*w - K, stride^2 * C]`."""
+        return self._patches(images, self.masked_ids, stride).flatten(2)
+
+    def rows(self, p: int) -> torch.Tensor:
+        """Where the rows of a strip lie in the dense map: int64 `[B * K * p]`.
+
+        Row `r` of a patch is `p` neighbouring tokens, contiguous in both layouts; the index counts such runs in
+        `[B, h, p, w]` order.
+        """
+        if p not in self._rows:
+            h, w = self.grid
+            ids = self.ids.unsqueeze(-1)
+            batch = torch.arange(self.batch_size, device=ids.device).view(-1, 1, 1)
+            row = torch.arange(p, device=ids.device)
+            self._rows[p] = (((batch * h + ids // w) * p + row) * w + ids % w).flatten()
+        return self._rows[p]
+
+    def mix(self, x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
+        """Submanifold `conv`: removed positions are zero before it and are dropped after it.
+
+        Args:
+            x: Strip `[B, C, K * p, p]`.
+            conv: Convolution of stride 1 that keeps the spatial size.
+
+        Returns:
+            Strip of the same shape.
+        """
+        B, C, _, p = x.shape
+        h, w = self.grid
+        rows = self.rows(p)
+        dense = _ScatterRows.apply(_nhwc(x).view(-1, p * C), rows, B * h * p * w)
+        dense = conv(dense.view(B, h * p, w * p, C).permute(0, 3, 1, 2))
+        out = _GatherRows.apply(_nhwc(dense).view(B * h * p * w, -1), rows)
+        return out.view(B, -1, p, dense.shape[1]).permute(0, 3, 1, 2)
+
+    def unpack(self, tokens: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+        """Tokens `[B, K, C]` at their places in the grid, `fill` `[C]` everywhere else: `[B, h * w, C]`."""
+        B, _, C = tokens.shape
+        dense = fill.to(tokens.dtype).expand(B, self.grid[0] * self.grid[1], C)
+        return dense.scatter(1, self.ids.unsqueeze(-1).expand(-1, -1, C), tokens)
+
+    def take_masked(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The removed positions of `[B, h * w, C]`: `[B, h * w - K, C]`."""
+        return tokens.gather(1, self.masked_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,71 @@
+"""The plain reference: dense convolutions on whole images, the mask applied before and after every one of them.
+
+Slow on purpose and written apart from the packed code, as the paper's section 3 describes it: tests compare the packed
+model with it, benchmarks take it as their baseline.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.models.convnext import ConvNeXtBlock
+from torch import nn
+
+from .fcmae import FCMAE, FCMAEOutput, normalize_target, patchify
+
+__all__ = ["reference_forward", "reference_features"]
+
+
+def _grn(x: torch.Tensor, grn: nn.Module, keep: torch.Tensor) -> torch.Tensor:
+    """GRN over the kept tokens of each image; `x` `[B, H, W, C]`, `keep` `[B, H, W, 1]`."""
+    g = (x.float() * keep).square().sum(dim=(1, 2), keepdim=True)
+    g = torch.where(g > 0, g, 1).sqrt() * (g > 0)  # the gradient of sqrt at 0 is not finite
+    n = (g / (g.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+    return x + grn.weight * (x * n) + grn.bias
+
+
+def _block(block: ConvNeXtBlock, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """One block on `[B, C, H, W]`; `keep` `[B, 1, H, W]` is 1 at visible positions."""
+    mlp = block.mlp
+    y = block.conv_dw(x * keep) * keep
+    y = y.permute(0, 2, 3, 1)
+    y = F.layer_norm(y, block.norm.normalized_shape, block.norm.weight, block.norm.bias, block.norm.eps)
+    y = mlp.act(F.linear(y, mlp.fc1.weight.flatten(1), mlp.fc1.bias))
+    y = _grn(y, mlp.grn, keep.permute(0, 2, 3, 1))
+    y = F.linear(y, mlp.fc2.weight.flatten(1), mlp.fc2.bias)
+    return x + block.drop_path(y.permute(0, 3, 1, 2))
+
+
+def reference_features(model: FCMAE, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Encoder features `[B, D, h, w]`, zero at removed patches; `mask` bool `[B, h, w]`, True = removed."""
+    x = model.encoder.stem(images)
+    for stage in model.encoder.stages:
+        x = stage.downsample(x)
+        scale = x.shape[-1] // mask.shape[-1]
+        keep = (~mask).repeat_interleave(scale, 1).repeat_interleave(scale, 2).unsqueeze(1).to(x.dtype)
+        x = x * keep
+        for block in stage.blocks:
+            x = _block(block, x, keep)
+    return x * (~mask).unsqueeze(1)
+
+
+def reference_forward(model: FCMAE, images: torch.Tensor, mask: torch.Tensor) -> FCMAEOutput:
+    """Loss and prediction of `model` on `[B, C, H, W]` images, computed densely with the model's own parameters.
+
+    Args:
+        model: FCMAE with the published architecture (LayerNorm, GRN, no layer scale).
+        images: `[B, C, H, W]`.
+        mask: Bool `[B, h, w]`, True = removed.
+    """
+    gap = mask.unsqueeze(1)
+    x = model.proj(reference_features(model, images, mask))
+    x = torch.where(gap, model.mask_token, x)
+    everything = torch.ones_like(x[:, :1])
+    for block in model.decoder:
+        x = _block(block, x, everything)
+    pred = model.pred(x).flatten(2).transpose(1, 2)
+
+    target = patchify(images, model.stride).float()
+    if model.norm_pix_loss:
+        target, _, _ = normalize_target(target)
+    per_patch = (pred.float() - target).square().mean(dim=-1)
+    weight = mask.flatten(1).float()
+    return FCMAEOutput((per_patch * weight).sum() / weight.sum(), pred, mask)
