@@ -14,14 +14,14 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
+from huggingface_hub.errors import HfHubHTTPError
+from timm.layers import GlobalResponseNormMlp
 from timm.models import build_model_with_cfg, checkpoint_seq, register_model
 from timm.models import convnext as timm_convnext
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage, checkpoint_filter_fn
 from torch import nn
 
-from .ops import GlobalResponseNorm
+from .ops import TokenMlp
 
 __all__ = ["ConvNeXtV2", "ConvNeXtV2Block", "ConvNeXtV2Stage", "VARIANTS"]
 
@@ -51,17 +51,28 @@ class ConvNeXtV2Block(ConvNeXtBlock):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        _upgrade_grn(self)
+        ConvNeXtV2Block.adopt(self)
+
+    @staticmethod
+    def adopt(block: ConvNeXtBlock) -> None:
+        """Turns timm's block into ours in place: parameters and their names stay."""
+        block.__class__ = ConvNeXtV2Block
+        block.mlp_channels_last = not block.use_conv_mlp
+        if type(block.mlp) is GlobalResponseNormMlp:
+            TokenMlp.adopt(block.mlp)
+            block.mlp_channels_last = True
 
     def _token_mlp(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        if self.use_conv_mlp:
+        if self.use_conv_mlp:  # a norm for [B, C, H, W], else for [B, H, W, C]
             x = self.norm(x)
-            x = self.mlp(x)
-        else:
+        if self.mlp_channels_last:
             x = x.permute(0, 2, 3, 1)
-            x = self.norm(x)
+            if not self.use_conv_mlp:
+                x = self.norm(x)
             x = self.mlp(x)
             x = x.permute(0, 3, 1, 2)
+        else:
+            x = self.mlp(x)
         if self.gamma is not None:
             x = x.mul(self.gamma.reshape(1, -1, 1, 1))
         return self.drop_path(x) + self.shortcut(shortcut)
@@ -102,8 +113,7 @@ class ConvNeXtV2(ConvNeXt):
         for stage in self.stages:
             stage.__class__ = ConvNeXtV2Stage
             for block in stage.blocks:
-                block.__class__ = ConvNeXtV2Block
-                _upgrade_grn(block)
+                ConvNeXtV2Block.adopt(block)
 
     def forward_packed(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Features of packed pixels, in the layout's own shape.
@@ -121,12 +131,6 @@ class ConvNeXtV2(ConvNeXt):
         return self.norm_pre(x)
 
 
-def _upgrade_grn(block: ConvNeXtBlock) -> None:
-    grn = getattr(block.mlp, "grn", None)
-    if type(grn) is TimmGlobalResponseNorm:
-        grn.__class__ = GlobalResponseNorm
-
-
 def build_model(model_cls: type, variant: str, pretrained: bool, **kwargs) -> nn.Module:
     """`timm.models.build_model_with_cfg`, with one clear error where the weights cannot be had.
 
@@ -135,18 +139,22 @@ def build_model(model_cls: type, variant: str, pretrained: bool, **kwargs) -> nn
     """
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as e:
-        if not pretrained:
-            raise
+    # the bases: `HTTPError` of the HTTP library that this huggingface_hub uses, and OSError (no network, no disk)
+    except (OSError, HfHubHTTPError, *HfHubHTTPError.__bases__) as e:
         from timm.models._builder import resolve_pretrained_cfg
 
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        if not pretrained or not cfg.hf_hub_id or cfg.file or cfg.state_dict:
+            raise
+        cause = e.__cause__ or e
+        reason = f"{type(cause).__name__}: {cause}".partition("\n")[0].rstrip(".: ")
+        name = f"{variant}.{cfg.tag}" if cfg.tag else variant
         raise RuntimeError(
-            f"Could not get the weights of '{cfg.hf_hub_id}' from the Hugging Face Hub or its local cache "
-            f"({type(e).__name__}: {str(e).splitlines()[0]}). Without network, download "
-            f"https://huggingface.co/{cfg.hf_hub_id} elsewhere and pass its weights file: timm.create_model("
-            f"'{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='/path/to/model.safetensors')), or set "
-            "HF_HOME to a folder whose hub cache holds the repository. pretrained=False starts from random weights."
+            f"Could not get the weights of '{cfg.hf_hub_id}' from the Hugging Face Hub or its local cache ({reason}). "
+            f"Without network, download https://huggingface.co/{cfg.hf_hub_id} elsewhere and pass its weights file: "
+            f"timm.create_model('{name}', pretrained=True, "
+            "pretrained_cfg_overlay=dict(file='/path/to/model.safetensors')), or set HF_HOME to a folder whose hub "
+            "cache holds the repository. pretrained=False starts from random weights."
         ) from e
 
 

@@ -10,14 +10,16 @@ Data flow and shapes: images `[B, C, H, W]` -> mask `[B, h, w]`, True = removed 
 `[B, h * w - K, stride^2 * C]` -> loss.
 """
 
+import inspect
 import logging
-from typing import NamedTuple
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
-from timm.models.convnext import checkpoint_filter_fn
+from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
 from timm.task import TrainingTask
 from torch import nn
 
@@ -34,7 +36,7 @@ class FCMAEOutput(NamedTuple):
     """What a forward pass of `FCMAE` returns.
 
     Attributes:
-        loss: Scalar float32, mean squared error over the pixels of the removed patches.
+        loss: Scalar, mean squared error over the pixels of the removed patches; float32, or float64 for float64 images.
         pred: Predicted pixels of every patch, `[B, h * w, stride^2 * C]`, in (row, column, channel) order, in the
             units of the target (normalised per patch where `norm_pix_loss`); None where not asked for.
         mask: Bool `[B, h, w]`, True = removed.
@@ -147,17 +149,23 @@ class FCMAE(nn.Module):
         """
         s = self.stride
         if height % s or width % s or min(height, width) < s:
-            sizes = [[max(s, v // s * s), (v // s + 1) * s] if v % s or v < s else [v] for v in (height, width)]
-            near = (
-                " or ".join(f"{h}x{w}" for h, w in zip(sizes[0], sizes[-1], strict=False))
-                if (len(sizes[0]) == len(sizes[1]))
-                else " or ".join(f"{h}x{w}" for h in sizes[0] for w in sizes[1])
-            )
             raise ValueError(
                 f"Image size {height}x{width} (height x width) is not a multiple of the encoder's stride {s}; the "
-                f"nearest that work: {near}. A smaller stem `patch_size` gives a smaller stride."
+                f"nearest that work: {self._nearest_sizes(height, width)}. A smaller stem `patch_size` gives a "
+                "smaller stride."
             )
         return height // s, width // s
+
+    def _nearest_sizes(self, height: int, width: int) -> str:
+        """Sizes around one that does not fit, among those whose grid `mask_ratio` can split in two."""
+        s = self.stride
+        for more in range(1, 65):  # a high ratio needs more patches than the nearest multiples have
+            pairs = product(*({max(s, v // s * s), -(-v // s) * s, (v // s + more) * s} for v in (height, width)))
+            fits = [(h, w) for h, w in pairs if 0 < int(h * w // s**2 * (1 - self.mask_ratio)) < h * w // s**2]
+            if fits:
+                fits.sort(key=lambda size: (abs(size[0] - height) + abs(size[1] - width), size))
+                return " or ".join(f"{h}x{w}" for h, w in fits[:2])
+        return f"multiples of {s}"
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each encoder block in the backward pass: less memory, about a third more work."""
@@ -229,10 +237,11 @@ class FCMAE(nn.Module):
         pred = F.linear(x, weight, bias) if return_pred else None
         pred_masked = F.linear(layout.take_masked(x), weight, bias) if pred is None else layout.take_masked(pred)
 
-        target = layout.masked_patches(images, self.stride).float()
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        target = layout.masked_patches(images, self.stride).to(dtype)
         if self.norm_pix_loss:
             target, _, _ = normalize_target(target)
-        loss = F.mse_loss(pred_masked.float(), target)
+        loss = F.mse_loss(pred_masked.to(dtype), target)
         return FCMAEOutput(loss, pred, layout.mask)
 
 
@@ -318,7 +327,7 @@ def _create_fcmae(variant: str, pretrained: bool = False, **kwargs) -> FCMAE:
         raise ValueError(
             f"'{variant}' is the pretraining wrapper; use '{variant.removeprefix('fcmae_')}' for features_only=True."
         )
-    return build_model(
+    model = build_model(
         FCMAE,
         variant,
         pretrained,
@@ -326,6 +335,35 @@ def _create_fcmae(variant: str, pretrained: bool = False, **kwargs) -> FCMAE:
         kwargs_filter=("global_pool",),
         **kwargs,
     )
+    _describe_encoder(model, variant.removeprefix("fcmae_"), pretrained, kwargs)
+    return model
+
+
+def _describe_encoder(model: FCMAE, name: str, pretrained: bool, kwargs: dict[str, Any]) -> None:
+    """Gives `model.encoder` what timm's factory would have given it, for `timm.models.save_for_hf`.
+
+    `_model_args` are the options that differ from those of the variant `name`. `pretrained_cfg` describes the
+    encoder's own weights: licence and origin of the published ones are in it only where those were loaded.
+    """
+    source = model.pretrained_cfg
+    keep = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
+    if pretrained:
+        keep += ("license", "origin_url", "paper_name", "paper_ids")
+    model.encoder.pretrained_cfg = model.encoder.default_cfg = {
+        **{k: source[k] for k in keep if k in source},
+        "architecture": name,
+        "num_classes": 0,
+        "input_size": (model.in_chans, *model.img_size),
+        "fixed_input_size": False,
+        "pool_size": model.grid(*model.img_size),
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+    }
+    own = {**VARIANTS[name.removeprefix("convnextv2_")], "use_grn": True, "ls_init_value": None}
+    options = inspect.signature(ConvNeXt.__init__).parameters.keys() - {"device", "dtype"}
+    model.encoder._model_args = {
+        k: v for k, v in kwargs.items() if k in options and (k not in own or v != own[k])
+    }
 
 
 default_cfgs = generate_default_cfgs(

@@ -40,6 +40,8 @@ def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
     if not 1 <= visible < total:
         # rounded down, so that the ratio that is named works when it is typed
         largest = math.floor(1e4 * (1 - 1 / total)) / 1e4
+        if int(total * (1 - largest)) < 1:  # 10 * (1 - 0.9) is 0.9999999999999998
+            largest = round(largest - 1e-4, 4)
         raise ValueError(
             f"mask_ratio={mask_ratio} leaves {visible} of {total} patches visible on a {grid[0]}x{grid[1]} grid; "
             f"each image needs at least one visible and one masked patch. Ratios above 0 and up to {largest} can "

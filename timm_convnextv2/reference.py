@@ -16,7 +16,7 @@ __all__ = ["reference_forward", "reference_features"]
 
 def _grn(x: torch.Tensor, grn: nn.Module, keep: torch.Tensor) -> torch.Tensor:
     """GRN over the kept tokens of each image; `x` `[B, H, W, C]`, `keep` `[B, H, W, 1]`."""
-    g = (x.float() * keep).square().sum(dim=(1, 2), keepdim=True)
+    g = (x.to(torch.promote_types(x.dtype, torch.float32)) * keep).square().sum(dim=(1, 2), keepdim=True)
     g = torch.where(g > 0, g, 1).sqrt() * (g > 0)  # the gradient of sqrt at 0 is not finite
     n = (g / (g.mean(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
     return x + grn.weight * (x * n) + grn.bias
@@ -63,9 +63,10 @@ def reference_forward(model: FCMAE, images: torch.Tensor, mask: torch.Tensor) ->
         x = _block(block, x, everything)
     pred = model.pred(x).flatten(2).transpose(1, 2)
 
-    target = patchify(images, model.stride).float()
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    target = patchify(images, model.stride).to(dtype)
     if model.norm_pix_loss:
         target, _, _ = normalize_target(target)
-    per_patch = (pred.float() - target).square().mean(dim=-1)
-    weight = mask.flatten(1).float()
+    per_patch = (pred.to(dtype) - target).square().mean(dim=-1)
+    weight = mask.flatten(1).to(dtype)
     return FCMAEOutput((per_patch * weight).sum() / weight.sum(), pred, mask)

@@ -1,0 +1,813 @@
+#!/usr/bin/env python3
+"""FCMAE pretraining of ConvNeXt V2 on unlabelled images: a small loop, to read from top to bottom and to change.
+
+    python train_scripts/pretrain.py                                            # the small embedded data set
+    python train_scripts/pretrain.py --data-dir IMAGES --model fcmae_convnextv2_tiny --output runs
+    torchrun --nproc-per-node 8 train_scripts/pretrain.py --data-dir IMAGES ...  # a process per GPU
+
+Options have the names that timm's train.py gives them, wherever it has the option. The result is
+OUTPUT/EXPERIMENT/encoder, a timm folder that stock timm opens.
+"""
+
+import argparse
+import contextlib
+import difflib
+import math
+import os
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed as dist
+import yaml
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import (
+    NativeScaler,
+    ParseKwargs,
+    dispatch_clip_grad,
+    init_distributed_device,
+    trim_summary,
+    unwrap_model,
+    update_summary,
+)
+
+import timm_convnextv2
+from timm_convnextv2 import FCMAETask
+from timm_convnextv2.checkpoint import export_encoder, load_checkpoint
+from timm_convnextv2.data import EpochBatchSampler, PretrainDataset, PretrainTransform, check_readable, collate
+from timm_convnextv2.data import create_source, sample_seed
+from timm_convnextv2.report import Progress, save_loss_curve, save_reconstructions
+
+# What changes where neither --data-dir nor --dataset is given: a run of two minutes on two CPU cores.
+EMBEDDED_DEFAULTS = dict(
+    dataset="embedded",
+    img_size=128,
+    batch_size=32,
+    epochs=12,
+    warmup_epochs=1,
+    lr_base=1.2e-2,
+    workers=0,
+    experiment="embedded",
+)
+# A checkpoint fits only a model that agrees in these.
+ARCHITECTURE = ("model", "in_chans", "patch_size", "decoder_depth", "decoder_dim", "model_kwargs")
+# A run stopped in the middle of an epoch goes on only with the same of these.
+DATA_ORDER = ("seed", "batch_size", "grad_accum_steps", "world_size", "num_images")
+# Not settings of the run but of the call: args.yaml and checkpoints leave them out.
+CALL_ONLY = ("config", "resume", "overwrite", "dry_run")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options; defaults are the paper's recipe for ImageNet-1K."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file that sets any of the options below")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, image count and memory, then stop")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", metavar="DIR", help="images anywhere below it; root of --dataset where given")
+    group.add_argument("--dataset", metavar="NAME", default="", help="timm dataset: hfds/..., wds/..., torch/...")
+    group.add_argument("--train-split", metavar="NAME", default="train", help="split of --dataset")
+    group.add_argument("--train-num-samples", type=int, metavar="N", help="images in a streamed --dataset")
+    group.add_argument("--dataset-download", action="store_true", help="let --dataset torch/... download")
+    group.add_argument("--input-key", metavar="NAME", help="image column of --dataset")
+    group.add_argument(
+        "--max-bad-images",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="stop when more than this share of the images cannot be decoded",
+    )
+    group.add_argument("--img-size", type=int, default=224, metavar="N", help="side of the square crops")
+    group.add_argument(
+        "--input-size",
+        type=int,
+        nargs=3,
+        metavar=("C", "H", "W"),
+        help="channels, height and width; replaces --in-chans and --img-size",
+    )
+    group.add_argument("--in-chans", type=int, default=3, metavar="N", help="1, 3, or the bands of TIFF and .npy files")
+    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="per channel, of pixels scaled to [0, 1]")
+    group.add_argument(
+        "--std", type=float, nargs="+", metavar="X", help="likewise (default: ImageNet's for 3 channels)"
+    )
+    group.add_argument("--scale", type=float, nargs=2, default=[0.2, 1.0], metavar="X", help="area of the random crop")
+    group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="its aspect ratio")
+    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
+    group.add_argument("--vflip", type=float, default=0.0, metavar="P", help="probability of a vertical flip")
+    group.add_argument("--train-interpolation", default="bicubic", choices=["bicubic", "bilinear", "nearest"])
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="fcmae_convnextv2_atto", metavar="NAME", help="fcmae_convnextv2_{atto..huge}")
+    group.add_argument("--pretrained", action="store_true", help="start from the published encoder (CC-BY-NC 4.0)")
+    group.add_argument(
+        "--patch-size", type=int, default=4, metavar="N", help="stem patch; 1 for small images (stride 8)"
+    )
+    group.add_argument("--mask-ratio", type=float, default=0.6, metavar="X", help="share of the patches to remove")
+    group.add_argument("--decoder-depth", type=int, default=1, metavar="N")
+    group.add_argument("--decoder-dim", type=int, default=512, metavar="N")
+    group.add_argument(
+        "--norm-pix-loss", action=argparse.BooleanOptionalAction, default=True, help="normalise the target per patch"
+    )
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="K=V",
+        help="more arguments of timm.create_model",
+    )
+    group.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
+    group.add_argument("--model-ema", action="store_true", help="keep and export a moving average of the weights")
+    group.add_argument("--model-ema-decay", type=float, default=0.9999, metavar="X")
+    group.add_argument("--model-ema-warmup", action="store_true", help="start with a shorter average")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("-b", "--batch-size", type=int, default=64, metavar="N", help="images per process and step")
+    group.add_argument("--grad-accum-steps", type=int, default=1, metavar="N", help="steps per update")
+    group.add_argument("--epochs", type=int, default=800, metavar="N")
+    group.add_argument("--warmup-epochs", type=float, default=40, metavar="N")
+    group.add_argument(
+        "--lr-base", type=float, default=1.5e-4, metavar="X", help="lr = lr_base * images per update / lr_base_size"
+    )
+    group.add_argument("--lr-base-size", type=int, default=256, metavar="N")
+    group.add_argument("--lr", type=float, metavar="X", help="the learning rate itself; replaces --lr-base")
+    group.add_argument("--warmup-lr", type=float, default=0.0, metavar="X")
+    group.add_argument("--min-lr", type=float, default=0.0, metavar="X")
+    group.add_argument("--opt", default="adamw", metavar="NAME", help="any optimizer of timm")
+    group.add_argument("--opt-betas", type=float, nargs=2, default=[0.9, 0.95], metavar="X")
+    group.add_argument("--opt-eps", type=float, default=1e-8, metavar="X")
+    group.add_argument("--weight-decay", type=float, default=0.05, metavar="X")
+    group.add_argument(
+        "--clip-grad", type=float, metavar="NORM", help="clip the gradient's norm (default: no clipping)"
+    )
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME")
+    group.add_argument("--amp", action="store_true", help="mixed precision")
+    group.add_argument("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
+    group.add_argument("--seed", type=int, default=42, metavar="N")
+    group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="data processes per training process")
+    group.add_argument("--pin-mem", action="store_true")
+    group.add_argument("--output", default="output", metavar="DIR")
+    group.add_argument(
+        "--experiment", default="", metavar="NAME", help="sub-folder of --output (default: time and model)"
+    )
+    group.add_argument("--resume", default="", metavar="PATH", help="a checkpoint, or 'auto' for the experiment's last")
+    group.add_argument("--overwrite", action="store_true", help="empty the experiment's folder first")
+    group.add_argument("--checkpoint-interval", type=int, default=1, metavar="N", help="epochs between checkpoints")
+    group.add_argument(
+        "--milestone-interval",
+        type=int,
+        metavar="N",
+        help="epochs between checkpoints that are kept (default: a quarter of the run)",
+    )
+    group.add_argument(
+        "--recon-interval",
+        type=int,
+        metavar="N",
+        help="epochs between reconstruction pictures (default: a tenth of the run)",
+    )
+    group.add_argument("--log-interval", type=int, default=10, metavar="N", help="updates between plain progress lines")
+    group.add_argument("--log-wandb", action="store_true")
+    group.add_argument("--wandb-project", metavar="NAME")
+    group.add_argument("--log-tensorboard", action="store_true")
+    group.add_argument("--license", default="", metavar="ID", help="licence to write into the exported folder")
+    return parser
+
+
+def config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A YAML file as command-line arguments, so that the parser checks its keys and values."""
+    try:
+        config = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as e:
+        raise ValueError(f"--config {path} cannot be read: {e}") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"--config {path} holds a {type(config).__name__}, expected `option: value` lines.")
+    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
+    arguments = []
+    for key, value in config.items():
+        action = actions.get(str(key).replace("-", "_"))
+        if action is None:
+            near = difflib.get_close_matches(str(key), actions, n=1)
+            raise ValueError(
+                f"--config {path}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ".")
+            )
+        option = action.option_strings[-1] if not isinstance(value, bool) else action.option_strings[0]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            arguments.append(action.option_strings[0 if value else 1])
+        elif action.nargs == 0:
+            if not isinstance(value, bool):
+                raise ValueError(f"--config {path}: '{key}' takes true or false, got {value!r}.")
+            arguments += [option] if value else []
+        elif value is not None:
+            if isinstance(value, dict):
+                value = [f"{k}={v}" for k, v in value.items()]
+            arguments += [action.option_strings[-1], *map(str, value if isinstance(value, list) else [value])]
+    return arguments
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line over config file over defaults, with what depends on several options resolved."""
+    parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    config = parser.parse_args(argv).config
+    argv = (config_arguments(config, parser) if config else []) + argv
+    args = parser.parse_args(argv)
+    if not args.data_dir and args.dataset in ("", "embedded"):
+        parser.set_defaults(**EMBEDDED_DEFAULTS)
+        args = parser.parse_args(argv)
+
+    if args.input_size:
+        args.in_chans, *size = args.input_size
+    else:
+        size = [args.img_size, args.img_size]
+    args.input_size = [args.in_chans, *size]
+    if args.mean is None and args.std is None:
+        pictures = args.in_chans == 3
+        args.mean = list(IMAGENET_DEFAULT_MEAN) if pictures else [0.5] * args.in_chans
+        args.std = list(IMAGENET_DEFAULT_STD) if pictures else [0.25] * args.in_chans
+        if args.in_chans not in (1, 3):
+            parser.error(f"--in-chans {args.in_chans} needs --mean and --std with {args.in_chans} values each.")
+    for name in ("mean", "std"):
+        if len(getattr(args, name) or []) != args.in_chans:
+            parser.error(f"--{name} has {len(getattr(args, name) or [])} values for {args.in_chans} channels.")
+    for name in ("batch_size", "grad_accum_steps", "epochs", "checkpoint_interval", "log_interval", "lr_base_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    if not 0 <= args.warmup_epochs < args.epochs:
+        parser.error(f"--warmup-epochs {args.warmup_epochs:g} must lie below --epochs {args.epochs}.")
+    if not 0 <= args.max_bad_images <= 1:
+        parser.error(f"--max-bad-images is a share between 0 and 1, got {args.max_bad_images}.")
+    args.milestone_interval = args.milestone_interval or max(1, args.epochs // 4)
+    args.recon_interval = args.recon_interval or max(1, args.epochs // 10)
+    return args
+
+
+def create_fcmae(args: argparse.Namespace) -> timm_convnextv2.FCMAE:
+    """The model that the options name, from the seed."""
+    known = timm.list_models("fcmae_*")
+    if args.model.split(".")[0] not in known:
+        near = f"fcmae_{args.model}" if f"fcmae_{args.model.split('.')[0]}" in known else ""
+        near = near or next(iter(difflib.get_close_matches(args.model, known, n=1, cutoff=0.3)), known[0])
+        raise ValueError(
+            f"--model {args.model} is not an FCMAE model; did you mean {near}? There are: {', '.join(known)}."
+        )
+    torch.manual_seed(args.seed)
+    model = timm.create_model(
+        args.model,
+        pretrained=args.pretrained,
+        img_size=tuple(args.input_size[1:]),
+        in_chans=args.in_chans,
+        patch_size=args.patch_size,
+        mask_ratio=args.mask_ratio,
+        decoder_depth=args.decoder_depth,
+        decoder_dim=args.decoder_dim,
+        norm_pix_loss=args.norm_pix_loss,
+        **args.model_kwargs,
+    )
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    return model
+
+
+def memory_estimate(args: argparse.Namespace, model: timm_convnextv2.FCMAE) -> tuple[float, float]:
+    """GiB per process: for weights, gradients and AdamW's state; and for what one step keeps for its backward pass.
+
+    The second is counted on the meta device, where tensors have shapes and no memory.
+    """
+    from timm_convnextv2.masking import Visible, num_visible
+
+    params = sum(p.numel() for p in model.parameters())
+    model = timm.create_model(args.model, **{**model._model_args, "device": torch.device("meta")}).train()
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    images = torch.empty(1, *args.input_size, device="meta")
+    grid = model.grid(*args.input_size[1:])
+    layout = Visible(torch.empty(1, *grid, dtype=torch.bool, device="meta"), num_visible(grid, args.mask_ratio))
+    kept: dict[int, int] = {}
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        alive.append(x)  # a storage that is freed may lend its address to the next
+        return x
+
+    alive: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        model(images, layout, return_pred=False)
+    activations = (sum(kept.values()) - 4 * params) * args.batch_size * (0.6 if args.amp else 1.0)
+    return params * 4 * (5 if args.model_ema else 4) / 2**30, activations / 2**30
+
+
+class Run:
+    """What a rank knows of the run: device, folder, and who speaks."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        try:
+            world = argparse.Namespace(device=args.device)
+            self.device = init_distributed_device(world)
+            torch.zeros(1, device=self.device)
+        except (AssertionError, RuntimeError) as e:
+            raise ValueError(f"--device {args.device} cannot be used: {e}") from e
+        self.rank, self.world_size, self.distributed = world.rank, world.world_size, world.distributed
+        self.primary = self.rank == 0
+        self.training = False  # whether settings and data have been checked
+        self.stop = ""  # name of the signal that asked to stop
+
+    def say(self, text: str) -> None:
+        if self.primary:
+            print(text, flush=True)
+
+    def watch_signals(self) -> None:
+        """SIGTERM and SIGINT ask to stop after the step; a second one stops at once."""
+
+        def ask(number: int, _frame) -> None:
+            self.stop = signal.Signals(number).name
+            signal.signal(number, signal.SIG_DFL)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, ask)
+
+    def agree(self, *values: float) -> list[float]:
+        """Sums of values over all ranks."""
+        if not self.distributed:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def leave_signals_to_parent(_worker: int) -> None:
+    """Data workers live on while the training process finishes its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def prepare_folder(args: argparse.Namespace, run: Run) -> tuple[Path, dict | None]:
+    """The experiment's folder, writable, and the checkpoint to resume from."""
+    if not args.experiment:
+        if args.resume == "auto":
+            raise ValueError("--resume auto needs --experiment, the folder of the run that is to go on.")
+        size = "x".join(map(str, args.input_size[1:]))
+        stamp = [datetime.now().strftime("%Y%m%d-%H%M%S")]
+        if run.distributed:
+            dist.broadcast_object_list(stamp)
+        args.experiment = f"{stamp[0]}-{args.model.replace('.', '_')}-{size}"
+    folder = Path(args.output) / args.experiment
+    last = folder / "last.pth.tar"
+    if args.resume:
+        path = last if args.resume == "auto" else Path(args.resume)
+        if args.resume != "auto" or path.exists():
+            return folder, {**load_checkpoint(path), "path": str(path)}
+    elif folder.exists() and any(folder.iterdir()) and not args.overwrite:
+        raise ValueError(
+            f"The output folder {folder} is not empty. Go on with that run: --resume auto. Start again and delete what "
+            "is in it: --overwrite. Or choose another --experiment or --output."
+        )
+    return folder, None
+
+
+def claim_folder(folder: Path, overwrite: bool) -> None:
+    """Makes the folder and proves that it can be written."""
+    try:
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as e:
+        raise ValueError(f"The output folder {folder} cannot be written ({e}). Choose another with --output.") from e
+
+
+def check_resume(args: argparse.Namespace, checkpoint: dict) -> None:
+    """Refuses a checkpoint of another model, or a half epoch of other data."""
+    path, before, now = checkpoint["path"], checkpoint.get("args"), vars(args)
+    if not isinstance(before, dict) or "progress" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of this script, it has no training state to resume.")
+    differs = [f"{k}: {before.get(k)!r} there, {now[k]!r} here" for k in ARCHITECTURE if before.get(k) != now[k]]
+    if differs:
+        raise ValueError(
+            f"Cannot resume from {path}: its model differs in {'; '.join(differs)}. Repeat the settings of that run (its "
+            "args.yaml), or start a new --experiment."
+        )
+    if checkpoint["progress"]["update"]:
+        differs = [f"{k}: {before.get(k)!r} there, {now[k]!r} here" for k in DATA_ORDER if before.get(k) != now[k]]
+        if differs:
+            raise ValueError(
+                f"Cannot resume from {path}: it was taken in the middle of an epoch, and the order of the images differs "
+                f"in {'; '.join(differs)}. Resume with the same, or from a milestone checkpoint."
+            )
+
+
+def save_checkpoint(path: Path, task: FCMAETask, optimizer, scaler, args: argparse.Namespace, progress: dict) -> None:
+    """Writes a checkpoint in timm's format, whole or not at all."""
+    state = {
+        "epoch": progress["epoch"] if progress["update"] else progress["epoch"] - 1,  # timm: the last one completed
+        "arch": args.model,
+        "version": 2,
+        "args": {k: v for k, v in vars(args).items() if k not in CALL_ONLY},
+        "progress": progress,
+        "optimizer": optimizer.state_dict(),
+        **task.get_checkpoint_state(),
+        **(task.get_checkpoint_state(ema=True) if task.has_ema() else {}),
+    }
+    if scaler is not None:
+        state[scaler.state_dict_key] = scaler.state_dict()
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def next_commands(args: argparse.Namespace, folder: Path) -> str:
+    """What to do with the result, ready to paste."""
+    encoder = (folder / "encoder").resolve()
+    quoted = shlex.quote(str(encoder))
+    chans = "" if args.in_chans == 3 else f" --in-chans {args.in_chans}"
+    python = (
+        f"import timm; model = timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10); "
+        "print(model.pretrained_cfg['architecture'], sum(p.numel() for p in model.parameters()))"
+    )
+    return "\n".join(
+        [
+            "Load it in Python (timm alone is enough):",
+            f"  python -c {shlex.quote(python)}",
+            "Finetune it with timm's train.py on folders of classes:",
+            f"  python train.py --model local-dir:{quoted} --pretrained --num-classes N --data-dir DATA "
+            f"--img-size {args.input_size[1]}{chans}",
+            "Look at the pictures:",
+            f"  {folder.resolve() / 'loss.png'}",
+            f"  {folder.resolve() / 'reconstructions'}",
+        ]
+    )
+
+
+def resume_command(args: argparse.Namespace) -> str:
+    """The command that goes on with this run."""
+    words, skip = [], False
+    for word in sys.argv:
+        if skip or word == "--overwrite":
+            skip = False
+        elif word in ("--resume", "--experiment"):
+            skip = True
+        elif not word.startswith(("--resume=", "--experiment=")):
+            words.append(shlex.quote(word))
+    launcher = "python" if "TORCHELASTIC_RUN_ID" not in os.environ else f"torchrun --nproc-per-node {args.world_size}"
+    return " ".join([launcher, *words, "--experiment", shlex.quote(args.experiment), "--resume auto"])
+
+
+def train_update(
+    task: FCMAETask, optimizer, scaler, batches, args: argparse.Namespace, device: torch.device
+) -> tuple[float, list[tuple[int, str]], float]:
+    """One optimizer update: forward and backward of --grad-accum-steps batches, then the step.
+
+    Returns:
+        Mean loss, `(index, reason)` of images that could not be decoded, seconds spent waiting for data.
+
+    Raises:
+        FloatingPointError: The loss is not finite; weights and checkpoints are those of before the update.
+    """
+    optimizer.zero_grad()
+    total, bad, waited = 0.0, [], 0.0
+    for step in range(args.grad_accum_steps):
+        start = time.perf_counter()
+        images, masks, failed = next(batches)
+        waited += time.perf_counter() - start
+        bad += failed
+        last = step + 1 == args.grad_accum_steps
+        with contextlib.nullcontext() if last else task.no_sync():
+            with torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp):
+                loss = task(images.to(device, non_blocking=True), masks)["loss"] / args.grad_accum_steps
+            total += loss.item()
+            if not math.isfinite(total):
+                raise FloatingPointError(f"The loss is {total}.")
+            if scaler is not None:
+                scaler(loss, optimizer, args.clip_grad, "norm", task.get_clip_parameters(), need_update=last)
+            else:
+                loss.backward()
+    if scaler is None:
+        if args.clip_grad is not None:
+            dispatch_clip_grad(task.get_clip_parameters(), args.clip_grad)
+        optimizer.step()
+    return total, bad, waited
+
+
+def note_bad_images(bad: list[tuple[int, str]], known: dict[str, str], source, run: Run, bar: Progress) -> None:
+    """Adds images that could not be decoded, on any rank, to those known, and names new ones."""
+    named = [(source.name(index), reason) for index, reason in bad]
+    everywhere = [named]
+    if run.distributed:
+        everywhere = [None] * run.world_size
+        dist.all_gather_object(everywhere, named)
+    for name, reason in sum(everywhere, []):
+        if name not in known:
+            known[name] = reason
+            bar.note(f"Skipped an image that cannot be decoded ({len(known)} so far): {name}: {reason}")
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak GiB: of the GPU's memory, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def start_loggers(args: argparse.Namespace, run: Run, settings: dict) -> list:
+    """Makers of functions `(epoch, metrics)` for --log-wandb and --log-tensorboard; each takes the folder."""
+    makers = []
+    try:
+        if args.log_wandb:
+            import wandb
+
+            makers.append(lambda folder: _wandb_log(wandb, args, folder, settings))
+        if args.log_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            makers.append(lambda folder: _tensorboard_log(SummaryWriter(folder)))
+    except ImportError as e:
+        raise ValueError(
+            f"{e}. Install it (pip install wandb, pip install tensorboard) or leave the option out."
+        ) from e
+    return makers if run.primary else []
+
+
+def _wandb_log(wandb, args: argparse.Namespace, folder: Path, settings: dict):
+    wandb.init(project=args.wandb_project, name=args.experiment, config=settings, dir=folder, resume="allow")
+    return lambda epoch, metrics: wandb.log(metrics, step=epoch)
+
+
+def _tensorboard_log(writer):
+    def log(epoch: int, metrics: dict) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, epoch)
+        writer.flush()
+
+    return log
+
+
+def describe(args: argparse.Namespace, progress: dict) -> dict[str, str]:
+    """How the weights were made, for the README of the export."""
+    height, width = args.input_size[1:]
+    data = args.dataset or (Path(args.data_dir).name if args.data_dir else "the embedded data set of timm_convnextv2")
+    lr = f"{args.lr:.2e} for {args.batch_size * args.grad_accum_steps * args.world_size} images per update"
+    return {
+        "Method": f"FCMAE, mask ratio {args.mask_ratio}, decoder {args.decoder_depth} x {args.decoder_dim}, "
+        + ("pixels normalised per patch" if args.norm_pix_loss else "plain pixels"),
+        "Data": f"{data}, {args.num_images} images, {args.in_chans} x {height} x {width}",
+        "Epochs": f"{progress['epoch']} of {args.epochs}" + (" and a part of the next" if progress["update"] else ""),
+        "Optimizer": f"{args.opt}, lr {lr}, weight decay {args.weight_decay}, betas {tuple(args.opt_betas)}",
+        "Weights": f"moving average ({args.model_ema_decay})" if args.model_ema else "last",
+        "Seed": str(args.seed),
+        "Made with": f"timm_convnextv2 {timm_convnextv2.__version__}, timm {timm.__version__}, torch {torch.__version__}",
+    }
+
+
+def main(args: argparse.Namespace, run: Run) -> int:
+    """Sets everything up, checks it, trains; returns the exit status."""
+    # --- model, data, folder: whatever is wrong with them shows here, before anything is written
+    args.world_size = run.world_size
+    model = create_fcmae(args)
+    height, width = args.input_size[1:]
+    grid = model.grid(height, width)
+    transform = PretrainTransform(
+        (height, width), tuple(args.scale), tuple(args.ratio), args.hflip, args.vflip, args.train_interpolation,
+        tuple(args.mean), tuple(args.std),
+    )  # fmt: skip
+    source = create_source(
+        args.data_dir, args.dataset, args.train_split, args.in_chans,
+        input_key=args.input_key, download=args.dataset_download,
+    )  # fmt: skip
+    args.num_images = len(source)
+    check_readable(source)
+    dataset = PretrainDataset(source, transform, grid, args.mask_ratio, args.seed)
+    sampler = EpochBatchSampler(len(source), args.batch_size, args.seed, run.rank, run.world_size)
+    accum = args.grad_accum_steps
+    per_update = args.batch_size * accum * run.world_size
+    updates_per_epoch = len(sampler) // accum
+    if not updates_per_epoch:
+        raise ValueError(
+            f"An update takes {per_update} images ({args.batch_size} x {accum} steps x {run.world_size} processes), the "
+            f"data set has {len(source)}. Lower --grad-accum-steps or --batch-size."
+        )
+    total_updates = args.epochs * updates_per_epoch
+    args.lr = args.lr if args.lr is not None else args.lr_base * per_update / args.lr_base_size
+    folder, checkpoint = prepare_folder(args, run)
+    if checkpoint:
+        check_resume(args, checkpoint)
+
+    settings = {k: v for k, v in vars(args).items() if k not in CALL_ONLY}
+    if args.dry_run:
+        fixed, activations = memory_estimate(args, model)
+        run.say(yaml.safe_dump(settings, sort_keys=False).rstrip())
+        run.say(
+            f"{len(source)} images, {updates_per_epoch} updates of {per_update} an epoch, {total_updates} in all\n"
+            f"about {fixed + activations:.2f} GiB per process: {fixed:.2f} for weights, gradients and optimizer, "
+            f"{activations:.2f} for a step of {args.batch_size} images"
+        )
+        return 0
+
+    makers = start_loggers(args, run, settings)
+    if run.primary:
+        claim_folder(folder, args.overwrite)
+        versions = (
+            f"# timm_convnextv2 {timm_convnextv2.__version__}, timm {timm.__version__}, torch {torch.__version__}\n"
+        )
+        (folder / "args.yaml").write_text(versions + yaml.safe_dump(settings, sort_keys=False))
+    loggers = [make(folder) for make in makers]
+    run.training = True
+
+    # --- training state
+    task = FCMAETask(model.to(run.device), device=run.device, verbose=False)
+    optimizer = create_optimizer_v2(
+        model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, betas=tuple(args.opt_betas), eps=args.opt_eps
+    )
+    warmup = round(args.warmup_epochs * updates_per_epoch)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=total_updates - warmup, lr_min=args.min_lr, warmup_t=warmup, warmup_lr_init=args.warmup_lr,
+        warmup_prefix=True, t_in_epochs=False,
+    )  # fmt: skip
+    scaler = NativeScaler(run.device.type) if args.amp and args.amp_dtype == "float16" else None
+    if args.model_ema:
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    progress = dict(epoch=0, update=0, loss_sum=0.0, bad_images={})
+    if checkpoint:
+        task.load_checkpoint_state(checkpoint["state_dict"])
+        if args.model_ema:
+            task.load_checkpoint_state(checkpoint["state_dict_ema"], ema=True)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if scaler is not None and scaler.state_dict_key in checkpoint:
+            scaler.load_state_dict(checkpoint[scaler.state_dict_key])
+        progress = checkpoint["progress"]
+        run.say(f"Resumed from {checkpoint['path']}: epoch {progress['epoch'] + 1}, step {progress['update']}.")
+        del checkpoint
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile)
+    if run.distributed:
+        task.prepare_distributed(device_ids=[run.device] if run.device.type == "cuda" else None)
+
+    # --- what is looked at: the same images and masks each time
+    first = progress["epoch"] * updates_per_epoch + progress["update"]
+    bar = Progress(total_updates, first, args.epochs, args.log_interval, run.primary)
+    if run.primary:
+        held = collate([dataset[(2**31 - 1, i * len(source) // 6)] for i in range(min(6, len(source)))])
+        trim_summary(folder / "summary.csv", progress["epoch"])
+
+    def picture(epoch: int) -> None:
+        """Reconstructions of the held images by the weights of now."""
+        if run.primary:
+            (folder / "reconstructions").mkdir(exist_ok=True)
+            name, title = f"epoch-{epoch:04d}.png", f"{args.model}, epoch {epoch} of {args.epochs}"
+            save_reconstructions(
+                folder / "reconstructions" / name,
+                unwrap_model(task.trainable_module),
+                *held[:2],
+                args.mean,
+                args.std,
+                title,
+            )
+
+    def save(milestone: bool = False) -> None:
+        """Checkpoint, export of the encoder, loss curve."""
+        if not run.primary:
+            return
+        save_checkpoint(folder / "last.pth.tar", task, optimizer, scaler, args, progress)
+        if milestone:
+            shutil.copyfile(folder / "last.pth.tar", folder / "milestone.part")
+            os.replace(folder / "milestone.part", folder / f"milestone-{progress['epoch']}.pth.tar")
+        export_encoder(
+            unwrap_model(task.trainable_module),
+            folder / "encoder",
+            state_dict=task.get_checkpoint_state(ema=True)["state_dict_ema"] if args.model_ema else None,
+            mean=tuple(args.mean),
+            std=tuple(args.std),
+            img_size=(height, width),
+            license=args.license,
+            info=describe(args, progress),
+        )
+        if (folder / "summary.csv").exists():
+            save_loss_curve(folder / "summary.csv", folder / "loss.png")
+
+    # --- the loop
+    run.say(
+        f"{args.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, encoder "
+        f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f}M) on {run.world_size} x {run.device.type}: "
+        f"{len(source)} images of {args.in_chans}x{height}x{width}, {grid[0]}x{grid[1]} patches of {model.stride} px, "
+        f"{updates_per_epoch} updates of {per_update} an epoch, lr {args.lr:.2e}\nWriting to {folder}"
+    )
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.workers,
+        collate_fn=collate,
+        pin_memory=args.pin_mem,
+        persistent_workers=args.workers > 0,
+        worker_init_fn=leave_signals_to_parent,
+    )
+    run.watch_signals()
+    task.train()
+    for epoch in range(progress["epoch"], args.epochs):
+        sampler.set_epoch(epoch, start_batch=progress["update"] * accum)
+        batches = iter(loader)
+        epoch_start = time.perf_counter()
+        waited, updates_here = 0.0, updates_per_epoch - progress["update"]
+        for update in range(progress["update"], updates_per_epoch):
+            update_start, done = time.perf_counter(), epoch * updates_per_epoch + update
+            scheduler.step_update(done)
+            torch.manual_seed(sample_seed(args.seed, done, run.rank))  # drop path, the same in a resumed run
+            loss, bad, wait = train_update(task, optimizer, scaler, batches, args, run.device)
+            task.update_ema(step=done)
+
+            waited += wait
+            loss, stop, failed = run.agree(loss / run.world_size, float(bool(run.stop)), float(bool(bad)))
+            progress["loss_sum"] += loss
+            progress["update"] = update + 1
+            seconds = time.perf_counter() - update_start
+            lr = optimizer.param_groups[0]["lr"]
+            bar.update(epoch, loss, lr, per_update / seconds, wait / seconds)
+            if failed:
+                note_bad_images(bad, progress["bad_images"], source, run, bar)
+            too_many = len(progress["bad_images"]) > args.max_bad_images * len(source)
+            if (stop or too_many) and progress["update"] < updates_per_epoch:
+                break
+        if progress["update"] == updates_per_epoch:
+            seconds = time.perf_counter() - epoch_start
+            metrics = dict(
+                loss=progress["loss_sum"] / updates_per_epoch,
+                images_per_s=round(updates_here * per_update / seconds, 1),
+                data_wait=round(waited / seconds, 4),
+                seconds=round(seconds, 1),
+                memory_gib=round(peak_memory(run.device), 2),
+                bad_images=len(progress["bad_images"]),
+            )
+            progress.update(epoch=epoch + 1, update=0, loss_sum=0.0)
+            if run.primary:
+                summary = folder / "summary.csv"
+                update_summary(epoch, metrics, {}, str(summary), lr=lr, write_header=not summary.exists())
+                for log in loggers:
+                    log(epoch, {**metrics, "lr": lr})
+            bar.note(f"epoch {epoch + 1}/{args.epochs} done: loss {metrics['loss']:.4f} in {seconds:.0f} s")
+            if (epoch + 1) % args.recon_interval == 0 or epoch + 1 == args.epochs or epoch == 0:
+                picture(epoch + 1)
+
+        finished = progress["epoch"] == args.epochs
+        milestone = not progress["update"] and progress["epoch"] % args.milestone_interval == 0
+        if stop or too_many or finished or milestone or (epoch + 1) % args.checkpoint_interval == 0:
+            save(milestone)
+        if too_many:
+            bar.close()
+            names = "\n".join(f"  {name}: {why}" for name, why in progress["bad_images"].items())
+            run.say(
+                f"Stopped: {len(progress['bad_images'])} of {len(source)} images cannot be decoded, more than "
+                f"--max-bad-images {args.max_bad_images:g}. Remove or mend them, or raise the limit, then go on with\n"
+                f"  {resume_command(args)}\n{names}"
+            )
+            return 1
+        if stop and not finished:
+            bar.close()
+            run.say(
+                f"Stopped by {run.stop or 'another process'} after epoch {epoch + 1}, step "
+                f"{progress['update'] or updates_per_epoch} of {updates_per_epoch}; everything is saved. Go on with\n"
+                f"  {resume_command(args)}"
+            )
+            return 0
+    bar.close()
+    run.say(f"Done. The encoder is in {folder / 'encoder'}.\n{next_commands(args, folder)}")
+    return 0
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """Runs `main`; a mistake in settings or data is one message and exit status 2."""
+    run = None
+    try:
+        args = parse_args(argv)
+        run = Run(args)
+        return main(args, run)
+    except (ValueError, RuntimeError) as e:
+        if run is not None and run.training:
+            raise
+        if run is None or run.primary:
+            print(f"pretrain.py: error: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        print(
+            f"pretrain.py: {e} The update was not made and the last checkpoint is whole. Usual remedies, then --resume "
+            "auto: --amp-dtype bfloat16 or no --amp, --clip-grad 1, a lower --lr-base.",
+            file=sys.stderr,
+        )
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
