@@ -82,7 +82,7 @@ class FCMAE(nn.Module):
         patch_size: Stem patch size. The mask's patch is the encoder's total stride (`stride`): 8 x `patch_size`; 32
             for `patch_size` 2 too, where timm's ConvNeXt adds a downsampling layer.
         mask_ratio: Share of patches to remove where no mask is given.
-        decoder_depth: Number of decoder blocks.
+        decoder_depth: Number of decoder blocks, at least 1.
         decoder_dim: Width of the decoder.
         norm_pix_loss: Normalise the target per patch.
         **encoder_kwargs: Passed to `ConvNeXtV2` (`depths`, `dims`, `kernel_sizes`, `drop_path_rate`, ...).
@@ -118,6 +118,11 @@ class FCMAE(nn.Module):
                     f"The sparse encoder needs {option}={needed!r}, where only the mixer crosses patch borders; got "
                     f"{encoder_kwargs[option]!r}. Other values work in the dense convnextv2_* models."
                 )
+        if decoder_depth < 1:
+            raise ValueError(
+                f"decoder_depth={decoder_depth}: without a decoder block masked patches never see the visible ones, "
+                "and the encoder learns nothing. The paper uses 1."
+            )
         dd = {"device": device, "dtype": dtype}
         self.encoder = ConvNeXtV2(in_chans=in_chans, patch_size=patch_size, num_classes=0, **encoder_kwargs, **dd)
         self.stride = self.encoder.feature_info[-1]["reduction"]
@@ -162,6 +167,8 @@ class FCMAE(nn.Module):
         for more in range(1, 65):  # a high ratio needs more patches than the nearest multiples have
             pairs = product(*({max(s, v // s * s), -(-v // s) * s, (v // s + more) * s} for v in (height, width)))
             fits = [(h, w) for h, w in pairs if 0 < int(h * w // s**2 * (1 - self.mask_ratio)) < h * w // s**2]
+            if height == width:
+                fits = [(h, w) for h, w in fits if h == w]
             if fits:
                 fits.sort(key=lambda size: (abs(size[0] - height) + abs(size[1] - width), size))
                 return " or ".join(f"{h}x{w}" for h, w in fits[:2])
@@ -361,9 +368,7 @@ def _describe_encoder(model: FCMAE, name: str, pretrained: bool, kwargs: dict[st
     }
     own = {**VARIANTS[name.removeprefix("convnextv2_")], "use_grn": True, "ls_init_value": None}
     options = inspect.signature(ConvNeXt.__init__).parameters.keys() - {"device", "dtype"}
-    model.encoder._model_args = {
-        k: v for k, v in kwargs.items() if k in options and (k not in own or v != own[k])
-    }
+    model.encoder._model_args = {k: v for k, v in kwargs.items() if k in options and (k not in own or v != own[k])}
 
 
 default_cfgs = generate_default_cfgs(

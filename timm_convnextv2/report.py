@@ -1,16 +1,29 @@
-"""What a run shows: progress, the loss curve, and pictures of what the model predicts. Needs matplotlib when drawing."""
+"""What a run shows: progress, memory, logs, the loss curve, and pictures of what the model predicts."""
 
+import copy
 import csv
+import importlib
 import os
+import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from .fcmae import FCMAE, normalize_target, patchify, unpatchify
+from .masking import Visible, num_visible
 
-__all__ = ["Progress", "save_loss_curve", "save_reconstructions"]
+__all__ = [
+    "Progress",
+    "check_logs",
+    "memory_estimate",
+    "open_logs",
+    "peak_memory",
+    "save_loss_curve",
+    "save_reconstructions",
+]
 
 
 class Progress:
@@ -163,3 +176,78 @@ def save_reconstructions(
     if title:
         figure.suptitle(title, fontsize=9)
     _save(figure, path)
+
+
+def memory_estimate(model: FCMAE, batch_size: int, ema: bool = False, amp: bool = False) -> tuple[float, float]:
+    """Memory that training takes, in GiB: weights, gradients and AdamW's state; what a step keeps for its backward.
+
+    The second is counted on one image of `model.img_size` on the meta device, where tensors have shapes and no memory.
+
+    Args:
+        model: On any device; left as it is.
+        batch_size: Images per step.
+        ema: Counts a moving average of the weights.
+        amp: Mixed precision: nearly all that is kept is half as large.
+    """
+    twin = copy.deepcopy(model).to("meta")
+    grid = twin.grid(*twin.img_size)
+    mask = torch.empty(1, *grid, dtype=torch.bool, device="meta")
+    layout = Visible(mask, num_visible(grid, twin.mask_ratio))
+    images = torch.empty(1, twin.in_chans, *twin.img_size, device="meta")
+    weights = {p.untyped_storage()._cdata for p in twin.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # holds the tensors: the address of a freed one may be used again
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage()._cdata not in weights:
+            kept[x.untyped_storage()._cdata] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        twin(images, layout, return_pred=False)
+    per_image = sum(x.untyped_storage().nbytes() for x in kept.values())
+    params = sum(p.numel() for p in model.parameters())
+    return params * 4 * (5 if ema else 4) / 2**30, per_image * batch_size * (0.5 if amp else 1.0) / 2**30
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak GiB: of the GPU's memory, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def check_logs(wandb: bool, tensorboard: bool) -> None:
+    """Raises a `ValueError` where a log is asked for and its package is missing."""
+    for wanted, module, package in ((wandb, "wandb", "wandb"), (tensorboard, "torch.utils.tensorboard", "tensorboard")):
+        if wanted:
+            try:
+                importlib.import_module(module)
+            except ImportError as e:
+                raise ValueError(
+                    f"--log-{package} needs a package that is missing: pip install {package} ({e})."
+                ) from e
+
+
+def open_logs(
+    folder: Path, settings: dict, wandb: bool = False, wandb_project: str | None = None, tensorboard: bool = False
+) -> list[Callable[[int, dict], None]]:
+    """Functions `(epoch, metrics)` that send the metrics of an epoch to the logs asked for."""
+    logs = []
+    if wandb:
+        import wandb as api
+
+        api.init(project=wandb_project, name=folder.name, id=folder.name, config=settings, dir=folder, resume="allow")
+        logs.append(lambda epoch, metrics: api.log(metrics, step=epoch))
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(folder)
+
+        def write(epoch: int, metrics: dict) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, epoch)
+            writer.flush()
+
+        logs.append(write)
+    return logs

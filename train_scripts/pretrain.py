@@ -14,13 +14,13 @@ import contextlib
 import difflib
 import math
 import os
-import resource
 import shlex
 import shutil
 import signal
 import sys
 import time
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 import timm
@@ -39,13 +39,31 @@ from timm.utils import (
     unwrap_model,
     update_summary,
 )
+from torch.utils.data import DataLoader
 
 import timm_convnextv2
 from timm_convnextv2 import FCMAETask
 from timm_convnextv2.checkpoint import export_encoder, load_checkpoint
-from timm_convnextv2.data import EpochBatchSampler, PretrainDataset, PretrainTransform, check_readable, collate
-from timm_convnextv2.data import create_source, sample_seed
-from timm_convnextv2.report import Progress, save_loss_curve, save_reconstructions
+from timm_convnextv2.data import (
+    EpochBatchSampler,
+    PretrainDataset,
+    PretrainStream,
+    PretrainTransform,
+    TimmStream,
+    check_readable,
+    collate,
+    create_source,
+    sample_seed,
+)
+from timm_convnextv2.report import (
+    Progress,
+    check_logs,
+    memory_estimate,
+    open_logs,
+    peak_memory,
+    save_loss_curve,
+    save_reconstructions,
+)
 
 # What changes where neither --data-dir nor --dataset is given: a run of two minutes on two CPU cores.
 EMBEDDED_DEFAULTS = dict(
@@ -58,131 +76,94 @@ EMBEDDED_DEFAULTS = dict(
     workers=0,
     experiment="embedded",
 )
+VERSIONS = f"timm_convnextv2 {timm_convnextv2.__version__}, timm {timm.__version__}, torch {torch.__version__}"
+SHOWN_EPOCH = 2**31 - 1  # crops and masks of the pictures: drawn as those of an epoch that never comes
 # A checkpoint fits only a model that agrees in these.
 ARCHITECTURE = ("model", "in_chans", "patch_size", "decoder_depth", "decoder_dim", "model_kwargs")
 # A run stopped in the middle of an epoch goes on only with the same of these.
-DATA_ORDER = ("seed", "batch_size", "grad_accum_steps", "world_size", "num_images")
+DATA_ORDER = ("seed", "batch_size", "grad_accum_steps")
 # Not settings of the run but of the call: args.yaml and checkpoints leave them out.
 CALL_ONLY = ("config", "resume", "overwrite", "dry_run")
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """The options; defaults are the paper's recipe for ImageNet-1K."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file that sets any of the options below")
     parser.add_argument("--dry-run", action="store_true", help="print settings, image count and memory, then stop")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", metavar="DIR", help="images anywhere below it; root of --dataset where given")
-    group.add_argument("--dataset", metavar="NAME", default="", help="timm dataset: hfds/..., wds/..., torch/...")
-    group.add_argument("--train-split", metavar="NAME", default="train", help="split of --dataset")
-    group.add_argument("--train-num-samples", type=int, metavar="N", help="images in a streamed --dataset")
-    group.add_argument("--dataset-download", action="store_true", help="let --dataset torch/... download")
-    group.add_argument("--input-key", metavar="NAME", help="image column of --dataset")
-    group.add_argument(
-        "--max-bad-images",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="stop when more than this share of the images cannot be decoded",
-    )
-    group.add_argument("--img-size", type=int, default=224, metavar="N", help="side of the square crops")
-    group.add_argument(
-        "--input-size",
-        type=int,
-        nargs=3,
-        metavar=("C", "H", "W"),
-        help="channels, height and width; replaces --in-chans and --img-size",
-    )
-    group.add_argument("--in-chans", type=int, default=3, metavar="N", help="1, 3, or the bands of TIFF and .npy files")
-    group.add_argument("--mean", type=float, nargs="+", metavar="X", help="per channel, of pixels scaled to [0, 1]")
-    group.add_argument(
-        "--std", type=float, nargs="+", metavar="X", help="likewise (default: ImageNet's for 3 channels)"
-    )
-    group.add_argument("--scale", type=float, nargs=2, default=[0.2, 1.0], metavar="X", help="area of the random crop")
-    group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="its aspect ratio")
-    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
-    group.add_argument("--vflip", type=float, default=0.0, metavar="P", help="probability of a vertical flip")
-    group.add_argument("--train-interpolation", default="bicubic", choices=["bicubic", "bilinear", "nearest"])
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", metavar="DIR", help="images anywhere below it; the root of --dataset where that is given")
+    add("--dataset", default="", metavar="NAME", help="timm dataset (hfds/..., wds/..., torch/...), or 'embedded'")
+    add("--train-split", default="train", metavar="NAME", help="split of --dataset")
+    add("--train-num-samples", type=int, metavar="N", help="images per epoch of a streamed --dataset")
+    add("--dataset-download", action="store_true", help="let --dataset torch/... download")
+    add("--input-key", metavar="NAME", help="image column of --dataset")
+    add("--max-bad-images", type=float, default=0.01, metavar="X", help="stop when a larger share cannot be decoded")
+    add("--img-size", type=int, default=224, metavar="N", help="side of the square crops")
+    add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="replaces --in-chans and --img-size")
+    add("--in-chans", type=int, default=3, metavar="N", help="1, 3, or the number of bands of TIFF and .npy files")
+    add("--mean", type=float, nargs="+", metavar="X", help="per channel, of pixels scaled to [0, 1]")
+    add("--std", type=float, nargs="+", metavar="X", help="likewise (default: ImageNet's for 3 channels)")
+    add("--scale", type=float, nargs=2, default=[0.2, 1.0], metavar="X", help="area of the random crop")
+    add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="aspect ratio of the random crop")
+    add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
+    add("--vflip", type=float, default=0.0, metavar="P", help="probability of a vertical flip")
+    add("--train-interpolation", default="bicubic", choices=["bicubic", "bilinear", "nearest"])
 
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="fcmae_convnextv2_atto", metavar="NAME", help="fcmae_convnextv2_{atto..huge}")
-    group.add_argument("--pretrained", action="store_true", help="start from the published encoder (CC-BY-NC 4.0)")
-    group.add_argument(
-        "--patch-size", type=int, default=4, metavar="N", help="stem patch; 1 for small images (stride 8)"
-    )
-    group.add_argument("--mask-ratio", type=float, default=0.6, metavar="X", help="share of the patches to remove")
-    group.add_argument("--decoder-depth", type=int, default=1, metavar="N")
-    group.add_argument("--decoder-dim", type=int, default=512, metavar="N")
-    group.add_argument(
-        "--norm-pix-loss", action=argparse.BooleanOptionalAction, default=True, help="normalise the target per patch"
-    )
-    group.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        default={},
-        action=ParseKwargs,
-        metavar="K=V",
-        help="more arguments of timm.create_model",
-    )
-    group.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
-    group.add_argument("--model-ema", action="store_true", help="keep and export a moving average of the weights")
-    group.add_argument("--model-ema-decay", type=float, default=0.9999, metavar="X")
-    group.add_argument("--model-ema-warmup", action="store_true", help="start with a shorter average")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="fcmae_convnextv2_atto", metavar="NAME", help="fcmae_convnextv2_{atto..huge}")
+    add("--pretrained", action="store_true", help="start from the published encoder (CC-BY-NC 4.0)")
+    add("--patch-size", type=int, default=4, metavar="N", help="stem patch; 1 for small images (stride 8)")
+    add("--mask-ratio", type=float, default=0.6, metavar="X", help="share of the patches to remove")
+    add("--decoder-depth", type=int, default=1, metavar="N")
+    add("--decoder-dim", type=int, default=512, metavar="N")
+    add("--norm-pix-loss", action=argparse.BooleanOptionalAction, default=True, help="normalise targets per patch")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="more of timm.create_model's")
+    add("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
+    add("--model-ema", action="store_true", help="keep and export a moving average of the weights")
+    add("--model-ema-decay", type=float, default=0.9999, metavar="X")
+    add("--model-ema-warmup", action="store_true", help="start with a shorter average")
 
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("-b", "--batch-size", type=int, default=64, metavar="N", help="images per process and step")
-    group.add_argument("--grad-accum-steps", type=int, default=1, metavar="N", help="steps per update")
-    group.add_argument("--epochs", type=int, default=800, metavar="N")
-    group.add_argument("--warmup-epochs", type=float, default=40, metavar="N")
-    group.add_argument(
-        "--lr-base", type=float, default=1.5e-4, metavar="X", help="lr = lr_base * images per update / lr_base_size"
-    )
-    group.add_argument("--lr-base-size", type=int, default=256, metavar="N")
-    group.add_argument("--lr", type=float, metavar="X", help="the learning rate itself; replaces --lr-base")
-    group.add_argument("--warmup-lr", type=float, default=0.0, metavar="X")
-    group.add_argument("--min-lr", type=float, default=0.0, metavar="X")
-    group.add_argument("--opt", default="adamw", metavar="NAME", help="any optimizer of timm")
-    group.add_argument("--opt-betas", type=float, nargs=2, default=[0.9, 0.95], metavar="X")
-    group.add_argument("--opt-eps", type=float, default=1e-8, metavar="X")
-    group.add_argument("--weight-decay", type=float, default=0.05, metavar="X")
-    group.add_argument(
-        "--clip-grad", type=float, metavar="NORM", help="clip the gradient's norm (default: no clipping)"
-    )
+    add = parser.add_argument_group("optimisation").add_argument
+    add("-b", "--batch-size", type=int, default=64, metavar="N", help="images per process and step")
+    add("--grad-accum-steps", type=int, default=1, metavar="N", help="steps per update")
+    add("--epochs", type=int, default=800, metavar="N")
+    add("--warmup-epochs", type=float, default=40, metavar="N")
+    add("--lr-base", type=float, default=1.5e-4, metavar="X", help="lr = lr_base * images per update / lr_base_size")
+    add("--lr-base-size", type=int, default=256, metavar="N")
+    add("--lr", type=float, metavar="X", help="the learning rate itself; replaces --lr-base")
+    add("--warmup-lr", type=float, default=0.0, metavar="X")
+    add("--min-lr", type=float, default=0.0, metavar="X")
+    add("--opt", default="adamw", metavar="NAME", help="any optimizer of timm")
+    add("--opt-betas", type=float, nargs=2, default=[0.9, 0.95], metavar="X")
+    add("--opt-eps", type=float, default=1e-8, metavar="X")
+    add("--weight-decay", type=float, default=0.05, metavar="X")
+    add("--clip-grad", type=float, metavar="NORM", help="clip the gradient's norm (default: no clipping)")
 
-    group = parser.add_argument_group("run")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME")
-    group.add_argument("--amp", action="store_true", help="mixed precision")
-    group.add_argument("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
-    group.add_argument("--seed", type=int, default=42, metavar="N")
-    group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="data processes per training process")
-    group.add_argument("--pin-mem", action="store_true")
-    group.add_argument("--output", default="output", metavar="DIR")
-    group.add_argument(
-        "--experiment", default="", metavar="NAME", help="sub-folder of --output (default: time and model)"
-    )
-    group.add_argument("--resume", default="", metavar="PATH", help="a checkpoint, or 'auto' for the experiment's last")
-    group.add_argument("--overwrite", action="store_true", help="empty the experiment's folder first")
-    group.add_argument("--checkpoint-interval", type=int, default=1, metavar="N", help="epochs between checkpoints")
-    group.add_argument(
-        "--milestone-interval",
-        type=int,
-        metavar="N",
-        help="epochs between checkpoints that are kept (default: a quarter of the run)",
-    )
-    group.add_argument(
-        "--recon-interval",
-        type=int,
-        metavar="N",
-        help="epochs between reconstruction pictures (default: a tenth of the run)",
-    )
-    group.add_argument("--log-interval", type=int, default=10, metavar="N", help="updates between plain progress lines")
-    group.add_argument("--log-wandb", action="store_true")
-    group.add_argument("--wandb-project", metavar="NAME")
-    group.add_argument("--log-tensorboard", action="store_true")
-    group.add_argument("--license", default="", metavar="ID", help="licence to write into the exported folder")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME")
+    add("--amp", action="store_true", help="mixed precision")
+    add("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
+    add("--seed", type=int, default=42, metavar="N")
+    add("-j", "--workers", type=int, default=4, metavar="N", help="data processes per training process")
+    add("--pin-mem", action="store_true", help="faster copies to the GPU, for more memory")
+    add("--output", default="output", metavar="DIR")
+    add("--experiment", default="", metavar="NAME", help="sub-folder of --output (default: time, model and size)")
+    add("--resume", default="", metavar="PATH", help="a checkpoint, or 'auto' for the experiment's last")
+    add("--overwrite", action="store_true", help="empty the experiment's folder first")
+    add("--checkpoint-interval", type=int, default=1, metavar="N", help="epochs between checkpoints")
+    add("--milestone-interval", type=int, metavar="N", help="epochs between checkpoints to keep (default: epochs / 4)")
+    add("--recon-interval", type=int, metavar="N", help="epochs between reconstructions (default: epochs / 10)")
+    add("--log-interval", type=int, default=10, metavar="N", help="updates between lines of plain progress")
+    add("--log-wandb", action="store_true")
+    add("--wandb-project", metavar="NAME")
+    add("--log-tensorboard", action="store_true")
+    add("--license", default="", metavar="ID", help="licence of the exported weights, e.g. mit")
     return parser
+# fmt: on
 
 
 def config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
@@ -253,6 +234,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def settings_of(args: argparse.Namespace) -> dict:
+    """The settings of the run, for args.yaml and checkpoints."""
+    return {k: v for k, v in vars(args).items() if k not in CALL_ONLY}
+
+
 def create_fcmae(args: argparse.Namespace) -> timm_convnextv2.FCMAE:
     """The model that the options name, from the seed."""
     known = timm.list_models("fcmae_*")
@@ -277,34 +263,6 @@ def create_fcmae(args: argparse.Namespace) -> timm_convnextv2.FCMAE:
     )
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
-
-
-def memory_estimate(args: argparse.Namespace, model: timm_convnextv2.FCMAE) -> tuple[float, float]:
-    """GiB per process: for weights, gradients and AdamW's state; and for what one step keeps for its backward pass.
-
-    The second is counted on the meta device, where tensors have shapes and no memory.
-    """
-    from timm_convnextv2.masking import Visible, num_visible
-
-    params = sum(p.numel() for p in model.parameters())
-    model = timm.create_model(args.model, **{**model._model_args, "device": torch.device("meta")}).train()
-    model.set_grad_checkpointing(args.grad_checkpointing)
-    images = torch.empty(1, *args.input_size, device="meta")
-    grid = model.grid(*args.input_size[1:])
-    layout = Visible(torch.empty(1, *grid, dtype=torch.bool, device="meta"), num_visible(grid, args.mask_ratio))
-    kept: dict[int, int] = {}
-
-    def count(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        alive.append(x)  # a storage that is freed may lend its address to the next
-        return x
-
-    alive: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        model(images, layout, return_pred=False)
-    activations = (sum(kept.values()) - 4 * params) * args.batch_size * (0.6 if args.amp else 1.0)
-    return params * 4 * (5 if args.model_ema else 4) / 2**30, activations / 2**30
 
 
 class Run:
@@ -336,7 +294,7 @@ class Run:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, ask)
 
-    def agree(self, *values: float) -> list[float]:
+    def total(self, *values: float) -> list[float]:
         """Sums of values over all ranks."""
         if not self.distributed:
             return list(values)
@@ -388,37 +346,42 @@ def claim_folder(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"The output folder {folder} cannot be written ({e}). Choose another with --output.") from e
 
 
-def check_resume(args: argparse.Namespace, checkpoint: dict) -> None:
-    """Refuses a checkpoint of another model, or a half epoch of other data."""
-    path, before, now = checkpoint["path"], checkpoint.get("args"), vars(args)
-    if not isinstance(before, dict) or "progress" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of this script, it has no training state to resume.")
-    differs = [f"{k}: {before.get(k)!r} there, {now[k]!r} here" for k in ARCHITECTURE if before.get(k) != now[k]]
+def check_resume(args: argparse.Namespace, checkpoint: dict, progress: dict) -> None:
+    """Refuses a checkpoint of another model, and one from the middle of an epoch of other data."""
+    path, before, then = checkpoint["path"], checkpoint.get("args"), checkpoint.get("progress")
+    if not isinstance(before, dict) or not isinstance(then, dict):
+        raise ValueError(f"{path} is not a checkpoint of this script: it has no training state to resume.")
+
+    def differences(old: dict, new: dict, names: tuple[str, ...]) -> list[str]:
+        return [f"{name}: {old.get(name)!r} there, {new[name]!r} here" for name in names if old.get(name) != new[name]]
+
+    differs = differences(before, vars(args), ARCHITECTURE)
     if differs:
         raise ValueError(
-            f"Cannot resume from {path}: its model differs in {'; '.join(differs)}. Repeat the settings of that run (its "
-            "args.yaml), or start a new --experiment."
+            f"Cannot resume from {path}, its model differs in {'; '.join(differs)}. Repeat the settings of that run "
+            "(its args.yaml), or start a new --experiment."
         )
-    if checkpoint["progress"]["update"]:
-        differs = [f"{k}: {before.get(k)!r} there, {now[k]!r} here" for k in DATA_ORDER if before.get(k) != now[k]]
-        if differs:
-            raise ValueError(
-                f"Cannot resume from {path}: it was taken in the middle of an epoch, and the order of the images differs "
-                f"in {'; '.join(differs)}. Resume with the same, or from a milestone checkpoint."
-            )
+    if args.model_ema and "state_dict_ema" not in checkpoint:
+        raise ValueError(f"Cannot resume from {path} with --model-ema: that run kept no moving average.")
+    differs = differences(before, vars(args), DATA_ORDER) + differences(then, progress, ("world_size", "num_images"))
+    if differs and then["update"]:
+        raise ValueError(
+            f"Cannot resume from {path}: it was saved in the middle of an epoch, and the order of the images differs "
+            f"in {'; '.join(differs)}. Resume with the same, or from a milestone checkpoint."
+        )
 
 
 def save_checkpoint(path: Path, task: FCMAETask, optimizer, scaler, args: argparse.Namespace, progress: dict) -> None:
     """Writes a checkpoint in timm's format, whole or not at all."""
     state = {
-        "epoch": progress["epoch"] if progress["update"] else progress["epoch"] - 1,  # timm: the last one completed
+        "epoch": progress["epoch"] - 1,  # timm: the last one completed
         "arch": args.model,
         "version": 2,
-        "args": {k: v for k, v in vars(args).items() if k not in CALL_ONLY},
+        "args": settings_of(args),
         "progress": progress,
         "optimizer": optimizer.state_dict(),
         **task.get_checkpoint_state(),
-        **(task.get_checkpoint_state(ema=True) if task.has_ema() else {}),
+        **task.get_checkpoint_state(ema=True),
     }
     if scaler is not None:
         state[scaler.state_dict_key] = scaler.state_dict()
@@ -429,25 +392,17 @@ def save_checkpoint(path: Path, task: FCMAETask, optimizer, scaler, args: argpar
 
 def next_commands(args: argparse.Namespace, folder: Path) -> str:
     """What to do with the result, ready to paste."""
-    encoder = (folder / "encoder").resolve()
-    quoted = shlex.quote(str(encoder))
-    chans = "" if args.in_chans == 3 else f" --in-chans {args.in_chans}"
-    python = (
-        f"import timm; model = timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10); "
-        "print(model.pretrained_cfg['architecture'], sum(p.numel() for p in model.parameters()))"
-    )
-    return "\n".join(
-        [
-            "Load it in Python (timm alone is enough):",
-            f"  python -c {shlex.quote(python)}",
-            "Finetune it with timm's train.py on folders of classes:",
-            f"  python train.py --model local-dir:{quoted} --pretrained --num-classes N --data-dir DATA "
-            f"--img-size {args.input_size[1]}{chans}",
-            "Look at the pictures:",
-            f"  {folder.resolve() / 'loss.png'}",
-            f"  {folder.resolve() / 'reconstructions'}",
-        ]
-    )
+    encoder, finetune = folder.resolve() / "encoder", f"--img-size {args.input_size[1]}"
+    if args.in_chans != 3:
+        finetune += f" --in-chans {args.in_chans}"
+    return f"""\
+Load it in Python, with timm alone:
+  python -c "import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
+Finetune it with timm's train.py, on a folder with train/ and validation/:
+  python train.py --model "local-dir:{encoder}" --pretrained --num-classes 10 {finetune} --data-dir DATA
+Look at the loss and at what it predicts:
+  {folder.resolve() / "loss.png"}
+  {folder.resolve() / "reconstructions" / f"epoch-{args.epochs:04d}.png"}"""
 
 
 def resume_command(args: argparse.Namespace) -> str:
@@ -460,7 +415,11 @@ def resume_command(args: argparse.Namespace) -> str:
             skip = True
         elif not word.startswith(("--resume=", "--experiment=")):
             words.append(shlex.quote(word))
-    launcher = "python" if "TORCHELASTIC_RUN_ID" not in os.environ else f"torchrun --nproc-per-node {args.world_size}"
+    launcher = (
+        "python"
+        if "LOCAL_WORLD_SIZE" not in os.environ
+        else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    )
     return " ".join([launcher, *words, "--experiment", shlex.quote(args.experiment), "--resume auto"])
 
 
@@ -500,129 +459,123 @@ def train_update(
     return total, bad, waited
 
 
-def note_bad_images(bad: list[tuple[int, str]], known: dict[str, str], source, run: Run, bar: Progress) -> None:
-    """Adds images that could not be decoded, on any rank, to those known, and names new ones."""
-    named = [(source.name(index), reason) for index, reason in bad]
-    everywhere = [named]
+def note_bad_images(bad: list[tuple[str, str]], known: dict[str, str], run: Run, bar: Progress) -> None:
+    """Adds images that could not be decoded, `(name, reason)` on any rank, to those known, and names the new ones."""
+    everywhere = [bad]
     if run.distributed:
         everywhere = [None] * run.world_size
-        dist.all_gather_object(everywhere, named)
+        dist.all_gather_object(everywhere, bad)
     for name, reason in sum(everywhere, []):
         if name not in known:
             known[name] = reason
             bar.note(f"Skipped an image that cannot be decoded ({len(known)} so far): {name}: {reason}")
 
 
-def peak_memory(device: torch.device) -> float:
-    """Peak GiB: of the GPU's memory, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def start_loggers(args: argparse.Namespace, run: Run, settings: dict) -> list:
-    """Makers of functions `(epoch, metrics)` for --log-wandb and --log-tensorboard; each takes the folder."""
-    makers = []
-    try:
-        if args.log_wandb:
-            import wandb
-
-            makers.append(lambda folder: _wandb_log(wandb, args, folder, settings))
-        if args.log_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            makers.append(lambda folder: _tensorboard_log(SummaryWriter(folder)))
-    except ImportError as e:
-        raise ValueError(
-            f"{e}. Install it (pip install wandb, pip install tensorboard) or leave the option out."
-        ) from e
-    return makers if run.primary else []
-
-
-def _wandb_log(wandb, args: argparse.Namespace, folder: Path, settings: dict):
-    wandb.init(project=args.wandb_project, name=args.experiment, config=settings, dir=folder, resume="allow")
-    return lambda epoch, metrics: wandb.log(metrics, step=epoch)
-
-
-def _tensorboard_log(writer):
-    def log(epoch: int, metrics: dict) -> None:
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, epoch)
-        writer.flush()
-
-    return log
-
-
 def describe(args: argparse.Namespace, progress: dict) -> dict[str, str]:
     """How the weights were made, for the README of the export."""
-    height, width = args.input_size[1:]
-    data = args.dataset or (Path(args.data_dir).name if args.data_dir else "the embedded data set of timm_convnextv2")
-    lr = f"{args.lr:.2e} for {args.batch_size * args.grad_accum_steps * args.world_size} images per update"
+    data = args.dataset if args.dataset != "embedded" else "the embedded data set of timm_convnextv2"
+    images = args.batch_size * args.grad_accum_steps * progress["world_size"]
     return {
         "Method": f"FCMAE, mask ratio {args.mask_ratio}, decoder {args.decoder_depth} x {args.decoder_dim}, "
         + ("pixels normalised per patch" if args.norm_pix_loss else "plain pixels"),
-        "Data": f"{data}, {args.num_images} images, {args.in_chans} x {height} x {width}",
+        "Data": f"{data or Path(args.data_dir).resolve().name}, {progress['num_images']} images",
         "Epochs": f"{progress['epoch']} of {args.epochs}" + (" and a part of the next" if progress["update"] else ""),
-        "Optimizer": f"{args.opt}, lr {lr}, weight decay {args.weight_decay}, betas {tuple(args.opt_betas)}",
+        "Optimizer": f"{args.opt}, lr {args.lr:.2e} for {images} images per update, weight decay {args.weight_decay}, "
+        f"betas {tuple(args.opt_betas)}",
         "Weights": f"moving average ({args.model_ema_decay})" if args.model_ema else "last",
         "Seed": str(args.seed),
-        "Made with": f"timm_convnextv2 {timm_convnextv2.__version__}, timm {timm.__version__}, torch {torch.__version__}",
+        "Made with": VERSIONS,
     }
+
+
+def open_data(args: argparse.Namespace, run: Run, grid: tuple[int, int]):
+    """The data, checked before anything is written.
+
+    Returns:
+        The loader; `set_epoch(epoch, start_batch)`; batches per epoch; number of images; the name of an image by its
+        index; the few images and masks that the pictures show.
+    """
+    transform = PretrainTransform(
+        tuple(args.input_size[1:]), tuple(args.scale), tuple(args.ratio), args.hflip, args.vflip,
+        args.train_interpolation, tuple(args.mean), tuple(args.std),
+    )  # fmt: skip
+    source = create_source(
+        args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key, args.dataset_download,
+        args.train_num_samples, args.batch_size, args.seed,
+    )  # fmt: skip
+    check_readable(source)
+    options = dict(
+        num_workers=args.workers,
+        collate_fn=collate,
+        pin_memory=args.pin_mem,
+        persistent_workers=args.workers > 0,
+        worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator(),  # its own, or each epoch would draw from the model's
+    )
+    if isinstance(source, TimmStream):
+        dataset = PretrainStream(source, transform, grid, args.mask_ratio, args.seed)
+        source.set_loader_cfg(num_workers=args.workers)
+        loader = DataLoader(dataset, batch_size=args.batch_size, drop_last=True, **options)
+        batches = len(source) // (args.batch_size * run.world_size)
+        return (
+            loader,
+            lambda epoch, _start: dataset.set_epoch(epoch),
+            batches,
+            len(source),
+            str,
+            list(islice(dataset, 6)),
+        )
+    dataset = PretrainDataset(source, transform, grid, args.mask_ratio, args.seed)
+    sampler = EpochBatchSampler(len(source), args.batch_size, args.seed, run.rank, run.world_size)
+    loader = DataLoader(dataset, batch_sampler=sampler, **options)
+    count = min(6, len(source))
+    shown = [dataset[(SHOWN_EPOCH, i * len(source) // count)] for i in range(count)] if run.primary else []
+    return loader, sampler.set_epoch, len(sampler), len(source), source.name, shown
 
 
 def main(args: argparse.Namespace, run: Run) -> int:
     """Sets everything up, checks it, trains; returns the exit status."""
     # --- model, data, folder: whatever is wrong with them shows here, before anything is written
-    args.world_size = run.world_size
     model = create_fcmae(args)
     height, width = args.input_size[1:]
     grid = model.grid(height, width)
-    transform = PretrainTransform(
-        (height, width), tuple(args.scale), tuple(args.ratio), args.hflip, args.vflip, args.train_interpolation,
-        tuple(args.mean), tuple(args.std),
-    )  # fmt: skip
-    source = create_source(
-        args.data_dir, args.dataset, args.train_split, args.in_chans,
-        input_key=args.input_key, download=args.dataset_download,
-    )  # fmt: skip
-    args.num_images = len(source)
-    check_readable(source)
-    dataset = PretrainDataset(source, transform, grid, args.mask_ratio, args.seed)
-    sampler = EpochBatchSampler(len(source), args.batch_size, args.seed, run.rank, run.world_size)
+    loader, set_epoch, batches_per_epoch, num_images, name_of, shown = open_data(args, run, grid)
     accum = args.grad_accum_steps
     per_update = args.batch_size * accum * run.world_size
-    updates_per_epoch = len(sampler) // accum
+    updates_per_epoch = batches_per_epoch // accum
     if not updates_per_epoch:
         raise ValueError(
-            f"An update takes {per_update} images ({args.batch_size} x {accum} steps x {run.world_size} processes), the "
-            f"data set has {len(source)}. Lower --grad-accum-steps or --batch-size."
+            f"An update takes {per_update} images ({args.batch_size} x {accum} steps x {run.world_size} processes), "
+            f"but the data set has {num_images}. Lower --grad-accum-steps or --batch-size."
         )
     total_updates = args.epochs * updates_per_epoch
     args.lr = args.lr if args.lr is not None else args.lr_base * per_update / args.lr_base_size
+    progress = dict(epoch=0, update=0, loss_sum=0.0, bad_images={}, world_size=run.world_size, num_images=num_images)
     folder, checkpoint = prepare_folder(args, run)
     if checkpoint:
-        check_resume(args, checkpoint)
+        check_resume(args, checkpoint, progress)
+    check_logs(args.log_wandb, args.log_tensorboard)
 
-    settings = {k: v for k, v in vars(args).items() if k not in CALL_ONLY}
+    about = (
+        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+        f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f}M of them the encoder; "
+        f"{num_images} images of {args.in_chans} x {height} x {width} in {grid[0]} x {grid[1]} patches of "
+        f"{model.stride} px; "
+        f"{total_updates} updates of {per_update} images, lr {args.lr:.2e}, on {run.world_size} x {run.device.type}"
+    )
     if args.dry_run:
-        fixed, activations = memory_estimate(args, model)
-        run.say(yaml.safe_dump(settings, sort_keys=False).rstrip())
+        fixed, step = memory_estimate(model, args.batch_size, ema=args.model_ema, amp=args.amp)
+        run.say(yaml.safe_dump(settings_of(args), sort_keys=False) + about)
         run.say(
-            f"{len(source)} images, {updates_per_epoch} updates of {per_update} an epoch, {total_updates} in all\n"
-            f"about {fixed + activations:.2f} GiB per process: {fixed:.2f} for weights, gradients and optimizer, "
-            f"{activations:.2f} for a step of {args.batch_size} images"
+            f"Memory per process: about {fixed + step:.2f} GiB, {fixed:.2f} for weights, gradients and AdamW, "
+            f"{step:.2f} for a step of {args.batch_size} images; data workers take their own."
         )
         return 0
-
-    makers = start_loggers(args, run, settings)
+    logs = []
     if run.primary:
         claim_folder(folder, args.overwrite)
-        versions = (
-            f"# timm_convnextv2 {timm_convnextv2.__version__}, timm {timm.__version__}, torch {torch.__version__}\n"
-        )
-        (folder / "args.yaml").write_text(versions + yaml.safe_dump(settings, sort_keys=False))
-    loggers = [make(folder) for make in makers]
+        (folder / "args.yaml").write_text(f"# {VERSIONS}\n" + yaml.safe_dump(settings_of(args), sort_keys=False))
+        logs = open_logs(folder, settings_of(args), args.log_wandb, args.wandb_project, args.log_tensorboard)
     run.training = True
 
     # --- training state
@@ -632,13 +585,12 @@ def main(args: argparse.Namespace, run: Run) -> int:
     )
     warmup = round(args.warmup_epochs * updates_per_epoch)
     scheduler = CosineLRScheduler(
-        optimizer, t_initial=total_updates - warmup, lr_min=args.min_lr, warmup_t=warmup, warmup_lr_init=args.warmup_lr,
-        warmup_prefix=True, t_in_epochs=False,
+        optimizer, t_initial=max(1, total_updates - warmup), lr_min=args.min_lr, warmup_t=warmup,
+        warmup_lr_init=args.warmup_lr, warmup_prefix=True, t_in_epochs=False,
     )  # fmt: skip
     scaler = NativeScaler(run.device.type) if args.amp and args.amp_dtype == "float16" else None
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    progress = dict(epoch=0, update=0, loss_sum=0.0, bad_images={})
     if checkpoint:
         task.load_checkpoint_state(checkpoint["state_dict"])
         if args.model_ema:
@@ -646,39 +598,27 @@ def main(args: argparse.Namespace, run: Run) -> int:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if scaler is not None and scaler.state_dict_key in checkpoint:
             scaler.load_state_dict(checkpoint[scaler.state_dict_key])
-        progress = checkpoint["progress"]
-        run.say(f"Resumed from {checkpoint['path']}: epoch {progress['epoch'] + 1}, step {progress['update']}.")
+        progress = {**checkpoint["progress"], "world_size": run.world_size, "num_images": num_images}
+        about += f"\nResumed from {checkpoint['path']}: epoch {progress['epoch'] + 1}, update {progress['update'] + 1}"
         del checkpoint
     if args.torchcompile:
         task.compile(backend=args.torchcompile)
     if run.distributed:
         task.prepare_distributed(device_ids=[run.device] if run.device.type == "cuda" else None)
-
-    # --- what is looked at: the same images and masks each time
-    first = progress["epoch"] * updates_per_epoch + progress["update"]
-    bar = Progress(total_updates, first, args.epochs, args.log_interval, run.primary)
+    summary = folder / "summary.csv"
     if run.primary:
-        held = collate([dataset[(2**31 - 1, i * len(source) // 6)] for i in range(min(6, len(source)))])
-        trim_summary(folder / "summary.csv", progress["epoch"])
+        trim_summary(str(summary), progress["epoch"])
+    run.say(f"{about}\nWriting to {folder}")
+    bar = Progress(
+        total_updates,
+        progress["epoch"] * updates_per_epoch + progress["update"],
+        args.epochs,
+        args.log_interval,
+        run.primary,
+    )
 
-    def picture(epoch: int) -> None:
-        """Reconstructions of the held images by the weights of now."""
-        if run.primary:
-            (folder / "reconstructions").mkdir(exist_ok=True)
-            name, title = f"epoch-{epoch:04d}.png", f"{args.model}, epoch {epoch} of {args.epochs}"
-            save_reconstructions(
-                folder / "reconstructions" / name,
-                unwrap_model(task.trainable_module),
-                *held[:2],
-                args.mean,
-                args.std,
-                title,
-            )
-
-    def save(milestone: bool = False) -> None:
-        """Checkpoint, export of the encoder, loss curve."""
-        if not run.primary:
-            return
+    def save(milestone: bool) -> None:
+        """Checkpoint, exported encoder, loss curve."""
         save_checkpoint(folder / "last.pth.tar", task, optimizer, scaler, args, progress)
         if milestone:
             shutil.copyfile(folder / "last.pth.tar", folder / "milestone.part")
@@ -686,63 +626,45 @@ def main(args: argparse.Namespace, run: Run) -> int:
         export_encoder(
             unwrap_model(task.trainable_module),
             folder / "encoder",
-            state_dict=task.get_checkpoint_state(ema=True)["state_dict_ema"] if args.model_ema else None,
-            mean=tuple(args.mean),
-            std=tuple(args.std),
-            img_size=(height, width),
-            license=args.license,
+            state_dict=task.get_checkpoint_state(ema=True).get("state_dict_ema"),
+            mean=args.mean,
+            std=args.std,
+            license=args.license or None,
             info=describe(args, progress),
         )
-        if (folder / "summary.csv").exists():
-            save_loss_curve(folder / "summary.csv", folder / "loss.png")
+        if summary.exists():
+            save_loss_curve(summary, folder / "loss.png")
 
     # --- the loop
-    run.say(
-        f"{args.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, encoder "
-        f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f}M) on {run.world_size} x {run.device.type}: "
-        f"{len(source)} images of {args.in_chans}x{height}x{width}, {grid[0]}x{grid[1]} patches of {model.stride} px, "
-        f"{updates_per_epoch} updates of {per_update} an epoch, lr {args.lr:.2e}\nWriting to {folder}"
-    )
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=args.workers,
-        collate_fn=collate,
-        pin_memory=args.pin_mem,
-        persistent_workers=args.workers > 0,
-        worker_init_fn=leave_signals_to_parent,
-    )
     run.watch_signals()
     task.train()
     for epoch in range(progress["epoch"], args.epochs):
-        sampler.set_epoch(epoch, start_batch=progress["update"] * accum)
+        first = progress["update"]
+        set_epoch(epoch, first * accum)
         batches = iter(loader)
-        epoch_start = time.perf_counter()
-        waited, updates_here = 0.0, updates_per_epoch - progress["update"]
-        for update in range(progress["update"], updates_per_epoch):
+        start, waited = time.perf_counter(), 0.0
+        for update in range(first, updates_per_epoch):
             update_start, done = time.perf_counter(), epoch * updates_per_epoch + update
             scheduler.step_update(done)
             torch.manual_seed(sample_seed(args.seed, done, run.rank))  # drop path, the same in a resumed run
             loss, bad, wait = train_update(task, optimizer, scaler, batches, args, run.device)
             task.update_ema(step=done)
 
-            waited += wait
-            loss, stop, failed = run.agree(loss / run.world_size, float(bool(run.stop)), float(bool(bad)))
-            progress["loss_sum"] += loss
-            progress["update"] = update + 1
-            seconds = time.perf_counter() - update_start
-            lr = optimizer.param_groups[0]["lr"]
+            loss, stop, any_bad = run.total(loss / run.world_size, bool(run.stop), bool(bad))
+            waited, seconds, lr = waited + wait, time.perf_counter() - update_start, optimizer.param_groups[0]["lr"]
+            progress.update(update=update + 1, loss_sum=progress["loss_sum"] + loss)
             bar.update(epoch, loss, lr, per_update / seconds, wait / seconds)
-            if failed:
-                note_bad_images(bad, progress["bad_images"], source, run, bar)
-            too_many = len(progress["bad_images"]) > args.max_bad_images * len(source)
-            if (stop or too_many) and progress["update"] < updates_per_epoch:
+            if any_bad:
+                note_bad_images([(name_of(i), why) for i, why in bad], progress["bad_images"], run, bar)
+            too_many = len(progress["bad_images"]) > args.max_bad_images * num_images
+            if stop or too_many:
                 break
+
         if progress["update"] == updates_per_epoch:
-            seconds = time.perf_counter() - epoch_start
+            seconds = time.perf_counter() - start
             metrics = dict(
                 loss=progress["loss_sum"] / updates_per_epoch,
-                images_per_s=round(updates_here * per_update / seconds, 1),
+                images_per_s=round((updates_per_epoch - first) * per_update / seconds, 1),
                 data_wait=round(waited / seconds, 4),
                 seconds=round(seconds, 1),
                 memory_gib=round(peak_memory(run.device), 2),
@@ -750,37 +672,41 @@ def main(args: argparse.Namespace, run: Run) -> int:
             )
             progress.update(epoch=epoch + 1, update=0, loss_sum=0.0)
             if run.primary:
-                summary = folder / "summary.csv"
                 update_summary(epoch, metrics, {}, str(summary), lr=lr, write_header=not summary.exists())
-                for log in loggers:
+                for log in logs:
                     log(epoch, {**metrics, "lr": lr})
-            bar.note(f"epoch {epoch + 1}/{args.epochs} done: loss {metrics['loss']:.4f} in {seconds:.0f} s")
-            if (epoch + 1) % args.recon_interval == 0 or epoch + 1 == args.epochs or epoch == 0:
-                picture(epoch + 1)
-
-        finished = progress["epoch"] == args.epochs
+                if epoch == 0 or (epoch + 1) % args.recon_interval == 0 or epoch + 1 == args.epochs:
+                    picture = folder / "reconstructions" / f"epoch-{epoch + 1:04d}.png"
+                    picture.parent.mkdir(exist_ok=True)
+                    title = f"{args.model}, epoch {epoch + 1} of {args.epochs}, loss {metrics['loss']:.3f}"
+                    images, masks, _ = collate(shown)
+                    save_reconstructions(
+                        picture, unwrap_model(task.trainable_module), images, masks, args.mean, args.std, title
+                    )
+            bar.note(f"epoch {epoch + 1}/{args.epochs}  loss {metrics['loss']:.4f}  {seconds:.0f} s")
+        ended = stop or too_many or progress["epoch"] == args.epochs
         milestone = not progress["update"] and progress["epoch"] % args.milestone_interval == 0
-        if stop or too_many or finished or milestone or (epoch + 1) % args.checkpoint_interval == 0:
+        if run.primary and (ended or milestone or (epoch + 1) % args.checkpoint_interval == 0):
             save(milestone)
-        if too_many:
-            bar.close()
-            names = "\n".join(f"  {name}: {why}" for name, why in progress["bad_images"].items())
-            run.say(
-                f"Stopped: {len(progress['bad_images'])} of {len(source)} images cannot be decoded, more than "
-                f"--max-bad-images {args.max_bad_images:g}. Remove or mend them, or raise the limit, then go on with\n"
-                f"  {resume_command(args)}\n{names}"
-            )
-            return 1
-        if stop and not finished:
-            bar.close()
-            run.say(
-                f"Stopped by {run.stop or 'another process'} after epoch {epoch + 1}, step "
-                f"{progress['update'] or updates_per_epoch} of {updates_per_epoch}; everything is saved. Go on with\n"
-                f"  {resume_command(args)}"
-            )
-            return 0
+        if ended:
+            break
+
     bar.close()
-    run.say(f"Done. The encoder is in {folder / 'encoder'}.\n{next_commands(args, folder)}")
+    if progress["epoch"] == args.epochs:
+        run.say(f"Done: the encoder is in {folder / 'encoder'}\n{next_commands(args, folder)}")
+        return 0
+    where = f"epoch {progress['epoch'] + 1}, update {progress['update']} of {updates_per_epoch}"
+    if too_many:
+        names = "\n".join(f"  {name}: {why}" for name, why in progress["bad_images"].items())
+        run.say(
+            f"Stopped in {where}, everything saved: {len(progress['bad_images'])} of {num_images} images cannot be "
+            f"decoded, more than --max-bad-images {args.max_bad_images:g}:\n{names}\nMend or remove them or raise the "
+            f"limit, then go on with\n  {resume_command(args)}"
+        )
+        return 1
+    run.say(
+        f"Stopped by {run.stop or 'a signal'} in {where}; everything is saved. Go on with\n  {resume_command(args)}"
+    )
     return 0
 
 

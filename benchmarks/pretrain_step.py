@@ -1,0 +1,141 @@
+"""FCMAE step (forward, loss, backward): ours against the dense-with-masks reference and the supervised encoder.
+
+    python -m benchmarks.pretrain_step                                                  # two CPU cores, float32
+    python -m benchmarks.pretrain_step --device cuda --dtype bfloat16 --cases tiny:256 base:256 --profile
+
+Prints ratios of times taken in turn within this run, and writes them with their conditions to `benchmarks/results/`.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import timm
+import torch
+from timm.models import convnext
+
+import timm_convnextv2  # noqa: F401  (registers the models)
+from benchmarks.measure import conditions, peak_memory, ratio, time_in_turn, write_csv
+from timm_convnextv2.masking import random_mask
+from timm_convnextv2.reference import reference_forward
+
+IMG_SIZE = 224
+
+
+def _filled(model: torch.nn.Module) -> torch.nn.Module:
+    """GRN weights off zero, where they would hide work."""
+    for name, p in model.named_parameters():
+        if "grn" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def fcmae_step(which: str, size: str, batch: int, mask_ratio: float, device: str, dtype: str) -> Callable[[], None]:
+    """A step of 'ours' or of the 'reference'; the same weights, images and masks for both."""
+    torch.manual_seed(0)
+    model = _filled(timm.create_model(f"fcmae_convnextv2_{size}", mask_ratio=mask_ratio)).to(device)
+    images = torch.randn(batch, 3, IMG_SIZE, IMG_SIZE, device=device)
+    mask = random_mask(batch, model.grid(IMG_SIZE, IMG_SIZE), mask_ratio).to(device)
+    layout = model.visible(images, mask)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32"):
+            if which == "reference":
+                loss = reference_forward(model, images, mask).loss
+            else:
+                loss = model(images, layout, return_pred=False).loss
+        loss.backward()
+
+    return step
+
+
+def dense_step(which: str, size: str, batch: int, train: bool, device: str, dtype: str) -> Callable[[], None]:
+    """A step of the dense encoder without classifier: 'stock' timm's class or 'ours'."""
+    torch.manual_seed(0)
+    create = (
+        getattr(convnext, f"convnextv2_{size}")
+        if which == "stock"
+        else timm.models.model_entrypoint(f"convnextv2_{size}")
+    )
+    model = _filled(create(num_classes=0)).to(device).train(train)
+    images = torch.randn(batch, 3, IMG_SIZE, IMG_SIZE, device=device)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with (
+            torch.set_grad_enabled(train),
+            torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32"),
+        ):
+            out = model(images)
+        if train:
+            out.square().mean().backward()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=["atto:16", "tiny:8"], metavar="SIZE:BATCH")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--profile", action="store_true", help="print where the time of our step goes")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, rows = torch.device(args.device), []
+
+    def compare(case: str, measure: str, goal: str, a: list[float], b: list[float]) -> None:
+        middle, low, high = ratio(a, b)
+        rows.append(
+            {
+                "case": case, "measure": measure, "ratio": f"{middle:.2f}", "min": f"{low:.2f}", "max": f"{high:.2f}",
+                "goal": goal, "median_a_s": f"{statistics.median(a):.4f}", "median_b_s": f"{statistics.median(b):.4f}",
+            }
+        )  # fmt: skip
+        print(f"{case:9} {measure:52} {middle:5.2f}  ({low:.2f} to {high:.2f})  goal {goal}", flush=True)
+
+    for case in args.cases:
+        size, batch = case.split(":")
+        where = (args.device, args.dtype)
+        make = {
+            "ours": (fcmae_step, ("ours", size, int(batch), 0.6, *where)),
+            "reference": (fcmae_step, ("reference", size, int(batch), 0.6, *where)),
+            "ours 0.9": (fcmae_step, ("ours", size, int(batch), 0.9, *where)),
+            "stock train": (dense_step, ("stock", size, int(batch), True, *where)),
+            "our train": (dense_step, ("ours", size, int(batch), True, *where)),
+            "stock eval": (dense_step, ("stock", size, int(batch), False, *where)),
+            "our eval": (dense_step, ("ours", size, int(batch), False, *where)),
+        }
+        steps = {name: build(*arguments) for name, (build, arguments) in make.items()}
+        seconds = time_in_turn(steps, args.rounds, device)
+        faster = {"atto": ">= 1.8", "tiny": ">= 2.6"}.get(size, "-")
+        compare(case, "dense-with-masks reference / our step", faster, seconds["reference"], seconds["ours"])
+        compare(case, "supervised stock encoder / our step", "-", seconds["stock train"], seconds["ours"])
+        limit = "<= 0.5" if size == "tiny" else "-"
+        compare(case, "our step at mask ratio 0.9 / at 0.6", limit, seconds["ours 0.9"], seconds["ours"])
+        compare(case, "dense training, ours / stock timm", "<= 1.02", seconds["our train"], seconds["stock train"])
+        compare(case, "dense inference, ours / stock timm", "<= 1.02", seconds["our eval"], seconds["stock eval"])
+        if args.profile:
+            _profile(steps["ours"], device)
+        del steps
+        ours, reference = ([float(peak_memory(*make[name], device, args.threads))] for name in ("ours", "reference"))
+        compare(case, "peak memory of the step, ours / reference (bytes)", "<= 0.6", ours, reference)
+    kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "_").lower()
+    about = {**conditions(device, args.threads), "inputs": f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"}
+    print(write_csv(f"pretrain_step_{kind}", rows, about))
+
+
+def _profile(step: Callable[[], None], device: torch.device) -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=50))
+
+
+if __name__ == "__main__":
+    main()

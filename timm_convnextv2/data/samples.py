@@ -1,0 +1,320 @@
+"""From a source to batches of `(image, mask)`: the transform, and what makes a run repeatable."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
+from torchvision.transforms import InterpolationMode, v2
+
+from ..masking import random_mask
+from .decode import ImageError
+from .sources import TimmStream
+
+__all__ = [
+    "EpochBatchSampler",
+    "PretrainDataset",
+    "PretrainStream",
+    "PretrainTransform",
+    "check_readable",
+    "collate",
+    "sample_seed",
+]
+
+_MAX_BAD_IN_A_ROW = 10
+
+
+class PretrainTransform:
+    """Random resized crop, flips, scaling to [0, 1] and normalisation: the paper's augmentation for pretraining.
+
+    Uses torch's global random generator only. uint8 pictures are resized as uint8, which is fast.
+
+    Args:
+        img_size: Output size in pixels, one side or `(H, W)`.
+        scale: Range of the crop's share of the picture's area.
+        ratio: Range of the crop's width / height.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        interpolation: 'bilinear', 'bicubic' or 'nearest', antialiased.
+        mean: Mean per channel, in units of the scaled picture (uint8 pictures: 0..1).
+        std: Standard deviation per channel, same units.
+
+    Raises:
+        ValueError: An argument is out of range, or (when called) `mean` does not have one number per channel.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        scale: tuple[float, float] = (0.2, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        interpolation: str = "bicubic",
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ) -> None:
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(self.img_size) != 2 or min(self.img_size) < 1:
+            raise ValueError(f"img_size must be one side or (height, width) in pixels, got {img_size}.")
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale must be two shares of the area, 0 < low <= high <= 1, got {scale}.")
+        if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
+            raise ValueError(f"ratio must be two values of width / height, 0 < low <= high, got {ratio}.")
+        for option, p in (("hflip", hflip), ("vflip", vflip)):
+            if not 0 <= p <= 1:
+                raise ValueError(f"{option} is a probability in [0, 1], got {p}.")
+        if interpolation not in ("bilinear", "bicubic", "nearest"):
+            raise ValueError(f"interpolation must be 'bilinear', 'bicubic' or 'nearest', got '{interpolation}'.")
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"mean and std must have the same length and std be positive, got {mean} and {std}.")
+        self.mean, self.std = tuple(mean), tuple(std)
+        steps: list[torch.nn.Module] = [
+            v2.RandomResizedCrop(self.img_size, scale, ratio, InterpolationMode(interpolation), antialias=True)
+        ]
+        steps += [v2.RandomHorizontalFlip(hflip)] if hflip else []
+        steps += [v2.RandomVerticalFlip(vflip)] if vflip else []
+        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
+        self.steps = v2.Compose(steps)
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """`[C, h, w]` uint8 or float -> float32 `[C, H, W]`, normalised."""
+        if len(image) != len(self.mean):
+            raise ValueError(
+                f"The image has {len(image)} channels but mean and std have {len(self.mean)} numbers; give one "
+                "number per channel (--mean, --std)."
+            )
+        return self.steps(image).contiguous()
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """Seed in 0 .. 2**63 - 1 of one sample in one epoch, well mixed, the same everywhere and always."""
+    return _mix(seed, epoch, index)
+
+
+def _mix(*numbers: int) -> int:
+    text = ",".join(str(int(n)) for n in numbers)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _make_sample(
+    image: torch.Tensor, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed: it would reseed the accelerators too, which fork_rng does not restore
+        torch.default_generator.manual_seed(seed)
+        image = transform(image)
+    generator = torch.Generator().manual_seed(_mix(seed, 1))
+    return image, random_mask(1, grid, mask_ratio, generator=generator)[0]
+
+
+Bad = list[tuple[int, str]]
+
+
+class PretrainDataset(Dataset):
+    """Samples for masked pretraining, where crop, flip and mask depend on (seed, epoch, index) only.
+
+    `dataset[epoch, index]` gives `(image [C, H, W], mask [h, w], bad)`: `mask` is bool, True = removed. A picture
+    that cannot be decoded is replaced by the next one that can, under the random numbers of the original; `bad` lists
+    the `(index, message)` of those that could not.
+
+    Args:
+        source: Map-style source of pictures `[C, h, w]` with `name(i)`; raises ImageError or OSError for bad ones.
+        transform: Picture to image; may use torch's global CPU generator, nothing else random.
+        grid: Image size in patches, `(h, w)`.
+        mask_ratio: Share of the patches to remove.
+        seed: Seed of the run.
+
+    Raises:
+        ValueError: The mask ratio is impossible on this grid; or, by a sample, ten pictures in a row are unreadable.
+    """
+
+    def __init__(
+        self, source: Dataset, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int = 0
+    ) -> None:
+        self.source, self.transform, self.grid, self.mask_ratio, self.seed = source, transform, grid, mask_ratio, seed
+        random_mask(1, grid, mask_ratio, generator=torch.Generator())  # complains here, not in a worker
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, Bad]:
+        epoch, index = key
+        n, bad = len(self), []
+        for offset in range(min(_MAX_BAD_IN_A_ROW, n)):
+            i = (index + offset) % n
+            try:
+                picture = self.source[i]
+                break
+            except (ImageError, OSError) as error:
+                bad.append((i, _named(self.source, i, error)))
+        else:
+            raise _too_many(bad)
+        seed = sample_seed(self.seed, epoch, index)
+        return *_make_sample(picture, self.transform, self.grid, self.mask_ratio, seed), bad
+
+
+def _too_many(bad: Bad) -> ValueError:
+    return ValueError(
+        f"{len(bad)} images in a row cannot be read, so this looks like more than a few bad files:\n"
+        + "\n".join(message for _, message in bad)
+    )
+
+
+class PretrainStream(IterableDataset):
+    """`PretrainDataset` for streams: yields `(image [C, H, W], mask [h, w], bad)`.
+
+    Crop, flip and mask depend on (seed, epoch, rank, worker, position in the worker's stream); which picture stands
+    at a position is up to the reader, and changes with the number of workers. A picture that cannot be decoded is
+    replaced by the last one before it that could (the next one at the very start), so that every process makes
+    the same number of batches; the index in `bad` is the position.
+
+    Args:
+        source: The stream.
+        transform, grid, mask_ratio, seed: As for `PretrainDataset`.
+
+    Raises:
+        ValueError: The mask ratio is impossible on this grid; or, when iterating, ten pictures in a row are
+            unreadable or the stream is empty.
+    """
+
+    def __init__(
+        self, source: TimmStream, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int = 0
+    ) -> None:
+        super().__init__()
+        from timm.data.readers.shared_count import SharedCount
+
+        self.source, self.transform, self.grid, self.mask_ratio, self.seed = source, transform, grid, mask_ratio, seed
+        self.epoch = SharedCount()  # shared memory: reaches persistent workers
+        random_mask(1, grid, mask_ratio, generator=torch.Generator())
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Selects the random numbers and the reader's order; call before iterating over the loader."""
+        self.epoch.value = epoch
+        self.source.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, Bad]]:
+        worker = get_worker_info()
+        stream = _mix(self.seed, self.source.rank, worker.id if worker else 0)
+        epoch, last, in_a_row, waiting = self.epoch.value, None, [], []
+        for position, (name, picture) in enumerate(self.source.samples()):
+            bad = []
+            if isinstance(picture, ImageError):
+                message = str(picture)
+                bad = [(position, message if name in message else f"{name}: {message}")]
+                in_a_row = in_a_row + bad
+                if len(in_a_row) == _MAX_BAD_IN_A_ROW:
+                    raise _too_many(in_a_row)
+                if last is None:
+                    waiting.append((position, bad))
+                    continue
+            else:
+                last, in_a_row = picture, []
+            for at, reported in [*waiting, (position, bad)]:
+                seed = sample_seed(stream, epoch, at)
+                yield *_make_sample(last, self.transform, self.grid, self.mask_ratio, seed), reported
+            waiting = []
+        if waiting:
+            raise _too_many(in_a_row)
+
+
+def collate(samples: list[tuple[torch.Tensor, torch.Tensor, Bad]]) -> tuple[torch.Tensor, torch.Tensor, Bad]:
+    """Joins samples to `(images [B, C, H, W], masks [B, h, w], bad)`; `bad` lists `(index, message)` of the batch."""
+    images, masks, bad = zip(*samples, strict=True)
+    # stacks, in a worker straight into shared memory
+    return default_collate(list(images)), default_collate(list(masks)), [entry for entries in bad for entry in entries]
+
+
+class EpochBatchSampler:
+    """Batches of `(epoch, index)` from a permutation that depends on (seed, epoch) only.
+
+    A global batch is `batch_size * world_size` consecutive entries of the permutation, of which rank r takes every
+    `world_size`-th from r on: N processes together see the batches that one process with N times the batch size
+    would. An incomplete last global batch is dropped. The epoch travels with the index, into persistent workers too.
+
+    Args:
+        num_samples: Length of the data set.
+        batch_size: Images per batch and process.
+        seed: Seed of the run.
+        rank: Number of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: The data set is smaller than one global batch, or a number is out of range.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"Expected batch_size >= 1 and 0 <= rank < world_size, got batch_size {batch_size}, rank {rank}, "
+                f"world_size {world_size}."
+            )
+        if world_size > num_samples:
+            raise ValueError(
+                f"{world_size} processes cannot share {num_samples} image{'s' * (num_samples != 1)}; start at most "
+                f"{num_samples} processes."
+            )
+        if batch_size * world_size > num_samples:
+            raise ValueError(
+                f"A batch of {batch_size} images on {world_size} process{'es' * (world_size != 1)} needs "
+                f"{batch_size * world_size} images, the data set has {num_samples}; the largest --batch-size that "
+                f"works is {num_samples // world_size}."
+            )
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.start_batch = 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, per process, wherever it starts."""
+        return self.num_samples // (self.batch_size * self.world_size)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Selects the epoch, and the batch to start from where a run is resumed in the middle of one."""
+        if not 0 <= start_batch <= len(self):
+            raise ValueError(f"start_batch must lie in 0..{len(self)} (batches per epoch), got {start_batch}.")
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+        dtype = torch.int32 if self.num_samples < 2**31 else torch.int64  # half the memory for all but the largest
+        order = torch.randperm(self.num_samples, generator=generator, dtype=dtype)
+        step = self.batch_size * self.world_size
+        order = order[: len(self) * step][self.rank :: self.world_size].clone()
+        return self._batches(order, self.epoch, self.start_batch)
+
+    def _batches(self, order: torch.Tensor, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
+        for begin in range(start * self.batch_size, len(order), self.batch_size):
+            yield [(epoch, index) for index in order[begin : begin + self.batch_size].tolist()]
+
+
+def _named(source: Any, i: int, error: Exception) -> str:
+    name, message = source.name(i), str(error)
+    return message if name in message else f"{name}: {message}"
+
+
+def check_readable(source: Any, tries: int = 32) -> Bad:
+    """Decodes up to `tries` pictures spread over a map-style source, before a run is started on it.
+
+    Returns:
+        `(index, message)` of those that cannot be decoded, some of them.
+
+    Raises:
+        ValueError: None can be decoded; up to three are named with their reasons.
+    """
+    count = max(1, min(tries, len(source)))
+    indices = [i * len(source) // count for i in range(count)]
+    bad: Bad = []
+    for i in indices:
+        try:
+            source[i]
+        except (ImageError, OSError) as error:
+            bad.append((i, _named(source, i, error)))
+    if len(bad) == len(indices):
+        reasons = "\n".join(message for _, message in bad[:3])
+        raise ValueError(f"None of {len(bad)} images tried (of {len(source)}) can be read, for example:\n{reasons}")
+    return bad

@@ -1,0 +1,428 @@
+"""Where the pictures come from: folders, and the data sets that timm opens."""
+
+import os
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from .decode import (
+    ImageError,
+    MissingPackageError,
+    check_in_chans,
+    check_index,
+    decode,
+    from_pil,
+    image_extensions,
+    load_image,
+    printable,
+)
+from .embedded import EmbeddedSource
+
+__all__ = ["FolderSource", "TimmSource", "TimmStream", "create_source"]
+
+_STREAM_PREFIXES = ("wds", "hfids", "tfds")
+_MAP_PREFIXES = ("torch", "hfds")
+_READER_PACKAGES = dict(wds="webdataset", hfds="datasets", hfids="datasets", tfds="tensorflow tensorflow-datasets")
+
+
+class FolderSource(Dataset):
+    """All pictures anywhere below a folder, in a fixed order; folder names mean nothing.
+
+    Hidden files and folders (leading dot) are skipped. Links to folders are followed, each folder once. The names
+    live in one block of bytes: about 8 bytes each more than their length below `root`.
+
+    Args:
+        root: The folder.
+        in_chans: Channels that pictures are converted to, see `load_image`.
+
+    Raises:
+        ValueError: The folder is missing, is no folder, cannot be listed, or has no picture below it.
+    """
+
+    def __init__(self, root: str | os.PathLike, in_chans: int = 3) -> None:
+        self.root = os.fspath(root)
+        self.in_chans = check_in_chans(in_chans)
+        shown = printable(self.root)
+        if not os.path.exists(self.root):
+            raise ValueError(f"Image folder {shown} does not exist. Check --data-dir.")
+        if not os.path.isdir(self.root):
+            raise ValueError(f"{shown} is a file, expected a folder with images below it. Give the folder it is in.")
+        extensions = image_extensions()
+        self._names, self._ends, others = _scan(self.root, frozenset(extensions))
+        if not len(self):
+            raise ValueError(
+                f"No image below {shown}: {others} other file{'s' * (others != 1)} seen. Looked for the extensions "
+                f"{' '.join(extensions)} (hidden files and folders are skipped)."
+            )
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return load_image(self.path(i), self.in_chans)
+
+    def path(self, i: int) -> str:
+        """Path of picture `i`, as the file system knows it."""
+        i = check_index(i, len(self))
+        return os.path.join(self.root, os.fsdecode(bytes(self._names[self._ends[i] : self._ends[i + 1]])))
+
+    def name(self, i: int) -> str:
+        """Path of picture `i`, safe to print."""
+        return printable(self.path(i))
+
+
+def _scan(root: str, extensions: frozenset[str]) -> tuple[bytearray, np.ndarray, int]:
+    """Names of all pictures below `root`: their bytes, the offsets `[n + 1]`, and how many other files there are."""
+    names, ends, others = bytearray(), array("q", [0]), 0
+    seen = set()
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            info = os.stat(os.path.join(root, folder))
+            if (info.st_dev, info.st_ino) in seen:
+                continue
+            seen.add((info.st_dev, info.st_ino))
+            below, pictures = [], []
+            with os.scandir(os.path.join(root, folder)) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir():
+                        below.append(entry.name)
+                    # a dangling link counts: as a picture that cannot be read it gets reported, not lost
+                    elif os.path.splitext(entry.name)[1].lower() in extensions:
+                        pictures.append(entry.name)
+                    else:
+                        others += 1
+        except OSError as error:
+            raise ValueError(f"Cannot list the folder {printable(os.path.join(root, folder))}: {error}") from error
+        for name in sorted(pictures):
+            names += os.fsencode(os.path.join(folder, name))
+            ends.append(len(names))
+        folders.extend(os.path.join(folder, name) for name in sorted(below, reverse=True))
+    return names, np.frombuffer(ends, dtype=np.int64), others
+
+
+class TimmSource(Dataset):
+    """Pictures of a map-style data set that timm can open; targets are neither needed nor read.
+
+    Args:
+        name: timm's spelling: `hfds/<name or folder>`, `torch/<name>`, or '' for timm's folder and tar readers.
+        root: Folder, tar file, or download cache.
+        split: Split of the data set.
+        in_chans: Channels that pictures are converted to, see `load_image`.
+        input_key: Column that holds the picture (`hfds/`, default 'image') or extensions (folders).
+        download: Let torchvision download the data set.
+
+    Raises:
+        ValueError: timm cannot open the data set, or it is a stream.
+        MissingPackageError: (a ValueError) A package that the reader needs is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str | os.PathLike | None = None,
+        split: str = "train",
+        in_chans: int = 3,
+        input_key: str | None = None,
+        download: bool = False,
+    ) -> None:
+        self.dataset_name, self.in_chans = name or str(root), check_in_chans(in_chans)
+        self.prefix = prefix = _prefix(name)
+        if prefix in _STREAM_PREFIXES:
+            raise ValueError(f"Data set '{name}' is a stream, which has no index. Use TimmStream.")
+        if name and prefix not in _MAP_PREFIXES:  # timm would ignore the name and read the folder
+            raise _unknown_dataset(name)
+        kwargs: dict[str, Any] = {}
+        if prefix == "torch":
+            if input_key:
+                raise ValueError(f"input_key='{input_key}' has no meaning for '{name}'; leave it out.")
+        elif input_key:
+            kwargs["input_key"] = input_key
+        if prefix == "hfds":
+            # timm's reader insists on a target column; the picture itself always exists
+            kwargs["target_key"] = input_key or "image"
+        if prefix not in _MAP_PREFIXES and (root is None or not os.path.exists(root)):
+            raise ValueError(f"Data set folder {root} does not exist. Check --data-dir.")
+        self.dataset = _create_timm_dataset(name, root, split, download=download, **kwargs)
+        self.reader = getattr(self.dataset, "reader", None)
+        if not len(self.dataset):
+            raise ValueError(f"Split '{split}' of data set '{self.dataset_name}' has no sample. Choose another split.")
+        if prefix == "hfds":
+            key, columns = self.reader.image_key, self.reader.dataset.column_names
+            rows = self.reader.dataset = self.reader.dataset.select_columns([key])  # the others would be decoded too
+            # timm's cast adds a column that is missing, with nothing in it
+            if all(rows[i][key] is None for i in range(min(len(rows), 10))):
+                others = ", ".join(column for column in columns if column != key)
+                raise ValueError(
+                    f"Data set '{name}' has no picture in column '{key}'; set input_key to one of: {others}."
+                )
+        if hasattr(self.reader, "cache_tarfiles"):
+            # an open tar file that forked workers inherit has one read position for all of them
+            self.reader.cache_tarfiles = False
+        if self.reader is None and hasattr(self.dataset, "loader"):
+            self.dataset.loader = os.fspath  # torchvision would convert to 8-bit RGB; load_image takes the path
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        i = check_index(i, len(self))
+        # the file name of an hfds sample costs as much as the sample; `name` gives it when it is needed
+        name = f"{self.dataset_name} sample {i}" if self.prefix == "hfds" else self.name(i)
+        try:
+            # timm's ImageDataset replaces unreadable samples without telling; its reader does not
+            picture = self.dataset[i][0] if self.reader is None else self.reader[i][0]
+        except Exception as error:  # as varied as the readers
+            raise ImageError(f"{name}: cannot be read ({type(error).__name__}: {error})") from error
+        return _decode_any(picture, self.in_chans, name)
+
+    def name(self, i: int) -> str:
+        """File name that the reader knows for sample `i`, or '<data set> sample <i>'."""
+        path = None
+        if self.prefix == "hfds":
+            path = (self.reader.dataset[i][self.reader.image_key] or {}).get("path")
+        elif self.reader is not None:
+            path = self.reader.filename(i, absolute=True)
+        elif hasattr(self.dataset, "samples"):
+            path = self.dataset.samples[i][0]
+        return printable(path) if path else f"{self.dataset_name} sample {i}"
+
+
+def _prefix(name: str) -> str:
+    return name.partition("/")[0].lower() if "/" in name else ""
+
+
+def _unknown_dataset(name: str) -> ValueError:
+    prefixes = ", ".join(f"{prefix}/" for prefix in (*_MAP_PREFIXES, *_STREAM_PREFIXES))
+    return ValueError(
+        f"Unknown data set '{name}'. Expected '' (a folder of images), 'embedded', or a name that starts with one of "
+        f"{prefixes}."
+    )
+
+
+def _create_timm_dataset(name: str, root: Any, split: str, **kwargs: Any) -> Any:
+    from timm.data import create_dataset
+
+    try:
+        return create_dataset(name, root=None if root is None else os.fspath(root), split=split, **kwargs)
+    except Exception as error:  # readers raise AssertionError, RuntimeError, KeyError, FileNotFoundError, ...
+        if isinstance(error, ImportError) or "Please install" in str(error):
+            package = _READER_PACKAGES.get(_prefix(name), getattr(error, "name", None))
+            raise MissingPackageError(f"Data set '{name}': {error} Run `pip install {package}`.") from error
+        raise ValueError(
+            f"timm cannot open data set '{name}' (root {root}, split '{split}', {kwargs}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _decode_any(picture: Any, in_chans: int, name: str) -> torch.Tensor:
+    """Decodes what the readers of timm and torchvision give: a path, bytes, an open file, or a Pillow image."""
+    if isinstance(picture, Image.Image):
+        try:
+            return from_pil(picture, in_chans)
+        except ImageError as error:
+            raise ImageError(f"{name}: {error}") from None
+    if hasattr(picture, "read"):
+        with picture:
+            picture = picture.read()
+    if not isinstance(picture, str | bytes):
+        raise ImageError(f"{name}: is {type(picture).__name__}, expected a picture; check the name of the input key")
+    return decode(picture, in_chans, name)
+
+
+class TimmStream(IterableDataset):
+    """Pictures of a data set that timm reads as a stream: `wds/`, `hfids/`, `tfds/`; targets are not needed.
+
+    timm's reader shuffles, and shares the data between processes and workers. The order is therefore the reader's
+    own: it changes with the number of workers, and cannot be continued in the middle of an epoch. `tfds/` decodes the
+    pictures itself, as 8-bit with 1 or 3 channels.
+
+    Args:
+        name: `wds/`, `hfids/<name or folder>`, or `tfds/<name>`.
+        root: Folder (or address) of the shards, or download cache.
+        split: Split; for `wds/` also shard names as in `train-{0000..0099}.tar`.
+        in_chans: Channels that pictures are converted to, see `load_image`.
+        num_samples: Pictures per epoch, where the data set does not say.
+        batch_size: Images per batch: each worker gives whole batches.
+        seed: Seed of the reader's shuffling.
+        input_key: Field that holds the picture; default 'image', for `wds/` any picture extension (separated by ;).
+        download: Download the data set first (`hfids/`, `tfds/`).
+
+    Raises:
+        ValueError: timm cannot open the data set, its length is not known, or it is no stream.
+        MissingPackageError: (a ValueError) A package that the reader needs is not installed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str | os.PathLike | None = None,
+        split: str = "train",
+        in_chans: int = 3,
+        num_samples: int | None = None,
+        batch_size: int = 1,
+        seed: int = 0,
+        input_key: str | None = None,
+        download: bool = False,
+    ) -> None:
+        super().__init__()
+        self.kind = _prefix(name)
+        if self.kind not in _STREAM_PREFIXES:
+            raise ValueError(f"Data set '{name}' is no stream (wds/, hfids/, tfds/). Use TimmSource.")
+        self.dataset_name, self.in_chans = name, check_in_chans(in_chans)
+        self.input_key = input_key or "image"
+        kwargs: dict[str, Any] = dict(num_samples=num_samples, input_img_mode="")
+        if self.kind == "wds":
+            self.input_key = input_key or ";".join(ext[1:] for ext in image_extensions())
+            if root is None:
+                raise ValueError(f"Data set '{name}' needs the folder of its shards. Set --data-dir.")
+        else:
+            kwargs["target_key"] = self.input_key  # as in TimmSource: the readers insist on a target
+        if self.kind == "tfds":
+            if in_chans not in (1, 3):
+                raise ValueError(f"Data set '{name}' gives pictures with 1 or 3 channels, got in_chans={in_chans}.")
+            kwargs["input_img_mode"] = "L" if in_chans == 1 else "RGB"
+        self.dataset = _create_timm_dataset(
+            name,
+            root,
+            split,
+            is_training=True,
+            batch_size=batch_size,
+            seed=seed,
+            input_key=self.input_key,
+            download=download,
+            **kwargs,
+        )
+        self.reader = self.dataset.reader
+        features = self.reader.builder.info.features if self.kind == "hfids" else None
+        if features is not None and self.input_key not in features:
+            raise ValueError(
+                f"Data set '{name}' has no column '{self.input_key}'; set input_key to one of: {', '.join(features)}."
+            )
+        self.rank = self.reader.dist_rank
+
+    def __len__(self) -> int:
+        """Pictures per epoch of this process, whole batches of every worker (see `set_loader_cfg`)."""
+        return len(self.reader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Selects the reader's order; reaches workers that are already running."""
+        self.dataset.set_epoch(epoch)
+
+    def set_loader_cfg(self, num_workers: int) -> None:
+        """Tells the reader the number of loader workers, which `len` depends on. Call before making the loader."""
+        self.dataset.set_loader_cfg(num_workers)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for _, picture in self.samples():
+            if isinstance(picture, ImageError):
+                raise picture
+            yield picture
+
+    def samples(self) -> Iterator[tuple[str, torch.Tensor | ImageError]]:
+        """Yields `(name, picture [C, H, W])`, with the error in place of a picture that cannot be decoded.
+
+        Raises:
+            ValueError: The reader yields nothing, most likely because there are fewer shards than workers.
+        """
+        if self.kind in ("wds", "hfids") and self.reader.ds is None:
+            self._leave_undecoded()
+        count = 0
+        for item, _ in self.dataset:
+            name, picture = f"{self.dataset_name} sample {count}", item
+            if isinstance(item, dict):
+                name, picture = item["path"] or name, item["path"] if item["bytes"] is None else item["bytes"]
+            try:
+                if isinstance(picture, bytes) and not picture:
+                    raise ImageError(f"{name}: has no picture under the input key {self.input_key}")
+                picture = _decode_any(picture, self.in_chans, name)
+            except ImageError as error:
+                picture = error
+            yield name, picture
+            count += 1
+        if not count:
+            worker = get_worker_info()
+            raise ValueError(
+                f"Data set '{self.dataset_name}' gave no sample to worker {worker.id if worker else 0} of "
+                f"{worker.num_workers if worker else 1}: it has fewer shards than workers times processes, or its "
+                "shards are empty. Use fewer --workers or more shards."
+            )
+
+    def _leave_undecoded(self) -> None:
+        """Makes timm's reader pass the bytes on, in the process that reads them.
+
+        It would convert 16-bit pictures to 8-bit, drop samples without label (`wds/`), and end at the first picture
+        that cannot be decoded (`hfids/`). The reader builds its pipeline late, in the worker, and so must we.
+        """
+        self.reader._lazy_init()
+        if self.kind == "hfids":
+            import datasets
+
+            self.reader.ds = self.reader.ds.cast_column(self.input_key, datasets.Image(decode=False))
+            return
+        import webdataset
+
+        keys = self.input_key.split(";")
+
+        def pick(sample: dict[str, Any]) -> dict[str, Any]:
+            key = next((key for key in keys if key in sample), None)
+            path = f"{sample.get('__url__', self.dataset_name)}/{sample['__key__']}" + (f".{key}" if key else "")
+            return dict(image=dict(path=path, bytes=sample[key] if key else b""), target=None)
+
+        # timm's last two stages decode and rename
+        self.reader.ds.pipeline[-2:] = [webdataset.map(pick)]
+
+
+def create_source(
+    data_dir: str | os.PathLike | None = None,
+    dataset: str = "",
+    split: str = "train",
+    in_chans: int = 3,
+    input_key: str | None = None,
+    download: bool = False,
+    num_samples: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> FolderSource | TimmSource | EmbeddedSource | TimmStream:
+    """Picks the source that the options of a script describe.
+
+    - `dataset=''`: `data_dir` is a folder with pictures anywhere below it (`FolderSource`), or a `.tar` file
+      (`TimmSource`).
+    - `dataset='embedded'`: the embedded data set; another `split` than train gives other pictures.
+    - `torch/...`, `hfds/...`: `TimmSource`. `wds/...`, `hfids/...`, `tfds/...`: `TimmStream`.
+
+    Args:
+        data_dir: Folder, tar file, or the data set's root.
+        dataset: Name as above.
+        split: Split of the data set.
+        in_chans: Channels of the pictures.
+        input_key: Field that holds the picture, see `TimmSource` and `TimmStream`.
+        download: Download the data set, where it can be.
+        num_samples: Pictures per epoch (streams), or in all (embedded).
+        batch_size: Images per batch (streams).
+        seed: Seed of the order (streams).
+
+    Raises:
+        ValueError: Nothing is named, the name is unknown, or the source cannot be opened.
+    """
+    if dataset == "embedded":
+        return EmbeddedSource(num_samples or 2048, in_chans=in_chans, seed=int(split != "train"))
+    if _prefix(dataset) in _STREAM_PREFIXES:
+        return TimmStream(dataset, data_dir, split, in_chans, num_samples, batch_size, seed, input_key, download)
+    if _prefix(dataset) in _MAP_PREFIXES:
+        return TimmSource(dataset, data_dir, split, in_chans, input_key, download)
+    if dataset:
+        raise _unknown_dataset(dataset)
+    if data_dir is None or not os.fspath(data_dir):
+        raise ValueError("No images named. Give a folder (--data-dir), or --dataset embedded to try things out.")
+    if os.path.isfile(data_dir) and os.fspath(data_dir).lower().endswith(".tar"):
+        return TimmSource("", data_dir, split, in_chans, input_key)
+    return FolderSource(data_dir, in_chans)
