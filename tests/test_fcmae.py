@@ -256,7 +256,7 @@ def test_grn_sums_over_the_visible_tokens_of_one_image():
     images = torch.randn(2, 1, 64, 64, dtype=torch.float64)
     mask = torch.tensor([[[0, 1], [1, 1]], [[1, 1], [0, 1]]]).bool()
     grn, seen = model.encoder.stages[3].blocks[0].mlp.grn, {}
-    grn.register_forward_hook(lambda module, args, out: seen.update(x=args[0], out=out))
+    grn.register_forward_hook(lambda module, args, out: seen.update(x=args[0].detach(), out=out.detach()))
     model(images, mask)
     x, out = (v.permute(0, 2, 3, 1) if v.shape[1] == 80 else v for v in (seen["x"], seen["out"]))
     assert x.shape == (2, 1, 1, 80)  # a visible patch an image, a token a patch, 4 x 20 channels
@@ -265,7 +265,7 @@ def test_grn_sums_over_the_visible_tokens_of_one_image():
         mean = sum(g) / 80
         for c in range(80):
             a = float(x[b, 0, 0, c])
-            expected = a + float(grn.weight[c]) * a * g[c] / (mean + 1e-6) + float(grn.bias[c])
+            expected = a + grn.weight[c].item() * a * g[c] / (mean + 1e-6) + grn.bias[c].item()
             assert float(out[b, 0, 0, c]) == pytest.approx(expected, rel=1e-10)
 
 
