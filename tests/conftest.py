@@ -1,8 +1,10 @@
-"""Shared by all tests. Set before huggingface_hub is imported: no test may reach the network."""
+"""Shared by all tests."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch and huggingface_hub are imported, and for the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: on a shared machine threads spin more than they work
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

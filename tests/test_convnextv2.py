@@ -19,6 +19,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import convnext as stock_module
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import timm_convnextv2
@@ -41,6 +42,8 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     for name, p in model.named_parameters():
         bound = 1.0 if ".grn." in name else 0.15
         p.uniform_(-bound, bound, generator=generator)
+        if p.ndim == 1 and name.endswith("weight") and ".grn." not in name:
+            p.add_(1)  # norms keep their gain, so that gradients reach the stem
     return model
 
 
@@ -55,7 +58,7 @@ def small_pair(name: str = "convnextv2_atto", **kwargs) -> tuple[nn.Module, nn.M
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape, f"{tuple(a.shape)} instead of {tuple(b.shape)}"
     assert torch.isfinite(a).all()
-    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-8)).item()
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-10)).item()
 
 
 def assert_same_features(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> None:
@@ -240,20 +243,11 @@ def images(name: str) -> torch.Tensor:
 def test_same_numbers_as_stock(name):
     ours, theirs = full_pair(name)
     x = images(name)
-    for train, memory_format in (
-        (False, torch.contiguous_format),
-        (True, torch.channels_last),
-        (True, torch.contiguous_format),
-        (False, torch.channels_last),
-    ):
+    for train, memory_format in ((False, torch.contiguous_format), (True, torch.channels_last)):
         ours.train(train), theirs.train(train)
         y = x.contiguous(memory_format=memory_format)
-        if train == (memory_format == torch.channels_last) or name in LIGHT:
-            assert_same_features(ours, theirs, y)
-            assert_same_gradients(ours, theirs, y)
-        else:
-            with torch.no_grad():
-                assert error(ours(y), theirs(y)) < FORWARD_TOL
+        assert_same_features(ours, theirs, y)
+        assert_same_gradients(ours, theirs, y)
 
 
 def free_gib() -> float:
@@ -272,7 +266,7 @@ def test_same_numbers_as_stock_huge():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", VARIANTS)
 def test_same_numbers_as_stock_narrow(size, memory_format, train):
-    """Each variant's true depths at an eighth of its width: every level and gradient, both modes and layouts."""
+    """Each variant's true depths, narrow: every level and gradient, in both modes and both memory layouts."""
     name = f"convnextv2_{size}"
     ours, theirs = small_pair(name, depths=VARIANTS[size]["depths"], dims=(8, 16, 24, 32))
     ours.train(train), theirs.train(train)
@@ -411,7 +405,7 @@ def test_reset_classifier(num_classes, pool):
 def test_grad_checkpointing(name):
     ours, theirs = small_pair(name)
     calls = []
-    ours.stages[1].blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    ours.stages[1].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     x = torch.randn(2, 3, 32, 32)
     assert_same_gradients(ours, theirs, x)
     assert len(calls) == 1
@@ -438,10 +432,7 @@ def test_prune_intermediate_layers(indices, prune_head):
 
 def test_parameter_groups_for_weight_decay_cover_the_model():
     ours, theirs = small_pair()
-    assert ours.no_weight_decay() == theirs.no_weight_decay() if hasattr(theirs, "no_weight_decay") else True
-    assert sum(len(g["params"]) for g in timm.optim.param_groups_weight_decay(ours, 0.05)) == len(
-        list(theirs.parameters())
-    )
+    assert sum(len(g["params"]) for g in param_groups_weight_decay(ours, 0.05)) == len(list(theirs.parameters()))
 
 
 def test_meta_device_context():
@@ -559,11 +550,11 @@ def test_autocast(dtype, tol, name):
     model, theirs = small_pair(name)
     x = torch.randn(4, 3, 64, 64)
     expected = theirs(x)
-    expected.square().mean().backward()
+    expected.sum().backward()
     with torch.autocast("cpu", dtype):
         out = model(x)
     assert error(out.float(), expected) < tol
-    out.float().square().mean().backward()
+    out.float().sum().backward()
     for (key, a), b in zip(model.named_parameters(), theirs.parameters(), strict=True):
         assert a.grad.dtype == torch.float32
         assert error(a.grad, b.grad) < 8 * tol, key

@@ -157,7 +157,7 @@ def save_reconstructions(
 
     mean, std = torch.tensor(mean), torch.tensor(std)
     shown = _displayable(images, mean, std)
-    low, high = (0.0, 1.0) if 0 <= shown.min() and shown.max() <= 1.5 else (shown.min(), shown.max())
+    low, high = (0.0, 1.0) if -0.1 <= shown.min() and shown.max() <= 1.5 else (shown.min(), shown.max())
     columns = {
         "original": shown,
         "masked input": torch.where(gap.permute(0, 2, 3, 1), low + 0.5 * (high - low), shown),

@@ -22,6 +22,7 @@ import time
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import timm
 import torch
@@ -71,7 +72,6 @@ EMBEDDED_DEFAULTS = dict(
     img_size=128,
     batch_size=32,
     epochs=12,
-    warmup_epochs=1,
     lr_base=1.2e-2,
     workers=0,
     experiment="embedded",
@@ -86,10 +86,16 @@ DATA_ORDER = ("seed", "batch_size", "grad_accum_steps")
 CALL_ONLY = ("config", "resume", "overwrite", "dry_run")
 
 
+def refuse(message: str) -> NoReturn:
+    """A mistake in the options, told as any other: once, and without the usage of all options."""
+    raise ValueError(message)
+
+
 # fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """The options; defaults are the paper's recipe for ImageNet-1K."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = refuse
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file that sets any of the options below")
     parser.add_argument("--dry-run", action="store_true", help="print settings, image count and memory, then stop")
 
@@ -130,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-b", "--batch-size", type=int, default=64, metavar="N", help="images per process and step")
     add("--grad-accum-steps", type=int, default=1, metavar="N", help="steps per update")
     add("--epochs", type=int, default=800, metavar="N")
-    add("--warmup-epochs", type=float, default=40, metavar="N")
+    add("--warmup-epochs", type=float, metavar="N", help="default: a twentieth of --epochs, at most 40")
     add("--lr-base", type=float, default=1.5e-4, metavar="X", help="lr = lr_base * images per update / lr_base_size")
     add("--lr-base-size", type=int, default=256, metavar="N")
     add("--lr", type=float, metavar="X", help="the learning rate itself; replaces --lr-base")
@@ -183,17 +189,17 @@ def config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
             raise ValueError(
                 f"--config {path}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ".")
             )
-        option = action.option_strings[-1] if not isinstance(value, bool) else action.option_strings[0]
-        if isinstance(action, argparse.BooleanOptionalAction):
-            arguments.append(action.option_strings[0 if value else 1])
-        elif action.nargs == 0:
+        options = action.option_strings
+        if action.nargs == 0:
             if not isinstance(value, bool):
                 raise ValueError(f"--config {path}: '{key}' takes true or false, got {value!r}.")
-            arguments += [option] if value else []
+            arguments += options[:1] if value else options[1:]
+        elif action.nargs == "?" and isinstance(value, bool):
+            arguments += options[:1] if value else []
         elif value is not None:
             if isinstance(value, dict):
                 value = [f"{k}={v}" for k, v in value.items()]
-            arguments += [action.option_strings[-1], *map(str, value if isinstance(value, list) else [value])]
+            arguments += [options[-1], *map(str, value if isinstance(value, list) else [value])]
     return arguments
 
 
@@ -202,17 +208,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
     config = parser.parse_args(argv).config
+    given = {word.partition("=")[0] for word in argv}
     argv = (config_arguments(config, parser) if config else []) + argv
     args = parser.parse_args(argv)
     if not args.data_dir and args.dataset in ("", "embedded"):
         parser.set_defaults(**EMBEDDED_DEFAULTS)
         args = parser.parse_args(argv)
 
-    if args.input_size:
-        args.in_chans, *size = args.input_size
-    else:
-        size = [args.img_size, args.img_size]
-    args.input_size = [args.in_chans, *size]
+    chans, *size = args.input_size or [args.in_chans, args.img_size, args.img_size]
+    if "--input-size" not in given:  # then it is a config's, and the command line wins
+        chans = args.in_chans if "--in-chans" in given else chans
+        size = [args.img_size, args.img_size] if "--img-size" in given else size
+    args.in_chans, args.input_size = chans, [chans, *size]
     if args.mean is None and args.std is None:
         pictures = args.in_chans == 3
         args.mean = list(IMAGENET_DEFAULT_MEAN) if pictures else [0.5] * args.in_chans
@@ -225,6 +232,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("batch_size", "grad_accum_steps", "epochs", "checkpoint_interval", "log_interval", "lr_base_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(40, args.epochs / (12 if args.dataset == "embedded" else 20))
     if not 0 <= args.warmup_epochs < args.epochs:
         parser.error(f"--warmup-epochs {args.warmup_epochs:g} must lie below --epochs {args.epochs}.")
     if not 0 <= args.max_bad_images <= 1:
@@ -320,17 +329,20 @@ def prepare_folder(args: argparse.Namespace, run: Run) -> tuple[Path, dict | Non
             dist.broadcast_object_list(stamp)
         args.experiment = f"{stamp[0]}-{args.model.replace('.', '_')}-{size}"
     folder = Path(args.output) / args.experiment
-    last = folder / "last.pth.tar"
+    last, checkpoint = folder / "last.pth.tar", None
     if args.resume:
         path = last if args.resume == "auto" else Path(args.resume)
         if args.resume != "auto" or path.exists():
-            return folder, {**load_checkpoint(path), "path": str(path)}
-    elif folder.exists() and any(folder.iterdir()) and not args.overwrite:
+            checkpoint = {**load_checkpoint(path), "path": str(path)}
+    here = args.resume == "auto" or checkpoint is not None and path.resolve().parent == folder.resolve()
+    if checkpoint is not None and here:
+        args.overwrite = False  # what is there is part of the run
+    elif folder.is_dir() and any(folder.iterdir()) and not args.overwrite and not here:
         raise ValueError(
             f"The output folder {folder} is not empty. Go on with that run: --resume auto. Start again and delete what "
             "is in it: --overwrite. Or choose another --experiment or --output."
         )
-    return folder, None
+    return folder, checkpoint
 
 
 def claim_folder(folder: Path, overwrite: bool) -> None:
@@ -392,14 +404,13 @@ def save_checkpoint(path: Path, task: FCMAETask, optimizer, scaler, args: argpar
 
 def next_commands(args: argparse.Namespace, folder: Path) -> str:
     """What to do with the result, ready to paste."""
-    encoder, finetune = folder.resolve() / "encoder", f"--img-size {args.input_size[1]}"
-    if args.in_chans != 3:
-        finetune += f" --in-chans {args.in_chans}"
+    encoder, (chans, height, width) = folder.resolve() / "encoder", args.input_size
+    size = f"--img-size {height}" if chans == 3 and height == width else f"--input-size {chans} {height} {width}"
     return f"""\
 Load it in Python, with timm alone:
   python -c "import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
 Finetune it with timm's train.py, on a folder with train/ and validation/:
-  python train.py --model "local-dir:{encoder}" --pretrained --num-classes 10 {finetune} --data-dir DATA
+  python train.py --model "local-dir:{encoder}" --pretrained --num-classes 10 {size} --data-dir DATA
 Look at the loss and at what it predicts:
   {folder.resolve() / "loss.png"}
   {folder.resolve() / "reconstructions" / f"epoch-{args.epochs:04d}.png"}"""
@@ -468,10 +479,10 @@ def note_bad_images(bad: list[tuple[str, str]], known: dict[str, str], run: Run,
     for name, reason in sum(everywhere, []):
         if name not in known:
             known[name] = reason
-            bar.note(f"Skipped an image that cannot be decoded ({len(known)} so far): {name}: {reason}")
+            bar.note(f"Skipped an image that cannot be decoded ({len(known)} so far): {reason}")
 
 
-def describe(args: argparse.Namespace, progress: dict) -> dict[str, str]:
+def describe(args: argparse.Namespace, progress: dict, peak_lr: float) -> dict[str, str]:
     """How the weights were made, for the README of the export."""
     data = args.dataset if args.dataset != "embedded" else "the embedded data set of timm_convnextv2"
     images = args.batch_size * args.grad_accum_steps * progress["world_size"]
@@ -480,7 +491,7 @@ def describe(args: argparse.Namespace, progress: dict) -> dict[str, str]:
         + ("pixels normalised per patch" if args.norm_pix_loss else "plain pixels"),
         "Data": f"{data or Path(args.data_dir).resolve().name}, {progress['num_images']} images",
         "Epochs": f"{progress['epoch']} of {args.epochs}" + (" and a part of the next" if progress["update"] else ""),
-        "Optimizer": f"{args.opt}, lr {args.lr:.2e} for {images} images per update, weight decay {args.weight_decay}, "
+        "Optimizer": f"{args.opt}, lr {peak_lr:.2e} for {images} images per update, weight decay {args.weight_decay}, "
         f"betas {tuple(args.opt_betas)}",
         "Weights": f"moving average ({args.model_ema_decay})" if args.model_ema else "last",
         "Seed": str(args.seed),
@@ -549,7 +560,7 @@ def main(args: argparse.Namespace, run: Run) -> int:
             f"but the data set has {num_images}. Lower --grad-accum-steps or --batch-size."
         )
     total_updates = args.epochs * updates_per_epoch
-    args.lr = args.lr if args.lr is not None else args.lr_base * per_update / args.lr_base_size
+    peak_lr = args.lr if args.lr is not None else args.lr_base * per_update / args.lr_base_size
     progress = dict(epoch=0, update=0, loss_sum=0.0, bad_images={}, world_size=run.world_size, num_images=num_images)
     folder, checkpoint = prepare_folder(args, run)
     if checkpoint:
@@ -561,7 +572,7 @@ def main(args: argparse.Namespace, run: Run) -> int:
         f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f}M of them the encoder; "
         f"{num_images} images of {args.in_chans} x {height} x {width} in {grid[0]} x {grid[1]} patches of "
         f"{model.stride} px; "
-        f"{total_updates} updates of {per_update} images, lr {args.lr:.2e}, on {run.world_size} x {run.device.type}"
+        f"{total_updates} updates of {per_update} images, lr {peak_lr:.2e}, on {run.world_size} x {run.device.type}"
     )
     if args.dry_run:
         fixed, step = memory_estimate(model, args.batch_size, ema=args.model_ema, amp=args.amp)
@@ -571,17 +582,11 @@ def main(args: argparse.Namespace, run: Run) -> int:
             f"{step:.2f} for a step of {args.batch_size} images; data workers take their own."
         )
         return 0
-    logs = []
-    if run.primary:
-        claim_folder(folder, args.overwrite)
-        (folder / "args.yaml").write_text(f"# {VERSIONS}\n" + yaml.safe_dump(settings_of(args), sort_keys=False))
-        logs = open_logs(folder, settings_of(args), args.log_wandb, args.wandb_project, args.log_tensorboard)
-    run.training = True
 
     # --- training state
     task = FCMAETask(model.to(run.device), device=run.device, verbose=False)
     optimizer = create_optimizer_v2(
-        model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, betas=tuple(args.opt_betas), eps=args.opt_eps
+        model, opt=args.opt, lr=peak_lr, weight_decay=args.weight_decay, betas=tuple(args.opt_betas), eps=args.opt_eps
     )
     warmup = round(args.warmup_epochs * updates_per_epoch)
     scheduler = CosineLRScheduler(
@@ -601,6 +606,15 @@ def main(args: argparse.Namespace, run: Run) -> int:
         progress = {**checkpoint["progress"], "world_size": run.world_size, "num_images": num_images}
         about += f"\nResumed from {checkpoint['path']}: epoch {progress['epoch'] + 1}, update {progress['update'] + 1}"
         del checkpoint
+    run.total(0)  # waits: no rank may find the folder already claimed
+    logs = []
+    if run.primary:
+        claim_folder(folder, args.overwrite)
+        (folder / "args.yaml").write_text(f"# {VERSIONS}\n" + yaml.safe_dump(settings_of(args), sort_keys=False))
+        logs = open_logs(folder, settings_of(args), args.log_wandb, args.wandb_project, args.log_tensorboard)
+    run.total(0)  # waits: no rank goes on where the first could not claim it
+    run.training = True
+
     if args.torchcompile:
         task.compile(backend=args.torchcompile)
     if run.distributed:
@@ -618,11 +632,7 @@ def main(args: argparse.Namespace, run: Run) -> int:
     )
 
     def save(milestone: bool) -> None:
-        """Checkpoint, exported encoder, loss curve."""
-        save_checkpoint(folder / "last.pth.tar", task, optimizer, scaler, args, progress)
-        if milestone:
-            shutil.copyfile(folder / "last.pth.tar", folder / "milestone.part")
-            os.replace(folder / "milestone.part", folder / f"milestone-{progress['epoch']}.pth.tar")
+        """Exported encoder, loss curve, checkpoint."""
         export_encoder(
             unwrap_model(task.trainable_module),
             folder / "encoder",
@@ -630,10 +640,13 @@ def main(args: argparse.Namespace, run: Run) -> int:
             mean=args.mean,
             std=args.std,
             license=args.license or None,
-            info=describe(args, progress),
+            info=describe(args, progress, peak_lr),
         )
         if summary.exists():
             save_loss_curve(summary, folder / "loss.png")
+        names = [f"milestone-{progress['epoch']}"] * milestone + ["last"]  # 'last' is last: the rest of it is there
+        for name in names:
+            save_checkpoint(folder / f"{name}.pth.tar", task, optimizer, scaler, args, progress)
 
     # --- the loop
     run.watch_signals()
@@ -672,7 +685,7 @@ def main(args: argparse.Namespace, run: Run) -> int:
             )
             progress.update(epoch=epoch + 1, update=0, loss_sum=0.0)
             if run.primary:
-                update_summary(epoch, metrics, {}, str(summary), lr=lr, write_header=not summary.exists())
+                update_summary(epoch, metrics, {}, str(summary), lr=lr)
                 for log in logs:
                     log(epoch, {**metrics, "lr": lr})
                 if epoch == 0 or (epoch + 1) % args.recon_interval == 0 or epoch + 1 == args.epochs:
@@ -692,12 +705,12 @@ def main(args: argparse.Namespace, run: Run) -> int:
             break
 
     bar.close()
-    if progress["epoch"] == args.epochs:
+    if progress["epoch"] >= args.epochs:
         run.say(f"Done: the encoder is in {folder / 'encoder'}\n{next_commands(args, folder)}")
         return 0
     where = f"epoch {progress['epoch'] + 1}, update {progress['update']} of {updates_per_epoch}"
     if too_many:
-        names = "\n".join(f"  {name}: {why}" for name, why in progress["bad_images"].items())
+        names = "\n".join(f"  {why}" for why in progress["bad_images"].values())
         run.say(
             f"Stopped in {where}, everything saved: {len(progress['bad_images'])} of {num_images} images cannot be "
             f"decoded, more than --max-bad-images {args.max_bad_images:g}:\n{names}\nMend or remove them or raise the "
@@ -720,7 +733,7 @@ def cli(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError) as e:
         if run is not None and run.training:
             raise
-        if run is None or run.primary:
+        if os.environ.get("RANK", "0") == "0":
             print(f"pretrain.py: error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:
