@@ -5,7 +5,6 @@ import datetime
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import timm
 import torch
 
-__all__ = ["conditions", "peak_memory", "time_in_turn", "write_csv"]
+__all__ = ["conditions", "peak_memory", "ratio", "time_in_turn", "write_csv"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -71,19 +70,26 @@ def ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
     return statistics.median(pairs), min(pairs), max(pairs)
 
 
-def _rss_child(make: Callable[..., Callable[[], object]], args: tuple, threads: int, pipe) -> None:
+def _status(field: str) -> int:
+    """A memory figure of this process in bytes, from Linux's /proc."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def _child(make: Callable[..., Callable[[], object]], args: tuple, threads: int, pipe) -> None:
     torch.set_num_threads(threads)
     step = make(*args)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
     for _ in range(2):
         step()
-    pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    pipe.send(_status("VmHWM") - before)
 
 
 def peak_memory(make: Callable[..., Callable[[], object]], args: tuple, device: torch.device, threads: int) -> int:
-    """Bytes that two steps add at their peak to what the built model and its data take.
+    """Bytes that two steps add at their peak to what the model and its data take.
 
-    On CPU the growth of the peak resident size of a fresh process; on CUDA the allocator's peak.
+    On CPU the growth of the resident size of a fresh process (Linux); on CUDA the allocator's peak.
 
     Args:
         make: Module-level function that builds a step from `args`.
@@ -101,7 +107,7 @@ def peak_memory(make: Callable[..., Callable[[], object]], args: tuple, device: 
         return torch.cuda.max_memory_allocated() - before
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_rss_child, args=(make, args, threads, send))
+    process = context.Process(target=_child, args=(make, args, threads, send))
     process.start()
     send.close()
     grown = receive.recv()

@@ -11,7 +11,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -58,7 +57,7 @@ def small_pair(name: str = "convnextv2_atto", **kwargs) -> tuple[nn.Module, nn.M
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape, f"{tuple(a.shape)} instead of {tuple(b.shape)}"
     assert torch.isfinite(a).all()
-    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-10)).item()
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-8)).item()
 
 
 def assert_same_features(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> None:
@@ -226,10 +225,10 @@ def test_same_names_shapes_and_strict_loading(name):
         assert sum(p.numel() for p in ours.parameters()) / 1e6 == pytest.approx(millions[size], abs=0.05)
 
 
-def full_pair(name: str) -> tuple[nn.Module, nn.Module]:
+def full_pair(name: str, **kwargs) -> tuple[nn.Module, nn.Module]:
     """Both at true size with shared random weights, each loaded strictly from the other."""
-    ours = randomize(timm.create_model(name, device="meta").to_empty(device="cpu"))
-    theirs = stock(name, device="meta")
+    ours = randomize(timm.create_model(name, device="meta", **kwargs).to_empty(device="cpu"))
+    theirs = stock(name, device="meta", **kwargs)
     theirs.load_state_dict(ours.state_dict(), strict=True, assign=True)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     return ours, theirs
@@ -243,23 +242,22 @@ def images(name: str) -> torch.Tensor:
 def test_same_numbers_as_stock(name):
     ours, theirs = full_pair(name)
     x = images(name)
-    for train, memory_format in ((False, torch.contiguous_format), (True, torch.channels_last)):
+    modes = [(False, torch.contiguous_format), (True, torch.channels_last)]
+    for train, memory_format in modes if name in LIGHT else modes[1:]:  # the narrow test has all four of each
         ours.train(train), theirs.train(train)
         y = x.contiguous(memory_format=memory_format)
         assert_same_features(ours, theirs, y)
         assert_same_gradients(ours, theirs, y)
 
 
-def free_gib() -> float:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if hasattr(os, "sysconf") else 0.0
-
-
 def test_same_numbers_as_stock_huge():
-    """660M parameters, shared by both models: 2.6 GB, as much for gradients; one pass over a 32 px image."""
-    if free_gib() < 9:
-        pytest.skip(f"convnextv2_huge needs 9 GiB of free memory, this machine has {free_gib():.1f}")
-    ours, theirs = full_pair("convnextv2_huge")
-    assert_same_gradients(ours, theirs, torch.randn(1, 3, 32, 32))
+    """True widths, one block a stage. The true depths are in the narrow test below, the true shapes (660M parameters)
+    in `test_same_names_shapes_and_strict_loading`; all of it at once takes half a minute and 8 GB.
+    """
+    ours, theirs = full_pair("convnextv2_huge", depths=(1, 1, 1, 1))
+    x = torch.randn(1, 3, 32, 64)
+    assert_same_features(ours, theirs, x)
+    assert_same_gradients(ours, theirs, x)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -385,11 +383,8 @@ def test_features_only_with_output_stride(output_stride):
     ]
 
 
-@pytest.mark.parametrize("pool", [None, "max", ""])
-@pytest.mark.parametrize("num_classes", [0, 3])
+@pytest.mark.parametrize("num_classes,pool", [(0, None), (3, None), (0, "max"), (3, "max"), (0, "")])
 def test_reset_classifier(num_classes, pool):
-    if pool == "" and num_classes:
-        pytest.skip("without pooling timm has no classifier")
     models = small_pair()
     for model in models:
         torch.manual_seed(5)
@@ -505,14 +500,13 @@ def test_export(name):
     assert error(program.module()(x), theirs.eval()(x)) < FORWARD_TOL
 
 
+@pytest.mark.filterwarnings("ignore")  # deprecated in PyTorch, still offered
 @pytest.mark.parametrize("name", [CONV, LINEAR])
 def test_torchscript(name):
     model = randomize(timm.create_model(name, scriptable=True, **SMALL)).eval()
     theirs = stock(name, **SMALL).eval()
     theirs.load_state_dict(model.state_dict())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated in PyTorch, still offered
-        scripted = torch.jit.script(model)
+    scripted = torch.jit.script(model)
     buffer = io.BytesIO()
     torch.jit.save(scripted, buffer)
     buffer.seek(0)
@@ -659,7 +653,6 @@ for i, (name, kwargs) in enumerate(json.loads(sys.argv[2])):
         model = timm.create_model(name, pretrained=True, **kwargs)
         save_file(model.state_dict(), f"{out}/{i}.safetensors")
         result = dict(type=type(model).__name__, file=f"{out}/{i}.safetensors")
-        # what the remedy of an error message says, executed as it is written there
     except Exception as e:
         result = dict(error=str(e), type=type(e).__name__)
     result["logs"] = [l for l in logs if l[0].startswith("timm_convnextv2")]
@@ -841,3 +834,14 @@ def test_missing_from_the_cache_names_the_repository(offline):
 def test_package_names():
     assert timm_convnextv2.ConvNeXtV2 is ConvNeXtV2
     assert set(timm_convnextv2.__all__) >= {"ConvNeXtV2", "FCMAE", "FCMAEOutput", "random_mask", "__version__"}
+
+
+@pytest.mark.parametrize("size", ["atto", "tiny"])
+def test_hooks_on_the_token_mlp_fire(size):
+    """Adapters, quantisation and feature hooks find the layers of the token MLP in use, as in stock timm."""
+    model = timm.create_model(f"convnextv2_{size}", num_classes=0)
+    mlp, calls = model.stages[0].blocks[0].mlp, []
+    for fc in (mlp.fc1, mlp.fc2):
+        fc.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    model(torch.randn(1, 3, 32, 32))
+    assert calls == [mlp.fc1, mlp.fc2]

@@ -78,8 +78,8 @@ EMBEDDED_DEFAULTS = dict(
 )
 VERSIONS = f"timm_convnextv2 {timm_convnextv2.__version__}, timm {timm.__version__}, torch {torch.__version__}"
 SHOWN_EPOCH = 2**31 - 1  # crops and masks of the pictures: drawn as those of an epoch that never comes
-# A checkpoint fits only a model that agrees in these.
-ARCHITECTURE = ("model", "in_chans", "patch_size", "decoder_depth", "decoder_dim", "model_kwargs")
+# A checkpoint fits only a model, and its optimizer state only an optimizer, that agree in these.
+ARCHITECTURE = ("model", "in_chans", "patch_size", "decoder_depth", "decoder_dim", "model_kwargs", "opt")
 # A run stopped in the middle of an epoch goes on only with the same of these.
 DATA_ORDER = ("seed", "batch_size", "grad_accum_steps")
 # Not settings of the run but of the call: args.yaml and checkpoints leave them out.
@@ -220,6 +220,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         chans = args.in_chans if "--in-chans" in given else chans
         size = [args.img_size, args.img_size] if "--img-size" in given else size
     args.in_chans, args.input_size = chans, [chans, *size]
+    for name in (
+        "in_chans",
+        "batch_size",
+        "grad_accum_steps",
+        "epochs",
+        "checkpoint_interval",
+        "log_interval",
+        "lr_base_size",
+    ):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
     if args.mean is None and args.std is None:
         pictures = args.in_chans == 3
         args.mean = list(IMAGENET_DEFAULT_MEAN) if pictures else [0.5] * args.in_chans
@@ -229,9 +240,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("mean", "std"):
         if len(getattr(args, name) or []) != args.in_chans:
             parser.error(f"--{name} has {len(getattr(args, name) or [])} values for {args.in_chans} channels.")
-    for name in ("batch_size", "grad_accum_steps", "epochs", "checkpoint_interval", "log_interval", "lr_base_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40, args.epochs / (12 if args.dataset == "embedded" else 20))
     if not 0 <= args.warmup_epochs < args.epochs:
@@ -258,18 +266,21 @@ def create_fcmae(args: argparse.Namespace) -> timm_convnextv2.FCMAE:
             f"--model {args.model} is not an FCMAE model; did you mean {near}? There are: {', '.join(known)}."
         )
     torch.manual_seed(args.seed)
-    model = timm.create_model(
-        args.model,
-        pretrained=args.pretrained,
-        img_size=tuple(args.input_size[1:]),
-        in_chans=args.in_chans,
-        patch_size=args.patch_size,
-        mask_ratio=args.mask_ratio,
-        decoder_depth=args.decoder_depth,
-        decoder_dim=args.decoder_dim,
-        norm_pix_loss=args.norm_pix_loss,
-        **args.model_kwargs,
-    )
+    try:
+        model = timm.create_model(
+            args.model,
+            pretrained=args.pretrained,
+            img_size=tuple(args.input_size[1:]),
+            in_chans=args.in_chans,
+            patch_size=args.patch_size,
+            mask_ratio=args.mask_ratio,
+            decoder_depth=args.decoder_depth,
+            decoder_dim=args.decoder_dim,
+            norm_pix_loss=args.norm_pix_loss,
+            **args.model_kwargs,
+        )
+    except TypeError as e:
+        raise ValueError(f"--model-kwargs {args.model_kwargs} does not suit {args.model}: {e}") from e
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
@@ -370,7 +381,7 @@ def check_resume(args: argparse.Namespace, checkpoint: dict, progress: dict) -> 
     differs = differences(before, vars(args), ARCHITECTURE)
     if differs:
         raise ValueError(
-            f"Cannot resume from {path}, its model differs in {'; '.join(differs)}. Repeat the settings of that run "
+            f"Cannot resume from {path}, which differs in {'; '.join(differs)}. Repeat the settings of that run "
             "(its args.yaml), or start a new --experiment."
         )
     if args.model_ema and "state_dict_ema" not in checkpoint:
@@ -600,7 +611,10 @@ def main(args: argparse.Namespace, run: Run) -> int:
         task.load_checkpoint_state(checkpoint["state_dict"])
         if args.model_ema:
             task.load_checkpoint_state(checkpoint["state_dict_ema"], ema=True)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)  # load_state_dict took those of the checkpoint: --weight-decay and others
         if scaler is not None and scaler.state_dict_key in checkpoint:
             scaler.load_state_dict(checkpoint[scaler.state_dict_key])
         progress = {**checkpoint["progress"], "world_size": run.world_size, "num_images": num_images}

@@ -1,6 +1,6 @@
 """Numerics. Nothing in here imports the rest of the package."""
 
 from .grn import GlobalResponseNorm
-from .token_mlp import TokenMlp
+from .token_mlp import PointwiseConv2d, TokenMlp
 
-__all__ = ["GlobalResponseNorm", "TokenMlp"]
+__all__ = ["GlobalResponseNorm", "PointwiseConv2d", "TokenMlp"]
