@@ -257,9 +257,18 @@ def test_args_yaml_repeats_the_run(tmp_path, no_pictures):
 
 
 def test_summary_grows_during_the_run(tmp_path, no_pictures, monkeypatch):
-    seen = []
+    seen, losses, train_update = [], [], pretrain.train_update
+
+    def wrapped(*args):
+        result = train_update(*args)
+        losses.append(result[0])
+        return result
+
+    monkeypatch.setattr(pretrain, "train_update", wrapped)
     at_update(monkeypatch, 5, lambda: seen.append(steady(tmp_path / "r")))
     out = run(tmp_path / "r", epochs=2)
+    means = [sum(losses[:4]) / 4, sum(losses[4:]) / 4]
+    assert [float(row["train_loss"]) for row in rows(out)] == pytest.approx(means)
     assert len(seen[0]) == 1 and seen[0] == steady(out)[:1]
     assert [row["epoch"] for row in steady(out)] == ["0", "1"]
 
@@ -611,8 +620,11 @@ def test_no_weight_decay_on_vectors(tmp_path, no_pictures, updates):
         (["--model-kwargs", "depths=[1,1,2,1]", "dims=[8,8,16,16]", "drop_path_rate=0.5"], True),
     ],
 )
-def test_options_of_the_update(tmp_path, no_pictures, plain, options, changes):
+def test_options_of_the_update(tmp_path, no_pictures, updates, plain, options, changes):
     out = run(tmp_path / "r", *options)
+    model = pretrain.unwrap_model(updates[0][2].trainable_module)
+    assert model.encoder.stages[0].grad_checkpointing == ("--grad-checkpointing" in options)
+    assert isinstance(updates[0][2].trainable_module, pretrain.timm_convnextv2.FCMAE) != ("aot_eager" in options)
     reference = load(plain if "sgd" not in options else run(tmp_path / "sgd", "--opt", "sgd"))["state_dict"]
     weights = load(out)["state_dict"]
     if changes is None:

@@ -1,6 +1,7 @@
 """Numerics. Nothing in here imports the rest of the package."""
 
+from .depthwise import is_plain_depthwise, window_depthwise
 from .grn import GlobalResponseNorm
 from .token_mlp import PointwiseConv2d, TokenMlp
 
-__all__ = ["GlobalResponseNorm", "PointwiseConv2d", "TokenMlp"]
+__all__ = ["GlobalResponseNorm", "PointwiseConv2d", "TokenMlp", "is_plain_depthwise", "window_depthwise"]
