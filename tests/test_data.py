@@ -519,8 +519,9 @@ def test_wds_without_labels(tmp_path, workers):
     assert not torch.equal(*epochs)
 
 
-def test_wds_stream_errors(tmp_path):
+def test_wds_stream_errors(tmp_path, monkeypatch):
     pytest.importorskip("webdataset", reason="the package webdataset is not installed")
+    monkeypatch.setattr(data.samples, "_MAX_BAD_IN_A_ROW", 10)
     root = shards(tmp_path / "s", 2, broken=range(12))
     with pytest.raises(ValueError, match="10 images in a row.*\n.*png"):
         list(stream_over(root, 2, 0)[1])
@@ -828,12 +829,18 @@ def test_bad_pictures_are_replaced_and_reported(tmp_path, workers):
         whole.source.__class__ = FolderSource
 
 
-def test_ten_bad_pictures_in_a_row_stop_the_run(tmp_path):
-    folder_of(tmp_path, 12)
-    for i in range(10):
+def test_many_bad_pictures_in_a_row(tmp_path, monkeypatch):
+    """A damaged stretch is passed over and reported whole; --max-bad-images decides about the run. All is too many."""
+    folder_of(tmp_path, 42)
+    for i in range(40):
         (tmp_path / f"{i:03d}.png").write_bytes(b"junk")
     dataset = PretrainDataset(FolderSource(tmp_path), PretrainTransform(32), (4, 4), 0.6)
-    assert [i for i, _ in dataset[0, 1][2]] == list(range(1, 10))
+    assert [i for i, _ in dataset[0, 1][2]] == list(range(1, 40))
+    for i in (40, 41):
+        (tmp_path / f"{i:03d}.png").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="(?s)42 images in a row.*000.png.*041.png"):
+        dataset[0, 0]
+    monkeypatch.setattr(data.samples, "_MAX_BAD_IN_A_ROW", 10)
     with pytest.raises(ValueError, match="(?s)10 images in a row.*000.png.*009.png"):
         dataset[0, 0]
 

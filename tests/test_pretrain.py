@@ -26,7 +26,8 @@ spec.loader.exec_module(pretrain)
 
 # a model of milliseconds, and one epoch of four updates of eight images
 SMALL = ["--decoder-dim", "16", "--model-kwargs", "depths=[1,1,2,1]", "dims=[8,8,16,16]"]
-DATA = ["--train-num-samples", "32", "--img-size", "64", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
+DATA = ["--train-num-samples", "32", "--img-size", "64", "--patch-size", "4", "--batch-size", "8", "--workers", "0"]
+DATA += ["--device", "cpu"]
 TIMES = {"train_images_per_s", "train_data_wait", "train_seconds", "train_memory_gib"}
 
 

@@ -127,7 +127,7 @@ def save_reconstructions(
     std: tuple[float, ...],
     title: str = "",
 ) -> None:
-    """Draws original, masked input, prediction, and composite (visible pixels kept) of each image as a PNG.
+    """Draws original, masked input, prediction of the removed patches, and both together, of each image as a PNG.
 
     Where the target is normalised per patch, the prediction is put back with the patch's true mean and standard
     deviation, as MAE's demo does: it shows the structure that was predicted, in the brightness that was not asked for.
@@ -161,7 +161,7 @@ def save_reconstructions(
     columns = {
         "original": shown,
         "masked input": torch.where(gap.permute(0, 2, 3, 1), low + 0.5 * (high - low), shown),
-        "prediction": _displayable(pred, mean, std),
+        "prediction": torch.where(gap.permute(0, 2, 3, 1), _displayable(pred, mean, std), high),
         "prediction + visible": _displayable(torch.where(gap, pred, images), mean, std),
     }
     count, aspect = images.shape[0], images.shape[2] / images.shape[3]
@@ -182,6 +182,7 @@ def memory_estimate(model: FCMAE, batch_size: int, ema: bool = False, amp: bool 
     """Memory that training takes, in GiB: weights, gradients and AdamW's state; what a step keeps for its backward.
 
     The second is counted on one image of `model.img_size` on the meta device, where tensors have shapes and no memory.
+    It is what the operations of a GPU keep; those of a CPU keep up to a third less.
 
     Args:
         model: On any device; left as it is.

@@ -23,7 +23,7 @@ __all__ = [
     "sample_seed",
 ]
 
-_MAX_BAD_IN_A_ROW = 10
+_MAX_BAD_IN_A_ROW = 1000  # a damaged folder or shard; --max-bad-images stops most runs before
 
 
 class PretrainTransform:
@@ -128,7 +128,8 @@ class PretrainDataset(Dataset):
         seed: Seed of the run.
 
     Raises:
-        ValueError: The mask ratio is impossible on this grid; or, by a sample, ten pictures in a row are unreadable.
+        ValueError: The mask ratio is impossible on this grid; or, by a sample, a thousand pictures in a row (all, in a
+            smaller source) are unreadable.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class PretrainStream(IterableDataset):
         transform, grid, mask_ratio, seed: As for `PretrainDataset`.
 
     Raises:
-        ValueError: The mask ratio is impossible on this grid; or, when iterating, ten pictures in a row are
+        ValueError: The mask ratio is impossible on this grid; or, when iterating, a thousand pictures in a row are
             unreadable or the stream is empty.
     """
 
