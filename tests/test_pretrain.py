@@ -730,7 +730,7 @@ def test_default_warmup(line, warmup):
 
 def test_embedded_defaults_give_way():
     args = pretrain.parse_args([])
-    assert (args.dataset, args.epochs, args.img_size, args.warmup_epochs) == ("embedded", 12, 128, 1)
+    assert (args.dataset, args.epochs, args.img_size, args.warmup_epochs) == ("embedded", 6, 56, 0.5)
     assert pretrain.parse_args(["--epochs", "3", "--batch-size", "16"]).batch_size == 16
     args = pretrain.parse_args(["--data-dir", "x"])
     assert (args.dataset, args.epochs, args.img_size, args.workers) == ("", 800, 224, 4)
