@@ -40,11 +40,10 @@ def test_workflow_calls_ci():
 def test_readme_names_what_there_is():
     for path in re.findall(r"\]\((?!https?://|#)([^)#]+)\)", README) + re.findall(r'src="(?!http)([^"]+)"', README):
         assert (ROOT / path).exists(), f"README links to {path}, which does not exist"
-    options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"```.*?train\.py .*?```", "", README, flags=re.S)))
-    script = (ROOT / "train_scripts/pretrain.py").read_text()
-    for option in options - {"--nproc-per-node", "--no-norm-pix-loss"}:
-        if f'"{option}"' not in script:
-            assert option in README.split("train.py")[1], f"README speaks of {option}, pretrain.py has no such option"
+    scripts = "".join(p.read_text() for p in (ROOT / "train_scripts/pretrain.py", *(ROOT / "benchmarks").glob("*.py")))
+    foreign = {"--nproc-per-node", "--num-classes"}  # torchrun's, timm's train.py's
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - foreign:
+        assert f'"{option}"' in scripts, f"README speaks of {option}, no script has it"
 
 
 def test_variant_table_is_true():
