@@ -124,7 +124,7 @@ def main() -> None:
         compare(case, "peak memory of the step, ours / reference (bytes)", "<= 0.6", ours, reference)
     kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "_").lower()
     about = {**conditions(device, args.threads), "inputs": f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"}
-    print(write_csv(f"pretrain_step_{kind}", rows, about))
+    print(write_csv(f"pretrain_step_{kind}_{args.dtype}", rows, about))
 
 
 def _profile(step: Callable[[], None], device: torch.device) -> None:

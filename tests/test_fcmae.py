@@ -18,6 +18,7 @@ import timm_convnextv2
 from timm_convnextv2 import FCMAE, FCMAETask, random_mask
 from timm_convnextv2.convnextv2 import VARIANTS
 from timm_convnextv2.fcmae import normalize_target, patchify, unpatchify
+from timm_convnextv2.masking import Visible
 from timm_convnextv2.reference import reference_features, reference_forward
 
 TOY = dict(depths=(1, 2, 1, 1), dims=(8, 12, 16, 20), decoder_dim=16)
@@ -602,3 +603,26 @@ def test_direct_construction_equals_the_factory():
     torch.manual_seed(0)
     made = timm.create_model("fcmae_convnextv2_atto", img_size=64, **TOY)
     assert all(torch.equal(a, b) for a, b in zip(direct.parameters(), made.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("options, message", [({"patch_size": 8}, "too large"), ({"kernel_sizes": 4}, "odd")])
+def test_what_would_cross_patch_borders_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("fcmae_convnextv2_atto", device="meta", img_size=192, **options)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.6, 0.9])
+def test_mixer_by_windows_equals_mixer_on_the_map(monkeypatch, ratio):
+    """Both ways of the packed mixer, values and gradients, whatever the rule would choose."""
+    model = timm.create_model("fcmae_convnextv2_atto", img_size=128, decoder_dim=16).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    images = torch.randn(2, 3, 128, 96, dtype=torch.float64)
+    mask = timm_convnextv2.random_mask(2, (4, 3), ratio)
+    found = []
+    for windows in (True, False):
+        monkeypatch.setattr(Visible, "_prefers_windows", lambda *_, windows=windows: windows)
+        loss = model(images, mask).loss
+        found.append((loss, *torch.autograd.grad(loss, [p for n, p in model.named_parameters() if ".head." not in n])))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
 
-from timm_convnextv2.ops import GlobalResponseNorm
+from timm_convnextv2.ops import GlobalResponseNorm, window_depthwise
 
 LAYOUTS = [pytest.param(True, id="nhwc"), pytest.param(False, id="nchw")]
 TOKENS = [pytest.param(1, 1, id="1"), pytest.param(7, 9, id="63"), pytest.param(3137, 1, id="3137")]
@@ -152,3 +152,50 @@ def test_float32_parameters_with_half_inputs_as_under_autocast(dtype):
     exact = make_grn(8, True)
     exact.load_state_dict(grn.state_dict())
     assert_close(ours, run(exact, x.double(), grad.double()), 2e-2)
+
+
+def test_grn_under_function_transforms():
+    """`torch.func` and forward-mode differentiation work as with timm's modules."""
+    from timm.layers.grn import GlobalResponseNorm as Stock
+
+    stock, ours = Stock(6), GlobalResponseNorm(6)
+    torch.nn.init.normal_(stock.weight)
+    ours.load_state_dict(stock.state_dict())
+    x, v = torch.randn(3, 1, 4, 5, 6), torch.randn(3, 1, 4, 5, 6)
+    for grn in (stock, ours):
+        grn.results = [
+            torch.func.vmap(torch.func.grad(lambda t, grn=grn: grn(t).square().sum()))(x),
+            torch.func.jvp(grn, (x[0],), (v[0],))[1],
+        ]
+        with torch.autograd.forward_ad.dual_level():
+            dual = grn(torch.autograd.forward_ad.make_dual(x[1], v[1]))
+            grn.results.append(torch.autograd.forward_ad.unpack_dual(dual).tangent)
+    for a, b in zip(stock.results, ours.results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_grn_of_an_empty_batch():
+    x = torch.randn(0, 4, 4, 6, requires_grad=True)
+    out = GlobalResponseNorm(6)(x)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (0, 4, 4, 6)
+
+
+def test_grn_second_derivative():
+    grn = GlobalResponseNorm(3).double()
+    torch.nn.init.normal_(grn.weight)
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(grn, (x,))
+
+
+@pytest.mark.parametrize("k, p, border", [(3, 2, 1), (7, 1, 3), (5, 4, 2)])
+def test_window_depthwise(k, p, border):
+    """Against a dense convolution of a map in which patches without a neighbour lie apart; and its gradients."""
+    x = torch.randn(3, p, p, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 1, k, k, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    inside = torch.arange(3 * p * p).view(3, p, p)
+    index = torch.nn.functional.pad(inside, (border,) * 4, value=3 * p * p)  # no neighbours at all
+    dense = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=border, groups=2)
+    torch.testing.assert_close(window_depthwise(x, weight, bias, index), dense.permute(0, 2, 3, 1))
+    assert torch.autograd.gradcheck(lambda *t: window_depthwise(*t, index), (x, weight, bias))

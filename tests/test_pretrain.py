@@ -1,5 +1,6 @@
 import csv
 import importlib.util
+import io
 import math
 import os
 import re
@@ -7,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -400,8 +402,9 @@ def test_stopped_run_ends_as_an_uninterrupted_one(tmp_path, no_pictures, monkeyp
             run(out, *options, "--resume", "auto", epochs=2)
         done += stop + 1
         printed = capsys.readouterr().out
-        where = f"epoch {done // 4 + 1}, update {done % 4} of 4"
-        assert f"Stopped by {number.name} in {where}" in printed and "--resume auto" in printed
+        inside, after = f"in epoch {done // 4 + 1} of 2, update {done % 4} of 4", f"after epoch {done // 4} of 2"
+        where = inside if done % 4 else after
+        assert f"Stopped by {number.name} {where}" in printed and "--resume auto" in printed
         assert load(out)["progress"]["epoch"] == done // 4 and load(out)["progress"]["update"] == done % 4
         assert (out / "encoder/config.json").exists()
     run(out, *options, "--resume", "auto", epochs=2)
@@ -503,7 +506,7 @@ def test_second_signal_stops_at_once():
     watcher.watch_signals()
     os.kill(os.getpid(), signal.SIGTERM)
     assert watcher.stop == "SIGTERM" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # whichever of the two comes second
 
 
 # --------------------------------------------------------------------------------------------------------- arithmetic
@@ -1052,3 +1055,47 @@ def test_program_refuses(tmp_path):
     result = subprocess.run([sys.executable, SCRIPT, "--epochs", "0"], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr == "pretrain.py: error: --epochs must be at least 1, got 0.\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_streamed_data_set(tmp_path, capsys, workers):
+    """Shards without labels, one picture broken; whether the pictures come once each is tested with the data."""
+    pytest.importorskip("webdataset", reason="the package webdataset is not installed")
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"s-{shard}.tar", "w") as tar:
+            for i in range(16):
+                buffer = io.BytesIO()
+                Image.effect_noise((40, 40), 80).save(buffer, "png")
+                content = b"junk" if (shard, i) == (1, 3) else buffer.getvalue()
+                info = tarfile.TarInfo(f"{shard}-{i:02d}.png")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    line = ["--dataset", "wds/", "--data-dir", str(tmp_path), "--train-split", "s-{0..1}.tar"]
+    line += ["--train-num-samples", "32", "--img-size", "32", "--patch-size", "1", "--batch-size", "8", "--epochs", "2"]
+    line += ["--workers", workers, "--output", str(tmp_path / "out"), "--experiment", "x", "--device", "cpu"]
+    assert pretrain.cli([*line, "--max-bad-images", "0.1"]) == 0
+    printed = capsys.readouterr().out
+    assert "32 images of 3 x 32 x 32" in printed and "8 updates of 8" in printed
+    assert len((tmp_path / "out/x/summary.csv").read_text().splitlines()) == 3
+    assert printed.count("Skipped an image that cannot be decoded") == 1 and "1-03.png" in printed
+
+
+def test_too_many_bad_images_at_the_last_update(tmp_path, capsys):
+    """The list is told even where the run had nothing left to do."""
+    for i in range(8):
+        Image.effect_noise((64, 64), 80).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"junk")
+    line = ["--data-dir", str(tmp_path), *DATA[2:], "--epochs", "1", "--output", str(tmp_path / "out")]
+    assert pretrain.cli([*line, "--experiment", "x"]) == 1
+    assert "after epoch 1 of 1" in capsys.readouterr().out
+    assert (tmp_path / "out/x/encoder/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["--patch-size", "0"], ["--torchcompile", "nope"], ["--model-kwargs", "act_layer=nope"], ["--experiment", "."]],
+    ids=lambda line: line[0],
+)
+def test_more_mistakes_are_one_message(tmp_path, capsys, line):
+    assert pretrain.cli([*DATA, "--epochs", "1", "--output", str(tmp_path), "--experiment", "x", *line]) == 2
+    assert line[0] in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -79,8 +79,8 @@ class FCMAE(nn.Module):
         img_size: Nominal image size, an int or (H, W), for checks and records; `forward` takes any multiple of the
             stride.
         in_chans: Number of image channels.
-        patch_size: Stem patch size. The mask's patch is the encoder's total stride (`stride`): 8 x `patch_size`; 32
-            for `patch_size` 2 too, where timm's ConvNeXt adds a downsampling layer.
+        patch_size: Stem patch size, 1 to 7. The mask's patch is the encoder's total stride (`stride`): 8 x
+            `patch_size`; 32 for `patch_size` 2 too, where timm's ConvNeXt adds a downsampling layer.
         mask_ratio: Share of patches to remove where no mask is given.
         decoder_depth: Number of decoder blocks, at least 1.
         decoder_dim: Width of the decoder.
@@ -125,6 +125,15 @@ class FCMAE(nn.Module):
             )
         dd = {"device": device, "dtype": dtype}
         self.encoder = ConvNeXtV2(in_chans=in_chans, patch_size=patch_size, num_classes=0, **encoder_kwargs, **dd)
+        for stage in self.encoder.stages:
+            for conv in (m for m in stage.downsample.modules() if isinstance(m, nn.Conv2d)):
+                if conv.kernel_size != conv.stride:
+                    raise ValueError(
+                        f"patch_size={patch_size} is too large: from 8 on, timm's ConvNeXt dilates its last "
+                        "downsampling layer, which then crosses patch borders. The published models have 4."
+                    )
+            if any(k % 2 == 0 for block in stage.blocks for k in block.conv_dw.kernel_size):
+                raise ValueError(f"The mixer needs odd kernel_sizes, got {encoder_kwargs['kernel_sizes']}.")
         self.stride = self.encoder.feature_info[-1]["reduction"]
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.in_chans = in_chans

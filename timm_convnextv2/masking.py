@@ -96,6 +96,8 @@ def check_mask(mask: torch.Tensor, batch_size: int, grid: tuple[int, int]) -> in
         )
     if tuple(mask.shape) != shape:
         raise ValueError(f"mask must have shape [B, h, w] = {list(shape)} for these images, got {list(mask.shape)}.")
+    if not batch_size:
+        raise ValueError("There are no images in this batch.")
     counts = (~mask).flatten(1).sum(1).tolist()
     if len(set(counts)) > 1:
         raise ValueError(
@@ -166,8 +168,10 @@ class Visible:
         self.num_visible = num_visible
         # stable: False (visible) sorts first and both halves keep row-major order
         order = mask.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
-        order = order.to(device, non_blocking=True)
-        self.mask = mask.to(device, non_blocking=True)
+        # a copy to the CPU must not be read before it is complete
+        later = device is not None and torch.device(device).type != "cpu"
+        order = order.to(device, non_blocking=later)
+        self.mask = mask.to(device, non_blocking=later)
         self.ids = order[:, :num_visible]
         self.masked_ids = order[:, num_visible:]
         self._rows: dict[int, torch.Tensor] = {}

@@ -238,8 +238,8 @@ def open_logs(
     if wandb:
         import wandb as api
 
-        api.init(project=wandb_project, name=folder.name, id=folder.name, config=settings, dir=folder, resume="allow")
-        logs.append(lambda epoch, metrics: api.log(metrics, step=epoch))
+        api.init(project=wandb_project, name=folder.name, config=settings, dir=folder)
+        logs.append(lambda epoch, metrics: api.log({**metrics, "epoch": epoch}))
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 

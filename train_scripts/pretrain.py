@@ -224,6 +224,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.in_chans, args.input_size = chans, [chans, *size]
     for name in (
         "in_chans",
+        "patch_size",
+        "decoder_dim",
         "batch_size",
         "grad_accum_steps",
         "epochs",
@@ -281,8 +283,8 @@ def create_fcmae(args: argparse.Namespace) -> timm_convnextv2.FCMAE:
             norm_pix_loss=args.norm_pix_loss,
             **args.model_kwargs,
         )
-    except TypeError as e:
-        raise ValueError(f"--model-kwargs {args.model_kwargs} does not suit {args.model}: {e}") from e
+    except (AssertionError, KeyError, TypeError) as e:
+        raise ValueError(f"--model-kwargs {args.model_kwargs} does not suit {args.model}: {e!r}") from e
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
@@ -311,7 +313,8 @@ class Run:
 
         def ask(number: int, _frame) -> None:
             self.stop = signal.Signals(number).name
-            signal.signal(number, signal.SIG_DFL)
+            for other in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(other, signal.SIG_DFL)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, ask)
@@ -519,17 +522,20 @@ def open_data(args: argparse.Namespace, run: Run, grid: tuple[int, int]):
 
     Returns:
         The loader; `set_epoch(epoch, start_batch)`; batches per epoch; number of images; the name of an image by its
-        index; the few images and masks that the pictures show.
+        index (None for streams); the few images and masks that the pictures show.
     """
     transform = PretrainTransform(
         tuple(args.input_size[1:]), tuple(args.scale), tuple(args.ratio), args.hflip, args.vflip,
         args.train_interpolation, tuple(args.mean), tuple(args.std),
     )  # fmt: skip
-    source = create_source(
-        args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key, args.dataset_download,
-        args.train_num_samples, args.batch_size, args.seed,
-    )  # fmt: skip
-    check_readable(source)
+
+    def source_of_images():
+        return create_source(
+            args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key, args.dataset_download,
+            args.train_num_samples, args.batch_size, args.seed,
+        )  # fmt: skip
+
+    source = source_of_images()
     options = dict(
         num_workers=args.workers,
         collate_fn=collate,
@@ -542,15 +548,18 @@ def open_data(args: argparse.Namespace, run: Run, grid: tuple[int, int]):
         dataset = PretrainStream(source, transform, grid, args.mask_ratio, args.seed)
         source.set_loader_cfg(num_workers=args.workers)
         loader = DataLoader(dataset, batch_size=args.batch_size, drop_last=True, **options)
-        batches = len(source) // (args.batch_size * run.world_size)
+        # from a reader of its own: workers would go on with one that has been opened here
+        peek = PretrainStream(source_of_images(), transform, grid, args.mask_ratio, args.seed)
+        images = len(source) * run.world_size
         return (
             loader,
-            lambda epoch, _start: dataset.set_epoch(epoch),
-            batches,
-            len(source),
-            str,
-            list(islice(dataset, 6)),
+            lambda epoch, _: dataset.set_epoch(epoch),
+            len(source) // args.batch_size,
+            images,
+            None,
+            [*islice(peek, 6)],
         )
+    check_readable(source)
     dataset = PretrainDataset(source, transform, grid, args.mask_ratio, args.seed)
     sampler = EpochBatchSampler(len(source), args.batch_size, args.seed, run.rank, run.world_size)
     loader = DataLoader(dataset, batch_sampler=sampler, **options)
@@ -581,6 +590,9 @@ def main(args: argparse.Namespace, run: Run) -> int:
     if checkpoint:
         check_resume(args, checkpoint, progress)
     check_logs(args.log_wandb, args.log_tensorboard)
+    if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+        known = ", ".join(torch.compiler.list_backends(exclude_tags=()))
+        raise ValueError(f"--torchcompile {args.torchcompile} is no backend of torch.compile; there are: {known}.")
 
     about = (
         f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
@@ -686,7 +698,8 @@ def main(args: argparse.Namespace, run: Run) -> int:
             progress.update(update=update + 1, loss_sum=progress["loss_sum"] + loss)
             bar.update(epoch, loss, lr, per_update / seconds, wait / seconds)
             if any_bad:
-                note_bad_images([(name_of(i), why) for i, why in bad], progress["bad_images"], run, bar)
+                named = [(name_of(i) if name_of else why.partition(": ")[0], why) for i, why in bad]
+                note_bad_images(named, progress["bad_images"], run, bar)
             too_many = len(progress["bad_images"]) > args.max_bad_images * num_images
             if stop or too_many:
                 break
@@ -723,21 +736,22 @@ def main(args: argparse.Namespace, run: Run) -> int:
             break
 
     bar.close()
-    if progress["epoch"] >= args.epochs:
+    too_many = len(progress["bad_images"]) > args.max_bad_images * num_images
+    if progress["epoch"] >= args.epochs and not too_many:
         run.say(f"Done: the encoder is in {folder / 'encoder'}\n{next_commands(args, folder)}")
         return 0
-    where = f"epoch {progress['epoch'] + 1}, update {progress['update']} of {updates_per_epoch}"
+    where = f"in epoch {progress['epoch'] + 1} of {args.epochs}, update {progress['update']} of {updates_per_epoch}"
+    if not progress["update"]:
+        where = f"after epoch {progress['epoch']} of {args.epochs}"
     if too_many:
         names = "\n".join(f"  {why}" for why in progress["bad_images"].values())
         run.say(
-            f"Stopped in {where}, everything saved: {len(progress['bad_images'])} of {num_images} images cannot be "
+            f"Stopped {where}, everything saved: {len(progress['bad_images'])} of {num_images} images cannot be "
             f"decoded, more than --max-bad-images {args.max_bad_images:g}:\n{names}\nMend or remove them or raise the "
             f"limit, then go on with\n  {resume_command(args)}"
         )
         return 1
-    run.say(
-        f"Stopped by {run.stop or 'a signal'} in {where}; everything is saved. Go on with\n  {resume_command(args)}"
-    )
+    run.say(f"Stopped by {run.stop or 'a signal'} {where}; everything is saved. Go on with\n  {resume_command(args)}")
     return 0
 
 

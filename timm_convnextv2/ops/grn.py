@@ -6,6 +6,7 @@ Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); `timm.layers.
 import torch
 from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
 from timm.models import register_notrace_module
+from torch.autograd import forward_ad
 
 __all__ = ["GlobalResponseNorm", "global_response_norm"]
 
@@ -87,6 +88,16 @@ class _ChunkedGRN(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
+def _watched() -> bool:
+    """Whether a compiler, an exporter, `torch.func` or forward-mode differentiation looks on: they want plain ops."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 @register_notrace_module  # one node in torch.fx graphs (timm's feature_cls='fx'), which cannot ask a dtype
 class GlobalResponseNorm(TimmGlobalResponseNorm):
     """timm's GRN: same parameters, same numbers, fewer passes over the tokens.
@@ -103,8 +114,7 @@ class GlobalResponseNorm(TimmGlobalResponseNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight.view(self.wb_shape), self.bias.view(self.wb_shape)
         if not torch.jit.is_scripting():
-            watched = torch.jit.is_tracing() or torch.compiler.is_compiling()
-            full = x.dtype in (torch.float32, torch.float64) and x.dtype == weight.dtype
-            if full and x.device.type == "cpu" and self.channel_dim == -1 and x.is_contiguous() and not watched:
+            full = x.dtype in (torch.float32, torch.float64) and x.dtype == weight.dtype and x.numel() > 0
+            if full and x.device.type == "cpu" and self.channel_dim == -1 and x.is_contiguous() and not _watched():
                 return _ChunkedGRN.apply(x, weight, bias, self.eps)
         return global_response_norm(x, weight, bias, self.eps, self.spatial_dim, self.channel_dim)
