@@ -103,10 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", metavar="DIR", help="images anywhere below it; the root of --dataset where that is given")
-    add("--dataset", default="", metavar="NAME", help="timm dataset (hfds/..., wds/..., torch/...), or 'embedded'")
+    add("--dataset", default="", metavar="NAME", help="timm's hfds/, hfids/, wds/, tfds/, torch/...; or 'embedded'")
     add("--train-split", default="train", metavar="NAME", help="split of --dataset")
-    add("--train-num-samples", type=int, metavar="N", help="images per epoch of a streamed --dataset")
-    add("--dataset-download", action="store_true", help="let --dataset torch/... download")
+    add("--train-num-samples", type=int, metavar="N", help="images per epoch, streamed or embedded")
+    add("--dataset-download", action="store_true", help="let --dataset download itself")
     add("--input-key", metavar="NAME", help="image column of --dataset")
     add("--max-bad-images", type=float, default=0.01, metavar="X", help="stop when a larger share cannot be decoded")
     add("--img-size", type=int, default=224, metavar="N", help="side of the square crops")
