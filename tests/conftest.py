@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: on a shared mach
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed():

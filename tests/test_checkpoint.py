@@ -22,15 +22,6 @@ DEPTHS, DIMS, DECODER_DIM, KERNEL = (1, 2, 1, 1), (8, 12, 16, 20), 24, 7
 TOY = dict(depths=DEPTHS, dims=DIMS, conv_mlp=False, decoder_dim=DECODER_DIM, img_size=64)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The tensors here are small: threads cost more than they give, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _affine(name, *shape):
     return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 

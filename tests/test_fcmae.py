@@ -24,15 +24,6 @@ from timm_convnextv2.reference import reference_features, reference_forward
 TOY = dict(depths=(1, 2, 1, 1), dims=(8, 12, 16, 20), decoder_dim=16)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The tensors here are small: threads cost more than they give, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make(name="atto", seed=0, dtype=torch.float64, **kwargs):
     """A model with every parameter away from its initial value: GRN's start at zero and would hide mistakes."""
     torch.manual_seed(seed)

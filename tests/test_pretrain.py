@@ -42,15 +42,6 @@ def _signals():
         signal.signal(number, handler)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Faster for so small a model, and what the subprocesses use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes longer than training here."""
