@@ -23,6 +23,7 @@ from torch import nn
 
 import timm_convnextv2
 from timm_convnextv2 import ConvNeXtV2
+from timm_convnextv2.checkpoint import to_official
 from timm_convnextv2.convnextv2 import VARIANTS, ConvNeXtV2Block
 
 NAMES = [f"convnextv2_{size}" for size in VARIANTS]
@@ -825,6 +826,49 @@ def test_cached_weights_need_no_hub(unreachable, hub):
 def test_a_wrong_file_is_not_taken_for_a_hub_problem(tmp_path):
     with pytest.raises(FileNotFoundError):
         timm.create_model(CONV, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "none.safetensors")))
+
+
+BODY = {k: v for k, v in SMALL.items() if k != "num_classes"}
+
+
+@pytest.mark.parametrize("options", [dict(), dict(num_classes=5), dict(features_only=True), dict(in_chans=1)], ids=str)
+@pytest.mark.parametrize("size", ["atto", "tiny"])
+def test_weights_of_a_whole_fcmae_are_taken(size, options, tmp_path):
+    fcmae = timm.create_model(f"fcmae_convnextv2_{size}", decoder_dim=8, **BODY)
+    file = tmp_path / "model.safetensors"
+    save_file(fcmae.state_dict(), file)
+    model = timm.create_model(
+        f"convnextv2_{size}",
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(file), num_classes=-1),
+        **BODY,
+        **options,
+    )
+    found = {k.replace("stem_", "stem.").replace("stages_", "stages."): v for k, v in model.state_dict().items()}
+    skip = ("head.", "stem.0.weight") if "in_chans" in options else ("head.",)
+    names = [k for k in fcmae.encoder.state_dict() if not k.startswith(skip)]
+    assert len(names) > 60
+    for name in names:
+        torch.testing.assert_close(found[name], fcmae.encoder.state_dict()[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["decoder only", "foreign", "other depth", "sparse"])
+@pytest.mark.parametrize("num_classes", [1000, 5])
+def test_weights_that_leave_a_part_random_are_refused(change, num_classes, tmp_path):
+    weights = timm.create_model("fcmae_convnextv2_atto", decoder_dim=8, **BODY).state_dict()
+    if change == "decoder only":
+        weights = {k: v for k, v in weights.items() if not k.startswith("encoder.")}
+    elif change == "foreign":
+        weights = {"conv1.weight": torch.zeros(8, 3, 7, 7), "fc.weight": torch.zeros(5, 8)}
+    elif change == "other depth":
+        weights = {k: v for k, v in weights.items() if not k.startswith("encoder.stages.3.blocks.0.mlp")}
+    else:
+        weights = to_official(weights)
+    file = tmp_path / "model.safetensors"
+    save_file(weights, file)
+    overlay = dict(file=str(file), num_classes=-1)  # as train.py's --pretrained-path does it
+    with pytest.raises(RuntimeError, match=r"The weights have \d+ of the \d+ tensors of this ConvNeXt V2"):
+        timm.create_model(CONV, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **BODY)
 
 
 def test_missing_from_the_cache_names_the_repository(offline):

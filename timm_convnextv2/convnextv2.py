@@ -7,6 +7,8 @@ Parameter names and shapes, constructor arguments, pretrained configs and weight
 CC-BY-NC 4.0.
 """
 
+import math
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -37,6 +39,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "large": dict(depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
     "huge": dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816)),
 }
+
+
+# Sizes whose published recipe decays the learning rate by groups of three blocks; the others by single blocks.
+GROUPED_LAYER_DECAY = ("base", "large", "huge")
 
 
 class Layout(Protocol):
@@ -100,11 +106,40 @@ class ConvNeXtV2Stage(ConvNeXtStage):
         return x
 
 
+def _layer_id(name: str, depths: list[int], grouped: bool) -> int:
+    """Official layer id of a parameter; see `ConvNeXtV2.group_matcher`."""
+    block = re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name)
+    downsample = re.match(r"stages\.(\d+)\.downsample\.", name)
+    if block:
+        stage, index = int(block[1]), int(block[2])
+    elif downsample or name.startswith("stem."):
+        stage, index = int(downsample[1]) if downsample else 0, None
+    else:  # norms after the last stage and the classifier
+        stage, index = len(depths), 0
+    if not grouped:
+        return sum(depths[:stage]) + (index or 0) + 1
+    last = 3 + math.ceil(depths[2] / 3)  # 12 where the official code has it
+    if stage == 0:
+        return 0 if index is None else 1
+    if stage == 1:
+        return 2
+    if stage == 2:
+        return 3 + (index or 0) // 3
+    return last + stage - 3
+
+
 class ConvNeXtV2(ConvNeXt):
     """timm's `ConvNeXt` with `ConvNeXtV2Block`s: the same arguments, parameters and numbers.
 
-    `forward_packed` runs the feature extractor on visible patches only; everything else is timm's.
+    `forward_packed` runs the feature extractor on visible patches only, and `group_matcher` gives the layers of the
+    published layer-wise learning rate decay; everything else is timm's.
+
+    Attributes:
+        layer_decay_type: What one layer of that decay is, by the official names: 'single', a block, or 'group', about
+            three blocks. `timm.create_model` sets 'group' for base, large and huge, as their recipes have it.
     """
+
+    layer_decay_type = "single"
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -114,6 +149,27 @@ class ConvNeXtV2(ConvNeXt):
             stage.__class__ = ConvNeXtV2Stage
             for block in stage.blocks:
                 ConvNeXtV2Block.adopt(block)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], int]:
+        """Layers of the official layer-wise learning rate decay, for `timm.optim.param_groups_layer_decay`.
+
+        Source: `optim_factory.py` of the official repository. There, `base`, `large` and `huge` have 27 blocks in
+        stage 2; other depths go on by the same rule. timm numbers the layers anew without gaps, which changes no
+        learning rate: the decay counts from the last layer, and only the ids below the first one in use can be absent.
+
+        Args:
+            coarse: True gives timm's own coarse groups, the stem and whole stages.
+
+        Returns:
+            timm's patterns if `coarse`, else a function from a parameter's name to its layer id.
+        """
+        if coarse:
+            return super().group_matcher(coarse=True)
+        if self.layer_decay_type not in ("single", "group"):
+            raise ValueError(f"layer_decay_type must be 'single' or 'group', got {self.layer_decay_type!r}.")
+        depths = [len(stage.blocks) for stage in self.stages]
+        return partial(_layer_id, depths=depths, grouped=self.layer_decay_type == "group")
 
     def forward_packed(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Features of packed pixels, in the layout's own shape.
@@ -158,18 +214,53 @@ def build_model(model_cls: type, variant: str, pretrained: bool, **kwargs) -> nn
         ) from e
 
 
+def layer_decay_type(variant: str) -> str:
+    """'group' or 'single', as the published recipe of a size has it, from a name that ends in the size."""
+    return "group" if variant.endswith(GROUPED_LAYER_DECAY) else "single"
+
+
+def _filter_fn(state_dict: dict[str, Any], model: ConvNeXtV2) -> dict[str, Any]:
+    """timm's filter, which also takes the encoder out of a whole FCMAE, and notices what it would leave random.
+
+    With `--pretrained-path`, or a class count that differs, timm loads what happens to fit and only warns.
+
+    Raises:
+        RuntimeError: The weights do not cover the model; its head may be new.
+    """
+    if any(name.startswith("encoder.stem.") for name in state_dict):
+        state_dict = {k.removeprefix("encoder."): v for k, v in state_dict.items() if k.startswith("encoder.")}
+    try:
+        loaded = checkpoint_filter_fn(state_dict, model)
+    except (KeyError, AttributeError):  # it looks foreign names up in the model, and takes every value for a tensor
+        loaded = state_dict
+    body = [name for name in model.state_dict() if not name.startswith("head.")]
+    missing = [name for name in body if name not in loaded]
+    if missing:
+        raise RuntimeError(
+            f"The weights have {len(body) - len(missing)} of the {len(body)} tensors of this ConvNeXt V2 without its "
+            f"head; the first that is missing: '{missing[0]}'. The first names that came: {sorted(loaded)[:3]}. "
+            "Expected: weights of a convnextv2_* of the same size, in timm's or the official names, or of an "
+            "fcmae_convnextv2_*. Official pretraining checkpoints of the MinkowskiEngine code go through "
+            "timm_convnextv2.checkpoint.convert_official first."
+        )
+    return loaded
+
+
 def _create_convnextv2(variant: str, pretrained: bool = False, **kwargs) -> ConvNeXtV2:
     if kwargs.get("pretrained_cfg", "") == "fcmae":
         # as in timm: the fcmae weights have neither classifier nor `head.norm`
         kwargs.setdefault("pretrained_strict", False)
-    return build_model(
+    model = build_model(
         ConvNeXtV2,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
         **kwargs,
     )
+    if isinstance(model, ConvNeXtV2):  # not where `features_only` wraps it
+        model.layer_decay_type = layer_decay_type(variant)
+    return model
 
 
 # `register_model` looks for this name: every tag that timm knows

@@ -23,7 +23,7 @@ from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
 from timm.task import TrainingTask
 from torch import nn
 
-from .convnextv2 import VARIANTS, ConvNeXtV2, ConvNeXtV2Block, build_model, register_variants
+from .convnextv2 import VARIANTS, ConvNeXtV2, ConvNeXtV2Block, build_model, layer_decay_type, register_variants
 from .convnextv2 import default_cfgs as encoder_cfgs
 from .masking import Visible, check_mask, num_visible, random_mask
 
@@ -361,6 +361,7 @@ def _describe_encoder(model: FCMAE, name: str, pretrained: bool, kwargs: dict[st
     `_model_args` are the options that differ from those of the variant `name`. `pretrained_cfg` describes the
     encoder's own weights: licence and origin of the published ones are in it only where those were loaded.
     """
+    model.encoder.layer_decay_type = layer_decay_type(name)
     source = model.pretrained_cfg
     keep = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
     if pretrained:
