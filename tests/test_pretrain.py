@@ -221,17 +221,15 @@ def test_printed_command_loads_the_encoder(atto, tmp_path):
 
 @pytest.mark.timm_train
 def test_timm_finetunes_the_encoder(atto, tmp_path):
-    train = os.environ.get("TIMM_TRAIN")
-    if not train:
+    if not os.environ.get("TIMM_TRAIN"):
         pytest.skip("TIMM_TRAIN=/path/to/timm's/train.py is not set")
     for split in ("train", "validation"):
         for label in ("a", "b"):
             picture_folder(tmp_path / "data" / split / label, 4)
-    line = re.search(r"  python (train.py .*) --data-dir DATA", atto[1])[1].replace("train.py", shlex.quote(train))
-    line = line.replace("--num-classes 10", "--num-classes 2")
+    line = re.search(r"  python (.*finetune.py .*) --data-dir DATA", atto[1])[1]
     result = shell(
-        f"python {line} --data-dir data --device cpu --epochs 1 -b 4 --workers 1 --output tuned --experiment x "
-        "--warmup-epochs 0 --cooldown-epochs 0 --no-prefetcher",
+        f"python {line} --data-dir data --epochs 1 -b 4 --workers 1 --output tuned --experiment x --warmup-epochs 0 "
+        "--lr-base 1e-6",
         tmp_path,
     )
     assert result.returncode == 0, result.stderr[-3000:]
@@ -1007,7 +1005,7 @@ def test_kinds_of_images(tmp_path, capsys, shape, options, input_size):
     assert model(torch.zeros(1, *input_size)).shape == (1, 2)
     picture = Image.open(out / "reconstructions/epoch-0001.png")
     assert len(np.unique(np.asarray(picture.convert("L")))) > 30
-    finetune = re.search(r"train.py .*", capsys.readouterr().out)[0]
+    finetune = re.search(r"finetune.py .*", capsys.readouterr().out)[0]
     if input_size[0] == 3 and input_size[1] == input_size[2]:
         assert f"--img-size {input_size[1]} " in finetune
     else:

@@ -40,8 +40,12 @@ def test_workflow_calls_ci():
 def test_readme_names_what_there_is():
     for path in re.findall(r"\]\((?!https?://|#)([^)#]+)\)", README) + re.findall(r'src="(?!http)([^"]+)"', README):
         assert (ROOT / path).exists(), f"README links to {path}, which does not exist"
-    scripts = "".join(p.read_text() for p in (ROOT / "train_scripts/pretrain.py", *(ROOT / "benchmarks").glob("*.py")))
-    foreign = {"--nproc-per-node", "--num-classes"}  # torchrun's, timm's train.py's
+    folders = ("train_scripts", "benchmarks", "examples", "timm_convnextv2/data/embedded")
+    scripts = "".join(p.read_text() for folder in folders for p in (ROOT / folder).glob("*.py"))
+    foreign = {"--nproc-per-node"}  # torchrun's
+    # timm's train.py, validate.py and inference.py
+    foreign |= {"--num-classes", "--device-modules", "--aa", "--warmup-prefix", "--crop-mode", "--include-index"}
+    foreign |= {"--results-file"}
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - foreign:
         assert f'"{option}"' in scripts, f"README speaks of {option}, no script has it"
 

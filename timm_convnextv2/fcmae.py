@@ -17,15 +17,25 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import HfHubHTTPError
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
 from timm.task import TrainingTask
 from torch import nn
 
-from .convnextv2 import VARIANTS, ConvNeXtV2, ConvNeXtV2Block, build_model, layer_decay_type, register_variants
+from .convnextv2 import (
+    VARIANTS,
+    ConvNeXtV2,
+    ConvNeXtV2Block,
+    build_model,
+    hub_error,
+    layer_decay_type,
+    register_variants,
+)
 from .convnextv2 import default_cfgs as encoder_cfgs
 from .masking import Visible, check_mask, num_visible, random_mask
+from .provenance import config_beside, origin_of_config
 
 __all__ = ["FCMAE", "FCMAEOutput", "FCMAETask", "normalize_target", "patchify", "unpatchify"]
 
@@ -91,6 +101,8 @@ class FCMAE(nn.Module):
         ValueError: Sizes that do not divide, a mask ratio that is not in (0, 1), or encoder options that mix patches
             outside the mixer (`stem_type` other than 'patch', `output_stride` below 32).
     """
+
+    base_model: str | None = None  # the model on the Hub that the weights started from; timm's factory sets it
 
     def __init__(
         self,
@@ -320,21 +332,44 @@ def _fcmae_cfg(name: str) -> dict:
     return {**cfg, "num_classes": 0, "first_conv": "encoder.stem.0", "classifier": None}
 
 
-def _encoder_filter_fn(state_dict: dict[str, torch.Tensor], model: FCMAE) -> dict[str, torch.Tensor]:
-    """Makes whole FCMAE weights of what was loaded: ours as they are, encoder-only ones with our fresh decoder.
+def _options_of(state_dict: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The options of an FCMAE that shape its weights, read from them."""
+    stem = state_dict["encoder.stem.0.weight"]
+    return {
+        "in_chans": stem.shape[1],
+        "patch_size": stem.shape[-1],
+        "decoder_dim": state_dict["mask_token"].shape[1],
+        "decoder_depth": len({k.split(".")[1] for k in state_dict if k.startswith("decoder.")}),
+    }
+
+
+def _filter_fn(state_dict: dict[str, torch.Tensor], model: FCMAE) -> dict[str, torch.Tensor]:
+    """Makes whole FCMAE weights of what was loaded: those of an FCMAE as they are, an encoder's with a fresh decoder.
 
     Raises:
-        RuntimeError: The weights do not cover the encoder.
+        RuntimeError: The weights do not cover the encoder, or are an FCMAE's of another shape.
     """
-    if any(k.startswith("encoder.") for k in state_dict):
+    own = model.state_dict()
+    if "encoder.stem.0.weight" in state_dict and "mask_token" in state_dict:
+        different = [k for k in sorted(own.keys() | state_dict.keys()) if k not in own or k not in state_dict]
+        different += [k for k, v in own.items() if k in state_dict and state_dict[k].shape != v.shape]
+        if different:
+            there, here = _options_of(state_dict), _options_of(own)
+            options = [f"{k}={v} there, {here[k]} asked for" for k, v in there.items() if v != here[k]]
+            raise RuntimeError(
+                f"The FCMAE weights do not fit the model that was asked for: {'; '.join(options) or different[0]}. "
+                "Leave these options out to get the model as it was trained; its encoder alone adapts to other "
+                "in_chans."
+            )
         return state_dict
     loaded = {f"encoder.{k}": v for k, v in checkpoint_filter_fn(state_dict, model.encoder).items()}
     loaded = {k: v for k, v in loaded.items() if not k.startswith("encoder.head.")}
-    own = model.state_dict()
     missing = [k for k in own if k.startswith("encoder.") and not k.startswith("encoder.head.") and k not in loaded]
     if missing:
         raise RuntimeError(f"The weights lack {len(missing)} parameters of the encoder, the first: {missing[0]}.")
-    _logger.warning("Loaded the published encoder. No decoder was published: it starts from random weights.")
+    name = model.pretrained_cfg.get("hf_hub_id") or ""
+    which = "the published encoder. No decoder was published" if name.startswith("timm/") else "an encoder alone"
+    _logger.warning(f"Loaded {which}: the decoder starts from random weights.")
     return {**own, **loaded}
 
 
@@ -343,11 +378,13 @@ def _create_fcmae(variant: str, pretrained: bool = False, **kwargs) -> FCMAE:
         raise ValueError(
             f"'{variant}' is the pretraining wrapper; use '{variant.removeprefix('fcmae_')}' for features_only=True."
         )
+    if pretrained and kwargs.get("pretrained_cfg_overlay"):
+        kwargs = _options_of_folder(variant, kwargs)
     model = build_model(
         FCMAE,
         variant,
         pretrained,
-        pretrained_filter_fn=_encoder_filter_fn,
+        pretrained_filter_fn=_filter_fn,
         kwargs_filter=("global_pool",),
         **kwargs,
     )
@@ -355,11 +392,46 @@ def _create_fcmae(variant: str, pretrained: bool = False, **kwargs) -> FCMAE:
     return model
 
 
+def _own_options(variant: str) -> dict[str, Any]:
+    """What the entrypoint of a variant passes for itself."""
+    return {**VARIANTS[variant.rpartition("_")[2]], "use_grn": True, "ls_init_value": None}
+
+
+def _options_of_folder(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` with what the `config.json` beside the weights of a `pretrained_cfg_overlay` adds to them.
+
+    timm reads that file for `local-dir:` and `hf-hub:` names only. From it come the model's options, where they are
+    not given, and normalisation, licence and origin: the ones registered for `variant` are of the published weights.
+    """
+    overlay = kwargs["pretrained_cfg_overlay"]
+    try:
+        config = config_beside(overlay, kwargs.get("cache_dir"))
+    except (OSError, HfHubHTTPError) as e:
+        raise hub_error(e, overlay["hf_hub_id"], "config.json", variant) from e
+    if config is None:
+        return kwargs
+    if config["architecture"] not in (variant, variant.removeprefix("fcmae_")):
+        raise ValueError(
+            f"The weights in {overlay.get('file') or overlay.get('hf_hub_id')} are of a {config['architecture']}, not "
+            f"of the {variant} that was asked for."
+        )
+    kwargs, own = dict(kwargs), _own_options(variant)
+    for key, value in config.get("model_args", {}).items():
+        given = key in kwargs and not (key in own and kwargs[key] == own[key])
+        if key not in ("num_classes", "global_pool") and not given:
+            kwargs[key] = tuple(value) if isinstance(value, list) else value
+    cfg, origin = config.get("pretrained_cfg", {}), origin_of_config(config)
+    about = {k: cfg[k] for k in ("input_size", "interpolation", "crop_pct", "mean", "std") if k in cfg}
+    about |= {"license": origin.license, "origin_url": origin.url, "tag": cfg.get("tag"), "hf_hub_id": None}
+    kwargs["pretrained_cfg_overlay"] = {**about, **overlay}
+    return kwargs
+
+
 def _describe_encoder(model: FCMAE, name: str, pretrained: bool, kwargs: dict[str, Any]) -> None:
     """Gives `model.encoder` what timm's factory would have given it, for `timm.models.save_for_hf`.
 
     `_model_args` are the options that differ from those of the variant `name`. `pretrained_cfg` describes the
-    encoder's own weights: licence and origin of the published ones are in it only where those were loaded.
+    encoder's own weights: licence and origin of those that were loaded are in it only where some were.
     """
     model.encoder.layer_decay_type = layer_decay_type(name)
     source = model.pretrained_cfg
@@ -376,9 +448,15 @@ def _describe_encoder(model: FCMAE, name: str, pretrained: bool, kwargs: dict[st
         "first_conv": "stem.0",
         "classifier": "head.fc",
     }
-    own = {**VARIANTS[name.removeprefix("convnextv2_")], "use_grn": True, "ls_init_value": None}
+    if pretrained:
+        model.base_model = (source.get("hf_hub_id") or "").partition("@")[0] or None
+        if source.get("file"):
+            config = config_beside(source)
+            model.base_model = origin_of_config(config).base_model if config else model.base_model
+    own = _own_options(name)
     options = inspect.signature(ConvNeXt.__init__).parameters.keys() - {"device", "dtype"}
-    model.encoder._model_args = {k: v for k, v in kwargs.items() if k in options and (k not in own or v != own[k])}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items() if k in options}
+    model.encoder._model_args = {k: v for k, v in given.items() if k not in own or v != own[k]}
 
 
 default_cfgs = generate_default_cfgs(

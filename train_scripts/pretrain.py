@@ -28,6 +28,7 @@ import timm
 import torch
 import torch.distributed as dist
 import yaml
+from huggingface_hub.errors import HfHubHTTPError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
@@ -56,6 +57,7 @@ from timm_convnextv2.data import (
     create_source,
     sample_seed,
 )
+from timm_convnextv2.provenance import WEIGHTS, config_beside, read_config, resolve_license
 from timm_convnextv2.report import (
     Progress,
     check_logs,
@@ -121,8 +123,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train-interpolation", default="bicubic", choices=["bicubic", "bilinear", "nearest"])
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="fcmae_convnextv2_atto", metavar="NAME", help="fcmae_convnextv2_{atto..huge}")
-    add("--pretrained", action="store_true", help="start from the published encoder (CC-BY-NC 4.0)")
+    add("--model", default="fcmae_convnextv2_atto", metavar="NAME",
+        help="fcmae_convnextv2_{atto..huge}, or local-dir:FOLDER or hf-hub:USER/NAME to go on from")
+    add("--pretrained", action="store_true", help="start from those weights, or the published encoder (CC-BY-NC 4.0)")
     add("--patch-size", type=int, default=4, metavar="N", help="stem patch; 1 for small images (stride 8)")
     add("--mask-ratio", type=float, default=0.6, metavar="X", help="share of the patches to remove")
     add("--decoder-depth", type=int, default=1, metavar="N")
@@ -216,6 +219,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.data_dir and args.dataset in ("", "embedded"):
         parser.set_defaults(**EMBEDDED_DEFAULTS)
         args = parser.parse_args(argv)
+    start = start_folder(args.model)
+    if start:
+        if not args.pretrained:
+            parser.error(
+                f"--model {args.model} without --pretrained would start from random weights: add --pretrained."
+            )
+        parser.set_defaults(**start_defaults(start[1], sized="--img-size" in argv))
+        args = parser.parse_args(argv)
 
     chans, *size = args.input_size or [args.in_chans, args.img_size, args.img_size]
     if "--input-size" not in given:  # then it is a config's, and the command line wins
@@ -235,6 +246,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     ):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    if start and args.mean is None and args.std is None:
+        cfg = start[1].get("pretrained_cfg", {})
+        for name in ("mean", "std"):
+            values = cfg.get(name) or []
+            if len(values) in (1, args.in_chans):
+                setattr(args, name, list(values) * (args.in_chans // len(values)))
     if args.mean is None and args.std is None:
         pictures = args.in_chans == 3
         args.mean = list(IMAGENET_DEFAULT_MEAN) if pictures else [0.5] * args.in_chans
@@ -255,6 +272,52 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def start_folder(name: str) -> tuple[dict, dict] | None:
+    """Where the weights of a `local-dir:` or `hf-hub:` model are, as timm's overlay, and its config.json; else None."""
+    source, _, place = name.partition(":")
+    if source not in ("local-dir", "hf-hub"):
+        return None
+    if source == "local-dir":
+        overlay = {"file": str(Path(place) / WEIGHTS)}
+        config = read_config(Path(place) / "config.json")
+        if not Path(overlay["file"]).is_file():
+            raise ValueError(f"--model {name}: the folder has no {WEIGHTS}.")
+        return overlay, config
+    overlay = {"hf_hub_id": place}
+    try:
+        config = config_beside(overlay)
+    except (OSError, HfHubHTTPError) as e:
+        raise ValueError(
+            f"--model {name}: the Hugging Face Hub or its local cache does not give its config.json "
+            f"({type(e).__name__}: {str(e).partition(chr(10))[0]}). Check name, network and token."
+        ) from e
+    if config is None:
+        raise ValueError(
+            f"--model {name}: the repository has no config.json of a ConvNeXt V2 or FCMAE in timm's format."
+        )
+    return overlay, config
+
+
+def start_defaults(config: dict, sized: bool) -> dict:
+    """Defaults that follow from the config.json of the model to go on from: its options and image size."""
+    options, cfg = config.get("model_args", {}), config.get("pretrained_cfg", {})
+    names = ("in_chans", "patch_size", "mask_ratio", "decoder_depth", "decoder_dim", "norm_pix_loss")
+    defaults = {name: options[name] for name in names if name in options}
+    defaults.setdefault("patch_size", 4)
+    chans, height, width = cfg.get("input_size", (3, 224, 224))
+    defaults.setdefault("in_chans", chans)
+    if height == width:
+        defaults["img_size"] = height
+    elif not sized:
+        defaults["input_size"] = [chans, height, width]
+    return defaults
+
+
+def short_name(model: str) -> str:
+    """The model's name without the folders that lead to it."""
+    return model.rstrip("/").rpartition("/")[2]
+
+
 def settings_of(args: argparse.Namespace) -> dict:
     """The settings of the run, for args.yaml and checkpoints."""
     return {k: v for k, v in vars(args).items() if k not in CALL_ONLY}
@@ -262,8 +325,9 @@ def settings_of(args: argparse.Namespace) -> dict:
 
 def create_fcmae(args: argparse.Namespace) -> timm_convnextv2.FCMAE:
     """The model that the options name, from the seed."""
-    known = timm.list_models("fcmae_*")
-    if args.model.split(".")[0] not in known:
+    known, start = timm.list_models("fcmae_*"), start_folder(args.model)
+    name = f"fcmae_{start[1]['architecture'].removeprefix('fcmae_')}" if start else args.model
+    if name.split(".")[0] not in known:
         near = f"fcmae_{args.model}" if f"fcmae_{args.model.split('.')[0]}" in known else ""
         near = near or next(iter(difflib.get_close_matches(args.model, known, n=1, cutoff=0.3)), known[0])
         raise ValueError(
@@ -272,8 +336,9 @@ def create_fcmae(args: argparse.Namespace) -> timm_convnextv2.FCMAE:
     torch.manual_seed(args.seed)
     try:
         model = timm.create_model(
-            args.model,
+            name,
             pretrained=args.pretrained,
+            pretrained_cfg_overlay=start[0] if start else None,
             img_size=tuple(args.input_size[1:]),
             in_chans=args.in_chans,
             patch_size=args.patch_size,
@@ -285,6 +350,7 @@ def create_fcmae(args: argparse.Namespace) -> timm_convnextv2.FCMAE:
         )
     except (AssertionError, KeyError, TypeError) as e:
         raise ValueError(f"--model-kwargs {args.model_kwargs} does not suit {args.model}: {e!r}") from e
+    resolve_license(args.license or None, model.encoder.pretrained_cfg.get("license"))  # not only at the first export
     model.set_grad_checkpointing(args.grad_checkpointing)
     return model
 
@@ -343,7 +409,7 @@ def prepare_folder(args: argparse.Namespace, run: Run) -> tuple[Path, dict | Non
         stamp = [datetime.now().strftime("%Y%m%d-%H%M%S")]
         if run.distributed:
             dist.broadcast_object_list(stamp)
-        args.experiment = f"{stamp[0]}-{args.model.replace('.', '_')}-{size}"
+        args.experiment = f"{stamp[0]}-{short_name(args.model).replace('.', '_')}-{size}"
     folder = Path(args.output) / args.experiment
     if Path(args.output).resolve() not in folder.resolve().parents:
         raise ValueError(f"--experiment {args.experiment} is not a folder below --output {args.output}.")
@@ -424,14 +490,20 @@ def next_commands(args: argparse.Namespace, folder: Path) -> str:
     """What to do with the result, ready to paste."""
     encoder, (chans, height, width) = folder.resolve() / "encoder", args.input_size
     size = f"--img-size {height}" if chans == 3 and height == width else f"--input-size {chans} {height} {width}"
+    recipe = "small-data" if args.data_dir or args.dataset not in ("", "embedded") else "smoke"
+    finetune = shlex.join(["python", str(Path(__file__).with_name("finetune.py")), "--recipe", recipe])
+    publish = shlex.join(["python", str(Path(__file__).with_name("publish.py")), str(folder), "USER/NAME"])
+    publish += "" if args.license or args.pretrained else " --license ID"
     return f"""\
 Load it in Python, with timm alone:
   python -c "import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
-Finetune it with timm's train.py, on a folder with train/ and validation/:
-  python train.py --model "local-dir:{encoder}" --pretrained --num-classes 10 {size} --data-dir DATA
+Finetune it with timm's train.py and a recipe, on a folder with train/ and validation/:
+  {finetune} --model "local-dir:{encoder}" {size} --data-dir DATA
 Look at the loss and at what it predicts:
   {folder.resolve() / "loss.png"}
-  {folder.resolve() / "reconstructions" / f"epoch-{args.epochs:04d}.png"}"""
+  {folder.resolve() / "reconstructions" / f"epoch-{args.epochs:04d}.png"}
+See what publishing would send:
+  {publish} --dry-run"""
 
 
 def resume_command(args: argparse.Namespace) -> str:
@@ -507,6 +579,11 @@ def describe(args: argparse.Namespace, progress: dict, peak_lr: float) -> dict[s
     return {
         "Method": f"FCMAE, mask ratio {args.mask_ratio}, decoder {args.decoder_depth} x {args.decoder_dim}, "
         + ("pixels normalised per patch" if args.norm_pix_loss else "plain pixels"),
+        **(
+            {"Started from": short_name(args.model) if ":" in args.model else "the published encoder"}
+            if args.pretrained
+            else {}
+        ),
         "Data": f"{data or Path(args.data_dir).resolve().name}, {progress['num_images']} images",
         "Epochs": f"{progress['epoch']} of {args.epochs}" + (" and a part of the next" if progress["update"] else ""),
         "Optimizer": f"{args.opt}, lr {peak_lr:.2e} for {images} images per update, weight decay {args.weight_decay}, "
@@ -722,7 +799,7 @@ def main(args: argparse.Namespace, run: Run) -> int:
                 if epoch == 0 or (epoch + 1) % args.recon_interval == 0 or epoch + 1 == args.epochs:
                     picture = folder / "reconstructions" / f"epoch-{epoch + 1:04d}.png"
                     picture.parent.mkdir(exist_ok=True)
-                    title = f"{args.model}, epoch {epoch + 1} of {args.epochs}, loss {metrics['loss']:.3f}"
+                    title = f"{short_name(args.model)}, epoch {epoch + 1} of {args.epochs}, loss {metrics['loss']:.3f}"
                     images, masks, _ = collate(shown)
                     save_reconstructions(
                         picture, unwrap_model(task.trainable_module), images, masks, args.mean, args.std, title

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: the official formats <-> ours, safe loading, export to a timm folder.
+"""The official formats <-> ours.
 
 Official formats (https://github.com/facebookresearch/ConvNeXt-V2), with stage S, block B:
 
@@ -9,28 +9,17 @@ Official formats (https://github.com/facebookresearch/ConvNeXt-V2), with stage S
 Ours are timm's names and shapes. Both directions read one table, `_table`, so that a round trip is exact.
 """
 
-import argparse
-import json
 import math
-import os
-import pickle
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
 from timm.models import clean_state_dict
-from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
-from .convnextv2 import VARIANTS
-from .fcmae import FCMAE
+from ..convnextv2 import VARIANTS
 
-__all__ = ["convert_official", "export_encoder", "load_checkpoint", "to_official"]
+__all__ = ["check_names", "convert_official", "to_official"]
 
 
 class _Form(NamedTuple):
@@ -121,7 +110,7 @@ def _count(names: Sequence[str], pattern: str) -> int:
     return len({m[1] for m in (re.match(pattern, name) for name in names) if m})
 
 
-def _check_names(found: set[str], expected: set[str], what: str) -> None:
+def check_names(found: set[str], expected: set[str], what: str) -> None:
     for names, text in ((found - expected, "unknown"), (expected - found, "missing")):
         if names:
             raise ValueError(
@@ -196,7 +185,7 @@ def convert_official(state_dict: dict[str, Any], conv_mlp: bool | None = None) -
             head="head.weight" in state_dict and not sparse,
         )
     )
-    _check_names(set(names), {official for official, _, _ in table}, "an official ConvNeXt V2 checkpoint")
+    check_names(set(names), {official for official, _, _ in table}, "an official ConvNeXt V2 checkpoint")
     converted = {}
     for official, ours, form in table:
         try:
@@ -246,202 +235,5 @@ def to_official(state_dict: dict[str, Tensor], sparse: bool = True) -> dict[str,
             head="head.fc.weight" in state_dict,
         )
     )
-    _check_names(set(names), {ours for _, ours, _ in table}, "weights that the official code has a place for")
+    check_names(set(names), {ours for _, ours, _ in table}, "weights that the official code has a place for")
     return {official: form.to_official(state_dict[ours]).contiguous() for official, ours, form in table}
-
-
-def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a PyTorch or safetensors file to the CPU; nothing in it is ever executed.
-
-    Args:
-        path: `*.safetensors`, or a file of `torch.save`, which may hold tensors, plain data and an
-            `argparse.Namespace` (as training checkpoints of timm and of the official code do).
-
-    Raises:
-        ValueError: No such file, a truncated or foreign file, one whose pickle asks for code, or one that does not
-            hold a dictionary. Names the file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise ValueError(f"Checkpoint '{path}' {what}.")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path, device="cpu")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        wanted = re.search(r"(?:GLOBAL|global:) (?!GLOBAL)([\w.]+)", str(e))
-        if wanted:
-            raise ValueError(
-                f"Checkpoint '{path}' was refused and not executed: besides tensors and plain data it asks for code, "
-                f"{wanted[1]}. Save the state dict alone, best as safetensors."
-            ) from e
-        raise ValueError(
-            f"Checkpoint '{path}' was not read: it is damaged, or not a file of torch.save. Nothing in it was executed."
-        ) from e
-    except (RuntimeError, EOFError, OSError, ValueError, IndexError, KeyError, SafetensorError) as e:
-        raise ValueError(
-            f"Checkpoint '{path}' ({path.stat().st_size} bytes) cannot be read: it is truncated, or in another format. "
-            f"Copy or download it again. ({type(e).__name__}: {str(e).partition('. ')[0]})"
-        ) from e
-    if not isinstance(content, dict):
-        raise ValueError(f"Checkpoint '{path}' holds a {type(content).__name__}; a dictionary of weights was expected.")
-    return content
-
-
-_README = """---
-library_name: timm
-pipeline_tag: image-feature-extraction
-{license_line}tags:
-- timm
-- image-feature-extraction
-- convnextv2
-- fcmae
-- self-supervised-learning
----
-# {architecture}, pretrained with FCMAE
-
-ConvNeXt V2 encoder without classifier, pretrained by [FCMAE](https://arxiv.org/abs/2301.00808) with
-`timm_convnextv2` {version}. It is an ordinary [timm](https://github.com/huggingface/pytorch-image-models) model: to
-use it, nothing but timm is needed.
-
-```python
-import timm
-model = timm.create_model("local-dir:path/to/this/folder", pretrained=True, num_classes=10)  # or "hf-hub:user/name"
-config = timm.data.resolve_model_data_config(model)  # image size, mean and std of the pretraining
-```
-
-`num_classes=0` gives features `[B, {num_features}]`, `features_only=True` the maps of the four stages.
-
-## How it was made
-
-| | |
-| --- | --- |
-{rows}
-
-## Licence
-
-{license_text}
-"""
-
-
-def _readme(model: FCMAE, license: str | None, rows: dict[str, Any]) -> str:
-    from . import __version__
-
-    if license is None:
-        text = "Not stated: ask whoever trained the weights."
-    elif "license" in model.encoder.pretrained_cfg:
-        text = f"{license}. Pretraining started from published weights under this licence, and it stays."
-    else:
-        text = f"{license}."
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows.items()]
-    return _README.format(
-        license_line=f"license: {license}\n" if license else "",
-        architecture=model.encoder.pretrained_cfg["architecture"],
-        version=__version__,
-        num_features=model.num_features,
-        rows="\n".join(f"| {name} | {value} |" for name, value in cells),
-        license_text=text,
-    )
-
-
-def export_encoder(
-    model: FCMAE,
-    folder: str | os.PathLike,
-    *,
-    state_dict: dict[str, Tensor] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    img_size: tuple[int, int] | None = None,
-    license: str | None = None,
-    info: dict[str, Any] | None = None,
-) -> Path:
-    """Writes the encoder as a timm folder: `config.json`, `model.safetensors`, `README.md`.
-
-    Stock timm opens it as `timm.create_model("local-dir:FOLDER", pretrained=True, ...)`, with a classifier, headless
-    or as `features_only`. The files are written beside the folder and moved into it one by one when all are complete;
-    other files in the folder stay. In distributed training call it on one rank.
-
-    Args:
-        model: From `timm.create_model("fcmae_convnextv2_*", ...)`.
-        folder: Where to; it and its parents are made if needed.
-        state_dict: Weights of the whole FCMAE to export instead of the model's own (their EMA, a checkpoint);
-            prefixes of DDP and torch.compile are taken off.
-        mean: Normalisation of the images, one value or one a channel; that of `model.encoder.pretrained_cfg` if None.
-        std: Likewise.
-        img_size: Image size (H, W) of the pretraining; `model.img_size` if None.
-        license: Licence of the weights, by its id on the Hugging Face Hub. None states none. Weights that started from
-            the published ones (`pretrained=True`) keep theirs, cc-by-nc-4.0.
-        info: How the weights were made (data, epochs, settings), for a table in the README.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: A model that timm's factory did not make, weights that do not fit, a licence that contradicts the
-            one the weights started from, or a mean or std of another length than 1 and the number of channels.
-    """
-    encoder = model.encoder
-    cfg = getattr(encoder, "pretrained_cfg", None)
-    if cfg is None:
-        raise ValueError(
-            "A timm folder names an architecture, and this FCMAE was not made under one: use "
-            "timm.create_model('fcmae_convnextv2_tiny', depths=..., dims=..., ...) instead of FCMAE(...)."
-        )
-    inherited = cfg.get("license")
-    if inherited and license not in (None, inherited):
-        raise ValueError(
-            f"license='{license}', but pretraining started from weights under {inherited}, which stays. Leave license "
-            "out, or pretrain from scratch (pretrained=False)."
-        )
-    license = license or inherited
-
-    own = encoder.state_dict()
-    weights = own
-    if state_dict is not None:
-        state_dict = clean_state_dict(state_dict)
-        weights = {k[len("encoder.") :]: v for k, v in state_dict.items() if k.startswith("encoder.")}
-        _check_names(set(weights), set(own), "weights of this FCMAE's encoder")
-        for name, value in own.items():
-            if weights[name].shape != value.shape:
-                raise ValueError(
-                    f"encoder.{name} is {list(weights[name].shape)} in state_dict and {list(value.shape)} in the model."
-                )
-    # safetensors wants contiguous tensors, channels_last weights are not
-    weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    img_size = tuple(img_size or model.img_size)
-    data = {"input_size": (model.in_chans, *img_size)}
-    for key, value in (("mean", mean), ("std", std)):
-        if value is not None:
-            if len(value) not in (1, model.in_chans):
-                raise ValueError(f"{key} has {len(value)} values, the model {model.in_chans} channels.")
-            data[key] = tuple(float(v) for v in value)
-
-    folder = Path(folder).resolve()  # of a link, the target: a file moves only within its file system
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        # what timm.models.save_for_hf writes, without a second copy of the model for other weights
-        save_config_for_hf(
-            encoder,
-            temporary / "config.json",
-            model_config={"pretrained_cfg": {"license": license} if license else {}},
-            data_config=data,
-        )
-        safetensors.torch.save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((temporary / "config.json").read_text())
-        rows = {
-            "Parameters": f"{sum(v.numel() for v in weights.values()) / 1e6:.1f} M",
-            "Image size": f"{img_size[0]} x {img_size[1]}, {model.in_chans} channels",
-            "Mean, standard deviation": f"{config['pretrained_cfg']['mean']}, {config['pretrained_cfg']['std']}",
-            **(info or {}),
-        }
-        (temporary / "README.md").write_text(_readme(model, license, rows), encoding="utf-8")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("model.safetensors", "config.json", "README.md"):
-            os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder

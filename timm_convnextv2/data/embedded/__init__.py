@@ -1,16 +1,26 @@
-"""The embedded data set: pictures of eight kinds of objects, rendered when asked for. No files, no network."""
+"""The embedded data set: pictures of eight kinds of objects, rendered when asked for. No files, no network.
+
+`EmbeddedSource` draws them without labels for pretraining, `write_folder` writes labelled ones for timm's `train.py`
+(from the shell: `python -m timm_convnextv2.data.embedded FOLDER`).
+"""
 
 import colorsys
 import math
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
-from .decode import check_index
+from ..decode import check_index
 
-__all__ = ["EmbeddedSource"]
+__all__ = ["EmbeddedSource", "write_folder"]
+
+PRETRAINING_SEEDS = 2  # `create_source` draws the pictures of seeds 0 (train) and 1 (any other split)
 
 
 class _Dice:
@@ -226,3 +236,57 @@ def _surface(dice: _Dice, u: np.ndarray, v: np.ndarray, pixels: float, lx: float
         u, v = u * (0.35 * waves), v * (0.35 * waves)
         t = 0.5 + (0.3 - np.hypot(u - np.rint(u), v - np.rint(v))) * (pixels / (0.35 * waves))
     return np.clip(t, 0, 1)
+
+
+def write_folder(
+    folder: str | os.PathLike, *, size: int = 56, train: int = 160, validation: int = 800, seed: int = 0
+) -> Path:
+    """Writes a labelled image folder, `FOLDER/{train,validation}/CLASS/*.png`, as timm's `train.py` reads it.
+
+    No picture is in both splits, in the folder of another seed, or among those that pretraining on `embedded` sees.
+    The folder appears when it is complete: a run that is killed leaves at most a hidden one beside it.
+
+    Args:
+        folder: Where to; it and its parents are made if needed.
+        size: Height and width in pixels.
+        train: Pictures of the training split, in all; a multiple of the number of classes, 8.
+        validation: Likewise for the validation split.
+        seed: Which pictures, at least 0.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The folder exists and is not empty (or is a file), a count that the classes cannot share evenly,
+            or a size or seed out of range.
+    """
+    classes = EmbeddedSource.classes
+    for name, count in (("train", train), ("validation", validation)):
+        if count < 1 or count % len(classes):
+            raise ValueError(f"{name}={count} pictures: expected a multiple of {len(classes)}, the number of classes.")
+    if seed < 0:
+        raise ValueError(f"Expected seed >= 0, got {seed}.")
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder. Name another one, or remove it.")
+
+    first = PRETRAINING_SEEDS + 2 * seed
+    sources = {
+        "train": EmbeddedSource(train, size, seed=first),
+        "validation": EmbeddedSource(validation, size, seed=first + 1),
+    }
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for split, source in sources.items():
+            for name in classes:
+                (temporary / split / name).mkdir(parents=True)
+            for i in range(len(source)):
+                image = Image.fromarray(source[i].permute(1, 2, 0).numpy())
+                image.save(temporary / split / classes[source.label(i)] / f"{i:05d}.png")
+        if folder.exists():
+            folder.rmdir()  # Windows does not move a folder onto an empty one
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder

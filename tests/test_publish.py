@@ -1,0 +1,318 @@
+"""publish.py, and continuing from what it writes: run folders and timm folders in, what would be sent out."""
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub import ModelCard
+from test_checkpoint_export import FCMAE, NC, _Runs, config_of, equal, make_run
+
+import timm_convnextv2  # noqa: F401  registers the models
+from timm_convnextv2.checkpoint import export_encoder, export_finetuned, load_checkpoint, push_to_hub
+
+SCRIPTS = Path(__file__).parents[1] / "train_scripts"
+SENT = ["README.md", "config.json", "model.safetensors"]
+PICTURES = ["loss.png", "reconstructions.png"]
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+publish, pretrain = script("publish"), script("pretrain")
+
+
+@pytest.fixture
+def run_publish(capsys):
+    """Runs the script: exit status, stdout, stderr."""
+
+    def call(*arguments):
+        status = publish.cli([str(a) for a in arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+TINY = (
+    "--epochs 1 --train-num-samples 8 --batch-size 4 --img-size 32 --patch-size 1 --decoder-dim 8 --workers 0".split()
+)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """The folder of a pretraining run that kept a moving average."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    options = [*TINY, "--model-ema", "--model-kwargs", "depths=(1,1,1,1)", "dims=(8,12,16,20)"]
+    assert pretrain.cli([*options, "--output", str(folder), "--experiment", "run"]) == 0
+    return folder / "run"
+
+
+def names(folder):
+    return sorted(p.name for p in Path(folder).iterdir())
+
+
+def test_pretraining_run(pretrained, run_publish, tmp_path):
+    """The encoder and the whole model, with licence, pictures, and code that names the repository."""
+    before = names(pretrained), names(pretrained / "encoder")
+    status, out, _ = run_publish(
+        pretrained, "me/enc", "--license", "mit", "--dry-run", "--output", tmp_path / "enc", "--revision", "v1",
+        "--dataset", "imagenet-1k", "--base-model", "you/base",
+    )  # fmt: skip
+    assert status == 0 and names(tmp_path / "enc") == sorted(SENT + PICTURES)
+    assert str(tmp_path / "enc" / "README.md") in out and "bytes  model.safetensors" in out and "me/enc" in out
+    text = (tmp_path / "enc/README.md").read_text()
+    card = ModelCard(text).data
+    assert (card.license, card.datasets, card.base_model) == ("mit", ["imagenet-1k"], "you/base")
+    assert '"hf-hub:me/enc@v1"' in text and "path/to" not in text and "user/name" not in text
+    assert "| Last training loss |" in text and all(f"({name})" in text for name in PICTURES)
+    assert config_of(tmp_path / "enc")["pretrained_cfg"]["license"] == "mit"
+    weights = load_checkpoint(pretrained / "last.pth.tar")["state_dict_ema"]
+    sent = safetensors.torch.load_file(tmp_path / "enc/model.safetensors")
+    assert equal(sent, {k[8:]: v for k, v in weights.items() if k.startswith("encoder.")})
+
+    status, _, err = run_publish(
+        pretrained, "me/all", "--part", "fcmae", "--license", "mit", "--dry-run", "--output", tmp_path / "all",
+        "--dataset", "imagenet-1k",
+    )  # fmt: skip
+    assert status == 0, err
+    assert names(tmp_path / "all") == sorted(SENT + PICTURES)
+    assert equal(safetensors.torch.load_file(tmp_path / "all/model.safetensors"), weights)
+    text = (tmp_path / "all/README.md").read_text()
+    assert ModelCard(text).data.datasets == ["imagenet-1k"] and "| Last training loss |" in text
+    model = timm.create_model(f"local-dir:{tmp_path / 'all'}", pretrained=True)
+    assert equal(model.state_dict(), weights) and model.img_size == (32, 32) and model.stride == 8
+    assert before == (names(pretrained), names(pretrained / "encoder"))
+
+
+def test_default_output_and_again(pretrained, run_publish):
+    """Beside FOLDER; a second dry run replaces the first; a folder with anything else in it is left alone."""
+    target = pretrained.with_name("run-publish")
+    for license in ("mit", "apache-2.0"):
+        status, out, _ = run_publish(pretrained, "me/enc", "--license", license, "--dry-run")
+        assert status == 0 and str(target) in out
+        assert f"license: {license}" in (target / "README.md").read_text()
+    (target / "notes.txt").write_text("mine")
+    status, _, err = run_publish(pretrained, "me/enc", "--license", "mit", "--dry-run")
+    assert status == 2 and "run-publish' exists and holds other files" in err
+    assert "license: apache-2.0" in (target / "README.md").read_text()
+    (target / "notes.txt").unlink()
+
+
+def test_the_weights_published_are_not_shared_with_the_run(pretrained, run_publish, tmp_path):
+    run_publish(pretrained, "me/enc", "--license", "mit", "--dry-run", "--output", tmp_path / "o")
+    path = tmp_path / "o/model.safetensors"
+    assert path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
+
+
+def test_pretraining_goes_on_from_what_was_published(pretrained, run_publish, capsys, caplog, tmp_path):
+    """Options, normalisation and licence come from the folder; weights from its file; differing shapes are refused."""
+    fcmae = tmp_path / "fcmae"
+    assert run_publish(pretrained, "a/b", "--part", "fcmae", "--license", "mit", "--dry-run", "--output", fcmae)[0] == 0
+    common = ["--epochs", "1", "--train-num-samples", "8", "--batch-size", "4", "--output", str(tmp_path)]
+    common += ["--model", f"local-dir:{fcmae}"]
+    args = pretrain.parse_args([*common, "--pretrained"])
+    assert (args.img_size, args.patch_size, args.decoder_dim, args.in_chans) == (32, 1, 8, 3)
+    model = pretrain.create_fcmae(args)
+    assert equal(model.state_dict(), safetensors.torch.load_file(fcmae / "model.safetensors"))
+
+    assert pretrain.cli([*common, "--pretrained", "--dry-run"]) == 0
+    assert pretrain.cli([*common, "--pretrained", "--experiment", "again", "--lr", "0"]) == 0
+    assert "decoder" not in caplog.text
+    last = load_checkpoint(tmp_path / "again/last.pth.tar")["state_dict"]
+    assert equal(last, model.state_dict())  # with lr 0 nothing moves
+    config = config_of(tmp_path / "again/encoder")
+    assert config["pretrained_cfg"]["license"] == config["training"]["inherited_license"] == "mit"
+    assert config["training"]["table"]["Started from"] == "fcmae"
+    status, _, err = run_publish(tmp_path / "again", "a/b", "--license", "bsd-3-clause", "--dry-run")
+    assert status == 2 and "under mit, which stays" in err
+    assert run_publish(tmp_path / "again", "a/b", "--part", "fcmae", "--dry-run")[0] == 0  # mit, without asking
+
+    again = pretrain.create_fcmae(pretrain.parse_args([*common, "--pretrained", "--img-size", "64"]))
+    assert again.img_size == (64, 64)
+    for options, message in (
+        ([], "add --pretrained"),
+        (["--pretrained", "--decoder-dim", "16"], "decoder_dim=8 there, 16 asked for"),
+        (["--pretrained", "--patch-size", "4", "--img-size", "64"], "patch_size=1 there, 4 asked for"),
+        (["--pretrained", "--license", "apache-2.0"], "under mit, which stays"),
+        (["--pretrained", "--model", f"local-dir:{tmp_path}"], "no config.json"),
+        (["--pretrained", "--model", "hf-hub:nobody/nothing"], "nobody/nothing.*config.json"),
+    ):
+        assert pretrain.cli([*common, "--experiment", "bad", *options]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("pretrain.py: error:") and "Traceback" not in err
+        assert re.search(message, err), err
+    assert not (tmp_path / "bad").exists()
+
+
+def test_pretraining_starts_from_an_encoder_folder(pretrained, caplog, tmp_path):
+    options = ["--model", f"local-dir:{pretrained / 'encoder'}", "--pretrained", "--decoder-dim", "16"]
+    model = pretrain.create_fcmae(pretrain.parse_args([*options, "--train-num-samples", "8"]))
+    weights = safetensors.torch.load_file(pretrained / "encoder/model.safetensors")
+    assert all(torch.equal(model.encoder.state_dict()[k], v) for k, v in weights.items() if "head" not in k)
+    assert "decoder starts from random weights" in caplog.text and model.img_size == (32, 32)
+
+
+def test_finetuning_run(run_publish, tmp_path):
+    """The best checkpoint, or RUN/model where it is newer; metrics in the card; no licence without being told."""
+    run, best = make_run(tmp_path / "run")
+    status, _, err = run_publish(run, "me/pets", "--dry-run")
+    assert status == 2 and err.startswith("publish.py: error: Nothing states the licence") and "--license" in err
+    assert not (tmp_path / "run-publish").exists()
+    out = tmp_path / "out"
+    assert run_publish(run, "me/pets", "--license", "mit", "--dry-run", "--output", out)[0] == 0
+    assert names(out) == SENT
+    assert equal(safetensors.torch.load_file(out / "model.safetensors"), best["state_dict_ema"])
+    card = (out / "README.md").read_text()
+    assert "Top-1 accuracy (%) | 60.0" in card and "hf-hub:me/pets" in card and "license: mit" in card
+
+    export_finetuned(run, run / "model", ema=False, info={"Recipe": "smoke"})
+    assert run_publish(run, "me/pets", "--license", "mit", "--dry-run", "--output", out)[0] == 0
+    assert equal(safetensors.torch.load_file(out / "model.safetensors"), best["state_dict"])
+    assert "| Recipe | smoke |" in (out / "README.md").read_text()
+    os.utime(run / "model/config.json", (1, 1))
+    assert run_publish(run, "me/pets", "--license", "mit", "--dry-run", "--output", out)[0] == 0
+    assert equal(safetensors.torch.load_file(out / "model.safetensors"), best["state_dict_ema"])
+
+
+def test_derived_weights_keep_their_licence(run_publish, tmp_path):
+    model = timm.create_model("fcmae_convnextv2_atto", **FCMAE)
+    model.encoder.pretrained_cfg["license"] = NC  # as a model that started from the published weights has it
+    folder = export_encoder(model, tmp_path / "encoder")
+    run, _ = make_run(tmp_path / "run", f"local-dir:{folder}", pretrained=True, model_kwargs={})
+    for source in (folder, run):
+        status, _, err = run_publish(source, "me/x", "--license", "mit", "--dry-run")
+        assert status == 2 and f"{NC}, which stays" in err
+        assert run_publish(source, "me/x", "--dry-run", "--output", tmp_path / "out")[0] == 0
+        assert f"license: {NC}" in (tmp_path / "out/README.md").read_text()
+    # a folder of timm's own save_for_hf, whose card would say apache-2.0
+    timm.models.save_for_hf(model.encoder, tmp_path / "hand", safe_serialization=True)
+    (tmp_path / "hand/README.md").write_text("---\nlicense: apache-2.0\n---\n# mine\n")
+    status, _, err = run_publish(tmp_path / "hand", "me/x", "--dry-run")
+    assert status == 2 and "apache-2.0" in err and NC in err
+
+
+def test_a_card_edited_by_hand_stays(run_publish, tmp_path):
+    folder = export_encoder(timm.create_model("fcmae_convnextv2_atto", **FCMAE), tmp_path / "encoder")
+    text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(text + "\nPhotographs of my cats.\n")
+    status, out, _ = run_publish(
+        folder, "me/cats", "--license", "mit", "--dataset", "me/photos", "--dry-run", "--output", tmp_path / "out"
+    )
+    assert status == 0 and "edited by hand" in out
+    sent = (tmp_path / "out/README.md").read_text()
+    assert "Photographs of my cats." in sent and "hf-hub:me/cats" in sent
+    assert (ModelCard(sent).data.license, ModelCard(sent).data.datasets) == ("mit", ["me/photos"])
+
+
+def _spoil(folder, how, tmp_path):
+    # copies: the tensors of load_file are the file itself, which is overwritten
+    weights = {k: v.clone() for k, v in safetensors.torch.load_file(folder / "model.safetensors").items()}
+    if how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "foreign config":
+        (folder / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    elif how == "other size":
+        config = {**config_of(folder), "architecture": "convnextv2_tiny"}
+        (folder / "config.json").write_text(json.dumps({**config, "model_args": {}}))
+    elif how == "unknown option":
+        config = config_of(folder)
+        config["model_args"]["nonsense"] = 1
+        (folder / "config.json").write_text(json.dumps(config))
+    elif how == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif how == "half of the weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    elif how == "one tensor short":
+        safetensors.torch.save_file(dict(list(weights.items())[1:]), folder / "model.safetensors")
+    elif how == "a pickle beside":
+        torch.save({"x": _Runs(tmp_path / "executed")}, folder / "pytorch_model.bin")
+    elif how == "a pickle instead":
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+    elif how == "another licence in the card":
+        card = folder / "README.md"
+        card.write_text(card.read_text().replace("license: mit", "license: apache-2.0"))
+    elif how == "a pickle named safetensors":
+        torch.save(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no config", "no config.json"),
+        ("foreign config", "config.json' is not of a ConvNeXt V2"),
+        ("other size", "model.safetensors' does not hold the weights"),
+        ("unknown option", "config.json' does not describe a model"),
+        ("no weights", "no model.safetensors"),
+        ("half of the weights", "model.safetensors' cannot be read"),
+        ("one tensor short", "1 tensors differ.*missing"),
+        ("a pickle beside", "pytorch_model.bin"),
+        ("a pickle instead", "pytorch_model.bin"),
+        ("a pickle named safetensors", "model.safetensors' cannot be read"),
+        ("another licence in the card", "README.md' states the licence apache-2.0.*mit"),
+    ],
+)
+def test_what_is_no_export_is_not_sent(how, message, run_publish, monkeypatch, tmp_path):
+    """The same message from the script and from `push_to_hub`, without a request (there is a token, and no network)."""
+    monkeypatch.setattr("timm_convnextv2.checkpoint.hub.HfApi", None)
+    folder = export_encoder(timm.create_model("fcmae_convnextv2_atto", **FCMAE), tmp_path / "encoder", license="mit")
+    _spoil(folder, how, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        push_to_hub(folder, "me/x", token="hf_x")
+    status, _, err = run_publish(folder, "me/x", "--license", "mit", "--dry-run")
+    assert status == 2 and err.startswith("publish.py: error:") and "Traceback" not in err
+    assert not (tmp_path / "encoder-publish").exists() and not (tmp_path / "executed").exists()
+
+
+def test_code_in_a_checkpoint_is_refused_by_name(pretrained, run_publish, tmp_path):
+    run, _ = make_run(tmp_path / "run", epochs=1)
+    content = load_checkpoint(run / "model_best.pth.tar")
+    torch.save({**content, "x": _Runs(tmp_path / "executed")}, run / "model_best.pth.tar")
+    status, _, err = run_publish(run, "me/x", "--license", "mit", "--dry-run")
+    assert status == 2 and "model_best.pth.tar" in err and "system" in err and "not executed" in err
+    whole = tmp_path / "whole"
+    (whole / "encoder").mkdir(parents=True)
+    torch.save({**content, "x": _Runs(tmp_path / "executed")}, whole / "last.pth.tar")
+    (whole / "encoder/config.json").write_text((pretrained / "encoder/config.json").read_text())
+    status, _, err = run_publish(whole, "me/x", "--part", "fcmae", "--license", "mit", "--dry-run")
+    assert status == 2 and "last.pth.tar" in err and "system" in err
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/absent", "me/x"], "absent' does not exist"),
+        (["{tmp}/file", "me/x"], "file' is not a folder"),
+        (["{tmp}/empty", "me/x"], "nothing to publish"),
+        (["{run}", "me/x", "--part", "head"], "--part"),
+        (["{run}", "me/x/y", "--license", "mit"], "REPO 'me/x/y'"),
+        (["{run}", "me/x", "--license", "mit", "--base-model", "../x"], "--base-model '../x'"),
+        (["{run}", "me/x", "--license", "My Own"], "not the id of a licence"),
+        (["{run}", "me/x", "--license", "mit", "--output", "{tmp}/o"], "--output is for --dry-run"),
+        (["{run}/encoder", "me/x", "--license", "mit", "--part", "fcmae"], "no decoder"),
+        (["{run}", "me/x", "--license", "mit"], "HF_HUB_OFFLINE"),
+        (["{run}"], "REPO"),
+    ],
+)
+def test_mistakes_are_one_message(arguments, message, pretrained, run_publish, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    status, _, err = run_publish(*(a.format(tmp=tmp_path, run=pretrained) for a in arguments))
+    assert status == 2 and err.startswith("publish.py: error:") and message in err
+    assert err.count("error:") == 1 and "Traceback" not in err
+    assert names(tmp_path) == ["empty", "file"]
+
+
+def test_run_folders_are_not_timm_folders(pretrained):
+    with pytest.raises(ValueError, match="training run.*encoder/"):
+        push_to_hub(pretrained, "me/x", token="hf_x")

@@ -1,0 +1,162 @@
+"""The model card: written from a timm folder's `config.json` alone, so that publishing can write it again.
+
+What the card says and timm's format has no field for is in the section `training` of `config.json`:
+
+    made_with           versions
+    table               rows of the table 'How it was made'
+    base_model          Hub id of the model that training started from, or null
+    datasets            Hub ids of data sets, for links
+    metrics             {"top1": 81.2, "top5": ..., "dataset": name, "split": name}, or null
+    inherited_license   the licence that came with the weights training started from, or null
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..provenance import is_ours, training_of
+
+__all__ = ["PICTURES", "card_for_repo", "render_card"]
+
+# Pictures that may lie beside a card, and what they show.
+PICTURES = {
+    "loss.png": "Training loss and learning rate",
+    "reconstructions.png": "Original, masked input, prediction, prediction with the visible patches",
+}
+_HERE, _OR_HUB = '"local-dir:path/to/this/folder"', '  # or "hf-hub:user/name"'
+
+_CODE = {
+    "encoder": """import timm
+model = timm.create_model({name}, pretrained=True, num_classes=10){or_hub}
+config = timm.data.resolve_model_data_config(model)  # image size, mean and std of the pretraining""",
+    "classifier": """import timm
+model = timm.create_model({name}, pretrained=True).eval(){or_hub}
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # for PIL images""",
+    "fcmae": """import timm, timm_convnextv2
+model = timm.create_model({name}, pretrained=True){or_hub}
+loss, pred, mask = model(images)  # images [B, {in_chans}, H, W]; draws a mask""",
+}
+_TEXT = {
+    "encoder": """# {architecture}, pretrained with FCMAE
+
+ConvNeXt V2 encoder without classifier, pretrained by [FCMAE](https://arxiv.org/abs/2301.00808) with
+`timm_convnextv2` {version}. It is an ordinary [timm](https://github.com/huggingface/pytorch-image-models) model: to
+use it, nothing but timm is needed.""",
+    "classifier": """# {architecture}, {num_classes} classes
+
+ConvNeXt V2 classifier, finetuned with timm's `train.py` and exported by `timm_convnextv2` {version}. It is an ordinary
+[timm](https://github.com/huggingface/pytorch-image-models) model: to use it, nothing but timm is needed.""",
+    "fcmae": """# {architecture}: encoder and decoder
+
+A whole [FCMAE](https://arxiv.org/abs/2301.00808), encoder and decoder, to go on with the pretraining where it stopped.
+It was made with `timm_convnextv2` {version} and needs that package.""",
+}
+_FEATURES = "`num_classes=0` gives features `[B, {num_features}]`, `features_only=True` the maps of the four stages."
+_USE = {
+    "encoder": _FEATURES,
+    "classifier": _FEATURES,
+    "fcmae": "`python train_scripts/pretrain.py --model {bare} --pretrained` goes on with it; `model.encoder` is the\n"
+    "backbone.",
+}
+
+
+def kind_of(config: dict[str, Any]) -> str:
+    """'fcmae', 'encoder' (no classifier) or 'classifier', from a `config.json`."""
+    if config["architecture"].startswith("fcmae_"):
+        return "fcmae"
+    return "classifier" if config.get("num_classes", config.get("pretrained_cfg", {}).get("num_classes")) else "encoder"
+
+
+def _licence_text(license: str | None, training: dict[str, Any]) -> str:
+    if license is None:
+        return "Not stated: ask whoever trained the weights."
+    if training.get("inherited_license"):
+        base = training.get("base_model")
+        source = f"[{base}](https://huggingface.co/{base})" if base else "earlier weights"
+        return f"{license}. Training started from {source} under this licence, and it stays."
+    return f"{license}, as named by whoever trained the weights."
+
+
+def _results(metrics: dict[str, Any]) -> list[EvalResult]:
+    name = metrics.get("dataset") or "unnamed data set"
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=metrics.get("dataset_id") or "".join(c if c.isalnum() else "-" for c in name.lower()),
+            dataset_name=name,
+            dataset_split=metrics.get("split"),
+            metric_type="accuracy",
+            metric_name=f"Top-{key[3:]} accuracy (%)",
+            metric_value=metrics[key],
+        )
+        for key in ("top1", "top5")
+        if metrics.get(key) is not None
+    ]
+
+
+def render_card(config: dict[str, Any], pictures: Sequence[str] = ()) -> str:
+    """The README.md of a timm folder.
+
+    Args:
+        config: The folder's `config.json`.
+        pictures: Those of `PICTURES` that lie beside the card.
+
+    Raises:
+        ValueError: A licence that is not an id of the Hub.
+    """
+    from .. import __version__
+
+    if not is_ours(config.get("architecture")):
+        raise ValueError(f"No card for the architecture {config.get('architecture')!r}: not a ConvNeXt V2.")
+    kind, training, cfg = kind_of(config), training_of(config), config.get("pretrained_cfg", {})
+    license, metrics = cfg.get("license"), training.get("metrics") or {}
+    task = "image-classification" if kind == "classifier" else "image-feature-extraction"
+    results = _results(metrics)
+    data = ModelCardData(
+        library_name="timm",
+        pipeline_tag=task,
+        license=license,
+        base_model=training.get("base_model"),
+        datasets=training.get("datasets") or None,
+        tags=["timm", task, "convnextv2"] + (["fcmae", "self-supervised-learning"] if kind != "classifier" else []),
+        metrics=["accuracy"] if results else None,
+        model_name=config["architecture"] if results else None,
+        eval_results=results or None,
+    )
+    fields = dict(
+        architecture=config["architecture"],
+        version=training.get("made_with", {}).get("timm_convnextv2", __version__),
+        num_features=config.get("num_features"),
+        num_classes=config.get("num_classes"),
+        in_chans=cfg.get("input_size", (3,))[0],
+        name=_HERE,
+        or_hub=_OR_HUB,
+        bare=_HERE.strip('"'),
+    )
+    parts = [
+        _TEXT[kind].format(**fields),
+        f"```python\n{_CODE[kind].format(**fields)}\n```",
+        _USE[kind].format(**fields),
+    ]
+    if training.get("table"):
+        cells = [
+            [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in training["table"].items()
+        ]
+        rows = "\n".join(f"| {name} | {value} |" for name, value in cells)
+        parts += ["## How it was made", f"| | |\n| --- | --- |\n{rows}"]
+    if results:
+        where = f"{metrics.get('dataset')}, {metrics['split']}" if metrics.get("split") else metrics.get("dataset")
+        rows = "\n".join(f"| {r.metric_name} | {r.metric_value} |" for r in results)
+        parts += ["## Results", f"| {where} | |\n| --- | --- |\n{rows}"]
+    parts += [f"![{PICTURES[name]}]({name})\n\n*{PICTURES[name]}.*" for name in PICTURES if name in pictures]
+    parts += ["## Licence and provenance", _licence_text(license, training)]
+    if cfg.get("origin_url"):
+        parts += [f"Code that the published weights come from: {cfg['origin_url']}"]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(parts) + "\n"))
+
+
+def card_for_repo(card: str, repo_id: str, revision: str | None = None) -> str:
+    """A card whose code loads the model from the Hub instead of from a folder."""
+    name = f"hf-hub:{repo_id}" + (f"@{revision}" if revision not in (None, "main") else "")
+    return card.replace(_OR_HUB, "").replace(_HERE.strip('"'), name)

@@ -1,0 +1,453 @@
+"""Export to a timm folder: an encoder, a whole FCMAE, a classifier that timm's train.py made."""
+
+import argparse
+import copy
+import csv
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import clean_state_dict
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from ..convnextv2 import ConvNeXtV2
+from ..fcmae import FCMAE
+from ..provenance import WEIGHTS, Origin, config_beside, origin_of_config, read_config, resolve_license
+from .card import PICTURES, render_card
+from .files import load_checkpoint
+from .official import check_names
+
+__all__ = ["export_encoder", "export_fcmae", "export_finetuned", "find_checkpoint"]
+
+# What of a `pretrained_cfg` is true of weights that were trained on, whatever they started from.
+_KEEP = ("architecture", "input_size", "fixed_input_size", "pool_size", "interpolation", "crop_pct", "crop_mode")
+_KEEP += ("mean", "std", "num_classes", "first_conv", "classifier")
+_PAPER = ("paper_name", "paper_ids")
+
+
+def _check_weights(weights: dict[str, Any], own: dict[str, Tensor], what: str, prefix: str = "") -> None:
+    """Exactly the names and shapes of `own`."""
+    check_names(set(weights), set(own), what)
+    for name, value in own.items():
+        came = getattr(weights[name], "shape", None)
+        if came != value.shape:
+            raise ValueError(
+                f"{prefix}{name} is {list(came) if came is not None else 'no tensor'} in the weights and "
+                f"{list(value.shape)} in the model."
+            )
+
+
+def _write_folder(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    folder: str | os.PathLike,
+    *,
+    data: dict[str, Any],
+    license: str | None,
+    training: dict[str, Any],
+) -> Path:
+    """Writes a timm folder for `model` with other `weights`; see `export_encoder` for what happens to the folder.
+
+    Args:
+        model: What timm's factory made, on any device; gives the architecture, its options and `pretrained_cfg`.
+        weights: Checked.
+        folder: Where to.
+        data: `input_size` and what else timm's `resolve_data_config` takes.
+        license: Licence of the weights; replaces the one in `pretrained_cfg`.
+        training: The section of that name in `config.json`, see `card`; its table follows rows on the model.
+    """
+    from .. import __version__
+
+    # safetensors wants contiguous tensors that share no memory, channels_last weights are not contiguous
+    weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    folder = Path(folder).resolve()  # of a link, the target: a file moves only within its file system
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        # what timm.models.save_for_hf writes, without a second copy of the model for other weights
+        save_config_for_hf(model, temporary / "config.json", data_config=data)
+        config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+        cfg = config["pretrained_cfg"]
+        cfg.pop("license", None)
+        if license:
+            cfg["license"] = license
+        size = cfg["input_size"]
+        rows = {
+            "Parameters": f"{sum(v.numel() for v in weights.values()) / 1e6:.1f} M",
+            "Image size": f"{size[1]} x {size[2]}, {size[0]} channels",
+            "Mean, standard deviation": f"{cfg['mean']}, {cfg['std']}",
+            **(training.get("table") or {}),
+        }
+        versions = {"timm_convnextv2": __version__, "timm": timm.__version__, "torch": torch.__version__}
+        config["training"] = {**training, "made_with": versions, "table": {k: str(v) for k, v in rows.items()}}
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(temporary / "config.json", temporary / WEIGHTS)  # safetensors lets only the owner read
+        pictures = [name for name in PICTURES if (folder / name).is_file()]
+        (temporary / "README.md").write_text(render_card(config, pictures), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, "config.json", "README.md"):
+            os.replace(temporary / name, folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _pretraining_data(
+    model: FCMAE, mean: Sequence[float] | None, std: Sequence[float] | None, img_size: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Image size, mean and standard deviation as timm's data config."""
+    data: dict[str, Any] = {"input_size": (model.in_chans, *(img_size or model.img_size))}
+    for key, value in (("mean", mean), ("std", std)):
+        if value is not None:
+            if len(value) not in (1, model.in_chans):
+                raise ValueError(f"{key} has {len(value)} values, the model {model.in_chans} channels.")
+            data[key] = tuple(float(v) for v in value)
+    return data
+
+
+def _encoder_cfg(model: FCMAE) -> dict[str, Any]:
+    cfg = getattr(model.encoder, "pretrained_cfg", None)
+    if cfg is None:
+        raise ValueError(
+            "A timm folder names an architecture, and this FCMAE was not made under one: use "
+            "timm.create_model('fcmae_convnextv2_tiny', depths=..., dims=..., ...) instead of FCMAE(...)."
+        )
+    return cfg
+
+
+def _pretraining(model: FCMAE, inherited: str | None, info: dict[str, Any] | None) -> dict[str, Any]:
+    return {"table": info, "base_model": model.base_model, "inherited_license": inherited}
+
+
+def export_encoder(
+    model: FCMAE,
+    folder: str | os.PathLike,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    img_size: tuple[int, int] | None = None,
+    license: str | None = None,
+    info: dict[str, Any] | None = None,
+) -> Path:
+    """Writes the encoder as a timm folder: `config.json`, `model.safetensors`, `README.md`.
+
+    Stock timm opens it as `timm.create_model("local-dir:FOLDER", pretrained=True, ...)`, with a classifier, headless
+    or as `features_only`. The files are written beside the folder and moved into it one by one when all are complete;
+    other files in the folder stay. In distributed training call it on one rank.
+
+    Args:
+        model: From `timm.create_model("fcmae_convnextv2_*", ...)`.
+        folder: Where to; it and its parents are made if needed.
+        state_dict: Weights of the whole FCMAE to export instead of the model's own (their EMA, a checkpoint);
+            prefixes of DDP and torch.compile are taken off.
+        mean: Normalisation of the images, one value or one a channel; that of `model.encoder.pretrained_cfg` if None.
+        std: Likewise.
+        img_size: Image size (H, W) of the pretraining; `model.img_size` if None.
+        license: Licence of the weights, by its id on the Hugging Face Hub. None states none. Weights that started from
+            others under a stated licence (the published ones: cc-by-nc-4.0) keep it.
+        info: How the weights were made (data, epochs, settings), for a table in the README.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: A model that timm's factory did not make, weights that do not fit, a licence that contradicts the
+            one the weights started from, or a mean or std of another length than 1 and the number of channels.
+    """
+    inherited = _encoder_cfg(model).get("license")
+    license = resolve_license(license, inherited)
+    own = model.encoder.state_dict()
+    weights = own
+    if state_dict is not None:
+        state_dict = clean_state_dict(state_dict)
+        weights = {k[len("encoder.") :]: v for k, v in state_dict.items() if k.startswith("encoder.")}
+        _check_weights(weights, own, "weights of this FCMAE's encoder", "encoder.")
+    data = _pretraining_data(model, mean, std, img_size)
+    training = _pretraining(model, inherited, info)
+    return _write_folder(model.encoder, weights, folder, data=data, license=license, training=training)
+
+
+def export_fcmae(
+    model: FCMAE,
+    folder: str | os.PathLike,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    img_size: tuple[int, int] | None = None,
+    license: str | None = None,
+    info: dict[str, Any] | None = None,
+) -> Path:
+    """Writes the whole FCMAE, decoder too, as a timm folder, to go on with pretraining.
+
+    With this package imported, `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the model back, options
+    included, and so do `hf-hub:user/name` and `pretrained_cfg_overlay=dict(hf_hub_id="user/name")` once it is
+    published. Stock timm does not know the architecture: for finetuning, export the encoder.
+
+    Args and errors are those of `export_encoder`.
+    """
+    cfg = _encoder_cfg(model)
+    inherited = cfg.get("license")
+    license = resolve_license(license, inherited)
+    own = model.state_dict()
+    weights = own
+    if state_dict is not None:
+        weights = clean_state_dict(state_dict)
+        _check_weights(weights, own, "weights of this FCMAE")
+    data = _pretraining_data(model, mean, std, img_size)
+    described = copy.copy(model)  # shares everything but what is set here
+    described.pretrained_cfg = {
+        **{k: cfg[k] for k in (*_KEEP, *_PAPER, "origin_url") if k in cfg},
+        "architecture": f"fcmae_{cfg['architecture']}",
+        "first_conv": "encoder.stem.0",
+        "classifier": None,
+    }
+    described._traits = {**model._traits, "img_size": data["input_size"][1:]}
+    training = _pretraining(model, inherited, info)
+    return _write_folder(described, weights, folder, data=data, license=license, training=training)
+
+
+# --- checkpoints of timm's train.py
+
+
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """The checkpoint file that `export_finetuned` takes for `path`, a file or the output folder of timm's train.py.
+
+    Raises:
+        ValueError: There is none; says what the folder is instead.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("model_best.pth.tar", "last.pth.tar"):
+        if (path / name).is_file():
+            return path / name
+    others = sorted(p.name for p in path.glob("*.pth.tar"))
+    if others:
+        raise ValueError(f"'{path}' has no model_best.pth.tar and no last.pth.tar; name one of {', '.join(others)}.")
+    if (path / "config.json").is_file():
+        raise ValueError(f"'{path}' is a timm folder already, not the output folder of timm's train.py.")
+    raise ValueError(f"'{path}' has no checkpoint of timm's train.py (model_best.pth.tar, last.pth.tar).")
+
+
+def _args_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The options of train.py in one of its checkpoints."""
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if isinstance(args, dict) and "mask_ratio" in args:
+        raise ValueError(
+            f"'{path}' is a checkpoint of a pretraining run, which has no classifier: its encoder is in "
+            f"'{path.parent / 'encoder'}', and export_fcmae (publish.py --part fcmae) writes all of it."
+        )
+    if not isinstance(checkpoint.get("state_dict"), dict) or not isinstance(args, dict) or "model" not in args:
+        missing = "weights ('state_dict')" if not isinstance(checkpoint.get("state_dict"), dict) else "options ('args')"
+        raise ValueError(f"'{path}' is not a checkpoint of timm's train.py: it has no {missing}.")
+    return args
+
+
+def _model_name(args: dict[str, Any], folder: Path) -> str:
+    """The model's name for timm's factory: of a start folder that has moved, the copy of its config in the run."""
+    name = args["model"]
+    source, _, place = name.partition(":")
+    if source not in ("local-dir", "hf-hub", "hf_hub"):
+        return name
+    if (folder / "config.json").is_file():
+        return f"local-dir:{folder}"
+    if source == "local-dir" and not (Path(place) / "config.json").is_file():
+        raise ValueError(
+            f"Training started from '{name}', and '{Path(place) / 'config.json'}' is not there (any more): it names "
+            "the architecture, its options and the licence. Put the folder back, call this from where the "
+            f"training was started, or copy that config.json to '{folder}'."
+        )
+    return name
+
+
+def _origin(args: dict[str, Any], name: str, cfg: dict[str, Any], seen: tuple[Path, ...]) -> Origin:
+    """What the weights that a run of train.py started from hand on; nothing where it started from scratch.
+
+    Args:
+        args: The run's options.
+        name: Its model's name, see `_model_name`.
+        cfg: `pretrained_cfg` of the model made under that name.
+        seen: Checkpoints that have been followed.
+    """
+    for key in ("resume", "initial_checkpoint"):  # what is loaded last replaces what was there
+        if not args.get(key):
+            continue
+        path = Path(args[key])
+        if path.resolve() in seen:
+            continue  # it went on with itself
+        if path.suffix == ".safetensors" or not path.is_file():
+            config = config_beside({"file": path})
+            return origin_of_config(config) if config else Origin()
+        before = load_checkpoint(path)
+        if not isinstance(before.get("args"), argparse.Namespace):
+            return Origin()
+        before = vars(before["args"])
+        before_name = _model_name(before, path.parent)
+        before_cfg = timm.create_model(before_name, pretrained=False, device="meta").pretrained_cfg
+        return _origin(before, before_name, before_cfg, (*seen, path.resolve()))
+    if not args.get("pretrained"):
+        return Origin()
+    if args.get("pretrained_path"):
+        config = config_beside({"file": args["pretrained_path"]})
+        return origin_of_config(config) if config else Origin()
+    if name.startswith("local-dir:"):
+        hub_id = args["model"].partition(":")[2] if args["model"].startswith(("hf-hub:", "hf_hub:")) else None
+        return origin_of_config(read_config(Path(name.partition(":")[2]) / "config.json"), hub_id)
+    return origin_of_config(cfg, cfg.get("hf_hub_id"))
+
+
+def _metrics(summary: Path, checkpoint: dict[str, Any], args: dict[str, Any], ema: bool) -> dict[str, Any] | None:
+    """What train.py measured for exactly these weights; None where it measured others, or nothing."""
+    evaluated_ema = "state_dict_ema" in checkpoint and not args.get("model_ema_force_cpu")
+    if ema != evaluated_ema or not summary.is_file():
+        return None
+    with open(summary, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("epoch") == str(checkpoint.get("epoch"))]
+    found = {}
+    for key in ("top1", "top5", "loss"):
+        try:  # of a repeated epoch the last row; a resumed run repeats the header too
+            value = float(rows[-1].get(f"eval_{key}") or "nan") if rows else math.nan
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value):
+            found[key] = round(value, 4)
+    if not found:
+        return None
+    dataset = args.get("dataset") or ""
+    place = args.get("data_dir") or args.get("data")
+    found["dataset"] = dataset or (Path(place).resolve().name if place else None)
+    found["split"] = args.get("val_split") or None
+    return found
+
+
+def _describe(args: dict[str, Any], checkpoint: dict[str, Any], ema: bool, start: str | None) -> dict[str, str]:
+    """Rows for the table: how train.py made the weights."""
+    get = args.get
+    images = (get("batch_size") or 0) * (get("grad_accum_steps") or 1) * (get("world_size") or 1)
+    lr = f"{get('lr'):.2e}" if isinstance(get("lr"), float) else str(get("lr"))
+    weights = f"moving average ({get('model_ema_decay')})" if ema else "last of their epoch"
+    place = get("data_dir") or get("data")
+    rows = {
+        "Method": "supervised training with timm's train.py",
+        "Started from": start or "random weights",
+        "Recipe": Path(get("config")).name if get("config") else None,
+        "Data": get("dataset") or (Path(place).resolve().name if place else None),
+        "Epochs": f"{checkpoint['epoch'] + 1} of {get('epochs')}, {get('warmup_epochs')} of them warmup"
+        if isinstance(checkpoint.get("epoch"), int)
+        else None,
+        "Optimizer": f"{get('opt')}, lr {lr} for {images} images per update, weight decay {get('weight_decay')}"
+        + (f", betas {tuple(get('opt_betas'))}" if get("opt_betas") else "")
+        + (f", layer decay {get('layer_decay')}" if get("layer_decay") else ""),
+        "Augmentation": ", ".join(
+            f"{text} {get(key)}"
+            for key, text in (
+                ("aa", "policy"), ("mixup", "mixup"), ("cutmix", "cutmix"), ("reprob", "random erasing"),
+                ("smoothing", "label smoothing"), ("drop_path", "drop path"),
+            )
+            if get(key)
+        ),
+        "Weights": weights,
+        "Seed": get("seed"),
+    }  # fmt: skip
+    return {key: str(value) for key, value in rows.items() if value not in (None, "")}
+
+
+def export_finetuned(
+    checkpoint: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    ema: bool | None = None,
+    license: str | None = None,
+    info: dict[str, Any] | None = None,
+) -> Path:
+    """Writes a classifier that timm's train.py made as a timm folder, which stock timm opens without this package.
+
+    Model, options, number of classes, image size, normalisation, settings and origin come from the options of the run
+    in the checkpoint, metrics from the `summary.csv` beside it. A run that started from `local-dir:FOLDER` needs that
+    folder's `config.json`, there or as a copy in the run's own folder. Nothing in a file is executed. The files are
+    written as `export_encoder` does.
+
+    Args:
+        checkpoint: A checkpoint file of train.py, or its output folder (model_best.pth.tar, else last.pth.tar).
+        folder: Where to; it and its parents are made if needed.
+        ema: Export the moving average of the weights. None: where there is one, as that is what train.py evaluated.
+        license: Licence of the weights, by its id on the Hugging Face Hub. None states none. Weights that started from
+            others under a stated licence (the published ones: cc-by-nc-4.0) keep it.
+        info: More rows for the table in the README, or other values for its own.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: No such checkpoint, one that is damaged, asks for code, or is not of train.py; a model that is no
+            ConvNeXt V2, or whose start folder is not there; weights that do not fit; `ema=True` without an average; a
+            licence that contradicts the one the weights started from.
+        RuntimeError: The `config.json` of an `hf-hub:` model cannot be had.
+    """
+    path = find_checkpoint(checkpoint)
+    content = load_checkpoint(path)
+    args = _args_of(content, path)
+    if ema and "state_dict_ema" not in content:
+        raise ValueError(f"'{path}' holds no moving average of the weights: train with --model-ema, or pass ema=False.")
+    ema = "state_dict_ema" in content if ema is None else ema
+    weights = clean_state_dict(content["state_dict_ema" if ema else "state_dict"])
+
+    name = _model_name(args, path.parent)
+    chans = args.get("in_chans") or (args["input_size"][0] if args.get("input_size") else 3)
+    try:
+        # as train.py calls it, less what only training needs
+        model = timm.create_model(
+            name,
+            pretrained=False,
+            in_chans=chans,
+            num_classes=args.get("num_classes"),
+            global_pool=args.get("gp"),
+            device="meta",
+            **(args.get("model_kwargs") or {}),
+        )
+    except OSError as e:
+        raise RuntimeError(
+            f"The config.json of '{args['model']}', which names the architecture, cannot be had ({e}). Without "
+            f"network, copy it to '{path.parent}'."
+        ) from e
+    except (AssertionError, KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"The model of '{path}', '{args['model']}', cannot be made again: {e}") from e
+    if not isinstance(model, ConvNeXtV2):
+        raise ValueError(f"'{path}' is of a '{args['model']}'; a ConvNeXt V2 (convnextv2_*) was expected.")
+    _check_weights(weights, model.state_dict(), f"weights of '{args['model']}', in '{path}'")
+
+    origin = _origin(args, name, model.pretrained_cfg, (path.resolve(),))
+    license = resolve_license(license, origin.license)
+    data = resolve_data_config(args, model=model)
+    start = args["model"].rstrip("/").rpartition("/")[2] if args["model"].startswith("local-dir:") else args["model"]
+    started = any(args.get(key) for key in ("pretrained", "initial_checkpoint", "resume"))
+    metrics = _metrics(path.parent / "summary.csv", content, args, ema)
+    dataset = args.get("dataset") or ""
+    hub_dataset = dataset.partition("/")[2] if dataset.startswith(("hfds/", "hfids/")) else None
+    cfg = model.pretrained_cfg
+    model.pretrained_cfg = {
+        **{k: cfg[k] for k in (*_KEEP, *(_PAPER if origin.license else ())) if k in cfg},
+        **({"origin_url": origin.url} if origin.url else {}),
+    }
+    training = {
+        "table": {**_describe(args, content, ema, start if started else None), **(info or {})},
+        "base_model": origin.base_model,
+        "datasets": [hub_dataset] if hub_dataset else [],
+        "metrics": {**metrics, "dataset_id": hub_dataset} if metrics else None,
+        "inherited_license": origin.license,
+    }
+    return _write_folder(model, weights, folder, data=data, license=license, training=training)

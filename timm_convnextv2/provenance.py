@@ -1,0 +1,139 @@
+"""Where weights come from, as far as the files tell: the licence that stays with them, and their base model on the Hub.
+
+A licence travels in `pretrained_cfg["license"]` of a timm folder's `config.json`, and so through timm's factory. What
+timm has no field for is in the section `training` of that file, which timm ignores (see `checkpoint.card`).
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+__all__ = ["Origin", "config_beside", "is_ours", "origin_of_config", "read_config", "resolve_license"]
+
+WEIGHTS = "model.safetensors"
+
+
+class Origin(NamedTuple):
+    """What weights hand on to those that are trained from them.
+
+    Attributes:
+        license: Licence by its id on the Hub; None where nothing states one.
+        base_model: The model on the Hub that training started from, `user/name`; None where there is none.
+        url: Home of the code that made the published weights, where they are the origin.
+    """
+
+    license: str | None = None
+    base_model: str | None = None
+    url: str | None = None
+
+
+def is_ours(architecture: object) -> bool:
+    """Whether timm, with this package, has a ConvNeXt V2 or an FCMAE of this name."""
+    name = str(architecture)
+    return name.startswith(("convnextv2_", "fcmae_convnextv2_")) and "." not in name and timm.is_model(name)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The `config.json` of a timm folder of ours.
+
+    Raises:
+        ValueError: No such file, or not one of a ConvNeXt V2 or FCMAE in timm's format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"'{path.parent}' is no timm folder: it has no {path.name}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"'{path}' cannot be read as JSON: {e}") from e
+    name = config.get("architecture") if isinstance(config, dict) else None
+    if not is_ours(name):
+        what = f"names the architecture {name!r}" if name else "names no architecture"
+        raise ValueError(
+            f"'{path}' is not of a ConvNeXt V2 in timm's format: it {what}, and convnextv2_* or fcmae_convnextv2_* was "
+            "expected. The export functions of timm_convnextv2.checkpoint write such files."
+        )
+    if not isinstance(config.get("pretrained_cfg", {}), dict) or not isinstance(config.get("model_args", {}), dict):
+        raise ValueError(f"'{path}' is damaged: 'pretrained_cfg' and 'model_args' must be tables.")
+    return config
+
+
+def config_beside(pretrained_cfg: dict[str, Any], cache_dir: str | Path | None = None) -> dict[str, Any] | None:
+    """The `config.json` of the timm folder that the weights of a timm `pretrained_cfg` lie in, if there is one.
+
+    Args:
+        pretrained_cfg: With a `file` (weights, or a folder of `local-dir:`), or an `hf_hub_id`.
+        cache_dir: As in `timm.create_model`.
+
+    Raises:
+        OSError, huggingface_hub.errors.HfHubHTTPError: The Hub cannot be reached.
+    """
+    file, hub_id = pretrained_cfg.get("file"), pretrained_cfg.get("hf_hub_id")
+    try:
+        if file:
+            file = Path(file)
+            if not file.is_dir() and file.name != WEIGHTS:  # any other file has no folder of its own
+                return None
+            return read_config((file if file.is_dir() else file.parent) / "config.json")
+        if hub_id:
+            name, _, revision = hub_id.partition("@")
+            return read_config(hf_hub_download(name, "config.json", revision=revision or None, cache_dir=cache_dir))
+    except LocalEntryNotFoundError:  # no network: that says nothing about the repository
+        raise
+    except (ValueError, EntryNotFoundError):
+        return None
+    except (OSError, HfHubHTTPError):
+        raise
+    except HfHubHTTPError.__bases__ as e:  # of the HTTP library: the connection broke in mid-download
+        raise ConnectionError(f"{type(e).__name__}: {e}") from e
+    return None
+
+
+def origin_of_config(config: dict[str, Any], hub_id: str | None = None) -> Origin:
+    """What weights in a timm folder hand on.
+
+    Args:
+        config: The folder's `config.json`, or a `pretrained_cfg` alone.
+        hub_id: The folder's name on the Hub, if it came from there.
+    """
+    cfg = config.get("pretrained_cfg", config)
+    license, url = cfg.get("license"), cfg.get("origin_url")
+    hub_id = hub_id.partition("@")[0] if hub_id else None
+    if license is None:  # a published model: config.json in timm's repositories on the Hub may leave the licence out
+        tagged = f"{config.get('architecture') or cfg.get('architecture')}.{cfg.get('tag')}"
+        published = hub_id.removeprefix("timm/") if hub_id and hub_id.startswith("timm/") else tagged
+        if published in timm.list_models("convnextv2_*", pretrained=True):
+            known = timm.get_pretrained_cfg(published)
+            license, url = known.license, known.origin_url
+    return Origin(license, hub_id or training_of(config).get("base_model"), url)
+
+
+def training_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The section `training` of a `config.json`, empty where this package did not write it."""
+    training = config.get("training")
+    return training if isinstance(training, dict) else {}
+
+
+def resolve_license(asked: str | None, inherited: str | None) -> str | None:
+    """The licence of weights: the one that they inherited stays, else the one asked for.
+
+    Raises:
+        ValueError: Another licence than the inherited one is asked for, or something that is no licence's id.
+    """
+    if asked is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", asked):
+        raise ValueError(
+            f"license='{asked}' is not the id of a licence on the Hugging Face Hub: lower-case letters, digits, dots "
+            "and hyphens, such as mit, apache-2.0 or cc-by-4.0."
+        )
+    if inherited and asked not in (None, inherited):
+        raise ValueError(
+            f"license='{asked}', but training started from weights under {inherited}, which stays. Leave license "
+            "out, or train from scratch (pretrained=False). If those weights are your own, give them the new licence "
+            "first: 'license' in their config.json."
+        )
+    return inherited or asked
