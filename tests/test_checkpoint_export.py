@@ -424,7 +424,9 @@ def test_the_licence_goes_along_the_whole_chain(published, tmp_path):
     assert licence(export_finetuned(run4, tmp_path / "own", license="mit")) == "mit"
 
 
-@pytest.mark.parametrize("path", ["registered", "weights_of_a_folder", "unknown_file", "resumed_with_itself"])
+@pytest.mark.parametrize(
+    "path", ["registered", "weights_of_a_folder", "renamed_weights", "unknown_file", "resumed_with_itself", "moved"]
+)
 def test_origins_of_a_run(path, published, tmp_path):
     run, _ = make_run(tmp_path / "run", "convnextv2_atto.fcmae", epochs=1)
     checkpoint = load_checkpoint(run / "last.pth.tar")
@@ -434,6 +436,12 @@ def test_origins_of_a_run(path, published, tmp_path):
     if path == "weights_of_a_folder":
         folder = export_encoder(timm.create_model("fcmae_convnextv2_atto", **FCMAE), tmp_path / "e", license="mit")
         args.pretrained_path, expected = str(folder / "model.safetensors"), ("mit", None)
+    elif path == "renamed_weights":
+        folder = export_encoder(timm.create_model("fcmae_convnextv2_atto", **FCMAE), tmp_path / "e", license="mit")
+        (folder / "model.safetensors").rename(folder / "mine.safetensors")
+        args.pretrained_path, expected = str(folder / "mine.safetensors"), ("mit", None)
+    elif path == "moved":
+        args.resume = "gone/run/last.pth.tar"  # its own, under the name that the folder had
     elif path == "unknown_file":
         args.pretrained_path, expected = str(published), (None, None)
     elif path == "resumed_with_itself":
@@ -441,6 +449,28 @@ def test_origins_of_a_run(path, published, tmp_path):
     torch.save(checkpoint, run / "last.pth.tar")
     config = config_of(export_finetuned(run / "last.pth.tar", tmp_path / "out"))
     assert (config["pretrained_cfg"].get("license"), config["training"]["base_model"]) == expected
+
+
+@pytest.mark.parametrize("key", ["resume", "initial_checkpoint", "pretrained_path"])
+def test_a_licence_is_not_lost_with_a_file(key, tmp_path):
+    run, _ = make_run(tmp_path / "run", "convnextv2_atto.fcmae", epochs=1)
+    checkpoint = load_checkpoint(run / "last.pth.tar")
+    checkpoint["args"].pretrained = True
+    setattr(checkpoint["args"], key, "gone/other.pth.tar")
+    torch.save(checkpoint, run / "last.pth.tar")
+    with pytest.raises(ValueError, match=r"'gone/other.pth.tar' \(--.*\), which is not there: the licence"):
+        export_finetuned(run / "last.pth.tar", tmp_path / "out", license="mit")
+    assert not (tmp_path / "out").exists()
+
+
+def test_epochs_on_the_card_count_the_warmup_before_them(tmp_path):
+    run, _ = make_run(tmp_path / "run", "convnextv2_atto", epochs=1)
+    checkpoint = load_checkpoint(run / "last.pth.tar")
+    for key, value in dict(epochs=260, warmup_epochs=40, warmup_prefix=True, cooldown_epochs=0).items():
+        setattr(checkpoint["args"], key, value)
+    torch.save(checkpoint, run / "last.pth.tar")
+    config = config_of(export_finetuned(run / "last.pth.tar", tmp_path / "out"))
+    assert config["training"]["table"]["Epochs"] == "1 of 300, 40 of them warmup"
 
 
 def test_a_start_folder_that_moved(tmp_path, monkeypatch):

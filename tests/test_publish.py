@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,15 @@ def test_default_output_and_again(pretrained, run_publish):
     assert status == 2 and "run-publish' exists and holds other files" in err
     assert "license: apache-2.0" in (target / "README.md").read_text()
     (target / "notes.txt").unlink()
+
+
+def test_output_is_never_a_model_of_the_user(pretrained, run_publish, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(pretrained / "encoder", other)
+    before = {p.name: p.read_bytes() for p in other.iterdir()}
+    status, _, err = run_publish(pretrained, "me/enc", "--license", "mit", "--dry-run", "--output", str(other))
+    assert status == 2 and "other' exists and was not written by --dry-run" in err
+    assert {p.name: p.read_bytes() for p in other.iterdir()} == before
 
 
 def test_the_weights_published_are_not_shared_with_the_run(pretrained, run_publish, tmp_path):

@@ -737,6 +737,9 @@ def prepare(argv: list[str]) -> Plan | None:
     global_batch = plan_batch(options, world_size, own.global_batch_size)
     updates = check_epoch(args, splits[0], world_size) if splits else None
     model = create_meta_model(options)
+    if not args.in_chans and not args.input_size:
+        args.in_chans = (model.pretrained_cfg.get("input_size") or (3,))[0]  # train.py would build 3 channels
+        model = create_meta_model(options)
     folder = prepare_folder(options, model)
     args.device_modules = list(dict.fromkeys([*(args.device_modules or []), PLUGIN]))
     layers, warnings = describe_layers(model, args)
@@ -766,6 +769,7 @@ def prepare(argv: list[str]) -> Plan | None:
 
     # what was found out goes to train.py as options, so that its args.yaml tells the whole run
     words = ["--device-modules", *args.device_modules, "--output", args.output, "--experiment", args.experiment]
+    words += ["--in-chans", str(args.in_chans)] if args.in_chans not in (None, 3) else []
     words += ["--num-classes", str(args.num_classes), "--grad-accum-steps", str(args.grad_accum_steps)]
     if own.dry_run:
         say("train.py's options that differ from its defaults:")
@@ -804,6 +808,8 @@ def next_commands(plan: Plan, model: Path) -> list[str]:
         for name in EVALUATION_OPTIONS:
             if getattr(args, name) != plan.defaults[name]:
                 words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        chans = args.input_size[0] if args.input_size else args.in_chans
+        words += ["--in-chans", str(chans)] if chans != 3 else []
         words += ["--amp", "--amp-dtype", args.amp_dtype] if args.amp else []
         commands.append(shlex.join(words))
     publish = Path(__file__).with_name("publish.py")

@@ -83,7 +83,8 @@ EMBEDDED_DEFAULTS = dict(
 VERSIONS = f"timm_convnextv2 {timm_convnextv2.__version__}, timm {timm.__version__}, torch {torch.__version__}"
 SHOWN_EPOCH = 2**31 - 1  # crops and masks of the pictures: drawn as those of an epoch that never comes
 # A checkpoint fits only a model, and its optimizer state only an optimizer, that agree in these.
-ARCHITECTURE = ("model", "in_chans", "patch_size", "decoder_depth", "decoder_dim", "model_kwargs", "opt")
+# `pretrained` decides on the licence.
+ARCHITECTURE = ("model", "pretrained", "in_chans", "patch_size", "decoder_depth", "decoder_dim", "model_kwargs", "opt")
 # A run stopped in the middle of an epoch goes on only with the same of these.
 DATA_ORDER = ("seed", "batch_size", "grad_accum_steps")
 # Not settings of the run but of the call: args.yaml and checkpoints leave them out.

@@ -228,6 +228,10 @@ def open_output(folder: Path, output: str | None) -> Path:
     ours = {"config.json", WEIGHTS, "README.md", *PICTURES}
     if target.exists() and (not target.is_dir() or {p.name for p in target.iterdir()} - ours):
         raise ValueError(f"'{target}' exists and holds other files. Choose another folder with --output.")
+    card = target / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if target.exists() and any(target.iterdir()) and ("hf-hub:" not in text or "local-dir:path/to" in text):
+        raise ValueError(f"'{target}' exists and was not written by --dry-run. Choose another folder with --output.")
     if target.resolve() == folder.resolve():
         raise ValueError(f"--output {output} is FOLDER itself. Choose another folder.")
     try:

@@ -283,31 +283,44 @@ def _origin(args: dict[str, Any], name: str, cfg: dict[str, Any], seen: tuple[Pa
         cfg: `pretrained_cfg` of the model made under that name.
         seen: Checkpoints that have been followed.
     """
-    for key in ("resume", "initial_checkpoint"):  # what is loaded last replaces what was there
+    keys = ("resume", "initial_checkpoint", *(("pretrained_path",) if args.get("pretrained") else ()))
+    for key in keys:  # what is loaded last replaces what was there
         if not args.get(key):
             continue
         path = Path(args[key])
+        if not path.is_file() and (seen[0].parent / path.name).is_file():  # the run has moved, and its files with it
+            path = seen[0].parent / path.name
         if path.resolve() in seen:
             continue  # it went on with itself
-        if path.suffix == ".safetensors" or not path.is_file():
-            config = config_beside({"file": path})
-            return origin_of_config(config) if config else Origin()
-        before = load_checkpoint(path)
-        if not isinstance(before.get("args"), argparse.Namespace):
-            return Origin()
-        before = vars(before["args"])
-        before_name = _model_name(before, path.parent)
-        before_cfg = timm.create_model(before_name, pretrained=False, device="meta").pretrained_cfg
-        return _origin(before, before_name, before_cfg, (*seen, path.resolve()))
+        if not path.is_file():
+            raise ValueError(
+                f"Training went on from '{path}' (--{key.replace('_', '-')}), which is not there: the licence of the "
+                "weights cannot be told. Put it back, or call this from where training was started."
+            )
+        return _origin_of_file(path, seen)
     if not args.get("pretrained"):
         return Origin()
-    if args.get("pretrained_path"):
-        config = config_beside({"file": args["pretrained_path"]})
-        return origin_of_config(config) if config else Origin()
     if name.startswith("local-dir:"):
         hub_id = args["model"].partition(":")[2] if args["model"].startswith(("hf-hub:", "hf_hub:")) else None
         return origin_of_config(read_config(Path(name.partition(":")[2]) / "config.json"), hub_id)
     return origin_of_config(cfg, cfg.get("hf_hub_id"))
+
+
+def _origin_of_file(path: Path, seen: tuple[Path, ...]) -> Origin:
+    """What the weights of a file hand on: by the `config.json` beside safetensors, by the options in a checkpoint."""
+    if path.suffix == ".safetensors":
+        config = config_beside({"file": path.with_name(WEIGHTS)})
+        return origin_of_config(config) if config else Origin()
+    before = load_checkpoint(path).get("args")
+    if isinstance(before, dict) and "mask_ratio" in before:  # of pretrain.py, which keeps its encoder beside it
+        config = config_beside({"file": path.parent / "encoder" / WEIGHTS})
+        return origin_of_config(config) if config else Origin()
+    if not isinstance(before, argparse.Namespace):
+        return Origin()
+    before = vars(before)
+    name = _model_name(before, path.parent)
+    cfg = timm.create_model(name, pretrained=False, device="meta").pretrained_cfg
+    return _origin(before, name, cfg, (*seen, path.resolve()))
 
 
 def _metrics(summary: Path, checkpoint: dict[str, Any], args: dict[str, Any], ema: bool) -> dict[str, Any] | None:
@@ -340,13 +353,15 @@ def _describe(args: dict[str, Any], checkpoint: dict[str, Any], ema: bool, start
     images = (get("batch_size") or 0) * (get("grad_accum_steps") or 1) * (get("world_size") or 1)
     lr = f"{get('lr'):.2e}" if isinstance(get("lr"), float) else str(get("lr"))
     weights = f"moving average ({get('model_ema_decay')})" if ema else "last of their epoch"
+    warmup = get("warmup_epochs") or 0
+    epochs = (get("epochs") or 0) + (warmup if get("warmup_prefix") else 0) + (get("cooldown_epochs") or 0)
     place = get("data_dir") or get("data")
     rows = {
         "Method": "supervised training with timm's train.py",
         "Started from": start or "random weights",
         "Recipe": Path(get("config")).name if get("config") else None,
         "Data": get("dataset") or (Path(place).resolve().name if place else None),
-        "Epochs": f"{checkpoint['epoch'] + 1} of {get('epochs')}, {get('warmup_epochs')} of them warmup"
+        "Epochs": f"{checkpoint['epoch'] + 1} of {epochs}, {warmup} of them warmup"
         if isinstance(checkpoint.get("epoch"), int)
         else None,
         "Optimizer": f"{get('opt')}, lr {lr} for {images} images per update, weight decay {get('weight_decay')}"
