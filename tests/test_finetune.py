@@ -859,3 +859,23 @@ def test_real_linear_probe_leaves_the_backbone(timm_train, encoder, data, tmp_pa
     )
     changed = {k for k in after if k not in before or not torch.equal(before[k], after[k])}
     assert changed == {"head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"}
+
+
+@pytest.mark.parametrize("epochs, ended", [(3, "Stopped after 3 epochs of 8"), (8, "Done: ")])
+def test_a_run_that_was_stopped_is_not_done(epochs, ended, command, train, tmp_path, capsys):
+    plan = finetune.prepare(command())  # 7 epochs + 1 of warmup
+    plan.folder.mkdir(parents=True)
+    (plan.folder / "last.pth.tar").touch()
+    rows = [f"{epoch},1.0" for epoch in range(epochs)]
+    (plan.folder / "summary.csv").write_text("\n".join(["epoch,train_loss", *rows]) + "\n")
+    assert finetune.finish(plan) == 0
+    printed = capsys.readouterr().out
+    assert ended in printed and ("--resume" in printed) == (epochs < 8)
+    assert ("Done: " in printed) == (epochs == 8)
+
+
+def test_weights_that_train_py_would_not_read_are_refused(command, capsys, tmp_path):
+    recipe = tmp_path / "plain.yaml"
+    recipe.write_text("opt: adamw\n")
+    assert finetune.cli(command("--pretrained-path", "x.safetensors", recipe=recipe)) == 2
+    assert "only with --pretrained" in capsys.readouterr().err

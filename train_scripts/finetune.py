@@ -621,13 +621,16 @@ def describe_batch(args: argparse.Namespace, recipe: Recipe, global_batch: int, 
     return text
 
 
+def extra_epochs(args: argparse.Namespace) -> dict[str, int]:
+    """What train.py adds to --epochs: the warmup where --warmup-prefix is set, and the cooldown."""
+    return {"of warmup": args.warmup_epochs if args.warmup_prefix else 0, "of cooldown": args.cooldown_epochs}
+
+
 def describe_length(args: argparse.Namespace) -> str:
-    """Epochs in all: train.py adds the warmup to --epochs where --warmup-prefix is set."""
-    before = args.warmup_epochs if args.warmup_prefix else 0
-    parts = {"of warmup": before, "of cooldown": args.cooldown_epochs}
-    more = "".join(f" + {n} {what}" for what, n in parts.items() if n)
-    total = args.epochs + sum(parts.values())
-    return count(total, "epoch") + (f" ({args.epochs}{more})" if more else "")
+    """Epochs in all."""
+    extra = extra_epochs(args)
+    more = "".join(f" + {n} {what}" for what, n in extra.items() if n)
+    return count(args.epochs + sum(extra.values()), "epoch") + (f" ({args.epochs}{more})" if more else "")
 
 
 def check_epoch(args: argparse.Namespace, train: Split, world_size: int) -> int:
@@ -728,6 +731,8 @@ def prepare(argv: list[str]) -> Plan | None:
     if args.device.startswith("cuda") and not torch.cuda.is_available() and not own.dry_run:
         refuse(f"--device {args.device}: PyTorch {torch.__version__} sees no CUDA GPU here. Use --device cpu.")
 
+    if args.pretrained_path and not args.pretrained:
+        refuse("--pretrained-path is read by train.py only with --pretrained: add it, or leave both out.")
     check_augmentation(args.aa)
 
     world_size = world_info_from_env()[2]
@@ -817,6 +822,15 @@ def next_commands(plan: Plan, model: Path) -> list[str]:
     return commands
 
 
+def epochs_done(folder: Path) -> int | None:
+    """Epochs in the run's summary.csv; None where there is none."""
+    try:
+        rows = (folder / "summary.csv").read_text(encoding="utf-8").splitlines()
+        return int(rows[-1].partition(",")[0]) + 1
+    except (OSError, IndexError, ValueError):
+        return None
+
+
 def finish(plan: Plan) -> int:
     """Exports what train.py saved, and says what to do with it."""
     if not any((plan.folder / name).is_file() for name in ("model_best.pth.tar", "last.pth.tar")):
@@ -829,7 +843,14 @@ def finish(plan: Plan) -> int:
     except (OSError, ValueError, RuntimeError) as e:
         say(f"error: the run in {plan.folder} is whole, but its model could not be exported: {e}", error=True)
         return 1
-    say(f"Done: the finetuned model is in {model}\nEvaluate it with stock timm, and see what would be published:")
+    total, done = plan.args.epochs + sum(extra_epochs(plan.args).values()), epochs_done(plan.folder)
+    if done is not None and done < total:  # train.py ends quietly on Ctrl-C
+        resume = f"--experiment {plan.args.experiment} --resume {plan.folder / 'last.pth.tar'}"
+        say(f"Stopped after {count(done, 'epoch')} of {total}; the same command with {resume} goes on.")
+        say(f"What there is so far is in {model}")
+    else:
+        say(f"Done: the finetuned model is in {model}")
+    say("Evaluate it with stock timm, and see what would be published:")
     for command in next_commands(plan, model):
         say(f"  {command}")
     return 0
