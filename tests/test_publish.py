@@ -108,6 +108,14 @@ def test_default_output_and_again(pretrained, run_publish):
     (target / "notes.txt").unlink()
 
 
+def test_a_published_base_model_binds_the_licence(pretrained, run_publish, tmp_path):
+    options = ("--base-model", "timm/convnextv2_atto.fcmae", "--dry-run", "--output", str(tmp_path / "out"))
+    status, _, err = run_publish(pretrained, "me/enc", "--license", "mit", *options)
+    assert status == 2 and "cc-by-nc-4.0, which stays" in err
+    assert run_publish(pretrained, "me/enc", *options)[0] == 0
+    assert "license: cc-by-nc-4.0" in (tmp_path / "out/README.md").read_text()
+
+
 def test_output_is_never_a_model_of_the_user(pretrained, run_publish, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(pretrained / "encoder", other)

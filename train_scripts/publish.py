@@ -102,6 +102,8 @@ def describe_again(folder: Path, config: dict[str, Any], args: argparse.Namespac
     cfg = dict(config.get("pretrained_cfg", {}))
     # of a folder that this package did not write, a licence that is stated came with the weights
     binding = training.get("inherited_license") if training else origin_of_config(config).license
+    if not binding and args.base_model:  # published weights, named as the origin
+        binding = origin_of_config({}, args.base_model).license
     license = resolve_license(args.license, binding) or cfg.get("license")
     if license is None:
         raise ValueError(
