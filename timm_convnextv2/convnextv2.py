@@ -69,6 +69,9 @@ class ConvNeXtV2Block(ConvNeXtBlock):
             block.mlp_channels_last = True
 
     def _token_mlp(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if isinstance(self.mlp, TokenMlp) and self.gamma is None and self.mlp.fuses(x, self.norm, self.drop_path):
+                return self.mlp.fused(x, self.shortcut(shortcut), self.norm, self.drop_path)
         if self.use_conv_mlp:  # a norm for [B, C, H, W], else for [B, H, W, C]
             x = self.norm(x)
         if self.mlp_channels_last:
@@ -245,7 +248,7 @@ def layer_decay_type(variant: str) -> str:
     return "group" if variant.endswith(GROUPED_LAYER_DECAY) else "single"
 
 
-def _filter_fn(state_dict: dict[str, Any], model: ConvNeXtV2) -> dict[str, Any]:
+def filter_weights(state_dict: dict[str, Any], model: ConvNeXtV2) -> dict[str, Any]:
     """timm's filter, which also takes the encoder out of a whole FCMAE, and notices what it would leave random.
 
     With `--pretrained-path`, or a class count that differs, timm loads what happens to fit and only warns.
@@ -280,7 +283,7 @@ def _create_convnextv2(variant: str, pretrained: bool = False, **kwargs) -> Conv
         ConvNeXtV2,
         variant,
         pretrained,
-        pretrained_filter_fn=_filter_fn,
+        pretrained_filter_fn=filter_weights,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
         **kwargs,
     )

@@ -1,8 +1,13 @@
 """Depthwise convolution on packed patches, reading each patch with a border of its visible neighbours."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
+
+from .backends import backend
 
 __all__ = ["is_plain_depthwise", "window_depthwise"]
 
@@ -28,29 +33,81 @@ def _windows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tokens.index_select(0, index.flatten()).view(*index.shape, C).permute(0, 3, 1, 2)
 
 
-class _WindowDepthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, index):
-        ctx.save_for_backward(x, weight, index)
-        ctx.has_bias = bias is not None
-        return F.conv2d(_windows(x, index), weight, bias, groups=len(weight)).permute(0, 2, 3, 1)
+@torch.library.custom_op("timm_convnextv2::window_depthwise", mutates_args=())
+def _window_depthwise(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor, triton: bool
+) -> torch.Tensor:
+    if triton:
+        from .triton_kernels import depthwise_forward
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, index = ctx.saved_tensors
-        grad, C = grad.contiguous(), len(weight)
-        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        grad_x = grad_weight = grad_bias = None
+        return depthwise_forward(x, weight.contiguous(), bias, index)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(_windows(x, index), weight, bias, groups=len(weight)).permute(0, 2, 3, 1).contiguous()
+
+
+@torch.library.custom_op("timm_convnextv2::window_depthwise_backward", mutates_args=())
+def _window_depthwise_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, has_bias: bool, triton: bool,
+    need_x: bool, need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x, weight and bias; those that nobody needs are of no use."""
+    grad, C = grad.contiguous(), len(weight)
+    nothing = x.new_empty(0)
+    grad_x, grad_weight, grad_bias = nothing, nothing.clone(), nothing.clone()
+    if triton:
+        from . import triton_kernels
+
+        if need_x:
+            grad_x = triton_kernels.depthwise_input_grad(grad, weight.contiguous(), index)
+        if need_weight:
+            grad_weight, grad_bias = triton_kernels.depthwise_weight_grad(x, grad, index, weight.shape[-1])
+            grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+        return grad_x, grad_weight, grad_bias
+    with torch.autocast(x.device.type, enabled=False):
         if need_x:
             # neighbourhood is mutual: the transpose is the same operation with the kernel turned round
-            grad_x = F.conv2d(_windows(grad, index), weight.flip(2, 3), groups=C).permute(0, 2, 3, 1)
-        if need_weight or need_bias:
+            grad_x = F.conv2d(_windows(grad, index), weight.flip(2, 3), groups=C).permute(0, 2, 3, 1).contiguous()
+        if need_weight:
             _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                grad.permute(0, 3, 1, 2), _windows(x, index), weight, [C] if ctx.has_bias else None,
-                [1, 1], [0, 0], [1, 1], False, [0, 0], C, [False, need_weight, need_bias],
+                grad.permute(0, 3, 1, 2), _windows(x, index), weight, [C], [1, 1], [0, 0], [1, 1], False, [0, 0], C,
+                [False, True, has_bias],
             )  # fmt: skip
-        return grad_x, grad_weight, grad_bias, None
+            grad_bias = grad_bias if has_bias else nothing.clone()
+    return grad_x, grad_weight, grad_bias
+
+
+@_window_depthwise.register_fake
+def _(x, weight, bias, index, triton):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_window_depthwise_backward.register_fake
+def _(grad, x, weight, index, has_bias, triton, need_x, need_weight):
+    C = len(weight)
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(C if need_weight and (has_bias or triton) else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, bias, index, ctx.triton = inputs
+    ctx.save_for_backward(x, weight, index)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx, grad):
+    x, weight, index = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    found = _window_depthwise_backward(
+        grad, x, weight, index, ctx.has_bias, ctx.triton, need_x, need_weight or need_bias
+    )
+    needs = (need_x, need_weight, need_bias)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
+
+
+_window_depthwise.register_autograd(_backward, setup_context=_setup_context)
 
 
 def window_depthwise(
@@ -73,4 +130,14 @@ def window_depthwise(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _WindowDepthwise.apply(x, weight, bias, index)
+    return _window_depthwise(x.contiguous(), weight, bias, index, backend(x.device) == "triton")
+
+
+@register_flop_formula(torch.ops.timm_convnextv2.window_depthwise)
+def _forward_flops(x, weight, *args, **kwargs) -> int:
+    return 2 * math.prod(x) * weight[2] * weight[3]
+
+
+@register_flop_formula(torch.ops.timm_convnextv2.window_depthwise_backward)
+def _backward_flops(grad, x, weight, index, has_bias, triton, need_x, need_weight, **kwargs) -> int:
+    return 2 * math.prod(x) * weight[2] * weight[3] * (need_x + need_weight)

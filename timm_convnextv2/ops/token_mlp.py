@@ -1,16 +1,48 @@
-"""The token MLP of a ConvNeXt V2 block: Linear, activation, GRN, Linear.
+"""The token MLP of a ConvNeXt V2 block: LayerNorm, Linear, activation, GRN, Linear, drop path, residual.
 
 Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); `timm.layers.GlobalResponseNormMlp`.
 """
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GlobalResponseNormMlp
+from timm.layers import GELU, DropPath, GlobalResponseNormMlp, LayerNorm, LayerNorm2d, drop_path
 from torch import nn
+from torch.autograd import forward_ad
 
-from .grn import GlobalResponseNorm
+from .backends import backend
+from .fused_mlp import fused_token_mlp
+from .grn import GlobalResponseNorm, global_response_norm, stats_dtype
 
-__all__ = ["PointwiseConv2d", "TokenMlp"]
+__all__ = ["PointwiseConv2d", "TokenMlp", "token_mlp"]
+
+
+def token_mlp(
+    x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor,
+    grn_weight: torch.Tensor, grn_bias: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor, norm_eps: float = 1e-6,
+    grn_eps: float = 1e-6,
+) -> torch.Tensor:  # fmt: skip
+    """The branch in plain operations: the reference of `fused_token_mlp`, without drop path and residual.
+
+    Args:
+        x: Tokens `[B, T, C]`.
+        norm_weight: LayerNorm's, `[C]`.
+        norm_bias: `[C]`.
+        w1: First Linear, `[4C, C]`.
+        b1: `[4C]`.
+        grn_weight: `[4C]`.
+        grn_bias: `[4C]`.
+        w2: Second Linear, `[C, 4C]`.
+        b2: `[C]`.
+        norm_eps: LayerNorm's epsilon.
+        grn_eps: GRN's.
+
+    Returns:
+        `[B, T, C]`.
+    """
+    x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    x = F.gelu(F.linear(x, w1, b1)).unsqueeze(1)
+    x = global_response_norm(x, grn_weight, grn_bias, grn_eps, (1, 2), -1)
+    return F.linear(x.squeeze(1), w2, b2)
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -18,6 +50,22 @@ class PointwiseConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _watched() -> bool:
+    """Whether an exporter, a tracer, `torch.func` or forward-mode differentiation looks on: they want plain ops."""
+    return (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 class TokenMlp(GlobalResponseNormMlp):
@@ -37,3 +85,60 @@ class TokenMlp(GlobalResponseNormMlp):
                 fc.__class__ = PointwiseConv2d
         mlp.grn.__class__ = GlobalResponseNorm
         mlp.grn.spatial_dim, mlp.grn.channel_dim, mlp.grn.wb_shape = (1, 2), -1, (1, 1, 1, -1)
+
+    def fuses(self, x: torch.Tensor, norm: nn.Module, path: nn.Module) -> bool:
+        """Whether `fused` computes what the modules do, one after the other, and may: the one place of that rule.
+
+        It may not where somebody looks between them (hooks, exporters, tracers), or replaced one by another kind.
+
+        Args:
+            x: The mixer's output, `[B, C, H, W]`.
+            norm: The norm before the MLP.
+            path: The drop path after it.
+        """
+        if not isinstance(x, torch.Tensor) or isinstance(x, torch.fx.Proxy) or _watched():
+            return False
+        if backend(x.device) == "reference" or x.numel() == 0 or not x.is_floating_point():
+            return False
+        linear = (nn.Linear, PointwiseConv2d)
+        return (
+            type(norm) in (LayerNorm, LayerNorm2d, nn.LayerNorm)
+            and norm.weight is not None
+            and norm.bias is not None
+            and type(self.fc1) in linear
+            and type(self.fc2) in linear
+            and self.fc1.bias is not None
+            and self.fc2.bias is not None
+            and type(self.act) in (nn.GELU, GELU)
+            and getattr(self.act, "approximate", "none") == "none"
+            and type(self.grn) is GlobalResponseNorm
+            and type(path) in (DropPath, nn.Identity)
+            and not (self.training and (self.drop1.p or self.drop2.p))
+            and not any(
+                map(_hooked, (self, norm, self.fc1, self.act, self.drop1, self.grn, self.fc2, self.drop2, path))
+            )
+            and (x.dtype == self.fc1.weight.dtype or torch.is_autocast_enabled(x.device.type))
+        )
+
+    def fused(self, x: torch.Tensor, shortcut: torch.Tensor, norm: nn.Module, path: nn.Module) -> torch.Tensor:
+        """`shortcut + path(mlp(norm(x)))` as one operation, where `fuses` allows it.
+
+        Args:
+            x: The mixer's output, `[B, C, H, W]`.
+            shortcut: `[B, C, H, W]`.
+            norm: The norm before the MLP.
+            path: The drop path after it.
+
+        Returns:
+            `[B, C, H, W]`, channels-last.
+        """
+        B, C, H, W = x.shape
+        keep = None
+        if type(path) is DropPath and path.training and path.drop_prob:
+            keep = drop_path(x.new_ones(B, dtype=stats_dtype(x)), path.drop_prob, True, path.scale_by_keep)
+        out = fused_token_mlp(
+            x.permute(0, 2, 3, 1).reshape(B, H * W, C), shortcut.permute(0, 2, 3, 1).reshape(B, H * W, -1), keep,
+            norm.weight, norm.bias, self.fc1.weight.flatten(1), self.fc1.bias, self.grn.weight, self.grn.bias,
+            self.fc2.weight.flatten(1), self.fc2.bias, norm.eps, self.grn.eps,
+        )  # fmt: skip
+        return out.view(B, H, W, -1).permute(0, 3, 1, 2)
