@@ -20,7 +20,7 @@ import timm
 import torch
 import yaml
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.data import rand_augment_transform
 from timm.models import save_for_hf
 
@@ -652,6 +652,64 @@ def test_order_of_the_places(tmp_path, monkeypatch, server, cache):
     assert finetune.find_train_script(option, base_url=server.url) == tmp_path / "option" / "train.py"
 
 
+def cut_off(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def of_another_model(folder):
+    save_for_hf(timm.create_model("resnet18", num_classes=0), folder.parent / "other", safe_serialization=True)
+    shutil.copy(folder.parent / "other" / "model.safetensors", folder)
+
+
+def of_another_width(folder):
+    shape = dict(patch_size=1, depths=[1, 1, 2, 1], dims=[8, 8, 16, 24])
+    model = timm.create_model("convnextv2_atto", num_classes=0, **shape)
+    save_for_hf(model, folder.parent / "other", model_args=shape, safe_serialization=True)
+    shutil.copy(folder.parent / "other" / "model.safetensors", folder)
+
+
+def without_a_block(folder):
+    weights = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if not k.startswith("stages.2.blocks.1.")}
+    save_file(kept, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (cut_off, "1000 bytes.*truncated"),
+        (of_another_model, "weights have .* of the"),
+        (of_another_width, r"'stages\.3\.downsample\.1\.weight' is \[24, 16, 2, 2\] in the file and \[16, 16, 2, 2\]"),
+        (without_a_block, "stages.2.blocks.1"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_training(refused, run, encoder, tmp_path, damage, words):
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder, folder)
+    damage(folder)
+    message = refused(model=f"local-dir:{folder}")
+    assert str(folder / "model.safetensors") in message and re.search(words, message)
+    run("--from-scratch", model=f"local-dir:{folder}")  # which does not read them
+
+
+def test_grey_and_headed_weights_pass_the_check(run, encoder, tmp_path):
+    run("--in-chans", "1", experiment="grey")
+    model = timm.create_model(f"local-dir:{encoder}", num_classes=7)
+    save_for_hf(
+        model, tmp_path / "headed", model_args=model.pretrained_cfg.get("model_args") or {}, safe_serialization=True
+    )
+    shutil.copy(encoder / "config.json", tmp_path / "headed")
+    run(model=f"local-dir:{tmp_path / 'headed'}", experiment="headed")
+
+
+@pytest.mark.parametrize(
+    "options, words", [(["--no-such-option", "1"], "no-such-option"), (["--epochs", "many"], "many")]
+)
+def test_options_that_train_script_does_not_take_are_one_message(refused, options, words):
+    assert words in refused(*options)
+
+
 def test_download_is_cached(server, cache):
     server.answers[PAGE] = (200, STAND_IN.encode(), None, 0)
     for _ in range(2):
@@ -716,6 +774,9 @@ def test_only_the_first_process_of_a_node_downloads(server, cache, monkeypatch):
     time.sleep(0.2)
     assert not server.requests
     cache.parent.mkdir(parents=True)
+    cache.write_text(STAND_IN[:2000])  # of an earlier run that was cut off
+    time.sleep(0.3)
+    assert not found
     (cache.parent / "part").write_text(STAND_IN)
     os.replace(cache.parent / "part", cache)
     thread.join(10)
@@ -861,17 +922,17 @@ def test_real_linear_probe_leaves_the_backbone(timm_train, encoder, data, tmp_pa
     assert changed == {"head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"}
 
 
-@pytest.mark.parametrize("epochs, ended", [(3, "Stopped after 3 epochs of 8"), (8, "Done: ")])
+@pytest.mark.parametrize("epochs, ended", [(3, "Stopped after 3 epochs of 10"), (10, "Done: ")])
 def test_a_run_that_was_stopped_is_not_done(epochs, ended, command, train, tmp_path, capsys):
-    plan = finetune.prepare(command())  # 7 epochs + 1 of warmup
+    plan = finetune.prepare(command())  # 9 epochs + 1 of warmup
     plan.folder.mkdir(parents=True)
     (plan.folder / "last.pth.tar").touch()
     rows = [f"{epoch},1.0" for epoch in range(epochs)]
     (plan.folder / "summary.csv").write_text("\n".join(["epoch,train_loss", *rows]) + "\n")
     assert finetune.finish(plan) == 0
     printed = capsys.readouterr().out
-    assert ended in printed and ("--resume" in printed) == (epochs < 8)
-    assert ("Done: " in printed) == (epochs == 8)
+    assert ended in printed and ("--resume" in printed) == (epochs < 10)
+    assert ("Done: " in printed) == (epochs == 10)
 
 
 def test_weights_that_train_py_would_not_read_are_refused(command, capsys, tmp_path):

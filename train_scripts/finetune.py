@@ -46,6 +46,8 @@ from timm.optim import param_groups_layer_decay
 from timm.utils.distributed import world_info_from_env
 
 import timm_convnextv2
+from timm_convnextv2.checkpoint import load_checkpoint
+from timm_convnextv2.convnextv2 import filter_weights
 
 RECIPES = Path(__file__).parent / "recipes"
 PLUGIN = timm_convnextv2.__name__
@@ -198,10 +200,11 @@ def download_train_script(version: str, base_url: str = TIMM_RAW, timeout: float
         except (OSError, http.client.HTTPException, UnicodeDecodeError) as e:
             problem = f"{type(e).__name__}: {e}"
     else:
-        end = time.monotonic() + 2 * timeout
-        while not target.is_file() and time.monotonic() < end:
+        end, problem = time.monotonic() + 2 * timeout, "the first process of this node did not get it"
+        while problem and time.monotonic() < end:
             time.sleep(0.1)
-        problem = "" if target.is_file() else "the first process of this node did not get it"
+            if target.is_file() and not check_script(target.read_text(encoding="utf-8")):
+                problem = ""
     if problem:
         refuse(
             f"timm's train.py is needed and not part of its package; the download of {url} failed ({problem}). "
@@ -313,8 +316,10 @@ def resolve_options(script: ModuleType, recipe: Recipe, rest: list[str]) -> Opti
     """Resolves recipe and command line with train.py's own parser, which also refuses what it does not know.
 
     Raises:
-        ValueError: The recipe has a key that this train.py does not know, or train.py lacks --device-modules.
+        ValueError: Recipe or command line have an option that this train.py does not know or a value that it does not
+            take, or train.py lacks --device-modules.
     """
+    script.parser.error = refuse  # one message, without the usage of some 150 options
     defaults = vars(script.parser.parse_args([]))
     path = Path(script.__file__)
     if "device_modules" not in defaults:
@@ -414,6 +419,32 @@ def create_meta_model(options: Options) -> torch.nn.Module:
             )
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"--model {args.model} cannot be created: {type(e).__name__}: {one_line(e)}") from e
+
+
+def check_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Reads a folder's weights once, before train.py does.
+
+    Raises:
+        ValueError: They are damaged, or do not cover or fit the model; its head may be new.
+    """
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+    if not files:  # a name of timm's that is rarer: train.py reads it
+        return
+    weights = load_checkpoint(files[0])
+    if not isinstance(model, timm_convnextv2.ConvNeXtV2):
+        return
+    try:
+        weights = filter_weights(weights, model)
+    except RuntimeError as e:
+        raise ValueError(f"{files[0]}: {e}") from e
+    for name, wanted in model.state_dict().items():
+        found = tuple(weights[name].shape) if name in weights else None
+        adapted = name.startswith("stem.0.weight")  # timm sums or repeats its channels
+        if found != tuple(wanted.shape) and not name.startswith("head.") and not adapted:
+            refuse(
+                f"{files[0]} does not fit its config.json: '{name}' is {list(found)} in the file and "
+                f"{list(wanted.shape)} in the model. Expected the two files of one export."
+            )
 
 
 def describe_layers(model: torch.nn.Module, args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -745,6 +776,9 @@ def prepare(argv: list[str]) -> Plan | None:
     if not args.in_chans and not args.input_size:
         args.in_chans = (model.pretrained_cfg.get("input_size") or (3,))[0]  # train.py would build 3 channels
         model = create_meta_model(options)
+    source, name = parse_model_name(args.model)
+    if source == "local-dir" and args.pretrained and not args.pretrained_path:
+        check_weights(Path(name), model)
     folder = prepare_folder(options, model)
     args.device_modules = list(dict.fromkeys([*(args.device_modules or []), PLUGIN]))
     layers, warnings = describe_layers(model, args)
