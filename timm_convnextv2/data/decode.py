@@ -2,11 +2,13 @@
 
 import io
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 __all__ = ["ImageError", "MissingPackageError", "image_extensions", "load_image"]
 
@@ -20,6 +22,26 @@ class ImageError(ValueError):
 
 class MissingPackageError(ValueError):
     """An optional package that the data needs is not installed. Never skipped: this is not the picture's fault."""
+
+
+class Reduced(NamedTuple):
+    """A picture that was decoded at 1/2, 1/4 or 1/8 of its size.
+
+    Attributes:
+        pixels: `[C, h, w]` uint8.
+        size: `(height, width)` of the picture at full size, in pixels.
+        frame: `(top, left, height, width)` of the picture in `pixels`, in units of these. Fractional: a side that the
+            reduction does not divide ends within the last pixel or, in a picture that EXIF turns, begins within the
+            first.
+    """
+
+    pixels: torch.Tensor
+    size: tuple[int, int]
+    frame: tuple[float, float, float, float]
+
+
+# Told a picture's full size (height, width), upright: the reduction that would do, one of 1, 2, 4, 8
+Choose = Callable[[tuple[int, int]], int]
 
 
 def image_extensions() -> tuple[str, ...]:
@@ -64,8 +86,13 @@ def printable(path: str | os.PathLike) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def decode(file: str | os.PathLike | bytes, in_chans: int, name: str) -> torch.Tensor:
-    """Decodes a file (its path, or its content as bytes); every fault becomes an error that starts with `name`."""
+def decode(
+    file: str | os.PathLike | bytes, in_chans: int, name: str, choose: Choose | None = None
+) -> torch.Tensor | Reduced:
+    """Decodes a file (its path, or its content as bytes); every fault becomes an error that starts with `name`.
+
+    Grey and RGB JPEGs are asked about by `choose`, if given, and come as `Reduced` where it says more than 1.
+    """
     try:
         if name.lower().endswith(".npy"):
             return _from_array(np.load(_open(file), allow_pickle=False), in_chans)
@@ -78,13 +105,44 @@ def decode(file: str | os.PathLike | bytes, in_chans: int, name: str) -> torch.T
         with image:
             if image.format == "TIFF" and not _pillow_keeps_all(image, in_chans):
                 return _from_tiff(_open(file), in_chans)
-            return from_pil(image, in_chans)
+            place = None if choose is None else _reduce(image, choose)
+            pixels = from_pil(image, in_chans)
+            return pixels if place is None else Reduced(pixels, *place)
     except MissingPackageError as error:
         raise MissingPackageError(f"{name}: {error}") from error
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError, ...
         raise ImageError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _reduce(image: Image.Image, choose: Choose) -> tuple[tuple[int, int], tuple[float, float, float, float]] | None:
+    """Sets a JPEG that is not yet decoded to be so at reduced size.
+
+    Returns:
+        `size` and `frame` of `Reduced`; None where the picture stays as it is.
+    """
+    # CMYK is left out: its conversion to colours is not linear, so the order of averaging and conversion would show
+    if not isinstance(image, JpegImageFile) or image.mode not in ("L", "RGB"):
+        return None
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    turned = orientation in (5, 6, 7, 8)
+    width, height = image.size
+    size = (width, height) if turned else (height, width)
+    reduction = choose(size)
+    # no mode: greys of a colour JPEG come from its colours, as at full size
+    drafted = image.draft(None, (width // reduction, height // reduction)) if reduction > 1 else None
+    if drafted is None:
+        return None
+    _, (_, _, frame_width, frame_height) = drafted
+    # what the last pixel has beyond the picture's edge comes first where the axis is reversed, see _rotate
+    columns, rows = image.size
+    beyond_x, beyond_y = columns - frame_width, rows - frame_height
+    if turned:
+        frame_height, frame_width, beyond_y, beyond_x = frame_width, frame_height, beyond_x, beyond_y
+    top = beyond_y if orientation in (3, 4, 7, 8) else 0.0
+    left = beyond_x if orientation in (2, 3, 6, 7) else 0.0
+    return size, (top, left, frame_height, frame_width)
 
 
 def _open(file: str | os.PathLike | bytes) -> Any:

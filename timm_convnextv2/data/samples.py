@@ -1,16 +1,20 @@
 """From a source to batches of `(image, mask)`: the transform, and what makes a run repeatable."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
 
 from ..masking import random_mask
-from .decode import ImageError
+from .decode import Choose, ImageError, Reduced
 from .sources import TimmStream
 
 __all__ = [
@@ -23,13 +27,19 @@ __all__ = [
     "sample_seed",
 ]
 
+# A JPEG is decoded at 1/2, 1/4 or 1/8 if its crop keeps this many times the output's pixels per side. PSNR against the
+# full decode at exactly this many, photograph-like JPEGs, bicubic, median (minimum) in dB: 38.8 (37.0) at 1, 45.4
+# (44.6) at 1.5, 49.2 (47.5) at 2; most crops keep more, see benchmarks/decode.py. 1.5 is the smallest of these above
+# 40 dB. Drawings with sharp edges at the scale of the output's pixels lose more: 30 dB at 1.5.
+MIN_OVERSAMPLING = 1.5
 _MAX_BAD_IN_A_ROW = 1000  # a damaged folder or shard; --max-bad-images stops most runs before
 
 
 class PretrainTransform:
     """Random resized crop, flips, scaling to [0, 1] and normalisation: the paper's augmentation for pretraining.
 
-    Uses torch's global random generator only. uint8 pictures are resized as uint8, which is fast.
+    Uses torch's global random generator only. uint8 pictures are resized as uint8, which is fast. Of pictures decoded
+    at reduced size it makes the same crop: see `reduction`.
 
     Args:
         img_size: Output size in pixels, one side or `(H, W)`.
@@ -71,22 +81,63 @@ class PretrainTransform:
         if len(mean) != len(std) or min(std) <= 0:
             raise ValueError(f"mean and std must have the same length and std be positive, got {mean} and {std}.")
         self.mean, self.std = tuple(mean), tuple(std)
-        steps: list[torch.nn.Module] = [
-            v2.RandomResizedCrop(self.img_size, scale, ratio, InterpolationMode(interpolation), antialias=True)
-        ]
-        steps += [v2.RandomHorizontalFlip(hflip)] if hflip else []
+        self.interpolation = interpolation
+        self.crop = v2.RandomResizedCrop(self.img_size, scale, ratio, InterpolationMode(interpolation), antialias=True)
+        steps: list[torch.nn.Module] = [v2.RandomHorizontalFlip(hflip)] if hflip else []
         steps += [v2.RandomVerticalFlip(vflip)] if vflip else []
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
         self.steps = v2.Compose(steps)
 
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """`[C, h, w]` uint8 or float -> float32 `[C, H, W]`, normalised."""
-        if len(image) != len(self.mean):
+    def reduction(self, size: tuple[int, int]) -> int:
+        """The largest of 1, 2, 4, 8 by which a picture may be decoded smaller without visible change.
+
+        The crop then still has at least `MIN_OVERSAMPLING` times as many pixels as the output, in height and width.
+        Draws the crop as a call does: set the random generator to the same state before both.
+
+        Args:
+            size: Full `(height, width)` of the picture in pixels.
+        """
+        if self.interpolation == "nearest":  # picks single pixels, which the reduced picture has not
+            return 1
+        _, _, height, width = self._box(size)
+        enough = min(height / self.img_size[0], width / self.img_size[1]) / MIN_OVERSAMPLING
+        return next((r for r in (8, 4, 2) if r <= enough), 1)
+
+    def _box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Draws the crop of a picture of this (height, width): `(top, left, height, width)` in pixels."""
+        drawn = self.crop.make_params([torch.empty(1).expand(1, *size)])  # of the image it reads the shape only
+        return drawn["top"], drawn["left"], drawn["height"], drawn["width"]
+
+    def _crop_reduced(self, image: Reduced) -> torch.Tensor:
+        """What `self.crop` does, with a box that may begin and end within pixels: uint8 `[C, H, W]`."""
+        top, left, height, width = self._box(image.size)
+        frame_top, frame_left, frame_height, frame_width = image.frame
+        y, x = frame_height / image.size[0], frame_width / image.size[1]
+        top, left = frame_top + top * y, frame_left + left * x
+        bottom, right = top + height * y, left + width * x
+        # Cut out first, as at full size, or the filter would look beyond the crop. All numbers are multiples of 1/8,
+        # so nothing is lost to rounding.
+        y0, x0 = math.floor(top), math.floor(left)
+        window = image.pixels[:, y0 : math.ceil(bottom), x0 : math.ceil(right)]
+        array = window[0].numpy() if len(window) == 1 else window.permute(1, 2, 0).numpy()
+        resized = Image.fromarray(np.ascontiguousarray(array)).resize(
+            (self.img_size[1], self.img_size[0]),
+            Image.Resampling[self.interpolation.upper()],
+            box=(left - x0, top - y0, right - x0, bottom - y0),
+        )
+        pixels = torch.from_numpy(np.array(resized))
+        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+    def __call__(self, image: torch.Tensor | Reduced) -> torch.Tensor:
+        """`[C, h, w]` uint8 or float, or `Reduced` -> float32 `[C, H, W]`, normalised."""
+        channels = len(image.pixels if isinstance(image, Reduced) else image)
+        if channels != len(self.mean):
             raise ValueError(
-                f"The image has {len(image)} channels but mean and std have {len(self.mean)} numbers; give one "
+                f"The image has {channels} channels but mean and std have {len(self.mean)} numbers; give one "
                 "number per channel (--mean, --std)."
             )
-        return self.steps(image).contiguous()
+        cropped = self._crop_reduced(image) if isinstance(image, Reduced) else self.crop(image)
+        return self.steps(cropped).contiguous()
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -99,12 +150,31 @@ def _mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _make_sample(
-    image: torch.Tensor, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed: it would reseed the accelerators too, which fork_rng does not restore
         torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _choose(transform: Callable, seed: int) -> Choose | None:
+    """How far pictures may be reduced for the crop that `transform` makes with this seed; None if it cannot tell."""
+    reduction = getattr(transform, "reduction", None)
+    if reduction is None:
+        return None
+
+    def choose(size: tuple[int, int]) -> int:
+        with _seeded(seed):
+            return reduction(size)
+
+    return choose
+
+
+def _make_sample(
+    image: torch.Tensor | Reduced, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with _seeded(seed):
         image = transform(image)
     generator = torch.Generator().manual_seed(_mix(seed, 1))
     return image, random_mask(1, grid, mask_ratio, generator=generator)[0]
@@ -121,8 +191,10 @@ class PretrainDataset(Dataset):
     the `(index, message)` of those that could not.
 
     Args:
-        source: Map-style source of pictures `[C, h, w]` with `name(i)`; raises ImageError or OSError for bad ones.
-        transform: Picture to image; may use torch's global CPU generator, nothing else random.
+        source: Map-style source of pictures `[C, h, w]` with `name(i)`; raises ImageError or OSError for bad ones. If
+            it has `load_reduced(i, choose)`, large JPEGs need not be decoded at full size.
+        transform: Picture to image; may use torch's global CPU generator, nothing else random. With a method
+            `reduction(size)`, as `PretrainTransform` has, it must also take `Reduced` pictures.
         grid: Image size in patches, `(h, w)`.
         mask_ratio: Share of the patches to remove.
         seed: Seed of the run.
@@ -144,16 +216,18 @@ class PretrainDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, Bad]:
         epoch, index = key
         n, bad = len(self), []
+        seed = sample_seed(self.seed, epoch, index)
+        choose = _choose(self.transform, seed)
+        load = None if choose is None else getattr(self.source, "load_reduced", None)
         for offset in range(min(_MAX_BAD_IN_A_ROW, n)):
             i = (index + offset) % n
             try:
-                picture = self.source[i]
+                picture = self.source[i] if load is None else load(i, choose)
                 break
             except (ImageError, OSError) as error:
                 bad.append((i, _named(self.source, i, error)))
         else:
             raise _too_many(bad)
-        seed = sample_seed(self.seed, epoch, index)
         return *_make_sample(picture, self.transform, self.grid, self.mask_ratio, seed), bad
 
 
@@ -203,11 +277,14 @@ class PretrainStream(IterableDataset):
         worker = get_worker_info()
         stream = _mix(self.seed, self.source.rank, worker.id if worker else 0)
         epoch, last, in_a_row, waiting = self.epoch.value, None, [], []
-        for position, (name, picture) in enumerate(self.source.samples()):
-            bad = []
-            if isinstance(picture, ImageError):
-                message = str(picture)
+        for position, (name, load) in enumerate(self.source.undecoded()):
+            bad, picture = [], None
+            try:
+                picture = load(_choose(self.transform, sample_seed(stream, epoch, position)))
+            except ImageError as error:
+                message = str(error)
                 bad = [(position, message if name in message else f"{name}: {message}")]
+            if bad:
                 in_a_row = in_a_row + bad
                 if len(in_a_row) == _MAX_BAD_IN_A_ROW:
                     raise _too_many(in_a_row)
@@ -215,10 +292,12 @@ class PretrainStream(IterableDataset):
                     waiting.append((position, bad))
                     continue
             else:
-                last, in_a_row = picture, []
+                last, in_a_row = load, []
             for at, reported in [*waiting, (position, bad)]:
                 seed = sample_seed(stream, epoch, at)
-                yield *_make_sample(last, self.transform, self.grid, self.mask_ratio, seed), reported
+                # what stands in for a bad picture is decoded anew, at the size that this crop needs
+                image = last(_choose(self.transform, seed)) if reported else picture
+                yield *_make_sample(image, self.transform, self.grid, self.mask_ratio, seed), reported
             waiting = []
         if waiting:
             raise _too_many(in_a_row)

@@ -2,7 +2,8 @@
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .decode import (
+    Choose,
     ImageError,
     MissingPackageError,
+    Reduced,
     check_in_chans,
     check_index,
     decode,
@@ -65,6 +68,11 @@ class FolderSource(Dataset):
 
     def __getitem__(self, i: int) -> torch.Tensor:
         return load_image(self.path(i), self.in_chans)
+
+    def load_reduced(self, i: int, choose: Choose) -> torch.Tensor | Reduced:
+        """Picture `i`, `Reduced` if it is a JPEG whose size makes `choose` answer more than 1."""
+        path = self.path(i)
+        return decode(path, self.in_chans, printable(path), choose)
 
     def path(self, i: int) -> str:
         """Path of picture `i`, as the file system knows it."""
@@ -174,6 +182,14 @@ class TimmSource(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> torch.Tensor:
+        return _decode_any(*self._read(i), self.in_chans)
+
+    def load_reduced(self, i: int, choose: Choose) -> torch.Tensor | Reduced:
+        """Picture `i`, `Reduced` if it is a JPEG whose size makes `choose` answer more than 1."""
+        return _decode_any(*self._read(i), self.in_chans, choose)
+
+    def _read(self, i: int) -> tuple[Any, str]:
+        """What timm's reader gives as sample `i`, and its name for messages."""
         i = check_index(i, len(self))
         # the file name of an hfds sample costs as much as the sample; `name` gives it when it is needed
         name = f"{self.dataset_name} sample {i}" if self.prefix == "hfds" else self.name(i)
@@ -182,7 +198,7 @@ class TimmSource(Dataset):
             picture = self.dataset[i][0] if self.reader is None else self.reader[i][0]
         except Exception as error:  # as varied as the readers
             raise ImageError(f"{name}: cannot be read ({type(error).__name__}: {error})") from error
-        return _decode_any(picture, self.in_chans, name)
+        return picture, name
 
     def name(self, i: int) -> str:
         """File name that the reader knows for sample `i`, or '<data set> sample <i>'."""
@@ -223,7 +239,7 @@ def _create_timm_dataset(name: str, root: Any, split: str, **kwargs: Any) -> Any
         ) from error
 
 
-def _decode_any(picture: Any, in_chans: int, name: str) -> torch.Tensor:
+def _decode_any(picture: Any, name: str, in_chans: int, choose: Choose | None = None) -> torch.Tensor | Reduced:
     """Decodes what the readers of timm and torchvision give: a path, bytes, an open file, or a Pillow image."""
     if isinstance(picture, Image.Image):
         try:
@@ -235,7 +251,7 @@ def _decode_any(picture: Any, in_chans: int, name: str) -> torch.Tensor:
             picture = picture.read()
     if not isinstance(picture, str | bytes):
         raise ImageError(f"{name}: is {type(picture).__name__}, expected a picture; check the name of the input key")
-    return decode(picture, in_chans, name)
+    return decode(picture, in_chans, name, choose)
 
 
 class TimmStream(IterableDataset):
@@ -322,13 +338,13 @@ class TimmStream(IterableDataset):
         self.dataset.set_loader_cfg(num_workers)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for _, picture in self.samples():
-            if isinstance(picture, ImageError):
-                raise picture
-            yield picture
+        for _, load in self.undecoded():
+            yield load()
 
-    def samples(self) -> Iterator[tuple[str, torch.Tensor | ImageError]]:
-        """Yields `(name, picture [C, H, W])`, with the error in place of a picture that cannot be decoded.
+    def undecoded(self) -> Iterator[tuple[str, Callable[..., torch.Tensor | Reduced]]]:
+        """Yields `(name, load)`: `load(choose=None)` decodes the picture, any number of times, or raises ImageError.
+
+        With `choose` it comes `Reduced` if it is a JPEG whose size makes `choose` answer more than 1.
 
         Raises:
             ValueError: The reader yields nothing, most likely because there are fewer shards than workers.
@@ -340,13 +356,7 @@ class TimmStream(IterableDataset):
             name, picture = f"{self.dataset_name} sample {count}", item
             if isinstance(item, dict):
                 name, picture = item["path"] or name, item["path"] if item["bytes"] is None else item["bytes"]
-            try:
-                if isinstance(picture, bytes) and not picture:
-                    raise ImageError(f"{name}: has no picture under the input key {self.input_key}")
-                picture = _decode_any(picture, self.in_chans, name)
-            except ImageError as error:
-                picture = error
-            yield name, picture
+            yield name, partial(self._load, picture, name)
             count += 1
         if not count:
             worker = get_worker_info()
@@ -355,6 +365,11 @@ class TimmStream(IterableDataset):
                 f"{worker.num_workers if worker else 1}: it has fewer shards than workers times processes, or its "
                 "shards are empty. Use fewer --workers or more shards."
             )
+
+    def _load(self, picture: Any, name: str, choose: Choose | None = None) -> torch.Tensor | Reduced:
+        if isinstance(picture, bytes) and not picture:
+            raise ImageError(f"{name}: has no picture under the input key {self.input_key}")
+        return _decode_any(picture, name, self.in_chans, choose)
 
     def _leave_undecoded(self) -> None:
         """Makes timm's reader pass the bytes on, in the process that reads them.
