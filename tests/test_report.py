@@ -12,6 +12,7 @@ from PIL import Image
 from timm_convnextv2 import report
 from timm_convnextv2.fcmae import FCMAEOutput, normalize_target, patchify
 from timm_convnextv2.masking import Visible, num_visible, random_mask
+from timm_convnextv2.ops.backends import ENV
 from timm_convnextv2.report import (
     Progress,
     check_logs,
@@ -185,7 +186,8 @@ def test_reconstructions_of_unscaled_images(tmp_path, columns, low, high):
         (dict(img_size=64, checkpointing=True), 4),
     ],
 )
-def test_memory_estimate(options, batch_size):
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_memory_estimate(options, batch_size, name, monkeypatch):
     """Against what a real step keeps, each storage once."""
     options = dict(options)
     checkpointing = options.pop("checkpointing", False)
@@ -202,6 +204,7 @@ def test_memory_estimate(options, batch_size):
     images = torch.rand(batch_size, model.in_chans, *model.img_size)
     grid = model.grid(*model.img_size)
     layout = Visible(random_mask(batch_size, grid, model.mask_ratio), num_visible(grid, model.mask_ratio))
+    monkeypatch.setenv(ENV, name)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         loss = model(images, layout, return_pred=False).loss
     counted = sum(x.untyped_storage().nbytes() for x in kept.values()) / 2**30
@@ -236,6 +239,15 @@ def test_memory_estimate_shows_what_checkpointing_saves():
     plain = memory_estimate(model, 2)[1]
     model.set_grad_checkpointing()
     assert memory_estimate(model, 2)[1] < 0.6 * plain
+
+
+def test_memory_estimate_asks_the_backend_of_the_device(monkeypatch):
+    """The fused operations keep less than half; the model's device is asked, not the meta device."""
+    model = timm.create_model("fcmae_convnextv2_atto", img_size=64)
+    fused, plain = memory_estimate(model, 2)[1], memory_estimate(model, 2, device="cuda")[1]
+    assert fused < 0.6 * plain
+    monkeypatch.setenv(ENV, "reference")
+    assert memory_estimate(model, 2)[1] == plain
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource module")

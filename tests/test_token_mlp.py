@@ -30,10 +30,10 @@ def plain(x, shortcut, keep, *parameters):
     return shortcut + (out if keep is None else out * keep.view(-1, 1, 1).to(out.dtype))
 
 
-def both(tensors, keep=None, grad=None):
+def both(tensors, keep=None, grad=None, forms=(fused_token_mlp, plain)):
     """`(fused, plain)`, each the output and the gradients of all tensors."""
     results = []
-    for fn in (fused_token_mlp, plain):
+    for fn in forms:
         out = fn(tensors[0], tensors[1], keep, *tensors[2:])
         grad = torch.randn_like(out) if grad is None else grad
         results.append([out.detach(), *torch.autograd.grad(out, tensors, grad.to(out.dtype))])

@@ -14,6 +14,7 @@ import torch
 
 from .fcmae import FCMAE, normalize_target, patchify, unpatchify
 from .masking import Visible, num_visible
+from .ops.backends import backend, use_backend
 
 __all__ = [
     "Progress",
@@ -178,18 +179,22 @@ def save_reconstructions(
     _save(figure, path)
 
 
-def memory_estimate(model: FCMAE, batch_size: int, ema: bool = False, amp: bool = False) -> tuple[float, float]:
+def memory_estimate(
+    model: FCMAE, batch_size: int, ema: bool = False, amp: bool = False, device: torch.device | str | None = None
+) -> tuple[float, float]:
     """Memory that training takes, in GiB: weights, gradients and AdamW's state; what a step keeps for its backward.
 
     The second is counted on one image of `model.img_size` on the meta device, where tensors have shapes and no memory.
-    It is what the operations of a GPU keep; those of a CPU keep up to a third less.
+    With the backend 'reference' it is what the operations of a GPU keep; those of a CPU keep up to a third less.
 
     Args:
         model: On any device; left as it is.
         batch_size: Images per step.
         ema: Counts a moving average of the weights.
         amp: Mixed precision: nearly all that is kept is half as large.
+        device: What trains, whose `ops.backend` decides what is kept; by default where the model is.
     """
+    device = next(model.parameters()).device if device is None else device
     twin = copy.deepcopy(model).to("meta")
     grid = twin.grid(*twin.img_size)
     mask = torch.empty(1, *grid, dtype=torch.bool, device="meta")
@@ -203,7 +208,7 @@ def memory_estimate(model: FCMAE, batch_size: int, ema: bool = False, amp: bool 
             kept[x.untyped_storage()._cdata] = x
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with use_backend(backend(device)), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         twin(images, layout, return_pred=False)
     per_image = sum(x.untyped_storage().nbytes() for x in kept.values())
     params = sum(p.numel() for p in model.parameters())

@@ -680,7 +680,7 @@ def main(args: argparse.Namespace, run: Run) -> int:
         f"{total_updates} updates of {per_update} images, lr {peak_lr:.2e}, on {run.world_size} x {run.device.type}"
     )
     if args.dry_run:
-        fixed, step = memory_estimate(model, args.batch_size, ema=args.model_ema, amp=args.amp)
+        fixed, step = memory_estimate(model, args.batch_size, ema=args.model_ema, amp=args.amp, device=run.device)
         run.say(yaml.safe_dump(settings_of(args), sort_keys=False) + about)
         run.say(
             f"Memory per process: about {fixed + step:.2f} GiB, {fixed:.2f} for weights, gradients and AdamW, "

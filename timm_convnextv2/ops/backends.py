@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ["BACKENDS", "ENV", "backend", "set_backend", "use_backend"]
+__all__ = ["BACKENDS", "ENV", "autocast_dtype", "backend", "set_backend", "use_backend"]
 
 ENV = "TIMM_CONVNEXTV2_BACKEND"
 BACKENDS = {
@@ -60,6 +60,14 @@ def set_backend(name: str | None) -> None:
     """
     global _forced
     _forced = None if name is None else _check(name, "set_backend")
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The type that autocast wants matrix products and convolutions of `x` in; None where it is off."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # asked about 'meta', it raises
+        return torch.get_autocast_dtype(device)
+    return None
 
 
 @contextmanager

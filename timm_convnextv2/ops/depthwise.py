@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .backends import backend
+from .backends import autocast_dtype, backend
 
 __all__ = ["is_plain_depthwise", "window_depthwise"]
 
@@ -127,8 +127,8 @@ def window_depthwise(
     Returns:
         `[N, p, p, C]`.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _window_depthwise(x.contiguous(), weight, bias, index, backend(x.device) == "triton")
 

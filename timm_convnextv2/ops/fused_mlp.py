@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backends import backend
+from .backends import autocast_dtype, backend
 from .grn import norm_ratio, spatial_norm, stats_dtype
 
 __all__ = ["fused_token_mlp"]
@@ -305,8 +305,7 @@ def fused_token_mlp(
     Returns:
         `[B, T, C]`, in the type that the residual sum has in plain PyTorch.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = autocast_dtype(x) or x.dtype
     tensors = (x, shortcut, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return _token_mlp(

@@ -9,7 +9,7 @@ from timm.layers import GELU, DropPath, GlobalResponseNormMlp, LayerNorm, LayerN
 from torch import nn
 from torch.autograd import forward_ad
 
-from .backends import backend
+from .backends import autocast_dtype, backend
 from .fused_mlp import fused_token_mlp
 from .grn import GlobalResponseNorm, global_response_norm, stats_dtype
 
@@ -117,7 +117,7 @@ class TokenMlp(GlobalResponseNormMlp):
             and not any(
                 map(_hooked, (self, norm, self.fc1, self.act, self.drop1, self.grn, self.fc2, self.drop2, path))
             )
-            and (x.dtype == self.fc1.weight.dtype or torch.is_autocast_enabled(x.device.type))
+            and (x.dtype == self.fc1.weight.dtype or autocast_dtype(x) is not None)
         )
 
     def fused(self, x: torch.Tensor, shortcut: torch.Tensor, norm: nn.Module, path: nn.Module) -> torch.Tensor:
