@@ -951,6 +951,62 @@ def test_too_many_bad_images_stop_the_run(tmp_path, capsys, no_pictures, monkeyp
     assert len(rows(out)) == 2
 
 
+@pytest.fixture
+def late(monkeypatch):
+    """Reads losses as on a GPU, an update late."""
+    monkeypatch.setattr(pretrain, "reads_late", lambda *_: True)
+
+
+@pytest.mark.parametrize("options", [[], ["--grad-accum-steps", "2"], ["--clip-grad", "0.1"]], ids=str)
+def test_loss_read_late_is_the_same_run(tmp_path, no_pictures, monkeypatch, options):
+    """Values, images that cannot be decoded, a stop and a resume: all as with a loss that is read at once."""
+    out = run(tmp_path / "at-once", *options, epochs=2)
+    monkeypatch.setattr(pretrain, "reads_late", lambda *_: True)
+    with monkeypatch.context() as patch:
+        at_update(patch, 1, lambda: signal.raise_signal(signal.SIGTERM))
+        other = run(tmp_path / "late", *options, epochs=2)
+    assert load(other)["progress"]["epoch"] < 2
+    run(other, *options, "--resume", "auto", epochs=2)
+    assert steady(other) == steady(out)
+    assert_same(load(other)["state_dict"], load(out)["state_dict"])
+
+
+def test_nothing_is_learnt_between_a_bad_loss_and_its_reading(tmp_path, capsys, no_pictures, monkeypatch, late):
+    weights, train_update = [], pretrain.train_update
+
+    def wrapped(task, optimizer, scaler, batches, *rest):
+        images, *more = next(batches)
+        if len(weights) == 2:
+            images = images * math.nan
+        result = train_update(task, optimizer, scaler, iter([(images, *more)]), *rest)
+        weights.append({k: v.clone() for k, v in task.trainable_module.state_dict().items()})
+        return result
+
+    monkeypatch.setattr(pretrain, "train_update", wrapped)
+    run(tmp_path / "r", epochs=2, status=1)
+    assert "loss is nan" in capsys.readouterr().err
+    assert len(weights) == 4  # the update after the bad one was on its way
+    assert_same(weights[1], weights[2])
+    assert_same(weights[1], weights[3])
+    assert any(not torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_an_update_does_not_wait_for_the_gpu(tmp_path, no_pictures, monkeypatch):
+    train_update = pretrain.train_update
+
+    def wrapped(*args):
+        torch.cuda.set_sync_debug_mode("error" if args[-1] else "default")
+        try:
+            return train_update(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(pretrain, "train_update", wrapped)
+    run(tmp_path / "r", "--device", "cuda", "--clip-grad", "1", "--amp", epochs=2)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_loss_that_is_not_finite(tmp_path, capsys, no_pictures, monkeypatch, whole, value):
     expected, options = whole("plain")

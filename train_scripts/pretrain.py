@@ -19,6 +19,8 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -388,11 +390,27 @@ class Run:
 
     def total(self, *values: float) -> list[float]:
         """Sums of values over all ranks."""
-        if not self.distributed:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        return self.send(*values)()
+
+    def send(self, *values: float | torch.Tensor) -> Callable[[], list[float]]:
+        """Asks for sums of values over all ranks; calling the result waits for them, where that is a GPU's work."""
+        if not self.distributed and not any(isinstance(v, torch.Tensor) for v in values):
+            return lambda: list(values)
+        # from the CPU's memory, which may be written again at once, as its own: only so the host does not wait
+        sums = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device, non_blocking=True) for v in values])
+        if self.distributed:
+            dist.all_reduce(sums)
+        if sums.device.type != "cuda":
+            return sums.tolist
+        host = torch.empty_like(sums, device="cpu", pin_memory=True).copy_(sums, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def read() -> list[float]:
+            arrived.synchronize()
+            return host.tolist()
+
+        return read
 
 
 def leave_signals_to_parent(_worker: int) -> None:
@@ -525,16 +543,25 @@ def resume_command(args: argparse.Namespace) -> str:
     return " ".join([launcher, *words, "--experiment", shlex.quote(args.experiment), "--resume auto"])
 
 
+def reads_late(optimizer: torch.optim.Optimizer, scaler, device: torch.device) -> bool:
+    """Whether the loss of an update is read while the next one is under way: the host never waits for the GPU.
+
+    Then the optimizer itself must leave the weights alone when the loss is not finite, as PyTorch's fused ones do.
+    """
+    return device.type == "cuda" and scaler is None and all(group.get("fused") for group in optimizer.param_groups)
+
+
 def train_update(
-    task: FCMAETask, optimizer, scaler, batches, args: argparse.Namespace, device: torch.device
-) -> tuple[float, list[tuple[int, str]], float]:
+    task: FCMAETask, optimizer, scaler, batches, args: argparse.Namespace, run: Run, late: bool
+) -> tuple[float | torch.Tensor, list[tuple[int, str]], float]:
     """One optimizer update: forward and backward of --grad-accum-steps batches, then the step.
 
     Returns:
-        Mean loss, `(index, reason)` of images that could not be decoded, seconds spent waiting for data.
+        Mean loss (on the GPU where it is to be read `late`), `(index, reason)` of images that could not be decoded,
+        seconds spent waiting for data.
 
     Raises:
-        FloatingPointError: The loss is not finite; weights and checkpoints are those of before the update.
+        FloatingPointError: The loss is not finite. Then, and with `late` too, weights stay those of before the update.
     """
     optimizer.zero_grad()
     total, bad, waited = 0.0, [], 0.0
@@ -545,10 +572,10 @@ def train_update(
         bad += failed
         last = step + 1 == args.grad_accum_steps
         with contextlib.nullcontext() if last else task.no_sync():
-            with torch.autocast(device.type, getattr(torch, args.amp_dtype), enabled=args.amp):
-                loss = task(images.to(device, non_blocking=True), masks)["loss"] / args.grad_accum_steps
-            total += loss.item()
-            if not math.isfinite(total):
+            with torch.autocast(run.device.type, getattr(torch, args.amp_dtype), enabled=args.amp):
+                loss = task(images.to(run.device, non_blocking=True), masks)["loss"] / args.grad_accum_steps
+            total = total + (loss.detach().double() if late else loss.item())
+            if not late and not math.isfinite(total):
                 raise FloatingPointError(f"The loss is {total}.")
             if scaler is not None:
                 scaler(loss, optimizer, args.clip_grad, "norm", task.get_clip_parameters(), need_update=last)
@@ -557,6 +584,12 @@ def train_update(
     if scaler is None:
         if args.clip_grad is not None:
             dispatch_clip_grad(task.get_clip_parameters(), args.clip_grad)
+        if late:
+            failed = (~torch.isfinite(total)).float()
+            if run.distributed:
+                dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+            # what GradScaler sets; here it stays: nothing is learnt between a loss and the host's reading it
+            optimizer.found_inf = torch.maximum(failed, getattr(optimizer, "found_inf", failed))
         optimizer.step()
     return total, bad, waited
 
@@ -691,8 +724,9 @@ def main(args: argparse.Namespace, run: Run) -> int:
     # --- training state
     task = FCMAETask(model.to(run.device), device=run.device, verbose=False)
     optimizer = create_optimizer_v2(
-        model, opt=args.opt, lr=peak_lr, weight_decay=args.weight_decay, betas=tuple(args.opt_betas), eps=args.opt_eps
-    )
+        model, opt=args.opt, lr=peak_lr, weight_decay=args.weight_decay, betas=tuple(args.opt_betas), eps=args.opt_eps,
+        **(dict(fused=True) if args.opt in ("adam", "adamw") and run.device.type in ("cpu", "cuda") else {}),
+    )  # fmt: skip
     warmup = round(args.warmup_epochs * updates_per_epoch)
     scheduler = CosineLRScheduler(
         optimizer, t_initial=max(1, total_updates - warmup), lr_min=args.min_lr, warmup_t=warmup,
@@ -757,6 +791,24 @@ def main(args: argparse.Namespace, run: Run) -> int:
             save_checkpoint(folder / f"{name}.pth.tar", task, optimizer, scaler, args, progress)
 
     # --- the loop
+    late, sent = reads_late(optimizer, scaler, run.device), deque()
+
+    def settle(allowed: int) -> bool:
+        """Reads updates but for the newest `allowed`; True if a rank was asked to stop."""
+        asked = False
+        while len(sent) > allowed:
+            read, bad, lr, speed, wait = sent.popleft()
+            loss, stop, any_bad = read()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"The loss is {loss}.")
+            asked |= bool(stop)
+            progress["loss_sum"] += loss
+            bar.update(epoch, loss, lr, speed, wait)
+            if any_bad:
+                named = [(name_of(i) if name_of else why.partition(": ")[0], why) for i, why in bad]
+                note_bad_images(named, progress["bad_images"], run, bar)
+        return asked
+
     run.watch_signals()
     task.train()
     for epoch in range(progress["epoch"], args.epochs):
@@ -768,19 +820,19 @@ def main(args: argparse.Namespace, run: Run) -> int:
             update_start, done = time.perf_counter(), epoch * updates_per_epoch + update
             scheduler.step_update(done)
             torch.manual_seed(sample_seed(args.seed, done, run.rank))  # drop path, the same in a resumed run
-            loss, bad, wait = train_update(task, optimizer, scaler, batches, args, run.device)
+            loss, bad, wait = train_update(task, optimizer, scaler, batches, args, run, late)
             task.update_ema(step=done)
 
-            loss, stop, any_bad = run.total(loss / run.world_size, bool(run.stop), bool(bad))
+            numbers = run.send(loss / run.world_size, bool(run.stop), bool(bad))
             waited, seconds, lr = waited + wait, time.perf_counter() - update_start, optimizer.param_groups[0]["lr"]
-            progress.update(update=update + 1, loss_sum=progress["loss_sum"] + loss)
-            bar.update(epoch, loss, lr, per_update / seconds, wait / seconds)
-            if any_bad:
-                named = [(name_of(i) if name_of else why.partition(": ")[0], why) for i, why in bad]
-                note_bad_images(named, progress["bad_images"], run, bar)
+            progress["update"] = update + 1
+            sent.append((numbers, bad, lr, per_update / seconds, wait / seconds))
+            stop = settle(int(late))
             too_many = len(progress["bad_images"]) > args.max_bad_images * num_images
             if stop or too_many:
                 break
+        stop |= settle(0)
+        too_many = len(progress["bad_images"]) > args.max_bad_images * num_images
 
         if progress["update"] == updates_per_epoch:
             seconds = time.perf_counter() - start
