@@ -31,8 +31,13 @@ def conditions(device: torch.device, threads: int) -> dict[str, str]:
         "commit": commit.strip() + ("+" if dirty.strip() else ""),
         "hardware": hardware,
         "versions": f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}",
-        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(_portable, sys.argv[1:])]),
     }
+
+
+def _portable(word: str) -> str:
+    """Without the folders of this machine."""
+    return Path(word).name if os.path.isabs(word) else word
 
 
 def _cpu() -> str:

@@ -1,12 +1,15 @@
 """LayerNorm, Linear, GELU, GRN, Linear, drop path and residual as one differentiable operation.
 
 Between forward and backward it keeps its input `x`, the pre-activation `h` and GRN's norms; LayerNorm and GELU are
-recomputed. LayerNorm's weight and bias go into the first Linear, GRN's bias into the second Linear's, and, where the
-tokens of an image outnumber the channels enough, GRN's scale into the second Linear's weight, an image at a time. The
-CPU works on a few images at a time, so that what one step writes the next one finds in the cache.
+recomputed. GRN's bias goes into the second Linear's, and, where the tokens of an image outnumber the channels enough,
+GRN's scale into the second Linear's weight, an image at a time. The CPU works on a few images at a time, so that what
+one step writes the next one finds in the cache.
 
 Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); the plain form is `ops.token_mlp.token_mlp`.
 """
+
+import math
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +24,13 @@ __all__ = ["fused_token_mlp"]
 # Tuned on two CPU cores: of `h`, what stays in the cache, and the rows that a matrix product needs to be fast.
 CHUNK_BYTES = 4 * 2**20
 MIN_ROWS = 1024
+SCRATCH_BYTES = 16 * 2**20  # of one buffer that is kept
 FOLD_RATIO = 4  # tokens per channel from which scaling the weight is cheaper than scaling the tokens
 
 aten = torch.ops.aten
 
 
-def _chunk(h: Tensor | None, B: int, T: int, hidden: int, dtype: torch.dtype, device: torch.device) -> int:
+def _chunk(B: int, T: int, hidden: int, dtype: torch.dtype, device: torch.device) -> int:
     """Images at a time. Half precision takes all at once: its sums over chunks would be rounded at each."""
     if device.type != "cpu" or dtype in (torch.float16, torch.bfloat16):
         return B
@@ -38,22 +42,32 @@ def _folds(T: int, C: int, dtype: torch.dtype) -> bool:
     return T >= FOLD_RATIO * C and dtype in (torch.float32, torch.float64)
 
 
-def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm without weight and bias, its mean and its reciprocal standard deviation, in float32 or float64."""
-    return torch.native_layer_norm(x.to(stats_dtype(x)), x.shape[-1:], None, None, eps)
+_local = threading.local()
 
 
-def _first(norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """First Linear with LayerNorm's weight and bias in it."""
-    return (w1 * norm_weight).to(dtype), torch.addmv(b1, w1, norm_bias).to(dtype)
+def _scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for what lives within a call; on CPU it stays: fresh pages cost as much as a pass over them."""
+    numel = math.prod(shape)
+    if device.type != "cpu" or numel * dtype.itemsize > SCRATCH_BYTES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    held = _local.__dict__
+    if (slot, dtype) not in held or held[slot, dtype].numel() < numel:
+        with torch.inference_mode(False):  # else it could only be used in that mode
+            held[slot, dtype] = torch.empty(numel, dtype=dtype, device=device)
+    return held[slot, dtype][:numel].view(shape)
+
+
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm, its mean and its reciprocal standard deviation, in float32 or float64."""
+    full = stats_dtype(x)
+    return torch.native_layer_norm(x.to(full), x.shape[-1:], weight.to(full), bias.to(full), eps)
 
 
 def _out_dtype(shortcut: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(shortcut.dtype, dtype)
 
 
-@torch.library.custom_op("timm_convnextv2::token_mlp", mutates_args=())
-def _token_mlp(
+def _forward(
     x: Tensor, shortcut: Tensor, keep: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor,
     grn_weight: Tensor, grn_bias: Tensor, w2: Tensor, b2: Tensor, norm_eps: float, grn_eps: float, dtype: torch.dtype,
     save: bool, triton: bool,
@@ -62,17 +76,18 @@ def _token_mlp(
     B, T, C = x.shape
     hidden = len(w1)
     with torch.autocast(x.device.type, enabled=False):
-        w, b = _first(norm_weight, norm_bias, w1, b1, dtype)
-        second, bias = w2.to(dtype), torch.addmv(b2, w2, grn_bias)
+        w, b, second, bias = w1.to(dtype), b1.to(dtype), w2.to(dtype), torch.addmv(b2, w2, grn_bias)
         out = torch.empty(B, T, len(w2), dtype=_out_dtype(shortcut, dtype), device=x.device)
-        n = _chunk(None, B, T, hidden, dtype, x.device)
-        h = x.new_empty(B if save else n, T, hidden, dtype=dtype)
-        a = None if triton else x.new_empty(n, T, hidden, dtype=dtype)
+        n = _chunk(B, T, hidden, dtype, x.device)
+        shape = (n, T, hidden)
+        h = x.new_empty(B, T, hidden, dtype=dtype) if save else _scratch("h", shape, dtype, x.device)
+        a = None if triton else _scratch("act", shape, dtype, x.device)
+        squares = None if triton else _scratch("product", shape, dtype, x.device)
         norms = []
         for i in range(0, B, n):
             j = min(i + n, B)
             here = h[i:j] if save else h[: j - i]
-            tokens = _normalise(x[i:j], norm_eps)[0].to(dtype).view(-1, C)
+            tokens = _normalise(x[i:j], norm_weight, norm_bias, norm_eps)[0].to(dtype).view(-1, C)
             torch.addmm(b, tokens, w.t(), out=here.view(-1, hidden))
             kept = None if keep is None else keep[i:j].view(-1, 1, 1)
             if triton:
@@ -81,7 +96,7 @@ def _token_mlp(
                 g = triton_kernels.gelu_square_sum(here).unsqueeze(1).clamp_(min=1e-30).sqrt_()
             else:
                 act = aten.gelu.out(here, out=a[: j - i])
-                g = spatial_norm(act.unsqueeze(1), (1, 2)).squeeze(1)
+                g = _token_norm(act, squares[: j - i])
             norms.append(g)
             scale = 1 + grn_weight * norm_ratio(g, grn_eps)
             scale = scale if kept is None else scale * kept
@@ -102,6 +117,9 @@ def _token_mlp(
         if not save:
             return out, x.new_empty(0), x.new_empty(0)
         return out, h, norms[0] if len(norms) == 1 else torch.cat(norms)
+
+
+_token_mlp = torch.library.custom_op("timm_convnextv2::token_mlp", _forward, mutates_args=())
 
 
 @_token_mlp.register_fake
@@ -125,22 +143,24 @@ def _token_mlp_backward(
     B, T, C = x.shape
     hidden, out_chans = h.shape[-1], len(w2)
     with torch.autocast(x.device.type, enabled=False):
-        w, _ = _first(norm_weight, norm_bias, w1, b1, dtype)
-        second = w2.to(dtype)
+        w, second = w1.to(dtype), w2.to(dtype)
         full = dtype in (torch.float32, torch.float64)
         fold = _folds(T, C, dtype) and not triton
-        n = _chunk(h, B, T, hidden, dtype, x.device)
+        n = _chunk(B, T, hidden, dtype, x.device)
         dx = torch.empty_like(x)
-        d_first, d_first_bias = torch.zeros_like(w1), torch.zeros_like(b1)
-        d_second, d_grn = torch.zeros_like(w2), torch.zeros_like(grn_weight)
+        d_norm = [torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)]
+        d_first, d_second = torch.empty_like(w1), torch.empty_like(w2)
+        d_first_bias, d_grn = torch.zeros_like(b1), torch.zeros_like(grn_weight)
         d_sum = torch.zeros(out_chans, dtype=w2.dtype, device=x.device)
-        act_buffer = None if triton else x.new_empty(n, T, hidden, dtype=dtype)
-        da_buffer = x.new_empty(n, T, hidden, dtype=dtype)
+        shape = (n, T, hidden)
+        da_buffer = _scratch("h", shape, dtype, x.device)
+        act_buffer = None if triton else _scratch("act", shape, dtype, x.device)
+        product = None if triton or fold else _scratch("product", shape, dtype, x.device)
         for i in range(0, B, n):
             j = min(i + n, B)
             part, here, g = x[i:j].to(stats_dtype(x)), h[i:j], norms[i:j]
             dy = grad[i:j]
-            dy = (dy if keep is None else dy * keep[i:j].view(-1, 1, 1)).to(dtype).contiguous()
+            dy = (dy if keep is None else dy * keep[i:j].view(-1, 1, 1)).to(dtype)
             flat = dy.view(-1, out_chans)
             ratio, total = norm_ratio(g, grn_eps), g.mean(dim=-1, keepdim=True) + grn_eps
             scale = 1 + grn_weight * ratio
@@ -152,25 +172,25 @@ def _token_mlp_backward(
                 pairs = torch.bmm(dy.transpose(1, 2), act)  # [b, out_chans, 4C]
                 d_scale = torch.linalg.vecdot(pairs, second, dim=1).unsqueeze(1)
                 if need_second:
-                    d_second += pairs.mul_(scale).sum(dim=0)
+                    part_second = pairs.mul_(scale).sum(dim=0).addr_(flat.sum(dim=0), grn_bias)
+                    d_second = d_second.add_(part_second) if i else part_second
                 torch.bmm(dy, second * scale, out=da)
             else:
                 torch.mm(flat, second, out=da.view(-1, hidden))
                 if triton:
                     from . import triton_kernels
 
-                    none = torch.zeros_like(grn_bias)
-                    d_scale, _, act = triton_kernels.gelu_reductions(here, da, scale.squeeze(1), none)
+                    d_scale, _, act = triton_kernels.gelu_reductions(here, da, scale.squeeze(1), grn_bias)
                     d_scale = d_scale.unsqueeze(1)
                     if need_second:
-                        _accumulate(d_second, flat.t(), act.view(-1, hidden))
+                        _accumulate(d_second, flat.t(), act.view(-1, hidden), i)
                 else:
                     act = aten.gelu.out(here, out=act_buffer[: j - i])
-                    scaled = da * act
+                    scaled = torch.mul(da, act, out=product[: j - i])
                     d_scale = scaled.sum(dim=1, keepdim=True, dtype=stats_dtype(da))
                     if need_second:
-                        _accumulate(d_second, flat.t(), torch.mul(act, scale.to(dtype), out=scaled).view(-1, hidden))
-                    del scaled
+                        torch.addcmul(grn_bias.to(dtype), act, scale.to(dtype), out=scaled)
+                        _accumulate(d_second, flat.t(), scaled.view(-1, hidden), i)
                     if full:
                         da.mul_(scale)
             d_grn += (d_scale * ratio).sum(dim=(0, 1)).to(d_grn.dtype)
@@ -190,29 +210,40 @@ def _token_mlp_backward(
                 dh = aten.gelu_backward.grad_input(da, here, grad_input=da)
                 d_first_bias += dh.sum(dim=(0, 1), dtype=stats_dtype(dh)).to(d_first_bias.dtype)
             dh = dh.view(-1, hidden)
-            tokens, mean, rstd = _normalise(part, norm_eps)
+            tokens, mean, rstd = _normalise(part, norm_weight, norm_bias, norm_eps)
             if need_first:
-                _accumulate(d_first, dh.t(), tokens.to(dtype).view(-1, C))
-            if need_x:
-                d_tokens = (dh @ w).view_as(part).to(part.dtype)
-                found = aten.native_layer_norm_backward(
-                    d_tokens, part, [C], mean, rstd, None, None, [True, False, False]
-                )
-                dx[i:j] = found[0]
-        d_norm_weight = torch.linalg.vecdot(d_first, w1, dim=0).to(norm_weight.dtype)
-        d_norm_bias = (w1.t() @ d_first_bias).to(norm_bias.dtype)
-        d_w1 = torch.addr(d_first * norm_weight, d_first_bias, norm_bias)
+                _accumulate(d_first, dh.t(), tokens.to(dtype).view(-1, C), i)
+            d_tokens = (dh @ w).view_as(part).to(part.dtype)
+            d_part, *found = aten.native_layer_norm_backward(
+                d_tokens, part, [C], mean, rstd, norm_weight.to(part.dtype), norm_bias.to(part.dtype),
+                [need_x, need_first, need_first],
+            )  # fmt: skip
+            if need_x and n < B:
+                dx[i:j] = d_part
+            elif need_x:
+                dx = d_part.to(x.dtype)
+            if need_first:
+                for total_grad, more in zip(d_norm, found, strict=True):
+                    total_grad += more
         d_grn_bias = (w2.t() @ d_sum).to(grn_bias.dtype)
-        d_w2 = torch.addr(d_second, d_sum, grn_bias)
-        return dx, d_norm_weight, d_norm_bias, d_w1, d_first_bias, d_grn, d_grn_bias, d_w2, d_sum
+        return dx, *d_norm, d_first, d_first_bias, d_grn, d_grn_bias, d_second, d_sum
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b`, where `total` may have the higher precision."""
+def _token_norm(act: Tensor, scratch: Tensor) -> Tensor:
+    """`[b, 1, F]` L2 norms over the tokens of `[b, T, F]`, in float32 (float64 for float64)."""
+    if act.is_cuda or act.dtype != stats_dtype(act):
+        return spatial_norm(act.unsqueeze(1), (1, 2)).squeeze(1)
+    return torch.mul(act, act, out=scratch).sum(dim=1, keepdim=True).clamp_(min=1e-30).sqrt_()
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, index: int) -> None:
+    """`total += a @ b`, or `total = a @ b` at index 0; `total` may have the higher precision."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
+        torch.addmm(total, a, b, beta=int(index > 0), out=total)
+    elif index:
         total += a @ b
+    else:
+        total.copy_(a @ b)
 
 
 @_token_mlp_backward.register_fake
@@ -251,6 +282,7 @@ def _backward(ctx, grad, _grad_h, _grad_norms):
     if grad is None:
         return (None,) * 16
     x, h, norms, keep, *parameters = ctx.saved_tensors
+    grad = grad.contiguous()  # the shortcut's too: what is upstream then finds it in channels-last memory
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():  # a gradient of gradients was asked for: differentiate the plain form
         wanted = [t for t, need in zip((x, *parameters), (needs[0], *needs[3:11]), strict=True) if need]
@@ -308,7 +340,9 @@ def fused_token_mlp(
     dtype = autocast_dtype(x) or x.dtype
     tensors = (x, shortcut, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return _token_mlp(
+    # Between it and its function an operation takes 0.2 ms on CPU, which small models notice at inference.
+    direct = not save and type(x) is Tensor and not torch.compiler.is_compiling()
+    return (_forward if direct else _token_mlp)(
         x.contiguous(), shortcut, keep, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2,
         norm_eps, grn_eps, dtype, save, backend(x.device) == "triton",
     )[0]  # fmt: skip

@@ -1,0 +1,55 @@
+"""Dense inference of every variant: ours against stock timm, batches of 1 and 32.
+
+    python -m benchmarks.inference                                          # two CPU cores, float32
+    python -m benchmarks.inference --device cuda --dtype bfloat16
+
+Prints ratios of times taken in turn within this run, and writes them with their conditions to `benchmarks/results/`.
+"""
+
+import argparse
+import statistics
+
+import torch
+
+from benchmarks.measure import conditions, ratio, time_in_turn, write_csv
+from benchmarks.pretrain_step import IMG_SIZE, dense_step
+from timm_convnextv2.convnextv2 import VARIANTS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="SIZE")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--max-seconds", type=float, default=60, help="leave out what takes longer a step")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, rows = torch.device(args.device), []
+    for size in args.sizes:
+        for batch in args.batches:
+            steps = {w: dense_step(w, size, batch, False, args.device, args.dtype) for w in ("stock", "ours")}
+            first = time_in_turn(steps, 1, device, warmup=1)
+            if first["ours"][0] > args.max_seconds:
+                print(f"{size:6} batch {batch:3}: left out, {first['ours'][0]:.0f} s a step", flush=True)
+                continue
+            # a short step is timed more often: its times scatter more
+            rounds = args.rounds * (5 if first["ours"][0] < 0.2 else 1)
+            seconds = time_in_turn(steps, rounds, device, warmup=1)
+            middle, low, high = ratio(seconds["stock"], seconds["ours"])
+            medians = {f"median_{w}_s": f"{statistics.median(times):.4f}" for w, times in seconds.items()}
+            found = {"stock / ours": f"{middle:.2f}", "min": f"{low:.2f}", "max": f"{high:.2f}", "goal": ">= 1.1"}
+            rows.append({"size": size, "batch": batch, **found, **medians})
+            print(
+                f"{size:6} batch {batch:3}: stock / ours {middle:.2f}  ({low:.2f} to {high:.2f})  goal >= 1.1",
+                flush=True,
+            )
+    kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "_").lower()
+    about = {**conditions(device, args.threads), "inputs": f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"}
+    print(write_csv(f"inference_{kind}_{args.dtype}", rows, about))
+
+
+if __name__ == "__main__":
+    main()
