@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
 from .backends import autocast_dtype, backend
+from .scratch import scratch
 
 __all__ = ["is_plain_depthwise", "window_depthwise"]
 
@@ -27,10 +28,16 @@ def is_plain_depthwise(conv: nn.Module) -> bool:
 
 
 def _windows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Tokens `[N, p, p, C]` at `index` `[N, q, q]`, zeros where it is `N * p * p`, as channels-last `[N, C, q, q]`."""
+    """Tokens `[N, p, p, C]` at `index` `[N, q, q]`, zeros where it is `N * p * p`, as channels-last `[N, C, q, q]`.
+
+    On CPU in memory that the next call writes over.
+    """
     C = x.shape[-1]
-    tokens = torch.cat([x.reshape(-1, C), x.new_zeros(1, C)])
-    return tokens.index_select(0, index.flatten()).view(*index.shape, C).permute(0, 3, 1, 2)
+    tokens = scratch("tokens", (x.numel() // C + 1, C), x.dtype, x.device)
+    torch.cat([x.view(-1, C), x.new_zeros(1, C)], out=tokens)
+    windows = scratch("windows", (index.numel(), C), x.dtype, x.device)
+    torch.index_select(tokens, 0, index.flatten(), out=windows)
+    return windows.view(*index.shape, C).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("timm_convnextv2::window_depthwise", mutates_args=())

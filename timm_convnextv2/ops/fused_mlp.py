@@ -8,9 +8,6 @@ one step writes the next one finds in the cache.
 Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); the plain form is `ops.token_mlp.token_mlp`.
 """
 
-import math
-import threading
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,13 +15,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backends import autocast_dtype, backend
 from .grn import norm_ratio, spatial_norm, stats_dtype
+from .scratch import scratch
 
 __all__ = ["fused_token_mlp"]
 
 # Tuned on two CPU cores: of `h`, what stays in the cache, and the rows that a matrix product needs to be fast.
 CHUNK_BYTES = 4 * 2**20
 MIN_ROWS = 1024
-SCRATCH_BYTES = 16 * 2**20  # of one buffer that is kept
 FOLD_RATIO = 4  # tokens per channel from which scaling the weight is cheaper than scaling the tokens
 
 aten = torch.ops.aten
@@ -40,21 +37,6 @@ def _chunk(B: int, T: int, hidden: int, dtype: torch.dtype, device: torch.device
 
 def _folds(T: int, C: int, dtype: torch.dtype) -> bool:
     return T >= FOLD_RATIO * C and dtype in (torch.float32, torch.float64)
-
-
-_local = threading.local()
-
-
-def _scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for what lives within a call; on CPU it stays: fresh pages cost as much as a pass over them."""
-    numel = math.prod(shape)
-    if device.type != "cpu" or numel * dtype.itemsize > SCRATCH_BYTES:
-        return torch.empty(shape, dtype=dtype, device=device)
-    held = _local.__dict__
-    if (slot, dtype) not in held or held[slot, dtype].numel() < numel:
-        with torch.inference_mode(False):  # else it could only be used in that mode
-            held[slot, dtype] = torch.empty(numel, dtype=dtype, device=device)
-    return held[slot, dtype][:numel].view(shape)
 
 
 def _normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,9 +62,9 @@ def _forward(
         out = torch.empty(B, T, len(w2), dtype=_out_dtype(shortcut, dtype), device=x.device)
         n = _chunk(B, T, hidden, dtype, x.device)
         shape = (n, T, hidden)
-        h = x.new_empty(B, T, hidden, dtype=dtype) if save else _scratch("h", shape, dtype, x.device)
-        a = None if triton else _scratch("act", shape, dtype, x.device)
-        squares = None if triton else _scratch("product", shape, dtype, x.device)
+        h = x.new_empty(B, T, hidden, dtype=dtype) if save else scratch("h", shape, dtype, x.device)
+        a = None if triton else scratch("act", shape, dtype, x.device)
+        squares = None if triton else scratch("product", shape, dtype, x.device)
         norms = []
         for i in range(0, B, n):
             j = min(i + n, B)
@@ -153,9 +135,9 @@ def _token_mlp_backward(
         d_first_bias, d_grn = torch.zeros_like(b1), torch.zeros_like(grn_weight)
         d_sum = torch.zeros(out_chans, dtype=w2.dtype, device=x.device)
         shape = (n, T, hidden)
-        da_buffer = _scratch("h", shape, dtype, x.device)
-        act_buffer = None if triton else _scratch("act", shape, dtype, x.device)
-        product = None if triton or fold else _scratch("product", shape, dtype, x.device)
+        da_buffer = scratch("h", shape, dtype, x.device)
+        act_buffer = None if triton else scratch("act", shape, dtype, x.device)
+        product = None if triton or fold else scratch("product", shape, dtype, x.device)
         for i in range(0, B, n):
             j = min(i + n, B)
             part, here, g = x[i:j].to(stats_dtype(x)), h[i:j], norms[i:j]
@@ -229,11 +211,11 @@ def _token_mlp_backward(
         return dx, *d_norm, d_first, d_first_bias, d_grn, d_grn_bias, d_second, d_sum
 
 
-def _token_norm(act: Tensor, scratch: Tensor) -> Tensor:
+def _token_norm(act: Tensor, squares: Tensor) -> Tensor:
     """`[b, 1, F]` L2 norms over the tokens of `[b, T, F]`, in float32 (float64 for float64)."""
     if act.is_cuda or act.dtype != stats_dtype(act):
         return spatial_norm(act.unsqueeze(1), (1, 2)).squeeze(1)
-    return torch.mul(act, act, out=scratch).sum(dim=1, keepdim=True).clamp_(min=1e-30).sqrt_()
+    return torch.mul(act, act, out=squares).sum(dim=1, keepdim=True).clamp_(min=1e-30).sqrt_()
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, index: int) -> None:
