@@ -24,7 +24,9 @@ def conditions(device: torch.device, threads: int) -> dict[str, str]:
     """What a figure depends on."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True).stdout
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True).stdout
+    # but for what runs write
+    code = ["git", "status", "--porcelain", "-uno", "--", ":/", ":!/benchmarks/results", ":!/docs"]
+    dirty = subprocess.run(code, cwd=here, capture_output=True, text=True).stdout
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()}, {threads} threads"
     return {
         "date": datetime.date.today().isoformat(),
