@@ -11,6 +11,7 @@ from timm.models import convnext
 
 import timm_convnextv2  # noqa: F401  (registers the models)
 from timm_convnextv2 import ops
+from timm_convnextv2.masking import random_mask
 from timm_convnextv2.ops import backend, fused_mlp, set_backend, token_mlp, use_backend
 from timm_convnextv2.ops.fused_mlp import fused_token_mlp
 
@@ -346,3 +347,27 @@ def test_stock_timm_is_reached_by_both_backends():
 
 def test_ops_names_are_public():
     assert {"backend", "set_backend", "use_backend"} <= set(ops.__all__)
+
+
+@pytest.mark.parametrize("steps", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_training_with_either_backend_stays_together(steps):
+    """Random images and masks; the losses of two models that are trained apart differ by rounding alone."""
+    models = {
+        name: timm.create_model("fcmae_convnextv2_atto", img_size=64, patch_size=1, decoder_dim=64)
+        for name in ("torch", "reference")
+    }
+    models["reference"].load_state_dict(randomise(models["torch"]).state_dict())
+    optimizers = {name: torch.optim.SGD(m.parameters(), 0.02, momentum=0.9) for name, m in models.items()}
+    worst = 0.0
+    for _ in range(steps):
+        images = torch.rand(2, 1, 1, 1) * torch.randn(2, 3, 64, 64) + torch.randn(2, 3, 1, 1)
+        mask, losses = random_mask(2, (8, 8), 0.6), {}
+        for name, model in models.items():
+            with use_backend(name):
+                loss = model(images, mask, return_pred=False).loss
+                loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            losses[name] = loss.item()
+        worst = max(worst, abs(losses["torch"] / losses["reference"] - 1))
+    assert 0 < worst < 1e-5, "equal bit for bit: only one of them ran" if worst == 0 else worst
