@@ -23,7 +23,7 @@ from timm.models import convnext as timm_convnext
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage, checkpoint_filter_fn
 from torch import nn
 
-from .ops import TokenMlp
+from .ops import DepthwiseConv2d, PatchConv2d, TokenMlp
 
 __all__ = ["ConvNeXtV2", "ConvNeXtV2Block", "ConvNeXtV2Stage", "VARIANTS"]
 
@@ -63,6 +63,7 @@ class ConvNeXtV2Block(ConvNeXtBlock):
     def adopt(block: ConvNeXtBlock) -> None:
         """Turns timm's block into ours in place: parameters and their names stay."""
         block.__class__ = ConvNeXtV2Block
+        DepthwiseConv2d.adopt(block.conv_dw)
         block.mlp_channels_last = not block.use_conv_mlp
         if type(block.mlp) is GlobalResponseNormMlp:
             TokenMlp.adopt(block.mlp)
@@ -150,6 +151,8 @@ class ConvNeXtV2(ConvNeXt):
         # the instances change class; weights and the random numbers drawn to initialise them stay timm's.
         for stage in self.stages:
             stage.__class__ = ConvNeXtV2Stage
+            for module in stage.downsample.children():
+                PatchConv2d.adopt(module)
             for block in stage.blocks:
                 ConvNeXtV2Block.adopt(block)
 

@@ -77,9 +77,10 @@ def normalize_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     Returns:
         The normalised patches, and the mean and standard deviation `[..., 1]` that undo it: `x * std + mean`.
     """
-    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    std = (var + 1e-6).sqrt()
-    return (patches - mean) / std, mean, std
+    n = patches.shape[-1]
+    shrink = (n - 1) / n  # the biased variance, which LayerNorm takes, over the unbiased one
+    normal, mean, rstd = torch.native_layer_norm(patches, [n], None, None, 1e-6 * shrink)
+    return normal * shrink**0.5, mean, 1 / (rstd * shrink**0.5)
 
 
 class FCMAE(nn.Module):

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
+from torch.autograd import forward_ad
 
-__all__ = ["BACKENDS", "ENV", "autocast_dtype", "backend", "set_backend", "use_backend"]
+__all__ = ["BACKENDS", "ENV", "autocast_dtype", "backend", "set_backend", "use_backend", "watched"]
 
 ENV = "TIMM_CONVNEXTV2_BACKEND"
 BACKENDS = {
@@ -68,6 +69,16 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     if device != "meta" and torch.is_autocast_enabled(device):  # asked about 'meta', it raises
         return torch.get_autocast_dtype(device)
     return None
+
+
+def watched() -> bool:
+    """Whether an exporter, a tracer, `torch.func` or forward-mode differentiation looks on: they want plain ops."""
+    return (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 @contextmanager

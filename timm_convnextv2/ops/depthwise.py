@@ -1,22 +1,34 @@
-"""Depthwise convolution on packed patches, reading each patch with a border of its visible neighbours."""
+"""Depthwise convolution: of maps, and of packed patches with a border of their visible neighbours.
+
+On CPU its cost is the weight gradient. oneDNN, which PyTorch calls, has a depthwise one for kernels up to 3 columns
+wide and takes a dense one for wider kernels, 2 to 20 times slower; here it is asked for a few columns at a time.
+"""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .backends import autocast_dtype, backend
+from .backends import autocast_dtype, backend, watched
+from .grn import stats_dtype
 from .scratch import scratch
 
-__all__ = ["is_plain_depthwise", "window_depthwise"]
+__all__ = ["DepthwiseConv2d", "is_plain_depthwise", "window_depthwise"]
+
+MAX_COLUMNS = 3  # of the kernel, in oneDNN's depthwise weight gradient (jit_uni_dw_conv_kernel_utils.cpp, "kw > 3")
+CHUNK_BYTES = 8 * 2**20  # of the gradient, at a time: what is gathered for it stays in the cache
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+aten = torch.ops.aten
 
 
 def is_plain_depthwise(conv: nn.Module) -> bool:
     """Whether `window_depthwise` computes what `conv` does: depthwise, stride and dilation 1, 'same' zero padding."""
     return (
-        type(conv) is nn.Conv2d
+        type(conv) in (nn.Conv2d, DepthwiseConv2d)
         and conv.groups == conv.in_channels == conv.out_channels
         and conv.stride == conv.dilation == (1, 1)
         and conv.kernel_size[0] == conv.kernel_size[1]
@@ -27,17 +39,186 @@ def is_plain_depthwise(conv: nn.Module) -> bool:
     )
 
 
+def _column_groups(k: int) -> list[tuple[int, int]]:
+    """`(first, width)` of groups of kernel columns, up to `MAX_COLUMNS` wide, the middle one first."""
+    width = min(k, MAX_COLUMNS)
+    side = (k - width) // 2
+    groups = [(side, width)]
+    for first in range(0, side, MAX_COLUMNS):
+        groups += [(start + first, min(MAX_COLUMNS, side - first)) for start in (0, side + width)]
+    return groups
+
+
+def _conv_weight_grad(grad: torch.Tensor, x: torch.Tensor, kernel: tuple[int, int], padding: tuple[int, int]):
+    C = grad.shape[1]
+    weight = grad.new_empty(C, 1, *kernel)
+    return aten.convolution_backward(
+        grad, x, weight, [C], [1, 1], padding, [1, 1], False, [0, 0], C, [False, True, False]
+    )[1]  # fmt: skip
+
+
+def _weight_grad(
+    grad: torch.Tensor, k: int, part: Callable[[slice, int, int], tuple[torch.Tensor, tuple[int, int]]]
+) -> torch.Tensor:
+    """Weight gradient `[C, 1, k, k]`.
+
+    Args:
+        grad: Gradient of the output, `[N, C, H, W]`, channels-last.
+        k: Side of the kernel.
+        part: Takes images (or patches), first kernel column and number of columns, returns the input that this part of
+            the kernel has seen, and its padding (rows, columns).
+    """
+    N, C, H, W = grad.shape
+    if grad.dtype != torch.float32 or grad.device.type != "cpu":
+        return _conv_weight_grad(grad, *_whole(part, N, k))
+    total = grad.new_zeros(C, 1, k, k)
+    n = max(1, CHUNK_BYTES // (C * H * W * grad.itemsize))
+    for i in range(0, N, n):
+        images = slice(i, min(i + n, N))
+        for first, width in _column_groups(k):
+            x, padding = part(images, first, width)
+            total[..., first : first + width] += _conv_weight_grad(grad[images], x, (k, width), padding)
+    return total
+
+
+def _whole(part: Callable, N: int, k: int) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
+    x, padding = part(slice(0, N), 0, k)
+    return x, (k, k), padding
+
+
+def _bias_grad(grad: torch.Tensor) -> torch.Tensor:
+    return grad.sum(dim=(0, 2, 3), dtype=stats_dtype(grad)).to(grad.dtype)
+
+
+def _shifted(x: torch.Tensor, first: int, width: int, k: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """What `width` kernel columns from `first` on see of `[N, C, H, W]`, and the padding that is left to the call.
+
+    The middle columns see the input itself. What others see is written to memory that the next call writes over.
+    """
+    N, C, H, W = x.shape
+    rows = k // 2 if H >= k else 0  # a kernel higher than the map is another case where oneDNN is slow
+    if first + width // 2 == k // 2 and rows:
+        return x, (rows, width // 2)
+    top, left, out_width = k // 2 - rows, k // 2 - first, W + width - 1
+    seen = scratch("shifted", (N, H + 2 * top, out_width, C), x.dtype, x.device)
+    begin, end = min(max(0, left), out_width), max(0, min(out_width, W + left))
+    for border in (seen[:, :top], seen[:, top + H :], seen[:, :, :begin], seen[:, :, end:]):
+        border.zero_()
+    if end > begin:
+        seen[:, top : top + H, begin:end] = x.permute(0, 2, 3, 1)[:, :, begin - left : end - left]
+    return seen.permute(0, 3, 1, 2), (rows, 0)
+
+
+@torch.library.custom_op("timm_convnextv2::depthwise", mutates_args=())
+def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+
+
+@torch.library.custom_op("timm_convnextv2::depthwise_backward", mutates_args=())
+def _depthwise_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, weight and bias; those that nobody needs are of no use."""
+    C, k = len(weight), weight.shape[-1]
+    # with an odd kernel, the transpose is the same operation with the kernel turned round
+    grad_x = F.conv2d(grad, weight.flip(2, 3), padding=k // 2, groups=C) if need_x else x.new_empty(0)
+    grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
+    if need_weight:
+        grad_weight = _weight_grad(grad, k, lambda images, first, width: _shifted(x[images], first, width, k))
+    if need_bias:
+        grad_bias = _bias_grad(grad)
+    return grad_x, grad_weight, grad_bias
+
+
+@_depthwise.register_fake
+def _(x, weight, bias):
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@_depthwise_backward.register_fake
+def _(grad, x, weight, need_x, need_weight, need_bias):
+    return (
+        torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(len(weight) if need_bias else 0),
+    )
+
+
+def _setup_dense(ctx, inputs, output) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _dense_backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    C, k = len(weight), weight.shape[-1]
+    needs = ctx.needs_input_grad
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    if torch.is_grad_enabled():  # a gradient of gradients was asked for; this one can be differentiated
+        pad = [k // 2] * 2
+        return aten.convolution_backward(grad, x, weight, [C], [1, 1], pad, [1, 1], False, [0, 0], C, needs)
+    found = _depthwise_backward(grad, x, weight, *needs)
+    return tuple(g if need else None for g, need in zip(found, needs, strict=True))
+
+
+_depthwise.register_autograd(_dense_backward, setup_context=_setup_dense)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """`nn.Conv2d` whose backward, in training on CPU, is this module's."""
+
+    @classmethod
+    def adopt(cls, conv: nn.Module) -> None:
+        """Turns a plain depthwise convolution into this one in place; leaves any other as it is."""
+        if is_plain_depthwise(conv):
+            conv.__class__ = cls
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self._differs(x):
+                return _depthwise(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    @torch.jit.unused
+    def _differs(self, x: torch.Tensor) -> bool:
+        """Whether the backward would be another one than PyTorch's, and may: the one place of that rule."""
+        return (
+            not isinstance(x, torch.fx.Proxy)
+            and not watched()
+            and torch.is_grad_enabled()
+            and (x.requires_grad or self.weight.requires_grad)
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and x.ndim == 4
+            and x.numel() > 0
+            and autocast_dtype(x) is None
+            and self.kernel_size[0] > MAX_COLUMNS
+            and backend("cpu") == "torch"
+            and HAS_ONEDNN
+            and is_plain_depthwise(self)
+        )
+
+
 def _windows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Tokens `[N, p, p, C]` at `index` `[N, q, q]`, zeros where it is `N * p * p`, as channels-last `[N, C, q, q]`.
 
     On CPU in memory that the next call writes over.
     """
+    return _gather(_with_zero(x), index)
+
+
+def _with_zero(x: torch.Tensor) -> torch.Tensor:
+    """`[N, p, p, C]` as tokens `[N * p * p + 1, C]`, the last of them zero."""
     C = x.shape[-1]
     tokens = scratch("tokens", (x.numel() // C + 1, C), x.dtype, x.device)
-    torch.cat([x.view(-1, C), x.new_zeros(1, C)], out=tokens)
-    windows = scratch("windows", (index.numel(), C), x.dtype, x.device)
+    return torch.cat([x.view(-1, C), x.new_zeros(1, C)], out=tokens)
+
+
+def _gather(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Tokens at `index` `[n, h, w]` as channels-last `[n, C, h, w]`."""
+    windows = scratch("windows", (index.numel(), tokens.shape[1]), tokens.dtype, tokens.device)
     torch.index_select(tokens, 0, index.flatten(), out=windows)
-    return windows.view(*index.shape, C).permute(0, 3, 1, 2)
+    return windows.view(*index.shape, -1).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("timm_convnextv2::window_depthwise", mutates_args=())
@@ -75,11 +256,15 @@ def _window_depthwise_backward(
             # neighbourhood is mutual: the transpose is the same operation with the kernel turned round
             grad_x = F.conv2d(_windows(grad, index), weight.flip(2, 3), groups=C).permute(0, 2, 3, 1).contiguous()
         if need_weight:
-            _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                grad.permute(0, 3, 1, 2), _windows(x, index), weight, [C], [1, 1], [0, 0], [1, 1], False, [0, 0], C,
-                [False, True, has_bias],
-            )  # fmt: skip
-            grad_bias = grad_bias if has_bias else nothing.clone()
+            p, maps = x.shape[1], grad.permute(0, 3, 1, 2)
+            tokens = _with_zero(x)
+
+            def part(patches: slice, first: int, width: int) -> tuple[torch.Tensor, tuple[int, int]]:
+                return _gather(tokens, index[patches, :, first : first + p + width - 1]), (0, 0)
+
+            grad_weight = _weight_grad(maps, weight.shape[-1], part)
+            if has_bias:
+                grad_bias = _bias_grad(maps)
     return grad_x, grad_weight, grad_bias
 
 
@@ -140,11 +325,16 @@ def window_depthwise(
     return _window_depthwise(x.contiguous(), weight, bias, index, backend(x.device) == "triton")
 
 
-@register_flop_formula(torch.ops.timm_convnextv2.window_depthwise)
+@register_flop_formula([torch.ops.timm_convnextv2.depthwise, torch.ops.timm_convnextv2.window_depthwise])
 def _forward_flops(x, weight, *args, **kwargs) -> int:
     return 2 * math.prod(x) * weight[2] * weight[3]
 
 
 @register_flop_formula(torch.ops.timm_convnextv2.window_depthwise_backward)
 def _backward_flops(grad, x, weight, index, has_bias, triton, need_x, need_weight, **kwargs) -> int:
+    return 2 * math.prod(x) * weight[2] * weight[3] * (need_x + need_weight)
+
+
+@register_flop_formula(torch.ops.timm_convnextv2.depthwise_backward)
+def _dense_backward_flops(grad, x, weight, need_x, need_weight, need_bias, **kwargs) -> int:
     return 2 * math.prod(x) * weight[2] * weight[3] * (need_x + need_weight)

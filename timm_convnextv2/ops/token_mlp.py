@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import GELU, DropPath, GlobalResponseNormMlp, LayerNorm, LayerNorm2d, drop_path
 from torch import nn
-from torch.autograd import forward_ad
 
-from .backends import autocast_dtype, backend
+from .backends import autocast_dtype, backend, watched
 from .fused_mlp import fused_token_mlp
 from .grn import GlobalResponseNorm, global_response_norm, stats_dtype
 
@@ -58,16 +57,6 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def _watched() -> bool:
-    """Whether an exporter, a tracer, `torch.func` or forward-mode differentiation looks on: they want plain ops."""
-    return (
-        torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
 class TokenMlp(GlobalResponseNormMlp):
     """timm's `GlobalResponseNormMlp` on channels-last tokens, whether its weights are `Linear` or 1x1 `Conv2d`.
 
@@ -96,7 +85,7 @@ class TokenMlp(GlobalResponseNormMlp):
             norm: The norm before the MLP.
             path: The drop path after it.
         """
-        if not isinstance(x, torch.Tensor) or isinstance(x, torch.fx.Proxy) or _watched():
+        if not isinstance(x, torch.Tensor) or isinstance(x, torch.fx.Proxy) or watched():
             return False
         if backend(x.device) == "reference" or x.numel() == 0 or not x.is_floating_point():
             return False
