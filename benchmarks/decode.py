@@ -94,7 +94,7 @@ def compare(size: int, img_size: int, count: int, rounds: int) -> dict[str, str]
         keys = [(epoch, i) for epoch in range(2) for i in range(len(full))]
         values = [psnr(full[key][0], reduced[key][0]) for key in keys]
         steps = {"full": lambda: [full[key] for key in keys], "reduced": lambda: [reduced[key] for key in keys]}
-        seconds = time_in_turn(steps, rounds, torch.device("cpu"), warmup=1)
+        seconds = time_in_turn(steps, rounds, warmup=1)
     changed = [value for value in values if value < 100] or values
     middle, low, high = ratio(seconds["full"], seconds["reduced"])
     return {

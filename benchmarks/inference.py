@@ -3,7 +3,8 @@
     python -m benchmarks.inference                                          # two CPU cores, float32
     python -m benchmarks.inference --device cuda --dtype bfloat16
 
-Prints ratios of times taken in turn within this run, and writes them with their conditions to `benchmarks/results/`.
+Prints ratios of times taken in turn within this run (on CPU each contender has its own process), and writes them with
+their conditions to `benchmarks/results/`.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import statistics
 
 import torch
 
-from benchmarks.measure import conditions, ratio, time_in_turn, write_csv
+from benchmarks.measure import Contenders, conditions, ratio, write_csv
 from benchmarks.pretrain_step import IMG_SIZE, dense_step
 from timm_convnextv2.convnextv2 import VARIANTS
 
@@ -30,14 +31,15 @@ def main() -> None:
     device, rows = torch.device(args.device), []
     for size in args.sizes:
         for batch in args.batches:
-            steps = {w: dense_step(w, size, batch, False, args.device, args.dtype) for w in ("stock", "ours")}
-            first = time_in_turn({"ours": steps["ours"]}, 1, device, warmup=0)["ours"][0]
-            if first > args.max_seconds:
+            make = {w: (dense_step, (w, size, batch, False, args.device, args.dtype)) for w in ("ours", "stock")}
+            with Contenders(make, device, args.threads, warmup=1) as contenders:
+                first = contenders.first["ours"]
+                # a short step is timed more often: its times scatter more
+                rounds = 0 if first > args.max_seconds else args.rounds * (5 if first < 0.3 else 1)
+                seconds = contenders.time(rounds)
+            if not rounds:
                 print(f"{size:6} batch {batch:3}: left out, {first:.0f} s a step", flush=True)
                 continue
-            # a short step is timed more often: its times scatter more
-            rounds = args.rounds * (5 if first < 0.3 else 1)
-            seconds = time_in_turn(steps, rounds, device, warmup=1)
             middle, low, high = ratio(seconds["stock"], seconds["ours"])
             medians = {f"median_{w}_s": f"{statistics.median(times):.4f}" for w, times in seconds.items()}
             found = {"stock / ours": f"{middle:.2f}", "min": f"{low:.2f}", "max": f"{high:.2f}", "goal": ">= 1.1"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import timm
 import torch
 
-__all__ = ["conditions", "peak_memory", "ratio", "time_in_turn", "write_csv"]
+__all__ = ["Contenders", "conditions", "ratio", "time_in_turn", "write_csv"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,25 +50,16 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def time_in_turn(
-    contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each contender, run in turn (A B A B ...), so that a machine that drifts drifts for all of them."""
+def time_in_turn(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each contender on CPU, run in turn (A B A B ...) in this process."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(warmup + rounds):
         for name, step in contenders.items():
-            _wait(device)
             start = time.perf_counter()
             step()
-            _wait(device)
             if index >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:
@@ -83,43 +74,99 @@ def _status(field: str) -> int:
     return int(text.split(f"{field}:")[1].split()[0]) * 1024
 
 
-def _child(make: Callable[..., Callable[[], object]], args: tuple, threads: int, pipe) -> None:
+def _serve(build: Callable[..., Callable[[], object]], args: tuple, threads: int, warmup: int, pipe) -> None:
+    """A contender's process: says what memory its first steps took, then runs a step whenever asked."""
     torch.set_num_threads(threads)
-    step = make(*args)
+    step = build(*args)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
-    for _ in range(2):
+    for _ in range(warmup):
+        start = time.perf_counter()
         step()
-    pipe.send(_status("VmHWM") - before)
+        seconds = time.perf_counter() - start
+    pipe.send((_status("VmHWM") - before, seconds))
+    while pipe.recv():
+        start = time.perf_counter()
+        step()
+        pipe.send(time.perf_counter() - start)
 
 
-def peak_memory(make: Callable[..., Callable[[], object]], args: tuple, device: torch.device, threads: int) -> int:
-    """Bytes that two steps add at their peak to what the model and its data take.
+class Contenders:
+    """Steps that are compared: `with Contenders({name: (build, args)}, device, threads) as contenders`.
 
-    On CPU the growth of the resident size of a fresh process (Linux); on CUDA the allocator's peak.
+    On CPU (Linux) each has a process of its own, as in use: in a shared one, what one frees decides what memory costs
+    the next. On CUDA they share this process.
 
     Args:
-        make: Module-level function that builds a step from `args`.
-        args: Its arguments.
-        device: Where the step runs.
+        make: For each name a module-level function that builds a step, and its arguments.
+        device: Where the steps run.
         threads: CPU threads.
+        warmup: Steps before the first that counts.
+
+    Attributes:
+        peak: Bytes that the first steps added at their peak to what the model and its data take: resident size of the
+            process, or the CUDA allocator's.
+        first: Seconds of the last of those steps.
     """
-    if device.type == "cuda":
-        step = make(*args)
+
+    def __init__(self, make: dict[str, tuple], device: torch.device, threads: int, warmup: int = 2) -> None:
+        self.make, self.device, self.threads, self.warmup = make, device, threads, warmup
+        self.peak: dict[str, int] = {}
+        self.first: dict[str, float] = {}
+        self._steps: dict[str, Callable[[], float]] = {}
+        self._processes: list[tuple] = []
+
+    def __enter__(self) -> "Contenders":
+        for name, (build, args) in self.make.items():
+            (self._here if self.device.type == "cuda" else self._apart)(name, build, args)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process, pipe in self._processes:
+            pipe.send(False)
+            process.join()
+        self._steps.clear()
+
+    def _apart(self, name: str, build: Callable, args: tuple) -> None:
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(build, args, self.threads, self.warmup, there), daemon=True)
+        process.start()
+        there.close()
+        self.peak[name], self.first[name] = here.recv()
+        self._processes.append((process, here))
+
+        def run() -> float:
+            here.send(True)
+            return here.recv()
+
+        self._steps[name] = run
+
+    def _here(self, name: str, build: Callable, args: tuple) -> None:
+        step = build(*args)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(make, args, threads, send))
-    process.start()
-    send.close()
-    grown = receive.recv()
-    process.join()
-    return grown
+
+        def run() -> float:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+        for _ in range(self.warmup):
+            self.first[name] = run()
+        self.peak[name] = torch.cuda.max_memory_allocated() - before
+        self._steps[name] = run
+
+    def time(self, rounds: int) -> dict[str, list[float]]:
+        """Seconds of each, run in turn (A B A B ...), so that a machine that drifts drifts for all of them."""
+        seconds: dict[str, list[float]] = {name: [] for name in self._steps}
+        for _ in range(rounds):
+            for name, run in self._steps.items():
+                seconds[name].append(run())
+        return seconds
 
 
 def write_csv(name: str, rows: list[dict], about: dict[str, str]) -> Path:

@@ -3,7 +3,8 @@
     python -m benchmarks.pretrain_step                                                  # two CPU cores, float32
     python -m benchmarks.pretrain_step --device cuda --dtype bfloat16 --cases tiny:256 base:256 --profile
 
-Prints ratios of times taken in turn within this run, and writes them with their conditions to `benchmarks/results/`.
+Prints ratios of times taken in turn within this run (on CPU each contender has its own process), and writes them with
+their conditions to `benchmarks/results/`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 from timm.models import convnext
 
 import timm_convnextv2  # noqa: F401  (registers the models)
-from benchmarks.measure import conditions, peak_memory, ratio, time_in_turn, write_csv
+from benchmarks.measure import Contenders, conditions, ratio, write_csv
 from timm_convnextv2.masking import random_mask
 from timm_convnextv2.reference import reference_forward
 
@@ -74,6 +75,7 @@ def dense_step(which: str, size: str, batch: int, train: bool, device: str, dtyp
         if train:
             out.square().mean().backward()
 
+    step.model = model
     return step
 
 
@@ -109,8 +111,8 @@ def main() -> None:
             "stock train": (dense_step, ("stock", size, int(batch), True, *where)),
             "our train": (dense_step, ("ours", size, int(batch), True, *where)),
         }
-        steps = {name: build(*arguments) for name, (build, arguments) in make.items()}
-        seconds = time_in_turn(steps, args.rounds, device)
+        with Contenders(make, device, args.threads) as contenders:
+            seconds, peak = contenders.time(args.rounds), contenders.peak
         tiny = size == "tiny"
         faster = {"atto": ">= 2.4", "tiny": ">= 3.3"}.get(size, "-")
         compare(case, "dense-with-masks reference / our step", faster, seconds["reference"], seconds["ours"])
@@ -119,12 +121,14 @@ def main() -> None:
         limit = "<= 0.5" if tiny else "-"
         compare(case, "our step at mask ratio 0.9 / at 0.6", limit, seconds["ours 0.9"], seconds["ours"])
         compare(case, "dense training, stock timm / ours", ">= 1.35", seconds["stock train"], seconds["our train"])
-        gemm = [gemm_seconds(steps["ours"], device)] * args.rounds
+        build, arguments = make["ours"]
+        step = build(*arguments)
+        gemm = [gemm_seconds(step, device)] * args.rounds
         compare(case, "GEMM calls, share of our step", ">= 0.65" if tiny else "-", gemm, seconds["ours"])
         if args.profile:
-            _profile(steps["ours"], device)
-        del steps
-        ours, reference = ([float(peak_memory(*make[name], device, args.threads))] for name in ("ours", "reference"))
+            _profile(step, device)
+        del step
+        ours, reference = ([float(peak[name])] for name in ("ours", "reference"))
         compare(case, "peak memory of the step, ours / reference (bytes)", "<= 0.4", ours, reference)
         ours, stock = ([float(saved_bytes(*make[name]))] for name in ("our train", "stock train"))
         compare(case, "saved by dense training, ours / stock (bytes)", "<= 0.45", ours, stock)
@@ -135,6 +139,7 @@ def main() -> None:
 
 def gemm_seconds(step: Callable[[], None], device: torch.device) -> float:
     """Time that a step spends in matrix products, median of three."""
+    step(), step()
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU, activity.CUDA] if device.type == "cuda" else [activity.CPU]
     field, found = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total", []
@@ -148,10 +153,11 @@ def gemm_seconds(step: Callable[[], None], device: torch.device) -> float:
 def saved_bytes(make: Callable[..., Callable[[], None]], arguments: tuple) -> int:
     """What a step keeps between forward and backward, beside parameters: bytes of distinct storages."""
     step, storages = make(*arguments), {}
+    parameters = {p.untyped_storage().data_ptr() for p in step.model.parameters()}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter) and not tensor.is_leaf:
+        if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 

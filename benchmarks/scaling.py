@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from benchmarks.measure import conditions, peak_memory, time_in_turn, write_csv
+from benchmarks.measure import Contenders, conditions, write_csv
 from benchmarks.pretrain_step import fcmae_step
 
 LABELS = {"ours": "ours", "reference": "dense with masks"}
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="atto")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
     parser.add_argument("--img-sizes", type=int, nargs="+", default=[64, 128, 224, 320, 448, 576, 768])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--rounds", type=int, default=5)
@@ -60,17 +60,17 @@ def main() -> None:
     for varied, values in zip(usual, (args.ratios, args.img_sizes, args.batches), strict=True):
         for value in values:
             ratio, img_size, batch = {**usual, varied: value}.values()
-            make = {w: (w, args.size, batch, ratio, args.device, args.dtype, img_size) for w in LABELS}
-            steps = {which: fcmae_step(*arguments) for which, arguments in make.items()}
-            seconds = time_in_turn(steps, args.rounds, device, warmup=1)
-            del steps
-            for which, arguments in make.items():
+            settings = (args.size, batch, ratio, args.device, args.dtype, img_size)
+            make = {which: (fcmae_step, (which, *settings)) for which in LABELS}
+            with Contenders(make, device, args.threads) as contenders:
+                seconds, peak = contenders.time(args.rounds), contenders.peak
+            for which in LABELS:
                 rows.append(
                     {
                         "varied": varied, "value": value, "which": which,
                         "seconds": f"{statistics.median(seconds[which]):.4f}", "min_s": f"{min(seconds[which]):.4f}",
                         "max_s": f"{max(seconds[which]):.4f}",
-                        "bytes": peak_memory(fcmae_step, arguments, device, args.threads),
+                        "bytes": peak[which],
                     }
                 )  # fmt: skip
             ours, theirs = rows[-2:]

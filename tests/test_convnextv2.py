@@ -25,6 +25,7 @@ import timm_convnextv2
 from timm_convnextv2 import ConvNeXtV2
 from timm_convnextv2.checkpoint import to_official
 from timm_convnextv2.convnextv2 import VARIANTS, ConvNeXtV2Block
+from timm_convnextv2.ops import use_backend
 
 NAMES = [f"convnextv2_{size}" for size in VARIANTS]
 LIGHT = NAMES[:5]
@@ -406,8 +407,29 @@ def test_grad_checkpointing(name):
     assert_same_gradients(ours, theirs, x)
     assert len(calls) == 1
     ours.set_grad_checkpointing(True)
-    assert_same_gradients(ours, theirs, x)
+    with use_backend("reference"):
+        assert_same_gradients(ours, theirs, x)
     assert len(calls) == 3, "checkpointing did not recompute the block"
+    assert_same_gradients(ours, theirs, x)
+    assert len(calls) == 4, "the fused token MLP recomputes within"
+
+
+def test_grad_checkpointing_of_the_fused_token_mlp_keeps_half():
+    model, images = timm.create_model("convnextv2_atto", num_classes=0), torch.randn(2, 3, 64, 64)
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
+    for enable in (False, True, False):
+        model.set_grad_checkpointing(enable)
+        sizes = {}
+
+        def note(t, sizes=sizes):
+            if t.untyped_storage().data_ptr() not in weights:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            model(images)
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 0.6 * kept[0] == 0.6 * kept[2]
 
 
 @pytest.mark.parametrize("indices,prune_head", [((0, 1), True), (1, True), ((1, 3), False), ((2,), False)])

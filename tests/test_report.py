@@ -238,7 +238,7 @@ def test_memory_estimate_shows_what_checkpointing_saves():
     model = timm.create_model("fcmae_convnextv2_atto", img_size=64)
     plain = memory_estimate(model, 2)[1]
     model.set_grad_checkpointing()
-    assert memory_estimate(model, 2)[1] < 0.6 * plain
+    assert memory_estimate(model, 2)[1] < 0.7 * plain
 
 
 def test_memory_estimate_asks_the_backend_of_the_device(monkeypatch):

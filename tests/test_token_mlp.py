@@ -146,18 +146,33 @@ def test_non_contiguous_inputs_and_gradient():
 
 def test_registered_operation_passes_torch_library_opcheck():
     tensors = make(3, 63, 8)
-    args = (*tensors[:2], None, *tensors[2:], 1e-6, 1e-6, torch.float64, True, False)
-    torch.library.opcheck(torch.ops.timm_convnextv2.token_mlp, args)
+    for recompute in (False, True):
+        args = (*tensors[:2], None, *tensors[2:], 1e-6, 1e-6, torch.float64, True, recompute, False)
+        torch.library.opcheck(torch.ops.timm_convnextv2.token_mlp, args)
 
 
-def test_keeps_only_its_input_the_preactivation_and_the_norms():
+def recomputing(*args):
+    return fused_token_mlp(*args, recompute=True)
+
+
+@pytest.mark.parametrize("T,C", [(63, 40), (63, 8), (1, 1)])
+def test_recomputing_changes_nothing(T, C, chunks):
+    keep = torch.tensor([1.25, 0, 1.25, 1.25, 0], dtype=torch.float64)
+    assert_same(*both(make(5, T, C), keep, forms=(recomputing, fused_token_mlp)), 1e-14)
+    tensors = make(2, 9, 2)
+    assert torch.autograd.gradcheck(lambda x, s, *p: recomputing(x, s, keep[:2], *p), tensors)
+    assert torch.autograd.gradgradcheck(lambda x, s, *p: recomputing(x, s, None, *p), make(1, 3, 2))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_keeps_only_its_input_the_norms_and_unless_recomputed_the_preactivation(recompute):
     tensors = make(2, 49, 16, torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        fused_token_mlp(tensors[0], tensors[1], None, *tensors[2:])
+        fused_token_mlp(tensors[0], tensors[1], None, *tensors[2:], recompute=recompute)
     parameters = {t.data_ptr() for t in tensors[2:]}
     sizes = sorted(t.numel() for t in kept if t.data_ptr() not in parameters)
-    assert sizes == sorted([2 * 49 * 16, 2 * 49 * 64, 2 * 64])
+    assert sizes == sorted([2 * 49 * 16, 0 if recompute else 2 * 49 * 64, 2 * 64])
 
 
 # The block and the models.

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import sys
+from functools import partial
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from test_token_mlp import assert_same, both, make, plain
 
 from timm_convnextv2 import ops
 from timm_convnextv2.masking import Visible, random_mask
+from timm_convnextv2.ops.fused_mlp import fused_token_mlp
 
 triton = pytest.importorskip("triton", reason="needs triton, which PyTorch brings along on Linux only")
 tl = triton.language
@@ -318,9 +320,10 @@ def test_fused_token_mlp(as_backend, B, T, C, dtype, tol, path):
     keep = torch.tensor([1.25, 0, 1.25], device=device)[:B] if path else None
     tensors = [t.detach().to(device, dtype).requires_grad_() for t in make(B, T, C)]
     grad = torch.randn(B, T, C, device=device)
-    ours, _ = both(tensors, keep, grad)
+    ours, again = both(tensors, keep, grad, [fused_token_mlp, partial(fused_token_mlp, recompute=True)])
     exact = both([t.detach().double().requires_grad_() for t in tensors], keep, grad.double(), [plain])[0]
     assert_same(ours, exact, tol)
+    assert_same(again, exact, tol)
 
 
 @pytest.mark.parametrize("patch", [1, 3])

@@ -197,7 +197,7 @@ class FCMAE(nn.Module):
         return f"multiples of {s}"
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each encoder block in the backward pass: less memory, about a third more work."""
+        """Recomputes in the backward pass what takes most memory; see `ConvNeXtV2.set_grad_checkpointing`."""
         self.encoder.set_grad_checkpointing(enable)
 
     def visible(self, images: torch.Tensor, mask: torch.Tensor | None = None) -> Visible:

@@ -1,12 +1,15 @@
 """LayerNorm, Linear, GELU, GRN, Linear, drop path and residual as one differentiable operation.
 
 Between forward and backward it keeps its input `x`, the pre-activation `h` and GRN's norms; LayerNorm and GELU are
-recomputed. GRN's bias goes into the second Linear's, and, where the tokens of an image outnumber the channels enough,
-GRN's scale into the second Linear's weight, an image at a time. The CPU works on a few images at a time, so that what
-one step writes the next one finds in the cache.
+recomputed, and with `recompute` (gradient checkpointing) the first Linear too, in place of keeping `h`. GRN's bias goes
+into the second Linear's, and, where the tokens of an image outnumber the channels enough, GRN's scale into the second
+Linear's weight, an image at a time. The CPU works on a few images at a time, so that what one step writes the next one
+finds in the cache.
 
 Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); the plain form is `ops.token_mlp.token_mlp`.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +55,9 @@ def _out_dtype(shortcut: Tensor, dtype: torch.dtype) -> torch.dtype:
 def _forward(
     x: Tensor, shortcut: Tensor, keep: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor,
     grn_weight: Tensor, grn_bias: Tensor, w2: Tensor, b2: Tensor, norm_eps: float, grn_eps: float, dtype: torch.dtype,
-    save: bool, triton: bool,
+    save: bool, recompute: bool, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`(out [B, T, C], h [B, T, 4C], norms [B, 1, 4C])`; h and norms are empty without `save`."""
+    """`(out [B, T, C], h [B, T, 4C], norms [B, 1, 4C])`; h and norms are empty without `save`, h with `recompute`."""
     B, T, C = x.shape
     hidden = len(w1)
     with torch.autocast(x.device.type, enabled=False):
@@ -62,13 +65,14 @@ def _forward(
         out = torch.empty(B, T, len(w2), dtype=_out_dtype(shortcut, dtype), device=x.device)
         n = _chunk(B, T, hidden, dtype, x.device)
         shape = (n, T, hidden)
-        h = x.new_empty(B, T, hidden, dtype=dtype) if save else scratch("h", shape, dtype, x.device)
+        keep_h = save and not recompute
+        h = x.new_empty(B, T, hidden, dtype=dtype) if keep_h else scratch("h", shape, dtype, x.device)
         a = None if triton else scratch("act", shape, dtype, x.device)
         squares = None if triton else scratch("product", shape, dtype, x.device)
         norms = []
         for i in range(0, B, n):
             j = min(i + n, B)
-            here = h[i:j] if save else h[: j - i]
+            here = h[i:j] if keep_h else h[: j - i]
             tokens = _normalise(x[i:j], norm_weight, norm_bias, norm_eps)[0].to(dtype).view(-1, C)
             torch.addmm(b, tokens, w.t(), out=here.view(-1, hidden))
             kept = None if keep is None else keep[i:j].view(-1, 1, 1)
@@ -98,7 +102,7 @@ def _forward(
                 to.add_(F.linear(act, second))
         if not save:
             return out, x.new_empty(0), x.new_empty(0)
-        return out, h, norms[0] if len(norms) == 1 else torch.cat(norms)
+        return out, h if keep_h else x.new_empty(0), norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
 _token_mlp = torch.library.custom_op("timm_convnextv2::token_mlp", _forward, mutates_args=())
@@ -106,13 +110,14 @@ _token_mlp = torch.library.custom_op("timm_convnextv2::token_mlp", _forward, mut
 
 @_token_mlp.register_fake
 def _(x, shortcut, keep, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2, norm_eps, grn_eps, dtype, save,
-      triton):  # fmt: skip
+      recompute, triton):  # fmt: skip
     B, T, _ = x.shape
     out = x.new_empty(B, T, len(w2), dtype=_out_dtype(shortcut, dtype))
     if not save:
         return out, x.new_empty(0), x.new_empty(0)
     full = torch.float64 if dtype == torch.float64 else torch.float32
-    return out, x.new_empty(B, T, len(w1), dtype=dtype), x.new_empty(B, 1, len(w1), dtype=full)
+    h = x.new_empty(0) if recompute else x.new_empty(B, T, len(w1), dtype=dtype)
+    return out, h, x.new_empty(B, 1, len(w1), dtype=full)
 
 
 @torch.library.custom_op("timm_convnextv2::token_mlp_backward", mutates_args=())
@@ -123,7 +128,8 @@ def _token_mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, LayerNorm, first Linear, GRN, second Linear; those that nobody needs are of no use."""
     B, T, C = x.shape
-    hidden, out_chans = h.shape[-1], len(w2)
+    hidden, out_chans = len(w1), len(w2)
+    recompute = h.numel() == 0
     with torch.autocast(x.device.type, enabled=False):
         w, second = w1.to(dtype), w2.to(dtype)
         full = dtype in (torch.float32, torch.float64)
@@ -140,7 +146,13 @@ def _token_mlp_backward(
         product = None if triton or fold else scratch("product", shape, dtype, x.device)
         for i in range(0, B, n):
             j = min(i + n, B)
-            part, here, g = x[i:j].to(stats_dtype(x)), h[i:j], norms[i:j]
+            part, g = x[i:j].to(stats_dtype(x)), norms[i:j]
+            if recompute:
+                tokens, mean, rstd = _normalise(part, norm_weight, norm_bias, norm_eps)
+                here = scratch("pre", shape, dtype, x.device)[: j - i]
+                torch.addmm(b1.to(dtype), tokens.to(dtype).view(-1, C), w.t(), out=here.view(-1, hidden))
+            else:
+                here = h[i:j]
             dy = grad[i:j]
             dy = (dy if keep is None else dy * keep[i:j].view(-1, 1, 1)).to(dtype)
             flat = dy.view(-1, out_chans)
@@ -192,7 +204,8 @@ def _token_mlp_backward(
                 dh = aten.gelu_backward.grad_input(da, here, grad_input=da)
                 d_first_bias += dh.sum(dim=(0, 1), dtype=stats_dtype(dh)).to(d_first_bias.dtype)
             dh = dh.view(-1, hidden)
-            tokens, mean, rstd = _normalise(part, norm_weight, norm_bias, norm_eps)
+            if not recompute:
+                tokens, mean, rstd = _normalise(part, norm_weight, norm_bias, norm_eps)
             if need_first:
                 _accumulate(d_first, dh.t(), tokens.to(dtype).view(-1, C), i)
             d_tokens = (dh @ w).view_as(part).to(part.dtype)
@@ -247,7 +260,8 @@ def _forward_flops(x, shortcut, keep, norm_weight, norm_bias, w1, b1, grn_weight
 def _backward_flops(grad, x, h, norms, keep, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, norm_eps,
                     grn_eps, dtype, triton, need_x, need_first, need_second, **kwargs) -> int:  # fmt: skip
     tokens, first, second = 2 * x[0] * x[1], w1[0] * w1[1], w2[0] * w2[1]
-    return tokens * ((need_x + need_first) * first + ((need_x or need_first) + need_second) * second)
+    recompute = math.prod(h) == 0
+    return tokens * ((need_x + need_first + recompute) * first + ((need_x or need_first) + need_second) * second)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -256,13 +270,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(h, norms)
     ctx.set_materialize_grads(False)  # a gradient of `h` would be zeros of its size
     ctx.save_for_backward(x, h, norms, keep, *parameters)
-    ctx.norm_eps, ctx.grn_eps, ctx.dtype, _, ctx.triton = inputs[11:]
+    ctx.norm_eps, ctx.grn_eps, ctx.dtype, _, _, ctx.triton = inputs[11:]
     ctx.shortcut_dtype = shortcut.dtype
 
 
 def _backward(ctx, grad, _grad_h, _grad_norms):
     if grad is None:
-        return (None,) * 16
+        return (None,) * 17
     x, h, norms, keep, *parameters = ctx.saved_tensors
     grad = grad.contiguous()  # the shortcut's too: what is upstream then finds it in channels-last memory
     needs = ctx.needs_input_grad
@@ -279,7 +293,7 @@ def _backward(ctx, grad, _grad_h, _grad_norms):
         )  # fmt: skip
         grads = [value if need else None for value, need in zip(found, (needs[0], *needs[3:11]), strict=True)]
     shortcut = grad.to(ctx.shortcut_dtype) if needs[1] else None
-    return grads[0], shortcut, None, *grads[1:], None, None, None, None, None
+    return grads[0], shortcut, None, *grads[1:], None, None, None, None, None, None
 
 
 _token_mlp.register_autograd(_backward, setup_context=_setup_context)
@@ -296,6 +310,7 @@ def _plain(x, keep, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2
 def fused_token_mlp(
     x: Tensor, shortcut: Tensor, keep: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor,
     grn_weight: Tensor, grn_bias: Tensor, w2: Tensor, b2: Tensor, norm_eps: float = 1e-6, grn_eps: float = 1e-6,
+    recompute: bool = False,
 ) -> Tensor:  # fmt: skip
     """`shortcut + keep * (Linear2(GRN(GELU(Linear1(LayerNorm(x))))))`, with float32 statistics.
 
@@ -315,6 +330,8 @@ def fused_token_mlp(
         b2: `[C]`.
         norm_eps: LayerNorm's epsilon.
         grn_eps: GRN's.
+        recompute: Compute the pre-activation again in the backward, rather than keep it: a sixth of the step's
+            matrix products for two thirds of what it keeps.
 
     Returns:
         `[B, T, C]`, in the type that the residual sum has in plain PyTorch.
@@ -326,5 +343,5 @@ def fused_token_mlp(
     direct = not save and type(x) is Tensor and not torch.compiler.is_compiling()
     return (_forward if direct else _token_mlp)(
         x.contiguous(), shortcut, keep, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2,
-        norm_eps, grn_eps, dtype, save, backend(x.device) == "triton",
+        norm_eps, grn_eps, dtype, save, recompute, backend(x.device) == "triton",
     )[0]  # fmt: skip

@@ -63,7 +63,12 @@ class TokenMlp(GlobalResponseNormMlp):
     timm runs the second kind (`use_conv=True`, atto to nano) as convolutions on `[B, C, H, W]`.
 
     Shape: `[B, H, W, C]` to `[B, H, W, C]`.
+
+    Attributes:
+        recompute: Whether `fused` computes its pre-activation again in the backward, rather than keep it.
     """
+
+    recompute = False
 
     @classmethod
     def adopt(cls, mlp: GlobalResponseNormMlp) -> None:
@@ -129,5 +134,6 @@ class TokenMlp(GlobalResponseNormMlp):
             x.permute(0, 2, 3, 1).reshape(B, H * W, C), shortcut.permute(0, 2, 3, 1).reshape(B, H * W, -1), keep,
             norm.weight, norm.bias, self.fc1.weight.flatten(1), self.fc1.bias, self.grn.weight, self.grn.bias,
             self.fc2.weight.flatten(1), self.fc2.bias, norm.eps, self.grn.eps,
+            self.recompute,
         )  # fmt: skip
         return out.view(B, H, W, -1).permute(0, 3, 1, 2)
