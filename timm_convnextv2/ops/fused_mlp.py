@@ -1,9 +1,9 @@
 """LayerNorm, Linear, GELU, GRN, Linear, drop path and residual as one differentiable operation.
 
 Between forward and backward it keeps its input `x`, the pre-activation `h` and GRN's norms; LayerNorm and GELU are
-recomputed, and with `recompute` (gradient checkpointing) the first Linear too, in place of keeping `h`. GRN's bias goes
-into the second Linear's, and, where the tokens of an image outnumber the channels enough, GRN's scale into the second
-Linear's weight, an image at a time. The CPU works on a few images at a time, so that what one step writes the next one
+recomputed, and with `recompute` (gradient checkpointing) the first Linear too, in place of keeping `h`. Where the
+tokens of an image outnumber the channels enough, GRN's scale goes into the second Linear's weight, an image at a time,
+and its bias into that Linear's. The CPU works on a few images at a time, so that what one step writes the next one
 finds in the cache.
 
 Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); the plain form is `ops.token_mlp.token_mlp`.
@@ -61,7 +61,10 @@ def _forward(
     B, T, C = x.shape
     hidden = len(w1)
     with torch.autocast(x.device.type, enabled=False):
-        w, b, second, bias = w1.to(dtype), b1.to(dtype), w2.to(dtype), torch.addmv(b2, w2, grn_bias)
+        w, b, second = w1.to(dtype), b1.to(dtype), w2.to(dtype)
+        fold = _folds(T, C, dtype) and not triton
+        # GRN's bias in the second Linear's takes one more reading of its weight, or no pass of its own beside the scale
+        bias = torch.addmv(b2, w2, grn_bias) if fold or triton else b2
         out = torch.empty(B, T, len(w2), dtype=_out_dtype(shortcut, dtype), device=x.device)
         n = _chunk(B, T, hidden, dtype, x.device)
         shape = (n, T, hidden)
@@ -91,11 +94,12 @@ def _forward(
             if triton:
                 none = torch.zeros_like(grn_bias)
                 act = triton_kernels.gelu_scale(here, scale.squeeze(1), none)
-            elif _folds(T, C, dtype):
+            elif fold:
                 to.baddbmm_(act, (second * scale).transpose(1, 2))
                 continue
             else:
-                act.mul_(scale.to(dtype))
+                shift = grn_bias if kept is None else grn_bias * kept
+                torch.addcmul(shift.to(dtype), act, scale.to(dtype), out=act)
             if to.dtype == dtype:
                 to.view(-1, len(w2)).addmm_(act.view(-1, hidden), second.t())
             else:
