@@ -539,6 +539,7 @@ MODELS = {
     "unknown": (lambda f: rewrite(f, architecture="convnextv2_attoo"), ["'convnextv2_attoo'", "'convnextv2_atto'"]),
     "FCMAE": (lambda f: rewrite(f, architecture="fcmae_convnextv2_atto"), ["whole FCMAE", "encoder"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["no weights"]),
+    "another": (lambda f: rewrite(f, architecture="resnet18", model_args={}), ["holds a ConvNeXt V2", "'resnet18'"]),
     "options": (lambda f: rewrite(f, model_args={"no_such": 1}), ["cannot be created", "no_such"]),
 }
 

@@ -432,7 +432,12 @@ def check_weights(folder: Path, model: torch.nn.Module) -> None:
         return
     weights = load_checkpoint(files[0])
     if not isinstance(model, timm_convnextv2.ConvNeXtV2):
-        return
+        if any(".grn." in name for name in weights):
+            refuse(
+                f"{files[0]} holds a ConvNeXt V2, and its config.json names the architecture "
+                f"'{model.pretrained_cfg['architecture']}'. Expected the two files of one export."
+            )
+        return  # how others rename their weights is timm's affair
     try:
         weights = filter_weights(weights, model)
     except RuntimeError as e:
