@@ -49,14 +49,6 @@ def _column_groups(k: int) -> list[tuple[int, int]]:
     return groups
 
 
-def _conv_weight_grad(grad: torch.Tensor, x: torch.Tensor, kernel: tuple[int, int], padding: tuple[int, int]):
-    C = grad.shape[1]
-    weight = grad.new_empty(C, 1, *kernel)
-    return aten.convolution_backward(
-        grad, x, weight, [C], [1, 1], padding, [1, 1], False, [0, 0], C, [False, True, False]
-    )[1]  # fmt: skip
-
-
 def _weight_grad(
     grad: torch.Tensor, k: int, part: Callable[[slice, int, int], tuple[torch.Tensor, tuple[int, int]]]
 ) -> torch.Tensor:
@@ -69,21 +61,20 @@ def _weight_grad(
             the kernel has seen, and its padding (rows, columns).
     """
     N, C, H, W = grad.shape
-    if grad.dtype != torch.float32 or grad.device.type != "cpu":
-        return _conv_weight_grad(grad, *_whole(part, N, k))
+    groups, n = [(0, k)], N
+    if grad.dtype == torch.float32 and grad.device.type == "cpu":
+        groups, n = _column_groups(k), max(1, CHUNK_BYTES // (C * H * W * grad.itemsize))
     total = grad.new_zeros(C, 1, k, k)
-    n = max(1, CHUNK_BYTES // (C * H * W * grad.itemsize))
     for i in range(0, N, n):
         images = slice(i, min(i + n, N))
-        for first, width in _column_groups(k):
+        for first, width in groups:
             x, padding = part(images, first, width)
-            total[..., first : first + width] += _conv_weight_grad(grad[images], x, (k, width), padding)
+            part_grad = aten.convolution_backward(
+                grad[images], x, grad.new_empty(C, 1, k, width), [C], [1, 1], padding, [1, 1], False, [0, 0], C,
+                [False, True, False],
+            )[1]  # fmt: skip
+            total[..., first : first + width] += part_grad
     return total
-
-
-def _whole(part: Callable, N: int, k: int) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int]]:
-    x, padding = part(slice(0, N), 0, k)
-    return x, (k, k), padding
 
 
 def _bias_grad(grad: torch.Tensor) -> torch.Tensor:
@@ -96,7 +87,7 @@ def _shifted(x: torch.Tensor, first: int, width: int, k: int) -> tuple[torch.Ten
     The middle columns see the input itself. What others see is written to memory that the next call writes over.
     """
     N, C, H, W = x.shape
-    rows = k // 2 if H >= k else 0  # a kernel higher than the map is another case where oneDNN is slow
+    rows = k // 2 if H >= k else 0  # for a kernel higher than its map oneDNN has no depthwise one either
     if first + width // 2 == k // 2 and rows:
         return x, (rows, width // 2)
     top, left, out_width = k // 2 - rows, k // 2 - first, W + width - 1
