@@ -1,7 +1,7 @@
 """Dense inference of every variant: ours against stock timm, batches of 1 and 32.
 
     python -m benchmarks.inference                                          # two CPU cores, float32
-    python -m benchmarks.inference --device cuda --dtype bfloat16
+    python -m benchmarks.inference --device cuda --dtype bfloat16 --compile
 
 Prints ratios of times taken in turn within this run (on CPU each contender has its own process), and writes them with
 their conditions to `benchmarks/results/`.
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="SIZE")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--max-seconds", type=float, default=20, help="leave out what takes longer a step")
+    parser.add_argument("--compile", action="store_true", help="compare both compiled")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -31,7 +32,8 @@ def main() -> None:
     device, rows = torch.device(args.device), []
     for size in args.sizes:
         for batch in args.batches:
-            make = {w: (dense_step, (w, size, batch, False, args.device, args.dtype)) for w in ("ours", "stock")}
+            end = " compiled" if args.compile else ""
+            make = {w: (dense_step, (w + end, size, batch, False, args.device, args.dtype)) for w in ("ours", "stock")}
             with Contenders(make, device, args.threads, warmup=1) as contenders:
                 first = contenders.first["ours"]
                 # a short step is timed more often: its times scatter more

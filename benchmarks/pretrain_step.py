@@ -1,7 +1,7 @@
 """Training steps (forward, loss, backward): FCMAE against dense-with-masks and supervised; dense against stock timm.
 
     python -m benchmarks.pretrain_step                                                  # two CPU cores, float32
-    python -m benchmarks.pretrain_step --device cuda --dtype bfloat16 --cases tiny:256 base:256 --profile
+    python -m benchmarks.pretrain_step --device cuda --dtype bfloat16 --cases tiny:256 base:128 --compile --profile
 
 Prints ratios of times taken in turn within this run (on CPU each contender has its own process), and writes them with
 their conditions to `benchmarks/results/`.
@@ -14,14 +14,37 @@ from collections.abc import Callable
 import timm
 import torch
 from timm.models import convnext
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_convnextv2  # noqa: F401  (registers the models)
 from benchmarks.measure import Contenders, conditions, ratio, write_csv
 from timm_convnextv2.masking import random_mask
+from timm_convnextv2.ops import use_backend
 from timm_convnextv2.reference import reference_forward
 
 IMG_SIZE = 224
 GEMMS = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")}
+
+# a goal of every size, or of those named
+GOALS = {
+    "cpu": {
+        "dense-with-masks reference / our step": {"atto": ">= 2.4", "tiny": ">= 3.3"},
+        "supervised stock encoder / our step": {"tiny": ">= 3.0"},
+        "our step at mask ratio 0.9 / at 0.6": {"tiny": "<= 0.5"},
+        "dense training, stock timm / ours": ">= 1.35",
+        "GEMM calls, share of our step": {"tiny": ">= 0.65"},
+        "peak memory of the step, ours / reference (bytes)": "<= 0.4",
+        "saved by dense training, ours / stock (bytes)": "<= 0.45",
+    },
+    "cuda": {
+        "dense-with-masks reference / our step": {"tiny": ">= 4", "base": ">= 4"},
+        "dense-with-masks reference compiled / our step": {"tiny": ">= 2.2", "base": ">= 2.2"},
+        "visible FLOPs at the GPU's peak / our step": {"base": ">= 0.45", "large": ">= 0.45"},
+        "dense training, stock timm / ours": {"tiny": ">= 1.8", "base": ">= 1.8"},
+        "dense training, both compiled": {"tiny": ">= 1.2", "base": ">= 1.2"},
+        "peak memory of dense training, ours / stock (bytes)": "<= 0.55",
+    },
+}
 
 
 def _filled(model: torch.nn.Module) -> torch.nn.Module:
@@ -35,35 +58,45 @@ def _filled(model: torch.nn.Module) -> torch.nn.Module:
 def fcmae_step(
     which: str, size: str, batch: int, mask_ratio: float, device: str, dtype: str, img_size: int = IMG_SIZE
 ) -> Callable[[], None]:
-    """A step of 'ours' or of the 'reference'; the same weights, images and masks for both."""
+    """A step of 'ours' or of the 'reference', ' compiled' or not; the same weights, images and masks for all."""
     torch.manual_seed(0)
     model = _filled(timm.create_model(f"fcmae_convnextv2_{size}", mask_ratio=mask_ratio)).to(device)
     images = torch.randn(batch, 3, img_size, img_size, device=device)
     mask = random_mask(batch, model.grid(img_size, img_size), mask_ratio).to(device)
     layout = model.visible(images, mask)
+    name, _, compiled = which.partition(" ")
+
+    def forward() -> torch.Tensor:
+        if name == "reference":
+            return reference_forward(model, images, mask).loss
+        return model(images, layout, return_pred=False).loss
+
+    run = torch.compile(forward) if compiled else forward
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         with torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32"):
-            if which == "reference":
-                loss = reference_forward(model, images, mask).loss
-            else:
-                loss = model(images, layout, return_pred=False).loss
+            loss = run()
         loss.backward()
 
+    step.forward = forward
     return step
 
 
 def dense_step(which: str, size: str, batch: int, train: bool, device: str, dtype: str) -> Callable[[], None]:
-    """A step of the dense encoder without classifier: 'stock' timm's class or 'ours'."""
+    """A step of the dense encoder without classifier: 'stock' timm's class or 'ours', ' compiled' or not."""
     torch.manual_seed(0)
+    name, _, compiled = which.partition(" ")
     create = (
         getattr(convnext, f"convnextv2_{size}")
-        if which == "stock"
+        if name == "stock"
         else timm.models.model_entrypoint(f"convnextv2_{size}")
     )
     model = _filled(create(num_classes=0)).to(device).train(train)
     images = torch.randn(batch, 3, IMG_SIZE, IMG_SIZE, device=device)
+    if torch.device(device).type == "cuda":
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    run = torch.compile(model) if compiled else model
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -71,7 +104,7 @@ def dense_step(which: str, size: str, batch: int, train: bool, device: str, dtyp
             torch.set_grad_enabled(train),
             torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32"),
         ):
-            out = model(images)
+            out = run(images)
         if train:
             out.square().mean().backward()
 
@@ -86,6 +119,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--compile", action="store_true", help="also each contender compiled")
+    parser.add_argument(
+        "--peak-tflops", type=float, default=989, help="of the GPU, for its utilisation (H100, bfloat16)"
+    )
     parser.add_argument("--profile", action="store_true", help="print where the time of our step goes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -111,27 +148,41 @@ def main() -> None:
             "stock train": (dense_step, ("stock", size, int(batch), True, *where)),
             "our train": (dense_step, ("ours", size, int(batch), True, *where)),
         }
+        if args.compile:
+            for name in ("ours", "reference", "stock train", "our train"):
+                build, (which, *rest) = make[name]
+                make[f"{name} compiled"] = (build, (f"{which} compiled", *rest))
         with Contenders(make, device, args.threads) as contenders:
             seconds, peak = contenders.time(args.rounds), contenders.peak
-        tiny = size == "tiny"
-        faster = {"atto": ">= 2.4", "tiny": ">= 3.3"}.get(size, "-")
-        compare(case, "dense-with-masks reference / our step", faster, seconds["reference"], seconds["ours"])
-        supervised = seconds["stock train"]
-        compare(case, "supervised stock encoder / our step", ">= 3.0" if tiny else "-", supervised, seconds["ours"])
-        limit = "<= 0.5" if tiny else "-"
-        compare(case, "our step at mask ratio 0.9 / at 0.6", limit, seconds["ours 0.9"], seconds["ours"])
-        compare(case, "dense training, stock timm / ours", ">= 1.35", seconds["stock train"], seconds["our train"])
+        goals = GOALS["cuda" if device.type == "cuda" else "cpu"]
+
+        def pair(measure: str, a: list[float], b: list[float], case=case, size=size, goals=goals) -> None:
+            goal = goals.get(measure, "-")
+            compare(case, measure, goal if isinstance(goal, str) else goal.get(size, "-"), a, b)
+
+        pair("dense-with-masks reference / our step", seconds["reference"], seconds["ours"])
+        pair("supervised stock encoder / our step", seconds["stock train"], seconds["ours"])
+        pair("our step at mask ratio 0.9 / at 0.6", seconds["ours 0.9"], seconds["ours"])
+        pair("dense training, stock timm / ours", seconds["stock train"], seconds["our train"])
+        if args.compile:
+            fastest = min(("ours", "ours compiled"), key=lambda name: statistics.median(seconds[name]))
+            pair("dense-with-masks reference compiled / our step", seconds["reference compiled"], seconds[fastest])
+            pair("dense training, both compiled", seconds["stock train compiled"], seconds["our train compiled"])
         build, arguments = make["ours"]
         step = build(*arguments)
         gemm = [gemm_seconds(step, device)] * args.rounds
-        compare(case, "GEMM calls, share of our step", ">= 0.65" if tiny else "-", gemm, seconds["ours"])
+        pair("GEMM calls, share of our step", gemm, seconds["ours"])
+        if device.type == "cuda":
+            least = [step_flops(step) / (args.peak_tflops * 1e12)] * args.rounds
+            pair("visible FLOPs at the GPU's peak / our step", least, seconds["ours"])
         if args.profile:
             _profile(step, device)
         del step
-        ours, reference = ([float(peak[name])] for name in ("ours", "reference"))
-        compare(case, "peak memory of the step, ours / reference (bytes)", "<= 0.4", ours, reference)
+        memory = {name: [float(number)] for name, number in peak.items()}
+        pair("peak memory of the step, ours / reference (bytes)", memory["ours"], memory["reference"])
+        pair("peak memory of dense training, ours / stock (bytes)", memory["our train"], memory["stock train"])
         ours, stock = ([float(saved_bytes(*make[name]))] for name in ("our train", "stock train"))
-        compare(case, "saved by dense training, ours / stock (bytes)", "<= 0.45", ours, stock)
+        pair("saved by dense training, ours / stock (bytes)", ours, stock)
     kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "_").lower()
     about = {**conditions(device, args.threads), "inputs": f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"}
     print(write_csv(f"pretrain_step_{kind}_{args.dtype}", rows, about))
@@ -148,6 +199,14 @@ def gemm_seconds(step: Callable[[], None], device: torch.device) -> float:
             step()
         found.append(sum(getattr(event, field) for event in profiler.key_averages() if event.key in GEMMS) / 1e6)
     return statistics.median(found)
+
+
+def step_flops(step: Callable[[], None]) -> int:
+    """Of the visible patches: the forward's, and twice as many in the backward."""
+    # the fused operations count what they compute, the plain ones a map with zeros in it
+    with use_backend("torch"), FlopCounterMode(display=False) as counter:
+        step.forward()
+    return 3 * counter.get_total_flops()
 
 
 def saved_bytes(make: Callable[..., Callable[[], None]], arguments: tuple) -> int:
