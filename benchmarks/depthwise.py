@@ -14,7 +14,7 @@ import timm
 import torch
 
 import timm_convnextv2  # noqa: F401  (registers the models)
-from benchmarks.measure import Contenders, conditions, write_csv
+from benchmarks.measure import Contenders, add_machine_options, conditions, device_kind, write_csv
 from timm_convnextv2.masking import Visible, num_visible, random_mask
 from timm_convnextv2.ops import use_backend
 
@@ -53,10 +53,7 @@ def main() -> None:
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--backends", nargs="+", default=["reference", "torch"])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add_machine_options(parser, 15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []
@@ -81,9 +78,8 @@ def main() -> None:
                 print(
                     f"{what:6} stage {stage} {name:9}: {1e3 * seconds[name]:7.2f} ms, {times} x its bytes", flush=True
                 )
-    kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "_").lower()
     about = {**conditions(device, args.threads), "inputs": f"{args.size}, 224 px, batch {args.batch}, {args.dtype}"}
-    print(write_csv(f"depthwise_{kind}_{args.dtype}", rows, about))
+    print(write_csv(f"depthwise_{device_kind(device)}_{args.dtype}", rows, about))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import statistics
 
 import torch
 
-from benchmarks.measure import Contenders, conditions, ratio, write_csv
+from benchmarks.measure import Contenders, add_machine_options, conditions, device_kind, ratio, write_csv
 from benchmarks.pretrain_step import IMG_SIZE, dense_step
 from timm_convnextv2.convnextv2 import VARIANTS
 
@@ -23,10 +23,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--max-seconds", type=float, default=20, help="leave out what takes longer a step")
     parser.add_argument("--compile", action="store_true", help="compare both compiled")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add_machine_options(parser, 5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []
@@ -50,9 +47,8 @@ def main() -> None:
                 f"{size:6} batch {batch:3}: stock / ours {middle:.2f}  ({low:.2f} to {high:.2f})  goal >= 1.1",
                 flush=True,
             )
-    kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "_").lower()
     about = {**conditions(device, args.threads), "inputs": f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"}
-    print(write_csv(f"inference_{kind}_{args.dtype}", rows, about))
+    print(write_csv(f"inference_{device_kind(device)}_{args.dtype}", rows, about))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the benchmarks share: paired timing, peak memory, conditions, result files."""
 
+import argparse
 import csv
 import datetime
 import multiprocessing
@@ -15,9 +16,22 @@ from pathlib import Path
 import timm
 import torch
 
-__all__ = ["Contenders", "conditions", "ratio", "time_in_turn", "write_csv"]
+__all__ = ["Contenders", "add_machine_options", "conditions", "device_kind", "ratio", "time_in_turn", "write_csv"]
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def add_machine_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """`--rounds`, `--threads`, `--device` and `--dtype`."""
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+
+
+def device_kind(device: torch.device) -> str:
+    """'cpu', or the GPU's name, for the names of files."""
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "_").lower()
 
 
 def conditions(device: torch.device, threads: int) -> dict[str, str]:

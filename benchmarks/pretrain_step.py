@@ -17,7 +17,7 @@ from timm.models import convnext
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_convnextv2  # noqa: F401  (registers the models)
-from benchmarks.measure import Contenders, conditions, ratio, write_csv
+from benchmarks.measure import Contenders, add_machine_options, conditions, device_kind, ratio, write_csv
 from timm_convnextv2.masking import random_mask
 from timm_convnextv2.ops import use_backend
 from timm_convnextv2.reference import reference_forward
@@ -115,10 +115,7 @@ def dense_step(which: str, size: str, batch: int, train: bool, device: str, dtyp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["atto:16", "tiny:8"], metavar="SIZE:BATCH")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add_machine_options(parser, 7)
     parser.add_argument("--compile", action="store_true", help="also each contender compiled")
     parser.add_argument(
         "--peak-tflops", type=float, default=989, help="of the GPU, for its utilisation (H100, bfloat16)"
@@ -183,9 +180,8 @@ def main() -> None:
         pair("peak memory of dense training, ours / stock (bytes)", memory["our train"], memory["stock train"])
         ours, stock = ([float(saved_bytes(*make[name]))] for name in ("our train", "stock train"))
         pair("saved by dense training, ours / stock (bytes)", ours, stock)
-    kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "_").lower()
     about = {**conditions(device, args.threads), "inputs": f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"}
-    print(write_csv(f"pretrain_step_{kind}_{args.dtype}", rows, about))
+    print(write_csv(f"pretrain_step_{device_kind(device)}_{args.dtype}", rows, about))
 
 
 def gemm_seconds(step: Callable[[], None], device: torch.device) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from benchmarks.measure import Contenders, conditions, write_csv
+from benchmarks.measure import Contenders, add_machine_options, conditions, device_kind, write_csv
 from benchmarks.pretrain_step import fcmae_step
 
 LABELS = {"ours": "ours", "reference": "dense with masks"}
@@ -49,10 +49,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
     parser.add_argument("--img-sizes", type=int, nargs="+", default=[64, 128, 224, 320, 448, 576, 768])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    add_machine_options(parser, 5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []
@@ -79,7 +76,7 @@ def main() -> None:
                 f"peak {ours['bytes'] / 2**20:.0f} and {theirs['bytes'] / 2**20:.0f} MiB",
                 flush=True,
             )
-    kind = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "_").lower()
+    kind = device_kind(device)
     about = conditions(device, args.threads)
     about["inputs"] = f"{args.size}, {args.dtype}, batch {args.batch}, 224 px, mask ratio 0.6 where not varied"
     print(write_csv(f"scaling_{kind}_{args.dtype}", rows, about))

@@ -12,6 +12,7 @@ from PIL import Image
 from timm_convnextv2 import report
 from timm_convnextv2.fcmae import FCMAEOutput, normalize_target, patchify
 from timm_convnextv2.masking import Visible, num_visible, random_mask
+from timm_convnextv2.ops import use_backend
 from timm_convnextv2.ops.backends import ENV
 from timm_convnextv2.report import (
     Progress,
@@ -234,11 +235,14 @@ def test_memory_estimate_leaves_the_model_alone():
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
-def test_memory_estimate_shows_what_checkpointing_saves():
+# of a model this small, stem and decoder keep a large part
+@pytest.mark.parametrize("name, share", [("reference", 0.3), ("torch", 0.7)])
+def test_memory_estimate_shows_what_checkpointing_saves(name, share):
     model = timm.create_model("fcmae_convnextv2_atto", img_size=64)
-    plain = memory_estimate(model, 2)[1]
-    model.set_grad_checkpointing()
-    assert memory_estimate(model, 2)[1] < 0.7 * plain
+    with use_backend(name):
+        plain = memory_estimate(model, 2)[1]
+        model.set_grad_checkpointing()
+        assert memory_estimate(model, 2)[1] < share * plain
 
 
 def test_memory_estimate_asks_the_backend_of_the_device(monkeypatch):

@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--decoder-dim", type=int, default=512, metavar="N")
     add("--norm-pix-loss", action=argparse.BooleanOptionalAction, default=True, help="normalise targets per patch")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="more of timm.create_model's")
-    add("--grad-checkpointing", action="store_true", help="less memory, a tenth (CPU) to a third more time")
+    add("--grad-checkpointing", action="store_true", help="less memory, a sixth to a third more work")
     add("--model-ema", action="store_true", help="keep and export a moving average of the weights")
     add("--model-ema-decay", type=float, default=0.9999, metavar="X")
     add("--model-ema-warmup", action="store_true", help="start with a shorter average")

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 
 def is_plain_depthwise(conv: nn.Module) -> bool:
-    """Whether `window_depthwise` computes what `conv` does: depthwise, stride and dilation 1, 'same' zero padding."""
+    """Whether the operations here compute what `conv` does: depthwise, stride and dilation 1, 'same' zero padding."""
     return (
         type(conv) in (nn.Conv2d, DepthwiseConv2d)
         and conv.groups == conv.in_channels == conv.out_channels
@@ -230,7 +230,7 @@ def _window_depthwise_backward(
     need_x: bool, need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of x, weight and bias; those that nobody needs are of no use."""
-    grad, C = grad.contiguous(), len(weight)
+    C = len(weight)
     nothing = x.new_empty(0)
     grad_x, grad_weight, grad_bias = nothing, nothing.clone(), nothing.clone()
     if triton:
@@ -284,7 +284,7 @@ def _backward(ctx, grad):
     x, weight, index = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     found = _window_depthwise_backward(
-        grad, x, weight, index, ctx.has_bias, ctx.triton, need_x, need_weight or need_bias
+        grad.contiguous(), x, weight, index, ctx.has_bias, ctx.triton, need_x, need_weight or need_bias
     )
     needs = (need_x, need_weight, need_bias)
     return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
