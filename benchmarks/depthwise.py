@@ -15,7 +15,8 @@ import torch
 
 import timm_convnextv2  # noqa: F401  (registers the models)
 from benchmarks.measure import Contenders, add_machine_options, conditions, device_kind, write_csv
-from timm_convnextv2.masking import Visible, num_visible, random_mask
+from timm_convnextv2.models.masking import num_visible, random_mask
+from timm_convnextv2.models.packing import PackedLayout
 from timm_convnextv2.ops import use_backend
 
 COPIED = 64 * 2**20  # numbers
@@ -38,7 +39,7 @@ def mix_step(backend: str, size: str, stage: int, packed: bool, batch: int, devi
     x = torch.randn(batch, conv.in_channels, rows, columns, device=device, dtype=getattr(torch, dtype))
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     grad, mask = torch.randn_like(x), random_mask(batch, (7, 7), 0.6)
-    layout = Visible(mask, keep, device=device)
+    layout = PackedLayout(mask, keep, device=device)
 
     def step() -> None:
         x.grad = conv.weight.grad = conv.bias.grad = None

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.measure import Contenders, add_machine_options, conditions, device_kind, ratio, write_csv
 from benchmarks.pretrain_step import IMG_SIZE, dense_step
-from timm_convnextv2.convnextv2 import VARIANTS
+from timm_convnextv2.models.registry import VARIANTS
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_convnextv2  # noqa: F401  (registers the models)
 from benchmarks.measure import Contenders, add_machine_options, conditions, device_kind, ratio, write_csv
-from timm_convnextv2.masking import random_mask
+from timm_convnextv2.models.masking import random_mask
+from timm_convnextv2.models.reference import reference_forward
 from timm_convnextv2.ops import use_backend
-from timm_convnextv2.reference import reference_forward
 
 IMG_SIZE = 224
 GEMMS = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")}

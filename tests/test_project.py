@@ -11,7 +11,7 @@ import timm
 import yaml
 
 import timm_convnextv2
-from timm_convnextv2.convnextv2 import VARIANTS
+from timm_convnextv2.models.registry import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub import ModelCard
-from test_checkpoint_export import FCMAE, NC, _Runs, config_of, equal, make_run
+from test_export import FCMAE, NC, _Runs, config_of, equal, make_run
 
 import timm_convnextv2  # noqa: F401  registers the models
 from timm_convnextv2.checkpoint import export_encoder, export_finetuned, load_checkpoint, push_to_hub

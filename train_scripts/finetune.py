@@ -47,9 +47,9 @@ from timm.utils.distributed import world_info_from_env
 
 import timm_convnextv2
 from timm_convnextv2.checkpoint import load_checkpoint
-from timm_convnextv2.convnextv2 import filter_weights
+from timm_convnextv2.models.registry import filter_weights
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(timm_convnextv2.__file__).parent / "finetune" / "recipes"
 PLUGIN = timm_convnextv2.__name__
 TIMM_RAW = "https://raw.githubusercontent.com/huggingface/pytorch-image-models"
 NEEDED = ("main", "parser", "config_parser")  # of train.py

@@ -59,13 +59,12 @@ from timm_convnextv2.data import (
     create_source,
     sample_seed,
 )
+from timm_convnextv2.memory import memory_estimate, peak_memory
 from timm_convnextv2.provenance import WEIGHTS, config_beside, read_config, resolve_license
 from timm_convnextv2.report import (
     Progress,
     check_logs,
-    memory_estimate,
     open_logs,
-    peak_memory,
     save_loss_curve,
     save_reconstructions,
 )

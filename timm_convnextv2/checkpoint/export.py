@@ -19,12 +19,11 @@ from timm.models import clean_state_dict
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from ..convnextv2 import ConvNeXtV2
-from ..fcmae import FCMAE
+from ..models import FCMAE, ConvNeXtV2
+from ..models.weights import check_weights
 from ..provenance import WEIGHTS, Origin, config_beside, origin_of_config, read_config, resolve_license
 from .card import PICTURES, render_card
 from .files import load_checkpoint
-from .official import check_names
 
 __all__ = ["export_encoder", "export_fcmae", "export_finetuned", "find_checkpoint"]
 
@@ -32,18 +31,6 @@ __all__ = ["export_encoder", "export_fcmae", "export_finetuned", "find_checkpoin
 _KEEP = ("architecture", "input_size", "fixed_input_size", "pool_size", "interpolation", "crop_pct", "crop_mode")
 _KEEP += ("mean", "std", "num_classes", "first_conv", "classifier")
 _PAPER = ("paper_name", "paper_ids")
-
-
-def _check_weights(weights: dict[str, Any], own: dict[str, Tensor], what: str, prefix: str = "") -> None:
-    """Exactly the names and shapes of `own`."""
-    check_names(set(weights), set(own), what)
-    for name, value in own.items():
-        came = getattr(weights[name], "shape", None)
-        if came != value.shape:
-            raise ValueError(
-                f"{prefix}{name} is {list(came) if came is not None else 'no tensor'} in the weights and "
-                f"{list(value.shape)} in the model."
-            )
 
 
 def _write_folder(
@@ -173,7 +160,7 @@ def export_encoder(
     if state_dict is not None:
         state_dict = clean_state_dict(state_dict)
         weights = {k[len("encoder.") :]: v for k, v in state_dict.items() if k.startswith("encoder.")}
-        _check_weights(weights, own, "weights of this FCMAE's encoder", "encoder.")
+        check_weights(weights, own, "Not weights of this FCMAE's encoder")
     data = _pretraining_data(model, mean, std, img_size)
     training = _pretraining(model, inherited, info)
     return _write_folder(model.encoder, weights, folder, data=data, license=license, training=training)
@@ -205,7 +192,7 @@ def export_fcmae(
     weights = own
     if state_dict is not None:
         weights = clean_state_dict(state_dict)
-        _check_weights(weights, own, "weights of this FCMAE")
+        check_weights(weights, own, "Not weights of this FCMAE")
     data = _pretraining_data(model, mean, std, img_size)
     described = copy.copy(model)  # shares everything but what is set here
     described.pretrained_cfg = {
@@ -443,7 +430,7 @@ def export_finetuned(
         raise ValueError(f"The model of '{path}', '{args['model']}', cannot be made again: {e}") from e
     if not isinstance(model, ConvNeXtV2):
         raise ValueError(f"'{path}' is of a '{args['model']}'; a ConvNeXt V2 (convnextv2_*) was expected.")
-    _check_weights(weights, model.state_dict(), f"weights of '{args['model']}', in '{path}'")
+    check_weights(weights, model.state_dict(), f"'{path}' does not hold weights of '{args['model']}'")
 
     origin = _origin(args, name, model.pretrained_cfg, (path.resolve(),))
     license = resolve_license(license, origin.license)

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from ..models.weights import check_weights
 from ..provenance import WEIGHTS, origin_of_config, read_config, training_of
 from .card import PICTURES, card_for_repo, render_card
 
@@ -19,7 +20,7 @@ __all__ = ["check_folder", "files_to_push", "push_to_hub"]
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
 
 
-def _check_weights(folder: Path) -> None:
+def _check_folder_weights(folder: Path) -> None:
     """The weights are those of the architecture that config.json names, tensor by tensor."""
     path = folder / WEIGHTS
     try:
@@ -31,15 +32,8 @@ def _check_weights(folder: Path) -> None:
         model = timm.create_model(f"local-dir:{folder}", pretrained=False, device="meta")
     except Exception as e:  # whatever a constructor says to arguments that it does not know
         raise ValueError(f"'{folder / 'config.json'}' does not describe a model that can be built: {e}") from e
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"'{path}' does not hold the weights of the model that config.json describes: {len(wrong)} tensors differ, "
-            f"the first: '{name}' is {found.get(name, 'missing')}, {expected.get(name, 'nothing')} was expected. "
-            "Export the model again."
-        )
+    what = f"'{path}' does not hold the weights of the model that config.json describes"
+    check_weights(found, model.state_dict(), what, remedy="Export the model again.")
 
 
 def _check_licence(folder: Path, config: dict[str, Any], card: str) -> None:
@@ -97,7 +91,7 @@ def check_folder(folder: str | os.PathLike) -> dict[str, Path | bytes]:
         )
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"'{folder}' has no {WEIGHTS}. Export the model again.")
-    _check_weights(folder)
+    _check_folder_weights(folder)
     pictures = [name for name in PICTURES if (folder / name).is_file()]
     readme = folder / "README.md"
     card = readme.read_text(encoding="utf-8") if readme.is_file() else render_card(config, pictures)

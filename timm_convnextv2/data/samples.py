@@ -13,7 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 from torchvision.transforms import InterpolationMode, v2
 
-from ..masking import random_mask
+from ..models.masking import random_mask
 from .decode import Choose, ImageError, Reduced
 from .sources import TimmStream
 

@@ -1,20 +1,7 @@
-"""Numerics. Nothing in here imports the rest of the package."""
+"""Functions: plain definitions, custom operations, kernels. Nothing in here imports the rest of the package."""
 
-from .backends import backend, set_backend, use_backend
-from .depthwise import DepthwiseConv2d, is_plain_depthwise, window_depthwise
-from .grn import GlobalResponseNorm
-from .patch_conv import PatchConv2d
-from .token_mlp import PointwiseConv2d, TokenMlp
+from .depthwise import depthwise_conv, window_depthwise
+from .dispatch import backend, set_backend, use_backend
+from .token_mlp import fused_token_mlp
 
-__all__ = [
-    "DepthwiseConv2d",
-    "GlobalResponseNorm",
-    "PatchConv2d",
-    "PointwiseConv2d",
-    "TokenMlp",
-    "backend",
-    "is_plain_depthwise",
-    "set_backend",
-    "use_backend",
-    "window_depthwise",
-]
+__all__ = ["backend", "depthwise_conv", "fused_token_mlp", "set_backend", "use_backend", "window_depthwise"]

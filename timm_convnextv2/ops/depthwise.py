@@ -9,34 +9,19 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .backends import autocast_dtype, backend, watched
-from .grn import stats_dtype
+from .dispatch import autocast_dtype, backend
+from .functional import stats_dtype
 from .scratch import scratch
 
-__all__ = ["DepthwiseConv2d", "is_plain_depthwise", "window_depthwise"]
+__all__ = ["depthwise_conv", "window_depthwise"]
 
 MAX_COLUMNS = 3  # of the kernel, in oneDNN's depthwise weight gradient (jit_uni_dw_conv_kernel_utils.cpp, "kw > 3")
 CHUNK_BYTES = 8 * 2**20  # of the gradient, at a time: what is gathered for it stays in the cache
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 aten = torch.ops.aten
-
-
-def is_plain_depthwise(conv: nn.Module) -> bool:
-    """Whether the operations here compute what `conv` does: depthwise, stride and dilation 1, 'same' zero padding."""
-    return (
-        type(conv) in (nn.Conv2d, DepthwiseConv2d)
-        and conv.groups == conv.in_channels == conv.out_channels
-        and conv.stride == conv.dilation == (1, 1)
-        and conv.kernel_size[0] == conv.kernel_size[1]
-        and conv.kernel_size[0] % 2 == 1
-        and conv.padding == (conv.kernel_size[0] // 2,) * 2
-        and conv.padding_mode == "zeros"
-        and not (conv._forward_hooks or conv._forward_pre_hooks)
-    )
 
 
 def _column_groups(k: int) -> list[tuple[int, int]]:
@@ -101,7 +86,7 @@ def _shifted(x: torch.Tensor, first: int, width: int, k: int) -> tuple[torch.Ten
 
 
 @torch.library.custom_op("timm_convnextv2::depthwise", mutates_args=())
-def _depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
 
@@ -121,7 +106,7 @@ def _depthwise_backward(
     return grad_x, grad_weight, grad_bias
 
 
-@_depthwise.register_fake
+@depthwise_conv.register_fake
 def _(x, weight, bias):
     return torch.empty_like(x, memory_format=torch.channels_last)
 
@@ -152,42 +137,7 @@ def _dense_backward(ctx, grad):
     return tuple(g if need else None for g, need in zip(found, needs, strict=True))
 
 
-_depthwise.register_autograd(_dense_backward, setup_context=_setup_dense)
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` whose backward, in training on CPU, is this module's."""
-
-    @classmethod
-    def adopt(cls, conv: nn.Module) -> None:
-        """Turns a plain depthwise convolution into this one in place; leaves any other as it is."""
-        if is_plain_depthwise(conv):
-            conv.__class__ = cls
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if self._differs(x):
-                return _depthwise(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
-        return self._conv_forward(x, self.weight, self.bias)
-
-    @torch.jit.unused
-    def _differs(self, x: torch.Tensor) -> bool:
-        """Whether the backward would be another one than PyTorch's, and may: the one place of that rule."""
-        return (
-            not isinstance(x, torch.fx.Proxy)
-            and not watched()
-            and torch.is_grad_enabled()
-            and (x.requires_grad or self.weight.requires_grad)
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
-            and x.ndim == 4
-            and x.numel() > 0
-            and autocast_dtype(x) is None
-            and self.kernel_size[0] > MAX_COLUMNS
-            and backend("cpu") == "torch"
-            and HAS_ONEDNN
-            and is_plain_depthwise(self)
-        )
+depthwise_conv.register_autograd(_dense_backward, setup_context=_setup_dense)
 
 
 def _windows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,9 @@
-"""Convolution whose kernel is its stride, as a matrix product where that is faster."""
+"""The matrix product of a convolution whose kernel is its stride."""
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from .backends import autocast_dtype, backend, watched
-
-__all__ = ["PatchConv2d"]
+__all__ = ["patch_product"]
 
 
 class _PatchProduct(torch.autograd.Function):
@@ -32,46 +29,6 @@ class _PatchProduct(torch.autograd.Function):
         return grad_x, grad_weight, flat.sum(dim=0) if need_bias else None
 
 
-class PatchConv2d(nn.Conv2d):
-    """`nn.Conv2d` that does not let a narrow map, as a strip of packed patches is one, slow the CPU's convolution.
-
-    With one or two patches in a row, one training step of the downsampling layer took 1.2 to 3 times as long as the
-    matrix product of its patches; in wider maps the convolution is faster.
-    """
-
-    @classmethod
-    def adopt(cls, conv: nn.Module) -> None:
-        """Turns a convolution without overlap, padding or groups into this one in place; leaves any other as it is."""
-        if (
-            type(conv) is nn.Conv2d
-            and conv.kernel_size == conv.stride
-            and conv.kernel_size[0] == conv.kernel_size[1]
-            and conv.padding == (0, 0)
-            and conv.dilation == (1, 1)
-            and conv.groups == 1
-        ):
-            conv.__class__ = cls
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if self._narrow(x):
-                k = self.kernel_size[0]
-                B, C, H, W = x.shape
-                patches = x.permute(0, 2, 3, 1).reshape(B, H // k, k, W // k, k, C).transpose(2, 3)
-                return _PatchProduct.apply(patches.flatten(3), self.weight, self.bias).permute(0, 3, 1, 2)
-        return self._conv_forward(x, self.weight, self.bias)
-
-    @torch.jit.unused
-    def _narrow(self, x: torch.Tensor) -> bool:
-        k = self.kernel_size[0]
-        return (
-            not isinstance(x, torch.fx.Proxy)
-            and not watched()
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype
-            and autocast_dtype(x) is None
-            and backend("cpu") == "torch"
-            and x.ndim == 4
-            and x.shape[3] <= 2 * k
-            and x.shape[2] % k == x.shape[3] % k == 0
-        )
+def patch_product(patches: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Patches `[..., k * k * C]`, pixels in (row, column, channel) order, times `[O, C, k, k]`: `[..., O]`."""
+    return _PatchProduct.apply(patches, weight, bias)

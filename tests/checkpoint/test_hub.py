@@ -1,0 +1,741 @@
+"""Traffic with the Hugging Face Hub, against a server on loopback: publish, download, cache, and what goes wrong.
+
+What huggingface_hub does by itself is tested where our users rely on it; the rest is `push_to_hub`, `build_model` and
+`publish.py`.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hub_server import HubServer, card_metadata
+from huggingface_hub import constants, file_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import _http
+
+import timm_convnextv2
+from timm_convnextv2 import checkpoint
+
+# huggingface_hub calls its HTTP library in a way that is on its way out
+pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
+
+TINY = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), patch_size=1)
+TINY_FCMAE = dict(TINY, decoder_dim=16, img_size=32)
+REPO = "owner/model"
+WEIGHTS, LFS = "model.safetensors", "/storage/"  # the file, and where its content travels
+FOREVER = math.inf
+SCRIPTS = Path(__file__).parents[2] / "train_scripts"
+
+
+class Clock:
+    """`time` without waiting: what huggingface_hub would have slept is added up instead."""
+
+    def __init__(self):
+        self.waited = 0.0
+
+    def sleep(self, seconds):
+        self.waited += seconds
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A running server that this process takes for the Hub, logged in as the owner of `owner/*`, with an empty cache.
+
+    conftest.py keeps all tests offline by an environment variable, which huggingface_hub has read when it was imported.
+    """
+    with HubServer() as server:
+        values = dict(
+            ENDPOINT=server.endpoint,
+            HUGGINGFACE_CO_URL_TEMPLATE=server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            HF_HUB_OFFLINE=False,
+            HF_HUB_CACHE=str(tmp_path / "cache"),
+            HF_TOKEN_PATH=str(tmp_path / "token"),
+            HF_HUB_DISABLE_XET=True,
+            HF_HUB_DISABLE_TELEMETRY=True,
+            DOWNLOAD_CHUNK_SIZE=1000,  # 10 MB: an interrupted download goes on from the last full chunk
+        )
+        for name, value in values.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
+        server.clock = Clock()
+        for module in (_http, file_download):
+            monkeypatch.setattr(module, "time", server.clock)
+        monkeypatch.setenv("HF_TOKEN", "hf_owner")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        _http.close_session()
+        yield server
+        _http.close_session()
+    unknown = [f"{r.method} {r.path}" for r in server.requests if r.status == 501]
+    assert not unknown, f"tests/hub_server.py does not know these requests: {unknown}"
+
+
+@pytest.fixture(scope="module")
+def fcmae():
+    """A small FCMAE, no two of whose values are the same."""
+    torch.manual_seed(1)
+    model = timm.create_model("fcmae_convnextv2_atto", **TINY_FCMAE)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(fcmae, tmp_path_factory):
+    """Its two timm folders, as {path: content}."""
+    root = tmp_path_factory.mktemp("exported")
+    folders = {
+        "encoder": checkpoint.export_encoder(fcmae, root / "encoder", license="mit"),
+        "fcmae": checkpoint.export_fcmae(fcmae, root / "fcmae", license="mit"),
+    }
+    return {name: files_of(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    """An exported encoder on the disk."""
+    path = tmp_path / "folder"
+    path.mkdir()
+    for name, content in exported["encoder"].items():
+        (path / name).write_bytes(content)
+    return path
+
+
+def files_of(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def published(server, repo_id=REPO, revision="main"):
+    """What a repository has besides what the Hub put there."""
+    return {k: v for k, v in server.files(repo_id, revision).items() if k != ".gitattributes"}
+
+
+def assert_published(server, folder, revision="main", **more):
+    """A revision has the folder's files (and `more`); the card's code loads from the Hub instead of a folder."""
+    expected, arrived = files_of(folder), published(server, REPO, revision)
+    card, sent = arrived.pop("README.md").decode(), expected.pop("README.md").decode()
+    assert arrived == {**expected, **more}
+    assert card_metadata(card) == card_metadata(sent)
+    assert f"hf-hub:{REPO}" + (f"@{revision}" if revision != "main" else "") in card
+    assert "local-dir:" not in card
+
+
+def cached():
+    """Files of the cache that a user of it could find, by name."""
+    return sorted(p.name for p in Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*/*"))
+
+
+def assert_same(state_dict, content):
+    """Values equal those of a safetensors file, exactly."""
+    expected = safetensors.torch.load(content)
+    assert state_dict.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(state_dict[name], value), name
+
+
+def shift(content, by=1.0):
+    """A safetensors file with other values."""
+    return safetensors.torch.save({k: v + by for k, v in safetensors.torch.load(content).items()}, {"format": "pt"})
+
+
+def load_encoder(repo_id=REPO, **kwargs):
+    return timm.create_model(f"hf-hub:{repo_id}", pretrained=True, **kwargs)
+
+
+def load_fcmae(repo_id=REPO):
+    overlay = dict(hf_hub_id=repo_id)
+    return timm.create_model("fcmae_convnextv2_atto", pretrained=True, pretrained_cfg_overlay=overlay, **TINY_FCMAE)
+
+
+def at_the_second_try(call):
+    """For faults that huggingface_hub passes on: one clear error is allowed, and then it must work."""
+    try:
+        return call()
+    except RuntimeError as e:
+        assert REPO in str(e)
+        return call()
+
+
+# -- publishing
+
+
+@pytest.mark.parametrize("private", [None, False, True])
+def test_push_makes_a_repository_with_the_folder(hub, folder, private):
+    url = checkpoint.push_to_hub(folder, REPO, private=private, commit_message="Four epochs more")
+    repo = hub.repos[REPO]
+    assert repo.private is bool(private)
+    assert_published(hub, folder)
+    (commit,) = hub.commits(REPO)
+    assert url == f"{hub.endpoint}/{REPO}/commit/{commit.oid}"
+    assert commit.message == "Four epochs more"
+    assert [path for path, file in commit.files.items() if file.lfs] == [WEIGHTS]
+
+
+def test_push_without_a_message_gives_one(hub, folder):
+    checkpoint.push_to_hub(folder, REPO)
+    assert hub.commits(REPO)[0].message
+
+
+@pytest.mark.parametrize("revision", ["v1.0", "runs/a"])
+def test_push_to_a_branch_leaves_main_alone(hub, folder, revision):
+    url = checkpoint.push_to_hub(folder, REPO, revision=revision)
+    assert_published(hub, folder, revision)
+    assert published(hub) == {}
+    assert url.endswith(hub.commits(REPO, revision)[-1].oid)
+
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nMore.\n")
+    checkpoint.push_to_hub(folder, REPO, revision=revision)
+    assert len(hub.commits(REPO, revision)) == 2
+    assert_published(hub, folder, revision)
+
+
+def test_second_push_sends_what_changed(hub, folder):
+    checkpoint.push_to_hub(folder, REPO)
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\nMore.\n")
+    before = len(hub.requests)
+    checkpoint.push_to_hub(folder, REPO)
+    assert_published(hub, folder)
+    assert not [r for r in hub.requests[before:] if r.server == "storage"]
+    (commit,) = [r for r in hub.requests[before:] if "/commit/" in r.path]
+    sent = [json.loads(line) for line in commit.body.splitlines()]
+    assert [item["value"]["path"] for item in sent if item["key"] != "header"] == ["README.md"]
+
+    url = checkpoint.push_to_hub(folder, REPO)  # nothing changed: no commit, and the url of the last one
+    assert len(hub.commits(REPO)) == 2
+    assert url.endswith(hub.commits(REPO)[-1].oid)
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_push_to_a_repository_of_the_other_visibility(hub, folder, private):
+    hub.add(REPO, {"notes.md": b"mine"}, private=not private)
+    with pytest.raises(RuntimeError, match=REPO):
+        checkpoint.push_to_hub(folder, REPO, private=private)
+    assert published(hub) == {"notes.md": b"mine"}
+    assert not hub.log("PUT")
+    checkpoint.push_to_hub(folder, REPO)  # not said: as it is
+    assert hub.repos[REPO].private is not private
+
+
+def test_push_keeps_files_that_only_the_repository_has(hub, folder):
+    hub.add(REPO, {"notes.md": b"mine"})
+    checkpoint.push_to_hub(folder, REPO)
+    assert_published(hub, folder, **{"notes.md": b"mine"})
+
+
+@pytest.mark.parametrize("kind", ["encoder", "fcmae"])
+def test_model_card_arrives_and_the_hub_accepts_it(hub, exported, tmp_path, kind):
+    for name, content in exported[kind].items():
+        (tmp_path / kind).mkdir(exist_ok=True)
+        (tmp_path / kind / name).write_bytes(content)
+    checkpoint.push_to_hub(tmp_path / kind, REPO)
+    assert {r.status for r in hub.log("POST", "validate-yaml")} == {200}
+    metadata = card_metadata(published(hub)["README.md"].decode())
+    assert metadata["library_name"] == "timm"
+    assert metadata["license"] == "mit"
+    card = huggingface_hub.model_info(REPO).card_data  # as the site reads it
+    assert card.license == "mit"
+    assert "timm" in card.tags
+
+
+@pytest.mark.parametrize("tags", ["[timm", "[3]"], ids=["syntax", "content"])
+def test_broken_metadata_is_refused_before_anything_is_uploaded(hub, folder, tags):
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(re.sub(r"tags:\n(- .*\n)+", f"tags: {tags}\n", card))
+    with pytest.raises((ValueError, RuntimeError), match="README.md"):
+        checkpoint.push_to_hub(folder, REPO)
+    assert not hub.log("PUT")
+    assert not hub.log("POST", "/commit/")
+
+
+@pytest.mark.parametrize("repo_id", [REPO, "elsewhere/model"])
+@pytest.mark.parametrize("token", [None, "hf_wrong", "hf_reader", "hf_stranger"])
+def test_push_that_is_not_allowed(hub, folder, token, repo_id, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(RuntimeError, match=re.escape(repo_id)) as error:
+        checkpoint.push_to_hub(folder, repo_id, token=token)
+    assert "token" in str(error.value)
+    assert not hub.repos
+    assert not hub.log("PUT")
+    assert not token or token not in str(error.value)
+
+
+def test_push_with_a_token_that_is_given(hub, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_stranger")
+    checkpoint.push_to_hub(folder, REPO, token="hf_owner")
+    assert {r.headers["authorization"] for r in hub.requests if r.server == "hub"} == {"Bearer hf_owner"}
+    assert not any("authorization" in r.headers for r in hub.requests if r.server == "storage")
+
+
+def test_push_of_a_folder_without_a_model_asks_nobody(hub, tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            checkpoint.push_to_hub(path, REPO)
+    assert not hub.requests
+
+
+# what one push asks for; those that huggingface_hub sends again by itself after a 503
+RETRIED = [("POST", "/preupload/"), ("POST", "/objects/batch"), ("PUT", LFS), ("POST", "/objects/verify")]
+STEPS = [*RETRIED, ("POST", "/repos/create"), ("POST", "/validate-yaml"), ("POST", "/branch/"), ("POST", "/commit/")]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step[1])
+def test_push_survives_one_503(hub, folder, step):
+    hub.fail(*step, 503)
+    if step in RETRIED:
+        checkpoint.push_to_hub(folder, REPO, revision="v1")
+    else:
+        at_the_second_try(lambda: checkpoint.push_to_hub(folder, REPO, revision="v1"))
+    assert 503 in [r.status for r in hub.log(*step)]
+    assert_published(hub, folder, "v1")
+    assert len(hub.commits(REPO, "v1")) == 1
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step[1])
+def test_push_gives_up_when_503_goes_on(hub, folder, step):
+    hub.fail(*step, 503, times=FOREVER)
+    with pytest.raises(RuntimeError, match=re.escape(REPO)) as error:
+        checkpoint.push_to_hub(folder, REPO, revision="v1")
+    assert "503" in str(error.value)
+    assert hub.clock.waited < 120
+    if REPO in hub.repos:  # nothing was published by halves
+        assert all(not published(hub, revision=branch) for branch in hub.repos[REPO].branches)
+    hub.heal()
+    checkpoint.push_to_hub(folder, REPO, revision="v1")
+    assert_published(hub, folder, "v1")
+
+
+def test_commit_whose_answer_was_lost_is_not_made_twice(hub, folder):
+    hub.fail("POST", "/commit/", 504, done=True)
+    url = at_the_second_try(lambda: checkpoint.push_to_hub(folder, REPO))
+    (commit,) = hub.commits(REPO)
+    assert url.endswith(commit.oid)
+    assert len(hub.log("PUT", LFS)) == 1
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("times", [1, 3])
+def test_upload_that_is_cut_is_sent_again_as_a_whole(hub, folder, times, reset):
+    hub.cut("PUT", LFS, after=5000, times=times, reset=reset)
+    checkpoint.push_to_hub(folder, REPO)
+    assert [r.status for r in hub.log("PUT", LFS)] == [None] * times + [200]
+    assert_published(hub, folder)
+
+
+def test_upload_that_is_always_cut_publishes_nothing(hub, folder):
+    hub.cut("PUT", LFS, after=5000, times=FOREVER)
+    with pytest.raises(RuntimeError, match=re.escape(REPO)):
+        checkpoint.push_to_hub(folder, REPO)
+    assert not published(hub)
+    assert not hub.lfs
+
+
+def test_push_without_network(hub, folder):
+    hub.stop()
+    with pytest.raises(RuntimeError, match=re.escape(REPO)):
+        checkpoint.push_to_hub(folder, REPO)
+
+
+# -- downloading
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, dict(num_classes=0), dict(num_classes=5), dict(features_only=True)], ids=str)
+def test_encoder_comes_back_with_its_values(hub, exported, kwargs, private):
+    hub.add(REPO, exported["encoder"], private=private)
+    model = load_encoder(**kwargs)
+    expected = safetensors.torch.load(exported["encoder"][WEIGHTS])
+    state_dict = model.state_dict()
+    if "features_only" in kwargs:  # timm flattens the names there, and leaves the head out
+        expected = {k.replace("stem.", "stem_").replace("stages.", "stages_"): v for k, v in expected.items()}
+        expected = {k: v for k, v in expected.items() if not k.startswith("head.")}
+        assert [f.shape[1] for f in model(torch.zeros(1, 3, 32, 32))] == [8, 16, 24, 32]
+    assert set(state_dict) - set(expected) == (
+        {"head.fc.weight", "head.fc.bias"} if kwargs.get("num_classes") else set()
+    )
+    for name, value in expected.items():
+        assert torch.equal(state_dict[name], value), name
+    assert not any("authorization" in r.headers for r in hub.requests if r.server == "storage")
+
+
+@pytest.mark.parametrize("load", [load_fcmae, load_encoder], ids=["overlay", "hf-hub"])
+def test_fcmae_comes_back_with_its_values(hub, exported, load):
+    hub.add(REPO, exported["fcmae"])
+    model = load()
+    assert isinstance(model, timm_convnextv2.FCMAE)
+    assert_same(model.state_dict(), exported["fcmae"][WEIGHTS])
+    assert model.img_size == (32, 32)
+
+
+def test_whole_way_push_and_load(hub, folder, fcmae):
+    checkpoint.push_to_hub(folder, REPO, private=True, revision="v1")
+    checkpoint.push_to_hub(folder, "owner/other")
+    for name in (f"{REPO}@v1", "owner/other"):
+        assert_same(load_encoder(name).state_dict(), files_of(folder)[WEIGHTS])
+    for name, value in load_encoder(f"{REPO}@v1").state_dict().items():
+        assert torch.equal(value, fcmae.encoder.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ["encoder", "fcmae"])
+def test_revisions_are_kept_apart(hub, exported, kind):
+    files = exported[kind]
+    changed = {WEIGHTS: shift(files[WEIGHTS])}
+    first = hub.add(REPO, files).find("main").oid
+    hub.add(REPO, changed, branch="v2/more")
+    load = load_encoder if kind == "encoder" else load_fcmae
+    assert_same(load(f"{REPO}@v2/more").state_dict(), changed[WEIGHTS])
+    assert_same(load().state_dict(), files[WEIGHTS])
+    hub.add(REPO, changed)
+    assert_same(load(f"{REPO}@{first}").state_dict(), files[WEIGHTS])
+    assert_same(load().state_dict(), changed[WEIGHTS])
+
+
+def test_second_load_downloads_nothing(hub, exported, monkeypatch):
+    hub.add(REPO, exported["encoder"])
+    load_encoder()
+    assert len(hub.log("GET", LFS)) == 1
+    gets, requests = len(hub.log("GET")), len(hub.requests)
+    assert_same(load_encoder().state_dict(), exported["encoder"][WEIGHTS])
+    assert len(hub.log("GET")) == gets
+    assert len(hub.requests) > requests  # it asks whether there is something new
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    requests = len(hub.requests)
+    assert_same(load_encoder().state_dict(), exported["encoder"][WEIGHTS])
+    assert len(hub.requests) == requests
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.stop()
+    assert_same(load_encoder().state_dict(), exported["encoder"][WEIGHTS])
+    assert hub.clock.waited == 0
+
+    hub.start()
+    hub.add(REPO, {WEIGHTS: shift(exported["encoder"][WEIGHTS])})
+    assert_same(load_encoder().state_dict(), shift(exported["encoder"][WEIGHTS]))
+    assert len(hub.log("GET", "config.json")) == 1  # did not change
+
+
+def test_cache_serves_through_an_outage(hub, exported):
+    hub.add(REPO, exported["fcmae"])
+    load_fcmae()
+    hub.fail("HEAD", "", 503, times=FOREVER)
+    assert_same(load_fcmae().state_dict(), exported["fcmae"][WEIGHTS])
+    assert hub.clock.waited == 0
+
+
+# -- who may not, and what is not there
+
+
+@pytest.mark.parametrize(
+    "access, token, status",
+    [
+        ("private", None, 401),
+        ("private", "hf_wrong", 401),
+        ("private", "hf_stranger", 404),
+        ("gated", None, 401),
+        ("gated", "hf_stranger", 403),
+        ("public", "hf_wrong", 401),
+    ],
+)
+@pytest.mark.parametrize("kind", ["encoder", "fcmae"])
+def test_model_that_one_may_not_read(hub, exported, access, token, status, kind, monkeypatch):
+    hub.add(REPO, exported[kind], **({} if access == "public" else {access: True}))
+    monkeypatch.delenv("HF_TOKEN")
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    if kind == "encoder":  # timm asks for config.json before any model is ours: this error is huggingface_hub's
+        with pytest.raises(HfHubHTTPError, match=REPO) as error:
+            load_encoder()
+        assert error.value.response.status_code == status
+    else:
+        with pytest.raises(RuntimeError, match=f"'{REPO}'.*{status}.*HF_TOKEN"):
+            load_fcmae()
+    assert not cached()
+    monkeypatch.setenv("HF_TOKEN", "hf_owner")
+    assert_same((load_encoder if kind == "encoder" else load_fcmae)().state_dict(), exported[kind][WEIGHTS])
+
+
+def test_reader_may_read(hub, exported, monkeypatch):
+    hub.add(REPO, exported["encoder"], private=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    assert_same(load_encoder().state_dict(), exported["encoder"][WEIGHTS])
+
+
+def test_what_is_not_there(hub, exported):
+    hub.add(REPO, exported["fcmae"])
+    with pytest.raises(RuntimeError, match="'owner/absent'.*404.*HF_TOKEN"):
+        load_fcmae("owner/absent")
+    with pytest.raises(RuntimeError, match=f"'{REPO}@v9'.*404.*revision 'v9'"):
+        load_fcmae(f"{REPO}@v9")
+    with pytest.raises(RepositoryNotFoundError, match="owner/absent"):
+        load_encoder("owner/absent")
+    hub.add("owner/empty", {"README.md": b"# Nothing yet"})
+    with pytest.raises(RuntimeError, match="'owner/empty'.*404.*model.safetensors"):
+        load_fcmae("owner/empty")
+    assert hub.clock.waited == 0
+    assert not cached()
+
+
+# -- when the Hub or the line fails
+
+
+@pytest.mark.parametrize("pattern", ["config.json", WEIGHTS])
+@pytest.mark.parametrize("times", [1, 3])
+def test_503_is_asked_again(hub, exported, pattern, times):
+    hub.add(REPO, exported["encoder"])
+    hub.fail("HEAD", pattern, 503, times=times)
+    assert_same(load_encoder().state_dict(), exported["encoder"][WEIGHTS])
+    assert [r.status for r in hub.log("HEAD", pattern)].count(503) == times
+
+
+def test_503_of_the_storage_harms_nothing(hub, exported):
+    hub.add(REPO, exported["encoder"])
+    hub.fail("GET", LFS, 503)
+    assert_same(at_the_second_try(load_encoder).state_dict(), exported["encoder"][WEIGHTS])
+
+
+@pytest.mark.parametrize("method, pattern", [("HEAD", WEIGHTS), ("GET", LFS)], ids=["hub", "storage"])
+@pytest.mark.parametrize("load, kind", [(load_encoder, "encoder"), (load_fcmae, "fcmae")], ids=["encoder", "fcmae"])
+def test_503_that_goes_on_is_one_clear_error(hub, exported, load, kind, method, pattern):
+    hub.add(REPO, exported[kind])
+    hub.fail(method, pattern, 503, times=FOREVER)
+    with pytest.raises(RuntimeError, match=f"'{REPO}'") as error:
+        load()
+    assert "signature=" not in str(error.value)  # a link to the content that works without a token
+    assert hub.clock.waited < 120
+    assert WEIGHTS not in cached()
+    hub.heal()
+    assert_same(load().state_dict(), exported[kind][WEIGHTS])
+
+
+def test_no_network_and_no_cache(hub, exported):
+    hub.add(REPO, exported["fcmae"])
+    hub.stop()
+    with pytest.raises(RuntimeError, match=f"'{REPO}'.*HF_HOME"):
+        load_fcmae()
+    with pytest.raises(LocalEntryNotFoundError):  # huggingface_hub's, see above
+        load_encoder()
+    assert hub.clock.waited < 120
+
+
+def ranges(server):
+    """First byte of each request for the weights."""
+    asked = [r.headers.get("range", "bytes=0-") for r in server.log("GET", LFS)]
+    return [int(re.fullmatch(r"bytes=(\d+)-", r)[1]) for r in asked]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("load, kind", [(load_encoder, "encoder"), (load_fcmae, "fcmae")], ids=["encoder", "fcmae"])
+def test_download_that_is_cut_goes_on_where_it_was(hub, exported, load, kind, times):
+    hub.add(REPO, exported[kind])
+    hub.cut("GET", LFS, after=5500, times=times)
+    assert_same(load().state_dict(), exported[kind][WEIGHTS])
+    assert ranges(hub) == [5000 * i for i in range(times + 1)]  # whole chunks are kept
+    assert [r.status for r in hub.log("GET", LFS)] == [200] + [206] * times
+    (path,) = Path(constants.HF_HUB_CACHE).rglob(WEIGHTS)
+    assert path.read_bytes() == exported[kind][WEIGHTS]
+
+
+def test_config_that_is_cut(hub, exported):
+    hub.add(REPO, exported["encoder"])
+    hub.cut("GET", "config.json", after=10)
+    assert_same(load_encoder().state_dict(), exported["encoder"][WEIGHTS])
+
+
+def faults(server):
+    """Ways to get no more than a part of the weights, whatever one tries."""
+    server.cut("GET", LFS, after=5500)
+    server.cut("GET", LFS, after=0, times=FOREVER)
+    yield
+    server.heal()
+    server.cut("GET", LFS, after=0, times=FOREVER)
+    yield
+    server.heal()
+    server.cut("GET", LFS, after=5500, times=FOREVER, reset=True)
+    yield
+    server.heal()
+    server.shorten("GET", LFS, to=5500, times=FOREVER)  # a proxy that takes a half for the whole
+    yield
+
+
+@pytest.mark.parametrize("load, kind", [(load_encoder, "encoder"), (load_fcmae, "fcmae")], ids=["encoder", "fcmae"])
+def test_half_a_file_is_never_taken_for_a_whole_one(hub, exported, load, kind):
+    hub.add(REPO, exported[kind])
+    for _ in faults(hub):
+        with pytest.raises(RuntimeError, match=f"'{REPO}'"):
+            load()
+        assert hub.log("GET", LFS)
+        assert WEIGHTS not in cached()
+        assert not [p for p in Path(constants.HF_HUB_CACHE).glob("models--*/blobs/*") if p.stat().st_size > 5000]
+    hub.stop()
+    with pytest.raises(RuntimeError, match=f"'{REPO}'"):  # nor from the cache later
+        load()
+    hub.start()
+    hub.heal()
+    assert_same(load().state_dict(), exported[kind][WEIGHTS])
+
+
+def test_line_that_is_reset_once_harms_nothing(hub, exported):
+    hub.add(REPO, exported["encoder"])
+    hub.cut("GET", LFS, after=5500, reset=True)
+    assert_same(at_the_second_try(load_encoder).state_dict(), exported["encoder"][WEIGHTS])
+
+
+def test_what_a_killed_download_left_is_not_used(hub, exported):
+    content = exported["encoder"][WEIGHTS]
+    hub.add(REPO, exported["encoder"])
+    oid = hub.repos[REPO].find("main").files[WEIGHTS].oid
+    blobs = Path(constants.HF_HUB_CACHE) / "models--owner--model" / "blobs"
+    blobs.mkdir(parents=True)
+    for name in (f"{oid}.incomplete", f"{oid}.0123abcd.incomplete"):  # as older and newer versions name it
+        (blobs / name).write_bytes(b"\0" * (len(content) // 2))
+    assert_same(load_encoder().state_dict(), content)
+
+
+# -- in a process of its own, with nothing but the environment
+
+
+def environment(server, home):
+    """What a user would set."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_"))}
+    return {
+        **own,
+        **{"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_owner", "NO_PROXY": "127.0.0.1"},
+        **{"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    }
+
+
+FROM_THE_ENVIRONMENT = """
+import sys, timm
+assert "timm_convnextv2" not in sys.modules
+model = timm.create_model("hf-hub:owner/model@v1", pretrained=True, num_classes=3)
+timm.models.save_for_hf(model, sys.argv[1], safe_serialization=True)
+
+import timm_convnextv2
+from timm_convnextv2.checkpoint import push_to_hub
+print(push_to_hub(sys.argv[1], "owner/finetuned", private=True, commit_message="From the environment"))
+"""
+
+
+def test_stock_timm_and_push_with_the_environment_alone(exported, tmp_path):
+    with HubServer() as server:
+        server.add(REPO, exported["encoder"], branch="v1", private=True)
+        server.fail("HEAD", "", 503)
+        command = [sys.executable, "-c", FROM_THE_ENVIRONMENT, str(tmp_path / "model")]
+        env = environment(server, tmp_path / "home")
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        (commit,) = server.commits("owner/finetuned")
+        assert done.stdout.split()[-1] == f"{server.endpoint}/owner/finetuned/commit/{commit.oid}"
+        assert commit.message == "From the environment"
+        assert server.repos["owner/finetuned"].private
+        assert [r.status for r in server.log("HEAD", "config.json")] == [503, 200]
+        expected = safetensors.torch.load(exported["encoder"][WEIGHTS])
+        arrived = safetensors.torch.load(published(server, "owner/finetuned")[WEIGHTS])
+        assert arrived.keys() - expected.keys() == {"head.fc.weight", "head.fc.bias"}
+        assert all(torch.equal(arrived[name], value) for name, value in expected.items())
+        assert (tmp_path / "home" / "hub").is_dir()
+
+
+def test_publish_script_with_the_environment_alone(exported, folder, tmp_path):
+    more = ["--private", "--revision", "v1", "--commit-message", "From the shell"]
+    with HubServer() as server:
+        command = [sys.executable, str(SCRIPTS / "publish.py"), str(folder), REPO, *more]
+        env = environment(server, tmp_path / "home")
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        (commit,) = server.commits(REPO, "v1")
+        assert f"{server.endpoint}/{REPO}/commit/{commit.oid}" in done.stdout
+        assert commit.message == "From the shell"
+        assert server.repos[REPO].private
+        assert_published(server, folder, "v1")
+        assert not server.commits(REPO)
+
+
+# -- the scripts, in this process
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def publish():
+    return script("publish")
+
+
+@pytest.fixture(scope="module")
+def pretrain():
+    return script("pretrain")
+
+
+def test_publish_dry_run_asks_nobody(hub, folder, publish, capsys):
+    before = files_of(folder)
+    assert publish.cli([str(folder), REPO, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert REPO in out and WEIGHTS in out and "README.md" in out
+    assert not hub.requests
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [("token", "HF_TOKEN"), ("stranger", "403"), ("outage", "503"), ("network", "network")],
+)
+def test_publish_says_in_one_message_what_went_wrong(hub, folder, publish, capsys, monkeypatch, fault, said):
+    if fault == "token":
+        monkeypatch.delenv("HF_TOKEN")
+    elif fault == "stranger":
+        monkeypatch.setenv("HF_TOKEN", "hf_stranger")
+    elif fault == "outage":
+        hub.fail("POST", "/preupload/", 503, times=FOREVER)
+    else:
+        hub.stop()
+    assert publish.cli([str(folder), REPO]) == 2
+    err = capsys.readouterr().err
+    assert re.search(rf"^\S*: ?error: .*{REPO}.*{said}", err, re.MULTILINE), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("kind", ["encoder", "fcmae"])
+def test_pretraining_goes_on_from_the_hub(hub, exported, pretrain, capsys, tmp_path, kind):
+    hub.add(REPO, exported[kind], private=True, branch="v1")
+    options = ["--model", f"hf-hub:{REPO}@v1", "--pretrained", "--device", "cpu", "--workers", "0"]
+    assert pretrain.cli([*options, "--output", str(tmp_path), "--dry-run"]) == 0, capsys.readouterr().err
+    assert len(hub.log("GET", LFS)) == 1
+    assert not any("/resolve/main/" in r.path for r in hub.requests)
+
+
+@pytest.mark.parametrize("fault", ["absent", "token", "revision", "network", "reset", "cut weights"])
+def test_pretraining_says_in_one_message_what_went_wrong(hub, exported, pretrain, capsys, monkeypatch, tmp_path, fault):
+    hub.add(REPO, exported["fcmae"], private=True)
+    name = {"absent": "owner/absent", "revision": f"{REPO}@v9"}.get(fault, REPO)
+    if fault == "token":
+        monkeypatch.delenv("HF_TOKEN")
+    elif fault == "network":
+        hub.stop()
+    elif fault == "reset":
+        hub.cut("GET", "config.json", after=10, times=FOREVER, reset=True)
+    elif fault == "cut weights":
+        hub.cut("GET", LFS, after=0, times=FOREVER)
+    options = ["--model", f"hf-hub:{name}", "--pretrained", "--device", "cpu", "--workers", "0"]
+    assert pretrain.cli([*options, "--output", str(tmp_path / "runs")]) == 2
+    err = capsys.readouterr().err
+    assert re.search(rf"error: .*{name}", err), err
+    assert not (tmp_path / "runs").exists()

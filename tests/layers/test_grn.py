@@ -1,0 +1,188 @@
+"""GRN against timm's, the reference of this repository's `GlobalResponseNorm`."""
+
+import pytest
+import torch
+from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
+
+from timm_convnextv2.layers import GlobalResponseNorm
+
+LAYOUTS = [pytest.param(True, id="nhwc"), pytest.param(False, id="nchw")]
+TOKENS = [pytest.param(1, 1, id="1"), pytest.param(7, 9, id="63"), pytest.param(3137, 1, id="3137")]
+HALF = [torch.float16, torch.bfloat16]
+
+
+def make_grn(channels: int, channels_last: bool, dtype: torch.dtype = torch.float64, cls: type = GlobalResponseNorm):
+    """A GRN whose parameters are away from their initial zeros."""
+    grn = cls(channels, channels_last=channels_last, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in grn.parameters():
+        parameter.data.uniform_(-1, 1, generator=generator)
+    return grn
+
+
+def make_input(batch: int, tokens: tuple[int, int], channels: int, channels_last: bool, **kwargs) -> torch.Tensor:
+    shape = (batch, *tokens, channels) if channels_last else (batch, channels, *tokens)
+    return torch.randn(shape, **kwargs)
+
+
+def run(grn, x, grad):
+    """Output, gradient of the input, gradients of weight and bias."""
+    x = x.detach().requires_grad_()
+    out = grn(x)
+    return [out.detach(), *torch.autograd.grad(out, [x, grn.weight, grn.bias], grad.to(out.dtype))]
+
+
+def assert_close(ours, theirs, tol: float) -> None:
+    for name, a, b in zip(("output", "x.grad", "weight.grad", "bias.grad"), ours, theirs, strict=True):
+        assert torch.isfinite(a).all(), name
+        error = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-300)
+        assert error <= tol, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+@pytest.mark.parametrize("channels", [40, 352, 1])
+@pytest.mark.parametrize("h,w", TOKENS)
+def test_equals_timm_in_float64(h, w, channels, channels_last):
+    ours = make_grn(channels, channels_last)
+    theirs = make_grn(channels, channels_last, cls=TimmGlobalResponseNorm)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = make_input(2, (h, w), channels, channels_last, dtype=torch.float64)
+    # tiny activations are where eps counts
+    for scale in (1.0, 1e-6):
+        grad = torch.randn_like(x)
+        assert_close(run(ours, x * scale, grad), run(theirs, x * scale, grad), 1e-12)
+
+
+def test_states_load_both_ways_and_start_at_zero():
+    ours, theirs = GlobalResponseNorm(40), TimmGlobalResponseNorm(40)
+    assert not any(p.any() for p in ours.parameters())
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    theirs.load_state_dict(make_grn(40, True).state_dict(), strict=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert torch.equal(ours.weight, theirs.weight) and ours.weight.any()
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+def test_gradcheck(channels_last):
+    grn = make_grn(5, channels_last)
+    x = make_input(2, (3, 2), 5, channels_last, dtype=torch.float64, requires_grad=True)
+
+    def fn(x, weight, bias):
+        return torch.func.functional_call(grn, {"weight": weight, "bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(fn, (x, grn.weight, grn.bias))
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+@pytest.mark.parametrize("view", ["permuted", "sliced", "expanded"])
+def test_non_contiguous_input(view, channels_last):
+    shape = (2, 6, 5, 12) if channels_last else (2, 12, 6, 5)
+    if view == "permuted":
+        x = torch.randn(shape[::-1], dtype=torch.float64).permute(3, 2, 1, 0)
+    elif view == "sliced":
+        x = torch.randn([2 * n for n in shape], dtype=torch.float64)[::2, ::2, 1::2, ::2]
+    else:
+        x = torch.randn(1, *shape[1:], dtype=torch.float64).expand(shape)
+    assert x.shape == shape and not x.is_contiguous()
+    ours = make_grn(12, channels_last)
+    theirs = make_grn(12, channels_last, cls=TimmGlobalResponseNorm)
+    grad = torch.randn(shape, dtype=torch.float64)
+    assert_close(run(ours, x, grad), run(theirs, x.contiguous(), grad), 1e-12)
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
+def test_all_zero_maps_have_finite_values_and_gradients(dtype, channels_last):
+    grn = make_grn(8, channels_last, dtype)
+    x = torch.zeros(2, 8, 8, 8, dtype=dtype)
+    grad = torch.randn_like(x)
+    out, x_grad, weight_grad, bias_grad = run(grn, x, grad)
+    assert torch.equal(out, grn.bias.view(grn.wb_shape).expand_as(out))
+    torch.testing.assert_close(x_grad, grad, rtol=1e-8, atol=0)  # out = x * (1 + weight * 0) + bias
+    assert not weight_grad.any()
+    assert torch.isfinite(bias_grad).all() and bias_grad.any()
+
+
+def test_one_zero_channel_has_finite_gradients():
+    ours, theirs = make_grn(8, True), make_grn(8, True, cls=TimmGlobalResponseNorm)
+    x = torch.randn(2, 4, 4, 8, dtype=torch.float64)
+    x[0, :, :, 3] = 0
+    grad = torch.randn_like(x)
+    assert_close(run(ours, x, grad), run(theirs, x, grad), 1e-12)
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+@pytest.mark.parametrize("dtype,tol", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("magnitude", [1, 500, 3000])
+def test_statistics_are_float32_in_half_precision(magnitude, dtype, tol, channels_last):
+    # 56x56 tokens: at 500 the sum of squares overflows float16, at 3000 its square root does too
+    grn = make_grn(8, channels_last, dtype)
+    exact = make_grn(8, channels_last)
+    exact.load_state_dict(grn.state_dict())
+    x = (magnitude * (1 + 0.1 * make_input(2, (56, 56), 8, channels_last))).to(dtype)
+    if dtype == torch.float16:
+        assert torch.isinf(x.square().sum(grn.spatial_dim)).all() == (magnitude > 1)
+        assert torch.isinf(x.double().norm(dim=grn.spatial_dim).half()).all() == (magnitude == 3000)
+    grad = (torch.randn_like(x) / 512).to(dtype)
+    ours = run(grn, x, grad)
+    assert ours[0].dtype == dtype and ours[1].dtype == dtype
+    assert_close(ours, run(exact, x.double(), grad.double()), tol)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_sum_over_many_tokens_does_not_stall(dtype):
+    # 1 + 1 + ... in bfloat16 stops growing at 256: sums that are not float32 show here
+    grn = make_grn(2, True, dtype)
+    x = torch.ones(1, 128, 128, 2, dtype=dtype)
+    x[..., 1] = 2
+    n = torch.tensor([1.0, 2.0]) / 1.5
+    expected = x.float() * (1 + grn.weight.float() * n) + grn.bias.float()
+    torch.testing.assert_close(grn(x).float(), expected, rtol=1e-2, atol=1e-2)
+    flat = GlobalResponseNorm(2, dtype=dtype)
+    assert torch.equal(flat(x), x)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_float32_parameters_with_half_inputs_as_under_autocast(dtype):
+    grn = make_grn(8, True, torch.float32)
+    x = (500 * torch.rand(2, 56, 56, 8)).to(dtype)
+    grad = torch.randn(2, 56, 56, 8) / 512
+    ours = run(grn, x, grad)
+    assert ours[0].dtype == dtype and ours[2].dtype == torch.float32
+    exact = make_grn(8, True)
+    exact.load_state_dict(grn.state_dict())
+    assert_close(ours, run(exact, x.double(), grad.double()), 2e-2)
+
+
+def test_grn_under_function_transforms():
+    """`torch.func` and forward-mode differentiation work as with timm's modules."""
+    from timm.layers.grn import GlobalResponseNorm as Stock
+
+    stock, ours = Stock(6), GlobalResponseNorm(6)
+    torch.nn.init.normal_(stock.weight)
+    ours.load_state_dict(stock.state_dict())
+    x, v = torch.randn(3, 1, 4, 5, 6), torch.randn(3, 1, 4, 5, 6)
+    for grn in (stock, ours):
+        grn.results = [
+            torch.func.vmap(torch.func.grad(lambda t, grn=grn: grn(t).square().sum()))(x),
+            torch.func.jvp(grn, (x[0],), (v[0],))[1],
+        ]
+        with torch.autograd.forward_ad.dual_level():
+            dual = grn(torch.autograd.forward_ad.make_dual(x[1], v[1]))
+            grn.results.append(torch.autograd.forward_ad.unpack_dual(dual).tangent)
+    for a, b in zip(stock.results, ours.results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_grn_of_an_empty_batch():
+    x = torch.randn(0, 4, 4, 6, requires_grad=True)
+    out = GlobalResponseNorm(6)(x)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (0, 4, 4, 6)
+
+
+def test_grn_second_derivative():
+    grn = GlobalResponseNorm(3).double()
+    torch.nn.init.normal_(grn.weight)
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(grn, (x,))

@@ -1,0 +1,914 @@
+"""The registered `convnextv2_*` models against stock timm's, which `timm.models.convnext` still builds.
+
+Weights are never the initial ones (GRN would be an identity): `randomize` fills every parameter.
+"""
+
+import copy
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import convnext as stock_module
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+import timm_convnextv2
+from timm_convnextv2 import ConvNeXtV2
+from timm_convnextv2.checkpoint import to_official
+from timm_convnextv2.models import ConvNeXtV2Block
+from timm_convnextv2.models.registry import VARIANTS
+from timm_convnextv2.ops import use_backend
+
+NAMES = [f"convnextv2_{size}" for size in VARIANTS]
+LIGHT = NAMES[:5]
+SMALL = dict(depths=(1, 2, 2, 1), dims=(8, 16, 24, 32), num_classes=5)
+FORWARD_TOL, GRAD_TOL = 5e-6, 2e-5  # of the largest magnitude; measured 4e-7 and 3e-6
+
+
+def stock(name: str, **kwargs) -> nn.Module:
+    return getattr(stock_module, name)(**kwargs)
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        bound = 1.0 if ".grn." in name else 0.15
+        p.uniform_(-bound, bound, generator=generator)
+        if p.ndim == 1 and name.endswith("weight") and ".grn." not in name:
+            p.add_(1)  # norms keep their gain, so that gradients reach the stem
+    return model
+
+
+def small_pair(name: str = "convnextv2_atto", **kwargs) -> tuple[nn.Module, nn.Module]:
+    """Ours and stock's, equal random weights, a few thousand parameters."""
+    kwargs = {**SMALL, **kwargs}
+    ours, theirs = timm.create_model(name, **kwargs), stock(name, **kwargs)
+    theirs.load_state_dict(randomize(ours).state_dict(), strict=True)
+    return ours, theirs
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape, f"{tuple(a.shape)} instead of {tuple(b.shape)}"
+    assert torch.isfinite(a).all()
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-8)).item()
+
+
+def assert_same_features(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        assert error(ours(x), theirs(x)) < FORWARD_TOL
+        assert error(ours.forward_features(x), theirs.forward_features(x)) < FORWARD_TOL
+        final, levels = ours.forward_intermediates(x)
+        final_stock, levels_stock = theirs.forward_intermediates(x)
+        assert len(levels) == len(levels_stock) == 4
+        for a, b in zip([final, *levels], [final_stock, *levels_stock], strict=True):
+            assert error(a, b) < FORWARD_TOL
+
+
+def assert_same_gradients(ours: nn.Module, theirs: nn.Module, x: torch.Tensor, seed: int | None = None) -> None:
+    """Output, and gradients of every parameter and of the input; frees gradients as it goes."""
+    outputs, x_grads = [], []
+    weight = None
+    own = dict(ours.named_parameters())
+    seen = set()
+    hooks = []
+    for name, p in theirs.named_parameters():
+
+        def compare(p, name=name):
+            assert error(own[name].grad, p.grad) < GRAD_TOL, name
+            own[name].grad = p.grad = None
+            seen.add(name)
+
+        hooks.append(p.register_post_accumulate_grad_hook(compare))
+    for model in (ours, theirs):
+        if seed is not None:
+            torch.manual_seed(seed)
+        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        out = model(leaf)
+        if weight is None:
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+        (out * weight).sum().backward()
+        outputs.append(out.detach())
+        x_grads.append(leaf.grad)
+    for hook in hooks:
+        hook.remove()
+    assert error(*outputs) < FORWARD_TOL
+    assert error(*x_grads) < GRAD_TOL
+    unused = {k for k, p in own.items() if p.grad is None} - seen
+    assert seen | unused == set(own) and seen
+    assert not unused or all(k.startswith(("head", "norm_pre")) for k in unused)
+
+
+# ---------------------------------------------------------------------------------------------- registry and import
+
+REGISTRY_SCRIPT = """
+import json, sys, warnings
+warnings.simplefilter("error")
+with warnings.catch_warnings():
+    warnings.simplefilter("default")  # timm's and torch's own are not ours to judge
+    import timm
+import timm.models._registry as registry
+
+def snapshot():
+    names = timm.list_models("convnextv2_*")
+    tags = timm.list_models("convnextv2_*", include_tags=True)
+    return dict(
+        models=[m for m in timm.list_models() if not m.startswith("fcmae_")],
+        pretrained=[m for m in timm.list_pretrained() if not m.startswith("fcmae_")],
+        with_tags=tags,
+        cfgs={t: timm.get_pretrained_cfg(t).to_dict() for t in [*names, *tags]},
+        arch_cfgs={n: list(timm.models.get_arch_pretrained_cfgs(n)) for n in names},
+        is_pretrained={t: timm.is_model_pretrained(t) for t in [*names, *tags]},
+        default_order={n: list(registry._model_default_cfgs[n].tags) for n in names},
+    )
+
+stock = snapshot()
+modules = set(sys.modules)
+import timm_convnextv2
+added = sorted(set(sys.modules) - modules)
+after = snapshot()
+import importlib
+import timm_convnextv2
+entrypoints = {n: id(timm.model_entrypoint(n)) for n in timm.list_models(["convnextv2_*", "fcmae_*"])}
+second = snapshot()
+importlib.reload(timm_convnextv2)
+unchanged = {n: id(timm.model_entrypoint(n)) for n in timm.list_models(["convnextv2_*", "fcmae_*"])} == entrypoints
+for name in ("convnextv2", "fcmae"):
+    importlib.reload(sys.modules[f"timm_convnextv2.{name}"])
+reloaded = snapshot()
+print(json.dumps(dict(
+    stock=stock, after=after, second=second, reloaded=reloaded, added=added, entrypoints_unchanged=unchanged,
+    fcmae=timm.list_models("fcmae_*"), classes={n: timm.model_entrypoint(n).__module__ for n in entrypoints},
+), default=str))
+"""
+
+
+def run_python(script: str, *args: str, **env: str) -> dict:
+    """Runs a script in a fresh interpreter; what it prints last is JSON."""
+    env = {**os.environ, **env}
+    result = subprocess.run(
+        [sys.executable, "-c", script, *args], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return {**json.loads(result.stdout.splitlines()[-1]), "stderr": result.stderr}
+
+
+@pytest.fixture(scope="module")
+def registry() -> dict:
+    return run_python(REGISTRY_SCRIPT)
+
+
+def test_import_prints_no_warning(registry):
+    # warnings are errors in that process; logged ones would be on stderr
+    assert "overwriting" not in registry["stderr"].lower()
+    assert "timm_convnextv2" not in registry["stderr"]
+
+
+@pytest.mark.parametrize("key", ["models", "pretrained", "with_tags", "cfgs", "arch_cfgs", "is_pretrained"])
+def test_what_timm_lists_stays_as_it_is(registry, key):
+    assert registry["stock"][key]
+    assert registry["after"][key] == registry["stock"][key]
+
+
+def test_tags_keep_their_order_default_and_repository(registry):
+    assert registry["after"]["default_order"] == registry["stock"]["default_order"]
+    cfgs = registry["after"]["cfgs"]
+    assert cfgs["convnextv2_atto"]["tag"] == "fcmae_ft_in1k"
+    assert cfgs["convnextv2_huge.fcmae"]["hf_hub_id"] == "timm/convnextv2_huge.fcmae"
+
+
+@pytest.mark.parametrize("when", ["second", "reloaded"])
+def test_importing_again_changes_nothing(registry, when):
+    assert registry["entrypoints_unchanged"]
+    assert registry[when] == registry["stock"]
+
+
+def test_all_names_are_ours(registry):
+    assert registry["fcmae"] == sorted(f"fcmae_{name}" for name in NAMES)
+    assert set(registry["classes"]) == {*NAMES, *registry["fcmae"]}
+    assert all(module.startswith("timm_convnextv2.") for module in registry["classes"].values())
+
+
+def test_import_adds_no_heavy_module(registry):
+    added = {name.partition(".")[0] for name in registry["added"]}
+    assert "timm_convnextv2" in added
+    heavy = {"matplotlib", "tifffile", "triton", "datasets", "MinkowskiEngine"}
+    assert not added & heavy
+    assert added <= {"timm_convnextv2", "timm", "torch"}, "everything else that it needs, timm has imported already"
+
+
+# ------------------------------------------------------------------------------------------------- the same numbers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_names_shapes_and_strict_loading(name):
+    """All nine at their true sizes, on the meta device."""
+    ours = timm.create_model(name, device="meta")
+    theirs = stock(name, device="meta")
+    assert type(ours) is ConvNeXtV2 and isinstance(ours, timm.models.ConvNeXt)
+    assert type(theirs) is timm.models.ConvNeXt
+    ours_state, theirs_state = ours.state_dict(), theirs.state_dict()
+    assert list(ours_state) == list(theirs_state)
+    assert [v.shape for v in ours_state.values()] == [v.shape for v in theirs_state.values()]
+    assert all(p.is_meta for p in ours.parameters())
+    ours.load_state_dict(theirs_state, strict=True, assign=True)
+    theirs.load_state_dict(ours_state, strict=True, assign=True)
+    millions = {"atto": 3.7, "femto": 5.2, "pico": 9.1, "nano": 15.6, "tiny": 28.6, "base": 88.7, "huge": 660.3}
+    size = name.removeprefix("convnextv2_")
+    if size in millions:
+        assert sum(p.numel() for p in ours.parameters()) / 1e6 == pytest.approx(millions[size], abs=0.05)
+
+
+def full_pair(name: str, **kwargs) -> tuple[nn.Module, nn.Module]:
+    """Both at true size with shared random weights, each loaded strictly from the other."""
+    ours = randomize(timm.create_model(name, device="meta", **kwargs).to_empty(device="cpu"))
+    theirs = stock(name, device="meta", **kwargs)
+    theirs.load_state_dict(ours.state_dict(), strict=True, assign=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    return ours, theirs
+
+
+def images(name: str) -> torch.Tensor:
+    return torch.randn(2, 3, 96, 64) if name in LIGHT else torch.randn(1, 3, 32, 64)
+
+
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_same_numbers_as_stock(name):
+    ours, theirs = full_pair(name)
+    x = images(name)
+    modes = [(False, torch.contiguous_format), (True, torch.channels_last)]
+    for train, memory_format in modes if name in LIGHT else modes[1:]:  # the narrow test has all four of each
+        ours.train(train), theirs.train(train)
+        y = x.contiguous(memory_format=memory_format)
+        assert_same_features(ours, theirs, y)
+        assert_same_gradients(ours, theirs, y)
+
+
+def test_same_numbers_as_stock_huge():
+    """True widths, one block a stage. The true depths are in the narrow test below, the true shapes (660M parameters)
+    in `test_same_names_shapes_and_strict_loading`; all of it at once takes half a minute and 8 GB.
+    """
+    ours, theirs = full_pair("convnextv2_huge", depths=(1, 1, 1, 1))
+    x = torch.randn(1, 3, 32, 64)
+    assert_same_features(ours, theirs, x)
+    assert_same_gradients(ours, theirs, x)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", VARIANTS)
+def test_same_numbers_as_stock_narrow(size, memory_format, train):
+    """Each variant's true depths, narrow: every level and gradient, in both modes and both memory layouts."""
+    name = f"convnextv2_{size}"
+    ours, theirs = small_pair(name, depths=VARIANTS[size]["depths"], dims=(8, 16, 24, 32))
+    ours.train(train), theirs.train(train)
+    x = torch.randn(2, 3, 32, 64).contiguous(memory_format=memory_format)
+    assert_same_features(ours, theirs, x)
+    assert_same_gradients(ours, theirs, x)
+
+
+@pytest.mark.parametrize("size", VARIANTS)
+def test_same_seed_same_initial_weights(size):
+    """True depths; true widths for atto, an eighth otherwise."""
+    widths = VARIANTS[size]["dims"]
+    kwargs = {} if size == "atto" else dict(dims=[d // 8 for d in widths])
+    states = []
+    for build in (timm.create_model, stock):
+        torch.manual_seed(7)
+        states.append(build(f"convnextv2_{size}", **kwargs).state_dict())
+        states.append({"next": torch.rand(3)})  # and the same number of draws
+    for a, b in zip(states[:2], states[2:], strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --------------------------------------------------------------------------------- everything that stock timm offers
+
+CONV, LINEAR = "convnextv2_atto", "convnextv2_tiny"
+OPTIONS = {
+    "num_classes=0": dict(num_classes=0),
+    "num_classes=1": dict(num_classes=1),
+    "output_stride=8": dict(output_stride=8),
+    "output_stride=16": dict(output_stride=16),
+    "drop_rate": dict(drop_rate=0.5),
+    "drop_path_rate": dict(drop_path_rate=0.5),
+    "max pool": dict(global_pool="max"),
+    "catavgmax pool": dict(global_pool="avgmax"),
+    "no pool": dict(global_pool="", num_classes=0),
+    "kernel_sizes": dict(kernel_sizes=(3, 5, 7, 9)),
+    "conv_mlp": dict(conv_mlp=True),
+    "linear mlp": dict(conv_mlp=False),
+    "act relu": dict(act_layer="relu"),
+    "act class": dict(act_layer=nn.SiLU),
+    "act gelu_tanh": dict(act_layer="gelu_tanh"),
+    "rmsnorm": dict(norm_layer="rmsnorm"),
+    "simplenorm": dict(norm_layer="simplenorm"),
+    "layernorm2d": dict(norm_layer="layernorm2d", norm_eps=1e-3),
+    "batchnorm2d": dict(norm_layer="batchnorm2d", conv_mlp=True),
+    "no grn": dict(use_grn=False),
+    "layer scale": dict(ls_init_value=0.1),
+    "no grn, layer scale": dict(use_grn=False, ls_init_value=0.1),
+    "no conv bias": dict(conv_bias=False),
+    "stem overlap": dict(stem_type="overlap_tiered"),
+    "patch_size=2": dict(patch_size=2),
+    "head_norm_first": dict(head_norm_first=True),
+    "head_hidden_size": dict(head_hidden_size=12),
+    "head_init_scale": dict(head_init_scale=0.01),
+}
+
+
+@pytest.mark.parametrize("name", [CONV, LINEAR])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_as_in_stock(option, name):
+    kwargs = {**SMALL, **OPTIONS[option]}
+    torch.manual_seed(3)
+    ours = timm.create_model(name, **kwargs)
+    torch.manual_seed(3)
+    theirs = stock(name, **kwargs)
+    assert type(ours) is ConvNeXtV2
+    initial = theirs.state_dict()
+    assert ours.state_dict().keys() == initial.keys()
+    assert all(torch.equal(v, initial[k]) for k, v in ours.state_dict().items())
+    assert ours.feature_info == theirs.feature_info
+    theirs.load_state_dict(randomize(ours).state_dict(), strict=True)
+    # float64: the exact gradient of a bias before batch norm is zero, and would be compared with its own rounding
+    ours.double().eval(), theirs.double().eval()
+    x = torch.randn(4, 3, 64, 96, dtype=torch.float64)
+    assert_same_features(ours, theirs, x)
+    ours.train(), theirs.train()
+    assert_same_gradients(ours, theirs, x, seed=11)
+    for (key, a), b in zip(ours.named_buffers(), theirs.buffers(), strict=True):  # batch norm's running statistics
+        assert error(a.float(), b.float()) < FORWARD_TOL, key
+    if option in ("drop_rate", "drop_path_rate"):
+        with torch.no_grad():
+            assert not torch.equal(ours(x), ours(x)), "the random option does nothing"
+
+
+@pytest.mark.parametrize("in_chans", range(1, 14))
+def test_in_chans(in_chans):
+    ours, theirs = small_pair(in_chans=in_chans)
+    assert ours.stem[0].weight.shape[1] == in_chans
+    assert_same_gradients(ours, theirs, torch.randn(2, in_chans, 32, 32))
+
+
+@pytest.mark.parametrize("name", [CONV, LINEAR])
+@pytest.mark.parametrize("feature_cls", [None, "getter", "hook", "dict", "fx"])
+@pytest.mark.parametrize("out_indices", [None, (1, 3), (0,), (-2, -1)])
+def test_features_only(out_indices, feature_cls, name):
+    kwargs = dict(SMALL, features_only=True)
+    kwargs.pop("num_classes")
+    kwargs |= {k: v for k, v in dict(feature_cls=feature_cls, out_indices=out_indices).items() if v is not None}
+    ours, theirs = timm.create_model(name, **kwargs), stock(name, **kwargs)
+    assert ours.feature_info.channels() == theirs.feature_info.channels()
+    assert ours.feature_info.reduction() == theirs.feature_info.reduction()
+    theirs.load_state_dict(randomize(ours).state_dict(), strict=True)
+    x = torch.randn(2, 3, 64, 32)
+    a, b = (m(x) for m in (ours, theirs))
+    a, b = (list(o.values()) if isinstance(o, dict) else o for o in (a, b))
+    assert len(a) == (4 if out_indices is None else len(out_indices))
+    for level, level_stock in zip(a, b, strict=True):
+        assert error(level, level_stock) < FORWARD_TOL
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_features_only_with_output_stride(output_stride):
+    ours = timm.create_model(CONV, features_only=True, output_stride=output_stride, **SMALL)
+    assert [f.shape[-1] for f in ours(torch.randn(1, 3, 64, 64))] == [
+        64 // min(s, output_stride) for s in (4, 8, 16, 32)
+    ]
+
+
+@pytest.mark.parametrize("num_classes,pool", [(0, None), (3, None), (0, "max"), (3, "max"), (0, "")])
+def test_reset_classifier(num_classes, pool):
+    models = small_pair()
+    for model in models:
+        torch.manual_seed(5)
+        model.reset_classifier(num_classes, pool)
+    x = torch.randn(2, 3, 64, 64)
+    assert models[0].num_classes == num_classes
+    assert error(models[0](x), models[1](x)) < FORWARD_TOL
+    assert models[0](x).shape == ((2, num_classes) if num_classes else (2, 32, 2, 2) if pool == "" else (2, 32))
+    assert type(models[0].get_classifier()) is type(models[1].get_classifier())
+
+
+@pytest.mark.parametrize("name", [CONV, LINEAR])
+def test_grad_checkpointing(name):
+    ours, theirs = small_pair(name)
+    calls = []
+    ours.stages[1].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    x = torch.randn(2, 3, 32, 32)
+    assert_same_gradients(ours, theirs, x)
+    assert len(calls) == 1
+    ours.set_grad_checkpointing(True)
+    with use_backend("reference"):
+        assert_same_gradients(ours, theirs, x)
+    assert len(calls) == 3, "checkpointing did not recompute the block"
+    assert_same_gradients(ours, theirs, x)
+    assert len(calls) == 4, "the fused token MLP recomputes within"
+
+
+def test_grad_checkpointing_of_the_fused_token_mlp_keeps_half():
+    model, images = timm.create_model("convnextv2_atto", num_classes=0), torch.randn(2, 3, 64, 64)
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
+    for enable in (False, True, False):
+        model.set_grad_checkpointing(enable)
+        sizes = {}
+
+        def note(t, sizes=sizes):
+            if t.untyped_storage().data_ptr() not in weights:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            model(images)
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 0.6 * kept[0] == 0.6 * kept[2]
+
+
+@pytest.mark.parametrize("indices,prune_head", [((0, 1), True), (1, True), ((1, 3), False), ((2,), False)])
+def test_prune_intermediate_layers(indices, prune_head):
+    ours, theirs = small_pair()
+    kept = ours.prune_intermediate_layers(indices, prune_head=prune_head)
+    assert kept == theirs.prune_intermediate_layers(indices, prune_head=prune_head)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    x = torch.randn(2, 3, 32, 32)
+    for a, b in zip(
+        ours.forward_intermediates(x, indices=kept, intermediates_only=True),
+        theirs.forward_intermediates(x, indices=kept, intermediates_only=True),
+        strict=True,
+    ):
+        assert error(a, b) < FORWARD_TOL
+    assert error(ours(x), theirs(x)) < FORWARD_TOL
+
+
+def test_parameter_groups_for_weight_decay_cover_the_model():
+    ours, theirs = small_pair()
+    assert sum(len(g["params"]) for g in param_groups_weight_decay(ours, 0.05)) == len(list(theirs.parameters()))
+
+
+def test_meta_device_context():
+    with torch.device("meta"):
+        model = timm.create_model("convnextv2_huge")
+    assert type(model) is ConvNeXtV2 and all(p.is_meta for p in model.parameters())
+    assert model(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("name", [CONV, LINEAR])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies(how, name):
+    model, theirs = small_pair(name)
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    assert type(other) is ConvNeXtV2 and other is not model
+    assert all(type(block) is ConvNeXtV2Block for stage in other.stages for block in stage.blocks)
+    with torch.no_grad():
+        x = torch.randn(1, 3, 32, 32)
+        expected = model(x)
+        assert torch.equal(other(x), expected)
+        other.stem[0].weight.zero_()
+        assert torch.equal(model(x), expected) and not torch.equal(other(x), expected)
+    assert_same_gradients(model, theirs, x)
+
+
+# ------------------------------------------------------------------------------------------ compile, export, autocast
+
+
+@pytest.mark.parametrize("name", [CONV, LINEAR])
+def test_compile_without_graph_break(name):
+    torch.compiler.reset()
+    model, theirs = small_pair(name, depths=(1, 1, 1, 1), drop_path_rate=0.0)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 32, 32)
+    assert_same_features(model, theirs, x)
+    out = compiled(x)
+    out.square().sum().backward()
+    grads = {k: p.grad for k, p in model.named_parameters()}
+    theirs(x).square().sum().backward()
+    assert error(out, theirs(x)) < FORWARD_TOL
+    for key, p in theirs.named_parameters():
+        assert error(grads[key], p.grad) < GRAD_TOL, key
+
+
+def test_compile_with_inductor():
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler (g++ or clang++)")
+    torch.compiler.reset()
+    model, theirs = small_pair(depths=(1, 1, 1, 1))
+    with torch.no_grad():
+        x = torch.randn(2, 3, 32, 32)
+        out = torch.compile(model.eval(), fullgraph=True)(x)
+        assert error(out, theirs.eval()(x)) < FORWARD_TOL
+
+
+@pytest.mark.parametrize("name", [CONV, LINEAR])
+def test_export(name):
+    model, theirs = small_pair(name)
+    batch = torch.export.Dim("batch", min=1, max=8)
+    program = torch.export.export(model.eval(), (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+    x = torch.randn(3, 3, 32, 32)
+    assert error(program.module()(x), theirs.eval()(x)) < FORWARD_TOL
+
+
+@pytest.mark.filterwarnings("ignore")  # deprecated in PyTorch, still offered
+@pytest.mark.parametrize("name", [CONV, LINEAR])
+def test_torchscript(name):
+    model = randomize(timm.create_model(name, scriptable=True, **SMALL)).eval()
+    theirs = stock(name, **SMALL).eval()
+    theirs.load_state_dict(model.state_dict())
+    scripted = torch.jit.script(model)
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    scripted = torch.jit.load(buffer)
+    with torch.no_grad():
+        for shape in ((2, 3, 32, 32), (1, 3, 64, 96)):
+            x = torch.randn(shape)
+            assert error(scripted(x), theirs(x)) < FORWARD_TOL
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [CONV, LINEAR])
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "legacy"])
+def test_onnx(dynamo, name, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="the package onnx is not installed")
+    if dynamo:
+        pytest.importorskip("onnxscript", reason="the package onnxscript is not installed")
+    from onnx.reference import ReferenceEvaluator
+
+    model = randomize(timm.create_model(name, exportable=True, **SMALL)).eval()
+    theirs = stock(name, **SMALL).eval()
+    theirs.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 64, 32)
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(model, (x,), str(file), dynamo=dynamo, opset_version=18 if dynamo else 17)
+    program = onnx.load(file)
+    onnx.checker.check_model(program)
+    out = ReferenceEvaluator(program).run(None, {program.graph.input[0].name: x.numpy()})[0]
+    assert error(torch.from_numpy(out), theirs(x).detach()) < 1e-5
+
+
+@pytest.mark.parametrize("name", [CONV, LINEAR])
+@pytest.mark.parametrize("dtype,tol", [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_autocast(dtype, tol, name):
+    model, theirs = small_pair(name)
+    x = torch.randn(4, 3, 64, 64)
+    expected = theirs(x)
+    expected.sum().backward()
+    with torch.autocast("cpu", dtype):
+        out = model(x)
+    assert error(out.float(), expected) < tol
+    out.float().sum().backward()
+    for (key, a), b in zip(model.named_parameters(), theirs.parameters(), strict=True):
+        assert a.grad.dtype == torch.float32
+        assert error(a.grad, b.grad) < 8 * tol, key
+
+
+def make_block(conv_mlp: bool, bias: float) -> nn.Module:
+    """A block whose hidden activations, what GRN sees, all lie near `bias`."""
+    block = ConvNeXtV2Block(8, use_grn=True, ls_init_value=None, conv_mlp=conv_mlp)
+    randomize(block)
+    block.mlp.fc1.bias.data.fill_(bias)
+    return block
+
+
+@pytest.mark.parametrize("conv_mlp", [True, False])
+@pytest.mark.parametrize("dtype,tol", [(torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
+def test_autocast_large_activations_do_not_overflow_in_grn(dtype, tol, conv_mlp):
+    # 56x56 tokens of about 500: their sum of squares, 8e8, is beyond float16
+    assert torch.full((56 * 56,), 500.0).half().square().sum().isinf()
+    block = make_block(conv_mlp, 500.0)
+    x = torch.randn(2, 8, 56, 56)
+    results = []
+    for enabled in (False, True):
+        block.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            out = block(leaf)
+        out.float().mean().backward()
+        results.append((out.detach().float(), {k: p.grad for k, p in block.named_parameters()}))
+    assert results[0][0].abs().max() > 300
+    assert error(results[1][0], results[0][0]) < tol
+    for key, grad in results[1][1].items():
+        assert torch.isfinite(grad).all(), key
+    for key in ("mlp.grn.weight", "mlp.grn.bias", "mlp.fc2.weight"):
+        assert error(results[1][1][key], results[0][1][key]) < 2 * tol, key
+
+
+@pytest.mark.parametrize("conv_mlp", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_all_zero_maps_give_no_nan(dtype, conv_mlp):
+    block = make_block(conv_mlp, 0.0)
+    block.norm.bias.data.zero_()
+    block.conv_dw.bias.data.zero_()
+    seen = []
+    block.mlp.grn.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    x = torch.zeros(2, 8, 14, 14, requires_grad=True)
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        out = block(x)
+    out.float().square().sum().backward()
+    assert not seen or not any(s.any() for s in seen)
+    for key, value in {"output": out, "input": x.grad, **{k: p.grad for k, p in block.named_parameters()}}.items():
+        assert torch.isfinite(value).all(), key
+    assert block.mlp.grn.bias.grad.any()
+
+
+# -------------------------------------------------------------------------------------------------- published weights
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+def fill_hub_cache(cache: Path, repo: str, state: dict[str, torch.Tensor], config: dict) -> None:
+    """Writes `repo` into a Hugging Face Hub cache folder as huggingface_hub lays it out."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = root / "snapshots" / SHA
+    for folder in (root / "blobs", root / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (root / "refs" / "main").write_text(SHA)
+    (root / "blobs" / "config").write_text(json.dumps(config))
+    save_file({k: v.contiguous() for k, v in state.items()}, root / "blobs" / "weights")
+    for blob, name in (("config", "config.json"), ("weights", "model.safetensors")):
+        (snapshot / name).symlink_to(Path("../../blobs") / blob)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> dict:
+    """A hub cache with the two kinds of published atto weights, filled by stock timm's models."""
+    home = tmp_path_factory.mktemp("hf_home")
+    finetuned = randomize(stock(CONV), 1).state_dict()
+    encoder = randomize(stock(CONV, num_classes=0), 2).state_dict()
+    # as published: pretrained weights have neither classifier nor `head.norm`
+    encoder = {k: v for k, v in encoder.items() if not k.startswith("head.")}
+    cfg = dict(architecture=CONV, num_classes=1000, pretrained_cfg=dict(tag="fcmae_ft_in1k", input_size=[3, 224, 224]))
+    fill_hub_cache(home / "hub", "timm/convnextv2_atto.fcmae_ft_in1k", finetuned, cfg)
+    fill_hub_cache(home / "hub", "timm/convnextv2_atto.fcmae", encoder, cfg)
+    return dict(home=home, finetuned=finetuned, encoder=encoder)
+
+
+# Prints, for each case, the error, or a file with the model's state; and what was logged.
+HUB_SCRIPT = """
+import json, logging, os, sys, time
+time.sleep = lambda seconds: None  # huggingface_hub waits between its retries, half a minute a file
+import timm, torch, timm_convnextv2
+from safetensors.torch import save_file
+out, results = sys.argv[1], {}
+logs = []
+class Handler(logging.Handler):
+    def emit(self, record):
+        logs.append([record.name, record.levelname, record.getMessage()])
+logging.getLogger().addHandler(Handler())
+for i, (name, kwargs) in enumerate(json.loads(sys.argv[2])):
+    logs.clear()
+    try:
+        model = timm.create_model(name, pretrained=True, **kwargs)
+        save_file(model.state_dict(), f"{out}/{i}.safetensors")
+        result = dict(type=type(model).__name__, file=f"{out}/{i}.safetensors")
+    except Exception as e:
+        result = dict(error=str(e), type=type(e).__name__)
+    result["logs"] = [l for l in logs if l[0].startswith("timm_convnextv2")]
+    results[i] = result
+print(json.dumps(results))
+"""
+
+
+def run_hub(tmp_path: Path, cases: list, **env: str) -> list[dict]:
+    results = run_python(HUB_SCRIPT, str(tmp_path), json.dumps(cases), **env)
+    return [results[str(i)] for i in range(len(cases))]
+
+
+@pytest.fixture(scope="module")
+def offline(hub, tmp_path_factory) -> dict:
+    """What each case gives in an offline process that finds the cache through HF_HOME."""
+    cases = {
+        "plain": (CONV, {}),
+        "tag": (f"{CONV}.fcmae_ft_in1k", {}),
+        "fcmae": (f"{CONV}.fcmae", {}),
+        "fcmae num_classes": (f"{CONV}.fcmae", dict(num_classes=10)),
+        "num_classes": (CONV, dict(num_classes=10)),
+        "in_chans": (CONV, dict(in_chans=1)),
+        "features_only": (CONV, dict(features_only=True)),
+        "hf-hub": ("hf-hub:timm/convnextv2_atto.fcmae_ft_in1k", {}),
+        "wrapper": ("fcmae_convnextv2_atto", {}),
+        "wrapper in_chans": ("fcmae_convnextv2_atto", dict(in_chans=1)),
+        "missing": ("convnextv2_femto", {}),
+        "small": ("convnextv2_small", {}),
+    }
+    results = run_hub(
+        tmp_path_factory.mktemp("offline"), list(cases.values()), HF_HOME=str(hub["home"]), HF_HUB_OFFLINE="1"
+    )
+    return dict(zip(cases, results, strict=True))
+
+
+def state_of(result: dict) -> dict[str, torch.Tensor]:
+    assert "error" not in result, result["error"]
+    return load_file(result["file"])
+
+
+def assert_covers(state, published, prefix: str = "", but: tuple[str, ...] = ()) -> None:
+    """Every published tensor is in `state`, except those that start with one of `but`."""
+    checked = 0
+    for key, value in published.items():
+        if not key.startswith(but):
+            assert torch.equal(state[prefix + key], value), key
+            checked += 1
+    assert checked > 100
+
+
+@pytest.mark.parametrize("case", ["plain", "tag", "hf-hub"])
+def test_pretrained_from_the_hub_cache(offline, hub, case):
+    state = state_of(offline[case])
+    assert offline[case]["type"] == "ConvNeXtV2"
+    assert state.keys() == hub["finetuned"].keys()
+    assert_covers(state, hub["finetuned"])
+
+
+@pytest.mark.parametrize("case", ["fcmae", "fcmae num_classes"])
+def test_pretrained_fcmae_tag(offline, hub, case):
+    state = state_of(offline[case])
+    assert_covers(state, hub["encoder"])
+    assert torch.equal(state["head.norm.weight"], torch.ones(320))  # not published: its initial value
+    assert ("head.fc.weight" in state) == (case == "fcmae num_classes")
+    assert case == "fcmae" or state["head.fc.weight"].shape == (10, 320)
+
+
+def test_pretrained_with_another_number_of_classes(offline, hub):
+    state = state_of(offline["num_classes"])
+    assert_covers(state, hub["finetuned"], but=("head.fc.",))
+    assert state["head.fc.weight"].shape == (10, 320)
+
+
+def test_pretrained_with_one_channel(offline, hub):
+    state = state_of(offline["in_chans"])
+    assert_covers(state, hub["finetuned"], but=("stem.0.weight",))
+    expected = hub["finetuned"]["stem.0.weight"].sum(1, keepdim=True)  # timm's rule
+    torch.testing.assert_close(state["stem.0.weight"], expected)
+
+
+def test_pretrained_features_only(offline, hub):
+    state = {
+        k.replace("stages_", "stages.").replace("stem_", "stem."): v
+        for k, v in state_of(offline["features_only"]).items()
+    }
+    assert_covers(state, hub["finetuned"], but=("head.",))
+
+
+def test_pretrained_wrapper_loads_the_encoder_and_says_once_that_there_is_no_decoder(offline, hub):
+    result = offline["wrapper"]
+    assert result["type"] == "FCMAE"
+    state = state_of(result)
+    assert_covers(state, hub["encoder"], prefix="encoder.")
+    assert state["mask_token"].any()
+    about = [message for _, _, message in result["logs"] if "decoder" in message]
+    assert len(about) == 1 and "No decoder was published" in about[0]
+
+
+def test_pretrained_wrapper_with_one_channel(offline, hub):
+    state = state_of(offline["wrapper in_chans"])
+    assert_covers(state, hub["encoder"], prefix="encoder.", but=("stem.0.weight",))
+    expected = hub["encoder"]["stem.0.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(state["encoder.stem.0.weight"], expected)
+
+
+def test_cache_dir_argument(hub):
+    model = timm.create_model(f"{CONV}.fcmae", pretrained=True, cache_dir=hub["home"] / "hub")
+    assert_covers(model.state_dict(), hub["encoder"])
+
+
+def test_pretrained_without_published_weights_says_so(offline):
+    assert "No pretrained weights exist for convnextv2_small" in offline["small"]["error"]
+
+
+def remedy_of(message: str) -> str:
+    """The call that an error message recommends."""
+    start = message.index("timm.create_model(")
+    depth = 0
+    for i, char in enumerate(message[start:], start):
+        depth += {"(": 1, ")": -1}.get(char, 0)
+        if char == ")" and depth == 0:
+            return message[start : i + 1]
+    raise AssertionError(message)
+
+
+@pytest.fixture(scope="module", params=["offline", "dead endpoint"])
+def unreachable(request, hub, tmp_path_factory) -> dict:
+    """Models whose weights are in no cache; with HF_HUB_OFFLINE=1, and with nobody listening at the endpoint."""
+    names = [CONV, f"{CONV}.fcmae", "fcmae_convnextv2_atto"]
+    env = dict(HF_HUB_OFFLINE="1") if request.param == "offline" else {}
+    if not env:
+        env = dict(HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+    cases = [*[(name, {}) for name in names], (CONV, dict(cache_dir=str(hub["home"] / "hub")))]
+    results = run_hub(tmp_path_factory.mktemp("hub"), cases, HF_HOME=str(tmp_path_factory.mktemp("empty")), **env)
+    reason = "offline mode is enabled" if request.param == "offline" else "refused"
+    return dict(zip([*names, "cached"], results, strict=True), reason=reason)
+
+
+@pytest.mark.parametrize(
+    "name,repo,weights",
+    [
+        (CONV, "timm/convnextv2_atto.fcmae_ft_in1k", "finetuned"),
+        (f"{CONV}.fcmae", "timm/convnextv2_atto.fcmae", "encoder"),
+        ("fcmae_convnextv2_atto", "timm/convnextv2_atto.fcmae", "encoder"),
+    ],
+)
+def test_unreachable_weights_give_one_error_whose_remedy_works(unreachable, hub, name, repo, weights, tmp_path):
+    result = unreachable[name]
+    assert result["type"] == "RuntimeError"
+    message = result["error"]
+    assert "\n" not in message
+    assert f"'{repo}'" in message and f"https://huggingface.co/{repo} " in message
+    assert unreachable["reason"] in message
+    assert "HF_HOME" in message and "pretrained=False" in message
+    # the recommended call, as it is printed, with the user's path
+    file = tmp_path / "model.safetensors"
+    save_file({k: v.contiguous() for k, v in hub[weights].items()}, file)
+    call = remedy_of(message)
+    assert "/path/to/model.safetensors" in call
+    model = eval(call.replace("/path/to/model.safetensors", str(file)), {"timm": timm, "dict": dict})
+    assert_covers(model.state_dict(), hub[weights], prefix="encoder." if name.startswith("fcmae_") else "")
+
+
+def test_cached_weights_need_no_hub(unreachable, hub):
+    # that HF_HOME helps, the other remedy, is what the `offline` fixture shows
+    assert_covers(state_of(unreachable["cached"]), hub["finetuned"])
+
+
+def test_a_wrong_file_is_not_taken_for_a_hub_problem(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        timm.create_model(CONV, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "none.safetensors")))
+
+
+BODY = {k: v for k, v in SMALL.items() if k != "num_classes"}
+
+
+@pytest.mark.parametrize("options", [dict(), dict(num_classes=5), dict(features_only=True), dict(in_chans=1)], ids=str)
+@pytest.mark.parametrize("size", ["atto", "tiny"])
+def test_weights_of_a_whole_fcmae_are_taken(size, options, tmp_path):
+    fcmae = timm.create_model(f"fcmae_convnextv2_{size}", decoder_dim=8, **BODY)
+    file = tmp_path / "model.safetensors"
+    save_file(fcmae.state_dict(), file)
+    model = timm.create_model(
+        f"convnextv2_{size}",
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(file), num_classes=-1),
+        **BODY,
+        **options,
+    )
+    found = {k.replace("stem_", "stem.").replace("stages_", "stages."): v for k, v in model.state_dict().items()}
+    skip = ("head.", "stem.0.weight") if "in_chans" in options else ("head.",)
+    names = [k for k in fcmae.encoder.state_dict() if not k.startswith(skip)]
+    assert len(names) > 60
+    for name in names:
+        torch.testing.assert_close(found[name], fcmae.encoder.state_dict()[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["decoder only", "foreign", "other depth", "sparse"])
+@pytest.mark.parametrize("num_classes", [1000, 5])
+def test_weights_that_leave_a_part_random_are_refused(change, num_classes, tmp_path):
+    weights = timm.create_model("fcmae_convnextv2_atto", decoder_dim=8, **BODY).state_dict()
+    if change == "decoder only":
+        weights = {k: v for k, v in weights.items() if not k.startswith("encoder.")}
+    elif change == "foreign":
+        weights = {"conv1.weight": torch.zeros(8, 3, 7, 7), "fc.weight": torch.zeros(5, 8)}
+    elif change == "other depth":
+        weights = {k: v for k, v in weights.items() if not k.startswith("encoder.stages.3.blocks.0.mlp")}
+    else:
+        weights = to_official(weights)
+    file = tmp_path / "model.safetensors"
+    save_file(weights, file)
+    overlay = dict(file=str(file), num_classes=-1)  # as train.py's --pretrained-path does it
+    with pytest.raises(RuntimeError, match=r"The weights have \d+ of the \d+ tensors of this ConvNeXt V2"):
+        timm.create_model(CONV, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **BODY)
+
+
+def test_missing_from_the_cache_names_the_repository(offline):
+    assert "timm/convnextv2_femto.fcmae_ft_in1k" in offline["missing"]["error"]
+
+
+def test_package_names():
+    assert timm_convnextv2.ConvNeXtV2 is ConvNeXtV2
+    assert set(timm_convnextv2.__all__) >= {"ConvNeXtV2", "FCMAE", "FCMAEOutput", "random_mask", "__version__"}
+
+
+@pytest.mark.parametrize("size", ["atto", "tiny"])
+def test_hooks_on_the_token_mlp_fire(size):
+    """Adapters, quantisation and feature hooks find the layers of the token MLP in use, as in stock timm."""
+    model = timm.create_model(f"convnextv2_{size}", num_classes=0)
+    mlp, calls = model.stages[0].blocks[0].mlp, []
+    for fc in (mlp.fc1, mlp.fc2):
+        fc.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    model(torch.randn(1, 3, 32, 32))
+    assert calls == [mlp.fc1, mlp.fc2]

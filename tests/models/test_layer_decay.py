@@ -1,0 +1,168 @@
+"""Layer-wise learning rate decay against the official rule (`optim_factory.py` of facebookresearch/ConvNeXt-V2)."""
+
+import re
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+
+import timm_convnextv2  # noqa: F401
+from timm_convnextv2.models.registry import VARIANTS
+
+# Recipe of each size: layer ids, decay, weight decay.
+RECIPES = {
+    "atto": ("single", 0.9, 0.3),
+    "femto": ("single", 0.9, 0.3),
+    "pico": ("single", 0.9, 0.3),
+    "nano": ("single", 0.9, 0.3),
+    "tiny": ("single", 0.9, 0.05),
+    "base": ("group", 0.6, 0.05),
+    "large": ("group", 0.6, 0.05),
+    "huge": ("group", 0.6, 0.05),
+}
+
+# Written out from the rule by hand: part of the model -> exponent of the decay.
+TINY = {
+    "stem": 18,
+    **{f"stages.0.blocks.{b}": 18 - b for b in range(3)},
+    "stages.1.downsample": 15,
+    **{f"stages.1.blocks.{b}": 15 - b for b in range(3)},
+    "stages.2.downsample": 12,
+    **{f"stages.2.blocks.{b}": 12 - b for b in range(9)},
+    "stages.3.downsample": 3,
+    "stages.3.blocks.0": 3,
+    "stages.3.blocks.1": 2,
+    "stages.3.blocks.2": 1,
+    "head": 0,
+}
+BASE = {
+    "stem": 13,
+    **{f"stages.0.blocks.{b}": 12 for b in range(3)},
+    "stages.1.downsample": 11,
+    **{f"stages.1.blocks.{b}": 11 for b in range(3)},
+    "stages.2.downsample": 10,
+    **{f"stages.2.blocks.{b}": 10 for b in range(0, 3)},
+    **{f"stages.2.blocks.{b}": 9 for b in range(3, 6)},
+    **{f"stages.2.blocks.{b}": 8 for b in range(6, 9)},
+    **{f"stages.2.blocks.{b}": 7 for b in range(9, 12)},
+    **{f"stages.2.blocks.{b}": 6 for b in range(12, 15)},
+    **{f"stages.2.blocks.{b}": 5 for b in range(15, 18)},
+    **{f"stages.2.blocks.{b}": 4 for b in range(18, 21)},
+    **{f"stages.2.blocks.{b}": 3 for b in range(21, 24)},
+    **{f"stages.2.blocks.{b}": 2 for b in range(24, 27)},
+    "stages.3.downsample": 1,
+    **{f"stages.3.blocks.{b}": 1 for b in range(3)},
+    "head": 0,
+}
+
+
+def official_scale(name: str, depths: tuple[int, ...], kind: str, decay: float) -> float:
+    """The official rule, by the official names of the layers."""
+    block = re.match(r"stages\.(\d)\.blocks\.(\d+)", name)
+    downsample = re.match(r"stages\.(\d)\.downsample", name)
+    stage = 0 if name.startswith("stem") else int(downsample[1]) if downsample else int(block[1]) if block else None
+    if kind == "single":
+        last = sum(depths) + 1
+        layer = last if stage is None else sum(depths[:stage]) + 1 + (int(block[2]) if block else 0)
+    else:
+        last = 13
+        if stage is None:
+            layer = last
+        elif block:
+            layer = {0: 1, 1: 2, 2: 3 + int(block[2]) // 3, 3: 12}[stage]
+        else:
+            layer = {0: 0, 1: 2, 2: 3, 3: 12}[stage]
+    return decay ** (last - layer)
+
+
+def groups_by_name(model: torch.nn.Module, layer_decay: float, weight_decay: float) -> dict[str, tuple[float, float]]:
+    optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=weight_decay, layer_decay=layer_decay)
+    found = {p: (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    return {name: found[p] for name, p in model.named_parameters()}
+
+
+def part_of(name: str) -> str:
+    return re.match(r"stem|head|stages\.\d\.(?:downsample|blocks\.\d+)", name)[0]
+
+
+@pytest.mark.parametrize("size", RECIPES)
+def test_official_scales_and_weight_decay(size):
+    kind, layer_decay, weight_decay = RECIPES[size]
+    model = timm.create_model(f"convnextv2_{size}", device="meta")
+    found = groups_by_name(model, layer_decay, weight_decay)
+    assert len(found) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        scale, decay = found[name]
+        assert scale == pytest.approx(official_scale(name, VARIANTS[size]["depths"], kind, layer_decay), rel=1e-12), (
+            name
+        )
+        # officially none on 1-D tensors, biases and GRN's gamma and beta
+        assert decay == (0 if p.ndim == 1 or name.endswith("bias") or ".grn." in name else weight_decay), name
+
+
+@pytest.mark.parametrize("size, table", [("tiny", TINY), ("base", BASE)])
+def test_table_written_by_hand(size, table):
+    _, layer_decay, weight_decay = RECIPES[size]
+    found = groups_by_name(timm.create_model(f"convnextv2_{size}", device="meta"), layer_decay, weight_decay)
+    assert {part_of(name) for name in found} == set(table)
+    for name, (scale, _) in found.items():
+        assert scale == pytest.approx(layer_decay ** table[part_of(name)], rel=1e-12), name
+
+
+def test_small_has_single_blocks():
+    model = timm.create_model("convnextv2_small", device="meta")
+    found = groups_by_name(model, 0.9, 0.05)
+    assert found["stem.0.weight"][0] == pytest.approx(0.9**36)
+    assert found["stages.2.blocks.26.mlp.fc1.weight"][0] == pytest.approx(0.9**4)
+
+
+@pytest.mark.parametrize("size", ["atto", "base"])
+def test_coarse_groups_are_timms(size):
+    from timm.models import group_parameters
+    from timm.models.convnext import ConvNeXt
+
+    model = timm.create_model(f"convnextv2_{size}", device="meta")
+    assert model.group_matcher(coarse=True) == ConvNeXt.group_matcher(model, coarse=True)
+    groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert groups["stem.0.weight"] < groups["stages.0.blocks.0.norm.weight"] < groups["stages.3.blocks.0.norm.weight"]
+
+
+@pytest.mark.parametrize("options", [dict(num_classes=0), dict(patch_size=2), dict(head_norm_first=True)], ids=str)
+@pytest.mark.parametrize("size", ["atto", "base"])
+def test_other_options_keep_the_rule(size, options):
+    kind, layer_decay, weight_decay = RECIPES[size]
+    model = timm.create_model(f"convnextv2_{size}", device="meta", **options)
+    for name, (scale, _) in groups_by_name(model, layer_decay, weight_decay).items():
+        # norm_pre is one of "the rest"; stage 0 only downsamples with patch_size 2, as a second part of the stem
+        assert scale == pytest.approx(official_scale(name, VARIANTS[size]["depths"], kind, layer_decay)), name
+
+
+def test_grouped_rule_goes_on_for_other_depths():
+    model = timm.create_model("convnextv2_base", depths=(1, 1, 7, 1), dims=(8, 8, 8, 8), num_classes=3)
+    found = groups_by_name(model, 0.5, 0.05)
+    stage_2 = [found[f"stages.2.blocks.{b}.norm.weight"][0] for b in range(7)]
+    assert stage_2 == [0.5**4] * 3 + [0.5**3] * 3 + [0.5**2]
+    assert found["stages.3.downsample.0.weight"][0] == 0.5 and found["head.fc.weight"][0] == 1
+
+
+def test_frozen_parameters_move_nobody_else():
+    model = timm.create_model("convnextv2_atto", num_classes=3)
+    model.stem.requires_grad_(False)
+    model.head.requires_grad_(False)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.3, layer_decay=0.9)
+    assert max(g["lr_scale"] for g in optimizer.param_groups) == pytest.approx(0.9)
+
+
+def test_unknown_type_is_refused():
+    model = timm.create_model("convnextv2_atto", device="meta")
+    model.layer_decay_type = "pairs"
+    with pytest.raises(ValueError, match="'single' or 'group', got 'pairs'"):
+        model.group_matcher()
+
+
+def test_the_encoder_inside_fcmae_has_its_sizes_type():
+    options = dict(depths=(1, 1, 3, 1), dims=(8, 8, 8, 8), decoder_dim=8, img_size=64)
+    for size in ("atto", "base"):
+        model = timm.create_model(f"fcmae_convnextv2_{size}", **options)
+        assert model.encoder.layer_decay_type == RECIPES[size][0]

@@ -1,0 +1,441 @@
+"""Triton kernels against float64 references: interpreted on CPU everywhere, compiled where there is a CUDA GPU."""
+
+import importlib.util
+import math
+import sys
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from test_token_mlp import assert_same, both, make, plain
+
+from timm_convnextv2 import ops
+from timm_convnextv2.models.masking import random_mask
+from timm_convnextv2.models.packing import PackedLayout
+from timm_convnextv2.ops.token_mlp import fused_token_mlp
+
+triton = pytest.importorskip("triton", reason="needs triton, which PyTorch brings along on Linux only")
+tl = triton.language
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLOAT32 = 2e-6  # relative error allowed to a sum in float32
+HELPERS = ("_gelu_place", "_normal_cdf", "_window_corner")  # of kernels, not launched themselves
+# images, tokens, channels; 3137 tokens are 13 parts of a sum, 257 leave one token to the last part
+SHAPES = [(3, 63, 160), (2, 257, 3), (2, 1, 1), (1, 63, 1408), (1, 3137, 4), (2, 1, 352), (3, 19, 128)]
+# side of a patch, kernel, channels, grid
+PATCHES = [
+    (1, 7, 40, (3, 4)),
+    (8, 3, 72, (2, 2)),
+    (3, 5, 2, (3, 2)),
+    (1, 3, 352, (2, 3)),
+    (1, 1, 1, (1, 2)),
+    (1, 11, 3, (4, 5)),
+    (2, 3, 40, (3, 3)),
+    (2, 7, 1, (4, 3)),
+    (4, 7, 40, (2, 3)),
+    (8, 7, 3, (2, 2)),
+]
+
+
+def in_all_dtypes(cases: list, few: int = 3) -> list:
+    """The first few in every dtype, the others in float32: the interpreter is slow."""
+    return [(case, dtype) for i, case in enumerate(cases) for dtype in DTYPES[: 3 if i < few else 1]]
+
+
+def load(name: str, interpret: bool, patch: pytest.MonkeyPatch):
+    """A copy of the module of its own: triton.jit decides when it decorates whether a kernel is interpreted."""
+    origin = importlib.util.find_spec("timm_convnextv2.ops.triton_kernels").origin
+    spec = importlib.util.spec_from_file_location(name, origin)
+    module = importlib.util.module_from_spec(spec)
+    patch.setitem(sys.modules, name, module)
+    with pytest.MonkeyPatch.context() as while_it_loads:
+        while_it_loads.setenv("TRITON_INTERPRET", str(int(interpret)))
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.cuda)])
+def kernels(request):
+    """The module, with `device` and `interpreted` for the tests."""
+    interpret = request.param == "interpreter"
+    if not interpret and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    with pytest.MonkeyPatch.context() as patch:
+        module = load(f"triton_kernels_{request.param}", interpret, patch)
+        if interpret:
+            # tl.sum is itself decorated, when triton is imported: then nobody may have asked for the interpreter
+            patch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
+            for name in HELPERS:  # called as they are: the interpreter would set itself up anew at each call
+                patch.setattr(module, name, getattr(module, name).fn)
+        module.device, module.interpreted = "cpu" if interpret else "cuda", interpret
+        yield module
+
+
+def normal(kernels, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(kernels.device, dtype)
+
+
+def check_rounded(kernels, out: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    """`out` is the exact value but for float32 arithmetic and one rounding to `dtype`."""
+    assert out.dtype == dtype and out.shape == exact.shape and out.is_contiguous()
+    unit = torch.finfo(dtype).eps / 2
+    if kernels.interpreted and dtype == torch.bfloat16:
+        unit *= 2  # the interpreter cuts off instead of rounding
+    if exact.numel():
+        subnormal = unit * torch.finfo(dtype).smallest_normal  # half the distance of the smallest numbers
+        error = (out.double() - exact).abs() - unit * exact.abs() - subnormal
+        assert error.max() <= FLOAT32 * exact.abs().max()
+
+
+def check_sum(out: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> None:
+    """`out` is `exact` but for float32 arithmetic on terms whose absolute values sum up to `bound`."""
+    assert out.dtype == torch.float32 and out.shape == exact.shape
+    assert ((out.double() - exact).abs() <= FLOAT32 * bound).all()
+
+
+def gelu_slope(h: torch.Tensor) -> torch.Tensor:
+    h = h.detach().requires_grad_()
+    return torch.autograd.grad(F.gelu(h).sum(), h)[0]
+
+
+def check_token_mlp(kernels, h, grad, scale, bias, pull) -> None:
+    """All four kernels on one input."""
+    dtype, device = h.dtype, h.device
+    x, dy, s, beta, p = (t.double() for t in (h, grad, scale[:, None], bias, pull[:, None]))
+    a = F.gelu(x)
+    kept = [t.clone() for t in (h, grad, scale, bias, pull)]
+
+    check_sum(kernels.gelu_square_sum(h), a.square().sum(1), (a * x).abs().sum(1))
+    check_rounded(kernels, kernels.gelu_scale(h, scale, bias), a * s + beta, dtype)
+
+    d_scale, d_bias, activation = kernels.gelu_reductions(h, grad, scale, bias)
+    check_sum(d_scale, (dy * a).sum(1), (dy * x).abs().sum(1))
+    check_sum(d_bias, dy.sum((0, 1)), dy.abs().sum((0, 1)))
+    check_rounded(kernels, activation, a * s + beta, dtype)
+    d_scale_alone, d_bias_alone, nothing = kernels.gelu_reductions(h, grad, scale, bias, out=False)
+    assert nothing is None and torch.equal(d_scale_alone, d_scale) and torch.equal(d_bias_alone, d_bias)
+
+    exact = gelu_slope(x) * (dy * s + p * a)
+    dh, db = kernels.gelu_backward(h, grad, scale, pull)
+    check_rounded(kernels, dh, exact, dtype)
+    check_sum(db, exact.sum((0, 1)), ((1 + x.abs()) * ((dy * s).abs() + (p * x).abs())).sum((0, 1)))
+    assert all(torch.equal(t, k) for t, k in zip((h, grad, scale, bias, pull), kept, strict=True)), "inputs changed"
+
+    memory = grad.clone()
+    dh_inplace, db_inplace = kernels.gelu_backward(h, memory, scale, pull, inplace=True)
+    assert dh_inplace.data_ptr() == memory.data_ptr() and dh_inplace.device == device
+    assert torch.equal(dh_inplace, dh) and torch.equal(db_inplace, db)
+
+
+@pytest.mark.parametrize("shape,dtype", in_all_dtypes(SHAPES), ids=str)
+def test_token_mlp(kernels, shape, dtype):
+    B, T, C = shape
+    h, grad = 2 * normal(kernels, B, T, C, dtype=dtype), normal(kernels, B, T, C, dtype=dtype)
+    bias = normal(kernels, C, dtype=dtype)
+    check_token_mlp(kernels, h, grad, normal(kernels, B, C), bias, normal(kernels, B, C))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 160), (0, 63, 160)], ids=str)
+def test_token_mlp_without_tokens(kernels, shape):
+    B, T, C = shape
+    h, row, bias = normal(kernels, *shape), normal(kernels, B, C), normal(kernels, C)
+    assert torch.equal(kernels.gelu_square_sum(h), torch.zeros_like(row))
+    assert kernels.gelu_scale(h, row, bias).shape == shape
+    d_scale, d_bias, activation = kernels.gelu_reductions(h, h, row, bias)
+    assert torch.equal(d_scale, torch.zeros_like(row)) and torch.equal(d_bias, torch.zeros_like(bias))
+    assert activation.shape == shape
+    dh, db = kernels.gelu_backward(h, h, row, row)
+    assert dh.shape == shape and torch.equal(db, torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_token_mlp_of_zeros(kernels, dtype):
+    h, grad = torch.zeros(2, 40, 33, dtype=dtype, device=kernels.device), normal(kernels, 2, 40, 33, dtype=dtype)
+    row, bias = normal(kernels, 2, 33), normal(kernels, 33, dtype=dtype)
+    assert not kernels.gelu_square_sum(h).any()
+    assert torch.equal(kernels.gelu_scale(h, row, bias), bias.expand_as(h))
+    assert not kernels.gelu_reductions(h, grad, row, bias)[0].any()
+    dh, db = kernels.gelu_backward(h, torch.zeros_like(h), row, row)
+    assert not dh.any() and not db.any()
+    check_token_mlp(kernels, h, grad, row, bias, row)
+
+
+def test_large_activations_in_float16(kernels):
+    """The squares overflow float16, and so does the square root of their sum."""
+    h = (30000 * (1 + 0.5 * torch.rand(2, 300, 40))).to(kernels.device, torch.float16)
+    h[:, :, ::4] *= -1
+    exact = F.gelu(h.double()).square().sum(1)
+    positive = [c for c in range(40) if c % 4]
+    assert torch.isinf(h.square()).all() and torch.isinf(exact[:, positive].sqrt().half()).all()
+    grad = normal(kernels, 2, 300, 40, dtype=torch.float16)
+    row = normal(kernels, 2, 40) / 1e4
+    bias = normal(kernels, 40)
+    check_token_mlp(kernels, h, grad, row, bias, row / 1e4)
+    assert torch.isfinite(kernels.gelu_backward(h, grad, row, row / 1e4)[0]).all()
+
+
+def test_half_activations_with_float32_gradient(kernels):
+    h, grad = normal(kernels, 2, 20, 40, dtype=torch.bfloat16), normal(kernels, 2, 20, 40)
+    row, bias = normal(kernels, 2, 40), normal(kernels, 40)
+    x = h.double()
+    d_scale, d_bias, activation = kernels.gelu_reductions(h, grad, row, bias)
+    check_sum(d_scale, (grad.double() * F.gelu(x)).sum(1), (grad * x).abs().sum(1))
+    check_rounded(kernels, activation, F.gelu(x) * row[:, None].double() + bias.double(), torch.bfloat16)
+    dh, _ = kernels.gelu_backward(h, grad, row, row)
+    exact = gelu_slope(x) * row[:, None].double() * (grad.double() + F.gelu(x))
+    check_rounded(kernels, dh, exact, torch.bfloat16)
+    with pytest.raises(ValueError, match="inplace"):
+        kernels.gelu_backward(h, grad, row, row, inplace=True)
+
+
+def packed(kernels, p: int, k: int, C: int, grid: tuple[int, int], dtype: torch.dtype):
+    """PackedLayout patches of two images, patches `[N, p, p, C]` with their gradient, weight, bias and index."""
+    visible = PackedLayout(
+        random_mask(2, grid, 0.45), math.floor(grid[0] * grid[1] * 0.55), torch.device(kernels.device)
+    )
+    N = visible.ids.numel()
+    x, grad = (normal(kernels, N, p, p, C, dtype=dtype) for _ in range(2))
+    weight, bias = normal(kernels, C, 1, k, k, dtype=dtype), normal(kernels, C, dtype=dtype)
+    return visible, x, grad, weight, bias, visible.windows(p, k // 2)
+
+
+def dense_depthwise(
+    visible: PackedLayout, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The same on the whole map: zeros at removed patches before, removed patches dropped after."""
+    p, C, k = x.shape[1], x.shape[-1], weight.shape[-1]
+    h, w = visible.grid
+    B, K = visible.ids.shape
+    places = [(b, i // w * p, i % w * p) for b, row in enumerate(visible.ids.tolist()) for i in row]
+    dense = x.new_zeros(B, h * p, w * p, C)
+    for (b, y, z), patch in zip(places, x, strict=True):
+        dense[b, y : y + p, z : z + p] = patch
+    out = F.conv2d(dense.permute(0, 3, 1, 2), weight, bias, padding=k // 2, groups=C).permute(0, 2, 3, 1)
+    return torch.stack([out[b, y : y + p, z : z + p] for b, y, z in places])
+
+
+@pytest.mark.parametrize("case,dtype", in_all_dtypes(PATCHES), ids=str)
+def test_depthwise(kernels, case, dtype):
+    p, k, C, grid = case
+    visible, x, grad, weight, bias, index = packed(kernels, p, k, C, grid, dtype)
+    given = [t.double().requires_grad_() for t in (x, weight, bias)]
+    exact = dense_depthwise(visible, *given)
+    d_x, d_weight, d_bias = torch.autograd.grad(exact, given, grad.double())
+    check_rounded(kernels, kernels.depthwise_forward(x, weight, bias, index), exact.detach(), dtype)
+    check_rounded(kernels, kernels.depthwise_input_grad(grad, weight, index), d_x, dtype)
+    sizes = [t.detach().abs().requires_grad_() for t in given]
+    _, weight_bound, bias_bound = torch.autograd.grad(dense_depthwise(visible, *sizes), sizes, grad.double().abs())
+    weight_grad, bias_grad = kernels.depthwise_weight_grad(x, grad, index, k)
+    check_sum(weight_grad, d_weight, weight_bound)
+    check_sum(bias_grad, d_bias, bias_bound)
+
+
+def test_depthwise_without_bias_and_with_float32_weights(kernels):
+    visible, x, _, weight, _, index = packed(kernels, 2, 7, 40, (3, 3), torch.bfloat16)
+    weight = weight.float() + 1e-3 * normal(kernels, 40, 1, 7, 7)
+    exact = dense_depthwise(visible, x.double(), weight.double(), None)
+    check_rounded(kernels, kernels.depthwise_forward(x, weight, None, index), exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_depthwise_of_zeros(kernels, dtype):
+    _, x, grad, weight, bias, index = packed(kernels, 2, 3, 5, (2, 3), dtype)
+    zeros = torch.zeros_like(x)
+    assert torch.equal(kernels.depthwise_forward(zeros, weight, bias, index), bias.expand_as(x))
+    assert not kernels.depthwise_input_grad(zeros, weight, index).any()
+    weight_grad, bias_grad = kernels.depthwise_weight_grad(zeros, grad, index, 3)
+    assert not weight_grad.any() and bias_grad.any()
+
+
+def test_depthwise_of_large_values_in_float16(kernels):
+    """Products and their sum overflow float16; gradients of the weight come in float32."""
+    visible, x, grad, weight, _, index = packed(kernels, 4, 3, 40, (2, 3), torch.float16)
+    x, grad = 1000 * x.abs(), 1000 * grad.abs()
+    weight64 = weight.double().requires_grad_()
+    exact = torch.autograd.grad(dense_depthwise(visible, x.double(), weight64, None), weight64, grad.double())[0]
+    assert torch.isinf(exact.half()).all()
+    check_sum(kernels.depthwise_weight_grad(x, grad, index, 3)[0], exact, exact)
+
+
+def test_depthwise_without_patches(kernels):
+    x, weight, bias = normal(kernels, 0, 2, 2, 3), normal(kernels, 3, 1, 7, 7), normal(kernels, 3)
+    index = torch.zeros(0, 8, 8, dtype=torch.int64, device=kernels.device)
+    assert kernels.depthwise_forward(x, weight, bias, index).shape == x.shape
+    assert kernels.depthwise_input_grad(x, weight, index).shape == x.shape
+    weight_grad, bias_grad = kernels.depthwise_weight_grad(x, x, index, 7)
+    assert torch.equal(weight_grad, torch.zeros_like(weight)) and torch.equal(bias_grad, torch.zeros_like(bias))
+
+
+def test_the_same_numbers_every_time(kernels):
+    h, row, bias = normal(kernels, 1, 600, 40), normal(kernels, 1, 40), normal(kernels, 40)
+    _, x, grad, _, _, index = packed(kernels, 4, 3, 40, (2, 3), torch.float32)
+
+    def sums():
+        return [
+            kernels.gelu_square_sum(h), *kernels.gelu_reductions(h, h, row, bias),
+            *kernels.gelu_backward(h, h, row, row), *kernels.depthwise_weight_grad(x, grad, index, 3),
+        ]  # fmt: skip
+
+    assert all(torch.equal(a, b) for a, b in zip(sums(), sums(), strict=True))
+
+
+def test_refuses_what_it_would_misread(kernels):
+    h, row, bias = normal(kernels, 2, 6, 8), normal(kernels, 2, 8), normal(kernels, 8)
+    for wrong in (h.double(), h.transpose(1, 2).contiguous().transpose(1, 2)):
+        with pytest.raises(ValueError, match="h must be a contiguous"):
+            kernels.gelu_square_sum(wrong)
+    with pytest.raises(ValueError, match="scale must have shape"):
+        kernels.gelu_scale(h, row[:1], bias)
+    with pytest.raises(ValueError, match="bias must have shape"):
+        kernels.gelu_reductions(h, h, row, bias[:4])
+    with pytest.raises(ValueError, match="grad must have shape"):
+        kernels.gelu_backward(h, h[:, :3].contiguous(), row, row)
+    _, x, grad, weight, _, index = packed(kernels, 2, 3, 5, (2, 3), torch.float32)
+    with pytest.raises(ValueError, match="index must be a contiguous torch.int64"):
+        kernels.depthwise_forward(x, weight, None, index.int())
+    with pytest.raises(ValueError, match="index must have shape"):
+        kernels.depthwise_weight_grad(x, grad, index, 5)
+    with pytest.raises(ValueError, match="must be odd"):
+        kernels.depthwise_weight_grad(x, grad, index[:, 1:, 1:].contiguous(), 2)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        kernels.depthwise_forward(x, weight[:4].contiguous(), None, index)
+
+
+# The operations that call the kernels, and the models.
+
+
+@pytest.fixture
+def as_backend(kernels, monkeypatch):
+    """Makes 'triton' the backend, with these kernels."""
+    monkeypatch.setitem(sys.modules, ops.__name__ + ".triton_kernels", kernels)
+    monkeypatch.setattr(ops, "triton_kernels", kernels, raising=False)
+    if kernels.interpreted:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ops.use_backend("triton"):
+        yield kernels
+
+
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 3e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("path", [False, True])
+@pytest.mark.parametrize("B,T,C", [(3, 63, 40), (2, 300, 8)])
+def test_fused_token_mlp(as_backend, B, T, C, dtype, tol, path):
+    device = as_backend.device
+    keep = torch.tensor([1.25, 0, 1.25], device=device)[:B] if path else None
+    tensors = [t.detach().to(device, dtype).requires_grad_() for t in make(B, T, C)]
+    grad = torch.randn(B, T, C, device=device)
+    ours, again = both(tensors, keep, grad, [fused_token_mlp, partial(fused_token_mlp, recompute=True)])
+    exact = both([t.detach().double().requires_grad_() for t in tensors], keep, grad.double(), [plain])[0]
+    assert_same(ours, exact, tol)
+    assert_same(again, exact, tol)
+
+
+@pytest.mark.parametrize("patch", [1, 3])
+def test_window_depthwise(as_backend, patch):
+    visible, x, grad, weight, bias, index = packed(as_backend, patch, 7, 40, (3, 4), torch.float32)
+    given = [t.requires_grad_() for t in (x, weight, bias)]
+    exact = dense_depthwise(visible, *given)
+    out = ops.window_depthwise(*given, index)
+    torch.testing.assert_close(out, exact)
+    ours, theirs = (torch.autograd.grad(o, given, grad) for o in (out, exact))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_pretraining_and_dense_model(as_backend, amp):
+    """Both kinds of model take the kernels and have the reference's loss and gradients."""
+    device, used = as_backend.device, []
+    sizes = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), img_size=64, decoder_dim=16)
+    fcmae = timm.create_model("fcmae_convnextv2_atto", **sizes).to(device)
+    for p in fcmae.parameters():
+        if p.ndim == 1:
+            torch.nn.init.normal_(p, std=0.3)
+    images = torch.randn(2, 3, 64, 64, device=device)
+    masks = random_mask(2, fcmae.grid(64, 64), 0.5).to(device)
+    for model, args in ((fcmae, (images, masks)), (fcmae.encoder, (images,))):
+        found = {}
+        for name in ("triton", "reference"):
+            model.zero_grad()
+            with ops.use_backend(name), torch.autocast(device, torch.bfloat16, enabled=amp):
+                out = model(*args)
+                loss = out.loss if hasattr(out, "loss") else model.forward_features(images).square().mean()
+            used.append("token_mlp" in str(nodes(loss)))
+            loss.backward()
+            found[name] = loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        (ours, our_grads), (theirs, their_grads) = found.values()
+        torch.testing.assert_close(ours, theirs, rtol=2e-2 if amp else 1e-5, atol=0)
+        assert our_grads.keys() == their_grads.keys()
+        size = sum(g.norm() ** 2 for g in their_grads.values()).sqrt()
+        for name, g in our_grads.items():
+            assert (g - their_grads[name]).norm() <= (5e-2 if amp else 1e-4) * size, name
+    assert used == [True, False, True, False]
+
+
+def nodes(loss: torch.Tensor) -> set[str]:
+    """Names of the operations behind a loss."""
+    found, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += [n for n, _ in node.next_functions]
+    return {n.name() for n in found}
+
+
+class CompileOnly:
+    """In place of a kernel: a launch compiles it for a GPU that need not be there."""
+
+    TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+    def __init__(self, kernel, target):
+        self.kernel, self.target, self.binaries = kernel, target, []
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, num_warps, **constants):
+        signature = {}
+        for name, arg in zip(self.kernel.arg_names, args, strict=False):
+            if isinstance(arg, torch.Tensor):
+                signature[name] = self.TYPES[arg.dtype]
+            elif arg is None or (arg == 1 and name in "CF"):  # as a launch specialises them
+                constants[name] = arg
+            else:
+                signature[name] = "i32"
+        signature = {name: signature.get(name, "constexpr") for name in self.kernel.arg_names}
+        source = triton.compiler.ASTSource(self.kernel, signature, constants)
+        compiled = triton.compile(source, target=self.target, options={"num_warps": num_warps})
+        self.binaries.append(len(compiled.asm["cubin"]))
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.skipif(not hasattr(tl, "sum") or not isinstance(tl.sum, triton.JITFunction), reason="interprets anyway")
+@pytest.mark.parametrize("dtype,C", [(torch.bfloat16, 40), (torch.float32, 1)], ids=str)
+def test_compiles_for_cuda(dtype, C, monkeypatch, tmp_path):
+    """The interpreter accepts what the compiler refuses, and CI has no GPU. Not needed: a GPU."""
+    if "nvidia" not in triton.backends.backends:
+        pytest.skip("this build of triton has no CUDA backend")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    module = load("triton_kernels_compiled", False, monkeypatch)
+    target = triton.backends.compiler.GPUTarget("cuda", 80, 32)
+    jitted = [name for name, value in vars(module).items() if isinstance(value, triton.JITFunction)]
+    names = [name for name in jitted if name not in HELPERS]
+    for name in names:
+        monkeypatch.setattr(module, name, CompileOnly(getattr(module, name), target))
+    module.device = "cpu"
+    h, row, bias = torch.zeros(2, 63, C, dtype=dtype), torch.zeros(2, C), torch.zeros(C, dtype=dtype)
+    module.gelu_square_sum(h)
+    module.gelu_scale(h, row, bias)
+    module.gelu_reductions(h, h, row, bias)
+    module.gelu_backward(h, h, row, row, inplace=True)
+    _, x, grad, weight, bias, index = packed(module, 2, 3, C, (2, 3), dtype)
+    module.depthwise_forward(x, weight, bias if C > 1 else None, index)
+    module.depthwise_input_grad(grad, weight, index)
+    module.depthwise_weight_grad(x, grad, index, 3)
+    binaries = {name: getattr(module, name).binaries for name in names}
+    assert {name: len(sizes) for name, sizes in binaries.items()} == {
+        name: 2 if name == "_depthwise" else 1 for name in names
+    }
+    assert len(names) == 6 and all(size for sizes in binaries.values() for size in sizes)

@@ -1,0 +1,30 @@
+"""Global Response Normalization with float32 statistics.
+
+Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); `timm.layers.grn.GlobalResponseNorm`.
+"""
+
+import torch
+from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
+from timm.models import register_notrace_module
+
+from ..ops.functional import global_response_norm
+
+__all__ = ["GlobalResponseNorm"]
+
+
+@register_notrace_module  # one node in torch.fx graphs (timm's feature_cls='fx'), which cannot ask a dtype
+class GlobalResponseNorm(TimmGlobalResponseNorm):
+    """timm's GRN: same parameters, same numbers, fewer passes over the tokens.
+
+    `g = ||x||_2` over the tokens of an image, per channel; `n = g / (mean_c g + eps)`;
+    `out = x * (1 + weight * n) + bias`.
+
+    The sum of squares is accumulated in float32 whatever the input type (in float16 it overflows), and the scale, a
+    small `[B, 1, 1, C]`, is applied in one pass over `x` where timm takes three.
+
+    Shape: `[B, H, W, C]` with `channels_last=True`, else `[B, C, H, W]`; the output has the input's shape and dtype.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weight.view(self.wb_shape), self.bias.view(self.wb_shape)
+        return global_response_norm(x, weight, bias, self.eps, self.spatial_dim, self.channel_dim)

@@ -1,0 +1,199 @@
+"""ConvNeXt V2: timm's ConvNeXt with blocks that also run on packed (visible) patches.
+
+Paper: `ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders` - https://arxiv.org/abs/2301.00808
+
+Parameter names and shapes and constructor arguments are those of `timm.models.convnext`, so that a state dict moves
+between the two in both directions.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from timm.layers import GlobalResponseNormMlp
+from timm.models import checkpoint_seq
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
+from torch import nn
+
+from ..layers import DepthwiseConv2d, PatchConv2d, TokenMlp
+
+__all__ = ["ConvNeXtV2", "ConvNeXtV2Block", "ConvNeXtV2Stage"]
+
+
+class Layout(Protocol):
+    """What the mixer asks of a packed layout; `models.packing.PackedLayout` is one."""
+
+    def mix(self, x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
+        """Applies `conv` to packed features `x` as if they lay in their image, and packs the result."""
+
+
+class ConvNeXtV2Block(ConvNeXtBlock):
+    """timm's `ConvNeXtBlock`, split into the mixer (which asks the layout) and the token MLP (which does not)."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        ConvNeXtV2Block.adopt(self)
+
+    @staticmethod
+    def adopt(block: ConvNeXtBlock) -> None:
+        """Turns timm's block into ours in place: parameters and their names stay."""
+        block.__class__ = ConvNeXtV2Block
+        DepthwiseConv2d.adopt(block.conv_dw)
+        block.mlp_channels_last = not block.use_conv_mlp
+        if type(block.mlp) is GlobalResponseNormMlp:
+            TokenMlp.adopt(block.mlp)
+            block.mlp_channels_last = True
+
+    @torch.jit.unused
+    def _can_fuse(self, x: torch.Tensor) -> bool:
+        return isinstance(self.mlp, TokenMlp) and self.gamma is None and self.mlp.can_fuse(x, self.norm, self.drop_path)
+
+    def _token_mlp(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self._can_fuse(x):
+                return self.mlp.fused(x, self.shortcut(shortcut), self.norm, self.drop_path)
+        if self.use_conv_mlp:  # a norm for [B, C, H, W], else for [B, H, W, C]
+            x = self.norm(x)
+        if self.mlp_channels_last:
+            x = x.permute(0, 2, 3, 1)
+            if not self.use_conv_mlp:
+                x = self.norm(x)
+            x = self.mlp(x)
+            x = x.permute(0, 3, 1, 2)
+        else:
+            x = self.mlp(x)
+        if self.gamma is not None:
+            x = x.mul(self.gamma.reshape(1, -1, 1, 1))
+        return self.drop_path(x) + self.shortcut(shortcut)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Dense features `[B, C, H, W]`."""
+        return self._token_mlp(self.conv_dw(x), x)
+
+    def forward_packed(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Packed features in the layout's own shape (`[B, C, K * p, p]` for `PackedLayout`)."""
+        return self._token_mlp(layout.mix(x, self.conv_dw), x)
+
+
+class ConvNeXtV2Stage(ConvNeXtStage):
+    """timm's `ConvNeXtStage` with a packed path."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Dense features."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return self._checkpointed(x, self.blocks)
+        return self.blocks(x)
+
+    def forward_packed(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Packed features; the downsampling convolution never crosses a patch border."""
+        x = self.downsample(x)
+        blocks = [partial(block.forward_packed, layout=layout) for block in self.blocks]
+        if self.grad_checkpointing:
+            return self._checkpointed(x, blocks)
+        for block in blocks:
+            x = block(x)
+        return x
+
+    def _checkpointed(self, x: torch.Tensor, forwards: Iterable[Callable]) -> torch.Tensor:
+        """The fused token MLP recomputes what is large, four times as wide as the rest; other blocks, everything."""
+        for block, forward in zip(self.blocks, forwards, strict=True):
+            x = forward(x) if block._can_fuse(x) and block.mlp.recompute else checkpoint_seq([forward], x)
+        return x
+
+
+def _layer_id(name: str, depths: list[int], grouped: bool) -> int:
+    """Official layer id of a parameter; see `ConvNeXtV2.group_matcher`."""
+    block = re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name)
+    downsample = re.match(r"stages\.(\d+)\.downsample\.", name)
+    if block:
+        stage, index = int(block[1]), int(block[2])
+    elif downsample or name.startswith("stem."):
+        stage, index = int(downsample[1]) if downsample else 0, None
+    else:  # norms after the last stage and the classifier
+        stage, index = len(depths), 0
+    if not grouped:
+        return sum(depths[:stage]) + (index or 0) + 1
+    last = 3 + math.ceil(depths[2] / 3)  # 12 where the official code has it
+    if stage == 0:
+        return 0 if index is None else 1
+    if stage == 1:
+        return 2
+    if stage == 2:
+        return 3 + (index or 0) // 3
+    return last + stage - 3
+
+
+class ConvNeXtV2(ConvNeXt):
+    """timm's `ConvNeXt` with `ConvNeXtV2Block`s: the same arguments, parameters and numbers.
+
+    `forward_packed` runs the feature extractor on visible patches only, and `group_matcher` gives the layers of the
+    published layer-wise learning rate decay; everything else is timm's.
+
+    Attributes:
+        layer_decay_type: What one layer of that decay is, by the official names: 'single', a block, or 'group', about
+            three blocks. `timm.create_model` sets 'group' for base, large and huge, as their recipes have it.
+    """
+
+    layer_decay_type = "single"
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        # timm builds its own block and stage classes and has no hook for others. Ours add methods and no state, so
+        # the instances change class; weights and the random numbers drawn to initialise them stay timm's.
+        for stage in self.stages:
+            stage.__class__ = ConvNeXtV2Stage
+            for module in stage.downsample.children():
+                PatchConv2d.adopt(module)
+            for block in stage.blocks:
+                ConvNeXtV2Block.adopt(block)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], int]:
+        """Layers of the official layer-wise learning rate decay, for `timm.optim.param_groups_layer_decay`.
+
+        Source: `optim_factory.py` of the official repository. There, `base`, `large` and `huge` have 27 blocks in
+        stage 2; other depths go on by the same rule. timm numbers the layers anew without gaps, which changes no
+        learning rate: the decay counts from the last layer, and only the ids below the first one in use can be absent.
+
+        Args:
+            coarse: True gives timm's own coarse groups, the stem and whole stages.
+
+        Returns:
+            timm's patterns if `coarse`, else a function from a parameter's name to its layer id.
+        """
+        if coarse:
+            return super().group_matcher(coarse=True)
+        if self.layer_decay_type not in ("single", "group"):
+            raise ValueError(f"layer_decay_type must be 'single' or 'group', got {self.layer_decay_type!r}.")
+        depths = [len(stage.blocks) for stage in self.stages]
+        return partial(_layer_id, depths=depths, grouped=self.layer_decay_type == "group")
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes in the backward pass what takes most memory.
+
+        With the fused token MLP (`ops.backend`) that is its pre-activation, a sixth more matrix products; else, as in
+        timm, whole blocks, a third more work.
+        """
+        super().set_grad_checkpointing(enable)
+        for mlp in (m for m in self.stages.modules() if isinstance(m, TokenMlp)):
+            mlp.recompute = enable
+
+    def forward_packed(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Features of packed pixels, in the layout's own shape.
+
+        Args:
+            x: Packed pixels, `[B, in_chans, K * stride, stride]` for `PackedLayout`.
+            layout: Puts the mixer's neighbourhood back together.
+
+        Returns:
+            Packed features of the last stage, `[B, num_features, K, 1]` for `PackedLayout`.
+        """
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage.forward_packed(x, layout)
+        return self.norm_pre(x)

@@ -1,0 +1,257 @@
+"""FCMAE: fully convolutional masked autoencoder around a timm ConvNeXt V2.
+
+Paper: section 3 of https://arxiv.org/abs/2301.00808. Reference code: `models/fcmae.py` of
+https://github.com/facebookresearch/ConvNeXt-V2, with GRN's statistics per image, as in the code that trained the
+published weights (there: per batch; see its issue 86).
+
+Data flow and shapes: images `[B, C, H, W]` -> mask `[B, h, w]`, True = removed -> packed map of visible pixels
+`[B, C, K * stride, stride]` -> encoder `[B, D, K, 1]` -> projected tokens in the grid, mask token elsewhere
+`[B, h * w, decoder_dim]` -> decoder block -> predicted pixels of the removed patches
+`[B, h * w - K, stride^2 * C]` -> loss.
+"""
+
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import nn
+
+from .convnextv2 import ConvNeXtV2, ConvNeXtV2Block
+from .masking import check_mask, num_visible, random_mask
+from .packing import PackedLayout
+
+__all__ = ["FCMAE", "FCMAEOutput", "normalize_target", "patchify", "unpatchify"]
+
+
+class FCMAEOutput(NamedTuple):
+    """What a forward pass of `FCMAE` returns.
+
+    Attributes:
+        loss: Scalar, mean squared error over the pixels of the removed patches; float32, or float64 for float64 images.
+        pred: Predicted pixels of every patch, `[B, h * w, stride^2 * C]`, in (row, column, channel) order, in the
+            units of the target (normalised per patch where `norm_pix_loss`); None where not asked for.
+        mask: Bool `[B, h, w]`, True = removed.
+    """
+
+    loss: torch.Tensor
+    pred: torch.Tensor | None
+    mask: torch.Tensor
+
+
+def patchify(images: torch.Tensor, stride: int) -> torch.Tensor:
+    """`[B, C, H, W]` as patches `[B, h * w, stride^2 * C]`, pixels in (row, column, channel) order."""
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // stride, stride, W // stride, stride)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, stride * stride * C)
+
+
+def unpatchify(patches: torch.Tensor, grid: tuple[int, int], stride: int) -> torch.Tensor:
+    """The inverse of `patchify`: `[B, h * w, stride^2 * C]` as images `[B, C, h * stride, w * stride]`."""
+    h, w = grid
+    x = patches.reshape(patches.shape[0], h, w, stride, stride, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, h * stride, w * stride)
+
+
+def normalize_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalises each patch (last axis) with its mean and *unbiased* variance (official `forward_loss`).
+
+    Returns:
+        The normalised patches, and the mean and standard deviation `[..., 1]` that undo it: `x * std + mean`.
+    """
+    n = patches.shape[-1]
+    shrink = (n - 1) / n  # the biased variance, which LayerNorm takes, over the unbiased one
+    normal, mean, rstd = torch.native_layer_norm(patches, [n], None, None, 1e-6 * shrink)
+    return normal * shrink**0.5, mean, 1 / (rstd * shrink**0.5)
+
+
+class FCMAE(nn.Module):
+    """Masked autoencoder whose encoder computes the visible patches only.
+
+    Args:
+        img_size: Nominal image size, an int or (H, W), for checks and records; `forward` takes any multiple of the
+            stride.
+        in_chans: Number of image channels.
+        patch_size: Stem patch size, 1 to 7. The mask's patch is the encoder's total stride (`stride`): 8 x
+            `patch_size`; 32 for `patch_size` 2 too, where timm's ConvNeXt adds a downsampling layer.
+        mask_ratio: Share of patches to remove where no mask is given.
+        decoder_depth: Number of decoder blocks, at least 1.
+        decoder_dim: Width of the decoder.
+        norm_pix_loss: Normalise the target per patch.
+        **encoder_kwargs: Passed to `ConvNeXtV2` (`depths`, `dims`, `kernel_sizes`, `drop_path_rate`, ...).
+
+    Raises:
+        ValueError: Sizes that do not divide, a mask ratio that is not in (0, 1), or encoder options that mix patches
+            outside the mixer (`stem_type` other than 'patch', `output_stride` below 32).
+    """
+
+    base_model: str | None = None  # the model on the Hub that the weights started from; timm's factory sets it
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        patch_size: int = 4,
+        mask_ratio: float = 0.6,
+        decoder_depth: int = 1,
+        decoder_dim: int = 512,
+        norm_pix_loss: bool = True,
+        num_classes: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **encoder_kwargs,
+    ) -> None:
+        super().__init__()
+        if num_classes:
+            raise ValueError(
+                f"An FCMAE model has no classifier, got num_classes={num_classes}. Pretrain without it, export "
+                "`model.encoder`, and give num_classes to the exported model."
+            )
+        for option, needed in (("stem_type", "patch"), ("output_stride", 32)):
+            if encoder_kwargs.get(option, needed) != needed:
+                raise ValueError(
+                    f"The sparse encoder needs {option}={needed!r}, where only the mixer crosses patch borders; got "
+                    f"{encoder_kwargs[option]!r}. Other values work in the dense convnextv2_* models."
+                )
+        if decoder_depth < 1:
+            raise ValueError(
+                f"decoder_depth={decoder_depth}: without a decoder block masked patches never see the visible ones, "
+                "and the encoder learns nothing. The paper uses 1."
+            )
+        dd = {"device": device, "dtype": dtype}
+        self.encoder = ConvNeXtV2(in_chans=in_chans, patch_size=patch_size, num_classes=0, **encoder_kwargs, **dd)
+        for stage in self.encoder.stages:
+            for conv in (m for m in stage.downsample.modules() if isinstance(m, nn.Conv2d)):
+                if conv.kernel_size != conv.stride:
+                    raise ValueError(
+                        f"patch_size={patch_size} is too large: from 8 on, timm's ConvNeXt dilates its last "
+                        "downsampling layer, which then crosses patch borders. The published models have 4."
+                    )
+            if any(k % 2 == 0 for block in stage.blocks for k in block.conv_dw.kernel_size):
+                raise ValueError(f"The mixer needs odd kernel_sizes, got {encoder_kwargs['kernel_sizes']}.")
+        self.stride = self.encoder.feature_info[-1]["reduction"]
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.in_chans = in_chans
+        self.num_classes = 0
+        self.num_features = self.encoder.num_features
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        num_visible(self.grid(*self.img_size), mask_ratio)  # both checks, before anything is built on them
+
+        self.proj = nn.Conv2d(self.num_features, decoder_dim, kernel_size=1, **dd)
+        self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1, **dd))
+        self.decoder = nn.Sequential(
+            *[ConvNeXtV2Block(decoder_dim, use_grn=True, ls_init_value=None, **dd) for _ in range(decoder_depth)]
+        )
+        self.pred = nn.Conv2d(decoder_dim, self.stride**2 * in_chans, kernel_size=1, **dd)
+        for module in (self.proj, *self.decoder.modules(), self.pred):
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Image size in patches.
+
+        Raises:
+            ValueError: The stride does not divide the size; names the nearest sizes that work.
+        """
+        s = self.stride
+        if height % s or width % s or min(height, width) < s:
+            raise ValueError(
+                f"Image size {height}x{width} (height x width) is not a multiple of the encoder's stride {s}; the "
+                f"nearest that work: {self._nearest_sizes(height, width)}. A smaller stem `patch_size` gives a "
+                "smaller stride."
+            )
+        return height // s, width // s
+
+    def _nearest_sizes(self, height: int, width: int) -> str:
+        """Sizes around one that does not fit, among those whose grid `mask_ratio` can split in two."""
+        s = self.stride
+        for more in range(1, 65):  # a high ratio needs more patches than the nearest multiples have
+            pairs = product(*({max(s, v // s * s), -(-v // s) * s, (v // s + more) * s} for v in (height, width)))
+            fits = [(h, w) for h, w in pairs if 0 < int(h * w // s**2 * (1 - self.mask_ratio)) < h * w // s**2]
+            if height == width:
+                fits = [(h, w) for h, w in fits if h == w]
+            if fits:
+                fits.sort(key=lambda size: (abs(size[0] - height) + abs(size[1] - width), size))
+                return " or ".join(f"{h}x{w}" for h, w in fits[:2])
+        return f"multiples of {s}"
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes in the backward pass what takes most memory; see `ConvNeXtV2.set_grad_checkpointing`."""
+        self.encoder.set_grad_checkpointing(enable)
+
+    def visible(self, images: torch.Tensor, mask: torch.Tensor | None = None) -> PackedLayout:
+        """The layout of a batch, from a mask that is given (and checked) or drawn with `self.mask_ratio`.
+
+        Args:
+            images: `[B, in_chans, H, W]`.
+            mask: Bool `[B, h, w]`, True = removed.
+
+        Raises:
+            ValueError: See `grid`, `masking.check_mask` and `masking.num_visible`.
+        """
+        if images.ndim != 4 or images.shape[1] != self.in_chans or not images.is_floating_point():
+            raise ValueError(
+                f"images must be float [B, {self.in_chans}, H, W], got {images.dtype} {list(images.shape)}. The number "
+                "of channels is set with timm.create_model(..., in_chans=...)."
+            )
+        grid = self.grid(*images.shape[-2:])
+        if mask is None:
+            keep = num_visible(grid, self.mask_ratio)
+            mask = random_mask(images.shape[0], grid, self.mask_ratio, device=images.device)
+        else:
+            keep = check_mask(mask, images.shape[0], grid)
+        return PackedLayout(mask, keep, device=images.device)
+
+    def forward_encoder(self, images: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        """Features of the visible patches, in `layout.ids` order: `[B, K, num_features]`."""
+        x = self.encoder.forward_packed(layout.pack(images, self.stride), layout)
+        return x.squeeze(-1).transpose(1, 2)
+
+    def forward_decoder(self, x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        """Decoded features of all patches, `[B, h * w, decoder_dim]`, from visible tokens `[B, K, num_features]`."""
+        x = F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        x = layout.unpack(x, self.mask_token.flatten())
+        x = x.view(x.shape[0], *layout.grid, -1).permute(0, 3, 1, 2)
+        return self.decoder(x).permute(0, 2, 3, 1).flatten(1, 2)
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        mask: torch.Tensor | PackedLayout | None = None,
+        return_pred: bool = True,
+    ) -> FCMAEOutput:
+        """Masks, encodes, decodes, and compares the removed patches with the image.
+
+        Args:
+            images: Float `[B, in_chans, H, W]`, H and W multiples of `stride`.
+            mask: Bool `[B, h, w]`, True = removed, the same number in each image; drawn where None. A `PackedLayout`
+                from `self.visible(images, mask)` is taken as it is: its checks are done, so that a compiled forward
+                has static shapes and nothing to wait for.
+            return_pred: Predict the visible patches too. Without, `pred` is None and only the removed patches, all
+                that the loss needs, go through the prediction layer.
+
+        Raises:
+            ValueError: See `visible`; also a mask without a visible or without a removed patch.
+        """
+        layout = mask if isinstance(mask, PackedLayout) else self.visible(images, mask)
+        if not 0 < layout.num_visible < layout.grid[0] * layout.grid[1]:
+            raise ValueError(
+                f"The loss needs at least one visible and one masked patch in each image; this mask leaves "
+                f"{layout.num_visible} of {layout.grid[0] * layout.grid[1]} visible. For features of whole images "
+                "use `model.encoder` or `forward_encoder`."
+            )
+        x = self.forward_decoder(self.forward_encoder(images, layout), layout)
+        weight, bias = self.pred.weight.flatten(1), self.pred.bias
+        pred = F.linear(x, weight, bias) if return_pred else None
+        pred_masked = F.linear(layout.take_masked(x), weight, bias) if pred is None else layout.take_masked(pred)
+
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        target = layout.masked_patches(images, self.stride).to(dtype)
+        if self.norm_pix_loss:
+            target, _, _ = normalize_target(target)
+        loss = F.mse_loss(pred_masked.to(dtype), target)
+        return FCMAEOutput(loss, pred, layout.mask)

@@ -1,0 +1,98 @@
+"""Masks: how many patches stay visible, which, and whether a mask that was given is one.
+
+Words: a *patch* is `stride x stride` pixels; the *grid* `(h, w)` is the image in patches; a *mask* is bool
+`[B, h, w]` with **True = removed**; every image of a batch keeps the same number `K` of patches.
+"""
+
+import math
+
+import torch
+
+__all__ = ["check_mask", "num_visible", "random_mask"]
+
+
+def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
+    """Number of patches `K = int(h * w * (1 - mask_ratio))` that each image keeps (official `gen_random_mask`).
+
+    Args:
+        grid: Image size in patches, `(h, w)`.
+        mask_ratio: Share of the patches to remove.
+
+    Raises:
+        ValueError: The ratio is outside (0, 1), or leaves no visible or no masked patch on this grid.
+    """
+    total = grid[0] * grid[1]
+    if not 0.0 < mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio must lie strictly between 0 and 1, got {mask_ratio}. The paper uses 0.6.")
+    if total < 2:
+        raise ValueError(
+            f"A {grid[0]}x{grid[1]} grid has {total} patch: masked pretraining needs at least 2, one to see and one "
+            "to predict. Use larger images or a smaller stem `patch_size`."
+        )
+    visible = int(total * (1 - mask_ratio))
+    if not 1 <= visible < total:
+        # rounded down, so that the ratio that is named works when it is typed
+        largest = math.floor(1e4 * (1 - 1 / total)) / 1e4
+        if int(total * (1 - largest)) < 1:  # 10 * (1 - 0.9) is 0.9999999999999998
+            largest = round(largest - 1e-4, 4)
+        raise ValueError(
+            f"mask_ratio={mask_ratio} leaves {visible} of {total} patches visible on a {grid[0]}x{grid[1]} grid; "
+            f"each image needs at least one visible and one masked patch. Ratios above 0 and up to {largest} can "
+            "give that here."
+        )
+    return visible
+
+
+def random_mask(
+    batch_size: int,
+    grid: tuple[int, int],
+    mask_ratio: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Draws a mask that removes the same number of patches, chosen uniformly, from each image.
+
+    Args:
+        batch_size: Number of images.
+        grid: Image size in patches, `(h, w)`.
+        mask_ratio: Share of the patches to remove.
+        generator: Source of randomness on `device`; the default generator otherwise.
+        device: Device of the mask.
+
+    Returns:
+        Bool mask `[B, h, w]`, True = removed.
+
+    Raises:
+        ValueError: See `num_visible`.
+    """
+    keep = num_visible(grid, mask_ratio)
+    total = grid[0] * grid[1]
+    order = torch.rand(batch_size, total, generator=generator, device=device).argsort(dim=1)
+    mask = torch.ones(batch_size, total, dtype=torch.bool, device=device)
+    mask.scatter_(1, order[:, :keep], False)
+    return mask.view(batch_size, *grid)
+
+
+def check_mask(mask: torch.Tensor, batch_size: int, grid: tuple[int, int]) -> int:
+    """Checks a mask that was given and returns its number `K` of visible patches per image.
+
+    Raises:
+        ValueError: Wrong dtype or shape, or images that keep different numbers of patches.
+    """
+    shape = (batch_size, *grid)
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"mask must be a torch.bool tensor (True = removed), got {came}. Convert it with `mask.bool()`."
+        )
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"mask must have shape [B, h, w] = {list(shape)} for these images, got {list(mask.shape)}.")
+    if not batch_size:
+        raise ValueError("There are no images in this batch.")
+    counts = (~mask).flatten(1).sum(1).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"Every image of a batch must keep the same number of patches, got {min(counts)} to {max(counts)} visible. "
+            "Draw masks with `timm_convnextv2.random_mask`, or equalise the counts."
+        )
+    return counts[0]

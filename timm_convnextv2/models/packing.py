@@ -1,0 +1,184 @@
+"""The packed layout, which lets dense modules run on visible patches only.
+
+A *packed map* holds the visible patches of each image, stacked downwards in row-major grid order, as
+`[B, C, K * p, p]` in channels-last memory, where `p` is the side of a patch in the current feature map. A packed map is
+an ordinary batch of images, so everything that does not cross patch borders (stem, downsampling, LayerNorm, the token
+MLP, GRN's per-image sums, drop path) runs on it unchanged and exactly. Only the depthwise convolution looks beyond its
+patch: `PackedLayout.mix` gives it the neighbourhood back.
+"""
+
+import torch
+from torch import nn
+
+from ..layers import is_plain_depthwise
+from ..ops import backend, window_depthwise
+
+__all__ = ["PackedLayout"]
+
+
+class _GatherRows(torch.autograd.Function):
+    """`x[rows]` for unique rows. The gradient is a plain copy, where autograd's would be an atomic add."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, rows = inputs
+        ctx.save_for_backward(rows)
+        ctx.num_rows = x.shape[0]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (rows,) = ctx.saved_tensors
+        return _ScatterRows.apply(grad.contiguous(), rows, ctx.num_rows), None
+
+
+class _ScatterRows(torch.autograd.Function):
+    """The transpose of `_GatherRows`: rows of `x` to their places among `num_rows`, zeros elsewhere."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (rows,) = ctx.saved_tensors
+        return _GatherRows.apply(grad.contiguous(), rows), None, None
+
+
+def _nhwc(x: torch.Tensor) -> torch.Tensor:
+    """`[B, C, H, W]` as contiguous `[B, H, W, C]`: a view where the memory is channels-last already."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+class PackedLayout:
+    """Which patches of a batch are visible: packs images and features, unpacks tokens, feeds the mixer.
+
+    Args:
+        mask: Bool `[B, h, w]`, True = removed, the same number of visible patches in each image (`check_mask`).
+        num_visible: That number, `K`.
+        device: Where the features live; the mask's device by default.
+
+    Attributes:
+        mask: The mask, on `device`.
+        ids: Visible patches in row-major order, int64 `[B, K]` into the `h * w` patches.
+        masked_ids: Removed patches likewise, `[B, h * w - K]`.
+    """
+
+    def __init__(self, mask: torch.Tensor, num_visible: int, device: torch.device | None = None) -> None:
+        self.batch_size, *grid = mask.shape
+        self.grid = tuple(grid)
+        self.num_visible = num_visible
+        # stable: False (visible) sorts first and both halves keep row-major order
+        order = mask.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
+        # a copy to the CPU must not be read before it is complete
+        later = device is not None and torch.device(device).type != "cpu"
+        order = order.to(device, non_blocking=later)
+        self.mask = mask.to(device, non_blocking=later)
+        self.ids = order[:, :num_visible]
+        self.masked_ids = order[:, num_visible:]
+        self._rows: dict[int, torch.Tensor] = {}
+        self._windows: dict[tuple[int, int], torch.Tensor] = {}
+
+    def _patches(self, images: torch.Tensor, ids: torch.Tensor, stride: int) -> torch.Tensor:
+        """Chosen patches of `[B, C, H, W]`, as `[B, n, stride, stride, C]`."""
+        h, w = self.grid
+        x = images.reshape(images.shape[0], images.shape[1], h, stride, w, stride).permute(0, 2, 4, 3, 5, 1)
+        batch = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
+        return x[batch, ids // w, ids % w]
+
+    def pack(self, images: torch.Tensor, stride: int) -> torch.Tensor:
+        """Visible patches of `[B, C, H, W]` as a packed map `[B, C, K * stride, stride]`, channels-last."""
+        x = self._patches(images, self.ids, stride)
+        return x.reshape(x.shape[0], -1, stride, x.shape[-1]).permute(0, 3, 1, 2)
+
+    def masked_patches(self, images: torch.Tensor, stride: int) -> torch.Tensor:
+        """Removed patches of `[B, C, H, W]`, pixels in (row, column, channel) order: `[B, h*w - K, stride^2 * C]`."""
+        return self._patches(images, self.masked_ids, stride).flatten(2)
+
+    def rows(self, p: int) -> torch.Tensor:
+        """Where the rows of a packed map lie in the dense map: int64 `[B * K * p]`.
+
+        Row `r` of a patch is `p` neighbouring tokens, contiguous in both layouts; the index counts such runs in
+        `[B, h, p, w]` order.
+        """
+        if p not in self._rows:
+            h, w = self.grid
+            ids = self.ids.unsqueeze(-1)
+            batch = torch.arange(self.batch_size, device=ids.device).view(-1, 1, 1)
+            row = torch.arange(p, device=ids.device)
+            self._rows[p] = (((batch * h + ids // w) * p + row) * w + ids % w).flatten()
+        return self._rows[p]
+
+    def mix(self, x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
+        """Submanifold `conv`: removed positions are zero before it and are dropped after it.
+
+        Args:
+            x: Packed map `[B, C, K * p, p]`.
+            conv: Convolution of stride 1 that keeps the spatial size.
+
+        Returns:
+            Packed map of the same shape.
+        """
+        B, C, _, p = x.shape
+        h, w = self.grid
+        if self._prefers_windows(p, conv, x):
+            patches = _nhwc(x).view(-1, p, p, C)
+            out = window_depthwise(patches, conv.weight, conv.bias, self.windows(p, conv.padding[0]))
+            return out.reshape(B, -1, p, C).permute(0, 3, 1, 2)
+        rows = self.rows(p)
+        dense = _ScatterRows.apply(_nhwc(x).view(-1, p * C), rows, B * h * p * w)
+        dense = conv(dense.view(B, h * p, w * p, C).permute(0, 3, 1, 2))
+        out = _GatherRows.apply(_nhwc(dense).view(B * h * p * w, -1), rows)
+        return out.view(B, -1, p, dense.shape[1]).permute(0, 3, 1, 2)
+
+    def _prefers_windows(self, p: int, conv: nn.Module, x: torch.Tensor) -> bool:
+        """Whether to convolve a window around each visible patch, rather than the whole map with zeros in it.
+
+        The rule counts positions: each output costs about as much as reading six (forward and both gradients of a 7x7
+        kernel on CPU, where alone this was measured), and a window reads more of them than a patch has.
+        """
+        chosen = backend(x.device)
+        if chosen == "reference" or not is_plain_depthwise(conv):
+            return False
+        if chosen == "triton":  # its kernels read a border from where it lies
+            return True
+        patches, side = self.grid[0] * self.grid[1], p + 2 * conv.padding[0]
+        return self.num_visible * (6 * p**2 + side**2) < patches * 6 * p**2
+
+    def windows(self, p: int, border: int) -> torch.Tensor:
+        """Tokens of each visible patch and its border, for `ops.window_depthwise`: int64 `[B * K, side, side]`."""
+        if (p, border) not in self._windows:
+            h, w = self.grid
+            count = self.ids.numel()
+            slot = self.ids.new_full((self.batch_size, h * w), count)  # which packed patch lies there, if any
+            slot.scatter_(1, self.ids, torch.arange(count, device=self.ids.device).view_as(self.ids))
+            near = torch.arange(-border, p + border, device=self.ids.device)
+            y = (self.ids // w * p).view(-1, 1, 1) + near.view(-1, 1)
+            x = (self.ids % w * p).view(-1, 1, 1) + near
+            inside = (y >= 0) & (y < h * p) & (x >= 0) & (x < w * p)
+            place = (y.div(p, rounding_mode="floor").clamp(0, h - 1) * w) + x.div(p, rounding_mode="floor").clamp(
+                0, w - 1
+            )
+            batch = torch.arange(self.batch_size, device=self.ids.device).repeat_interleave(self.num_visible)
+            patch = slot[batch.view(-1, 1, 1), place]
+            token = patch * p**2 + y % p * p + x % p
+            nothing = count * p**2
+            self._windows[p, border] = torch.where(inside & (patch < count), token, nothing)
+        return self._windows[p, border]
+
+    def unpack(self, tokens: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+        """Tokens `[B, K, C]` at their places in the grid, `fill` `[C]` everywhere else: `[B, h * w, C]`."""
+        B, _, C = tokens.shape
+        dense = fill.to(tokens.dtype).expand(B, self.grid[0] * self.grid[1], C)
+        return dense.scatter(1, self.ids.unsqueeze(-1).expand(-1, -1, C), tokens)
+
+    def take_masked(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The removed positions of `[B, h * w, C]`: `[B, h * w - K, C]`."""
+        return tokens.gather(1, self.masked_ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
