@@ -2,6 +2,6 @@
 
 from .images import save_loss_curve, save_reconstructions
 from .logs import check_logs, open_logs
-from .progress import Progress
+from .progress import ProgressBar, Stopwatch
 
-__all__ = ["Progress", "check_logs", "open_logs", "save_loss_curve", "save_reconstructions"]
+__all__ = ["ProgressBar", "Stopwatch", "check_logs", "open_logs", "save_loss_curve", "save_reconstructions"]

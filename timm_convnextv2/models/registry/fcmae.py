@@ -68,13 +68,17 @@ def _filter_fn(state_dict: dict[str, torch.Tensor], model: FCMAE) -> dict[str, t
     return {**own, **loaded}
 
 
-def _create_fcmae(variant: str, pretrained: bool = False, **kwargs) -> FCMAE:
+def _create_fcmae(
+    variant: str, pretrained: bool = False, start_config: dict[str, Any] | None = None, **kwargs
+) -> FCMAE:
+    """`start_config` is the config.json beside the weights, where the caller has read it."""
     if kwargs.pop("features_only", False):
         raise ValueError(
             f"'{variant}' is the pretraining wrapper; use '{variant.removeprefix('fcmae_')}' for features_only=True."
         )
     if pretrained and kwargs.get("pretrained_cfg_overlay"):
-        kwargs = _options_of_folder(variant, kwargs)
+        start_config = start_config or _config_beside_weights(variant, kwargs)
+        kwargs = _with_options_of(start_config, variant, kwargs) if start_config else kwargs
     model = build_model(
         FCMAE,
         variant,
@@ -83,23 +87,28 @@ def _create_fcmae(variant: str, pretrained: bool = False, **kwargs) -> FCMAE:
         kwargs_filter=("global_pool",),
         **kwargs,
     )
-    _describe_encoder(model, variant.removeprefix("fcmae_"), pretrained, kwargs)
+    if pretrained and model.pretrained_cfg.get("file") and start_config is None:
+        start_config = config_beside(model.pretrained_cfg)  # timm itself parsed a `local-dir:` name
+    _describe_encoder(model, variant.removeprefix("fcmae_"), pretrained, start_config, kwargs)
     return model
 
 
-def _options_of_folder(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`kwargs` with what the `config.json` beside the weights of a `pretrained_cfg_overlay` adds to them.
-
-    timm reads that file for `local-dir:` and `hf-hub:` names only. From it come the model's options, where they are
-    not given, and normalisation, licence and origin: the ones registered for `variant` are of the published weights.
-    """
+def _config_beside_weights(variant: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The config.json beside the weights of a `pretrained_cfg_overlay`, which timm does not read; None without one."""
     overlay = kwargs["pretrained_cfg_overlay"]
     try:
-        config = config_beside(overlay, kwargs.get("cache_dir"))
+        return config_beside(overlay, kwargs.get("cache_dir"))
     except (OSError, HfHubHTTPError) as e:
         raise hub_error(e, overlay["hf_hub_id"], "config.json", variant) from e
-    if config is None:
-        return kwargs
+
+
+def _with_options_of(config: dict[str, Any], variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` with what a `config.json` adds to them.
+
+    From it come the model's options, where they are not given, and normalisation, licence and origin: the ones
+    registered for `variant` are of the published weights.
+    """
+    overlay = kwargs["pretrained_cfg_overlay"]
     if config["architecture"] not in (variant, variant.removeprefix("fcmae_")):
         raise ValueError(
             f"The weights in {overlay.get('file') or overlay.get('hf_hub_id')} are of a {config['architecture']}, not "
@@ -117,7 +126,9 @@ def _options_of_folder(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _describe_encoder(model: FCMAE, name: str, pretrained: bool, kwargs: dict[str, Any]) -> None:
+def _describe_encoder(
+    model: FCMAE, name: str, pretrained: bool, start_config: dict[str, Any] | None, kwargs: dict[str, Any]
+) -> None:
     """Gives `model.encoder` what timm's factory would have given it, for `timm.models.save_for_hf`.
 
     `_model_args` are the options that differ from those of the variant `name`. `pretrained_cfg` describes the
@@ -140,9 +151,8 @@ def _describe_encoder(model: FCMAE, name: str, pretrained: bool, kwargs: dict[st
     }
     if pretrained:
         model.base_model = (source.get("hf_hub_id") or "").partition("@")[0] or None
-        if source.get("file"):
-            config = config_beside(source)
-            model.base_model = origin_of_config(config).base_model if config else model.base_model
+        if source.get("file") and start_config:
+            model.base_model = origin_of_config(start_config).base_model
     own = variant_options(name.rpartition("_")[2])
     options = inspect.signature(ConvNeXt.__init__).parameters.keys() - {"device", "dtype"}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items() if k in options}

@@ -1,0 +1,124 @@
+"""What a run says in words: what it is, how its weights were made, and the commands that come next."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import timm_convnextv2
+
+from ..command import invocation
+from ..models import FCMAE
+from .plan import Plan
+from .run_folder import Progress
+from .start import short_name
+
+__all__ = ["VERSIONS", "about_run", "how_made", "memory_line", "next_commands", "resume_command", "stopped"]
+
+VERSIONS = f"timm_convnextv2 {timm_convnextv2.__version__}, timm {timm.__version__}, torch {torch.__version__}"
+
+
+def about_run(
+    name: str, model: FCMAE, plan: Plan, num_images: int, input_size: list[int], world_size: int, device: torch.device
+) -> str:
+    """Model, data and length, in one line."""
+    chans, height, width = input_size
+    h, w = model.grid(height, width)
+    return (
+        f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+        f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f}M of them the encoder; "
+        f"{num_images} images of {chans} x {height} x {width} in {h} x {w} patches of {model.stride} px; "
+        f"{plan.updates} updates of {plan.images_per_update} images, lr {plan.lr:.2e}, on {world_size} x {device.type}"
+    )
+
+
+def memory_line(fixed: float, step: float, batch_size: int) -> str:
+    """The estimate of `memory.memory_estimate`, both parts in GiB."""
+    return (
+        f"Memory per process: about {fixed + step:.2f} GiB, {fixed:.2f} for weights, gradients and AdamW, {step:.2f} "
+        f"for a step of {batch_size} images; data workers take their own."
+    )
+
+
+def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[str, str]:
+    """How the weights were made, for the README of the export."""
+    dataset = settings["dataset"]
+    data = dataset if dataset != "embedded" else "the embedded data set of timm_convnextv2"
+    pixels = "pixels normalised per patch" if settings["norm_pix_loss"] else "plain pixels"
+    name = settings["model"]
+    started = {"Started from": short_name(name) if ":" in name else "the published encoder"}
+    return {
+        "Method": f"FCMAE, mask ratio {settings['mask_ratio']}, decoder {settings['decoder_depth']} x "
+        f"{settings['decoder_dim']}, {pixels}",
+        **(started if settings["pretrained"] else {}),
+        "Data": f"{data or Path(settings['data_dir']).resolve().name}, {progress.num_images} images",
+        "Epochs": f"{progress.epoch} of {plan.epochs}" + (" and a part of the next" if progress.update else ""),
+        "Optimizer": f"{settings['opt']}, lr {plan.lr:.2e} for {plan.images_per_update} images per update, weight "
+        f"decay {settings['weight_decay']}, betas {tuple(settings['opt_betas'])}",
+        "Weights": f"moving average ({settings['model_ema_decay']})" if settings["model_ema"] else "last",
+        "Seed": str(settings["seed"]),
+        "Made with": VERSIONS,
+    }
+
+
+def next_commands(settings: dict[str, Any], folder: Path, last_epoch: int) -> str:
+    """What to do with the result, ready to paste."""
+    encoder, (chans, height, width) = folder.resolve() / "encoder", settings["input_size"]
+    size = f"--img-size {height}" if chans == 3 and height == width else f"--input-size {chans} {height} {width}"
+    own_images = settings["data_dir"] or settings["dataset"] not in ("", "embedded")
+    finetune = shlex.join([*invocation("finetune"), "--recipe", "small-data" if own_images else "smoke"])
+    publish = shlex.join([*invocation("publish"), str(folder), "USER/NAME"])
+    publish += "" if settings["license"] or settings["pretrained"] else " --license ID"
+    return f"""\
+Load it in Python, with timm alone:
+  python -c "import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
+Finetune it with timm's train.py and a recipe, on a folder with train/ and validation/:
+  {finetune} --model "local-dir:{encoder}" {size} --data-dir DATA
+Look at the loss and at what it predicts:
+  {folder.resolve() / "loss.png"}
+  {folder.resolve() / "reconstructions" / f"epoch-{last_epoch:04d}.png"}
+See what publishing would send:
+  {publish} --dry-run"""
+
+
+def resume_command(experiment: str) -> str:
+    """The command that resumes this run."""
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        if skip or word == "--overwrite":
+            skip = False
+        elif word in ("--resume", "--experiment"):
+            skip = True
+        elif not word.startswith(("--resume=", "--experiment=")):
+            words.append(word)
+    if sys.argv[1:2] == ["pretrain"] and Path(sys.argv[0]).name != "pretrain.py":  # of the console command
+        words = words[1:]
+    start = invocation("pretrain", distributed=True)
+    return shlex.join([*start, *words, "--experiment", experiment, "--resume", "auto"])
+
+
+def stopped(progress: Progress, plan: Plan, reason: str, max_bad_images: float, experiment: str) -> str:
+    """Where and why a run stopped before its end, and how it resumes.
+
+    Args:
+        progress: Where it stopped.
+        plan: Of the run.
+        reason: The signal, or 'images' where too many cannot be decoded.
+        max_bad_images: Their largest share.
+        experiment: Name of the run.
+    """
+    where = f"in epoch {progress.epoch + 1} of {plan.epochs}, update {progress.update} of {plan.updates_per_epoch}"
+    if not progress.update:
+        where = f"after epoch {progress.epoch} of {plan.epochs}"
+    resume = resume_command(experiment)
+    if reason != "images":
+        return f"Stopped by {reason} {where}; everything is saved. Resume with\n  {resume}"
+    names = "\n".join(f"  {why}" for why in progress.bad_images.values())
+    return (
+        f"Stopped {where}, everything saved: {len(progress.bad_images)} of {progress.num_images} images cannot be "
+        f"decoded, more than --max-bad-images {max_bad_images:g}:\n{names}\nMend or remove them or raise the limit, "
+        f"then resume with\n  {resume}"
+    )

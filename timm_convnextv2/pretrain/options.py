@@ -1,0 +1,243 @@
+"""The options of pretraining: command line over config file over defaults, resolved and checked."""
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.utils import ParseKwargs
+
+from ..command import PROGRAM, CommandParser
+from .start import Start, open_start
+
+__all__ = ["build_parser", "parse_options", "settings_of"]
+
+# What changes where neither --data-dir nor --dataset is given: a run of about two minutes on two CPU cores.
+EMBEDDED_DEFAULTS = dict(
+    dataset="embedded",
+    train_num_samples=512,
+    img_size=56,
+    patch_size=1,
+    batch_size=16,
+    epochs=6,
+    lr_base=1.6e-2,
+    workers=0,
+    experiment="embedded",
+)
+# Not settings of the run but of the call: args.yaml and checkpoints leave them out.
+CALL_ONLY = ("config", "resume", "overwrite", "dry_run")
+AT_LEAST_ONE = ("in_chans", "patch_size", "decoder_dim", "batch_size", "grad_accum_steps", "epochs")
+AT_LEAST_ONE += ("checkpoint_interval", "log_interval", "lr_base_size")
+
+
+# fmt: off
+def build_parser() -> CommandParser:
+    """The options; defaults are the paper's recipe for ImageNet-1K, and a horizontal flip (TRAINING.md)."""
+    parser = CommandParser(
+        prog=f"{PROGRAM} pretrain", description="FCMAE pretraining of ConvNeXt V2 on unlabelled images."
+    )
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file that sets any of the options below")
+    parser.add_argument("--dry-run", action="store_true", help="print settings, image count and memory, then stop")
+    _add_data_options(parser.add_argument_group("data"))
+    _add_model_options(parser.add_argument_group("model"))
+    _add_optimizer_options(parser.add_argument_group("optimisation"))
+    _add_run_options(parser.add_argument_group("run"))
+    return parser
+
+
+def _add_data_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--data-dir", metavar="DIR", help="images anywhere below it; the root of --dataset where that is given")
+    add("--dataset", default="", metavar="NAME", help="timm's hfds/, hfids/, wds/, tfds/, torch/...; or 'embedded'")
+    add("--train-split", default="train", metavar="NAME", help="split of --dataset")
+    add("--train-num-samples", type=int, metavar="N", help="images per epoch, streamed or embedded")
+    add("--dataset-download", action="store_true", help="let --dataset download itself")
+    add("--input-key", metavar="NAME", help="image column of --dataset")
+    add("--max-bad-images", type=float, default=0.01, metavar="X", help="stop when a larger share cannot be decoded")
+    add("--img-size", type=int, default=224, metavar="N", help="side of the square crops")
+    add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="replaces --in-chans and --img-size")
+    add("--in-chans", type=int, default=3, metavar="N", help="1, 3, or the number of bands of TIFF and .npy files")
+    add("--mean", type=float, nargs="+", metavar="X", help="per channel, of pixels scaled to [0, 1]")
+    add("--std", type=float, nargs="+", metavar="X", help="likewise (default: ImageNet's for 3 channels)")
+    add("--scale", type=float, nargs=2, default=[0.2, 1.0], metavar="X", help="area of the random crop")
+    add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="aspect ratio of the random crop")
+    add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
+    add("--vflip", type=float, default=0.0, metavar="P", help="probability of a vertical flip")
+    add("--train-interpolation", default="bicubic", choices=["bicubic", "bilinear", "nearest"])
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model", default="fcmae_convnextv2_atto", metavar="NAME",
+        help="fcmae_convnextv2_{atto..huge}, or local-dir:FOLDER or hf-hub:USER/NAME to continue from")
+    add("--pretrained", action="store_true", help="start from those weights, or the published encoder (CC-BY-NC 4.0)")
+    add("--patch-size", type=int, default=4, metavar="N", help="stem patch; 1 for small images (stride 8)")
+    add("--mask-ratio", type=float, default=0.6, metavar="X", help="share of the patches to remove")
+    add("--decoder-depth", type=int, default=1, metavar="N")
+    add("--decoder-dim", type=int, default=512, metavar="N")
+    add("--norm-pix-loss", action=argparse.BooleanOptionalAction, default=True, help="normalise targets per patch")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="more of timm.create_model's")
+    add("--grad-checkpointing", action="store_true", help="less memory, a sixth to a third more work")
+    add("--model-ema", action="store_true", help="keep and export a moving average of the weights")
+    add("--model-ema-decay", type=float, default=0.9999, metavar="X")
+    add("--model-ema-warmup", action="store_true", help="start with a shorter average")
+
+
+def _add_optimizer_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("-b", "--batch-size", type=int, default=64, metavar="N", help="images per process and step")
+    add("--grad-accum-steps", type=int, default=1, metavar="N", help="steps per update")
+    add("--epochs", type=int, default=800, metavar="N")
+    add("--warmup-epochs", type=float, metavar="N", help="default: a twentieth of --epochs, at most 40")
+    add("--lr-base", type=float, default=1.5e-4, metavar="X", help="lr = lr_base * images per update / lr_base_size")
+    add("--lr-base-size", type=int, default=256, metavar="N")
+    add("--lr", type=float, metavar="X", help="the learning rate itself; replaces --lr-base")
+    add("--warmup-lr", type=float, default=0.0, metavar="X")
+    add("--min-lr", type=float, default=0.0, metavar="X")
+    add("--opt", default="adamw", metavar="NAME", help="any optimizer of timm")
+    add("--opt-betas", type=float, nargs=2, default=[0.9, 0.95], metavar="X")
+    add("--opt-eps", type=float, default=1e-8, metavar="X")
+    add("--weight-decay", type=float, default=0.05, metavar="X")
+    add("--clip-grad", type=float, metavar="NORM", help="clip the gradient's norm (default: no clipping)")
+
+
+def _add_run_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME")
+    add("--amp", action="store_true", help="mixed precision")
+    add("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
+    add("--seed", type=int, default=42, metavar="N")
+    add("-j", "--workers", type=int, default=4, metavar="N", help="data processes per training process")
+    add("--pin-mem", action="store_true", help="faster copies to the GPU, for more memory")
+    add("--output", default="output", metavar="DIR")
+    add("--experiment", default="", metavar="NAME", help="sub-folder of --output (default: time, model and size)")
+    add("--resume", default="", metavar="PATH", help="a checkpoint, or 'auto' for the experiment's last")
+    add("--overwrite", action="store_true", help="empty the experiment's folder first")
+    add("--checkpoint-interval", type=int, default=1, metavar="N", help="epochs between checkpoints")
+    add("--milestone-interval", type=int, metavar="N", help="epochs between checkpoints to keep (default: epochs / 4)")
+    add("--recon-interval", type=int, metavar="N", help="epochs between reconstructions (default: epochs / 10)")
+    add("--log-interval", type=int, default=10, metavar="N", help="updates between readings of the loss")
+    add("--log-wandb", action="store_true")
+    add("--wandb-project", metavar="NAME")
+    add("--log-tensorboard", action="store_true")
+    add("--license", default="", metavar="ID", help="licence of the exported weights, e.g. mit")
+# fmt: on
+
+
+def config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A YAML file as command-line arguments, so that the parser checks its keys and values."""
+    try:
+        config = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as e:
+        raise ValueError(f"--config {path} cannot be read: {e}") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"--config {path} holds a {type(config).__name__}, expected `option: value` lines.")
+    actions = {a.dest: a for a in parser._actions if a.dest not in ("help", "config")}
+    arguments = []
+    for key, value in config.items():
+        action = actions.get(str(key).replace("-", "_"))
+        if action is None:
+            near = difflib.get_close_matches(str(key), actions, n=1)
+            raise ValueError(
+                f"--config {path}: unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ".")
+            )
+        arguments += _words(action, key, value, path)
+    return arguments
+
+
+def _words(action: argparse.Action, key: str, value: Any, path: str) -> list[str]:
+    """One setting of a config file as words of the command line."""
+    options = action.option_strings
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"--config {path}: '{key}' takes true or false, got {value!r}.")
+        return list(options[:1] if value else options[1:])
+    if action.nargs == "?" and isinstance(value, bool):
+        return list(options[:1] if value else [])
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        value = [f"{k}={v}" for k, v in value.items()]
+    return [options[-1], *map(str, value if isinstance(value, list) else [value])]
+
+
+def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, Start | None]:
+    """Command line over config file over defaults, with what depends on several options resolved.
+
+    Returns:
+        The options; the timm folder that `--model` names, None for a variant's name.
+
+    Raises:
+        ValueError: An option that does not exist, or has a value that it does not take.
+    """
+    parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    config = parser.parse_args(argv).config
+    given = {word.partition("=")[0] for word in argv}
+    argv = (config_arguments(config, parser) if config else []) + argv
+    args = parser.parse_args(argv)
+    if not args.data_dir and args.dataset in ("", "embedded"):
+        parser.set_defaults(**EMBEDDED_DEFAULTS)
+        args = parser.parse_args(argv)
+    start = open_start(args.model)
+    if start:
+        if not args.pretrained:
+            raise ValueError(
+                f"--model {args.model} without --pretrained would start from random weights: add --pretrained."
+            )
+        parser.set_defaults(**start.defaults(sized="--img-size" in argv))
+        args = parser.parse_args(argv)
+    _resolve_input_size(args, given)
+    for name in AT_LEAST_ONE:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    _resolve_normalization(args, start)
+    _resolve_intervals(args)
+    return args, start
+
+
+def _resolve_input_size(args: argparse.Namespace, given: set[str]) -> None:
+    """`input_size` and `in_chans` from --input-size, --in-chans and --img-size."""
+    chans, *size = args.input_size or [args.in_chans, args.img_size, args.img_size]
+    if "--input-size" not in given:  # then it is a config's, and the command line wins
+        chans = args.in_chans if "--in-chans" in given else chans
+        size = [args.img_size, args.img_size] if "--img-size" in given else size
+    args.in_chans, args.input_size = chans, [chans, *size]
+
+
+def _resolve_normalization(args: argparse.Namespace, start: Start | None) -> None:
+    """`mean` and `std`: as given, those of the model to start from, or the usual ones of 1 and 3 channels."""
+    if start and args.mean is None and args.std is None:
+        vars(args).update(start.normalization(args.in_chans))
+    if args.mean is None and args.std is None:
+        rgb = args.in_chans == 3
+        args.mean = list(IMAGENET_DEFAULT_MEAN) if rgb else [0.5] * args.in_chans
+        args.std = list(IMAGENET_DEFAULT_STD) if rgb else [0.25] * args.in_chans
+        if args.in_chans not in (1, 3):
+            raise ValueError(f"--in-chans {args.in_chans} needs --mean and --std with {args.in_chans} values each.")
+    for name in ("mean", "std"):
+        count = len(getattr(args, name) or [])
+        if count != args.in_chans:
+            raise ValueError(f"--{name} has {count} values for {args.in_chans} channels.")
+
+
+def _resolve_intervals(args: argparse.Namespace) -> None:
+    """Warmup, milestones and reconstructions from the number of epochs."""
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(40, args.epochs / (12 if args.dataset == "embedded" else 20))
+    if not 0 <= args.warmup_epochs < args.epochs:
+        raise ValueError(f"--warmup-epochs {args.warmup_epochs:g} must lie below --epochs {args.epochs}.")
+    if not 0 <= args.max_bad_images <= 1:
+        raise ValueError(f"--max-bad-images is a share between 0 and 1, got {args.max_bad_images}.")
+    args.milestone_interval = args.milestone_interval or max(1, args.epochs // 4)
+    args.recon_interval = args.recon_interval or max(1, args.epochs // 10)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the run, for args.yaml and checkpoints."""
+    return {k: v for k, v in vars(args).items() if k not in CALL_ONLY}

@@ -1,0 +1,217 @@
+"""`Trainer`: one update of FCMAE, and all that has state in it: optimizer, schedule, scaler, moving average, DDP."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
+
+from ..data import sample_seed
+from ..models import FCMAE
+from ..task import FCMAETask
+from .batches import Bad
+from .distributed import World
+from .plan import Plan
+
+__all__ = ["Trainer", "check_compile_backend"]
+
+
+def check_compile_backend(name: str | None) -> None:
+    """Raises a `ValueError` for a backend that torch.compile does not have."""
+    known = torch.compiler.list_backends(exclude_tags=())
+    if name and name not in known:
+        raise ValueError(f"--torchcompile {name} is no backend of torch.compile; there are: {', '.join(known)}.")
+
+
+class Trainer:
+    """Trains an FCMAE, an update at a time.
+
+    Args:
+        model: On any device; it moves to the world's.
+        plan: Of the run.
+        world: The processes that train together.
+        seed: Of what is random in an update, beside its data: drop path.
+        grad_accum_steps: Batches per update.
+        opt: An optimizer of timm, with `betas`, `eps` and `weight_decay` (none on vectors).
+        betas: See there.
+        eps: See there.
+        weight_decay: See there.
+        min_lr: Learning rate at the end.
+        warmup_lr: Learning rate at the start.
+        clip_grad: Largest norm of the gradient; None clips nothing.
+        amp_dtype: Type of mixed precision, None for float32.
+        ema_decay: Of a moving average of the weights; None keeps none.
+        ema_warmup: Start with a shorter average.
+
+    Attributes:
+        model: The FCMAE, whatever wraps it.
+        loss: The last update's, over all processes, on the device: reading it waits for the device.
+        loss_sum: Sum over the updates of this epoch, likewise, in float64.
+        mean_loss: Mean of the last complete epoch.
+    """
+
+    def __init__(
+        self,
+        model: FCMAE,
+        plan: Plan,
+        world: World,
+        *,
+        seed: int = 0,
+        grad_accum_steps: int = 1,
+        opt: str = "adamw",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.05,
+        min_lr: float = 0.0,
+        warmup_lr: float = 0.0,
+        clip_grad: float | None = None,
+        amp_dtype: torch.dtype | None = None,
+        ema_decay: float | None = None,
+        ema_warmup: bool = False,
+    ) -> None:
+        self.world, self.device, self.seed = world, world.device, seed
+        self.grad_accum_steps, self.clip_grad, self.amp_dtype = grad_accum_steps, clip_grad, amp_dtype
+        self.task = FCMAETask(model.to(self.device), device=self.device, verbose=False)
+        fused = opt in ("adam", "adamw") and self.device.type in ("cpu", "cuda")
+        self.optimizer = create_optimizer_v2(
+            model, opt=opt, lr=plan.lr, weight_decay=weight_decay, betas=tuple(betas), eps=eps,
+            **(dict(fused=True) if fused else {}),
+        )  # fmt: skip
+        self.scheduler = CosineLRScheduler(
+            self.optimizer, t_initial=max(1, plan.updates - plan.warmup_updates), lr_min=min_lr,
+            warmup_t=plan.warmup_updates, warmup_lr_init=warmup_lr, warmup_prefix=True, t_in_epochs=False,
+        )  # fmt: skip
+        self.scaler = NativeScaler(self.device.type) if amp_dtype == torch.float16 else None
+        if ema_decay is not None:
+            self.task.setup_ema(decay=ema_decay, use_warmup=ema_warmup)
+        # A fused optimizer on a GPU leaves the weights alone by itself where the loss is not finite, as GradScaler
+        # makes it do: then the host need not wait for the loss.
+        groups = self.optimizer.param_groups
+        self.late = self.device.type == "cuda" and self.scaler is None and all(g.get("fused") for g in groups)
+        place = self.device if self.device.type == "cuda" else "cpu"  # other devices may have no float64
+        self.loss = torch.zeros((), dtype=torch.float64, device=place)
+        self.loss_sum = torch.zeros_like(self.loss)
+        self.mean_loss = float("nan")
+
+    def wrap(self, compile_backend: str | None = None) -> None:
+        """Compiles the model and wraps it in DDP, after its weights were loaded."""
+        if compile_backend:
+            self.task.compile(backend=compile_backend)
+        if self.world.distributed:
+            self.task.prepare_distributed(device_ids=[self.device] if self.device.type == "cuda" else None)
+        self.task.train()
+
+    @property
+    def model(self) -> FCMAE:
+        """The FCMAE, whatever wraps it."""
+        return unwrap_model(self.task.trainable_module)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last update."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def update(self, batches: Iterator, number: int) -> tuple[Bad, float]:
+        """One optimizer update: forward and backward of `grad_accum_steps` batches, then the step.
+
+        Args:
+            batches: Yields `(images, masks, bad)`.
+            number: Updates of the run before this one: learning rate, drop path and moving average follow from it.
+
+        Returns:
+            Images of this process that could not be decoded; seconds spent waiting for data.
+
+        Raises:
+            FloatingPointError: The loss is not finite, on some process; the weights are those of before.
+        """
+        self.scheduler.step_update(number)
+        torch.manual_seed(sample_seed(self.seed, number, self.world.rank))
+        self.optimizer.zero_grad()
+        total, bad, waited = torch.zeros_like(self.loss), [], 0.0
+        for step in range(self.grad_accum_steps):
+            start = time.perf_counter()
+            images, masks, failed = next(batches)
+            waited += time.perf_counter() - start
+            bad += failed
+            last = step + 1 == self.grad_accum_steps
+            with contextlib.nullcontext() if last else self.task.no_sync():
+                loss = self._forward(images, masks)
+                total = total + loss.detach().to(total.device, torch.float64)
+                if last:
+                    self._note(total)
+                self._backward(loss, last)
+        self.task.update_ema(step=number)
+        return bad, waited
+
+    def _forward(self, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            return self.task(images.to(self.device, non_blocking=True), masks)["loss"] / self.grad_accum_steps
+
+    def _note(self, total: torch.Tensor) -> None:
+        """Keeps the loss, and is the one place where one that is not finite stops the update, on all processes."""
+        self.loss = self.world.mean(total)
+        self.loss_sum = self.loss_sum + self.loss
+        if not self.late:
+            self.check_finite()
+            return
+        # what GradScaler sets; here it stays: nothing is learnt between a loss and the host's reading it
+        failed = (~torch.isfinite(self.loss)).float()
+        self.optimizer.found_inf = torch.maximum(failed, getattr(self.optimizer, "found_inf", failed))
+
+    def check_finite(self) -> None:
+        """Raises `FloatingPointError` for a loss of this epoch that is not finite; waits for the device."""
+        if not torch.isfinite(self.loss_sum):
+            value = self.loss if not torch.isfinite(self.loss) else self.loss_sum
+            raise FloatingPointError(f"The loss is {float(value)}.")
+
+    def end_epoch(self, updates: int) -> float:
+        """The mean loss of an epoch of so many updates; the next one begins. Waits for the device."""
+        self.check_finite()
+        self.mean_loss = float(self.loss_sum) / updates
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        return self.mean_loss
+
+    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+        """The backward of a batch, after the last one the step."""
+        if self.scaler is not None:
+            parameters = self.task.get_clip_parameters()
+            self.scaler(loss, self.optimizer, self.clip_grad, "norm", parameters, need_update=last)
+            return
+        loss.backward()
+        if last:
+            if self.clip_grad is not None:
+                dispatch_clip_grad(self.task.get_clip_parameters(), self.clip_grad)
+            self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, moving average, optimizer and scaler, under timm's names."""
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            **self.task.get_checkpoint_state(),
+            **self.task.get_checkpoint_state(ema=True),
+        }
+        if self.scaler is not None:
+            state[self.scaler.state_dict_key] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], loss_sum: float) -> None:
+        """Takes what `state_dict` gave, but the settings of the optimizer (--weight-decay and others) stay.
+
+        Args:
+            state: A checkpoint.
+            loss_sum: Over the updates of its epoch.
+        """
+        self.task.load_checkpoint_state(state["state_dict"])
+        if self.task.has_ema():
+            self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if self.scaler is not None and self.scaler.state_dict_key in state:
+            self.scaler.load_state_dict(state[self.scaler.state_dict_key])
+        self.loss_sum.fill_(loss_sum)
