@@ -1,7 +1,53 @@
-"""What several tests share."""
+"""What several tests share: places, comparison of nested state, programs in processes of their own."""
 
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "train_scripts"
 RECIPES = ROOT / "timm_convnextv2" / "finetune" / "recipes"
+
+
+def assert_same(a, b, where="", **tolerance) -> None:
+    """Nested containers of tensors are equal, bit for bit where no tolerance is given."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}", **tolerance)
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}/{i}", **tolerance)
+    elif isinstance(a, torch.Tensor):
+        assert torch.allclose(a, b, **tolerance) if tolerance else torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For programs that tests start: one thread, and this clone's package wherever they start."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
+
+
+def shell(text: str, folder: Path, timeout: float = 100) -> subprocess.CompletedProcess:
+    """Runs what was printed, with `python` meaning this one."""
+    (folder / "bin").mkdir(exist_ok=True)
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    env = environment(PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}")
+    return subprocess.run(text, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def torchrun(*arguments: object, processes: int = 2, timeout: float = 100) -> subprocess.CompletedProcess:
+    """Runs a script or `-m module` in several processes on this machine."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*start, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment()
+    )

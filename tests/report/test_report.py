@@ -17,7 +17,8 @@ from timm_convnextv2.models.packing import PackedLayout
 from timm_convnextv2.ops import use_backend
 from timm_convnextv2.ops.dispatch import ENV
 from timm_convnextv2.report import (
-    Progress,
+    ProgressBar,
+    Stopwatch,
     check_logs,
     save_loss_curve,
     save_reconstructions,
@@ -31,13 +32,14 @@ class Terminal(io.StringIO):
 
 def go(progress, updates, data_wait=0.25):
     for i in range(updates):
-        progress.update(epoch=i // 4, loss=0.5, lr=1e-3, images_per_s=12.34, data_wait=data_wait)
+        if progress.step():
+            progress.show(epoch=i // 4, loss=0.5, lr=1e-3, images_per_s=12.34, data_wait=data_wait)
     progress.note("a note")
     progress.close()
 
 
 def test_plain_lines(capsys):
-    go(Progress(total=10, done=3, epochs=3, interval=3), 7)
+    go(ProgressBar(total=10, done=3, epochs=3, interval=3), 7)
     lines, err = capsys.readouterr()
     lines = lines.splitlines()
     assert [line.split()[3] for line in lines[:-1]] == ["6/10", "9/10", "10/10"] and lines[-1] == "a note" and not err
@@ -49,18 +51,20 @@ def test_plain_lines(capsys):
 def test_time_left(capsys, monkeypatch, seconds, left):
     clock = [0.0]
     monkeypatch.setattr(report.progress.time, "perf_counter", lambda: clock[0])
-    progress = Progress(total=7, done=2, epochs=1, interval=1)  # 5 to go, the first two of them in `seconds`
+    progress = ProgressBar(total=7, done=2, epochs=1, interval=1)  # 5 to go, the first two of them in `seconds`
     clock[0] = seconds / 2
-    progress.update(0, 1.0, 0.1, 1.0, 0.0)
+    assert progress.step()
+    progress.show(0, 1.0, 0.1, 1.0, 0.0)
     clock[0] = seconds * 4 / 3
-    progress.update(0, 1.0, 0.1, 1.0, 0.0)
+    assert progress.step()
+    progress.show(0, 1.0, 0.1, 1.0, 0.0)
     assert capsys.readouterr().out.splitlines()[1].endswith(f"left {left}")
 
 
 def test_bar_on_a_terminal(capsys, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = Progress(total=10, done=3, epochs=3, interval=1)
+    progress = ProgressBar(total=10, done=3, epochs=3, interval=1)
     progress.bar.mininterval = 0
     go(progress, 7)
     drawn, printed = terminal.getvalue(), capsys.readouterr().out
@@ -68,10 +72,24 @@ def test_bar_on_a_terminal(capsys, monkeypatch):
     assert "a note" in printed + drawn and "step" not in printed and progress.bar.disable
 
 
+def test_stopwatch(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(report.progress.time, "perf_counter", lambda: clock[0])
+    watch = Stopwatch(images_per_update=4)
+    for second, waited in ((1, 0.5), (2, 0.0)):
+        clock[0] = second
+        watch.count(waited)
+    assert watch.lap() == (4.0, 0.25)
+    clock[0] = 4
+    watch.count(1.0)
+    assert watch.lap() == (2.0, 0.5)
+    assert watch.totals() == {"images_per_s": 3.0, "data_wait": 0.375, "seconds": 4}
+
+
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 def test_silence_where_not_enabled(capsys, monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream())
-    progress = Progress(total=4, done=0, epochs=1, interval=1, enabled=False)
+    progress = ProgressBar(total=4, done=0, epochs=1, interval=1, enabled=False)
     go(progress, 4)
     assert progress.done == 4 and capsys.readouterr().out == sys.stderr.getvalue() == ""
 

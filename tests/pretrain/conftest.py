@@ -1,0 +1,86 @@
+"""Fixtures of the tests of pretraining."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import environment
+from runs import CASES, DATA, SCRIPT, run
+
+from timm_convnextv2.pretrain import loop, measures
+from timm_convnextv2.pretrain.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """A run leaves its handlers behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_images(monkeypatch):
+    """Drawing takes longer than training here."""
+    monkeypatch.setattr(loop, "save_loss_curve", lambda *_: None)
+    monkeypatch.setattr(measures, "save_reconstructions", lambda *_: None)
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """Learning rate and trainer of every update."""
+    seen, update = [], Trainer.update
+
+    def wrapped(self, *args):
+        result = update(self, *args)
+        seen.append((self.lr, self))
+        return result
+
+    monkeypatch.setattr(Trainer, "update", wrapped)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def atto(tmp_path_factory):
+    """A run of the default model without any data option, in a folder with a space; and what it printed."""
+    out = tmp_path_factory.mktemp("a run") / "first"
+    result = subprocess.run(
+        [sys.executable, SCRIPT, *DATA, "--epochs", "1", "--output", out.parent, "--experiment", out.name],
+        capture_output=True, text=True, timeout=100, env=environment(),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """Uninterrupted runs of two epochs."""
+    done = {}
+
+    def of(case):
+        if case not in done:
+            options = CASES["plain"] + (CASES[case] if case != "plain" else [])
+            done[case] = run(tmp_path_factory.mktemp(case) / "whole", *options, epochs=2), options
+        return done[case]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """One epoch, nothing special."""
+    return run(tmp_path_factory.mktemp("plain") / "r")
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Losses are read as on a GPU: after the updates that they belong to."""
+    init = Trainer.__init__
+
+    def wrapped(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.late = True
+
+    monkeypatch.setattr(Trainer, "__init__", wrapped)

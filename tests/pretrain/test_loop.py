@@ -1,0 +1,231 @@
+"""What a run leaves behind, and the kinds of data it takes."""
+
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from helpers import assert_same, environment, shell
+from PIL import Image
+from runs import (
+    BANDS,
+    DATA,
+    TIMES,
+    at_update,
+    image_folder,
+    load,
+    rows,
+    run,
+    steady,
+)
+from safetensors.torch import load_file
+
+from timm_convnextv2.pretrain import loop, main, measures
+from timm_convnextv2.pretrain.trainer import Trainer
+
+
+def test_files_of_a_run(atto):
+    out, printed = atto
+    files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    encoder = {f"encoder/{name}" for name in ("config.json", "model.safetensors", "README.md")}
+    assert files == encoder | {
+        "args.yaml", "summary.csv", "last.pth.tar", "milestone-1.pth.tar", "loss.png", "reconstructions/epoch-0001.png"
+    }  # fmt: skip
+    assert not list(out.rglob("*.part")) and not list(out.rglob(".*"))
+    assert f"Writing to {out}" in printed and "Done: the encoder is in" in printed
+    settings = yaml.safe_load((out / "args.yaml").read_text())
+    assert settings["dataset"] == "embedded" and settings["input_size"] == [3, 64, 64]
+    assert "the embedded data set of timm_convnextv2, 32 images" in (out / "encoder/README.md").read_text()
+
+    (row,) = rows(out)
+    assert row["epoch"] == "0" and math.isfinite(float(row["train_loss"])) and row["train_bad_images"] == "0"
+    assert TIMES < row.keys() and all(float(row[name]) >= 0 for name in TIMES)
+    for name in ("last", "milestone-1"):
+        checkpoint = load(out, name)
+        assert checkpoint.keys() >= {"epoch", "arch", "state_dict", "optimizer", "version", "args"}
+        assert (checkpoint["epoch"], checkpoint["arch"], checkpoint["version"]) == (0, "fcmae_convnextv2_atto", 2)
+        assert checkpoint["args"] == settings
+    assert_same(load(out), load(out, "milestone-1"))
+
+
+@pytest.mark.parametrize("name, width, height", [("loss.png", 800, 400), ("reconstructions/epoch-0001.png", 900, 1200)])
+def test_images_are_not_blank(atto, name, width, height):
+    image = Image.open(atto[0] / name)
+    image.load()
+    assert image.format == "PNG" and image.width >= width and image.height >= height
+    assert len(np.unique(np.asarray(image.convert("L")))) > 30
+
+
+def test_stock_timm_opens_the_encoder(atto):
+    code = """
+import sys, timm, torch
+model = timm.create_model(f"local-dir:{sys.argv[1]}/encoder", pretrained=True, num_classes=5)
+assert "timm_convnextv2" not in sys.modules
+assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+trained = torch.load(f"{sys.argv[1]}/last.pth.tar", weights_only=True)["state_dict"]
+own = {k: v for k, v in model.state_dict().items() if not k.startswith("head.fc")}
+assert len(own) > 100 and all(torch.equal(v, trained["encoder." + k]) for k, v in own.items())
+print(timm.data.resolve_model_data_config(model)["input_size"])
+"""
+    result = subprocess.run([sys.executable, "-c", code, atto[0]], capture_output=True, text=True, env=environment())
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "(3, 64, 64)"
+
+
+def test_printed_command_loads_the_encoder(atto, tmp_path):
+    line = re.search(r"  (python -c .*)", atto[1])[1]
+    result = shell(line, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("ConvNeXt(") and "out_features=10" in result.stdout
+
+
+@pytest.mark.timm_train
+def test_timm_finetunes_the_encoder(atto, tmp_path):
+    if not os.environ.get("TIMM_TRAIN"):
+        pytest.skip("TIMM_TRAIN=/path/to/timm's/train.py is not set")
+    for split in ("train", "validation"):
+        for label in ("a", "b"):
+            image_folder(tmp_path / "data" / split / label, 4)
+    line = re.search(r"  python (.*finetune.py .*) --data-dir DATA", atto[1])[1]
+    result = shell(
+        f"python {line} --data-dir data --epochs 1 -b 4 --workers 1 --output tuned --experiment x --warmup-epochs 0 "
+        "--lr-base 1e-6",
+        tmp_path,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    tuned = torch.load(tmp_path / "tuned/x/last.pth.tar", weights_only=False, map_location="cpu")["state_dict"]
+    start = load_file(atto[0] / "encoder/model.safetensors")
+    assert tuned["head.fc.weight"].shape[0] == 2
+    assert (tuned["stem.0.weight"] - start["stem.0.weight"]).abs().max() < 0.1 * start["stem.0.weight"].std()
+
+
+def test_args_yaml_repeats_the_run(tmp_path, no_images):
+    first = run(tmp_path / "a", "--mask-ratio", "0.5", "--no-norm-pix-loss", "--clip-grad", "1", "--hflip", "0")
+    assert main(["--config", str(first / "args.yaml"), "--experiment", "b"]) == 0
+    settings = [yaml.safe_load((tmp_path / name / "args.yaml").read_text()) for name in "ab"]
+    assert settings[0]["norm_pix_loss"] is False and settings[0]["model_kwargs"]["depths"] == [1, 1, 2, 1]
+    assert settings[0] == {**settings[1], "experiment": "a"}
+    assert_same(load(first)["state_dict"], load(tmp_path / "b")["state_dict"])
+
+
+def test_summary_grows_during_the_run(tmp_path, no_images, monkeypatch):
+    seen, losses, update = [], [], Trainer.update
+
+    def wrapped(*args):
+        result = update(*args)
+        losses.append(float(args[0].loss))
+        return result
+
+    monkeypatch.setattr(Trainer, "update", wrapped)
+    at_update(monkeypatch, 5, lambda: seen.append(steady(tmp_path / "r")))
+    out = run(tmp_path / "r", epochs=2)
+    means = [sum(losses[:4]) / 4, sum(losses[4:]) / 4]
+    assert [float(row["train_loss"]) for row in rows(out)] == pytest.approx(means)
+    assert len(seen[0]) == 1 and seen[0] == steady(out)[:1]
+    assert [row["epoch"] for row in steady(out)] == ["0", "1"]
+
+
+def test_loss_falls(tmp_path, no_images):
+    losses = [float(row["train_loss"]) for row in rows(run(tmp_path / "r", "--lr", "2e-2", epochs=10))]
+    assert losses[-1] < 0.985 * losses[0]
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_milestones_and_reconstructions_follow_their_intervals(tmp_path, monkeypatch, interval):
+    drawn = []
+    monkeypatch.setattr(loop, "save_loss_curve", lambda *_: None)
+    monkeypatch.setattr(measures, "save_reconstructions", lambda path, *_: drawn.append(path.stem))
+    out = run(tmp_path / "r", "--milestone-interval", str(interval), "--recon-interval", str(interval + 1), epochs=4)
+    assert {p.name for p in out.glob("milestone*")} == {f"milestone-{n}.pth.tar" for n in range(interval, 5, interval)}
+    assert drawn == [f"epoch-000{n}" for n in ((1, 2, 4) if interval == 1 else (1, 3, 4))]
+
+
+@pytest.mark.parametrize(
+    "shape, options, input_size",
+    [
+        ((48, 56, 5), ["--in-chans", "5", *BANDS], [5, 64, 64]),
+        ((5, 40, 40), ["--input-size", "5", "64", "96", *BANDS], [5, 64, 96]),
+        (None, ["--in-chans", "1"], [1, 64, 64]),
+        (None, ["--input-size", "3", "64", "96"], [3, 64, 96]),
+        (None, ["--patch-size", "1", "--img-size", "32"], [3, 32, 32]),
+        (None, ["--patch-size", "2", "--img-size", "64"], [3, 64, 64]),
+    ],
+)
+def test_kinds_of_images(tmp_path, capsys, shape, options, input_size):
+    data = image_folder(tmp_path / "data", shape=shape)
+    out = run(tmp_path / "r", "--data-dir", str(data), *options)
+    model = timm.create_model(f"local-dir:{out / 'encoder'}", pretrained=True, num_classes=2)
+    config = timm.data.resolve_model_data_config(model)
+    assert list(config["input_size"]) == input_size and len(config["mean"]) == input_size[0]
+    assert model(torch.zeros(1, *input_size)).shape == (1, 2)
+    image = Image.open(out / "reconstructions/epoch-0001.png")
+    assert len(np.unique(np.asarray(image.convert("L")))) > 30
+    finetune = re.search(r"finetune --recipe .*", capsys.readouterr().out)[0]
+    if input_size[0] == 3 and input_size[1] == input_size[2]:
+        assert f"--img-size {input_size[1]} " in finetune
+    else:
+        assert f"--input-size {' '.join(map(str, input_size))} " in finetune
+    assert load(out)["progress"]["num_images"] == 16
+
+
+def test_tensorboard(tmp_path, no_images):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = run(tmp_path / "r", "--log-tensorboard", epochs=2)
+    events = EventAccumulator(str(out))
+    events.Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([float(r["train_loss"]) for r in rows(out)])
+
+
+def test_wandb(tmp_path, no_images, monkeypatch):
+    seen = []
+    fake = type(sys)("wandb")
+    fake.init = lambda **kwargs: seen.append(kwargs)
+    fake.log = lambda metrics: seen.append((metrics["epoch"], metrics["loss"]))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    out = run(tmp_path / "r", "--log-wandb", "--wandb-project", "p", epochs=2)
+    assert seen[0]["project"] == "p" and seen[0]["config"]["epochs"] == 2
+    assert seen[1:] == [(i, pytest.approx(float(row["train_loss"]))) for i, row in enumerate(rows(out))]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_streamed_data_set(tmp_path, capsys, workers):
+    """Shards without labels, one picture broken; whether the pictures come once each is tested with the data."""
+    pytest.importorskip("webdataset", reason="the package webdataset is not installed")
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"s-{shard}.tar", "w") as tar:
+            for i in range(16):
+                buffer = io.BytesIO()
+                Image.effect_noise((40, 40), 80).save(buffer, "png")
+                content = b"junk" if (shard, i) == (1, 3) else buffer.getvalue()
+                info = tarfile.TarInfo(f"{shard}-{i:02d}.png")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    line = ["--dataset", "wds/", "--data-dir", str(tmp_path), "--train-split", "s-{0..1}.tar"]
+    line += ["--train-num-samples", "32", "--img-size", "32", "--patch-size", "1", "--batch-size", "8", "--epochs", "2"]
+    line += ["--workers", workers, "--output", str(tmp_path / "out"), "--experiment", "x", "--device", "cpu"]
+    assert main([*line, "--max-bad-images", "0.1"]) == 0
+    printed = capsys.readouterr().out
+    assert "32 images of 3 x 32 x 32" in printed and "8 updates of 8" in printed
+    assert len((tmp_path / "out/x/summary.csv").read_text().splitlines()) == 3
+    assert printed.count("Skipped an image that cannot be decoded") == 1 and "1-03.png" in printed
+
+
+def test_too_many_bad_images_at_the_last_update(tmp_path, capsys):
+    """The list is told even where the run had nothing left to do."""
+    for i in range(8):
+        Image.effect_noise((64, 64), 80).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"junk")
+    line = ["--data-dir", str(tmp_path), *DATA[2:], "--epochs", "1", "--output", str(tmp_path / "out")]
+    assert main([*line, "--experiment", "x"]) == 1
+    assert "after epoch 1 of 1" in capsys.readouterr().out
+    assert (tmp_path / "out/x/encoder/model.safetensors").exists()

@@ -1,0 +1,193 @@
+"""Options, config files, and mistakes in them."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from runs import (
+    DATA,
+    ERROR,
+    SCRIPT,
+    command,
+    config,
+    refused,
+    run,
+)
+
+from timm_convnextv2.pretrain import main, options
+
+
+def options_of(argv):
+    """The options alone, of a model without a folder."""
+    args, start = options.parse_options(argv)
+    assert start is None
+    return args
+
+
+def test_config_sets_options_and_the_command_line_wins(tmp_path):
+    path = config(
+        tmp_path, epochs=5, norm_pix_loss=False, model_ema=True, amp=False, lr_base="3e-3", clip_grad=None,
+        model="fcmae_convnextv2_nano", model_kwargs=dict(depths=[1, 1, 1, 1], drop_path_rate=0.1),
+        scale=[0.5, 0.9], torchcompile=True, **{"img-size": 96},
+    )  # fmt: skip
+    args = options_of(["--model", "fcmae_convnextv2_pico", "--config", path])
+    assert (args.epochs, args.img_size, args.lr_base, args.clip_grad) == (5, 96, 3e-3, None)
+    assert (args.norm_pix_loss, args.model_ema, args.amp, args.torchcompile) == (False, True, False, "inductor")
+    assert args.model_kwargs == dict(depths=[1, 1, 1, 1], drop_path_rate=0.1) and args.scale == [0.5, 0.9]
+    assert args.model == "fcmae_convnextv2_pico" and args.lr_base_size == 256
+    args = options_of(["--config", path, "--norm-pix-loss", "--img-size", "64", "--clip-grad", "1"])
+    assert args.norm_pix_loss is True and args.input_size == [3, 64, 64] and args.clip_grad == 1
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ([], [3, 64, 96]),
+        (["--img-size", "128"], [3, 128, 128]),
+        (["--input-size", "1", "32", "32"], [1, 32, 32]),
+        (["--in-chans=1"], [1, 64, 96]),
+    ],
+)
+def test_command_line_wins_over_input_size_of_a_config(tmp_path, line, expected):
+    args = options_of(["--config", config(tmp_path, input_size=[3, 64, 96]), *line])
+    assert args.input_size == expected and args.in_chans == expected[0]
+
+
+def test_args_yaml_leaves_the_rate_to_the_batch_size(tmp_path, no_images, updates):
+    run(tmp_path / "a", "--warmup-epochs", "0", "--lr-base", "0.1")
+    start = ["--config", str(tmp_path / "a/args.yaml"), "--experiment", "b", "--batch-size", "16"]
+    assert main(start) == 0
+    assert [updates[i][0] for i in (0, 4)] == pytest.approx([0.1 * 8 / 256, 0.1 * 16 / 256])
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(epoch=3), "unknown key 'epoch'; did you mean 'epochs'?"),
+        (dict(batchsize=3), "did you mean 'batch_size'?"),
+        (dict(qqq=3), "unknown key 'qqq'."),
+        (dict(config="x"), "unknown key 'config'"),
+        (dict(epochs="many"), "--epochs: invalid int value: 'many'"),
+        (dict(epochs=[1, 2]), "unrecognized arguments: 2"),
+        (dict(lr_base="fast"), "--lr-base: invalid float value: 'fast'"),
+        (dict(norm_pix_loss="no"), "'norm_pix_loss' takes true or false, got 'no'"),
+        (dict(amp=1), "'amp' takes true or false, got 1"),
+        (dict(scale=[0.1]), "--scale: expected 2 arguments"),
+        (dict(amp_dtype="int8"), "invalid choice: 'int8'"),
+    ],
+)
+def test_config_errors(tmp_path, capsys, settings, words):
+    refused(tmp_path / "r", capsys, words, "--config", config(tmp_path, **settings))
+
+
+@pytest.mark.parametrize("text, words", [("- a\n- b\n", "holds a list"), ("a: [", "cannot be read")])
+def test_config_that_is_none(tmp_path, capsys, text, words):
+    (tmp_path / "x.yaml").write_text(text)
+    refused(tmp_path / "r", capsys, words, "--config", str(tmp_path / "x.yaml"))
+    refused(tmp_path / "r", capsys, "cannot be read", "--config", str(tmp_path / "missing.yaml"))
+
+
+@pytest.mark.parametrize(
+    "line, warmup",
+    [
+        (["--epochs", "800"], 40), (["--epochs", "1600"], 40), (["--epochs", "100"], 5),
+        (["--epochs", "10", "--warmup-epochs", "3"], 3), ([], 40),
+    ],
+)  # fmt: skip
+def test_default_warmup(line, warmup):
+    assert options_of(["--data-dir", "x", *line]).warmup_epochs == warmup
+
+
+def test_embedded_defaults_give_way():
+    args = options_of([])
+    assert (args.dataset, args.epochs, args.img_size, args.warmup_epochs) == ("embedded", 6, 56, 0.5)
+    assert options_of(["--epochs", "3", "--batch-size", "16"]).batch_size == 16
+    args = options_of(["--data-dir", "x"])
+    assert (args.dataset, args.epochs, args.img_size, args.workers) == ("", 800, 224, 4)
+
+
+@pytest.mark.parametrize("options", [[], ["--amp"], ["--model-ema"], ["--grad-checkpointing"]])
+def test_dry_run(tmp_path, capsys, options):
+    assert main(command(tmp_path / "r", "--dry-run", *options)) == 0
+    printed = capsys.readouterr().out
+    head, _, tail = printed.partition("fcmae_convnextv2_atto: ")
+    settings = yaml.safe_load(head)
+    assert settings["input_size"] == [3, 64, 64] and settings["epochs"] == 1 and "dry_run" not in settings
+    assert "32 images of 3 x 64 x 64 in 2 x 2 patches of 32 px; 4 updates of 8 images" in tail
+    assert re.search(r"Memory per process: about [\d.]+ GiB", tail)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--img-size", "100"], ["96x96", "128x128"]),
+        (["--input-size", "3", "64", "100"], ["64x100", "64x96"]),
+        (["--mask-ratio", "0"], "mask"),
+        (["--mask-ratio", "1"], "mask"),
+        (["--mask-ratio", "1.5"], "1.5"),
+        (["--mask-ratio", "0.9"], ["0 of 4 patches", "up to 0.75"]),  # leaves nothing of four patches
+        (["--img-size", "32"], "1x1 grid"),
+        (["--model", "convnextv2_atto"], "did you mean fcmae_convnextv2_atto?"),
+        (["--model", "resnet50"], "not an FCMAE model"),
+        (["--model", "fcmae_convnextv2_ato"], "did you mean fcmae_convnextv2_atto?"),
+        (["--model-kwargs", "nonsense=1"], "nonsense"),
+        (["--batch-size", "33"], ["33", "32"]),
+        (["--batch-size", "8", "--grad-accum-steps", "5"], ["40 images", "32"]),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--in-chans", "5"], ["--mean", "--std", "5 values"]),
+        (["--in-chans", "0"], "--in-chans must be at least 1"),
+        (["--mean", "0.5", "0.5", "--std", "1", "1", "1"], "--mean has 2 values for 3 channels"),
+        (["--mean", "0.5", "0.5", "0.5"], "--std has 0 values"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--epochs", "x"], "invalid int value: 'x'"),
+        (["--warmup-epochs", "1"], "--warmup-epochs 1 must lie below --epochs 1"),
+        (["--warmup-epochs", "2"], "--warmup-epochs 2"),
+        (["--device", "nonsense"], "--device nonsense"),
+        (["--max-bad-images", "3"], "--max-bad-images"),
+        (["--opt", "nonsense"], "nonsense"),
+        (["--resume", "missing.pth"], "'missing.pth' does not exist"),
+        (["--nonsense", "1"], "--nonsense"),
+        (["--dataset", "nonsense"], "nonsense"),
+        (["--patch-size", "3"], "patch"),
+        (["--decoder-depth", "0"], "decoder_depth"),
+        (["--workers", "-1"], "num_workers"),
+        (["--lr", "-1"], "learning rate"),
+        (["--scale", "0", "2"], "scale"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_bad_settings(tmp_path, capsys, options, words):
+    refused(tmp_path / "r", capsys, words, *options)
+
+
+@pytest.mark.parametrize("option, module", [("--log-wandb", "wandb"), ("--log-tensorboard", "tensorboard")])
+def test_missing_log_package(tmp_path, capsys, monkeypatch, option, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    refused(tmp_path / "r", capsys, f"pip install {module}", option)
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0 and "--mask-ratio" in capsys.readouterr().out
+
+
+def test_program_refuses(tmp_path):
+    """As a program: status 2 and a message, no traceback."""
+    result = subprocess.run([sys.executable, SCRIPT, "--epochs", "0"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr == f"{ERROR}--epochs must be at least 1, got 0.\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [["--patch-size", "0"], ["--torchcompile", "nope"], ["--model-kwargs", "act_layer=nope"], ["--experiment", "."]],
+    ids=lambda line: line[0],
+)
+def test_more_mistakes_are_one_message(tmp_path, capsys, line):
+    assert main([*DATA, "--epochs", "1", "--output", str(tmp_path), "--experiment", "x", *line]) == 2
+    assert line[0] in capsys.readouterr().err and not list(tmp_path.iterdir())

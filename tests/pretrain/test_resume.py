@@ -1,0 +1,186 @@
+"""Stopping and resuming: a run ends as it would have without the stop."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+from helpers import assert_same, environment, shell, torchrun
+from runs import (
+    SCRIPT,
+    at_update,
+    command,
+    load,
+    rows,
+    run,
+    steady,
+)
+from safetensors.torch import load_file
+
+from timm_convnextv2.pretrain import distributed, main, messages, run_folder
+
+
+@pytest.mark.parametrize(
+    "case, stops",
+    [
+        ("plain", [0]),
+        ("plain", [3]),  # the last of an epoch
+        ("plain", [1, 0, 2]),  # again and again
+        ("ema", [5]),
+        ("accum", [1, 3]),
+        ("float16", [2]),
+    ],
+)
+def test_stopped_run_ends_as_an_uninterrupted_one(tmp_path, no_images, monkeypatch, capsys, whole, case, stops):
+    expected, options = whole(case)
+    capsys.readouterr()
+    out, done = tmp_path / "r", 0
+    for i, stop in enumerate(stops):
+        number = (signal.SIGTERM, signal.SIGINT)[i % 2]
+        with monkeypatch.context() as patch:
+            at_update(patch, stop, lambda number=number: os.kill(os.getpid(), number))
+            run(out, *options, "--resume", "auto", epochs=2)
+        done += stop + 1
+        printed = capsys.readouterr().out
+        inside, after = f"in epoch {done // 4 + 1} of 2, update {done % 4} of 4", f"after epoch {done // 4} of 2"
+        where = inside if done % 4 else after
+        assert f"Stopped by {number.name} {where}" in printed and "--resume auto" in printed
+        assert load(out)["progress"]["epoch"] == done // 4 and load(out)["progress"]["update"] == done % 4
+        assert (out / "encoder/config.json").exists()
+    run(out, *options, "--resume", "auto", epochs=2)
+    here, there = load(out), load(expected)
+    for state in (here, there):
+        state["args"] = {k: v for k, v in state["args"].items() if k not in ("output", "experiment")}
+    assert ("state_dict_ema" in here) == (case == "ema" or "--model-ema" in options)
+    assert_same(here, there)
+    assert steady(out) == steady(expected)
+    assert_same(load_file(out / "encoder/model.safetensors"), load_file(expected / "encoder/model.safetensors"))
+
+
+def test_stopped_between_epochs(tmp_path, no_images, monkeypatch, whole):
+    expected, options = whole("plain")
+    with monkeypatch.context() as patch:
+        add_row = run_folder.RunFolder.add_row
+
+        def interrupted(*args):
+            add_row(*args)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(run_folder.RunFolder, "add_row", interrupted)
+        out = run(tmp_path / "r", *options, epochs=2)
+    assert load(out)["progress"]["epoch"] == 1
+    run(out, *options, "--resume", "auto", epochs=2)
+    for key in ("state_dict", "optimizer", "progress"):
+        assert_same(load(out)[key], load(expected)[key])
+    assert steady(out) == steady(expected)
+
+
+def test_killed_run_resumes_from_its_checkpoint(tmp_path, no_images, monkeypatch, whole):
+    """An epoch that was not saved leaves no trace in the summary."""
+    expected, options = whole("plain")
+
+    def die():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        at_update(patch, 6, die)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "r", *options, epochs=2)
+    run(tmp_path / "r", *options, "--resume", "auto", epochs=2)
+    assert_same(load(tmp_path / "r")["state_dict"], load(expected)["state_dict"])
+    assert steady(tmp_path / "r") == steady(expected)
+
+
+def test_printed_command_finishes_the_run(tmp_path, no_images, monkeypatch, capsys, whole):
+    expected, options = whole("plain")
+    args = [*command(tmp_path / "a run", *options, epochs=2), "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [str(SCRIPT), *args])
+        at_update(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(args) == 0
+    line = re.search(r"Resume with\n  (.*)\n", capsys.readouterr().out)[1]
+    assert line.startswith("python ") and line.endswith("--experiment 'a run' --resume auto")
+    result = shell(line, tmp_path)
+    assert result.returncode == 0 and "Done" in result.stdout, result.stderr
+    assert_same(load(tmp_path / "a run")["state_dict"], load(expected)["state_dict"])
+    assert len(rows(tmp_path / "a run")) == 2
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--data-dir", "a b", "--overwrite"], "--data-dir 'a b' --experiment x --resume auto"),
+        (["--resume", "auto", "--experiment=x"], "--experiment x --resume auto"),
+        (["--resume=q", "--experiment", "x", "--amp"], "--amp --experiment x --resume auto"),
+    ],
+)
+@pytest.mark.parametrize("started", ["a clone's script", "console command", "module"])
+def test_resume_command(monkeypatch, argv, expected, started):
+    """The command line of today, with what resumes, started as it was."""
+    script, module = str(SCRIPT), str(SCRIPT.parents[1] / "timm_convnextv2/pretrain/__main__.py")
+    console = ["/bin/timm-convnextv2", "pretrain"]
+    program = {"a clone's script": [script], "console command": console, "module": [module]}
+    monkeypatch.setattr(sys, "argv", [*program[started], *argv])
+    for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    found, clone = shlex.split(messages.resume_command("x")), started == "a clone's script"
+    start = found[: -len(shlex.split(expected))]
+    assert found[len(start) :] == shlex.split(expected)
+    assert start[-1] == script if clone else start[-1] in ("pretrain", "timm_convnextv2.pretrain")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    words = script if clone else "-m timm_convnextv2.pretrain"
+    assert messages.resume_command("x") == f"torchrun --nproc-per-node 2 {words} {expected}"
+    for name, value in dict(GROUP_WORLD_SIZE="3", MASTER_ADDR="node0", TORCHELASTIC_RUN_ID="7").items():
+        monkeypatch.setenv(name, value)
+    nodes = "--nnodes 3 --rdzv-backend c10d --rdzv-id 7 --rdzv-endpoint node0:29500"
+    assert messages.resume_command("x") == f"torchrun {nodes} --nproc-per-node 2 {words} {expected}"
+
+
+def test_ctrl_c_in_a_terminal(tmp_path):
+    """SIGINT for the whole process group, workers too, as a terminal sends it."""
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *command(tmp_path / "r", "--log-interval", "1", "--workers", "2", epochs=999)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment(),
+    )  # fmt: skip
+    for line in process.stdout:
+        if " step 2/" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Stopped by SIGINT " in out and not err
+    progress = load(tmp_path / "r")["progress"]
+    inside = f"in epoch {progress['epoch'] + 1} of 999, update {progress['update']} of 4"
+    assert (inside if progress["update"] else f"after epoch {progress['epoch']} of 999") in out
+    assert progress["epoch"] * 4 + progress["update"] >= 2
+
+
+def test_second_signal_stops_at_once():
+    watcher = distributed.World("cpu")
+    watcher.watch_signals()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert watcher.stop == "SIGTERM" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # whichever of the two comes second
+
+
+def test_all_processes_stop_where_one_is_asked(tmp_path):
+    """A signal that reaches one process of two: both stop after the same update, and the run resumes to its end."""
+    script = tmp_path / "one.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from timm_convnextv2.pretrain import main\n"
+        "from timm_convnextv2.pretrain.trainer import Trainer\n"
+        "update = Trainer.update\n"
+        "def wrapped(self, batches, number):\n"
+        "    if number == 1 and self.world.rank == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return update(self, batches, number)\n"
+        "Trainer.update = wrapped\n"
+        "sys.exit(main())\n"
+    )
+    options = command(tmp_path / "r", "--batch-size", "4", epochs=2)
+    result = torchrun(script, *options)
+    assert result.returncode == 0 and "Stopped by a signal in epoch 1 of 2, update 2 of 4" in result.stdout
+    assert load(tmp_path / "r")["progress"]["update"] == 2
