@@ -115,6 +115,21 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     torch.testing.assert_close(again.stem[0].weight, scope["model"].encoder.stem[0].weight)
 
 
+def test_private_names_of_timm_are_told():
+    """`docs/python.md` names each import from timm's private modules, which is in one file only."""
+    files: dict[str, set[str]] = {}
+    for path in (ROOT / "timm_convnextv2").rglob("*.py"):
+        for module, names in re.findall(
+            r"from (timm(?:\.\w+)*\._\w+) import ([^\n(]+)", path.read_text(encoding="utf-8")
+        ):
+            for name in names.split(", "):
+                files.setdefault(f"{module}.{name}", set()).add(path.name)
+    assert files
+    for name, where in files.items():
+        assert len(where) == 1, f"{name} is used in {sorted(where)}"
+        assert f"`{name}`" in PAGES["docs/python.md"], f"docs/python.md does not tell that {where} uses {name}"
+
+
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
