@@ -1,5 +1,6 @@
-"""The project's own promises: README, CI and style."""
+"""The project's own promises: README, docs, CI and style."""
 
+import csv
 import re
 import shutil
 import subprocess
@@ -8,13 +9,23 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
+from PIL import Image
 
 import timm_convnextv2
 from timm_convnextv2.models.registry import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIRST_SCREEN = README.partition("\n## ")[0]
+PAGES = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+FOREIGN_OPTIONS = {
+    *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"),  # torchrun's
+    # timm's train.py, validate.py and inference.py
+    *("--num-classes", "--device-modules", "--warmup-prefix", "--crop-mode", "--include-index", "--results-file"),
+}
+COLUMNS = {"atto:16": "atto, batch 16", "tiny:8": "tiny, batch 8"}
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=" ".join)
@@ -29,7 +40,7 @@ def test_ruff_is_clean(arguments):
 def test_ci_calls_the_readme_command():
     command = (ROOT / ".ci/run").read_text().strip().splitlines()[-1]
     assert command.endswith("-m pytest")
-    assert command in README
+    assert command in README.splitlines()
 
 
 def test_workflow_calls_ci():
@@ -37,21 +48,174 @@ def test_workflow_calls_ci():
     assert {"run": "bash .ci/run"} in workflow["jobs"]["test"]["steps"]
 
 
-def test_readme_names_what_there_is():
-    for path in re.findall(r"\]\((?!https?://|#)([^)#]+)\)", README) + re.findall(r'src="(?!http)([^"]+)"', README):
-        assert (ROOT / path).exists(), f"README links to {path}, which does not exist"
-    folders = ("train_scripts", "benchmarks", "examples", "timm_convnextv2/data/embedded")
-    scripts = "".join(p.read_text() for folder in folders for p in (ROOT / folder).glob("*.py"))
-    foreign = {"--nproc-per-node"}  # torchrun's
-    # timm's train.py, validate.py and inference.py
-    foreign |= {"--num-classes", "--device-modules", "--aa", "--warmup-prefix", "--crop-mode", "--include-index"}
-    foreign |= {"--results-file"}
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - foreign:
-        assert f'"{option}"' in scripts, f"README speaks of {option}, no script has it"
+def test_bug_template_asks_for_versions_and_explain():
+    form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text())
+    asked = {field["id"]: field for field in form["body"]}
+    assert all(asked[name]["validations"]["required"] for name in ("what", "versions", "explain"))
+    assert "explain(" in asked["explain"]["attributes"]["description"]
+
+
+# ------------------------------------------------------------------------------------------------------- README, docs
+
+
+def anchors(text: str) -> set[str]:
+    """Names that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_links_lead_somewhere(page):
+    for path, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)", PAGES[page]):
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), f"{page} links to {path}, which does not exist"
+        if anchor:
+            known = anchors(target.read_text(encoding="utf-8"))
+            assert anchor in known, f"{page} links to {path}#{anchor}; {path} has {sorted(known)}"
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    for page in PAGES:
+        assert page == "README.md" or f"]({page})" in README, f"README does not link to {page}"
+
+
+@pytest.mark.parametrize("page", sorted(set(PAGES) - {"CHANGELOG.md"}))
+def test_options_exist(page):
+    folders = ("timm_convnextv2", "train_scripts", "benchmarks", "examples")
+    code = "".join(p.read_text(encoding="utf-8") for folder in folders for p in (ROOT / folder).rglob("*.py"))
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGES[page])) - FOREIGN_OPTIONS:
+        assert f'"{option}"' in code, f"{page} speaks of {option}, no command has it"
+
+
+@pytest.mark.parametrize("page", sorted(set(PAGES) - {"CHANGELOG.md"}))
+def test_recipes_exist(page):
+    known = {p.stem for p in (ROOT / "timm_convnextv2/finetune/recipes").glob("*.yaml")}
+    for name in re.findall(r"--recipe ([\w-]+)", PAGES[page]):
+        assert name in known, f"{page} names the recipe {name}; there are {sorted(known)}"
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 170
+    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert images
+    for path in images:
+        with Image.open(ROOT / path) as image:
+            assert image.height <= 500, f"{path} is {image.height} px high"
+
+
+def test_readme_python_runs(tmp_path, monkeypatch):
+    """The first screen's lines, with a smaller model and batch."""
+    code = re.search(r"^```python\n(.*?)^```", FIRST_SCREEN, flags=re.M | re.S)[1]
+    code = code.replace("_tiny", "_atto").replace("randn(8,", "randn(1,")
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["model"].encoder.stem[0].weight.grad.abs().sum() > 0
+    again = timm.create_model("local-dir:encoder", pretrained=True, num_classes=10)
+    torch.testing.assert_close(again.stem[0].weight, scope["model"].encoder.stem[0].weight)
+
+
+def test_private_names_of_timm_are_told():
+    """`docs/python.md` names each import from timm's private modules, which is in one file only."""
+    files: dict[str, set[str]] = {}
+    for path in (ROOT / "timm_convnextv2").rglob("*.py"):
+        for module, names in re.findall(
+            r"from (timm(?:\.\w+)*\._\w+) import ([^\n(]+)", path.read_text(encoding="utf-8")
+        ):
+            for name in names.split(", "):
+                files.setdefault(f"{module}.{name}", set()).add(path.name)
+    assert files
+    for name, where in files.items():
+        assert len(where) == 1, f"{name} is used in {sorted(where)}"
+        assert f"`{name}`" in PAGES["docs/python.md"], f"docs/python.md does not tell that {where} uses {name}"
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def results(name: str) -> list[dict[str, str]]:
+    """Rows of a file of benchmarks/results."""
+    lines = (ROOT / "benchmarks/results" / name).read_text(encoding="utf-8").splitlines()
+    return list(csv.DictReader(line for line in lines if not line.startswith("#")))
+
+
+def table_rows(text: str, header: list[str]) -> dict[str, dict[str, str]]:
+    """A Markdown table with this header, by the first cell of its rows; each row by column."""
+    lines = iter(text.splitlines())
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    start = next((i for i, row in enumerate(cells) if row[1:] == header), None)
+    assert start is not None, f"there is no table with the columns {header}"
+    rows = {}
+    for first, *rest in cells[start + 2 :]:
+        if len(rest) != len(header):
+            break
+        rows[first] = dict(zip(header, rest, strict=True))
+    return rows
+
+
+def step_result(case: str, measure: str) -> dict[str, str]:
+    """The row of a case whose measure starts so, from the CPU result of the training step."""
+    rows = [
+        r for r in results("pretrain_step_cpu_float32.csv") if r["case"] == case and r["measure"].startswith(measure)
+    ]
+    assert len(rows) == 1, f"{len(rows)} rows of {case} start with '{measure}'"
+    return rows[0]
+
+
+def spread(row: dict[str, str]) -> str:
+    """'median (min to max)', or the median alone where all rounds agree."""
+    return row["ratio"] if row["min"] == row["max"] else f"{row['ratio']} ({row['min']} to {row['max']})"
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+def test_first_screen_quotes_the_result(case):
+    assert "pip install timm_convnextv2" in FIRST_SCREEN
+    rows = table_rows(FIRST_SCREEN, list(COLUMNS.values()))
+    said = {name.partition(":")[0]: cells[COLUMNS[case]] for name, cells in rows.items()}
+    assert said["times faster than dense with masks"] == spread(step_result(case, "dense-with-masks"))
+    assert said["times faster than a supervised step of stock timm"] == spread(step_result(case, "supervised stock"))
+    memory = float(step_result(case, "peak memory")["ratio"])
+    assert said["peak memory, of dense with masks"] == f"{100 * memory:.0f} %"
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+def test_performance_page_quotes_the_step(case):
+    rows = table_rows(PAGES["docs/performance.md"], list(COLUMNS.values()))
+    measures = {
+        "dense with masks (the plain reference) / ours, time": "dense-with-masks",
+        "supervised step of stock timm's encoder / ours, time": "supervised stock",
+        "ours at mask ratio 0.9 / at 0.6, time": "our step at mask ratio",
+        "dense training step, stock timm / `ConvNeXtV2`, time": "dense training",
+        "share of matrix products in our step, time": "GEMM",
+        "ours / dense with masks, peak memory of the step": "peak memory",
+        "ours / stock timm, kept for the backward of dense training": "saved by dense training",
+    }
+    assert set(rows) == set(measures)
+    for name, measure in measures.items():
+        assert rows[name][COLUMNS[case]] == spread(step_result(case, measure)), name
+
+
+def test_performance_page_quotes_inference():
+    rows = table_rows(PAGES["docs/performance.md"], list(VARIANTS))
+    measured = {(r["size"], r["batch"]): r["stock / ours"] for r in results("inference_cpu_float32.csv")}
+    for batch in ("1", "32"):
+        assert rows[f"batch {batch}"] == {size: measured.get((size, batch), "-") for size in VARIANTS}
+
+
+def test_finetuning_page_quotes_the_gain():
+    rows = table_rows(PAGES["docs/finetuning.md"], ["seed 0", "seed 1", "seed 2", "median"])
+    measured = [r for r in results("finetune_gain.csv") if r["epoch"] == "10"]
+    names = {"pretrained": "pretrained on 8192 unlabelled images", "from scratch": "from scratch, same budget"}
+    for start, name in names.items():
+        values = [float(r["accuracy"]) for r in measured if r["start"] == start]
+        said = [float(rows[name][f"seed {i}"]) for i in range(3)]
+        assert said == pytest.approx(values, abs=0.051)
+        assert float(rows[name]["median"]) == sorted(said)[1]
 
 
 def test_variant_table_is_true():
-    rows = re.findall(r"^\| `?(\w+)`? \| ([\d, ]+) \| ([\d, ]+) \| ([\d.]+) M \|", README, flags=re.M)
+    pattern = r"^\| `?(\w+)`? \| ([\d, ]+) \| ([\d, ]+) \| ([\d.]+) M \|"
+    rows = re.findall(pattern, PAGES["docs/python.md"], flags=re.M)
     assert {row[0] for row in rows} == set(VARIANTS)
     for name, depths, dims, params in rows:
         numbers = [tuple(int(n) for n in text.split(",")) for text in (depths, dims)]
@@ -62,6 +226,8 @@ def test_variant_table_is_true():
 
 def test_version_and_licence():
     assert re.fullmatch(r"\d+\.\d+\.\d+", timm_convnextv2.__version__)
+    assert f"## {timm_convnextv2.__version__}" in PAGES["CHANGELOG.md"]
+    assert f"version = {{{timm_convnextv2.__version__}}}" in README
     licence = (ROOT / "LICENSE").read_text()
     assert "Apache License" in licence and "CC-BY-NC 4.0" in licence
     assert (ROOT / "timm_convnextv2/py.typed").exists()
