@@ -143,7 +143,7 @@ second = snapshot()
 importlib.reload(timm_convnextv2)
 unchanged = {n: id(timm.model_entrypoint(n)) for n in timm.list_models(["convnextv2_*", "fcmae_*"])} == entrypoints
 for name in ("convnextv2", "fcmae"):
-    importlib.reload(sys.modules[f"timm_convnextv2.{name}"])
+    importlib.reload(sys.modules[f"timm_convnextv2.models.registry.{name}"])
 reloaded = snapshot()
 print(json.dumps(dict(
     stock=stock, after=after, second=second, reloaded=reloaded, added=added, entrypoints_unchanged=unchanged,
@@ -195,6 +195,10 @@ def test_importing_again_changes_nothing(registry, when):
 def test_all_names_are_ours(registry):
     assert registry["fcmae"] == sorted(f"fcmae_{name}" for name in NAMES)
     assert set(registry["classes"]) == {*NAMES, *registry["fcmae"]}
+    # timm files models under the last part of their module's name
+    assert {n: m.rpartition(".")[2] for n, m in registry["classes"].items()} == {
+        n: "fcmae" if n.startswith("fcmae_") else "convnextv2" for n in registry["classes"]
+    }
     assert all(module.startswith("timm_convnextv2.") for module in registry["classes"].values())
 
 
@@ -890,7 +894,7 @@ def test_weights_that_leave_a_part_random_are_refused(change, num_classes, tmp_p
     file = tmp_path / "model.safetensors"
     save_file(weights, file)
     overlay = dict(file=str(file), num_classes=-1)  # as train.py's --pretrained-path does it
-    with pytest.raises(RuntimeError, match=r"The weights have \d+ of the \d+ tensors of this ConvNeXt V2"):
+    with pytest.raises(ValueError, match=r"not those of this ConvNeXt V2 .*: \d+ of the model's \d+ tensors are there"):
         timm.create_model(CONV, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **BODY)
 
 
