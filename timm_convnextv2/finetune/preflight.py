@@ -202,7 +202,7 @@ def check_data(
     root = Path(data_dir)
     if not root.is_dir():
         raise ValueError(f"--data-dir {root} does not exist. Expected a folder with train/ and validation/.")
-    options: dict[str, Any] = dict(dataset=dataset, class_map=class_map, input_key=input_key)
+    options: dict[str, Any] = dict(name=dataset, class_map=class_map, input_key=input_key)
     splits = [_open_split(root, train_split, "--train-split", **options)]
     if val_split:
         splits.append(_open_split(root, val_split, "--val-split", **options))
@@ -210,23 +210,23 @@ def check_data(
     return splits
 
 
-def _open_split(root: Path, name: str, option: str, **options: Any) -> Split:
+def _open_split(root: Path, split: str, option: str, **options: Any) -> Split:
     """Lists one split, or tells that timm finds no folder of that name, no images or no classes in it."""
-    expected = f"Expected {root / name} with one sub-folder of images a class, or another {option}."
+    expected = f"Expected {root / split} with one sub-folder of images a class, or another {option}."
     try:
-        images: Any = create_dataset(options.pop("dataset"), root=str(root), split=name, **options)
+        images: Any = create_dataset(root=str(root), split=split, **options)
     except (AssertionError, OSError, RuntimeError) as e:
-        raise ValueError(f"{option} {name} of {root}: {e or type(e).__name__}. {expected}") from e
+        raise ValueError(f"{option} {split} of {root}: {e or type(e).__name__}. {expected}") from e
     reader = images.reader
     # without such a folder timm takes the root itself for the split, and `train` for a class
     if Path(reader.root).resolve() == root.resolve():
         there = sorted(p.name for p in root.iterdir() if p.is_dir())
-        raise ValueError(f"{root} has no {option} '{name}'; it has {', '.join(there[:10]) or 'no folders'}. {expected}")
+        raise ValueError(f"{root} has no {option} '{split}'; it has {', '.join(there[:10]) or 'no folders'}. {expected}")
     if "" in reader.class_to_idx:
         raise ValueError(
             f"{reader.root} has images that lie in no sub-folder, so that their class is unknown. {expected}"
         )
-    return Split(name, Path(reader.root), len(images), sorted(reader.class_to_idx))
+    return Split(split, Path(reader.root), len(images), sorted(reader.class_to_idx))
 
 
 def _check_same_classes(train: Split, val: Split) -> None:
