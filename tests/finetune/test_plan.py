@@ -97,6 +97,7 @@ def test_channels_that_only_the_folder_tells(run, encoder, tmp_path):
     shutil.copytree(encoder, folder)
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"]["input_size"] = [4, 32, 32]
+    config["model_args"]["in_chans"] = 4
     (folder / "config.json").write_text(json.dumps(config))
     assert run(model=f"local-dir:{folder}")["args"]["in_chans"] == 4
     assert run("--in-chans", "2", model=f"local-dir:{folder}", experiment="y")["args"]["in_chans"] == 2

@@ -221,7 +221,8 @@ def _open_split(root: Path, split: str, option: str, **options: Any) -> Split:
     # without such a folder timm takes the root itself for the split, and `train` for a class
     if Path(reader.root).resolve() == root.resolve():
         there = sorted(p.name for p in root.iterdir() if p.is_dir())
-        raise ValueError(f"{root} has no {option} '{split}'; it has {', '.join(there[:10]) or 'no folders'}. {expected}")
+        listed = ", ".join(there[:10]) or "no folders"
+        raise ValueError(f"{root} has no {option} '{split}'; it has {listed}. {expected}")
     if "" in reader.class_to_idx:
         raise ValueError(
             f"{reader.root} has images that lie in no sub-folder, so that their class is unknown. {expected}"
