@@ -72,7 +72,7 @@ def plot(rows: list[dict], path: Path, chance: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=8192, help="images without labels")
     parser.add_argument("--epochs", type=int, default=16, help="of pretraining")
