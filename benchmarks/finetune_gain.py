@@ -2,11 +2,11 @@
 
     python -m benchmarks.finetune_gain --timm-train path/to/timm/train.py
 
-Pretrains once with `train_scripts/pretrain.py` on the embedded pictures without labels. Then, for each seed,
+Pretrains once with `train_scripts/pretrain.py` on the embedded images without labels. Then, for each seed,
 `train_scripts/finetune.py` with the recipe `smoke`, which runs timm's own `train.py`, twice: from that encoder and with
-`--from-scratch`. Labelled pictures, weights that are new, and crops are those of the seed; no picture is in two sets.
+`--from-scratch`. Labelled images, weights that are new, and crops are those of the seed; no image is in two sets.
 About half an hour on two CPU cores. Prints both accuracies, and writes them with their conditions to
-`benchmarks/results/` and a picture to `docs/`.
+`benchmarks/results/` and a figure to `docs/`.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from benchmarks.measure import conditions, write_csv
 from timm_convnextv2.data.embedded import EmbeddedSource, write_folder
 
 ROOT = Path(__file__).parents[1]
-# a small ConvNeXt V2 on small pictures: what two CPU cores train in minutes
+# a small ConvNeXt V2 on small images: what two CPU cores train in minutes
 MODEL = ["--model-kwargs", "depths=(1,1,2,1)", "dims=(24,48,96,192)", "--patch-size", "1", "--img-size", "40"]
-CONTENDERS = {"pretrained": [], "from scratch": ["--from-scratch"]}
+CANDIDATES = {"pretrained": [], "from scratch": ["--from-scratch"]}
 
 
 def call(script: str, words: list[str], log: Path) -> float:
@@ -54,7 +54,7 @@ def plot(rows: list[dict], path: Path, chance: float) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    for name, colour in zip(CONTENDERS, ("tab:blue", "tab:orange"), strict=True):
+    for name, colour in zip(CANDIDATES, ("tab:blue", "tab:orange"), strict=True):
         seeds = sorted({row["seed"] for row in rows})
         curves = [[r["accuracy"] for r in rows if r["start"] == name and r["seed"] == seed] for seed in seeds]
         epochs = range(1, len(curves[0]) + 1)
@@ -72,14 +72,14 @@ def plot(rows: list[dict], path: Path, chance: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=8192, help="pictures without labels")
+    parser.add_argument("--images", type=int, default=8192, help="images without labels")
     parser.add_argument("--epochs", type=int, default=16, help="of pretraining")
-    parser.add_argument("--labels", type=int, default=1024, help="pictures with labels")
+    parser.add_argument("--labels", type=int, default=1024, help="images with labels")
     parser.add_argument("--validation", type=int, default=800)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--timm-train", metavar="PATH", help="as of finetune.py")
+    parser.add_argument("--timm-train", metavar="PATH", help="timm's train.py, as of finetuning")
     parser.add_argument("--output", metavar="DIR", help="keep the runs there (default: a temporary folder)")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
@@ -88,7 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(args.output or temporary).resolve()
         output.mkdir(parents=True, exist_ok=True)
-        rows, last = [], {name: [] for name in CONTENDERS}
+        rows, last = [], {name: [] for name in CANDIDATES}
         words = ["--dataset", "embedded", "--train-num-samples", args.images, "--epochs", args.epochs, *MODEL]
         words += ["--decoder-dim", 128, "--batch-size", 32, "--lr", 2e-3, "--scale", 0.5, 1, "--workers", 1]
         words += ["--output", output, "--experiment", "pretrain", "--overwrite"]
@@ -98,7 +98,7 @@ def main() -> None:
             data = output / f"data-{seed}"
             if not data.exists():
                 write_folder(data, size=40, train=args.labels, validation=args.validation, seed=seed)
-            for name, more in CONTENDERS.items():
+            for name, more in CANDIDATES.items():
                 run = f"finetune-{seed}-{name.replace(' ', '-')}"
                 words = ["--recipe", "smoke", "--model", f"local-dir:{output}/pretrain/encoder", "--seed", seed]
                 words += ["--data-dir", data, "--output", output, "--experiment", run, *more]
@@ -117,7 +117,7 @@ def main() -> None:
             )
         about = conditions(torch.device("cpu"), args.threads)
         about["sets"] = (
-            f"{args.images} pictures of 40 px without labels, {args.labels} with, {args.validation} to validate"
+            f"{args.images} images of 40 px without labels, {args.labels} with, {args.validation} to validate"
         )
         print(write_csv("finetune_gain", rows, about))
         plot(rows, ROOT / "docs" / "finetune_gain.png", chance)

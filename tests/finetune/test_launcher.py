@@ -1,0 +1,278 @@
+"""The command: with a stand-in for timm's train.py, and (marked `timm_train`) with the real one."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from helpers import RECIPES, ROOT, SCRIPTS
+from safetensors.torch import load_file
+
+from timm_convnextv2 import finetune
+from timm_convnextv2.finetune import launcher, main
+from timm_convnextv2.finetune.recipe import load_recipe
+
+SCRIPT = SCRIPTS / "finetune.py"
+
+
+def test_train_script_gets_recipe_options_and_what_was_found_out(run, train, encoder, data):
+    seen = run("--lr-base", "0.5", "--hflip", "0")
+    args, recipe = seen["args"], load_recipe("smoke").values
+    expected = {**recipe, "lr_base": 0.5, "hflip": 0, "device": "cpu", "batch_size": 8}
+    expected |= {"num_classes": 3, "model": f"local-dir:{encoder}", "data_dir": str(data), "experiment": "x"}
+    assert {k: args[k] for k in expected} == expected
+    assert args["device_modules"] == ["timm_convnextv2"] and args["pretrained"]
+    assert seen["argv"][0] == str(train) and seen["config"] == "smoke.yaml"
+    assert "timm_train_script" in sys.modules and sys.argv[0] != str(train)
+
+
+@pytest.mark.parametrize(
+    "started, console, words",
+    [
+        (SCRIPT, None, ["python", str(SCRIPT.with_name("publish.py"))]),
+        (Path(finetune.__file__).with_name("__main__.py"), None, ["python", "-m", "timm_convnextv2.publish"]),
+        ("bin/timm-convnextv2", "bin/timm-convnextv2", ["timm-convnextv2", "publish"]),
+    ],
+    ids=["script", "module", "console command"],
+)
+def test_result_is_exported_and_next_commands_are_printed(
+    run, tmp_path, data, capsys, monkeypatch, started, console, words
+):
+    monkeypatch.setattr(sys, "argv", [str(started)])
+    monkeypatch.setattr(shutil, "which", lambda name: console)
+    run("--val-split", "val", "--amp", "--amp-dtype", "bfloat16")
+    folder = tmp_path / "out" / "x"
+    assert (folder / "model" / "exported").read_text() == str(folder)
+    validate, publish = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:])
+    assert validate == (
+        f"python validate.py --model local-dir:{folder}/model --pretrained --data-dir {data} --split val --device cpu "
+        "--amp --amp-dtype bfloat16"
+    ).split(" ")
+    assert publish == [*words, str(folder), "USER/NAME", "--dry-run"]
+
+
+@pytest.mark.parametrize("epochs, ended", [(3, "Stopped after 3 epochs of 10"), (10, "Done: ")])
+def test_a_run_that_was_stopped_is_not_done(epochs, ended, command, train, tmp_path, capsys):
+    plan = launcher.prepare(command())  # 9 epochs + 1 of warmup
+    plan.folder.mkdir(parents=True)
+    (plan.folder / "last.pth.tar").touch()
+    rows = [f"{epoch},1.0" for epoch in range(epochs)]
+    (plan.folder / "summary.csv").write_text("\n".join(["epoch,train_loss", *rows]) + "\n")
+    assert launcher.finish(plan) == 0
+    printed = capsys.readouterr().out
+    assert ended in printed and ("--resume" in printed) == (epochs < 10)
+    assert ("Done: " in printed) == (epochs == 10)
+
+
+def test_from_scratch_is_the_same_but_for_the_weights(run, capsys):
+    pretrained, scratch = run()["args"], run("--from-scratch", experiment="scratch")["args"]
+    assert "random weights" in capsys.readouterr().out
+    assert {**pretrained, "pretrained": False, "experiment": "scratch"} == scratch and pretrained["pretrained"]
+
+
+@pytest.mark.parametrize("option", [["--pretrained"], ["--initial-checkpoint", "x"], ["--pretrained-path", "x"]])
+def test_from_scratch_contradicts_weights(refused, option):
+    assert option[0] in refused("--from-scratch", *option)
+
+
+def test_weights_that_train_script_would_not_read_are_refused(refused, recipe_file):
+    message = refused("--pretrained-path", "x.safetensors", recipe=recipe_file(opt="adamw"))
+    assert "only with --pretrained" in message
+
+
+def test_own_recipe_file_and_other_modules(run, recipe_file):
+    path = recipe_file(epochs=3, pretrained=True, lr_base=0.1)
+    args = run("--device-modules", "colorsys", recipe=path)["args"]
+    assert args["epochs"] == 3 and args["device_modules"] == ["colorsys", "timm_convnextv2"]
+
+
+@pytest.mark.parametrize("words", [["--config", "x.yaml"], ["--config=x.yaml"], ["-c", "x.yaml"]])
+def test_config_is_the_launchers(refused, words):
+    assert "--recipe FILE" in refused(*words)
+
+
+def test_recipe_is_needed(capsys):
+    assert main(["--data-dir", "x"]) == 2
+    assert "--recipe is needed" in capsys.readouterr().err
+
+
+def test_exit_status_interrupts_and_errors_pass_through(command, capsys):
+    argv = list(sys.argv)
+    with pytest.raises(SystemExit) as e:
+        main(command("--seed", "13"))
+    assert e.value.code == 7
+    with pytest.raises(KeyboardInterrupt):
+        main(command("--seed", "14"))
+    with pytest.raises(ValueError, match="from inside"):
+        main(command("--seed", "15"))
+    assert sys.argv == argv
+    assert main(command("--seed", "16")) == 1
+    assert "without a checkpoint" in capsys.readouterr().err
+
+
+def test_failed_export_is_an_error(command, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ValueError("it cannot be")
+
+    monkeypatch.setattr(launcher, "export_finetuned", fail)
+    assert main(command()) == 1
+    assert "it cannot be" in capsys.readouterr().err
+
+
+def test_dry_run_tells_everything_and_does_nothing(command, train, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = sorted(tmp_path.rglob("*.json"))
+    words = command("--dry-run", "--global-batch-size", "16", "--layer-decay", "0.5", recipe="small-data", device=None)
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert str(train) in out and f"timm {timm.__version__} is installed" in out
+    assert f"{data / 'train'}: 24 images" in out and f"{data / 'validation'}: 12 images" in out and "3 classes" in out
+    assert "global batch 16 = 8 images x 2 processes x 1 step; lr 5e-05 (0.0008 x 16 / 256)" in out
+    assert "the recipe's is 64, lr 0.0002" in out
+    assert "100 epochs (90 + 10 of warmup) of 1 update" in out
+    assert "stem.0.weight 0.03125" in out and "head.fc.bias 1" in out  # five blocks: 0.5 ** 5
+    assert "  layer_decay: 0.5\n" in out and "  num_classes: 3\n" in out and "hflip" not in out
+    assert sorted(tmp_path.rglob("*.json")) == before and not (tmp_path / "out").exists()
+
+
+WAYS = {"script": [SCRIPT], "module": ["-m", "timm_convnextv2.finetune"]}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_as_a_process(command, tmp_path, way):
+    words = [sys.executable, *map(str, WAYS[way]), *command("--no-such-option")]
+    result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.endswith("timm-convnextv2 finetune: error: unrecognized arguments: --no-such-option\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_processes_are_silent_and_do_not_export(command, monkeypatch, tmp_path, capsys):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert main(command()) == 0
+    assert main(command(recipe="nothing")) == 2
+    assert capsys.readouterr() == ("", "") and not (tmp_path / "out").exists()
+
+
+def test_each_node_tells_its_own_mistake(command, monkeypatch, capsys):
+    for name, value in (("RANK", "8"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "16")):
+        monkeypatch.setenv(name, value)
+    assert main(command(data="/not/on/this/node")) == 2
+    assert "/not/on/this/node" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------- with timm's train.py
+
+
+@pytest.fixture(scope="module")
+def timm_train():
+    path = os.environ.get("TIMM_TRAIN")
+    if not path:
+        pytest.skip("TIMM_TRAIN=/path/to/timm's/train.py is not set")
+    return Path(path).resolve()
+
+
+@pytest.fixture(scope="module")
+def alone(timm_train, tmp_path_factory):
+    """train.py and validate.py outside of their repository, so that they import the installed timm."""
+    folder = tmp_path_factory.mktemp("scripts")
+    for name in ("train.py", "validate.py"):
+        shutil.copy(timm_train.with_name(name), folder)
+    return folder
+
+
+def python(*words, cwd):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=env)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result
+
+
+def summary(folder):
+    with open(folder / "summary.csv", newline="") as f:
+        return [{k: v for k, v in row.items() if "time" not in k} for row in csv.DictReader(f)]
+
+
+SHORT = ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "4", "--workers", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def tuned(timm_train, encoder, data, tmp_path_factory):
+    """One run of the script with the real train.py: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("tuned")
+    words = ["--recipe", "smoke", "--model", f"local-dir:{encoder}", "--data-dir", data, "--output", out]
+    result = python(SCRIPT, *words, "--experiment", "run", "--timm-train", timm_train, *SHORT, "--model-ema", cwd=out)
+    return out / "run", result
+
+
+@pytest.mark.timm_train
+def test_real_run(tuned):
+    folder, result = tuned
+    assert len(summary(folder)) == 3
+    publish = result.stdout.splitlines()[-1].split()
+    assert publish == ["python", str(SCRIPT.with_name("publish.py")), str(folder), "USER/NAME", "--dry-run"]
+    args = yaml.safe_load((folder / "args.yaml").read_text())
+    assert args["num_classes"] == 3 and args["device_modules"] == ["timm_convnextv2"]
+    # the rate said before is the one that train.py computed
+    said = float(re.search(r"; lr ([\d.e-]+) \(", result.stdout)[1])
+    computed = float(re.search(r"Learning rate \(([\d.e-]+)\) calculated", result.stdout + result.stderr)[1])
+    assert said == pytest.approx(computed, rel=1e-3)
+
+
+@pytest.mark.timm_train
+def test_same_run_by_hand(tuned, alone, encoder, data, tmp_path):
+    words = ["--device-modules", "timm_convnextv2", "--config", RECIPES / "smoke.yaml"]
+    words += ["--model", f"local-dir:{encoder}", "--data-dir", data, "--num-classes", 3]
+    words += ["--output", tmp_path, "--experiment", "hand"]
+    python(alone / "train.py", *words, *SHORT, "--model-ema", cwd=tmp_path)
+    assert summary(tmp_path / "hand") == summary(tuned[0])
+
+
+@pytest.mark.timm_train
+def test_stock_validate_agrees(tuned, alone, data, tmp_path):
+    folder, _ = tuned
+    best = max(float(row["eval_top1"]) for row in summary(folder))
+    words = ["--model", f"local-dir:{folder / 'model'}", "--pretrained", "--data-dir", data, "--device", "cpu"]
+    words += ["--workers", 1, "--results-file", tmp_path / "result.json", "--results-format", "json"]
+    python(alone / "validate.py", *words, cwd=tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    result = result[0] if isinstance(result, list) else result
+    assert result["top1"] == pytest.approx(best, abs=1e-3) and result["img_size"] == 32
+
+
+@pytest.mark.timm_train
+def test_real_run_of_two_processes(timm_train, encoder, data, tmp_path):
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "timm_convnextv2.finetune"]
+    words += ["--recipe", "smoke", "--model", f"local-dir:{encoder}", "--data-dir", data]
+    words += ["--output", tmp_path, "--experiment", "two"]
+    words += ["--timm-train", timm_train, *SHORT, "--batch-size", 2, "--global-batch-size", 8]
+    result = python(*words, cwd=tmp_path)
+    assert result.stdout.count("global batch 8 = 2 images x 2 processes x 2 steps") == 1
+    assert result.stdout.count("Done: ") == 1
+    assert len(summary(tmp_path / "two")) == 3
+    model = timm.create_model(f"local-dir:{tmp_path / 'two' / 'model'}", pretrained=True)
+    assert model.num_classes == 3
+
+
+@pytest.mark.timm_train
+def test_real_linear_probe_leaves_the_backbone(timm_train, encoder, data, tmp_path):
+    words = ["--recipe", "linear-probe", "--model", f"local-dir:{encoder}", "--data-dir", data, "--output", tmp_path]
+    words += ["--experiment", "probe", "--timm-train", timm_train, *SHORT, "--lr", "0.1"]
+    result = python("-m", "timm_convnextv2.finetune", *words, cwd=tmp_path)
+    assert "parameters are frozen" in result.stdout
+    before, after = (
+        load_file(encoder / "model.safetensors"),
+        load_file(tmp_path / "probe" / "model" / "model.safetensors"),
+    )
+    changed = {k for k in after if k not in before or not torch.equal(before[k], after[k])}
+    assert changed == {"head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"}

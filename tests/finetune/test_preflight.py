@@ -1,0 +1,210 @@
+"""Checks of the model's folder, its weights, the data and the augmentation."""
+
+import json
+import re
+import shutil
+
+import pytest
+import timm
+import torch
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+from timm.data import rand_augment_transform
+from timm.models import save_for_hf
+
+from timm_convnextv2.finetune import main
+from timm_convnextv2.finetune.preflight import check_folder_weights
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def without(folder):
+    shutil.rmtree(folder)
+
+
+BROKEN = {
+    "no validation": (lambda root: without(root / "validation"), ["--val-split 'validation'", "it has train"]),
+    "no train": (lambda root: without(root / "train"), ["--train-split 'train'", "it has validation"]),
+    "empty": (lambda root: [p.unlink() for p in (root / "validation").rglob("*.png")], ["0 images", "sub-folder"]),
+    "class less": (lambda root: without(root / "validation" / "b"), ["3 classes", "2", "only in", "b"]),
+    "other class": (lambda root: (root / "train" / "c").rename(root / "train" / "d"), ["/train: d", "/validation: c"]),
+    "no classes": (lambda root: shutil.copy(root / "train" / "a" / "0.png", root / "train"), ["in no sub-folder"]),
+    "nothing": (lambda root: without(root), ["does not exist", "train/ and validation/"]),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_data_folder(refused, data, tmp_path, case):
+    root = tmp_path / "broken"
+    shutil.copytree(data, root)
+    damage, words = BROKEN[case]
+    damage(root)
+    message = refused(data=root)
+    assert all(word in message for word in [*words, str(root)]), message
+
+
+def test_data_folder_is_needed(train, encoder, capsys):
+    assert main(["--recipe", "smoke", "--model", f"local-dir:{encoder}", "--device", "cpu"]) == 2
+    assert "--data-dir is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [("training", "val"), ("train", "eval")])
+def test_split_names_that_timm_takes(run, data, tmp_path, names):
+    for name, source in zip(names, ("train", "validation"), strict=True):
+        shutil.copytree(data / source, tmp_path / "other" / name)
+    run(data=tmp_path / "other")
+    shutil.copytree(data / "train", tmp_path / "other" / "mine")
+    assert run("--train-split", "mine", data=tmp_path / "other", experiment="y")["args"]["train_split"] == "mine"
+
+
+def test_without_validation(run, data, tmp_path, capsys):
+    shutil.copytree(data / "train", tmp_path / "other" / "train")
+    assert run("--val-split", "", data=tmp_path / "other")["args"]["val_split"] == ""
+    assert "validate.py" not in capsys.readouterr().out
+
+
+def test_other_data_sets_are_left_to_train_script(run, refused):
+    assert "--num-classes is needed" in refused("--dataset", "hfds/some/name")
+    args = run("--dataset", "hfds/some/name", "--num-classes", "7")["args"]
+    assert args["dataset"] == "hfds/some/name" and args["num_classes"] == 7
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+def rewrite(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+MODELS = {
+    "no folder": (lambda f: without(f), ["no such folder", "model.safetensors"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["no config.json"]),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), ["JSON"]),
+    "a list": (lambda f: (f / "config.json").write_text("[1]"), ["not timm's"]),
+    "foreign": (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), ["not timm's", "architecture"]),
+    "unknown": (lambda f: rewrite(f, architecture="convnextv2_attoo"), ["'convnextv2_attoo'", "'convnextv2_atto'"]),
+    "FCMAE": (lambda f: rewrite(f, architecture="fcmae_convnextv2_atto"), ["whole FCMAE", "encoder"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["no weights"]),
+    "another": (lambda f: rewrite(f, architecture="resnet18", model_args={}), ["holds a ConvNeXt V2", "'resnet18'"]),
+    "options": (lambda f: rewrite(f, model_args={"no_such": 1}), ["cannot be created", "no_such"]),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_broken_model_folder(refused, encoder, tmp_path, case):
+    folder = tmp_path / "model"
+    shutil.copytree(encoder, folder)
+    damage, words = MODELS[case]
+    damage(folder)
+    message = refused(model=f"local-dir:{folder}")
+    assert all(word in message for word in [*words, str(folder)]), message
+
+
+def test_config_alone_is_enough_from_scratch(run, encoder, tmp_path):
+    (tmp_path / "model").mkdir()
+    shutil.copy(encoder / "config.json", tmp_path / "model")
+    assert run("--from-scratch", model=f"local-dir:{tmp_path / 'model'}")["args"]["num_classes"] == 3
+
+
+def test_run_folder_instead_of_its_encoder(refused, encoder):
+    assert f"Did you mean local-dir:{encoder}?" in refused(model=f"local-dir:{encoder.parent}")
+
+
+@pytest.mark.parametrize(
+    "model, words", [(None, "--model is needed"), ("convnextv2_tny", "'convnextv2_tiny'"), ("a/b", "hf-hub:")]
+)
+def test_model_name(refused, model, words):
+    assert words in refused(model=model)
+
+
+def cut_off(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def of_another_model(folder):
+    save_for_hf(timm.create_model("resnet18", num_classes=0), folder.parent / "other", safe_serialization=True)
+    shutil.copy(folder.parent / "other" / "model.safetensors", folder)
+
+
+def of_another_width(folder):
+    shape = dict(patch_size=1, depths=[1, 1, 2, 1], dims=[8, 8, 16, 24])
+    model = timm.create_model("convnextv2_atto", num_classes=0, **shape)
+    save_for_hf(model, folder.parent / "other", model_args=shape, safe_serialization=True)
+    shutil.copy(folder.parent / "other" / "model.safetensors", folder)
+
+
+def without_a_block(folder):
+    weights = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if not k.startswith("stages.2.blocks.1.")}
+    save_file(kept, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (cut_off, "1000 bytes.*truncated"),
+        (of_another_model, r"the first names that came: \['bn1.bias', .*: \d+ of the model's \d+ tensors are there"),
+        (
+            of_another_width,
+            r"'stages\.3\.downsample\.1\.weight' is \[24, 16, 2, 2\] in the weights and \[16, 16, 2, 2\]",
+        ),
+        (without_a_block, r"'stages\.2\.blocks\.1\.\S+' is missing in the weights"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_training(refused, run, encoder, tmp_path, damage, words):
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder, folder)
+    damage(folder)
+    message = refused(model=f"local-dir:{folder}")
+    assert str(folder / "model.safetensors") in message and re.search(words, message)
+    run("--from-scratch", model=f"local-dir:{folder}")  # which does not read them
+
+
+def test_weights_that_timms_filter_cannot_reshape(tmp_path):
+    shape = dict(depths=[1, 1, 1, 1], dims=[8, 8, 8, 8])
+    save_file({"stages.0.0.pwconv1.weight": torch.zeros(16, 4)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit its config\.json: "):
+        check_folder_weights(tmp_path, timm.create_model("convnextv2_tiny", **shape))
+
+
+def test_grey_and_headed_weights_pass_the_check(run, encoder, tmp_path):
+    run("--in-chans", "1", experiment="grey")
+    model = timm.create_model(f"local-dir:{encoder}", num_classes=7)
+    save_for_hf(
+        model, tmp_path / "headed", model_args=model.pretrained_cfg.get("model_args") or {}, safe_serialization=True
+    )
+    shutil.copy(encoder / "config.json", tmp_path / "headed")
+    run(model=f"local-dir:{tmp_path / 'headed'}", experiment="headed")
+
+
+# -------------------------------------------------------------------------------------------- device and augmentation
+
+
+def test_cuda_that_is_not_there(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cpu" in refused(device="cuda")
+
+
+def test_augmentation_that_pillow_refuses(run, refused, monkeypatch):
+    def posterize(image, bits):
+        if not 1 <= bits <= 8:
+            raise ValueError("bits must be between or equal to 1 and 8")
+        return image
+
+    monkeypatch.setattr(ImageOps, "posterize", posterize)
+    message = refused(recipe="finetune-1k-atto")
+    assert "pillow<13" in message
+    policy = re.search(r"--aa (\S+-mmax9)$", message.strip())[1]
+    assert run("--aa", policy, recipe="finetune-1k-atto")["args"]["aa"] == policy
+    run("--aa", "", recipe="finetune-1k-atto", experiment="y")
+
+    image, bits = Image.new("RGB", (8, 8)), []
+    monkeypatch.setattr(ImageOps, "posterize", lambda image, n: bits.append(n) or image)
+    for name in (policy, policy.removesuffix("-mmax9")):
+        augment = rand_augment_transform(name, {})
+        bits.clear()
+        for _ in range(4000):
+            augment(image)
+        assert (min(bits) < 1) == (name != policy)
