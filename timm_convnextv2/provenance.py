@@ -38,11 +38,15 @@ def is_ours(architecture: object) -> bool:
     return name.startswith(("convnextv2_", "fcmae_convnextv2_")) and "." not in name and timm.is_model(name)
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The `config.json` of a timm folder of ours.
+def read_config(path: str | Path, ours: bool = True) -> dict[str, Any]:
+    """The `config.json` of a timm folder.
+
+    Args:
+        path: Of the file.
+        ours: Take a ConvNeXt V2 or FCMAE only; else any architecture.
 
     Raises:
-        ValueError: No such file, or not one of a ConvNeXt V2 or FCMAE in timm's format.
+        ValueError: No such file, or not one in timm's format.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,11 +56,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise ValueError(f"'{path}' cannot be read as JSON: {e}") from e
     name = config.get("architecture") if isinstance(config, dict) else None
-    if not is_ours(name):
+    if not is_ours(name) and (ours or not isinstance(name, str)):
         what = f"names the architecture {name!r}" if name else "names no architecture"
         raise ValueError(
-            f"'{path}' is not of a ConvNeXt V2 in timm's format: it {what}, and convnextv2_* or fcmae_convnextv2_* was "
-            "expected. The export functions of timm_convnextv2.checkpoint write such files."
+            f"'{path}' is not {'of a ConvNeXt V2 ' * ours}in timm's format: it {what}, and convnextv2_* or "
+            "fcmae_convnextv2_* was expected. The export functions of timm_convnextv2.checkpoint write such files."
         )
     if not isinstance(config.get("pretrained_cfg", {}), dict) or not isinstance(config.get("model_args", {}), dict):
         raise ValueError(f"'{path}' is damaged: 'pretrained_cfg' and 'model_args' must be tables.")

@@ -1,6 +1,5 @@
 """What is checked before training, each in one message: the model's folder, its weights, the data, the augmentation."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..checkpoint import load_checkpoint
 from ..command import closest
 from ..models import ConvNeXtV2
 from ..models.registry import filter_weights
+from ..provenance import read_config
 
 __all__ = [
     "Split",
@@ -54,7 +54,7 @@ def check_model_folder(folder: Path, need_weights: bool = True) -> str:
         inner = [name for name in ("encoder", "model") if (folder / name / "config.json").is_file()]
         hint = f" Did you mean local-dir:{folder / inner[0]}?" if inner else ""
         raise ValueError(f"--model local-dir:{folder}: it has no config.json.{hint} {TIMM_FOLDER}")
-    architecture = _read_architecture(config)
+    architecture = read_config(config, ours=False)["architecture"]
     if architecture.startswith("fcmae_"):
         raise ValueError(
             f"{folder} holds a whole FCMAE ({architecture}), decoder included. Finetune its encoder: the folder that "
@@ -68,18 +68,6 @@ def check_model_folder(folder: Path, need_weights: bool = True) -> str:
     endings = (".safetensors", ".pth", ".pth.tar", ".bin")
     if need_weights and not any(any(folder.glob(f"*{end}")) for end in endings):
         raise ValueError(f"{folder} has no weights. {TIMM_FOLDER}")
-    return architecture
-
-
-def _read_architecture(config: Path) -> str:
-    # not `provenance.read_config`, which takes the architectures of this package only
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{config} cannot be read as JSON: {e}. {TIMM_FOLDER}") from e
-    architecture = values.get("architecture") if isinstance(values, dict) else None
-    if not isinstance(architecture, str):
-        raise ValueError(f"{config} is not timm's: it names no 'architecture'. {TIMM_FOLDER}")
     return architecture
 
 
@@ -154,7 +142,7 @@ def check_folder_weights(folder: Path, model: torch.nn.Module) -> None:
         return  # how others rename their weights is timm's affair
     try:
         filter_weights(weights, model)
-    except (RuntimeError, ValueError) as e:  # timm's filter reshapes the weights of linear layers, or cannot
+    except ValueError as e:
         raise ValueError(f"{files[0]} does not fit its config.json: {e}") from e
 
 

@@ -29,7 +29,8 @@ def filter_weights(state_dict: dict[str, Any], model: ConvNeXtV2) -> dict[str, A
         state_dict = {k.removeprefix("encoder."): v for k, v in state_dict.items() if k.startswith("encoder.")}
     try:
         loaded = checkpoint_filter_fn(state_dict, model)
-    except (KeyError, AttributeError):  # it looks foreign names up in the model, and takes every value for a tensor
+    # it looks foreign names up in the model, takes every value for a tensor, and reshapes to the model's width
+    except (KeyError, AttributeError, RuntimeError):
         loaded = state_dict
     check_weights(
         loaded,
