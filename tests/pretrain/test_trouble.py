@@ -3,12 +3,15 @@
 import math
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import assert_same
+from helpers import assert_same, environment
 from runs import (
     at_update,
+    command,
     load,
     rows,
     run,
@@ -124,3 +127,27 @@ def test_errors_of_training_are_not_hidden(tmp_path, no_images, monkeypatch):
     monkeypatch.setattr(Trainer, "update", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run(tmp_path / "r")
+
+
+@pytest.mark.parametrize("fault", ["an exception in training", "a worker is killed"])
+def test_ends_with_workers(tmp_path, fault):
+    """Whatever goes wrong, the process ends within seconds: its data workers, which ignore SIGTERM, do not hold it."""
+    script = tmp_path / "one.py"
+    act = "raise RuntimeError('a bug')"
+    if fault == "a worker is killed":
+        act = "[os.kill(w.pid, signal.SIGKILL) for w in multiprocessing.active_children()]"
+    script.write_text(
+        "import multiprocessing, os, signal, sys\n"
+        "from timm_convnextv2.pretrain import main\n"
+        "from timm_convnextv2.pretrain.trainer import Trainer\n"
+        "update = Trainer.update\n"
+        "def wrapped(self, batches, number):\n"
+        f"    if number == 2: {act}\n"
+        "    return update(self, batches, number)\n"
+        "Trainer.update = wrapped\n"
+        "if __name__ == '__main__': sys.exit(main())\n"
+    )
+    words = [sys.executable, script, *command(tmp_path / "r", "--workers", "2", epochs=99)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=90, env=environment())
+    assert result.returncode not in (0, None)
+    assert "a bug" in result.stderr or "worker" in result.stderr

@@ -5,6 +5,7 @@ data in `batches`, what is looked at between epochs in `measures`.
 """
 
 import argparse
+import multiprocessing
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -285,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 where the run could not finish, 2 for a mistake.
     """
-    world = None
+    world, others = None, {*multiprocessing.active_children()}
     try:
         args, start = parse_options(argv)
         world = World(args.device)
@@ -306,6 +307,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 1
     finally:
+        for worker in {*multiprocessing.active_children()} - others:  # Python would wait: they ignore SIGTERM
+            worker.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
     if not run.stop:
