@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -43,9 +44,9 @@ def test_folder_that_is_not_empty(tmp_path, no_images, capsys):
     assert all(words in message for words in ("not empty", "--resume auto", "--overwrite"))
     assert snapshot(tmp_path) == before
 
-    (out / "stale").write_text("")
+    (out / "milestone-9.pth.tar").write_text("")
     run(out, "--overwrite")
-    assert not (out / "stale").exists() and len(rows(out)) == 1 and load(out)["epoch"] == 0
+    assert not (out / "milestone-9.pth.tar").exists() and len(rows(out)) == 1 and load(out)["epoch"] == 0
 
 
 def test_overwrite_spares_the_run_that_goes_on(tmp_path, no_images):
@@ -190,3 +191,38 @@ def test_resume_from_a_file_that_is_none(tmp_path, capsys, plain, kind):
         words = ["model.safetensors is not a checkpoint of this script"]
     refused(tmp_path / "r", capsys, words, "--resume", str(path))
     assert not canary.exists()
+
+
+def test_overwrite_removes_what_a_run_wrote(tmp_path, no_images):
+    out = run(tmp_path / "r")
+    (out / "notes.txt").write_text("mine")
+    (out / "milestone-99.pth.tar").write_text("old")
+    run(out, "--overwrite")
+    assert (out / "notes.txt").read_text() == "mine" and not (out / "milestone-99.pth.tar").exists()
+    assert len(rows(out)) == 1
+
+
+@pytest.mark.parametrize("place", ["is the data", "contains the data", "lies in the data", "is the start", "no run"])
+def test_overwrite_spares_what_is_not_a_run(tmp_path, capsys, no_images, place):
+    """Nothing that the user put there, or that the run reads, is removed."""
+    out, data = tmp_path / "photos", image_folder(tmp_path / "elsewhere")
+    options = ["--overwrite", "--data-dir", str(data)]
+    if place == "no run":
+        out.mkdir()
+        (out / "thesis.txt").write_text("mine")
+    elif place == "is the start":
+        run(out)
+        options += ["--model", f"local-dir:{out / 'encoder'}", "--pretrained"]
+    else:
+        data = {"is the data": out, "contains the data": out / "below", "lies in the data": tmp_path}[place]
+        source = image_folder(tmp_path / "images")
+        run(out)
+        data.mkdir(exist_ok=True)
+        for path in source.iterdir():
+            shutil.copy(path, data)
+        options = ["--overwrite", "--data-dir", str(data)]
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    run(out, *options, status=2)
+    assert "nothing in it is removed" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before

@@ -157,7 +157,8 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
             raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
         args.experiment = experiment_name(args.model, args.input_size, world)
     settings = settings_of(args)
-    folder = RunFolder(args.output, args.experiment, args.resume, args.overwrite)
+    sources = [place for place in (args.data_dir, args.model.removeprefix("local-dir:") if start else None) if place]
+    folder = RunFolder(args.output, args.experiment, args.resume, args.overwrite, sources)
     progress = folder.progress(settings, world.size, batches.num_images)
     check_logs(args.log_wandb, args.log_tensorboard)
     check_compile_backend(args.torchcompile)

@@ -117,7 +117,7 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     add("--output", default="output", metavar="DIR")
     add("--experiment", default="", metavar="NAME", help="sub-folder of --output (default: time, model and size)")
     add("--resume", default="", metavar="PATH", help="a checkpoint, or 'auto' for the experiment's last")
-    add("--overwrite", action="store_true", help="empty the experiment's folder first")
+    add("--overwrite", action="store_true", help="first remove what an earlier run wrote to the folder")
     add("--checkpoint-interval", type=int, default=1, metavar="N", help="epochs between checkpoints")
     add("--milestone-interval", type=int, metavar="N", help="epochs between checkpoints to keep (default: epochs / 4)")
     add("--recon-interval", type=int, metavar="N", help="epochs between reconstructions (default: epochs / 10)")

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,18 @@ __all__ = ["Progress", "RunFolder", "experiment_name"]
 ARCHITECTURE = ("model", "pretrained", "in_chans", "patch_size", "decoder_depth", "decoder_dim", "model_kwargs", "opt")
 # A run that stopped in the middle of an epoch resumes only with the same of these.
 DATA_ORDER = ("seed", "batch_size", "grad_accum_steps")
+# What a run writes into its folder: --overwrite removes these, and nothing else.
+WRITTEN = (
+    "args.yaml",
+    "summary.csv",
+    "loss.png",
+    "*.png.part",
+    "*.pth.tar",
+    "*.pth.part",
+    "encoder",
+    "reconstructions",
+)
+WRITTEN += ("events.out.tfevents.*", "wandb")
 
 
 @dataclass
@@ -58,7 +71,8 @@ class RunFolder:
         output: Folder of all runs.
         experiment: Name of this one below it.
         resume: 'auto' for the run's last checkpoint if there is one, the path of a checkpoint, or ''.
-        overwrite: Whether the folder may be emptied.
+        overwrite: Whether what an earlier run wrote there may be removed.
+        sources: Folders that the run reads: its images, the model that it starts from.
 
     Attributes:
         path: The folder.
@@ -66,10 +80,13 @@ class RunFolder:
         resumed_from: Its path.
 
     Raises:
-        ValueError: The folder holds something else, lies outside `output`, or the checkpoint cannot be read.
+        ValueError: The folder holds something else, lies outside `output`, or the checkpoint cannot be read; or it is
+            to be overwritten and is not of a run, or has to do with `sources`.
     """
 
-    def __init__(self, output: str, experiment: str, resume: str = "", overwrite: bool = False) -> None:
+    def __init__(
+        self, output: str, experiment: str, resume: str = "", overwrite: bool = False, sources: Sequence[str] = ()
+    ) -> None:
         self.path = Path(output) / experiment
         if Path(output).resolve() not in self.path.resolve().parents:
             raise ValueError(f"--experiment {experiment} is not a folder below --output {output}.")
@@ -83,8 +100,36 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()) and not self._empties and not here:
             raise ValueError(
                 f"The output folder {self.path} is not empty. Resume that run: --resume auto. Start again and delete "
-                "what is in it: --overwrite. Or choose another --experiment or --output."
+                "what it wrote: --overwrite. Or choose another --experiment or --output."
             )
+
+        if self._empties and self.path.is_dir() and any(self.path.iterdir()):
+            self._check_overwrite(sources)
+
+    def _check_overwrite(self, sources: Sequence[str]) -> None:
+        """Refuses to remove anything from a folder that no run made, or that is where the run reads from."""
+        if not (self.path / "args.yaml").is_file():
+            raise ValueError(
+                f"--overwrite: {self.path} is not the folder of a run (it has no args.yaml), so nothing in it is "
+                "removed. Choose another --experiment or --output."
+            )
+        here = self.path.resolve()
+        for source in map(Path, sources):
+            there = source.resolve()
+            if here == there or here in there.parents or there in here.parents:
+                raise ValueError(
+                    f"--overwrite: {self.path} has to do with {source}, which this run reads, so nothing in it is "
+                    "removed. Choose another --experiment or --output."
+                )
+
+    def _remove_run(self) -> None:
+        """Removes what an earlier run wrote; other files stay."""
+        for pattern in WRITTEN:
+            for path in self.path.glob(pattern):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     @property
     def summary(self) -> Path:
@@ -148,8 +193,8 @@ class RunFolder:
             ValueError: The folder cannot be written.
         """
         try:
-            if self._empties and self.path.exists():
-                shutil.rmtree(self.path)
+            if self._empties and self.path.is_dir():
+                self._remove_run()
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".write-test"
             probe.write_text("")
