@@ -41,7 +41,12 @@ class DepthwiseConv2d(nn.Conv2d):
     @torch.jit.unused
     def why_eager(self, x: torch.Tensor) -> str:
         """Why PyTorch's convolution runs on `x` `[B, C, H, W]`; '' where one with a backward of its own does."""
-        if not torch.is_grad_enabled() or not (x.requires_grad or self.weight.requires_grad):
+        if not torch.is_grad_enabled():
+            return "no gradient is needed, and the forward is PyTorch's anyway"
+        reason = why_eager(x, (self.weight, self.bias))
+        if reason:
+            return reason
+        if not (x.requires_grad or self.weight.requires_grad):
             return "no gradient is needed, and the forward is PyTorch's anyway"
         if not HAS_ONEDNN or x.device.type != "cpu":
             return "only oneDNN on CPU has a weight gradient that is slow"
@@ -51,7 +56,7 @@ class DepthwiseConv2d(nn.Conv2d):
             return f"it is no depthwise convolution of stride 1 wider than {MAX_COLUMNS} columns"
         if x.ndim != 4 or x.dtype != torch.float32 or autocast_dtype(x) is not None:
             return "oneDNN is fast in other types than float32"
-        return why_eager(x, (self.weight, self.bias))
+        return ""
 
     @torch.jit.unused
     def can_fuse(self, x: torch.Tensor) -> bool:

@@ -41,6 +41,9 @@ class PatchConv2d(nn.Conv2d):
     @torch.jit.unused
     def why_eager(self, x: torch.Tensor) -> str:
         """Why PyTorch's convolution runs on `x` `[B, C, H, W]`; '' where a matrix product does."""
+        reason = why_eager(x, (self.weight, self.bias))
+        if reason:
+            return reason
         k = self.kernel_size[0]
         if x.device.type != "cpu":
             return "only the CPU's convolution is slow on narrow maps"
@@ -48,9 +51,6 @@ class PatchConv2d(nn.Conv2d):
             return "the backend 'triton' has no kernel for it"
         if autocast_dtype(x) is not None:
             return "autocast is on"
-        reason = why_eager(x, (self.weight, self.bias))
-        if reason:
-            return reason
         if x.ndim != 4 or x.shape[3] > 2 * k:
             return "the map is wider than two patches, where the convolution is faster"
         if x.shape[2] % k or x.shape[3] % k:
