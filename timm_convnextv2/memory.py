@@ -20,7 +20,7 @@ def memory_estimate(
     """Memory that training takes, in GiB: weights, gradients and AdamW's state; what a step keeps for its backward.
 
     The second is counted on one image of `model.img_size` on the meta device, where tensors have shapes and no memory.
-    With the backend 'reference' it is what the operations of a GPU keep; those of a CPU keep up to a third less.
+    With the backend 'eager' it is what the operations of a GPU keep; those of a CPU keep up to a third less.
 
     Args:
         model: On any device; left as it is.

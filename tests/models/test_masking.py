@@ -103,11 +103,11 @@ def test_pack_and_unpack_are_plain_indexing(grid, p):
     mask = random_mask(B, grid, 0.4, generator=torch.Generator().manual_seed(p))
     layout = PackedLayout(mask, num_visible(grid, 0.4))
     images = torch.randn(B, C, grid[0] * p, grid[1] * p)
-    strip, removed = layout.pack(images, p), layout.masked_patches(images, p)
+    packed, removed = layout.pack(images, p), layout.masked_patches(images, p)
     tokens = torch.randn(B, layout.num_visible, C)
     dense = layout.unpack(tokens, torch.tensor([7.0, 8.0]))
     taken = layout.take_masked(dense)
-    assert strip.shape == (B, C, layout.num_visible * p, p)
+    assert packed.shape == (B, C, layout.num_visible * p, p)
     for b in range(B):
         seen, gone = 0, 0
         for r in range(grid[0]):
@@ -121,7 +121,7 @@ def test_pack_and_unpack_are_plain_indexing(grid, p):
                     assert dense[b, place].tolist() == [7, 8] == taken[b, gone].tolist()
                     gone += 1
                 else:
-                    assert torch.equal(strip[b, :, seen * p : (seen + 1) * p], patch)
+                    assert torch.equal(packed[b, :, seen * p : (seen + 1) * p], patch)
                     assert layout.ids[b, seen] == place and torch.equal(dense[b, place], tokens[b, seen])
                     seen += 1
 

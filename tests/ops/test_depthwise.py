@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from timm_convnextv2.layers import DepthwiseConv2d, PatchConv2d
-from timm_convnextv2.ops import depthwise, use_backend, window_depthwise
+from timm_convnextv2.ops import columns, use_backend, window_depthwise
 
 
 def gradients(module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor | None]:
@@ -55,7 +55,7 @@ def test_dense(k, size):
 @pytest.mark.parametrize("channels", [1, 40, 352])
 @pytest.mark.parametrize("chunk", [1, 8 * 2**20], ids=["one image at a time", "all"])
 def test_channels_and_chunks(channels, chunk, monkeypatch):
-    monkeypatch.setattr(depthwise, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(columns, "CHUNK_BYTES", chunk)
     x = torch.randn(3, channels, 9, 8).to(memory_format=torch.channels_last).requires_grad_()
     assert_same(make(channels, 7), x, DepthwiseConv2d)
 
@@ -78,9 +78,9 @@ def test_non_contiguous(view):
 
 def test_columns_are_all_there_once():
     for k in (1, 3, 5, 7, 9, 11, 13, 31):
-        columns = [first + i for first, width in depthwise._column_groups(k) for i in range(width)]
-        assert sorted(columns) == list(range(k))
-        assert max(width for _, width in depthwise._column_groups(k)) <= depthwise.MAX_COLUMNS
+        seen = [first + i for first, width in columns._column_groups(k) for i in range(width)]
+        assert sorted(seen) == list(range(k))
+        assert max(width for _, width in columns._column_groups(k)) <= columns.MAX_COLUMNS
 
 
 def test_steps_aside():
@@ -91,7 +91,7 @@ def test_steps_aside():
     conv = make(4, 7)
     with torch.autocast("cpu", torch.bfloat16):
         assert not uses_own(conv, x)
-    with use_backend("reference"):
+    with use_backend("eager"):
         assert not uses_own(conv, x)
     with torch.no_grad():
         assert torch.equal(conv(x), nn.Conv2d.forward(conv, x))
@@ -130,7 +130,7 @@ def test_registered_operation_passes_torch_library_opcheck():
 @pytest.mark.parametrize("k, p", [(7, 8), (7, 1), (5, 4), (9, 2)])
 def test_windows_in_float32(k, p, chunk, monkeypatch):
     """In float32 the weight gradient goes by columns and chunks; in float64 it does not, and is checked elsewhere."""
-    monkeypatch.setattr(depthwise, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(columns, "CHUNK_BYTES", chunk)
     N, C, side = 5, 6, p + k - 1
     index = torch.randint(0, N * p * p + 1, (N, side, side))
     middle = slice(k // 2, k // 2 + p)
@@ -163,7 +163,7 @@ def test_patch_conv(k, across, own, bias):
 
 def test_patch_conv_steps_aside():
     conv, x = patch_conv(2), torch.randn(2, 5, 4, 2, requires_grad=True)
-    with use_backend("reference"):
+    with use_backend("eager"):
         assert not uses_own(conv, x)
     assert not uses_own(conv, torch.randn(2, 5, 5, 3, requires_grad=True))  # the last row and column are dropped
     for other in (

@@ -148,7 +148,7 @@ def test_non_contiguous_inputs_and_gradient():
 def test_registered_operation_passes_torch_library_opcheck():
     tensors = make(3, 63, 8)
     for recompute in (False, True):
-        args = (*tensors[:2], None, *tensors[2:], 1e-6, 1e-6, torch.float64, True, recompute, False)
+        args = (*tensors[:2], None, *tensors[2:], 1e-6, 1e-6, torch.float64, True, recompute, "fused")
         torch.library.opcheck(torch.ops.timm_convnextv2.token_mlp, args)
 
 
@@ -218,9 +218,9 @@ def test_dense_model_has_the_same_gradients_with_both_backends(size, kwargs, cal
         timm.create_model(f"convnextv2_{size}", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), **kwargs)
     ).double()
     images = torch.randn(3, 3, 96, 64, dtype=torch.float64)
-    theirs = run(model, images, "reference")
+    theirs = run(model, images, "eager")
     assert not calls
-    ours = run(model, images, "torch")
+    ours = run(model, images, "fused")
     assert len(calls) == 5
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -232,7 +232,7 @@ def test_fcmae_has_the_same_gradients_with_both_backends(checkpointing, calls):
     model = randomise(timm.create_model("fcmae_convnextv2_atto", **kwargs)).double()
     model.set_grad_checkpointing(checkpointing)
     images = torch.randn(3, 3, 96, 160, dtype=torch.float64)
-    theirs, ours = run(model, images, "reference"), run(model, images, "torch")
+    theirs, ours = run(model, images, "eager"), run(model, images, "fused")
     assert len(calls) >= 6  # five blocks and the decoder's; again where they are recomputed
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -300,7 +300,7 @@ def test_flops_are_counted():
 
     model = timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
     forward = []
-    for name in ("reference", "torch"):
+    for name in ("eager", "fused"):
         with use_backend(name), FlopCounterMode(display=False) as counter:
             out = model(torch.randn(2, 3, 64, 64)).sum()
             forward.append(counter.get_total_flops())
@@ -316,18 +316,18 @@ def test_flops_are_counted():
 
 def test_default_backend_and_the_choice(monkeypatch):
     monkeypatch.delenv("TIMM_CONVNEXTV2_BACKEND", raising=False)
-    assert backend() == backend("cpu") == "torch" and backend("cuda") == "reference"
-    monkeypatch.setenv("TIMM_CONVNEXTV2_BACKEND", "reference")
-    assert backend() == "reference"
-    with use_backend("torch"):
-        assert backend() == "torch" == backend("cuda")
-        with contextlib.suppress(KeyError), use_backend("reference"):
-            assert backend() == "reference"
+    assert backend() == backend("cpu") == "fused" and backend("cuda") == "eager"
+    monkeypatch.setenv("TIMM_CONVNEXTV2_BACKEND", "eager")
+    assert backend() == "eager"
+    with use_backend("fused"):
+        assert backend() == "fused" == backend("cuda")
+        with contextlib.suppress(KeyError), use_backend("eager"):
+            assert backend() == "eager"
             raise KeyError
-        assert backend() == "torch"
-    assert backend() == "reference"
+        assert backend() == "fused"
+    assert backend() == "eager"
     monkeypatch.setenv("TIMM_CONVNEXTV2_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="TIMM_CONVNEXTV2_BACKEND.*'fastest'.*reference.*torch.*triton"):
+    with pytest.raises(ValueError, match="TIMM_CONVNEXTV2_BACKEND.*'fastest'.*eager.*fused.*triton"):
         backend()
     with pytest.raises(ValueError, match="set_backend.*'minkowsky'"):
         set_backend("minkowsky")
@@ -352,7 +352,7 @@ def test_import_needs_no_triton():
         "import sys; sys.modules['triton'] = None; import timm_convnextv2, torch; print(timm_convnextv2.ops.backend())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == ["torch"]
+    assert out.stdout.split() == ["fused"]
 
 
 def test_stock_timm_is_reached_by_both_backends():
@@ -361,7 +361,7 @@ def test_stock_timm_is_reached_by_both_backends():
     ours.load_state_dict(stock.state_dict())
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        for name in ("reference", "torch"):
+        for name in ("eager", "fused"):
             with use_backend(name):
                 torch.testing.assert_close(ours(images), stock(images), rtol=1e-4, atol=1e-4)
 
@@ -375,9 +375,9 @@ def test_training_with_either_backend_stays_together(steps):
     """Random images and masks; the losses of two models that are trained apart differ by rounding alone."""
     models = {
         name: timm.create_model("fcmae_convnextv2_atto", img_size=64, patch_size=1, decoder_dim=64)
-        for name in ("torch", "reference")
+        for name in ("fused", "eager")
     }
-    models["reference"].load_state_dict(randomise(models["torch"]).state_dict())
+    models["eager"].load_state_dict(randomise(models["fused"]).state_dict())
     optimizers = {name: torch.optim.SGD(m.parameters(), 0.02, momentum=0.9) for name, m in models.items()}
     worst = 0.0
     for _ in range(steps):
@@ -390,5 +390,5 @@ def test_training_with_either_backend_stays_together(steps):
             optimizers[name].step()
             optimizers[name].zero_grad()
             losses[name] = loss.item()
-        worst = max(worst, abs(losses["torch"] / losses["reference"] - 1))
+        worst = max(worst, abs(losses["fused"] / losses["eager"] - 1))
     assert 0 < worst < 1e-5, "equal bit for bit: only one of them ran" if worst == 0 else worst

@@ -205,7 +205,7 @@ def test_reconstructions_of_unscaled_images(tmp_path, columns, low, high):
         (dict(img_size=64, checkpointing=True), 4),
     ],
 )
-@pytest.mark.parametrize("name", ["reference", "torch"])
+@pytest.mark.parametrize("name", ["eager", "fused"])
 def test_memory_estimate(options, batch_size, name, monkeypatch):
     """Against what a real step keeps, each storage once."""
     options = dict(options)
@@ -254,7 +254,7 @@ def test_memory_estimate_leaves_the_model_alone():
 
 
 # of a model this small, stem and decoder keep a large part
-@pytest.mark.parametrize("name, share", [("reference", 0.3), ("torch", 0.7)])
+@pytest.mark.parametrize("name, share", [("eager", 0.3), ("fused", 0.7)])
 def test_memory_estimate_shows_what_checkpointing_saves(name, share):
     model = timm.create_model("fcmae_convnextv2_atto", img_size=64)
     with use_backend(name):
@@ -268,7 +268,7 @@ def test_memory_estimate_asks_the_backend_of_the_device(monkeypatch):
     model = timm.create_model("fcmae_convnextv2_atto", img_size=64)
     fused, plain = memory_estimate(model, 2)[1], memory_estimate(model, 2, device="cuda")[1]
     assert fused < 0.6 * plain
-    monkeypatch.setenv(ENV, "reference")
+    monkeypatch.setenv(ENV, "eager")
     assert memory_estimate(model, 2)[1] == plain
 
 

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from ..ops.depthwise import HAS_ONEDNN, MAX_COLUMNS, depthwise_conv
-from ..ops.dispatch import autocast_dtype, backend, watched
+from ..ops.columns import HAS_ONEDNN, MAX_COLUMNS
+from ..ops.depthwise import depthwise_conv
+from ..ops.dispatch import autocast_dtype, backend, why_eager
 
 __all__ = ["DepthwiseConv2d", "is_plain_depthwise"]
 
@@ -19,7 +20,6 @@ def is_plain_depthwise(conv: nn.Module) -> bool:
         and conv.kernel_size[0] % 2 == 1
         and conv.padding == (conv.kernel_size[0] // 2,) * 2
         and conv.padding_mode == "zeros"
-        and not (conv._forward_hooks or conv._forward_pre_hooks)
     )
 
 
@@ -34,25 +34,31 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self._differs(x):
+            if self.can_fuse(x):
                 return depthwise_conv(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
         return self._conv_forward(x, self.weight, self.bias)
 
     @torch.jit.unused
-    def _differs(self, x: torch.Tensor) -> bool:
-        """Whether the backward would be another one than PyTorch's, and may: the one place of that rule."""
-        return (
-            not isinstance(x, torch.fx.Proxy)
-            and not watched()
-            and torch.is_grad_enabled()
-            and (x.requires_grad or self.weight.requires_grad)
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
-            and x.ndim == 4
-            and x.numel() > 0
-            and autocast_dtype(x) is None
-            and self.kernel_size[0] > MAX_COLUMNS
-            and backend("cpu") == "torch"
-            and HAS_ONEDNN
-            and is_plain_depthwise(self)
-        )
+    def why_eager(self, x: torch.Tensor) -> str:
+        """Why PyTorch's convolution runs on `x` `[B, C, H, W]`; '' where one with a backward of its own does."""
+        if not torch.is_grad_enabled():
+            return "no gradient is needed, and the forward is PyTorch's anyway"
+        reason = why_eager(x, (self.weight, self.bias))
+        if reason:
+            return reason
+        if not (x.requires_grad or self.weight.requires_grad):
+            return "no gradient is needed, and the forward is PyTorch's anyway"
+        if not HAS_ONEDNN or x.device.type != "cpu":
+            return "only oneDNN on CPU has a weight gradient that is slow"
+        if backend("cpu") == "triton":
+            return "the backend 'triton' has no kernel for it"
+        if not is_plain_depthwise(self) or self.kernel_size[0] <= MAX_COLUMNS:
+            return f"it is no depthwise convolution of stride 1 wider than {MAX_COLUMNS} columns"
+        if x.ndim != 4 or x.dtype != torch.float32 or autocast_dtype(x) is not None:
+            return "oneDNN is fast in other types than float32"
+        return ""
+
+    @torch.jit.unused
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether the backward is this module's; `why_eager` says why not."""
+        return not self.why_eager(x)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..ops.dispatch import autocast_dtype, backend, watched
+from ..ops.dispatch import autocast_dtype, backend, why_eager
 from ..ops.patch_conv import patch_product
 
 __all__ = ["PatchConv2d"]
@@ -31,7 +31,7 @@ class PatchConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self._narrow(x):
+            if self.can_fuse(x):
                 k = self.kernel_size[0]
                 B, C, H, W = x.shape
                 patches = x.permute(0, 2, 3, 1).reshape(B, H // k, k, W // k, k, C).transpose(2, 3)
@@ -39,16 +39,25 @@ class PatchConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight, self.bias)
 
     @torch.jit.unused
-    def _narrow(self, x: torch.Tensor) -> bool:
+    def why_eager(self, x: torch.Tensor) -> str:
+        """Why PyTorch's convolution runs on `x` `[B, C, H, W]`; '' where a matrix product does."""
+        reason = why_eager(x, (self.weight, self.bias))
+        if reason:
+            return reason
         k = self.kernel_size[0]
-        return (
-            not isinstance(x, torch.fx.Proxy)
-            and not watched()
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype
-            and autocast_dtype(x) is None
-            and backend("cpu") == "torch"
-            and x.ndim == 4
-            and x.shape[3] <= 2 * k
-            and x.shape[2] % k == x.shape[3] % k == 0
-        )
+        if x.device.type != "cpu":
+            return "only the CPU's convolution is slow on narrow maps"
+        if backend("cpu") == "triton":
+            return "the backend 'triton' has no kernel for it"
+        if autocast_dtype(x) is not None:
+            return "autocast is on"
+        if x.ndim != 4 or x.shape[3] > 2 * k:
+            return "the map is wider than two patches, where the convolution is faster"
+        if x.shape[2] % k or x.shape[3] % k:
+            return "its patches do not cover the map"
+        return ""
+
+    @torch.jit.unused
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether a matrix product runs; `why_eager` says why not."""
+        return not self.why_eager(x)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import GELU, DropPath, GlobalResponseNormMlp, LayerNorm, LayerNorm2d, drop_path
 from torch import nn
 
-from ..ops.dispatch import autocast_dtype, backend, watched
+from ..ops.dispatch import why_eager
 from ..ops.functional import stats_dtype
 from ..ops.token_mlp import fused_token_mlp
 from .grn import GlobalResponseNorm
@@ -21,12 +21,6 @@ class PointwiseConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.flatten(1), self.bias)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 class TokenMlp(GlobalResponseNormMlp):
@@ -52,39 +46,46 @@ class TokenMlp(GlobalResponseNormMlp):
         mlp.grn.__class__ = GlobalResponseNorm
         mlp.grn.spatial_dim, mlp.grn.channel_dim, mlp.grn.wb_shape = (1, 2), -1, (1, 1, 1, -1)
 
-    def can_fuse(self, x: torch.Tensor, norm: nn.Module, path: nn.Module) -> bool:
-        """Whether `fused` computes what the modules do, one after the other, and may: the one place of that rule.
+    def why_eager(self, x: torch.Tensor, norm: nn.Module, path: nn.Module) -> str:
+        """Why `fused` may not take the place of the modules, one after the other; '' where it may.
 
-        It may not where somebody looks between them (hooks, exporters, tracers), or replaced one by another kind.
+        It computes what they do only while they are of the kinds it knows, and nobody looks between them
+        (`ops.dispatch.why_eager`).
 
         Args:
             x: The mixer's output, `[B, C, H, W]`.
             norm: The norm before the MLP.
             path: The drop path after it.
         """
-        if not isinstance(x, torch.Tensor) or isinstance(x, torch.fx.Proxy) or watched():
-            return False
-        if backend(x.device) == "reference" or x.numel() == 0 or not x.is_floating_point():
-            return False
-        linear = (nn.Linear, PointwiseConv2d)
-        return (
-            type(norm) in (LayerNorm, LayerNorm2d, nn.LayerNorm)
-            and norm.weight is not None
-            and norm.bias is not None
-            and type(self.fc1) in linear
-            and type(self.fc2) in linear
-            and self.fc1.bias is not None
-            and self.fc2.bias is not None
-            and type(self.act) in (nn.GELU, GELU)
-            and getattr(self.act, "approximate", "none") == "none"
-            and type(self.grn) is GlobalResponseNorm
-            and type(path) in (DropPath, nn.Identity)
-            and not (self.training and (self.drop1.p or self.drop2.p))
-            and not any(
-                map(_hooked, (self, norm, self.fc1, self.act, self.drop1, self.grn, self.fc2, self.drop2, path))
-            )
-            and (x.dtype == self.fc1.weight.dtype or autocast_dtype(x) is not None)
-        )
+        reason = self._unknown_module(norm, path)
+        if reason:
+            return reason
+        fc1, grn, fc2 = self.fc1, self.grn, self.fc2
+        weights = (
+            fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm.weight, norm.bias, grn.weight, grn.bias,
+        )  # fmt: skip
+        return why_eager(x, weights, (self, norm, fc1, self.act, self.drop1, grn, fc2, self.drop2, path))
+
+    def _unknown_module(self, norm: nn.Module, path: nn.Module) -> str:
+        """Which of the modules is none that `fused` knows; '' where all are."""
+        if type(norm) not in (LayerNorm, LayerNorm2d, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+            return "its norm is no LayerNorm with weight and bias"
+        for fc in (self.fc1, self.fc2):
+            if type(fc) not in (nn.Linear, PointwiseConv2d) or fc.bias is None:
+                return "a Linear was replaced by another kind of module, or has no bias"
+        if type(self.act) not in (nn.GELU, GELU) or getattr(self.act, "approximate", "none") != "none":
+            return "its activation is not the exact GELU"
+        if type(self.grn) is not GlobalResponseNorm:
+            return "its GRN was replaced by another kind of module"
+        if type(path) not in (DropPath, nn.Identity):
+            return "its drop path was replaced by another kind of module"
+        if self.training and (self.drop1.p or self.drop2.p):
+            return "it has dropout"
+        return ""
+
+    def can_fuse(self, x: torch.Tensor, norm: nn.Module, path: nn.Module) -> bool:
+        """Whether `fused` may run; `why_eager` says why not."""
+        return not self.why_eager(x, norm, path)
 
     def fused(self, x: torch.Tensor, shortcut: torch.Tensor, norm: nn.Module, path: nn.Module) -> torch.Tensor:
         """`shortcut + path(mlp(norm(x)))` as one operation, where `can_fuse` allows it.

@@ -8,7 +8,7 @@ between the two in both directions.
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -48,12 +48,22 @@ class ConvNeXtV2Block(ConvNeXtBlock):
             block.mlp_channels_last = True
 
     @torch.jit.unused
-    def _can_fuse(self, x: torch.Tensor) -> bool:
-        return isinstance(self.mlp, TokenMlp) and self.gamma is None and self.mlp.can_fuse(x, self.norm, self.drop_path)
+    def why_eager(self, x: torch.Tensor) -> str:
+        """Why the modules after the mixer run one by one on its output `x`; '' where the fused token MLP does."""
+        if not isinstance(self.mlp, TokenMlp):
+            return "its MLP has no GRN"
+        if self.gamma is not None:
+            return "it has layer scale"
+        return self.mlp.why_eager(x, self.norm, self.drop_path)
+
+    @torch.jit.unused
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether the fused token MLP runs; `why_eager` says why not."""
+        return not self.why_eager(x)
 
     def _token_mlp(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self._can_fuse(x):
+            if self.can_fuse(x):
                 return self.mlp.fused(x, self.shortcut(shortcut), self.norm, self.drop_path)
         if self.use_conv_mlp:  # a norm for [B, C, H, W], else for [B, H, W, C]
             x = self.norm(x)
@@ -69,39 +79,38 @@ class ConvNeXtV2Block(ConvNeXtBlock):
             x = x.mul(self.gamma.reshape(1, -1, 1, 1))
         return self.drop_path(x) + self.shortcut(shortcut)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Dense features `[B, C, H, W]`."""
-        return self._token_mlp(self.conv_dw(x), x)
+    def forward(self, x: torch.Tensor, layout: Any = None) -> torch.Tensor:
+        """Features of the same shape.
 
-    def forward_packed(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Packed features in the layout's own shape (`[B, C, K * p, p]` for `PackedLayout`)."""
-        return self._token_mlp(layout.mix(x, self.conv_dw), x)
+        Args:
+            x: Dense `[B, C, H, W]`, or packed in the layout's own shape (`[B, C, K * p, p]` for `PackedLayout`).
+            layout: A `Layout` for packed features. (TorchScript, which runs dense ones only, cannot be told the type.)
+        """
+        if not torch.jit.is_scripting():
+            if layout is not None:
+                return self._token_mlp(layout.mix(x, self.conv_dw), x)
+        return self._token_mlp(self.conv_dw(x), x)
 
 
 class ConvNeXtV2Stage(ConvNeXtStage):
     """timm's `ConvNeXtStage` with a packed path."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Dense features."""
+    def forward(self, x: torch.Tensor, layout: Any = None) -> torch.Tensor:
+        """Dense features, or packed ones with their `layout`: downsampling never crosses a patch border."""
         x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return self._checkpointed(x, self.blocks)
+        if not torch.jit.is_scripting():
+            if self.grad_checkpointing or layout is not None:
+                return self._run_blocks(x, layout)
         return self.blocks(x)
 
-    def forward_packed(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Packed features; the downsampling convolution never crosses a patch border."""
-        x = self.downsample(x)
-        blocks = [partial(block.forward_packed, layout=layout) for block in self.blocks]
-        if self.grad_checkpointing:
-            return self._checkpointed(x, blocks)
-        for block in blocks:
-            x = block(x)
-        return x
-
-    def _checkpointed(self, x: torch.Tensor, forwards: Iterable[Callable]) -> torch.Tensor:
-        """The fused token MLP recomputes what is large, four times as wide as the rest; other blocks, everything."""
-        for block, forward in zip(self.blocks, forwards, strict=True):
-            x = forward(x) if block._can_fuse(x) and block.mlp.recompute else checkpoint_seq([forward], x)
+    @torch.jit.unused
+    def _run_blocks(self, x: torch.Tensor, layout: Any) -> torch.Tensor:
+        """With checkpointing the fused token MLP recomputes what is large, four times as wide as the rest; other
+        blocks, everything."""
+        for block in self.blocks:
+            forward = block if layout is None else partial(block, layout=layout)
+            whole = self.grad_checkpointing and not (block.can_fuse(x) and block.mlp.recompute)
+            x = checkpoint_seq([forward], x) if whole else forward(x)
         return x
 
 
@@ -195,5 +204,5 @@ class ConvNeXtV2(ConvNeXt):
         """
         x = self.stem(x)
         for stage in self.stages:
-            x = stage.forward_packed(x, layout)
+            x = stage(x, layout)
         return self.norm_pre(x)

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..layers import is_plain_depthwise
-from ..ops import backend, window_depthwise
+from ..ops import window_depthwise
+from ..ops.dispatch import backend, why_eager
 
 __all__ = ["PackedLayout"]
 
@@ -128,7 +129,7 @@ class PackedLayout:
         """
         B, C, _, p = x.shape
         h, w = self.grid
-        if self._prefers_windows(p, conv, x):
+        if self.can_fuse(x, conv):
             patches = _nhwc(x).view(-1, p, p, C)
             out = window_depthwise(patches, conv.weight, conv.bias, self.windows(p, conv.padding[0]))
             return out.reshape(B, -1, p, C).permute(0, 3, 1, 2)
@@ -138,19 +139,31 @@ class PackedLayout:
         out = _GatherRows.apply(_nhwc(dense).view(B * h * p * w, -1), rows)
         return out.view(B, -1, p, dense.shape[1]).permute(0, 3, 1, 2)
 
-    def _prefers_windows(self, p: int, conv: nn.Module, x: torch.Tensor) -> bool:
-        """Whether to convolve a window around each visible patch, rather than the whole map with zeros in it.
+    def why_eager(self, x: torch.Tensor, conv: nn.Module) -> str:
+        """Why `conv` runs on the whole map with zeros in it; '' where a window around each visible patch does.
 
-        The rule counts positions: each output costs about as much as reading six (forward and both gradients of a 7x7
-        kernel on CPU, where alone this was measured), and a window reads more of them than a patch has.
+        Where kernels gather windows into memory, positions are counted: each output costs about as much as reading six
+        (forward and both gradients of a 7x7 kernel on CPU, where alone this was measured), and a window reads more of
+        them than a patch has.
+
+        Args:
+            x: Packed map `[B, C, K * p, p]`.
+            conv: The convolution.
         """
-        chosen = backend(x.device)
-        if chosen == "reference" or not is_plain_depthwise(conv):
-            return False
-        if chosen == "triton":  # its kernels read a border from where it lies
-            return True
-        patches, side = self.grid[0] * self.grid[1], p + 2 * conv.padding[0]
-        return self.num_visible * (6 * p**2 + side**2) < patches * 6 * p**2
+        if not is_plain_depthwise(conv):
+            return "it is no depthwise convolution of stride 1 with zero padding"
+        reason = why_eager(x, (conv.weight, conv.bias), (conv,))
+        if reason or backend(x.device) == "triton":  # whose kernels read a border from where it lies
+            return reason
+        p, patches = x.shape[3], self.grid[0] * self.grid[1]
+        side = p + 2 * conv.padding[0]
+        if self.num_visible * (6 * p**2 + side**2) >= patches * 6 * p**2:
+            return "so many patches are visible that their windows have more positions than the map"
+        return ""
+
+    def can_fuse(self, x: torch.Tensor, conv: nn.Module) -> bool:
+        """Whether windows are convolved; `why_eager` says why not."""
+        return not self.why_eager(x, conv)
 
     def windows(self, p: int, border: int) -> torch.Tensor:
         """Tokens of each visible patch and its border, for `ops.window_depthwise`: int64 `[B * K, side, side]`."""

@@ -3,21 +3,25 @@
 Between forward and backward it keeps its input `x`, the pre-activation `h` and GRN's norms; LayerNorm and GELU are
 recomputed, and with `recompute` (gradient checkpointing) the first Linear too, in place of keeping `h`. Where the
 tokens of an image outnumber the channels enough, GRN's scale goes into the second Linear's weight, an image at a time,
-and its bias into that Linear's. The CPU works on a few images at a time, so that what one step writes the next one
-finds in the cache.
+and its bias into that Linear's (kernels that have no activation to multiply that weight with do not). The CPU works on
+a few images at a time, so that what one step writes the next one finds in the cache.
+
+What lies between the two Linears is left to the kernels: `ops.torch_kernels` or `ops.triton`.
 
 Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); the plain form is `ops.functional.token_mlp`.
 """
 
 import math
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .dispatch import autocast_dtype, backend
-from .functional import norm_ratio, spatial_norm, stats_dtype, token_mlp
+from . import dispatch
+from .functional import norm_ratio, stats_dtype, token_mlp
 from .scratch import scratch
 
 __all__ = ["fused_token_mlp"]
@@ -30,6 +34,35 @@ FOLD_RATIO = 4  # tokens per channel from which scaling the weight is cheaper th
 aten = torch.ops.aten
 
 
+class Weights(NamedTuple):
+    """Parameters of the token MLP, in the order in which the operations take them."""
+
+    norm_weight: Tensor  # LayerNorm's, [C]
+    norm_bias: Tensor
+    w1: Tensor  # first Linear, [F, C]
+    b1: Tensor
+    grn_weight: Tensor  # [F]
+    grn_bias: Tensor
+    w2: Tensor  # second Linear, [C, F]
+    b2: Tensor
+    norm_eps: float
+    grn_eps: float
+
+
+class Needs(NamedTuple):
+    """Which gradients are needed: of x; of LayerNorm and the first Linear; of GRN and the second Linear."""
+
+    x: bool
+    first: bool
+    second: bool
+
+
+_WEIGHTS_SCHEMA = (
+    "Tensor norm_weight, Tensor norm_bias, Tensor w1, Tensor b1, Tensor grn_weight, Tensor grn_bias, Tensor w2, "
+    "Tensor b2, float norm_eps, float grn_eps"
+)
+
+
 def _chunk(B: int, T: int, hidden: int, dtype: torch.dtype, device: torch.device) -> int:
     """Images at a time. Half precision takes all at once: its sums over chunks would be rounded at each."""
     if device.type != "cpu" or dtype in (torch.float16, torch.bfloat16):
@@ -38,234 +71,252 @@ def _chunk(B: int, T: int, hidden: int, dtype: torch.dtype, device: torch.device
     return min(B, max(1, rows // T))
 
 
-def _folds(T: int, C: int, dtype: torch.dtype) -> bool:
-    return T >= FOLD_RATIO * C and dtype in (torch.float32, torch.float64)
+def _folds(kernels: ModuleType, T: int, C: int, dtype: torch.dtype) -> bool:
+    """Whether GRN's scale goes into the second Linear's weight."""
+    return kernels.KEEPS_ACTIVATION and T >= FOLD_RATIO * C and dtype in (torch.float32, torch.float64)
 
 
-def _normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _normalise(x: Tensor, p: Weights) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm, its mean and its reciprocal standard deviation, in float32 or float64."""
     full = stats_dtype(x)
-    return torch.native_layer_norm(x.to(full), x.shape[-1:], weight.to(full), bias.to(full), eps)
+    return torch.native_layer_norm(x.to(full), x.shape[-1:], p.norm_weight.to(full), p.norm_bias.to(full), p.norm_eps)
+
+
+def _first_linear(tokens: Tensor, b: Tensor, w: Tensor, out: Tensor) -> None:
+    """Writes the pre-activation of normalised tokens into `out`."""
+    torch.addmm(b, tokens.to(w.dtype).view(-1, w.shape[1]), w.t(), out=out.view(-1, len(w)))
 
 
 def _out_dtype(shortcut: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(shortcut.dtype, dtype)
 
 
+# Forward
+
+
 def _forward(
-    x: Tensor, shortcut: Tensor, keep: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor,
-    grn_weight: Tensor, grn_bias: Tensor, w2: Tensor, b2: Tensor, norm_eps: float, grn_eps: float, dtype: torch.dtype,
-    save: bool, recompute: bool, triton: bool,
+    x: Tensor, shortcut: Tensor, keep: Tensor | None, p: Weights, dtype: torch.dtype, save: bool, recompute: bool,
+    kernels: ModuleType,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`(out [B, T, C], h [B, T, 4C], norms [B, 1, 4C])`; h and norms are empty without `save`, h with `recompute`."""
+    """`(out [B, T, C], h [B, T, F], norms [B, 1, F])`; h and norms are empty without `save`, h with `recompute`."""
     B, T, C = x.shape
-    hidden = len(w1)
+    hidden = len(p.w1)
+    w1, b1, w2 = p.w1.to(dtype), p.b1.to(dtype), p.w2.to(dtype)
+    fold = _folds(kernels, T, C, dtype)
+    # taking GRN's bias through the second Linear is one more reading of its weight
+    b2 = torch.addmv(p.b2, p.w2, p.grn_bias) if fold else p.b2
+    out = torch.empty(B, T, len(w2), dtype=_out_dtype(shortcut, dtype), device=x.device)
+    n, keep_h, norms = _chunk(B, T, hidden, dtype, x.device), save and not recompute, []
+    h = x.new_empty(B, T, hidden, dtype=dtype) if keep_h else scratch("h", (n, T, hidden), dtype, x.device)
+    for i in range(0, B, n):
+        images = slice(i, min(i + n, B))
+        here = h[images] if keep_h else h[: images.stop - i]
+        _first_linear(_normalise(x[images], p)[0], b1, w1, out=here)
+        act = kernels.gelu(here)
+        g = kernels.gelu_norms(here, act)
+        norms.append(g)
+        kept = None if keep is None else keep[images].view(-1, 1, 1)
+        scale = _times(1 + p.grn_weight * norm_ratio(g, p.grn_eps), kept)
+        total = torch.add(shortcut[images], _times(b2, kept), out=out[images])
+        if fold:
+            total.baddbmm_(act, (w2 * scale).transpose(1, 2))
+        else:
+            _add_product(total, kernels.gelu_scale(here, act, scale, _times(p.grn_bias, kept)), w2)
+    if not save:
+        return out, x.new_empty(0), x.new_empty(0)
+    return out, h if keep_h else x.new_empty(0), norms[0] if len(norms) == 1 else torch.cat(norms)
+
+
+def _times(value: Tensor, kept: Tensor | None) -> Tensor:
+    return value if kept is None else value * kept
+
+
+def _add_product(total: Tensor, a: Tensor, w: Tensor) -> None:
+    """`total += a @ w.T`; `total` may have the higher precision."""
+    if total.dtype == a.dtype:
+        total.view(-1, len(w)).addmm_(a.view(-1, a.shape[-1]), w.t())
+    else:
+        total.add_(F.linear(a, w))
+
+
+@torch.library.custom_op(
+    "timm_convnextv2::token_mlp", mutates_args=(),
+    schema=f"(Tensor x, Tensor shortcut, Tensor? keep, {_WEIGHTS_SCHEMA}, ScalarType dtype, bool save, bool recompute, "
+    "str kernels) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _token_mlp(x, shortcut, keep, *rest):
+    return _run(x, shortcut, keep, *rest)
+
+
+def _run(x, shortcut, keep, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """The operation's function, without the operation."""
+    dtype, save, recompute, kernels = rest[10:]
     with torch.autocast(x.device.type, enabled=False):
-        w, b, second = w1.to(dtype), b1.to(dtype), w2.to(dtype)
-        fold = _folds(T, C, dtype) and not triton
-        # GRN's bias in the second Linear's takes one more reading of its weight, or no pass of its own beside the scale
-        bias = torch.addmv(b2, w2, grn_bias) if fold or triton else b2
-        out = torch.empty(B, T, len(w2), dtype=_out_dtype(shortcut, dtype), device=x.device)
-        n = _chunk(B, T, hidden, dtype, x.device)
-        shape = (n, T, hidden)
-        keep_h = save and not recompute
-        h = x.new_empty(B, T, hidden, dtype=dtype) if keep_h else scratch("h", shape, dtype, x.device)
-        a = None if triton else scratch("act", shape, dtype, x.device)
-        squares = None if triton else scratch("product", shape, dtype, x.device)
-        norms = []
-        for i in range(0, B, n):
-            j = min(i + n, B)
-            here = h[i:j] if keep_h else h[: j - i]
-            tokens = _normalise(x[i:j], norm_weight, norm_bias, norm_eps)[0].to(dtype).view(-1, C)
-            torch.addmm(b, tokens, w.t(), out=here.view(-1, hidden))
-            kept = None if keep is None else keep[i:j].view(-1, 1, 1)
-            if triton:
-                from . import triton_kernels
-
-                g = triton_kernels.gelu_square_sum(here).unsqueeze(1).clamp_(min=1e-30).sqrt_()
-            else:
-                act = aten.gelu.out(here, out=a[: j - i])
-                g = _token_norm(act, squares[: j - i])
-            norms.append(g)
-            scale = 1 + grn_weight * norm_ratio(g, grn_eps)
-            scale = scale if kept is None else scale * kept
-            constant = bias if kept is None else bias * kept
-            to = torch.add(shortcut[i:j], constant, out=out[i:j])
-            if triton:
-                none = torch.zeros_like(grn_bias)
-                act = triton_kernels.gelu_scale(here, scale.squeeze(1), none)
-            elif fold:
-                to.baddbmm_(act, (second * scale).transpose(1, 2))
-                continue
-            else:
-                shift = grn_bias if kept is None else grn_bias * kept
-                torch.addcmul(shift.to(dtype), act, scale.to(dtype), out=act)
-            if to.dtype == dtype:
-                to.view(-1, len(w2)).addmm_(act.view(-1, hidden), second.t())
-            else:
-                to.add_(F.linear(act, second))
-        if not save:
-            return out, x.new_empty(0), x.new_empty(0)
-        return out, h if keep_h else x.new_empty(0), norms[0] if len(norms) == 1 else torch.cat(norms)
-
-
-_token_mlp = torch.library.custom_op("timm_convnextv2::token_mlp", _forward, mutates_args=())
+        return _forward(x, shortcut, keep, Weights(*rest[:10]), dtype, save, recompute, dispatch.kernels(kernels))
 
 
 @_token_mlp.register_fake
-def _(x, shortcut, keep, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2, norm_eps, grn_eps, dtype, save,
-      recompute, triton):  # fmt: skip
+def _(x, shortcut, keep, *rest):
+    p, (dtype, save, recompute, _) = Weights(*rest[:10]), rest[10:]
     B, T, _ = x.shape
-    out = x.new_empty(B, T, len(w2), dtype=_out_dtype(shortcut, dtype))
+    out = x.new_empty(B, T, len(p.w2), dtype=_out_dtype(shortcut, dtype))
     if not save:
         return out, x.new_empty(0), x.new_empty(0)
     full = torch.float64 if dtype == torch.float64 else torch.float32
-    h = x.new_empty(0) if recompute else x.new_empty(B, T, len(w1), dtype=dtype)
-    return out, h, x.new_empty(B, 1, len(w1), dtype=full)
+    h = x.new_empty(0) if recompute else x.new_empty(B, T, len(p.w1), dtype=dtype)
+    return out, h, x.new_empty(B, 1, len(p.w1), dtype=full)
 
 
-@torch.library.custom_op("timm_convnextv2::token_mlp_backward", mutates_args=())
-def _token_mlp_backward(
-    grad: Tensor, x: Tensor, h: Tensor, norms: Tensor, keep: Tensor | None, norm_weight: Tensor, norm_bias: Tensor,
-    w1: Tensor, b1: Tensor, grn_weight: Tensor, grn_bias: Tensor, w2: Tensor, norm_eps: float, grn_eps: float,
-    dtype: torch.dtype, triton: bool, need_x: bool, need_first: bool, need_second: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, LayerNorm, first Linear, GRN, second Linear; those that nobody needs are of no use."""
-    B, T, C = x.shape
-    hidden, out_chans = len(w1), len(w2)
-    recompute = h.numel() == 0
-    with torch.autocast(x.device.type, enabled=False):
-        w, second = w1.to(dtype), w2.to(dtype)
-        full = dtype in (torch.float32, torch.float64)
-        fold = _folds(T, C, dtype) and not triton
-        n = _chunk(B, T, hidden, dtype, x.device)
-        dx = torch.empty_like(x)
-        d_norm = [torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)]
-        d_first, d_second = torch.empty_like(w1), torch.empty_like(w2)
-        d_first_bias, d_grn = torch.zeros_like(b1), torch.zeros_like(grn_weight)
-        d_sum = torch.zeros(out_chans, dtype=w2.dtype, device=x.device)
-        shape = (n, T, hidden)
-        da_buffer = scratch("h", shape, dtype, x.device)
-        act_buffer = None if triton else scratch("act", shape, dtype, x.device)
-        product = None if triton or fold else scratch("product", shape, dtype, x.device)
-        for i in range(0, B, n):
-            j = min(i + n, B)
-            part, g = x[i:j].to(stats_dtype(x)), norms[i:j]
-            if recompute:
-                tokens, mean, rstd = _normalise(part, norm_weight, norm_bias, norm_eps)
-                here = scratch("pre", shape, dtype, x.device)[: j - i]
-                torch.addmm(b1.to(dtype), tokens.to(dtype).view(-1, C), w.t(), out=here.view(-1, hidden))
-            else:
-                here = h[i:j]
-            dy = grad[i:j]
-            dy = (dy if keep is None else dy * keep[i:j].view(-1, 1, 1)).to(dtype)
-            flat = dy.view(-1, out_chans)
-            ratio, total = norm_ratio(g, grn_eps), g.mean(dim=-1, keepdim=True) + grn_eps
-            scale = 1 + grn_weight * ratio
-            d_sum += flat.sum(dim=0, dtype=stats_dtype(dy)).to(d_sum.dtype)
-
-            da = da_buffer[: j - i]
-            if fold:
-                act = aten.gelu.out(here, out=act_buffer[: j - i])
-                pairs = torch.bmm(dy.transpose(1, 2), act)  # [b, out_chans, 4C]
-                d_scale = torch.linalg.vecdot(pairs, second, dim=1).unsqueeze(1)
-                if need_second:
-                    part_second = pairs.mul_(scale).sum(dim=0).addr_(flat.sum(dim=0), grn_bias)
-                    d_second = d_second.add_(part_second) if i else part_second
-                torch.bmm(dy, second * scale, out=da)
-            else:
-                torch.mm(flat, second, out=da.view(-1, hidden))
-                if triton:
-                    from . import triton_kernels
-
-                    d_scale, _, act = triton_kernels.gelu_reductions(here, da, scale.squeeze(1), grn_bias)
-                    d_scale = d_scale.unsqueeze(1)
-                    if need_second:
-                        _accumulate(d_second, flat.t(), act.view(-1, hidden), i)
-                else:
-                    act = aten.gelu.out(here, out=act_buffer[: j - i])
-                    scaled = torch.mul(da, act, out=product[: j - i])
-                    d_scale = scaled.sum(dim=1, keepdim=True, dtype=stats_dtype(da))
-                    if need_second:
-                        torch.addcmul(grn_bias.to(dtype), act, scale.to(dtype), out=scaled)
-                        _accumulate(d_second, flat.t(), scaled.view(-1, hidden), i)
-                    if full:
-                        da.mul_(scale)
-            d_grn += (d_scale * ratio).sum(dim=(0, 1)).to(d_grn.dtype)
-            if not (need_x or need_first):
-                continue
-            d_ratio = d_scale * grn_weight
-            d_g = (d_ratio - (d_ratio * ratio).mean(dim=-1, keepdim=True)) / total
-            pull = torch.where(g > 1e-15, d_g / g, 0.0)  # no gradient where all is zero: its sqrt has none
-            if triton:
-                dh, d_bias = triton_kernels.gelu_backward(here, da, scale.squeeze(1), pull.squeeze(1), inplace=True)
-                d_first_bias += d_bias.to(d_first_bias.dtype)
-            else:
-                if full:
-                    da.addcmul_(act, pull)
-                else:  # the pull can be too large for float16, and its product with the activation fit
-                    da = (da * scale).addcmul_(act, pull).to(dtype)
-                dh = aten.gelu_backward.grad_input(da, here, grad_input=da)
-                d_first_bias += dh.sum(dim=(0, 1), dtype=stats_dtype(dh)).to(d_first_bias.dtype)
-            dh = dh.view(-1, hidden)
-            if not recompute:
-                tokens, mean, rstd = _normalise(part, norm_weight, norm_bias, norm_eps)
-            if need_first:
-                _accumulate(d_first, dh.t(), tokens.to(dtype).view(-1, C), i)
-            d_tokens = (dh @ w).view_as(part).to(part.dtype)
-            d_part, *found = aten.native_layer_norm_backward(
-                d_tokens, part, [C], mean, rstd, norm_weight.to(part.dtype), norm_bias.to(part.dtype),
-                [need_x, need_first, need_first],
-            )  # fmt: skip
-            if need_x and n < B:
-                dx[i:j] = d_part
-            elif need_x:
-                dx = d_part.to(x.dtype)
-            if need_first:
-                for total_grad, more in zip(d_norm, found, strict=True):
-                    total_grad += more
-        d_grn_bias = (w2.t() @ d_sum).to(grn_bias.dtype)
-        return dx, *d_norm, d_first, d_first_bias, d_grn, d_grn_bias, d_second, d_sum
+# Backward
 
 
-def _token_norm(act: Tensor, squares: Tensor) -> Tensor:
-    """`[b, 1, F]` L2 norms over the tokens of `[b, T, F]`, in float32 (float64 for float64)."""
-    if act.is_cuda or act.dtype != stats_dtype(act):
-        return spatial_norm(act.unsqueeze(1), (1, 2)).squeeze(1)
-    return torch.mul(act, act, out=squares).sum(dim=1, keepdim=True).clamp_(min=1e-30).sqrt_()
+class _Backward:
+    """The gradients, summed over chunks of images, and what stays the same from chunk to chunk.
+
+    Args:
+        x: Input of all images, `[B, T, C]`.
+        p: The parameters.
+        dtype: What the matrix products run in.
+        kernels: Of the middle.
+        needs: Gradients that are needed; the others are placeholders.
+    """
+
+    def __init__(self, x: Tensor, p: Weights, dtype: torch.dtype, kernels: ModuleType, needs: Needs) -> None:
+        B, T, C = x.shape
+        self.p, self.dtype, self.kernels, self.needs = p, dtype, kernels, needs
+        self.w1, self.w2 = p.w1.to(dtype), p.w2.to(dtype)
+        self.chunk, self.fold = _chunk(B, T, len(p.w1), dtype, x.device), _folds(kernels, T, C, dtype)
+        self.x = torch.empty_like(x)
+        self.norm = [torch.zeros_like(p.norm_weight), torch.zeros_like(p.norm_bias)]
+        self.first, self.second = torch.empty_like(p.w1), torch.empty_like(p.w2)
+        self.first_bias, self.grn_weight = torch.zeros_like(p.b1), torch.zeros_like(p.grn_weight)
+        self.second_bias = torch.zeros(len(p.w2), dtype=p.w2.dtype, device=x.device)
+
+    def add(self, images: slice, x: Tensor, h: Tensor | None, g: Tensor, dy: Tensor) -> None:
+        """Adds the gradients of some images: their `x`, pre-activation (None: computed again), norms and gradient."""
+        p, started = self.p, images.start > 0
+        part, normalised = x.to(stats_dtype(x)), None
+        if h is None:
+            normalised = _normalise(part, p)
+            h = scratch("pre", (*x.shape[:2], len(p.w1)), self.dtype, x.device)
+            _first_linear(normalised[0], p.b1.to(self.dtype), self.w1, out=h)
+        self.second_bias += dy.view(-1, dy.shape[-1]).sum(dim=0, dtype=stats_dtype(dy)).to(self.second_bias.dtype)
+        ratio = norm_ratio(g, p.grn_eps)
+        scale, act = 1 + p.grn_weight * ratio, self.kernels.gelu(h)
+        da = scratch("h", h.shape, self.dtype, x.device)
+        d_scale = (self._folded_second_linear if self.fold else self._second_linear)(dy, h, act, scale, da, started)
+        self.grn_weight += (d_scale * ratio).sum(dim=(0, 1)).to(self.grn_weight.dtype)
+        if not (self.needs.x or self.needs.first):
+            return
+        pull = _grn_pull(d_scale * p.grn_weight, g, ratio, p.grn_eps)
+        dh, d_bias = self.kernels.gelu_backward(h, act, da, None if self.fold else scale, pull)
+        self.first_bias += d_bias.to(self.first_bias.dtype)
+        self._first_linear(images, dh.view(-1, len(p.w1)), part, normalised or _normalise(part, p))
+
+    def _second_linear(
+        self, dy: Tensor, h: Tensor, act: Tensor | None, scale: Tensor, da: Tensor, started: bool
+    ) -> Tensor:
+        """Gradient of GRN's scale, `[b, 1, F]`. `da` becomes that of GRN's output."""
+        hidden, flat = h.shape[-1], dy.view(-1, dy.shape[-1])
+        torch.mm(flat, self.w2, out=da.view(-1, hidden))
+        d_scale, out = self.kernels.gelu_reductions(h, act, da, scale, self.p.grn_bias, self.needs.second)
+        if out is not None:
+            _accumulate(self.second, flat.t(), out.view(-1, hidden), started)
+        return d_scale
+
+    def _folded_second_linear(
+        self, dy: Tensor, h: Tensor, act: Tensor, scale: Tensor, da: Tensor, started: bool
+    ) -> Tensor:
+        """Likewise, with the scale in the weight: `da` becomes the gradient of GRN's output times the scale."""
+        pairs = torch.bmm(dy.transpose(1, 2), act)  # [b, C, F]
+        d_scale = torch.linalg.vecdot(pairs, self.w2, dim=1).unsqueeze(1)
+        if self.needs.second:
+            total = dy.view(-1, dy.shape[-1]).sum(dim=0)
+            part = pairs.mul_(scale).sum(dim=0).addr_(total, self.p.grn_bias)
+            self.second = self.second.add_(part) if started else part
+        torch.bmm(dy, self.w2 * scale, out=da)
+        return d_scale
+
+    def _first_linear(self, images: slice, dh: Tensor, x: Tensor, normalised: tuple[Tensor, Tensor, Tensor]) -> None:
+        """First Linear and LayerNorm, from the gradient `dh` `[b * T, F]` of the pre-activation."""
+        tokens, mean, rstd = normalised
+        C, needs = x.shape[-1], self.needs
+        if needs.first:
+            _accumulate(self.first, dh.t(), tokens.to(self.dtype).view(-1, C), images.start > 0)
+        d_tokens = (dh @ self.w1).view_as(x).to(x.dtype)
+        dx, *found = aten.native_layer_norm_backward(
+            d_tokens, x, [C], mean, rstd, self.p.norm_weight.to(x.dtype), self.p.norm_bias.to(x.dtype),
+            [needs.x, needs.first, needs.first],
+        )  # fmt: skip
+        if needs.x and len(x) < len(self.x):
+            self.x[images] = dx
+        elif needs.x:
+            self.x = dx.to(self.x.dtype)
+        if needs.first:
+            for total, more in zip(self.norm, found, strict=True):
+                total += more
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Of x and of the eight parameters."""
+        grn_bias = (self.p.w2.t() @ self.second_bias).to(self.p.grn_bias.dtype)
+        first = (*self.norm, self.first, self.first_bias)
+        return self.x, *first, self.grn_weight, grn_bias, self.second, self.second_bias
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, index: int) -> None:
-    """`total += a @ b`, or `total = a @ b` at index 0; `total` may have the higher precision."""
+def _grn_pull(d_ratio: Tensor, g: Tensor, ratio: Tensor, eps: float) -> Tensor:
+    """What the norms `g` add to an activation's gradient, per unit of activation: their own gradient over them."""
+    d_g = (d_ratio - (d_ratio * ratio).mean(dim=-1, keepdim=True)) / (g.mean(dim=-1, keepdim=True) + eps)
+    return torch.where(g > 1e-15, d_g / g, 0.0)  # no gradient where all is zero: its sqrt has none
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, started: bool) -> None:
+    """`total += a @ b`, or `total = a @ b` if not `started`; `total` may have the higher precision."""
     if total.dtype == a.dtype:
-        torch.addmm(total, a, b, beta=int(index > 0), out=total)
-    elif index:
+        torch.addmm(total, a, b, beta=int(started), out=total)
+    elif started:
         total += a @ b
     else:
         total.copy_(a @ b)
 
 
+@torch.library.custom_op(
+    "timm_convnextv2::token_mlp_backward", mutates_args=(),
+    schema=f"(Tensor grad, Tensor x, Tensor h, Tensor norms, Tensor? keep, {_WEIGHTS_SCHEMA}, ScalarType dtype, "
+    "str kernels, bool need_x, bool need_first, bool need_second) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _token_mlp_backward(grad, x, h, norms, keep, *rest):
+    """Gradients of x and of the eight parameters; outputs whose `need_*` flag is False are placeholders."""
+    dtype, kernels, *needs = rest[10:]
+    with torch.autocast(x.device.type, enabled=False):
+        run = _Backward(x, Weights(*rest[:10]), dtype, dispatch.kernels(kernels), Needs(*needs))
+        for i in range(0, len(x), run.chunk):
+            images = slice(i, min(i + run.chunk, len(x)))
+            dy = _times(grad[images], None if keep is None else keep[images].view(-1, 1, 1)).to(dtype)
+            run.add(images, x[images], h[images] if h.numel() else None, norms[images], dy)
+        return run.gradients()
+
+
 @_token_mlp_backward.register_fake
-def _(grad, x, h, norms, keep, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, norm_eps, grn_eps, dtype,
-      triton, need_x, need_first, need_second):  # fmt: skip
-    like = (x, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2)
-    return *(torch.empty_like(t) for t in like), w2.new_empty(len(w2))
+def _(grad, x, h, norms, keep, *rest):
+    p = Weights(*rest[:10])
+    return *(torch.empty_like(t) for t in (x, *p[:7])), p.w2.new_empty(len(p.w2))
 
 
 # What `torch.utils.flop_counter` counts, the matrix products of the plain form: an operation it does not know has none.
 
 
 @register_flop_formula(torch.ops.timm_convnextv2.token_mlp)
-def _forward_flops(x, shortcut, keep, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, *args, **kwargs) -> int:
-    return 2 * x[0] * x[1] * (w1[0] * w1[1] + w2[0] * w2[1])
+def _forward_flops(x, shortcut, keep, *rest, **kwargs) -> int:
+    p = Weights(*rest[:10])
+    return 2 * x[0] * x[1] * (math.prod(p.w1) + math.prod(p.w2))
 
 
 @register_flop_formula(torch.ops.timm_convnextv2.token_mlp_backward)
-def _backward_flops(grad, x, h, norms, keep, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, norm_eps,
-                    grn_eps, dtype, triton, need_x, need_first, need_second, **kwargs) -> int:  # fmt: skip
-    tokens, first, second = 2 * x[0] * x[1], w1[0] * w1[1], w2[0] * w2[1]
-    recompute = math.prod(h) == 0
-    return tokens * ((need_x + need_first + recompute) * first + ((need_x or need_first) + need_second) * second)
+def _backward_flops(grad, x, h, norms, keep, *rest, **kwargs) -> int:
+    p, needs, recompute = Weights(*rest[:10]), Needs(*rest[12:]), math.prod(h) == 0
+    first = (needs.x + needs.first + recompute) * math.prod(p.w1)
+    return 2 * x[0] * x[1] * (first + ((needs.x or needs.first) + needs.second) * math.prod(p.w2))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -274,7 +325,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(h, norms)
     ctx.set_materialize_grads(False)  # a gradient of `h` would be zeros of its size
     ctx.save_for_backward(x, h, norms, keep, *parameters)
-    ctx.norm_eps, ctx.grn_eps, ctx.dtype, _, _, ctx.triton = inputs[11:]
+    ctx.norm_eps, ctx.grn_eps, ctx.dtype, _, _, ctx.kernels = inputs[11:]
     ctx.shortcut_dtype = shortcut.dtype
 
 
@@ -282,20 +333,16 @@ def _backward(ctx, grad, _grad_h, _grad_norms):
     if grad is None:
         return (None,) * 17
     x, h, norms, keep, *parameters = ctx.saved_tensors
+    p = Weights(*parameters, ctx.norm_eps, ctx.grn_eps)
     grad = grad.contiguous()  # the shortcut's too: what is upstream then finds it in channels-last memory
     needs = ctx.needs_input_grad
+    wanted = (needs[0], *needs[3:11])
     if torch.is_grad_enabled():  # a gradient of gradients was asked for: differentiate the plain form
-        wanted = [t for t, need in zip((x, *parameters), (needs[0], *needs[3:11]), strict=True) if need]
-        with torch.autocast(x.device.type, enabled=False):
-            plain = _plain(x, keep, *parameters, ctx.norm_eps, ctx.grn_eps)
-            found = iter(torch.autograd.grad(plain, wanted, grad.to(plain.dtype), create_graph=True))
-        grads = [next(found) if need else None for need in (needs[0], *needs[3:11])]
+        grads = _plain_gradients(grad, x, keep, p, wanted)
     else:
-        found = _token_mlp_backward(
-            grad, x, h, norms, keep, *parameters[:-1], ctx.norm_eps, ctx.grn_eps, ctx.dtype, ctx.triton,
-            needs[0], any(needs[3:7]), any(needs[7:11]),
-        )  # fmt: skip
-        grads = [value if need else None for value, need in zip(found, (needs[0], *needs[3:11]), strict=True)]
+        groups = (needs[0], any(needs[3:7]), any(needs[7:11]))
+        found = _token_mlp_backward(grad, x, h, norms, keep, *p, ctx.dtype, ctx.kernels, *groups)
+        grads = [value if need else None for value, need in zip(found, wanted, strict=True)]
     shortcut = grad.to(ctx.shortcut_dtype) if needs[1] else None
     return grads[0], shortcut, None, *grads[1:], None, None, None, None, None, None
 
@@ -303,10 +350,16 @@ def _backward(ctx, grad, _grad_h, _grad_norms):
 _token_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _plain(x, keep, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2, norm_eps, grn_eps) -> Tensor:
-    """The branch without the residual, in plain operations, `[B, T, C]`."""
-    out = token_mlp(x, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2, norm_eps, grn_eps)
-    return out if keep is None else out * keep.view(-1, 1, 1).to(out.dtype)
+def _plain_gradients(
+    grad: Tensor, x: Tensor, keep: Tensor | None, p: Weights, wanted: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Gradients of x and the parameters that can be differentiated again; None where not `wanted`."""
+    leaves = [t for t, need in zip((x, *p[:8]), wanted, strict=True) if need]
+    with torch.autocast(x.device.type, enabled=False):
+        out = token_mlp(x, *p)
+        out = out if keep is None else out * keep.view(-1, 1, 1).to(out.dtype)
+        found = iter(torch.autograd.grad(out, leaves, grad.to(out.dtype), create_graph=True))
+    return [next(found) if need else None for need in wanted]
 
 
 def fused_token_mlp(
@@ -338,12 +391,10 @@ def fused_token_mlp(
     Returns:
         `[B, T, C]`, in the type that the residual sum has in plain PyTorch.
     """
-    dtype = autocast_dtype(x) or x.dtype
-    tensors = (x, shortcut, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    dtype = dispatch.autocast_dtype(x) or x.dtype
+    p = Weights(norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2, norm_eps, grn_eps)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, shortcut, *p[:8]))
     # Between it and its function an operation takes 0.2 ms on CPU, which small models notice at inference.
-    direct = not save and type(x) is Tensor and not torch.compiler.is_compiling()
-    return (_forward if direct else _token_mlp)(
-        x.contiguous(), shortcut, keep, norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2,
-        norm_eps, grn_eps, dtype, save, recompute, backend(x.device) == "triton",
-    )[0]  # fmt: skip
+    direct = not (save or torch.compiler.is_compiling() or dispatch.dispatch_mode_active()) and type(x) is Tensor
+    run = _run if direct else _token_mlp
+    return run(x.contiguous(), shortcut, keep, *p, dtype, save, recompute, dispatch.kernels_name(x.device))[0]

@@ -1,0 +1,143 @@
+"""The kernels of the fused operations in PyTorch calls: the twin of `ops.triton`, with the same functions.
+
+GELU's activation `a = gelu(h)` is computed once and handed from one function to the next. It lies in scratch memory:
+it is valid until the next call of `gelu`, and `gelu_scale` writes over it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .columns import bias_grad, weight_grad
+from .functional import spatial_norm, stats_dtype
+from .scratch import scratch
+
+__all__ = [
+    "KEEPS_ACTIVATION",
+    "gelu",
+    "gelu_backward",
+    "gelu_norms",
+    "gelu_reductions",
+    "gelu_scale",
+    "window_conv",
+    "window_conv_input_grad",
+    "window_conv_weight_grad",
+]
+
+# Whether `gelu` returns the activation. Only then can a matrix product read it, as folding GRN's scale into the second
+# Linear's weight does.
+KEEPS_ACTIVATION = True
+
+aten = torch.ops.aten
+
+
+# Token MLP. `h` and `act` are [b, T, F]; norms, scale, pull and their gradients [b, 1, F] in float32 or float64.
+
+
+def gelu(h: Tensor) -> Tensor | None:
+    """`gelu(h)`, which the functions below take as `act`; None from kernels that compute it anew."""
+    return aten.gelu.out(h, out=scratch("act", h.shape, h.dtype, h.device))
+
+
+def gelu_norms(h: Tensor, act: Tensor) -> Tensor:
+    """L2 norms of `gelu(h)` over the tokens, `[b, 1, F]`."""
+    if act.is_cuda or act.dtype != stats_dtype(act):
+        return spatial_norm(act.unsqueeze(1), (1, 2)).squeeze(1)
+    squares = torch.mul(act, act, out=scratch("product", act.shape, act.dtype, act.device))
+    return squares.sum(dim=1, keepdim=True).clamp_(min=1e-30).sqrt_()
+
+
+def gelu_scale(h: Tensor, act: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """`gelu(h) * scale + bias`, `[b, T, F]` in the dtype of `h`; `bias` is `[F]` or `[b, 1, F]`."""
+    return torch.addcmul(bias.to(act.dtype), act, scale.to(act.dtype), out=act)
+
+
+def gelu_reductions(
+    h: Tensor, act: Tensor, grad: Tensor, scale: Tensor, bias: Tensor, need_out: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What the backward of `gelu_scale` sums, and its output again.
+
+    Args:
+        h: Pre-activation.
+        act: From `gelu`.
+        grad: Gradient of the output, like `h`.
+        scale: `[b, 1, F]`.
+        bias: `[F]`.
+        need_out: Whether the output is wanted too.
+
+    Returns:
+        The scale's gradient `sum_t grad * gelu(h)`, `[b, 1, F]`; `gelu(h) * scale + bias` like `h`, or None.
+    """
+    product = torch.mul(grad, act, out=scratch("product", act.shape, act.dtype, act.device))
+    d_scale = product.sum(dim=1, keepdim=True, dtype=stats_dtype(grad))
+    if not need_out:
+        return d_scale, None
+    return d_scale, torch.addcmul(bias.to(act.dtype), act, scale.to(act.dtype), out=product)
+
+
+def gelu_backward(h: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None, pull: Tensor) -> tuple[Tensor, Tensor]:
+    """`gelu'(h) * (grad * scale + pull * gelu(h))`: the gradient of `h` through the scaling and through the norms.
+
+    Args:
+        h: Pre-activation.
+        act: From `gelu`.
+        grad: Gradient of `gelu_scale`'s output, like `h`; it may be written over.
+        scale: `[b, 1, F]`; None where `grad` has it already, folded into the product that computed it.
+        pull: `[b, 1, F]`, what the norms add: their gradient over the norm.
+
+    Returns:
+        The gradient of `h`; its sum over images and tokens, `[F]` in float32 or float64.
+    """
+    if grad.dtype == stats_dtype(grad):
+        grad = grad if scale is None else grad.mul_(scale)
+        grad.addcmul_(act, pull)
+    else:  # the pull can be too large for float16, and its product with the activation fit
+        grad = (grad if scale is None else grad * scale).to(pull.dtype).addcmul_(act, pull).to(grad.dtype)
+    dh = aten.gelu_backward.grad_input(grad, h, grad_input=grad)
+    return dh, dh.sum(dim=(0, 1), dtype=stats_dtype(dh))
+
+
+# Packed depthwise convolution: x [N, p, p, C], weight [C, 1, k, k], index [N, p + k - 1, p + k - 1]; see
+# `ops.depthwise.window_depthwise`.
+
+
+def window_conv(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+    """Submanifold depthwise convolution of packed patches, `[N, p, p, C]`."""
+    return F.conv2d(_windows(x, index), weight, bias, groups=len(weight)).permute(0, 2, 3, 1).contiguous()
+
+
+def window_conv_input_grad(grad: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """Gradient of `window_conv` for `x`. Neighbourhood is mutual: the same operation, the kernel turned round."""
+    return window_conv(grad, weight.flip(2, 3), None, index)
+
+
+def window_conv_weight_grad(x: Tensor, grad: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Gradients of `window_conv` for the weight, `[C, 1, k, k]`, and the bias, `[C]`."""
+    p, maps, tokens = x.shape[1], grad.permute(0, 3, 1, 2), _with_zero(x)
+
+    def part(patches: slice, first: int, width: int) -> tuple[Tensor, tuple[int, int]]:
+        return _gather(tokens, index[patches, :, first : first + p + width - 1]), (0, 0)
+
+    return weight_grad(maps, k, part), bias_grad(maps)
+
+
+def _windows(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens `[N, p, p, C]` at `index` `[N, q, q]`, zeros where it is `N * p * p`, as channels-last `[N, C, q, q]`.
+
+    On CPU in memory that the next call writes over.
+    """
+    return _gather(_with_zero(x), index)
+
+
+def _with_zero(x: Tensor) -> Tensor:
+    """`[N, p, p, C]` as tokens `[N * p * p + 1, C]`, the last of them zero."""
+    C = x.shape[-1]
+    tokens = scratch("tokens", (x.numel() // C + 1, C), x.dtype, x.device)
+    return torch.cat([x.view(-1, C), x.new_zeros(1, C)], out=tokens)
+
+
+def _gather(tokens: Tensor, index: Tensor) -> Tensor:
+    """Tokens at `index` `[n, h, w]` as channels-last `[n, C, h, w]`."""
+    windows = scratch("windows", (index.numel(), tokens.shape[1]), tokens.dtype, tokens.device)
+    torch.index_select(tokens, 0, index.flatten(), out=windows)
+    return windows.view(*index.shape, -1).permute(0, 3, 1, 2)
