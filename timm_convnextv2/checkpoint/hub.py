@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..models.weights import check_weights
 from ..provenance import WEIGHTS, origin_of_config, read_config, training_of
-from .card import PICTURES, card_for_repo, render_card
+from .card import IMAGES, card_for_repo, render_card
 
 __all__ = ["check_folder", "files_to_push", "push_to_hub"]
 
@@ -81,7 +81,7 @@ def check_folder(folder: str | os.PathLike) -> dict[str, Path | bytes]:
     if (folder / "args.yaml").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
             f"'{folder}' is the folder of a training run, not a timm folder: publish its encoder/ or model/, or let "
-            "train_scripts/publish.py export it."
+            "`timm-convnextv2 publish` export it."
         )
     config = read_config(folder / "config.json")
     if pickles:
@@ -92,11 +92,11 @@ def check_folder(folder: str | os.PathLike) -> dict[str, Path | bytes]:
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"'{folder}' has no {WEIGHTS}. Export the model again.")
     _check_folder_weights(folder)
-    pictures = [name for name in PICTURES if (folder / name).is_file()]
+    images = [name for name in IMAGES if (folder / name).is_file()]
     readme = folder / "README.md"
-    card = readme.read_text(encoding="utf-8") if readme.is_file() else render_card(config, pictures)
+    card = readme.read_text(encoding="utf-8") if readme.is_file() else render_card(config, images)
     _check_licence(folder, config, card)
-    files: dict[str, Path | bytes] = {name: folder / name for name in ("config.json", WEIGHTS, *pictures)}
+    files: dict[str, Path | bytes] = {name: folder / name for name in ("config.json", WEIGHTS, *images)}
     files["README.md"] = readme if readme.is_file() else card.encode()
     return files
 
@@ -155,7 +155,7 @@ def push_to_hub(
 ) -> str:
     """Publishes a timm folder as a model on the Hugging Face Hub.
 
-    Sends `config.json`, `model.safetensors`, `README.md` and the pictures of the card, and nothing else that lies in
+    Sends `config.json`, `model.safetensors`, `README.md` and the images of the card, and nothing else that lies in
     the folder. The card's code is changed to load from the Hub. Files that the repository has already stay or are
     replaced, in one commit.
 
