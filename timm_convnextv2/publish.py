@@ -30,7 +30,7 @@ __all__ = ["main"]
 # fmt: off
 def build_parser() -> CommandParser:
     """The options."""
-    parser = CommandParser(prog=f"{PROGRAM} publish", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog=f"{PROGRAM} publish", description="Publish a timm folder with a model card.")
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="timm folder, or run folder of pretrain, of timm's train.py or of finetune")
     add("repo", metavar="REPO", help="USER/NAME on the Hub; made if needed")

@@ -1,7 +1,7 @@
 """Traffic with the Hugging Face Hub, against a server on loopback: publish, download, cache, and what goes wrong.
 
 What huggingface_hub does by itself is tested where our users rely on it; the rest is `push_to_hub`, `build_model` and
-`publish.py`.
+`publish`.
 """
 
 import importlib.util
@@ -709,7 +709,7 @@ def test_publish_says_in_one_message_what_went_wrong(hub, folder, publish, capsy
         hub.stop()
     assert publish.main([str(folder), REPO]) == 2
     err = capsys.readouterr().err
-    assert re.search(rf"^\S*: ?error: .*{REPO}.*{said}", err, re.MULTILINE), err
+    assert re.search(rf"^timm-convnextv2 publish: error: .*{REPO}.*{said}", err, re.MULTILINE), err
     assert "Traceback" not in err
 
 
