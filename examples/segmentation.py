@@ -4,8 +4,8 @@
     python examples/segmentation.py --model local-dir:output/embedded/encoder
     python examples/segmentation.py --model hf-hub:USER/NAME --frozen
 
-Trains a few steps on pictures with a black square or a white disc drawn into each, then prints the overlap (IoU) on new
-pictures. For your own data take `build_segmenter`; with `load_model` from common.py it needs timm and torchvision only.
+Trains a few steps on images with a black square or a white disc drawn into each, then prints the overlap (IoU) on new
+images. For your own data take `build_segmenter`, which needs timm and torchvision only.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 import timm
 import torch
 import torch.nn.functional as F
-from common import SHAPES, draw, load_model
+from common import SHAPES, draw
 from timm.layers import LayerNorm2d
 from torch import nn
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
@@ -50,21 +50,18 @@ class Segmenter(nn.Module):
         return logits[..., :height, :width]
 
 
-def build_segmenter(model: str, num_classes: int, *, frozen: bool = False, channels: int = 128) -> Segmenter:
+def build_segmenter(backbone: nn.Module, num_classes: int, *, frozen: bool = False, channels: int = 128) -> Segmenter:
     """A network from float images `[B, C, H, W]` in 0..1 to logits `[B, num_classes, H, W]`, for any H and W.
 
-    It normalises the images as in pretraining; C is the model's.
+    It normalises the images as in pretraining; C is the backbone's.
 
     Args:
-        model: `local-dir:FOLDER` or `hf-hub:USER/NAME`.
+        backbone: `timm.create_model(NAME, pretrained=True, features_only=True)`.
         num_classes: Number of classes, the background (where there is one) included.
         frozen: Train the pyramid and the head only.
         channels: Channels of the pyramid and the head.
-
-    Raises:
-        ValueError: The model cannot be loaded.
     """
-    return Segmenter(load_model(model, features_only=True).requires_grad_(not frozen), num_classes, channels)
+    return Segmenter(backbone.requires_grad_(not frozen), num_classes, channels)
 
 
 @torch.inference_mode()
@@ -81,12 +78,14 @@ def main() -> None:
     parser.add_argument("--frozen", action="store_true", help="train the pyramid and the head only")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--img-size", type=int, help="of the pictures, in pixels (default: 5 times the stride)")
+    parser.add_argument("--img-size", type=int, help="of the images, in pixels (default: 5 times the stride)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    from timm_convnextv2.checkpoint import load_model  # timm.create_model, and the proof that the weights were loaded
 
     torch.manual_seed(0)
-    segmenter = build_segmenter(args.model, len(SHAPES), frozen=args.frozen, channels=32).to(args.device)
+    backbone = load_model(args.model, features_only=True)
+    segmenter = build_segmenter(backbone, len(SHAPES), frozen=args.frozen, channels=32).to(args.device)
     in_chans, size = segmenter.backbone["stem_0"].in_channels, args.img_size or 5 * segmenter.stride
     images, classes = draw(32 + args.steps * args.batch_size, size, in_chans)
     images, classes = images.to(args.device), classes.to(args.device)
@@ -101,7 +100,7 @@ def main() -> None:
         if step % 10 == 0 or step == args.steps - 1:
             print(f"step {step + 1}/{args.steps}  loss {loss:.3f}")
     iou = overlap(segmenter, images[:32], classes[:32])
-    print("IoU on 32 new pictures: " + ", ".join(f"{name} {x:.2f}" for name, x in zip(SHAPES, iou, strict=True)))
+    print("IoU on 32 new images: " + ", ".join(f"{name} {x:.2f}" for name, x in zip(SHAPES, iou, strict=True)))
 
 
 if __name__ == "__main__":

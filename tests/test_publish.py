@@ -1,4 +1,4 @@
-"""publish.py, and continuing from what it writes: run folders and timm folders in, what would be sent out."""
+"""The command publish, and continuing from what it writes: run folders and timm folders in, what would be sent out."""
 
 import importlib.util
 import json
@@ -14,12 +14,12 @@ import torch
 from huggingface_hub import ModelCard
 from test_export import FCMAE, NC, _Runs, config_of, equal, make_run
 
-import timm_convnextv2  # noqa: F401  registers the models
+from timm_convnextv2 import publish
 from timm_convnextv2.checkpoint import export_encoder, export_finetuned, load_checkpoint, push_to_hub
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 SENT = ["README.md", "config.json", "model.safetensors"]
-PICTURES = ["loss.png", "reconstructions.png"]
+IMAGES = ["loss.png", "reconstructions.png"]
 
 
 def script(name):
@@ -29,15 +29,15 @@ def script(name):
     return module
 
 
-publish, pretrain = script("publish"), script("pretrain")
+pretrain = script("pretrain")
 
 
 @pytest.fixture
 def run_publish(capsys):
-    """Runs the script: exit status, stdout, stderr."""
+    """Runs the command: exit status, stdout, stderr."""
 
     def call(*arguments):
-        status = publish.cli([str(a) for a in arguments])
+        status = publish.main([str(a) for a in arguments])
         return status, *capsys.readouterr()
 
     return call
@@ -62,19 +62,19 @@ def names(folder):
 
 
 def test_pretraining_run(pretrained, run_publish, tmp_path):
-    """The encoder and the whole model, with licence, pictures, and code that names the repository."""
+    """The encoder and the whole model, with licence, images, and code that names the repository."""
     before = names(pretrained), names(pretrained / "encoder")
     status, out, _ = run_publish(
         pretrained, "me/enc", "--license", "mit", "--dry-run", "--output", tmp_path / "enc", "--revision", "v1",
         "--dataset", "imagenet-1k", "--base-model", "you/base",
     )  # fmt: skip
-    assert status == 0 and names(tmp_path / "enc") == sorted(SENT + PICTURES)
+    assert status == 0 and names(tmp_path / "enc") == sorted(SENT + IMAGES)
     assert str(tmp_path / "enc" / "README.md") in out and "bytes  model.safetensors" in out and "me/enc" in out
     text = (tmp_path / "enc/README.md").read_text()
     card = ModelCard(text).data
     assert (card.license, card.datasets, card.base_model) == ("mit", ["imagenet-1k"], "you/base")
     assert '"hf-hub:me/enc@v1"' in text and "path/to" not in text and "user/name" not in text
-    assert "| Last training loss |" in text and all(f"({name})" in text for name in PICTURES)
+    assert "| Last training loss |" in text and all(f"({name})" in text for name in IMAGES)
     assert config_of(tmp_path / "enc")["pretrained_cfg"]["license"] == "mit"
     weights = load_checkpoint(pretrained / "last.pth.tar")["state_dict_ema"]
     sent = safetensors.torch.load_file(tmp_path / "enc/model.safetensors")
@@ -85,7 +85,7 @@ def test_pretraining_run(pretrained, run_publish, tmp_path):
         "--dataset", "imagenet-1k",
     )  # fmt: skip
     assert status == 0, err
-    assert names(tmp_path / "all") == sorted(SENT + PICTURES)
+    assert names(tmp_path / "all") == sorted(SENT + IMAGES)
     assert equal(safetensors.torch.load_file(tmp_path / "all/model.safetensors"), weights)
     text = (tmp_path / "all/README.md").read_text()
     assert ModelCard(text).data.datasets == ["imagenet-1k"] and "| Last training loss |" in text
@@ -183,7 +183,8 @@ def test_finetuning_run(run_publish, tmp_path):
     """The best checkpoint, or RUN/model where it is newer; metrics in the card; no licence without being told."""
     run, best = make_run(tmp_path / "run")
     status, _, err = run_publish(run, "me/pets", "--dry-run")
-    assert status == 2 and err.startswith("publish.py: error: Nothing states the licence") and "--license" in err
+    assert status == 2 and err.startswith("timm-convnextv2 publish: error: Nothing states the licence")
+    assert "--license" in err
     assert not (tmp_path / "run-publish").exists()
     out = tmp_path / "out"
     assert run_publish(run, "me/pets", "--license", "mit", "--dry-run", "--output", out)[0] == 0
@@ -272,7 +273,7 @@ def _spoil(folder, how, tmp_path):
         ("unknown option", "config.json' does not describe a model"),
         ("no weights", "no model.safetensors"),
         ("half of the weights", "model.safetensors' cannot be read"),
-        ("one tensor short", "1 tensors differ.*missing"),
+        ("one tensor short", r"1 differ; the first: '\S+' is missing in the weights"),
         ("a pickle beside", "pytorch_model.bin"),
         ("a pickle instead", "pytorch_model.bin"),
         ("a pickle named safetensors", "model.safetensors' cannot be read"),
@@ -280,14 +281,14 @@ def _spoil(folder, how, tmp_path):
     ],
 )
 def test_what_is_no_export_is_not_sent(how, message, run_publish, monkeypatch, tmp_path):
-    """The same message from the script and from `push_to_hub`, without a request (there is a token, and no network)."""
+    """The same message from the command and `push_to_hub`, without a request (there is a token, and no network)."""
     monkeypatch.setattr("timm_convnextv2.checkpoint.hub.HfApi", None)
     folder = export_encoder(timm.create_model("fcmae_convnextv2_atto", **FCMAE), tmp_path / "encoder", license="mit")
     _spoil(folder, how, tmp_path)
     with pytest.raises(ValueError, match=message):
         push_to_hub(folder, "me/x", token="hf_x")
     status, _, err = run_publish(folder, "me/x", "--license", "mit", "--dry-run")
-    assert status == 2 and err.startswith("publish.py: error:") and "Traceback" not in err
+    assert status == 2 and err.startswith("timm-convnextv2 publish: error:") and "Traceback" not in err
     assert not (tmp_path / "encoder-publish").exists() and not (tmp_path / "executed").exists()
 
 
@@ -326,7 +327,7 @@ def test_mistakes_are_one_message(arguments, message, pretrained, run_publish, t
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     status, _, err = run_publish(*(a.format(tmp=tmp_path, run=pretrained) for a in arguments))
-    assert status == 2 and err.startswith("publish.py: error:") and message in err
+    assert status == 2 and err.startswith("timm-convnextv2 publish: error:") and message in err
     assert err.count("error:") == 1 and "Traceback" not in err
     assert names(tmp_path) == ["empty", "file"]
 

@@ -1,11 +1,25 @@
 """ConvNeXt V2 for timm, with FCMAE pretraining that is really sparse. Importing it registers the models."""
 
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from . import _moved
 from .models import FCMAE, ConvNeXtV2, FCMAEOutput, random_mask
 from .task import FCMAETask
 
+if TYPE_CHECKING:
+    from . import checkpoint, data
+
 __version__ = "0.2.0"
 
-__all__ = ["FCMAE", "ConvNeXtV2", "FCMAEOutput", "FCMAETask", "__version__", "random_mask"]
+__all__ = ["FCMAE", "ConvNeXtV2", "FCMAEOutput", "FCMAETask", "__version__", "checkpoint", "data", "random_mask"]
 
 _moved.install()
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The subpackages `checkpoint` and `data` are imported when they are first used: models need neither."""
+    if name in ("checkpoint", "data"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

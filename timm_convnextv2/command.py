@@ -62,6 +62,8 @@ def invocation(command: str, distributed: bool = False) -> list[str]:
         return ["torchrun", *_nodes(), "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *words]
     if words[0] == "-m" and shutil.which(PROGRAM):
         return [PROGRAM, command]
+    if script.name == PROGRAM:  # called by its path, of an environment that is not activated
+        return [str(script), command]
     return ["python", *words]
 
 

@@ -1,7 +1,7 @@
 """Traffic with the Hugging Face Hub, against a server on loopback: publish, download, cache, and what goes wrong.
 
 What huggingface_hub does by itself is tested where our users rely on it; the rest is `push_to_hub`, `build_model` and
-`publish.py`.
+`publish`.
 """
 
 import importlib.util
@@ -687,7 +687,7 @@ def pretrain():
 
 def test_publish_dry_run_asks_nobody(hub, folder, publish, capsys):
     before = files_of(folder)
-    assert publish.cli([str(folder), REPO, "--dry-run"]) == 0
+    assert publish.main([str(folder), REPO, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert REPO in out and WEIGHTS in out and "README.md" in out
     assert not hub.requests
@@ -707,9 +707,9 @@ def test_publish_says_in_one_message_what_went_wrong(hub, folder, publish, capsy
         hub.fail("POST", "/preupload/", 503, times=FOREVER)
     else:
         hub.stop()
-    assert publish.cli([str(folder), REPO]) == 2
+    assert publish.main([str(folder), REPO]) == 2
     err = capsys.readouterr().err
-    assert re.search(rf"^\S*: ?error: .*{REPO}.*{said}", err, re.MULTILINE), err
+    assert re.search(rf"^timm-convnextv2 publish: error: .*{REPO}.*{said}", err, re.MULTILINE), err
     assert "Traceback" not in err
 
 

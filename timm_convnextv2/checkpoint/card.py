@@ -17,10 +17,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..provenance import is_ours, training_of
 
-__all__ = ["PICTURES", "card_for_repo", "render_card"]
+__all__ = ["IMAGES", "card_for_repo", "render_card"]
 
-# Pictures that may lie beside a card, and what they show.
-PICTURES = {
+# Images that may lie beside a card, and what they show.
+IMAGES = {
     "loss.png": "Training loss and learning rate",
     "reconstructions.png": "Original, masked input, prediction, prediction with the visible patches",
 }
@@ -49,15 +49,15 @@ ConvNeXt V2 classifier, finetuned with timm's `train.py` and exported by `timm_c
 [timm](https://github.com/huggingface/pytorch-image-models) model: to use it, nothing but timm is needed.""",
     "fcmae": """# {architecture}: encoder and decoder
 
-A whole [FCMAE](https://arxiv.org/abs/2301.00808), encoder and decoder, to go on with the pretraining where it stopped.
+A whole [FCMAE](https://arxiv.org/abs/2301.00808), encoder and decoder, to continue the pretraining where it stopped.
 It was made with `timm_convnextv2` {version} and needs that package.""",
 }
 _FEATURES = "`num_classes=0` gives features `[B, {num_features}]`, `features_only=True` the maps of the four stages."
 _USE = {
     "encoder": _FEATURES,
     "classifier": _FEATURES,
-    "fcmae": "`python train_scripts/pretrain.py --model {bare} --pretrained` goes on with it; `model.encoder` is the\n"
-    "backbone.",
+    "fcmae": "`timm-convnextv2 pretrain --model {bare} --pretrained` continues the pretraining; `model.encoder`\n"
+    "is the backbone.",
 }
 
 
@@ -95,12 +95,12 @@ def _results(metrics: dict[str, Any]) -> list[EvalResult]:
     ]
 
 
-def render_card(config: dict[str, Any], pictures: Sequence[str] = ()) -> str:
+def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     """The README.md of a timm folder.
 
     Args:
         config: The folder's `config.json`.
-        pictures: Those of `PICTURES` that lie beside the card.
+        images: Those of `IMAGES` that lie beside the card.
 
     Raises:
         ValueError: A licence that is not an id of the Hub.
@@ -149,7 +149,7 @@ def render_card(config: dict[str, Any], pictures: Sequence[str] = ()) -> str:
         where = f"{metrics.get('dataset')}, {metrics['split']}" if metrics.get("split") else metrics.get("dataset")
         rows = "\n".join(f"| {r.metric_name} | {r.metric_value} |" for r in results)
         parts += ["## Results", f"| {where} | |\n| --- | --- |\n{rows}"]
-    parts += [f"![{PICTURES[name]}]({name})\n\n*{PICTURES[name]}.*" for name in PICTURES if name in pictures]
+    parts += [f"![{IMAGES[name]}]({name})\n\n*{IMAGES[name]}.*" for name in IMAGES if name in images]
     parts += ["## Licence and provenance", _licence_text(license, training)]
     if cfg.get("origin_url"):
         parts += [f"Code that the published weights come from: {cfg['origin_url']}"]

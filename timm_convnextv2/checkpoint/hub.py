@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..models.weights import check_weights
 from ..provenance import WEIGHTS, origin_of_config, read_config, training_of
-from .card import PICTURES, card_for_repo, render_card
+from .card import IMAGES, card_for_repo, render_card
 
 __all__ = ["check_folder", "files_to_push", "push_to_hub"]
 
@@ -81,7 +81,7 @@ def check_folder(folder: str | os.PathLike) -> dict[str, Path | bytes]:
     if (folder / "args.yaml").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
             f"'{folder}' is the folder of a training run, not a timm folder: publish its encoder/ or model/, or let "
-            "train_scripts/publish.py export it."
+            "`timm-convnextv2 publish` export it."
         )
     config = read_config(folder / "config.json")
     if pickles:
@@ -92,11 +92,11 @@ def check_folder(folder: str | os.PathLike) -> dict[str, Path | bytes]:
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"'{folder}' has no {WEIGHTS}. Export the model again.")
     _check_folder_weights(folder)
-    pictures = [name for name in PICTURES if (folder / name).is_file()]
+    images = [name for name in IMAGES if (folder / name).is_file()]
     readme = folder / "README.md"
-    card = readme.read_text(encoding="utf-8") if readme.is_file() else render_card(config, pictures)
+    card = readme.read_text(encoding="utf-8") if readme.is_file() else render_card(config, images)
     _check_licence(folder, config, card)
-    files: dict[str, Path | bytes] = {name: folder / name for name in ("config.json", WEIGHTS, *pictures)}
+    files: dict[str, Path | bytes] = {name: folder / name for name in ("config.json", WEIGHTS, *images)}
     files["README.md"] = readme if readme.is_file() else card.encode()
     return files
 
@@ -155,7 +155,7 @@ def push_to_hub(
 ) -> str:
     """Publishes a timm folder as a model on the Hugging Face Hub.
 
-    Sends `config.json`, `model.safetensors`, `README.md` and the pictures of the card, and nothing else that lies in
+    Sends `config.json`, `model.safetensors`, `README.md` and the images of the card, and nothing else that lies in
     the folder. The card's code is changed to load from the Hub. Files that the repository has already stay or are
     replaced, in one commit.
 
@@ -180,29 +180,14 @@ def push_to_hub(
     except HFValidationError as e:
         raise ValueError(f"'{repo_id}' cannot be the name of a repository, user/name was expected: {e}") from e
     files = files_to_push(folder, repo_id, revision)
-    if is_offline_mode():
-        raise RuntimeError(f"HF_HUB_OFFLINE is set, so '{repo_id}' cannot be published. Unset it, then call again.")
-    token = token or get_token()
-    if not token:
-        raise RuntimeError(
-            f"Publishing '{repo_id}' needs an access token of the Hugging Face Hub: `hf auth login`, or set HF_TOKEN."
-        )
-    api = HfApi(token=token, library_name="timm_convnextv2")
+    api = HfApi(token=_token(repo_id, token), library_name="timm_convnextv2")
     try:
-        full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private is not None and bool(api.repo_info(full_id).private) != private:
-            raise _WrongVisibility(
-                f"'{full_id}' exists and is {'public' if private else 'private'}; nothing was sent. Change its "
-                "visibility in its settings on the Hub, or publish under another name."
-            )
-        if revision not in (None, "main"):
-            api.create_branch(full_id, branch=revision, exist_ok=True)
+        full_id = _open_repo(api, repo_id, private, revision)
         if full_id != repo_id:  # the name alone was given: the card needs the user's
             files = files_to_push(folder, full_id, revision)
-        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
         commit = api.create_commit(
             full_id,
-            operations,
+            [CommitOperationAdd(name, content) for name, content in files.items()],
             commit_message=commit_message or f"Model from timm_convnextv2: {Path(folder).resolve().name}",
             revision=revision,
         )
@@ -213,3 +198,28 @@ def push_to_hub(
     except (OSError, RuntimeError, HfHubHTTPError, *HfHubHTTPError.__bases__) as e:
         raise RuntimeError(_explain(e, repo_id, revision)) from e
     return commit.commit_url
+
+
+def _token(repo_id: str, token: str | None) -> str:
+    """The access token to publish with."""
+    if is_offline_mode():
+        raise RuntimeError(f"HF_HUB_OFFLINE is set, so '{repo_id}' cannot be published. Unset it, then call again.")
+    token = token or get_token()
+    if not token:
+        raise RuntimeError(
+            f"Publishing '{repo_id}' needs an access token of the Hugging Face Hub: `hf auth login`, or set HF_TOKEN."
+        )
+    return token
+
+
+def _open_repo(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Makes repository and branch if needed; returns the repository's full name."""
+    full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private is not None and bool(api.repo_info(full_id).private) != private:
+        raise _WrongVisibility(
+            f"'{full_id}' exists and is {'public' if private else 'private'}; nothing was sent. Change its "
+            "visibility in its settings on the Hub, or publish under another name."
+        )
+    if revision not in (None, "main"):
+        api.create_branch(full_id, branch=revision, exist_ok=True)
+    return full_id

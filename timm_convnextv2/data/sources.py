@@ -271,6 +271,7 @@ class TimmStream(IterableDataset):
         seed: Seed of the reader's shuffling.
         input_key: Field that holds the picture; default 'image', for `wds/` any picture extension (separated by ;).
         download: Download the data set first (`hfids/`, `tfds/`).
+        whole: Every process gets all images once, unshuffled, in the order of the shards.
 
     Raises:
         ValueError: timm cannot open the data set, its length is not known, or it is no stream.
@@ -288,6 +289,7 @@ class TimmStream(IterableDataset):
         seed: int = 0,
         input_key: str | None = None,
         download: bool = False,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         self.kind = _prefix(name)
@@ -310,7 +312,7 @@ class TimmStream(IterableDataset):
             name,
             root,
             split,
-            is_training=True,
+            is_training=not whole,
             batch_size=batch_size,
             seed=seed,
             input_key=self.input_key,
@@ -318,6 +320,8 @@ class TimmStream(IterableDataset):
             **kwargs,
         )
         self.reader = self.dataset.reader
+        if whole:
+            self.reader.dist_rank, self.reader.dist_num_replicas = 0, 1
         features = self.reader.builder.info.features if self.kind == "hfids" else None
         if features is not None and self.input_key not in features:
             raise ValueError(
@@ -406,6 +410,7 @@ def create_source(
     num_samples: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
+    whole: bool = False,
 ) -> FolderSource | TimmSource | EmbeddedSource | TimmStream:
     """Picks the source that the options of a script describe.
 
@@ -424,6 +429,7 @@ def create_source(
         num_samples: Pictures per epoch (streams), or in all (embedded).
         batch_size: Images per batch (streams).
         seed: Seed of the order (streams).
+        whole: All images once, in order, for every process (streams; others always are).
 
     Raises:
         ValueError: Nothing is named, the name is unknown, or the source cannot be opened.
@@ -431,7 +437,7 @@ def create_source(
     if dataset == "embedded":
         return EmbeddedSource(num_samples or 2048, in_chans=in_chans, seed=int(split != "train"))
     if _prefix(dataset) in _STREAM_PREFIXES:
-        return TimmStream(dataset, data_dir, split, in_chans, num_samples, batch_size, seed, input_key, download)
+        return TimmStream(dataset, data_dir, split, in_chans, num_samples, batch_size, seed, input_key, download, whole)
     if _prefix(dataset) in _MAP_PREFIXES:
         return TimmSource(dataset, data_dir, split, in_chans, input_key, download)
     if dataset:

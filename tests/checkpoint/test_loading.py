@@ -1,0 +1,148 @@
+"""`load_model`: the weights are those of the file, or there is no model."""
+
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from encoders import DIMS, make_encoder
+
+from timm_convnextv2.checkpoint import export_fcmae, load_model
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("encoders")
+
+
+@pytest.fixture(scope="module", params=[1, 4], ids=["patch 1", "patch 4"])
+def exported(request, root):
+    """(name for timm, the encoder itself, stride of its first map)."""
+    folder = root / f"patch{request.param}"
+    return f"local-dir:{folder}", make_encoder(folder, patch_size=request.param), request.param
+
+
+@pytest.fixture(scope="module")
+def small(root):
+    make_encoder(root / "small")
+    return f"local-dir:{root / 'small'}"
+
+
+@torch.no_grad()
+def maps_of(model, images):
+    return model.forward_intermediates(images, intermediates_only=True)
+
+
+def test_features_only_has_the_exported_weights(exported):
+    name, encoder, first = exported
+    backbone = load_model(name, features_only=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        maps = backbone(images)
+    assert backbone.feature_info.channels() == DIMS
+    assert backbone.feature_info.reduction() == [first, 2 * first, 4 * first, 8 * first]
+    for ours, expected in zip(maps, maps_of(encoder, images), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("kwargs", [dict(features_only=True), dict(num_classes=0)], ids=["maps", "pooled"])
+def test_weights_that_were_not_loaded_are_noticed(small, monkeypatch, kwargs):
+    create_model = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **more: create_model(name, **more))
+    with pytest.raises(ValueError, match="it was not loaded"):
+        load_model(small, **kwargs)
+
+
+def test_a_classifier_with_a_missing_tensor_is_noticed(tmp_path):
+    """timm itself loads such weights without `strict`, because of the head that it drops."""
+    classifier = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=DIMS, num_classes=7)
+    timm.models.save_for_hf(classifier, tmp_path, safe_serialization=True)
+    name, weights = f"local-dir:{tmp_path}", tmp_path / "model.safetensors"
+    load_model(name, features_only=True)
+    stored = safetensors.torch.load_file(weights)
+    del stored["stages.2.downsample.1.weight"]
+    safetensors.torch.save_file(stored, weights)
+    timm.create_model(name, pretrained=True, features_only=True)
+    with pytest.raises(ValueError, match=r"have no stages\.2\.downsample\.1\.weight"):
+        load_model(name, features_only=True)
+
+
+def spoil(folder, how):
+    if how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "config is no JSON":
+        (folder / "config.json").write_text("{")
+    elif how == "config of something else":
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+    elif how == "foreign architecture":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"architecture": "convnextv9"}))
+    elif how == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif how == "half the weights":
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    elif how == "other sizes":
+        make_encoder(folder.parent / "other", dims=[8, 16, 24, 40])
+        shutil.copy(folder.parent / "other" / "model.safetensors", folder)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "no config",
+        "config is no JSON",
+        "config of something else",
+        "foreign architecture",
+        "no weights",
+        "half the weights",
+        "other sizes",
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused_by_name(small, tmp_path, how):
+    folder = tmp_path / "folder"
+    shutil.copytree(small.removeprefix("local-dir:"), folder)
+    spoil(folder, how)
+    with pytest.raises(ValueError, match=f"'local-dir:{folder}' cannot be loaded"):
+        load_model(f"local-dir:{folder}", features_only=True)
+
+
+def test_names_that_are_refused():
+    for name in ("some/folder", "", "ftp:x"):
+        with pytest.raises(ValueError, match="expected a model of timm, local-dir:FOLDER or hf-hub:USER/NAME"):
+            load_model(name)
+    with pytest.raises(ValueError, match="'convnextv2_ato'.* Did you mean 'convnextv2_atto'"):
+        load_model("convnextv2_ato")
+    with pytest.raises(ValueError, match=r"no pretrained weights in timm. There are .*convnextv2_atto\.fcmae_ft_in1k"):
+        load_model("convnextv2_atto.nothing")
+    with pytest.raises(ValueError, match="'convnextv2_small' has no pretrained weights in timm. Give "):
+        load_model("convnextv2_small")
+    with pytest.raises(ValueError, match="'hf-hub:someone/absent' cannot be loaded"):
+        load_model("hf-hub:someone/absent")
+
+
+def test_a_pretraining_model_is_refused(tmp_path):
+    model = timm.create_model("fcmae_convnextv2_atto", depths=(1, 1, 1, 1), dims=DIMS, decoder_dim=16)
+    export_fcmae(model, tmp_path)
+    for kwargs in (dict(num_classes=0), dict(features_only=True)):
+        with pytest.raises(ValueError, match=f"The model 'local-dir:{tmp_path}' (is a FCMAE|cannot be loaded)"):
+            load_model(f"local-dir:{tmp_path}", **kwargs)
+
+
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_atto.fcmae_ft_in1k", "resnet18", "resnet18.a1_in1k"])
+def test_a_model_of_timm_is_loaded_from_the_hub(name, monkeypatch):
+    """Without a network: what is asked of timm, and that what it says is told."""
+    with pytest.raises(ValueError, match=f"'{name}' cannot be loaded"):
+        load_model(name, num_classes=0)
+    asked = []
+    create_model = timm.create_model
+
+    def create(name, pretrained, **kwargs):
+        asked.append((name, pretrained, kwargs))
+        return create_model(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    assert load_model(name, num_classes=0).num_classes == 0
+    assert asked == [(name, True, {"num_classes": 0})]

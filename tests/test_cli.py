@@ -1,0 +1,142 @@
+"""The console command: its table, help, version, and mistakes."""
+
+import importlib
+import os
+import runpy
+import subprocess
+import sys
+import types
+
+import pytest
+from helpers import SCRIPTS
+
+import timm_convnextv2
+from timm_convnextv2 import cli, command
+
+NAMES = ("pretrain", "finetune", "publish", "embed")
+
+
+def test_help_names_every_command(capsys):
+    assert tuple(cli.COMMANDS) == NAMES
+    for option in ("--help", "-h"):
+        assert cli.main([option]) == 0
+        out, err = capsys.readouterr()
+        assert not err and out.startswith("usage: timm-convnextv2 COMMAND")
+        assert all(f"  {name} " in out and command.summary in out for name, command in cli.COMMANDS.items())
+    assert cli.main([]) == 2
+    assert capsys.readouterr() == ("", out)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"timm-convnextv2 {timm_convnextv2.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "near"), [("pretrian", " Did you mean 'pretrain'?"), ("embedd", " Did you mean 'embed'?"), ("x", "")]
+)
+def test_an_unknown_command_is_one_message(word, near, capsys):
+    assert cli.main([word, "--help"]) == 2
+    expected = f"timm-convnextv2: error: no command '{word}'.{near} Expected one of {', '.join(NAMES)}; see "
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(expected) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_command_gets_its_options_and_gives_its_status(name, monkeypatch):
+    seen = []
+    module = types.ModuleType(cli.COMMANDS[name].module)
+    module.main = lambda argv: seen.append(argv) or 3
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert cli.main([name, "--model", "x", "--help"]) == 3
+    monkeypatch.setattr(sys, "argv", ["timm-convnextv2", name, "y"])
+    assert cli.main() == 3
+    assert seen == [["--model", "x", "--help"], ["y"]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_is_there_and_names_itself(name, capsys):
+    """By the module that the table names, as the console command; its mistakes are one message."""
+    module = importlib.import_module(cli.COMMANDS[name].module)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: timm-convnextv2 {name} ")
+    assert module.main(["--no-such-option"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"timm-convnextv2 {name}: error: ") and err.count("error:") == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_is_a_module_for_python_and_torchrun(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.delitem(sys.modules, cli.COMMANDS[name].module, raising=False)  # runpy warns of what it finds imported
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(f"timm_convnextv2.{name}", run_name="__main__", alter_sys=True)
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: timm-convnextv2 {name} ")
+
+
+def test_help_needs_no_command_and_the_package_no_optional_part():
+    """`python -m timm_convnextv2`, in a process of its own: what it imports, and subpackages as attributes."""
+    code = (
+        "import runpy, sys\n"
+        "sys.argv[1:] = ['--version']\n"
+        "try: runpy.run_module('timm_convnextv2', run_name='__main__')\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "heavy = ('matplotlib', 'pyarrow', 'datasets', 'timm_convnextv2.checkpoint', 'timm_convnextv2.data')\n"
+        "assert not [m for m in heavy if m in sys.modules], heavy\n"
+        "import timm_convnextv2\n"
+        "assert timm_convnextv2.checkpoint.load_model and timm_convnextv2.data.create_source\n"
+        "try: timm_convnextv2.nothing\n"
+        "except AttributeError as e: print(e)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    version = f"timm-convnextv2 {timm_convnextv2.__version__}"
+    assert run.stdout.splitlines() == [version, "module 'timm_convnextv2' has no attribute 'nothing'"]
+
+
+# --- the commands that are printed
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No torchrun around, and the console command on the path or not."""
+    for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def called(program, installed):
+        monkeypatch.setattr(sys, "argv", [program])
+        monkeypatch.setattr(command.shutil, "which", lambda name: f"/bin/{name}" if installed else None)
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("program", "installed", "expected"),
+    [
+        (str(SCRIPTS / "pretrain.py"), True, ["python", str(SCRIPTS / "publish.py")]),
+        ("env/bin/timm-convnextv2", True, ["timm-convnextv2", "publish"]),
+        ("env/bin/timm-convnextv2", False, ["env/bin/timm-convnextv2", "publish"]),
+        ("site-packages/timm_convnextv2/pretrain/__main__.py", True, ["timm-convnextv2", "publish"]),
+        ("site-packages/timm_convnextv2/pretrain/__main__.py", False, ["python", "-m", "timm_convnextv2.publish"]),
+        ("elsewhere/train_scripts/mine.py", False, ["python", "-m", "timm_convnextv2.publish"]),
+    ],
+)
+def test_a_printed_command_exists_where_the_user_is(program, installed, expected, alone):
+    alone(program, installed)
+    assert command.invocation("publish") == command.invocation("publish", distributed=True) == expected
+
+
+def test_a_printed_command_starts_as_many_processes(alone, monkeypatch):
+    alone("site-packages/timm_convnextv2/pretrain/__main__.py", True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    module = ["-m", "timm_convnextv2.pretrain"]
+    assert command.invocation("pretrain", distributed=True) == ["torchrun", "--nproc-per-node", "8", *module]
+    assert command.invocation("pretrain") == ["timm-convnextv2", "pretrain"]
+    for name, value in (("GROUP_WORLD_SIZE", "4"), ("MASTER_ADDR", "node0"), ("TORCHELASTIC_RUN_ID", "job")):
+        monkeypatch.setenv(name, value)
+    nodes = "--nnodes 4 --rdzv-backend c10d --rdzv-id job --rdzv-endpoint node0:29500 --nproc-per-node 8".split()
+    assert command.invocation("pretrain", distributed=True) == ["torchrun", *nodes, *module]

@@ -1,0 +1,295 @@
+"""Export of what timm's train.py made: a classifier, as a timm folder with its settings, metrics and origin."""
+
+import argparse
+import csv
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import resolve_data_config
+from timm.models import clean_state_dict
+from torch import Tensor
+
+from ..models import ConvNeXtV2
+from ..models.weights import check_weights
+from ..provenance import WEIGHTS, Origin, config_beside, origin_of_config, read_config, resolve_license
+from .export import KEEP, PAPER, write_folder
+from .files import load_checkpoint
+
+__all__ = ["export_finetuned", "find_checkpoint"]
+
+
+def find_checkpoint(path: str | os.PathLike) -> Path:
+    """The checkpoint file that `export_finetuned` takes for `path`, a file or the output folder of timm's train.py.
+
+    Raises:
+        ValueError: There is none; says what the folder is instead.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("model_best.pth.tar", "last.pth.tar"):
+        if (path / name).is_file():
+            return path / name
+    others = sorted(p.name for p in path.glob("*.pth.tar"))
+    if others:
+        raise ValueError(f"'{path}' has no model_best.pth.tar and no last.pth.tar; name one of {', '.join(others)}.")
+    if (path / "config.json").is_file():
+        raise ValueError(f"'{path}' is a timm folder already, not the output folder of timm's train.py.")
+    raise ValueError(f"'{path}' has no checkpoint of timm's train.py (model_best.pth.tar, last.pth.tar).")
+
+
+def _args_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The options of train.py in one of its checkpoints."""
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if isinstance(args, dict) and "mask_ratio" in args:
+        raise ValueError(
+            f"'{path}' is a checkpoint of a pretraining run, which has no classifier: its encoder is in "
+            f"'{path.parent / 'encoder'}', and export_fcmae (`timm-convnextv2 publish --part fcmae`) writes all of it."
+        )
+    if not isinstance(checkpoint.get("state_dict"), dict) or not isinstance(args, dict) or "model" not in args:
+        missing = "weights ('state_dict')" if not isinstance(checkpoint.get("state_dict"), dict) else "options ('args')"
+        raise ValueError(f"'{path}' is not a checkpoint of timm's train.py: it has no {missing}.")
+    return args
+
+
+def _model_name(args: dict[str, Any], folder: Path) -> str:
+    """The model's name for timm's factory: of a start folder that has moved, the copy of its config in the run."""
+    name = args["model"]
+    source, _, place = name.partition(":")
+    if source not in ("local-dir", "hf-hub", "hf_hub"):
+        return name
+    if (folder / "config.json").is_file():
+        return f"local-dir:{folder}"
+    if source == "local-dir" and not (Path(place) / "config.json").is_file():
+        raise ValueError(
+            f"Training started from '{name}', and '{Path(place) / 'config.json'}' is not there (any more): it names "
+            "the architecture, its options and the licence. Put the folder back, call this from where the "
+            f"training was started, or copy that config.json to '{folder}'."
+        )
+    return name
+
+
+def _origin(args: dict[str, Any], name: str, cfg: dict[str, Any], seen: tuple[Path, ...]) -> Origin:
+    """What the weights that a run of train.py started from hand on; nothing where it started from scratch.
+
+    Args:
+        args: The run's options.
+        name: Its model's name, see `_model_name`.
+        cfg: `pretrained_cfg` of the model made under that name.
+        seen: Checkpoints that have been followed.
+    """
+    keys = ("resume", "initial_checkpoint", *(("pretrained_path",) if args.get("pretrained") else ()))
+    for key in keys:  # what is loaded last replaces what was there
+        if not args.get(key):
+            continue
+        path = Path(args[key])
+        if not path.is_file() and (seen[0].parent / path.name).is_file():  # the run has moved, and its files with it
+            path = seen[0].parent / path.name
+        if path.resolve() in seen:
+            continue  # it resumed itself
+        if not path.is_file():
+            raise ValueError(
+                f"Training went on from '{path}' (--{key.replace('_', '-')}), which is not there: the licence of the "
+                "weights cannot be told. Put it back, or call this from where training was started."
+            )
+        return _origin_of_file(path, seen)
+    if not args.get("pretrained"):
+        return Origin()
+    if name.startswith("local-dir:"):
+        hub_id = args["model"].partition(":")[2] if args["model"].startswith(("hf-hub:", "hf_hub:")) else None
+        return origin_of_config(read_config(Path(name.partition(":")[2]) / "config.json"), hub_id)
+    return origin_of_config(cfg, cfg.get("hf_hub_id"))
+
+
+def _origin_of_file(path: Path, seen: tuple[Path, ...]) -> Origin:
+    """What the weights of a file hand on: by the `config.json` beside safetensors, by the options in a checkpoint."""
+    if path.suffix == ".safetensors":
+        config = config_beside({"file": path.with_name(WEIGHTS)})
+        return origin_of_config(config) if config else Origin()
+    before = load_checkpoint(path).get("args")
+    if isinstance(before, dict) and "mask_ratio" in before:  # of a pretraining run, which keeps its encoder beside it
+        config = config_beside({"file": path.parent / "encoder" / WEIGHTS})
+        return origin_of_config(config) if config else Origin()
+    if not isinstance(before, argparse.Namespace):
+        return Origin()
+    before = vars(before)
+    name = _model_name(before, path.parent)
+    cfg = timm.create_model(name, pretrained=False, device="meta").pretrained_cfg
+    return _origin(before, name, cfg, (*seen, path.resolve()))
+
+
+def _metrics(summary: Path, checkpoint: dict[str, Any], args: dict[str, Any], ema: bool) -> dict[str, Any] | None:
+    """What train.py measured for exactly these weights; None where it measured others, or nothing."""
+    evaluated_ema = "state_dict_ema" in checkpoint and not args.get("model_ema_force_cpu")
+    if ema != evaluated_ema or not summary.is_file():
+        return None
+    with open(summary, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("epoch") == str(checkpoint.get("epoch"))]
+    found = {}
+    for key in ("top1", "top5", "loss"):
+        try:  # of a repeated epoch the last row; a resumed run repeats the header too
+            value = float(rows[-1].get(f"eval_{key}") or "nan") if rows else math.nan
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value):
+            found[key] = round(value, 4)
+    if not found:
+        return None
+    dataset = args.get("dataset") or ""
+    place = args.get("data_dir") or args.get("data")
+    found["dataset"] = dataset or (Path(place).resolve().name if place else None)
+    found["split"] = args.get("val_split") or None
+    return found
+
+
+def _describe(args: dict[str, Any], checkpoint: dict[str, Any], ema: bool, start: str | None) -> dict[str, str]:
+    """Rows for the table: how train.py made the weights."""
+    get = args.get
+    images = (get("batch_size") or 0) * (get("grad_accum_steps") or 1) * (get("world_size") or 1)
+    lr = f"{get('lr'):.2e}" if isinstance(get("lr"), float) else str(get("lr"))
+    weights = f"moving average ({get('model_ema_decay')})" if ema else "last of their epoch"
+    warmup = get("warmup_epochs") or 0
+    epochs = (get("epochs") or 0) + (warmup if get("warmup_prefix") else 0) + (get("cooldown_epochs") or 0)
+    place = get("data_dir") or get("data")
+    rows = {
+        "Method": "supervised training with timm's train.py",
+        "Started from": start or "random weights",
+        "Recipe": Path(get("config")).name if get("config") else None,
+        "Data": get("dataset") or (Path(place).resolve().name if place else None),
+        "Epochs": f"{checkpoint['epoch'] + 1} of {epochs}, {warmup} of them warmup"
+        if isinstance(checkpoint.get("epoch"), int)
+        else None,
+        "Optimizer": f"{get('opt')}, lr {lr} for {images} images per update, weight decay {get('weight_decay')}"
+        + (f", betas {tuple(get('opt_betas'))}" if get("opt_betas") else "")
+        + (f", layer decay {get('layer_decay')}" if get("layer_decay") else ""),
+        "Augmentation": ", ".join(
+            f"{text} {get(key)}"
+            for key, text in (
+                ("aa", "policy"), ("mixup", "mixup"), ("cutmix", "cutmix"), ("reprob", "random erasing"),
+                ("smoothing", "label smoothing"), ("drop_path", "drop path"),
+            )
+            if get(key)
+        ),
+        "Weights": weights,
+        "Seed": get("seed"),
+    }  # fmt: skip
+    return {key: str(value) for key, value in rows.items() if value not in (None, "")}
+
+
+def _weights(content: dict[str, Any], path: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool]:
+    """The weights to export, and whether they are the moving average."""
+    if ema and "state_dict_ema" not in content:
+        raise ValueError(f"'{path}' holds no moving average of the weights: train with --model-ema, or pass ema=False.")
+    ema = "state_dict_ema" in content if ema is None else ema
+    return clean_state_dict(content["state_dict_ema" if ema else "state_dict"]), ema
+
+
+def _create_model(args: dict[str, Any], name: str, path: Path) -> ConvNeXtV2:
+    """The model of a run on the meta device, as train.py creates it, less what only training needs."""
+    chans = args.get("in_chans") or (args["input_size"][0] if args.get("input_size") else 3)
+    try:
+        model = timm.create_model(
+            name,
+            pretrained=False,
+            in_chans=chans,
+            num_classes=args.get("num_classes"),
+            global_pool=args.get("gp"),
+            device="meta",
+            **(args.get("model_kwargs") or {}),
+        )
+    except OSError as e:
+        raise RuntimeError(
+            f"The config.json of '{args['model']}', which names the architecture, cannot be had ({e}). Without "
+            f"network, copy it to '{path.parent}'."
+        ) from e
+    except (AssertionError, KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"The model of '{path}', '{args['model']}', cannot be made again: {e}") from e
+    if not isinstance(model, ConvNeXtV2):
+        raise ValueError(f"'{path}' is of a '{args['model']}'; a ConvNeXt V2 (convnextv2_*) was expected.")
+    return model
+
+
+def _start(args: dict[str, Any]) -> str | None:
+    """What training started from, in a word; None for random weights."""
+    if not any(args.get(key) for key in ("pretrained", "initial_checkpoint", "resume")):
+        return None
+    name = args["model"]
+    return name.rstrip("/").rpartition("/")[2] if name.startswith("local-dir:") else name
+
+
+def _training(
+    args: dict[str, Any],
+    content: dict[str, Any],
+    path: Path,
+    *,
+    ema: bool,
+    origin: Origin,
+    info: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The section `training` of config.json, see `card`."""
+    dataset = args.get("dataset") or ""
+    hub_dataset = dataset.partition("/")[2] if dataset.startswith(("hfds/", "hfids/")) else None
+    metrics = _metrics(path.parent / "summary.csv", content, args, ema)
+    return {
+        "table": {**_describe(args, content, ema, _start(args)), **(info or {})},
+        "base_model": origin.base_model,
+        "datasets": [hub_dataset] if hub_dataset else [],
+        "metrics": {**metrics, "dataset_id": hub_dataset} if metrics else None,
+        "inherited_license": origin.license,
+    }
+
+
+def export_finetuned(
+    checkpoint: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    ema: bool | None = None,
+    license: str | None = None,
+    info: dict[str, Any] | None = None,
+) -> Path:
+    """Writes a classifier that timm's train.py made as a timm folder, which stock timm opens without this package.
+
+    Model, options, number of classes, image size, normalisation, settings and origin come from the options of the run
+    in the checkpoint, metrics from the `summary.csv` beside it. A run that started from `local-dir:FOLDER` needs that
+    folder's `config.json`, there or as a copy in the run's own folder. Nothing in a file is executed. The files are
+    written as `export_encoder` does.
+
+    Args:
+        checkpoint: A checkpoint file of train.py, or its output folder (model_best.pth.tar, else last.pth.tar).
+        folder: Where to; it and its parents are made if needed.
+        ema: Export the moving average of the weights. None: where there is one, as that is what train.py evaluated.
+        license: Licence of the weights, by its id on the Hugging Face Hub. None states none. Weights that started from
+            others under a stated licence (the published ones: cc-by-nc-4.0) keep it.
+        info: More rows for the table in the README, or other values for its own.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: No such checkpoint, one that is damaged, asks for code, or is not of train.py; a model that is no
+            ConvNeXt V2, or whose start folder is not there; weights that do not fit; `ema=True` without an average; a
+            licence that contradicts the one the weights started from.
+        RuntimeError: The `config.json` of an `hf-hub:` model cannot be had.
+    """
+    path = find_checkpoint(checkpoint)
+    content = load_checkpoint(path)
+    args = _args_of(content, path)
+    weights, ema = _weights(content, path, ema)
+    name = _model_name(args, path.parent)
+    model = _create_model(args, name, path)
+    check_weights(weights, model.state_dict(), f"'{path}' does not hold weights of '{args['model']}'")
+
+    origin = _origin(args, name, model.pretrained_cfg, (path.resolve(),))
+    license = resolve_license(license, origin.license)
+    data = resolve_data_config(args, model=model)
+    cfg = model.pretrained_cfg
+    model.pretrained_cfg = {
+        **{k: cfg[k] for k in (*KEEP, *(PAPER if origin.license else ())) if k in cfg},
+        **({"origin_url": origin.url} if origin.url else {}),
+    }
+    training = _training(args, content, path, ema=ema, origin=origin, info=info)
+    return write_folder(model, weights, folder, data=data, license=license, training=training)
