@@ -64,7 +64,16 @@ def invocation(command: str, distributed: bool = False) -> list[str]:
         return [PROGRAM, command]
     if script.name == PROGRAM:  # called by its path, of an environment that is not activated
         return [str(script), command]
-    return ["python", *words]
+    return [_python(), *words]
+
+
+def _python() -> str:
+    """'python' where that is this interpreter, else its path: of an environment that is not activated."""
+    here, found = os.path.abspath(sys.executable), shutil.which("python")
+    if found and os.path.abspath(found) == here:
+        return "python"
+    below = Path.cwd() in Path(here).parents
+    return os.path.relpath(here) if below else here
 
 
 def _nodes() -> list[str]:
