@@ -340,6 +340,9 @@ def test_a_stream_is_embedded_once_in_its_order(small, shards, tmp_path):
     (tmp_path / "images" / "005.png").write_bytes(b"")
     embed(small, tmp_path / "images", tmp_path / "c.npy", batch_size=4, max_bad_images=0.1)
     np.testing.assert_array_equal(matrix, np.load(tmp_path / "c.npy"))
+    with pytest.raises(ValueError, match="gave 19 images, and 20 are stated"):  # a damaged shard would lose some
+        embed(small, folder, tmp_path / "e.npy", num_samples=20, **options)
+    assert embed(small, folder, tmp_path / "e.npy", num_samples=19, resume=True, **options)[0] == 18
     with pytest.raises(ValueError, match="1 of 19 images cannot be decoded"):
         embed(small, folder, tmp_path / "d.npy", **{**options, "max_bad_images": 0.05})
 

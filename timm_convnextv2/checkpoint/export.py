@@ -57,7 +57,7 @@ def write_folder(
     temporary.mkdir(parents=True)
     try:
         # what timm.models.save_for_hf writes, without a second copy of the model for other weights
-        save_config_for_hf(model, temporary / "config.json", data_config=data)
+        save_config_for_hf(model, str(temporary / "config.json"), data_config=data)
         config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
         cfg = config["pretrained_cfg"]
         cfg.pop("license", None)
@@ -189,13 +189,14 @@ def export_fcmae(
         weights = clean_state_dict(state_dict)
         check_weights(weights, own, "Not weights of this FCMAE")
     data = _pretraining_data(model, mean, std, img_size)
-    described = copy.copy(model)  # shares everything but what is set here
+    described: Any = copy.copy(model)  # shares everything but what is set here
     described.pretrained_cfg = {
         **{k: cfg[k] for k in (*KEEP, *PAPER, "origin_url") if k in cfg},
         "architecture": f"fcmae_{cfg['architecture']}",
         "first_conv": "encoder.stem.0",
         "classifier": None,
     }
-    described._traits = {**model._traits, "img_size": data["input_size"][1:]}
+    traits: Any = model._traits
+    described._traits = {**traits, "img_size": data["input_size"][1:]}
     training = _pretraining(model, inherited, info)
     return write_folder(described, weights, folder, data=data, license=license, training=training)

@@ -118,8 +118,8 @@ def _origin_of_file(path: Path, seen: tuple[Path, ...]) -> Origin:
         return Origin()
     before = vars(before)
     name = _model_name(before, path.parent)
-    cfg = timm.create_model(name, pretrained=False, device="meta").pretrained_cfg
-    return _origin(before, name, cfg, (*seen, path.resolve()))
+    model: Any = timm.create_model(name, pretrained=False, device="meta")
+    return _origin(before, name, model.pretrained_cfg, (*seen, path.resolve()))
 
 
 def _metrics(summary: Path, checkpoint: dict[str, Any], args: dict[str, Any], ema: bool) -> dict[str, Any] | None:
@@ -158,13 +158,13 @@ def _describe(args: dict[str, Any], checkpoint: dict[str, Any], ema: bool, start
     rows = {
         "Method": "supervised training with timm's train.py",
         "Started from": start or "random weights",
-        "Recipe": Path(get("config")).name if get("config") else None,
+        "Recipe": Path(args["config"]).name if get("config") else None,
         "Data": get("dataset") or (Path(place).resolve().name if place else None),
         "Epochs": f"{checkpoint['epoch'] + 1} of {epochs}, {warmup} of them warmup"
         if isinstance(checkpoint.get("epoch"), int)
         else None,
         "Optimizer": f"{get('opt')}, lr {lr} for {images} images per update, weight decay {get('weight_decay')}"
-        + (f", betas {tuple(get('opt_betas'))}" if get("opt_betas") else "")
+        + (f", betas {tuple(args['opt_betas'])}" if get("opt_betas") else "")
         + (f", layer decay {get('layer_decay')}" if get("layer_decay") else ""),
         "Augmentation": ", ".join(
             f"{text} {get(key)}"
@@ -188,8 +188,8 @@ def _weights(content: dict[str, Any], path: Path, ema: bool | None) -> tuple[dic
     return clean_state_dict(content["state_dict_ema" if ema else "state_dict"]), ema
 
 
-def _create_model(args: dict[str, Any], name: str, path: Path) -> ConvNeXtV2:
-    """The model of a run on the meta device, as train.py creates it, less what only training needs."""
+def _create_model(args: dict[str, Any], name: str, path: Path) -> Any:
+    """The `ConvNeXtV2` of a run on the meta device, as train.py creates it, less what only training needs."""
     chans = args.get("in_chans") or (args["input_size"][0] if args.get("input_size") else 3)
     try:
         model = timm.create_model(

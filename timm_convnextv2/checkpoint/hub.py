@@ -17,6 +17,9 @@ from .card import IMAGES, card_for_repo, render_card
 
 __all__ = ["check_folder", "files_to_push", "push_to_hub"]
 
+# The bases: `HTTPError` of the HTTP library that this huggingface_hub uses, and OSError (no network, no disk);
+# RuntimeError: an upload of a large file that failed, with its cause
+_FAULTS: Any = (OSError, RuntimeError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
 
 
@@ -48,15 +51,15 @@ def _check_licence(folder: Path, config: dict[str, Any], card: str) -> None:
             f"{binding}, which stays."
         )
     try:
-        data = ModelCard(card, ignore_metadata_errors=True).data
+        stated_there = ModelCard(card, ignore_metadata_errors=True).data.to_dict().get("license")
     except (yaml.YAMLError, ValueError) as e:
         raise ValueError(
             f"The metadata at the head of '{folder / 'README.md'}' are not valid YAML: {e}. Correct them, or delete "
             "the file to have it written again."
         ) from e
-    if (stated or binding) and data.license != (stated or binding):
+    if (stated or binding) and stated_there != (stated or binding):
         raise ValueError(
-            f"'{folder / 'README.md'}' states the licence {data.license}, but the weights are under "
+            f"'{folder / 'README.md'}' states the licence {stated_there}, but the weights are under "
             f"{stated or binding} (config.json). Correct its line 'license:', or delete it to have it written anew."
         )
 
@@ -193,9 +196,7 @@ def push_to_hub(
         )
     except _WrongVisibility:
         raise
-    # the bases: `HTTPError` of the HTTP library that this huggingface_hub uses, and OSError (no network, no disk);
-    # RuntimeError: an upload of a large file that failed, with its cause
-    except (OSError, RuntimeError, HfHubHTTPError, *HfHubHTTPError.__bases__) as e:
+    except _FAULTS as e:
         raise RuntimeError(_explain(e, repo_id, revision)) from e
     return commit.commit_url
 

@@ -41,7 +41,7 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
         _check_name(name)
     try:
         # without pretrained=True timm builds the architecture and leaves the weights random
-        model = timm.create_model(name, pretrained=True, **kwargs)
+        model: Any = timm.create_model(name, pretrained=True, **kwargs)
         stored = _stored(model.pretrained_cfg) if placed else None
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, HfHubHTTPError) as e:
         raise ValueError(f"The model '{name}' cannot be loaded ({type(e).__name__}: {e}).") from e

@@ -141,8 +141,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _edited_card(text: str, license: str, stated: Stated) -> str:
     """A card that was edited by hand: its text stays, its metadata follow what is stated."""
     card = ModelCard(text, ignore_metadata_errors=True)
-    card.data.license = license
-    for name, value in (("datasets", list(stated.datasets)), ("base_model", stated.base_model)):
+    for name, value in (("license", license), ("datasets", list(stated.datasets)), ("base_model", stated.base_model)):
         if value:
             setattr(card.data, name, value)
     return str(card)
@@ -183,7 +182,7 @@ def _stage_fcmae(run: Path, target: Path, stated: Stated) -> None:
     options = {k: v for k, v in encoder.get("model_args", {}).items() if k not in ("num_classes", "global_pool")}
     names = ("in_chans", "patch_size", "mask_ratio", "decoder_depth", "decoder_dim", "norm_pix_loss")
     options |= {name: settings[name] for name in names} | settings["model_kwargs"]
-    model = timm.create_model(
+    model: Any = timm.create_model(
         f"fcmae_{encoder['architecture']}", img_size=tuple(settings["input_size"][1:]), device="meta", **options
     )
     model.base_model = training.get("base_model")

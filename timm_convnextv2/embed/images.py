@@ -55,8 +55,9 @@ def preprocessing(config: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tens
     """
     # timm's resizing and cropping, on tensors: these may be 16-bit or have many channels; scaling comes after
     geometry = {k: config[k] for k in ("input_size", "interpolation", "crop_pct", "crop_mode")}
-    scale: list[Any] = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
-    return v2.Compose([create_transform(**geometry, normalize=False), *scale])
+    scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
+    resize: Any = create_transform(**geometry, normalize=False)
+    return v2.Compose([resize, *scale])
 
 
 def name_of(source: Any, i: int) -> str:

@@ -101,8 +101,9 @@ def embed(
         def claim() -> tuple[set[int], int]:
             if total is not None:
                 check_readable(source)
-            place = dataset or os.path.abspath(data_dir or "")
-            data = {"data": place, "split": split, "images": total, "names": _digest_of_names(source)}
+            place = None if data_dir is None else os.path.abspath(data_dir)
+            data = {"data_dir": place, "dataset": dataset, "split": split, "input_key": input_key}
+            data |= {"images": total, "names": _digest_of_names(source)}
             images = {key: config[key] for key in _PREPROCESSING}
             computed = {"batch_size": batch_size, "device": torch.device(device).type, "amp": amp}
             run = {"model": model, "weights": digest(network), **data, **images, **computed}
@@ -126,6 +127,8 @@ def embed(
             raise
         finally:
             bar.close()
+        if isinstance(source, TimmStream):
+            _check_complete(seen, source.reader.num_samples)
         group.wait()
         return group.first(lambda: _join(output, parts, limit, total or seen, batch_size * share.per_part))
 
@@ -142,6 +145,15 @@ def _check_place(output: Path, source: Any) -> None:
     if output.suffix == ".npy" and isinstance(source, FolderSource):
         if Path(source.root).resolve() in output.resolve().parents:
             raise ValueError(f"'{output}' lies among the images, where .npy files count as images. Write it elsewhere.")
+
+
+def _check_complete(seen: int, stated: int | None) -> None:
+    """Readers of streams skip what is damaged in a shard, and only log it."""
+    if stated and seen != stated:
+        raise ValueError(
+            f"The stream gave {seen} images, and {stated} are stated. Repair the shards, or correct --num-samples; the "
+            "finished rows stay: resume with --resume."
+        )
 
 
 class _Share(NamedTuple):
