@@ -1,6 +1,5 @@
 """The command publish, and continuing from what it writes: run folders and timm folders in, what would be sent out."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,22 +13,19 @@ import torch
 from huggingface_hub import ModelCard
 from test_export import FCMAE, NC, _Runs, config_of, equal, make_run
 
-from timm_convnextv2 import publish
+from timm_convnextv2 import pretrain, publish
 from timm_convnextv2.checkpoint import export_encoder, export_finetuned, load_checkpoint, push_to_hub
+from timm_convnextv2.pretrain.loop import create_model
+from timm_convnextv2.pretrain.options import parse_options
 
-SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 SENT = ["README.md", "config.json", "model.safetensors"]
 IMAGES = ["loss.png", "reconstructions.png"]
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pretrain = script("pretrain")
+def fcmae_of(argv):
+    """The options and the model that pretraining makes of a command line."""
+    args, start = parse_options(argv)
+    return args, create_model(args, start)
 
 
 @pytest.fixture
@@ -53,7 +49,7 @@ def pretrained(tmp_path_factory):
     """The folder of a pretraining run that kept a moving average."""
     folder = tmp_path_factory.mktemp("pretrained")
     options = [*TINY, "--model-ema", "--model-kwargs", "depths=(1,1,1,1)", "dims=(8,12,16,20)"]
-    assert pretrain.cli([*options, "--output", str(folder), "--experiment", "run"]) == 0
+    assert pretrain.main([*options, "--output", str(folder), "--experiment", "run"]) == 0
     return folder / "run"
 
 
@@ -137,13 +133,12 @@ def test_pretraining_goes_on_from_what_was_published(pretrained, run_publish, ca
     assert run_publish(pretrained, "a/b", "--part", "fcmae", "--license", "mit", "--dry-run", "--output", fcmae)[0] == 0
     common = ["--epochs", "1", "--train-num-samples", "8", "--batch-size", "4", "--output", str(tmp_path)]
     common += ["--model", f"local-dir:{fcmae}"]
-    args = pretrain.parse_args([*common, "--pretrained"])
+    args, model = fcmae_of([*common, "--pretrained"])
     assert (args.img_size, args.patch_size, args.decoder_dim, args.in_chans) == (32, 1, 8, 3)
-    model = pretrain.create_fcmae(args)
     assert equal(model.state_dict(), safetensors.torch.load_file(fcmae / "model.safetensors"))
 
-    assert pretrain.cli([*common, "--pretrained", "--dry-run"]) == 0
-    assert pretrain.cli([*common, "--pretrained", "--experiment", "again", "--lr", "0"]) == 0
+    assert pretrain.main([*common, "--pretrained", "--dry-run"]) == 0
+    assert pretrain.main([*common, "--pretrained", "--experiment", "again", "--lr", "0"]) == 0
     assert "decoder" not in caplog.text
     last = load_checkpoint(tmp_path / "again/last.pth.tar")["state_dict"]
     assert equal(last, model.state_dict())  # with lr 0 nothing moves
@@ -154,7 +149,7 @@ def test_pretraining_goes_on_from_what_was_published(pretrained, run_publish, ca
     assert status == 2 and "under mit, which stays" in err
     assert run_publish(tmp_path / "again", "a/b", "--part", "fcmae", "--dry-run")[0] == 0  # mit, without asking
 
-    again = pretrain.create_fcmae(pretrain.parse_args([*common, "--pretrained", "--img-size", "64"]))
+    _, again = fcmae_of([*common, "--pretrained", "--img-size", "64"])
     assert again.img_size == (64, 64)
     for options, message in (
         ([], "add --pretrained"),
@@ -164,16 +159,16 @@ def test_pretraining_goes_on_from_what_was_published(pretrained, run_publish, ca
         (["--pretrained", "--model", f"local-dir:{tmp_path}"], "no config.json"),
         (["--pretrained", "--model", "hf-hub:nobody/nothing"], "nobody/nothing.*config.json"),
     ):
-        assert pretrain.cli([*common, "--experiment", "bad", *options]) == 2
+        assert pretrain.main([*common, "--experiment", "bad", *options]) == 2
         err = capsys.readouterr().err
-        assert err.startswith("pretrain.py: error:") and "Traceback" not in err
+        assert err.startswith("timm-convnextv2 pretrain: error:") and "Traceback" not in err
         assert re.search(message, err), err
     assert not (tmp_path / "bad").exists()
 
 
 def test_pretraining_starts_from_an_encoder_folder(pretrained, caplog, tmp_path):
     options = ["--model", f"local-dir:{pretrained / 'encoder'}", "--pretrained", "--decoder-dim", "16"]
-    model = pretrain.create_fcmae(pretrain.parse_args([*options, "--train-num-samples", "8"]))
+    _, model = fcmae_of([*options, "--train-num-samples", "8"])
     weights = safetensors.torch.load_file(pretrained / "encoder/model.safetensors")
     assert all(torch.equal(model.encoder.state_dict()[k], v) for k, v in weights.items() if "head" not in k)
     assert "decoder starts from random weights" in caplog.text and model.img_size == (32, 32)

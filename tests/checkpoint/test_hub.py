@@ -4,7 +4,6 @@ What huggingface_hub does by itself is tested where our users rely on it; the re
 `publish`.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -19,13 +18,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers import SCRIPTS
 from hub_server import HubServer, card_metadata
 from huggingface_hub import constants, file_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import _http
 
 import timm_convnextv2
-from timm_convnextv2 import checkpoint
+from timm_convnextv2 import checkpoint, pretrain, publish
 
 # huggingface_hub calls its HTTP library in a way that is on its way out
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
@@ -35,7 +35,6 @@ TINY_FCMAE = dict(TINY, decoder_dim=16, img_size=32)
 REPO = "owner/model"
 WEIGHTS, LFS = "model.safetensors", "/storage/"  # the file, and where its content travels
 FOREVER = math.inf
-SCRIPTS = Path(__file__).parents[2] / "train_scripts"
 
 
 class Clock:
@@ -668,24 +667,7 @@ def test_publish_script_with_the_environment_alone(exported, folder, tmp_path):
 # -- the scripts, in this process
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def publish():
-    return script("publish")
-
-
-@pytest.fixture(scope="module")
-def pretrain():
-    return script("pretrain")
-
-
-def test_publish_dry_run_asks_nobody(hub, folder, publish, capsys):
+def test_publish_dry_run_asks_nobody(hub, folder, capsys):
     before = files_of(folder)
     assert publish.main([str(folder), REPO, "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -698,7 +680,7 @@ def test_publish_dry_run_asks_nobody(hub, folder, publish, capsys):
     "fault, said",
     [("token", "HF_TOKEN"), ("stranger", "403"), ("outage", "503"), ("network", "network")],
 )
-def test_publish_says_in_one_message_what_went_wrong(hub, folder, publish, capsys, monkeypatch, fault, said):
+def test_publish_says_in_one_message_what_went_wrong(hub, folder, capsys, monkeypatch, fault, said):
     if fault == "token":
         monkeypatch.delenv("HF_TOKEN")
     elif fault == "stranger":
@@ -714,16 +696,16 @@ def test_publish_says_in_one_message_what_went_wrong(hub, folder, publish, capsy
 
 
 @pytest.mark.parametrize("kind", ["encoder", "fcmae"])
-def test_pretraining_goes_on_from_the_hub(hub, exported, pretrain, capsys, tmp_path, kind):
+def test_pretraining_goes_on_from_the_hub(hub, exported, capsys, tmp_path, kind):
     hub.add(REPO, exported[kind], private=True, branch="v1")
     options = ["--model", f"hf-hub:{REPO}@v1", "--pretrained", "--device", "cpu", "--workers", "0"]
-    assert pretrain.cli([*options, "--output", str(tmp_path), "--dry-run"]) == 0, capsys.readouterr().err
+    assert pretrain.main([*options, "--output", str(tmp_path), "--dry-run"]) == 0, capsys.readouterr().err
     assert len(hub.log("GET", LFS)) == 1
     assert not any("/resolve/main/" in r.path for r in hub.requests)
 
 
 @pytest.mark.parametrize("fault", ["absent", "token", "revision", "network", "reset", "cut weights"])
-def test_pretraining_says_in_one_message_what_went_wrong(hub, exported, pretrain, capsys, monkeypatch, tmp_path, fault):
+def test_pretraining_says_in_one_message_what_went_wrong(hub, exported, capsys, monkeypatch, tmp_path, fault):
     hub.add(REPO, exported["fcmae"], private=True)
     name = {"absent": "owner/absent", "revision": f"{REPO}@v9"}.get(fault, REPO)
     if fault == "token":
@@ -735,7 +717,7 @@ def test_pretraining_says_in_one_message_what_went_wrong(hub, exported, pretrain
     elif fault == "cut weights":
         hub.cut("GET", LFS, after=0, times=FOREVER)
     options = ["--model", f"hf-hub:{name}", "--pretrained", "--device", "cpu", "--workers", "0"]
-    assert pretrain.cli([*options, "--output", str(tmp_path / "runs")]) == 2
+    assert pretrain.main([*options, "--output", str(tmp_path / "runs")]) == 2
     err = capsys.readouterr().err
     assert re.search(rf"error: .*{name}", err), err
     assert not (tmp_path / "runs").exists()
