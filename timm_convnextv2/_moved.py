@@ -47,9 +47,9 @@ def install() -> None:
     """Puts the old modules beside the new ones, as names only: nothing is imported before it is asked for."""
     for old, homes in MODULES.items():
         module = types.ModuleType(f"{PACKAGE}.{old}", f"Moved to {' and '.join(homes)}.")
-        module.__getattr__ = _finder(old, homes)
+        setattr(module, "__getattr__", _finder(old, homes))  # noqa: B010  (PEP 562, by assignment)
         sys.modules[module.__name__] = module
         parent, _, child = module.__name__.rpartition(".")
         setattr(sys.modules[parent], child, module)
     for kept, homes in NAMES.items():
-        importlib.import_module(f"{PACKAGE}.{kept}").__getattr__ = _finder(kept, homes)
+        setattr(importlib.import_module(f"{PACKAGE}.{kept}"), "__getattr__", _finder(kept, homes))  # noqa: B010

@@ -1,5 +1,7 @@
 """`FCMAETask`: FCMAE as a task of timm."""
 
+from typing import Any
+
 import torch
 from timm.task import TrainingTask
 from torch import nn
@@ -41,8 +43,9 @@ class FCMAETask(TrainingTask):
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs) -> nn.Module:
         """Compiles the model, before DDP wrapping."""
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        return self.trainable_module
+        compiled: Any = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module = compiled
+        return compiled
 
     def forward(self, input: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Loss of a batch.

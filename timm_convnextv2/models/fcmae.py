@@ -11,7 +11,7 @@ Data flow and shapes: images `[B, C, H, W]` -> mask `[B, h, w]`, True = removed 
 """
 
 from itertools import product
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,10 @@ class FCMAE(nn.Module):
             outside the mixer (`stem_type` other than 'patch', `output_stride` below 32).
     """
 
+    if TYPE_CHECKING:  # what timm's factory sets, and what nn.Module types as Tensor | Module
+        pretrained_cfg: dict[str, Any]
+        encoder: ConvNeXtV2
+
     base_model: str | None = None  # the model on the Hub that the weights started from; timm's factory sets it
 
     def __init__(
@@ -148,7 +152,7 @@ class FCMAE(nn.Module):
         for module in (self.proj, *self.decoder.modules(), self.pred):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]  (all of them have one)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

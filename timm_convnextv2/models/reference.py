@@ -4,17 +4,17 @@ Slow on purpose and written apart from the packed code, as the paper's section 3
 model with it, benchmarks take it as their baseline.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from timm.models.convnext import ConvNeXtBlock
-from torch import nn
 
 from .fcmae import FCMAE, FCMAEOutput, normalize_target, patchify
 
 __all__ = ["reference_forward", "reference_features"]
 
 
-def _grn(x: torch.Tensor, grn: nn.Module, keep: torch.Tensor) -> torch.Tensor:
+def _grn(x: torch.Tensor, grn: Any, keep: torch.Tensor) -> torch.Tensor:
     """GRN over the kept tokens of each image; `x` `[B, H, W, C]`, `keep` `[B, H, W, 1]`."""
     g = (x.to(torch.promote_types(x.dtype, torch.float32)) * keep).square().sum(dim=(1, 2), keepdim=True)
     g = torch.where(g > 0, g, 1).sqrt() * (g > 0)  # the gradient of sqrt at 0 is not finite
@@ -22,7 +22,7 @@ def _grn(x: torch.Tensor, grn: nn.Module, keep: torch.Tensor) -> torch.Tensor:
     return x + grn.weight * (x * n) + grn.bias
 
 
-def _block(block: ConvNeXtBlock, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def _block(block: Any, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """One block on `[B, C, H, W]`; `keep` `[B, 1, H, W]` is 1 at visible positions."""
     mlp = block.mlp
     y = block.conv_dw(x * keep) * keep

@@ -49,7 +49,7 @@ def _create_convnextv2(variant: str, pretrained: bool = False, **kwargs) -> Conv
     if kwargs.get("pretrained_cfg", "") == "fcmae":
         # as in timm: the fcmae weights have neither classifier nor `head.norm`
         kwargs.setdefault("pretrained_strict", False)
-    model = build_model(
+    model: Any = build_model(
         ConvNeXtV2,
         variant,
         pretrained,

@@ -79,7 +79,7 @@ def _create_fcmae(
     if pretrained and kwargs.get("pretrained_cfg_overlay"):
         start_config = start_config or _config_beside_weights(variant, kwargs)
         kwargs = _with_options_of(start_config, variant, kwargs) if start_config else kwargs
-    model = build_model(
+    model: Any = build_model(
         FCMAE,
         variant,
         pretrained,
@@ -139,7 +139,8 @@ def _describe_encoder(
     keep = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
     if pretrained:
         keep += ("license", "origin_url", "paper_name", "paper_ids")
-    model.encoder.pretrained_cfg = model.encoder.default_cfg = {
+    encoder: Any = model.encoder
+    encoder.pretrained_cfg = encoder.default_cfg = {
         **{k: source[k] for k in keep if k in source},
         "architecture": name,
         "num_classes": 0,
@@ -156,7 +157,7 @@ def _describe_encoder(
     own = variant_options(name.rpartition("_")[2])
     options = inspect.signature(ConvNeXt.__init__).parameters.keys() - {"device", "dtype"}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items() if k in options}
-    model.encoder._model_args = {k: v for k, v in given.items() if k not in own or v != own[k]}
+    encoder._model_args = {k: v for k, v in given.items() if k not in own or v != own[k]}
 
 
 default_cfgs = generate_default_cfgs(

@@ -1,12 +1,16 @@
 """Building a model through timm's factory, with one clear error where the Hub does not give what is asked for."""
 
 import re
+from typing import Any
 
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 from timm.models import build_model_with_cfg
 from torch import nn
 
-__all__ = ["build_model", "hub_error"]
+__all__ = ["HUB_ERRORS", "build_model", "hub_error"]
+
+# What huggingface_hub lets through. The bases: `HTTPError` of the HTTP library that it uses, and OSError (no network).
+HUB_ERRORS: Any = (OSError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 
 
 def build_model(model_cls: type, variant: str, pretrained: bool, **kwargs) -> nn.Module:
@@ -17,8 +21,7 @@ def build_model(model_cls: type, variant: str, pretrained: bool, **kwargs) -> nn
     """
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
-    # the bases: `HTTPError` of the HTTP library that this huggingface_hub uses, and OSError (no network, no disk)
-    except (OSError, HfHubHTTPError, *HfHubHTTPError.__bases__) as e:
+    except HUB_ERRORS as e:
         from timm.models._builder import resolve_pretrained_cfg
 
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
