@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -122,18 +123,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES), metavar="SM")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--channels", type=int, default=384)
+    parser.add_argument("--channels", type=int, nargs="+", default=[40, 384])
     args = parser.parse_args()
     rows = []
-    for arch in args.architectures:
-        for dtype in args.dtypes:
-            for name, compiled in compile_all(getattr(torch, dtype), arch, args.channels):
-                rows.append({"architecture": f"sm_{arch}", "dtype": dtype, "kernel": name, **resources(compiled)})
-                print(*rows[-1].values(), flush=True)
+    for arch, dtype, channels in product(args.architectures, args.dtypes, args.channels):
+        for name, compiled in compile_all(getattr(torch, dtype), arch, channels):
+            case = {"architecture": f"sm_{arch}", "dtype": dtype, "channels": channels, "kernel": name}
+            rows.append({**case, **resources(compiled)})
+            print(*rows[-1].values(), flush=True)
     about = conditions(torch.device("cpu"), torch.get_num_threads())
     about["hardware"] = "none: compiled ahead of time"
     about["versions"] += f", triton {triton.__version__}"
-    about["inputs"] = f"{args.channels} channels, 7x7 kernel, patches of 2x2 tokens"
+    about["inputs"] = "7x7 kernel, patches of 2x2 tokens; statistics are float32"
     print(write_csv("triton_kernels", rows, about))
 
 

@@ -1,9 +1,10 @@
-"""Both sets of kernels, Triton's and their twin in PyTorch calls, against float64 references.
+"""Triton kernels against float64 references and against their twins in PyTorch calls.
 
-Triton's are interpreted on CPU everywhere, and compiled where there is a CUDA GPU.
+Interpreted on CPU everywhere, compiled where there is a CUDA GPU.
 """
 
 import importlib.util
+import inspect
 import math
 import sys
 from functools import partial
@@ -18,6 +19,7 @@ from test_token_mlp import assert_same, both, make, plain
 from timm_convnextv2 import ops
 from timm_convnextv2.models.masking import random_mask
 from timm_convnextv2.models.packing import PackedLayout
+from timm_convnextv2.ops import torch_kernels
 from timm_convnextv2.ops.token_mlp import fused_token_mlp
 
 triton = pytest.importorskip("triton", reason="needs triton, which PyTorch brings along on Linux only")
@@ -65,14 +67,10 @@ def load(name: str, interpret: bool, patch: pytest.MonkeyPatch):
 
 
 class Kernels:
-    """The functions of a set of kernels, with the device to test them on.
+    """The functions of a set of kernels, with the device to test them on."""
 
-    Attributes:
-        exact: Whether it computes in registers, so that results are rounded once.
-    """
-
-    def __init__(self, module, device: str, interpreted: bool, exact: bool) -> None:
-        self.module, self.device, self.interpreted, self.exact = module, device, interpreted, exact
+    def __init__(self, module, device: str, interpreted: bool) -> None:
+        self.module, self.device, self.interpreted = module, device, interpreted
 
     def __getattr__(self, name: str):
         return getattr(self.module, name)
@@ -93,7 +91,7 @@ def kernels(request):
                 for name in names:  # called as they are: the interpreter would set itself up anew at each call
                     file = getattr(module, part)
                     patch.setattr(file, name, getattr(file, name).fn)
-        yield Kernels(module, "cpu" if interpret else "cuda", interpret, True)
+        yield Kernels(module, "cpu" if interpret else "cuda", interpret)
 
 
 def normal(kernels, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -316,6 +314,51 @@ def test_refuses_what_it_would_misread(kernels):
         kernels.window_conv(x, weight[:4].contiguous(), None, index)
 
 
+# Their twins.
+
+
+def test_twins_have_the_same_functions(kernels):
+    assert sorted(kernels.__all__) == sorted(torch_kernels.__all__)
+    for name in set(kernels.__all__) - {"KEEPS_ACTIVATION"}:
+        ours, theirs = (list(inspect.signature(getattr(k, name)).parameters) for k in (kernels.module, torch_kernels))
+        assert ours == theirs, name
+    assert torch_kernels.KEEPS_ACTIVATION and not kernels.KEEPS_ACTIVATION
+    assert kernels.gelu(torch.zeros(1, 1, 1)) is None
+
+
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 3e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_token_mlp_twins(kernels, dtype, tol, per_image):
+    B, T, C = 3, 63, 40
+    h, grad = normal(kernels, B, T, C, dtype=dtype), normal(kernels, B, T, C, dtype=dtype)
+    scale, pull = normal(kernels, B, 1, C), normal(kernels, B, 1, C)
+    bias = normal(kernels, B, 1, C) if per_image else normal(kernels, C)
+    found = []
+    for k in (kernels.module, torch_kernels):
+        found.append([k.gelu_norms(h, k.gelu(h)), k.gelu_scale(h, k.gelu(h), scale, bias).clone()])
+        act = k.gelu(h)
+        found[-1] += [t.clone() for t in k.gelu_reductions(h, act, grad, scale, bias.flatten()[:C], True)]
+        found[-1] += k.gelu_backward(h, act, grad.clone(), scale, pull)
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        assert (ours.double() - theirs.double()).norm() <= tol * theirs.double().norm()
+
+
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 3e-6), (torch.bfloat16, 3e-2)])
+def test_window_twins(kernels, dtype, tol):
+    _, x, grad, weight, bias, index = packed(kernels, 4, 7, 40, (2, 3), dtype)
+    found = [
+        [
+            k.window_conv(x, weight, bias, index).clone(), k.window_conv(x, weight, None, index).clone(),
+            k.window_conv_input_grad(grad, weight, index).clone(), *k.window_conv_weight_grad(x, grad, index, 7),
+        ]
+        for k in (kernels.module, torch_kernels)
+    ]  # fmt: skip
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours.double() - theirs.double()).norm() <= tol * theirs.double().norm()
+
+
 # The operations that call the kernels, and the models.
 
 
@@ -410,8 +453,9 @@ def few(cases: list) -> list:
     return [pytest.param(*case, marks=pytest.mark.slow if i > 1 else ()) for i, case in enumerate(cases)]
 
 
-COMPILED = [(torch.bfloat16, 100, 40), (torch.float32, 80, 1)]
-COMPILED += [(dtype, arch, 384) for arch in (80, 90, 100) for dtype in DTYPES]
+COMPILED = [(torch.float32, 100, 40), (torch.bfloat16, 80, 384)]
+COMPILED += [(dtype, arch, C) for arch in (80, 90, 100) for dtype in DTYPES for C in (1, 40, 384)]
+COMPILED = list(dict.fromkeys(COMPILED))
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
