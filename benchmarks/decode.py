@@ -3,7 +3,7 @@
     python -m benchmarks.decode
 
 For each size, photograph-like JPEGs are drawn (the embedded data set's objects, under 1/f texture and sensor noise)
-and saved at several qualities with and without chroma subsampling. Both contenders read the same files with the same
+and saved at several qualities with and without chroma subsampling. Both candidates read the same files with the same
 seeds; the time is that of a whole sample: decode, crop, resize, normalise, mask. PSNR is between the two results in
 [0, 1], before normalisation, over the samples that were decoded reduced. For the choice of `MIN_OVERSAMPLING` it is
 also given for crops that keep just the factor in question, at each reduction.
@@ -86,7 +86,7 @@ def summary(values: list[float]) -> dict[str, str]:
 
 
 def compare(size: int, img_size: int, count: int, rounds: int) -> dict[str, str]:
-    """Times and PSNR of both contenders on squares of `size` pixels, as a row of the table."""
+    """Times and PSNR of both candidates on squares of `size` pixels, as a row of the table."""
     with tempfile.TemporaryDirectory() as name:
         write_photographs(Path(name), size, count)
         options = (PretrainTransform(img_size, mean=(0,) * 3, std=(1,) * 3), (7, 7), 0.6)

@@ -1,7 +1,7 @@
 """The packed and the dense depthwise 7x7 convolution, forward and backward, against the time that their bytes take.
 
     python -m benchmarks.depthwise                                          # two CPU cores, float32
-    python -m benchmarks.depthwise --device cuda --dtype bfloat16 --batch 256 --backends reference torch triton
+    python -m benchmarks.depthwise --device cuda --dtype bfloat16 --batch 256 --backends eager fused triton
 
 Bytes moved: the forward reads its input and writes its output, the backward reads input and gradient and writes a
 gradient. Memory's speed is that of copying a large tensor, in turn with the rest.
@@ -14,7 +14,7 @@ import timm
 import torch
 
 import timm_convnextv2  # noqa: F401  (registers the models)
-from benchmarks.measure import Contenders, add_machine_options, conditions, device_kind, write_csv
+from benchmarks.measure import Candidates, add_machine_options, conditions, device_kind, write_csv
 from timm_convnextv2.models.masking import num_visible, random_mask
 from timm_convnextv2.models.packing import PackedLayout
 from timm_convnextv2.ops import use_backend
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--backends", nargs="+", default=["reference", "torch"])
+    parser.add_argument("--backends", nargs="+", default=["eager", "fused"])
     add_machine_options(parser, 15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -65,8 +65,8 @@ def main() -> None:
             where = (args.size, stage, packed, args.batch, args.device, args.dtype)
             make = {name: (mix_step, (name, *where)) for name in args.backends}
             make["copy"] = (copy_step, (args.device, args.dtype))
-            with Contenders(make, device, args.threads, warmup=5) as contenders:
-                seconds = {k: statistics.median(v) for k, v in contenders.time(args.rounds).items()}
+            with Candidates(make, device, args.threads, warmup=5) as candidates:
+                seconds = {k: statistics.median(v) for k, v in candidates.time(args.rounds).items()}
             tokens = args.batch * (num_visible((7, 7), 0.6) if packed else 49) * (8 >> stage) ** 2
             floor = 5 * tokens * channels * itemsize / (2 * COPIED * itemsize / seconds["copy"])
             for name in args.backends:

@@ -3,7 +3,7 @@
     python -m benchmarks.inference                                          # two CPU cores, float32
     python -m benchmarks.inference --device cuda --dtype bfloat16 --compile
 
-Prints ratios of times taken in turn within this run (on CPU each contender has its own process), and writes them with
+Prints ratios of times taken in turn within this run (on CPU each candidate has its own process), and writes them with
 their conditions to `benchmarks/results/`.
 """
 
@@ -12,7 +12,7 @@ import statistics
 
 import torch
 
-from benchmarks.measure import Contenders, add_machine_options, conditions, device_kind, ratio, write_csv
+from benchmarks.measure import Candidates, add_machine_options, conditions, device_kind, ratio, write_csv
 from benchmarks.pretrain_step import IMG_SIZE, dense_step
 from timm_convnextv2.models.registry import VARIANTS
 
@@ -31,11 +31,11 @@ def main() -> None:
         for batch in args.batches:
             end = " compiled" if args.compile else ""
             make = {w: (dense_step, (w + end, size, batch, False, args.device, args.dtype)) for w in ("ours", "stock")}
-            with Contenders(make, device, args.threads, warmup=1) as contenders:
-                first = contenders.first["ours"]
+            with Candidates(make, device, args.threads, warmup=1) as candidates:
+                first = candidates.first["ours"]
                 # a short step is timed more often: its times scatter more
                 rounds = 0 if first > args.max_seconds else args.rounds * (5 if first < 0.3 else 1)
-                seconds = contenders.time(rounds)
+                seconds = candidates.time(rounds)
             if not rounds:
                 print(f"{size:6} batch {batch:3}: left out, {first:.0f} s a step", flush=True)
                 continue

@@ -16,7 +16,7 @@ from pathlib import Path
 import timm
 import torch
 
-__all__ = ["Contenders", "add_machine_options", "conditions", "device_kind", "ratio", "time_in_turn", "write_csv"]
+__all__ = ["Candidates", "add_machine_options", "conditions", "device_kind", "ratio", "time_in_turn", "write_csv"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -64,11 +64,11 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def time_in_turn(contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each contender on CPU, run in turn (A B A B ...) in this process."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+def time_in_turn(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each candidate on CPU, run in turn (A B A B ...) in this process."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(warmup + rounds):
-        for name, step in contenders.items():
+        for name, step in candidates.items():
             start = time.perf_counter()
             step()
             if index >= warmup:
@@ -89,7 +89,7 @@ def _status(field: str) -> int:
 
 
 def _serve(build: Callable[..., Callable[[], object]], args: tuple, threads: int, warmup: int, pipe) -> None:
-    """A contender's process: says what memory its first steps took, then runs a step whenever asked."""
+    """A candidate's process: says what memory its first steps took, then runs a step whenever asked."""
     torch.set_num_threads(threads)
     step = build(*args)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -105,8 +105,8 @@ def _serve(build: Callable[..., Callable[[], object]], args: tuple, threads: int
         pipe.send(time.perf_counter() - start)
 
 
-class Contenders:
-    """Steps that are compared: `with Contenders({name: (build, args)}, device, threads) as contenders`.
+class Candidates:
+    """Steps that are compared: `with Candidates({name: (build, args)}, device, threads) as candidates`.
 
     On CPU (Linux) each has a process of its own, as in use: in a shared one, what one frees decides what memory costs
     the next. On CUDA they share this process.
@@ -130,7 +130,7 @@ class Contenders:
         self._steps: dict[str, Callable[[], float]] = {}
         self._processes: list[tuple] = []
 
-    def __enter__(self) -> "Contenders":
+    def __enter__(self) -> "Candidates":
         for name, (build, args) in self.make.items():
             (self._here if self.device.type == "cuda" else self._apart)(name, build, args)
         return self

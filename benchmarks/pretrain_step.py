@@ -3,7 +3,7 @@
     python -m benchmarks.pretrain_step                                                  # two CPU cores, float32
     python -m benchmarks.pretrain_step --device cuda --dtype bfloat16 --cases tiny:256 base:128 --compile --profile
 
-Prints ratios of times taken in turn within this run (on CPU each contender has its own process), and writes them with
+Prints ratios of times taken in turn within this run (on CPU each candidate has its own process), and writes them with
 their conditions to `benchmarks/results/`.
 """
 
@@ -17,7 +17,7 @@ from timm.models import convnext
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_convnextv2  # noqa: F401  (registers the models)
-from benchmarks.measure import Contenders, add_machine_options, conditions, device_kind, ratio, write_csv
+from benchmarks.measure import Candidates, add_machine_options, conditions, device_kind, ratio, write_csv
 from timm_convnextv2.models.masking import random_mask
 from timm_convnextv2.models.reference import reference_forward
 from timm_convnextv2.ops import use_backend
@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["atto:16", "tiny:8"], metavar="SIZE:BATCH")
     add_machine_options(parser, 7)
-    parser.add_argument("--compile", action="store_true", help="also each contender compiled")
+    parser.add_argument("--compile", action="store_true", help="also each candidate compiled")
     parser.add_argument(
         "--peak-tflops", type=float, default=989, help="of the GPU, for its utilisation (H100, bfloat16)"
     )
@@ -149,8 +149,8 @@ def main() -> None:
             for name in ("ours", "reference", "stock train", "our train"):
                 build, (which, *rest) = make[name]
                 make[f"{name} compiled"] = (build, (f"{which} compiled", *rest))
-        with Contenders(make, device, args.threads) as contenders:
-            seconds, peak = contenders.time(args.rounds), contenders.peak
+        with Candidates(make, device, args.threads) as candidates:
+            seconds, peak = candidates.time(args.rounds), candidates.peak
         goals = GOALS["cuda" if device.type == "cuda" else "cpu"]
 
         def pair(measure: str, a: list[float], b: list[float], case=case, size=size, goals=goals) -> None:
@@ -200,7 +200,7 @@ def gemm_seconds(step: Callable[[], None], device: torch.device) -> float:
 def step_flops(step: Callable[[], None]) -> int:
     """Of the visible patches: the forward's, and twice as many in the backward."""
     # the fused operations count what they compute, the plain ones a map with zeros in it
-    with use_backend("torch"), FlopCounterMode(display=False) as counter:
+    with use_backend("fused"), FlopCounterMode(display=False) as counter:
         step.forward()
     return 3 * counter.get_total_flops()
 

@@ -3,7 +3,7 @@
     python -m benchmarks.scaling                                            # two CPU cores, float32, about 15 minutes
     python -m benchmarks.scaling --device cuda --dtype bfloat16 --batch 64
 
-Writes the figures with their conditions to `benchmarks/results/`, and a picture to `docs/`.
+Writes the figures with their conditions to `benchmarks/results/`, and an image to `docs/`.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from benchmarks.measure import Contenders, add_machine_options, conditions, device_kind, write_csv
+from benchmarks.measure import Candidates, add_machine_options, conditions, device_kind, write_csv
 from benchmarks.pretrain_step import fcmae_step
 
 LABELS = {"ours": "ours", "reference": "dense with masks"}
@@ -59,8 +59,8 @@ def main() -> None:
             ratio, img_size, batch = {**usual, varied: value}.values()
             settings = (args.size, batch, ratio, args.device, args.dtype, img_size)
             make = {which: (fcmae_step, (which, *settings)) for which in LABELS}
-            with Contenders(make, device, args.threads) as contenders:
-                seconds, peak = contenders.time(args.rounds), contenders.peak
+            with Candidates(make, device, args.threads) as candidates:
+                seconds, peak = candidates.time(args.rounds), candidates.peak
             for which in LABELS:
                 rows.append(
                     {

@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import _moved
+from .explain import explain
 from .models import FCMAE, ConvNeXtV2, FCMAEOutput, random_mask
 from .task import FCMAETask
 
@@ -13,7 +14,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-__all__ = ["FCMAE", "ConvNeXtV2", "FCMAEOutput", "FCMAETask", "__version__", "checkpoint", "data", "random_mask"]
+__all__ = [
+    "FCMAE",
+    "ConvNeXtV2",
+    "FCMAEOutput",
+    "FCMAETask",
+    "__version__",
+    "checkpoint",
+    "data",
+    "explain",
+    "random_mask",
+]
 
 _moved.install()
 

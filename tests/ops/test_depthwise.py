@@ -1,79 +1,9 @@
-"""Depthwise and patch convolutions against PyTorch's own in float64."""
-
-import copy
+"""Depthwise operations: their registration, and the packed one against PyTorch's convolution in float64."""
 
 import pytest
 import torch
-from torch import nn
 
-from timm_convnextv2.layers import DepthwiseConv2d, PatchConv2d
-from timm_convnextv2.ops import columns, use_backend, window_depthwise
-
-
-def gradients(module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor | None]:
-    """Output and gradients of input and parameters, float64; None for what is frozen."""
-    x = x.detach().clone().requires_grad_(x.requires_grad)
-    module.zero_grad()
-    out = module(x)
-    out.backward(grad)
-    return [t if t is None else t.detach().double() for t in (out, x.grad, *(p.grad for p in module.parameters()))]
-
-
-def assert_same(module: nn.Module, x: torch.Tensor, kind: type, tol: float = 2e-6) -> None:
-    """`module` in float32 against the plain convolution in float64; errors relative to the largest number."""
-    plain = copy.deepcopy(module).double()
-    plain.__class__ = nn.Conv2d
-    assert type(module) is kind
-    exact = x.detach().double().requires_grad_(x.requires_grad)
-    grad = torch.randn_like(plain(exact))
-    for ours, theirs in zip(gradients(module, x, grad.float()), gradients(plain, exact, grad), strict=True):
-        assert (ours is None) == (theirs is None)
-        if theirs is not None:
-            assert ours.shape == theirs.shape
-            scale = max(1.0, float(theirs.abs().max()))
-            assert (ours - theirs).abs().max() <= tol * scale * (1 + x.numel() ** 0.5 / 100)
-
-
-def make(channels: int, k: int, bias: bool = True) -> nn.Conv2d:
-    conv = nn.Conv2d(channels, channels, k, padding=k // 2, groups=channels, bias=bias)
-    DepthwiseConv2d.adopt(conv)
-    return conv
-
-
-def uses_own(module: nn.Module, x: torch.Tensor) -> bool:
-    return "Convolution" not in type(module(x).grad_fn).__name__
-
-
-@pytest.mark.parametrize("k", [5, 7, 9, 11, 13])
-@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 7), (14, 9), (3, 30)], ids=str)
-def test_dense(k, size):
-    conv, x = make(6, k), torch.randn(3, 6, *size, requires_grad=True)
-    assert uses_own(conv, x)
-    assert_same(conv, x, DepthwiseConv2d)
-
-
-@pytest.mark.parametrize("channels", [1, 40, 352])
-@pytest.mark.parametrize("chunk", [1, 8 * 2**20], ids=["one image at a time", "all"])
-def test_channels_and_chunks(channels, chunk, monkeypatch):
-    monkeypatch.setattr(columns, "CHUNK_BYTES", chunk)
-    x = torch.randn(3, channels, 9, 8).to(memory_format=torch.channels_last).requires_grad_()
-    assert_same(make(channels, 7), x, DepthwiseConv2d)
-
-
-@pytest.mark.parametrize("frozen", ["x", "weight", "bias", "no bias"])
-def test_frozen(frozen):
-    conv, x = make(4, 7, bias=frozen != "no bias"), torch.randn(2, 4, 8, 8, requires_grad=frozen != "x")
-    for name, p in conv.named_parameters():
-        p.requires_grad_(name != frozen)
-    assert uses_own(conv, x)
-    assert_same(conv, x, DepthwiseConv2d)
-
-
-@pytest.mark.parametrize("view", ["sliced", "expanded", "nchw"])
-def test_non_contiguous(view):
-    x = torch.randn(2, 4, 16, 9)
-    x = {"sliced": x[:, :, ::2, 1:], "expanded": x[:1].expand(3, -1, -1, -1), "nchw": x}[view]
-    assert_same(make(4, 7), x.requires_grad_(), DepthwiseConv2d)
+from timm_convnextv2.ops import columns, window_depthwise
 
 
 def test_columns_are_all_there_once():
@@ -81,42 +11,6 @@ def test_columns_are_all_there_once():
         seen = [first + i for first, width in columns._column_groups(k) for i in range(width)]
         assert sorted(seen) == list(range(k))
         assert max(width for _, width in columns._column_groups(k)) <= columns.MAX_COLUMNS
-
-
-def test_steps_aside():
-    """Where oneDNN has what is needed, where nobody differentiates, and where another backend is asked for."""
-    x = torch.randn(2, 4, 8, 8, requires_grad=True)
-    assert not uses_own(make(4, 3), x)
-    assert not uses_own(make(4, 7).double(), x.double())
-    conv = make(4, 7)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not uses_own(conv, x)
-    with use_backend("eager"):
-        assert not uses_own(conv, x)
-    with torch.no_grad():
-        assert torch.equal(conv(x), nn.Conv2d.forward(conv, x))
-    conv.dilation, conv.padding = (2, 2), (6, 6)  # as timm does for an output stride of 16
-    assert not uses_own(conv, x)
-    for other in (
-        nn.Conv2d(4, 4, 7, padding=3),
-        nn.Conv2d(4, 4, 7, groups=4),
-        nn.Conv2d(4, 4, 7, padding=3, groups=4, padding_mode="reflect"),
-        nn.Conv2d(4, 8, 7, padding=3, groups=4),
-    ):
-        DepthwiseConv2d.adopt(other)
-        assert type(other) is nn.Conv2d
-
-
-def test_second_derivative():
-    conv, plain = make(3, 5), nn.Conv2d(3, 3, 5, padding=2, groups=3)
-    plain.load_state_dict(conv.state_dict())
-    x, found = torch.randn(2, 3, 6, 5), []
-    for module in (conv, plain):
-        a = x.clone().requires_grad_()
-        (grad,) = torch.autograd.grad(module(a).pow(3).sum(), a, create_graph=True)
-        found.append(torch.autograd.grad(grad.square().sum(), [a, module.weight, module.bias]))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_registered_operation_passes_torch_library_opcheck():
@@ -143,44 +37,6 @@ def test_windows_in_float32(k, p, chunk, monkeypatch):
         found.append((w.grad.double(), b.grad.double()))
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).abs().max() <= 5e-6 * theirs.abs().max()
-
-
-def patch_conv(k: int, bias: bool = True) -> nn.Conv2d:
-    conv = nn.Conv2d(5, 7, k, stride=k, bias=bias)
-    PatchConv2d.adopt(conv)
-    return conv
-
-
-@pytest.mark.parametrize("k", [2, 3])
-@pytest.mark.parametrize("across, own", [(1, True), (2, True), (3, False)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_patch_conv(k, across, own, bias):
-    conv = patch_conv(k, bias)
-    x = torch.randn(2, 5, 4 * k, across * k).to(memory_format=torch.channels_last).requires_grad_()
-    assert uses_own(conv, x) == own
-    assert_same(conv, x, PatchConv2d)
-
-
-def test_patch_conv_steps_aside():
-    conv, x = patch_conv(2), torch.randn(2, 5, 4, 2, requires_grad=True)
-    with use_backend("eager"):
-        assert not uses_own(conv, x)
-    assert not uses_own(conv, torch.randn(2, 5, 5, 3, requires_grad=True))  # the last row and column are dropped
-    for other in (
-        nn.Conv2d(5, 7, 2, stride=1),
-        nn.Conv2d(5, 7, 2, stride=2, padding=1),
-        nn.Conv2d(6, 6, 2, 2, groups=2),
-    ):
-        PatchConv2d.adopt(other)
-        assert type(other) is nn.Conv2d
-
-
-def test_patch_conv_second_derivative():
-    conv = patch_conv(2).double()
-    x = torch.randn(2, 5, 4, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(
-        lambda x, w, b: torch.func.functional_call(conv, {"weight": w, "bias": b}, (x,)), (x, conv.weight, conv.bias)
-    )
 
 
 @pytest.mark.parametrize("k, p, border", [(3, 2, 1), (7, 1, 3), (5, 4, 2)])

@@ -1,9 +1,14 @@
-"""Triton kernels against float64 references: interpreted on CPU everywhere, compiled where there is a CUDA GPU."""
+"""Triton kernels against float64 references and against their twins in PyTorch calls.
+
+Interpreted on CPU everywhere, compiled where there is a CUDA GPU.
+"""
 
 import importlib.util
+import inspect
 import math
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,6 +19,7 @@ from test_token_mlp import assert_same, both, make, plain
 from timm_convnextv2 import ops
 from timm_convnextv2.models.masking import random_mask
 from timm_convnextv2.models.packing import PackedLayout
+from timm_convnextv2.ops import torch_kernels
 from timm_convnextv2.ops.token_mlp import fused_token_mlp
 
 triton = pytest.importorskip("triton", reason="needs triton, which PyTorch brings along on Linux only")
@@ -21,7 +27,8 @@ tl = triton.language
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT32 = 2e-6  # relative error allowed to a sum in float32
-HELPERS = ("_gelu_place", "_normal_cdf", "_window_corner")  # of kernels, not launched themselves
+# of kernels, not launched themselves
+HELPERS = {"token_mlp": ("_gelu_place", "_normal_cdf"), "depthwise": ("_window_corner",)}
 # images, tokens, channels; 3137 tokens are 13 parts of a sum, 257 leave one token to the last part
 SHAPES = [(3, 63, 160), (2, 257, 3), (2, 1, 1), (1, 63, 1408), (1, 3137, 4), (2, 1, 352), (3, 19, 128)]
 # side of a patch, kernel, channels, grid
@@ -45,20 +52,33 @@ def in_all_dtypes(cases: list, few: int = 3) -> list:
 
 
 def load(name: str, interpret: bool, patch: pytest.MonkeyPatch):
-    """A copy of the module of its own: triton.jit decides when it decorates whether a kernel is interpreted."""
-    origin = importlib.util.find_spec("timm_convnextv2.ops.triton_kernels").origin
-    spec = importlib.util.spec_from_file_location(name, origin)
+    """A copy of the package of its own: triton.jit decides when it decorates whether a kernel is interpreted."""
+    origin = importlib.util.find_spec("timm_convnextv2.ops.triton").origin
+    spec = importlib.util.spec_from_file_location(name, origin, submodule_search_locations=[str(Path(origin).parent)])
     module = importlib.util.module_from_spec(spec)
-    patch.setitem(sys.modules, name, module)
+    for part in ("", ".launch", ".token_mlp", ".depthwise"):
+        patch.setitem(sys.modules, name + part, module)
+    for part in (".launch", ".token_mlp", ".depthwise"):
+        del sys.modules[name + part]
     with pytest.MonkeyPatch.context() as while_it_loads:
         while_it_loads.setenv("TRITON_INTERPRET", str(int(interpret)))
         spec.loader.exec_module(module)
     return module
 
 
+class Kernels:
+    """The functions of a set of kernels, with the device to test them on."""
+
+    def __init__(self, module, device: str, interpreted: bool) -> None:
+        self.module, self.device, self.interpreted = module, device, interpreted
+
+    def __getattr__(self, name: str):
+        return getattr(self.module, name)
+
+
 @pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.cuda)])
 def kernels(request):
-    """The module, with `device` and `interpreted` for the tests."""
+    """Triton's."""
     interpret = request.param == "interpreter"
     if not interpret and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
@@ -67,10 +87,11 @@ def kernels(request):
         if interpret:
             # tl.sum is itself decorated, when triton is imported: then nobody may have asked for the interpreter
             patch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
-            for name in HELPERS:  # called as they are: the interpreter would set itself up anew at each call
-                patch.setattr(module, name, getattr(module, name).fn)
-        module.device, module.interpreted = "cpu" if interpret else "cuda", interpret
-        yield module
+            for part, names in HELPERS.items():
+                for name in names:  # called as they are: the interpreter would set itself up anew at each call
+                    file = getattr(module, part)
+                    patch.setattr(file, name, getattr(file, name).fn)
+        yield Kernels(module, "cpu" if interpret else "cuda", interpret)
 
 
 def normal(kernels, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -101,32 +122,31 @@ def gelu_slope(h: torch.Tensor) -> torch.Tensor:
 
 
 def check_token_mlp(kernels, h, grad, scale, bias, pull) -> None:
-    """All four kernels on one input."""
-    dtype, device = h.dtype, h.device
-    x, dy, s, beta, p = (t.double() for t in (h, grad, scale[:, None], bias, pull[:, None]))
+    """All functions on one input; `scale` and `pull` are `[B, 1, F]`."""
+    dtype = h.dtype
+    x, dy, s, beta, p = (t.double() for t in (h, grad, scale, bias, pull))
     a = F.gelu(x)
-    kept = [t.clone() for t in (h, grad, scale, bias, pull)]
+    kept = [t.clone() for t in (h, scale, bias, pull)]
 
-    check_sum(kernels.gelu_square_sum(h), a.square().sum(1), (a * x).abs().sum(1))
-    check_rounded(kernels, kernels.gelu_scale(h, scale, bias), a * s + beta, dtype)
+    check_sum(kernels.token_mlp.gelu_square_sum(h), a.square().sum(1), (a * x).abs().sum(1))
+    check_sum(kernels.gelu_norms(h, None), a.square().sum(1, keepdim=True).sqrt(), a.abs().sum(1, keepdim=True) + 1)
+    check_rounded(kernels, kernels.gelu_scale(h, None, scale, bias), a * s + beta, dtype)
+    per_image = (bias * scale).contiguous()
+    check_rounded(kernels, kernels.gelu_scale(h, None, scale, per_image), a * s + per_image.double(), dtype)
 
-    d_scale, d_bias, activation = kernels.gelu_reductions(h, grad, scale, bias)
-    check_sum(d_scale, (dy * a).sum(1), (dy * x).abs().sum(1))
-    check_sum(d_bias, dy.sum((0, 1)), dy.abs().sum((0, 1)))
+    d_scale, activation = kernels.gelu_reductions(h, None, grad, scale, bias, True)
+    check_sum(d_scale, (dy * a).sum(1, keepdim=True), (dy * x).abs().sum(1, keepdim=True))
     check_rounded(kernels, activation, a * s + beta, dtype)
-    d_scale_alone, d_bias_alone, nothing = kernels.gelu_reductions(h, grad, scale, bias, out=False)
-    assert nothing is None and torch.equal(d_scale_alone, d_scale) and torch.equal(d_bias_alone, d_bias)
+    d_scale_alone, nothing = kernels.gelu_reductions(h, None, grad, scale, bias, False)
+    assert nothing is None and torch.equal(d_scale_alone, d_scale)
 
     exact = gelu_slope(x) * (dy * s + p * a)
-    dh, db = kernels.gelu_backward(h, grad, scale, pull)
+    memory = grad.clone()
+    dh, db = kernels.gelu_backward(h, None, memory, scale, pull)
     check_rounded(kernels, dh, exact, dtype)
     check_sum(db, exact.sum((0, 1)), ((1 + x.abs()) * ((dy * s).abs() + (p * x).abs())).sum((0, 1)))
-    assert all(torch.equal(t, k) for t, k in zip((h, grad, scale, bias, pull), kept, strict=True)), "inputs changed"
-
-    memory = grad.clone()
-    dh_inplace, db_inplace = kernels.gelu_backward(h, memory, scale, pull, inplace=True)
-    assert dh_inplace.data_ptr() == memory.data_ptr() and dh_inplace.device == device
-    assert torch.equal(dh_inplace, dh) and torch.equal(db_inplace, db)
+    assert (dh.data_ptr() == memory.data_ptr()) == (grad.dtype == dtype) and dh.device == h.device
+    assert all(torch.equal(t, k) for t, k in zip((h, scale, bias, pull), kept, strict=True)), "inputs changed"
 
 
 @pytest.mark.parametrize("shape,dtype", in_all_dtypes(SHAPES), ids=str)
@@ -134,30 +154,30 @@ def test_token_mlp(kernels, shape, dtype):
     B, T, C = shape
     h, grad = 2 * normal(kernels, B, T, C, dtype=dtype), normal(kernels, B, T, C, dtype=dtype)
     bias = normal(kernels, C, dtype=dtype)
-    check_token_mlp(kernels, h, grad, normal(kernels, B, C), bias, normal(kernels, B, C))
+    check_token_mlp(kernels, h, grad, normal(kernels, B, 1, C), bias, normal(kernels, B, 1, C))
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 160), (0, 63, 160)], ids=str)
 def test_token_mlp_without_tokens(kernels, shape):
     B, T, C = shape
-    h, row, bias = normal(kernels, *shape), normal(kernels, B, C), normal(kernels, C)
-    assert torch.equal(kernels.gelu_square_sum(h), torch.zeros_like(row))
-    assert kernels.gelu_scale(h, row, bias).shape == shape
-    d_scale, d_bias, activation = kernels.gelu_reductions(h, h, row, bias)
-    assert torch.equal(d_scale, torch.zeros_like(row)) and torch.equal(d_bias, torch.zeros_like(bias))
-    assert activation.shape == shape
-    dh, db = kernels.gelu_backward(h, h, row, row)
+    h, row, bias = normal(kernels, *shape), normal(kernels, B, 1, C), normal(kernels, C)
+    assert kernels.gelu_norms(h, None).shape == row.shape
+    assert torch.equal(kernels.token_mlp.gelu_square_sum(h), torch.zeros_like(row.squeeze(1)))
+    assert kernels.gelu_scale(h, None, row, bias).shape == shape
+    d_scale, activation = kernels.gelu_reductions(h, None, h, row, bias, True)
+    assert torch.equal(d_scale, torch.zeros_like(row)) and activation.shape == shape
+    dh, db = kernels.gelu_backward(h, None, h, row, row)
     assert dh.shape == shape and torch.equal(db, torch.zeros_like(bias))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_mlp_of_zeros(kernels, dtype):
     h, grad = torch.zeros(2, 40, 33, dtype=dtype, device=kernels.device), normal(kernels, 2, 40, 33, dtype=dtype)
-    row, bias = normal(kernels, 2, 33), normal(kernels, 33, dtype=dtype)
-    assert not kernels.gelu_square_sum(h).any()
-    assert torch.equal(kernels.gelu_scale(h, row, bias), bias.expand_as(h))
-    assert not kernels.gelu_reductions(h, grad, row, bias)[0].any()
-    dh, db = kernels.gelu_backward(h, torch.zeros_like(h), row, row)
+    row, bias = normal(kernels, 2, 1, 33), normal(kernels, 33, dtype=dtype)
+    assert not kernels.token_mlp.gelu_square_sum(h).any()
+    assert torch.equal(kernels.gelu_scale(h, None, row, bias), bias.expand_as(h))
+    assert not kernels.gelu_reductions(h, None, grad, row, bias, True)[0].any()
+    dh, db = kernels.gelu_backward(h, None, torch.zeros_like(h), row, row)
     assert not dh.any() and not db.any()
     check_token_mlp(kernels, h, grad, row, bias, row)
 
@@ -170,24 +190,15 @@ def test_large_activations_in_float16(kernels):
     positive = [c for c in range(40) if c % 4]
     assert torch.isinf(h.square()).all() and torch.isinf(exact[:, positive].sqrt().half()).all()
     grad = normal(kernels, 2, 300, 40, dtype=torch.float16)
-    row = normal(kernels, 2, 40) / 1e4
+    row = normal(kernels, 2, 1, 40) / 1e4
     bias = normal(kernels, 40)
     check_token_mlp(kernels, h, grad, row, bias, row / 1e4)
-    assert torch.isfinite(kernels.gelu_backward(h, grad, row, row / 1e4)[0]).all()
+    assert torch.isfinite(kernels.gelu_backward(h, None, grad, row, row / 1e4)[0]).all()
 
 
 def test_half_activations_with_float32_gradient(kernels):
     h, grad = normal(kernels, 2, 20, 40, dtype=torch.bfloat16), normal(kernels, 2, 20, 40)
-    row, bias = normal(kernels, 2, 40), normal(kernels, 40)
-    x = h.double()
-    d_scale, d_bias, activation = kernels.gelu_reductions(h, grad, row, bias)
-    check_sum(d_scale, (grad.double() * F.gelu(x)).sum(1), (grad * x).abs().sum(1))
-    check_rounded(kernels, activation, F.gelu(x) * row[:, None].double() + bias.double(), torch.bfloat16)
-    dh, _ = kernels.gelu_backward(h, grad, row, row)
-    exact = gelu_slope(x) * row[:, None].double() * (grad.double() + F.gelu(x))
-    check_rounded(kernels, dh, exact, torch.bfloat16)
-    with pytest.raises(ValueError, match="inplace"):
-        kernels.gelu_backward(h, grad, row, row, inplace=True)
+    check_token_mlp(kernels, h, grad, normal(kernels, 2, 1, 40), normal(kernels, 40), normal(kernels, 2, 1, 40))
 
 
 def packed(kernels, p: int, k: int, C: int, grid: tuple[int, int], dtype: torch.dtype):
@@ -223,11 +234,11 @@ def test_depthwise(kernels, case, dtype):
     given = [t.double().requires_grad_() for t in (x, weight, bias)]
     exact = dense_depthwise(visible, *given)
     d_x, d_weight, d_bias = torch.autograd.grad(exact, given, grad.double())
-    check_rounded(kernels, kernels.depthwise_forward(x, weight, bias, index), exact.detach(), dtype)
-    check_rounded(kernels, kernels.depthwise_input_grad(grad, weight, index), d_x, dtype)
+    check_rounded(kernels, kernels.window_conv(x, weight, bias, index), exact.detach(), dtype)
+    check_rounded(kernels, kernels.window_conv_input_grad(grad, weight, index), d_x, dtype)
     sizes = [t.detach().abs().requires_grad_() for t in given]
     _, weight_bound, bias_bound = torch.autograd.grad(dense_depthwise(visible, *sizes), sizes, grad.double().abs())
-    weight_grad, bias_grad = kernels.depthwise_weight_grad(x, grad, index, k)
+    weight_grad, bias_grad = kernels.window_conv_weight_grad(x, grad, index, k)
     check_sum(weight_grad, d_weight, weight_bound)
     check_sum(bias_grad, d_bias, bias_bound)
 
@@ -236,16 +247,16 @@ def test_depthwise_without_bias_and_with_float32_weights(kernels):
     visible, x, _, weight, _, index = packed(kernels, 2, 7, 40, (3, 3), torch.bfloat16)
     weight = weight.float() + 1e-3 * normal(kernels, 40, 1, 7, 7)
     exact = dense_depthwise(visible, x.double(), weight.double(), None)
-    check_rounded(kernels, kernels.depthwise_forward(x, weight, None, index), exact, torch.bfloat16)
+    check_rounded(kernels, kernels.window_conv(x, weight, None, index), exact, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_depthwise_of_zeros(kernels, dtype):
     _, x, grad, weight, bias, index = packed(kernels, 2, 3, 5, (2, 3), dtype)
     zeros = torch.zeros_like(x)
-    assert torch.equal(kernels.depthwise_forward(zeros, weight, bias, index), bias.expand_as(x))
-    assert not kernels.depthwise_input_grad(zeros, weight, index).any()
-    weight_grad, bias_grad = kernels.depthwise_weight_grad(zeros, grad, index, 3)
+    assert torch.equal(kernels.window_conv(zeros, weight, bias, index), bias.expand_as(x))
+    assert not kernels.window_conv_input_grad(zeros, weight, index).any()
+    weight_grad, bias_grad = kernels.window_conv_weight_grad(zeros, grad, index, 3)
     assert not weight_grad.any() and bias_grad.any()
 
 
@@ -256,51 +267,96 @@ def test_depthwise_of_large_values_in_float16(kernels):
     weight64 = weight.double().requires_grad_()
     exact = torch.autograd.grad(dense_depthwise(visible, x.double(), weight64, None), weight64, grad.double())[0]
     assert torch.isinf(exact.half()).all()
-    check_sum(kernels.depthwise_weight_grad(x, grad, index, 3)[0], exact, exact)
+    check_sum(kernels.window_conv_weight_grad(x, grad, index, 3)[0], exact, exact)
 
 
 def test_depthwise_without_patches(kernels):
     x, weight, bias = normal(kernels, 0, 2, 2, 3), normal(kernels, 3, 1, 7, 7), normal(kernels, 3)
     index = torch.zeros(0, 8, 8, dtype=torch.int64, device=kernels.device)
-    assert kernels.depthwise_forward(x, weight, bias, index).shape == x.shape
-    assert kernels.depthwise_input_grad(x, weight, index).shape == x.shape
-    weight_grad, bias_grad = kernels.depthwise_weight_grad(x, x, index, 7)
+    assert kernels.window_conv(x, weight, bias, index).shape == x.shape
+    assert kernels.window_conv_input_grad(x, weight, index).shape == x.shape
+    weight_grad, bias_grad = kernels.window_conv_weight_grad(x, x, index, 7)
     assert torch.equal(weight_grad, torch.zeros_like(weight)) and torch.equal(bias_grad, torch.zeros_like(bias))
 
 
 def test_the_same_numbers_every_time(kernels):
-    h, row, bias = normal(kernels, 1, 600, 40), normal(kernels, 1, 40), normal(kernels, 40)
+    h, row, bias = normal(kernels, 1, 600, 40), normal(kernels, 1, 1, 40), normal(kernels, 40)
     _, x, grad, _, _, index = packed(kernels, 4, 3, 40, (2, 3), torch.float32)
 
     def sums():
         return [
-            kernels.gelu_square_sum(h), *kernels.gelu_reductions(h, h, row, bias),
-            *kernels.gelu_backward(h, h, row, row), *kernels.depthwise_weight_grad(x, grad, index, 3),
+            kernels.gelu_norms(h, None), *kernels.gelu_reductions(h, None, h, row, bias, True),
+            *kernels.gelu_backward(h, None, h.clone(), row, row), *kernels.window_conv_weight_grad(x, grad, index, 3),
         ]  # fmt: skip
 
     assert all(torch.equal(a, b) for a, b in zip(sums(), sums(), strict=True))
 
 
 def test_refuses_what_it_would_misread(kernels):
-    h, row, bias = normal(kernels, 2, 6, 8), normal(kernels, 2, 8), normal(kernels, 8)
+    h, row, bias = normal(kernels, 2, 6, 8), normal(kernels, 2, 1, 8), normal(kernels, 8)
     for wrong in (h.double(), h.transpose(1, 2).contiguous().transpose(1, 2)):
         with pytest.raises(ValueError, match="h must be a contiguous"):
-            kernels.gelu_square_sum(wrong)
+            kernels.gelu_norms(wrong, None)
     with pytest.raises(ValueError, match="scale must have shape"):
-        kernels.gelu_scale(h, row[:1], bias)
+        kernels.gelu_scale(h, None, row[:1], bias)
     with pytest.raises(ValueError, match="bias must have shape"):
-        kernels.gelu_reductions(h, h, row, bias[:4])
+        kernels.gelu_reductions(h, None, h, row, bias[:4], True)
     with pytest.raises(ValueError, match="grad must have shape"):
-        kernels.gelu_backward(h, h[:, :3].contiguous(), row, row)
+        kernels.gelu_backward(h, None, h[:, :3].contiguous(), row, row)
     _, x, grad, weight, _, index = packed(kernels, 2, 3, 5, (2, 3), torch.float32)
     with pytest.raises(ValueError, match="index must be a contiguous torch.int64"):
-        kernels.depthwise_forward(x, weight, None, index.int())
+        kernels.window_conv(x, weight, None, index.int())
     with pytest.raises(ValueError, match="index must have shape"):
-        kernels.depthwise_weight_grad(x, grad, index, 5)
+        kernels.window_conv_weight_grad(x, grad, index, 5)
     with pytest.raises(ValueError, match="must be odd"):
-        kernels.depthwise_weight_grad(x, grad, index[:, 1:, 1:].contiguous(), 2)
+        kernels.window_conv_weight_grad(x, grad, index[:, 1:, 1:].contiguous(), 2)
     with pytest.raises(ValueError, match="weight must have shape"):
-        kernels.depthwise_forward(x, weight[:4].contiguous(), None, index)
+        kernels.window_conv(x, weight[:4].contiguous(), None, index)
+
+
+# Their twins.
+
+
+def test_twins_have_the_same_functions(kernels):
+    assert sorted(kernels.__all__) == sorted(torch_kernels.__all__)
+    for name in set(kernels.__all__) - {"KEEPS_ACTIVATION"}:
+        ours, theirs = (list(inspect.signature(getattr(k, name)).parameters) for k in (kernels.module, torch_kernels))
+        assert ours == theirs, name
+    assert torch_kernels.KEEPS_ACTIVATION and not kernels.KEEPS_ACTIVATION
+    assert kernels.gelu(torch.zeros(1, 1, 1)) is None
+
+
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 3e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_token_mlp_twins(kernels, dtype, tol, per_image):
+    B, T, C = 3, 63, 40
+    h, grad = normal(kernels, B, T, C, dtype=dtype), normal(kernels, B, T, C, dtype=dtype)
+    scale, pull = normal(kernels, B, 1, C), normal(kernels, B, 1, C)
+    bias = normal(kernels, B, 1, C) if per_image else normal(kernels, C)
+    found = []
+    for k in (kernels.module, torch_kernels):
+        found.append([k.gelu_norms(h, k.gelu(h)), k.gelu_scale(h, k.gelu(h), scale, bias).clone()])
+        act = k.gelu(h)
+        found[-1] += [t.clone() for t in k.gelu_reductions(h, act, grad, scale, bias.flatten()[:C], True)]
+        found[-1] += k.gelu_backward(h, act, grad.clone(), scale, pull)
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        assert (ours.double() - theirs.double()).norm() <= tol * theirs.double().norm()
+
+
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 3e-6), (torch.bfloat16, 3e-2)])
+def test_window_twins(kernels, dtype, tol):
+    _, x, grad, weight, bias, index = packed(kernels, 4, 7, 40, (2, 3), dtype)
+    found = [
+        [
+            k.window_conv(x, weight, bias, index).clone(), k.window_conv(x, weight, None, index).clone(),
+            k.window_conv_input_grad(grad, weight, index).clone(), *k.window_conv_weight_grad(x, grad, index, 7),
+        ]
+        for k in (kernels.module, torch_kernels)
+    ]  # fmt: skip
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.shape == theirs.shape
+        assert (ours.double() - theirs.double()).norm() <= tol * theirs.double().norm()
 
 
 # The operations that call the kernels, and the models.
@@ -309,8 +365,7 @@ def test_refuses_what_it_would_misread(kernels):
 @pytest.fixture
 def as_backend(kernels, monkeypatch):
     """Makes 'triton' the backend, with these kernels."""
-    monkeypatch.setitem(sys.modules, ops.__name__ + ".triton_kernels", kernels)
-    monkeypatch.setattr(ops, "triton_kernels", kernels, raising=False)
+    monkeypatch.setitem(sys.modules, ops.__name__ + ".triton", kernels.module)
     if kernels.interpreted:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     with ops.use_backend("triton"):
@@ -356,7 +411,7 @@ def test_pretraining_and_dense_model(as_backend, amp):
     masks = random_mask(2, fcmae.grid(64, 64), 0.5).to(device)
     for model, args in ((fcmae, (images, masks)), (fcmae.encoder, (images,))):
         found = {}
-        for name in ("triton", "reference"):
+        for name in ("triton", "eager"):
             model.zero_grad()
             with ops.use_backend(name), torch.autocast(device, torch.bfloat16, enabled=amp):
                 out = model(*args)
@@ -384,58 +439,43 @@ def nodes(loss: torch.Tensor) -> set[str]:
     return {n.name() for n in found}
 
 
-class CompileOnly:
-    """In place of a kernel: a launch compiles it for a GPU that need not be there."""
+def compiled(dtype: torch.dtype, arch: int, channels: int, **options) -> dict[str, dict[str, int]]:
+    """What each kernel takes. Not needed: a GPU."""
+    if "nvidia" not in triton.backends.backends:
+        pytest.skip("this build of triton has no CUDA backend")
+    from benchmarks.triton_kernels import compile_all, resources
 
-    TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+    return {name: resources(kernel) for name, kernel in compile_all(dtype, arch, channels, **options)}
 
-    def __init__(self, kernel, target):
-        self.kernel, self.target, self.binaries = kernel, target, []
 
-    def __getitem__(self, grid):
-        return self
+def few(cases: list) -> list:
+    """The first two, the others marked slow: a case takes five seconds."""
+    return [pytest.param(*case, marks=pytest.mark.slow if i > 1 else ()) for i, case in enumerate(cases)]
 
-    def __call__(self, *args, num_warps, **constants):
-        signature = {}
-        for name, arg in zip(self.kernel.arg_names, args, strict=False):
-            if isinstance(arg, torch.Tensor):
-                signature[name] = self.TYPES[arg.dtype]
-            elif arg is None or (arg == 1 and name in "CF"):  # as a launch specialises them
-                constants[name] = arg
-            else:
-                signature[name] = "i32"
-        signature = {name: signature.get(name, "constexpr") for name in self.kernel.arg_names}
-        source = triton.compiler.ASTSource(self.kernel, signature, constants)
-        compiled = triton.compile(source, target=self.target, options={"num_warps": num_warps})
-        self.binaries.append(len(compiled.asm["cubin"]))
+
+COMPILED = [(torch.float32, 100, 40), (torch.bfloat16, 80, 384)]
+COMPILED += [(dtype, arch, C) for arch in (80, 90, 100) for dtype in DTYPES for C in (1, 40, 384)]
+COMPILED = list(dict.fromkeys(COMPILED))
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.skipif(not hasattr(tl, "sum") or not isinstance(tl.sum, triton.JITFunction), reason="interprets anyway")
-@pytest.mark.parametrize("dtype,C", [(torch.bfloat16, 40), (torch.float32, 1)], ids=str)
-def test_compiles_for_cuda(dtype, C, monkeypatch, tmp_path):
-    """The interpreter accepts what the compiler refuses, and CI has no GPU. Not needed: a GPU."""
-    if "nvidia" not in triton.backends.backends:
-        pytest.skip("this build of triton has no CUDA backend")
+@pytest.mark.parametrize("dtype,arch,C", few(COMPILED), ids=str)
+def test_compiles_for_cuda_without_spilling_registers(dtype, arch, C, monkeypatch, tmp_path):
+    """The interpreter accepts what the compiler refuses, and CI has no GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    module = load("triton_kernels_compiled", False, monkeypatch)
-    target = triton.backends.compiler.GPUTarget("cuda", 80, 32)
-    jitted = [name for name, value in vars(module).items() if isinstance(value, triton.JITFunction)]
-    names = [name for name in jitted if name not in HELPERS]
-    for name in names:
-        monkeypatch.setattr(module, name, CompileOnly(getattr(module, name), target))
-    module.device = "cpu"
-    h, row, bias = torch.zeros(2, 63, C, dtype=dtype), torch.zeros(2, C), torch.zeros(C, dtype=dtype)
-    module.gelu_square_sum(h)
-    module.gelu_scale(h, row, bias)
-    module.gelu_reductions(h, h, row, bias)
-    module.gelu_backward(h, h, row, row, inplace=True)
-    _, x, grad, weight, bias, index = packed(module, 2, 3, C, (2, 3), dtype)
-    module.depthwise_forward(x, weight, bias if C > 1 else None, index)
-    module.depthwise_input_grad(grad, weight, index)
-    module.depthwise_weight_grad(x, grad, index, 3)
-    binaries = {name: getattr(module, name).binaries for name in names}
-    assert {name: len(sizes) for name, sizes in binaries.items()} == {
-        name: 2 if name == "_depthwise" else 1 for name in names
-    }
-    assert len(names) == 6 and all(size for sizes in binaries.values() for size in sizes)
+    found = compiled(dtype, arch, C)
+    assert set(found) == {
+        "gelu_square_sum", "gelu_scale", "gelu_reductions", "gelu_backward", "depthwise", "depthwise turned",
+        "depthwise_weight_grad",
+    }  # fmt: skip
+    assert {name: kernel["spilled bytes"] for name, kernel in found.items()} == dict.fromkeys(found, 0)
+    assert all(16 <= kernel["registers"] <= 255 for kernel in found.values())
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.skipif(not hasattr(tl, "sum") or not isinstance(tl.sum, triton.JITFunction), reason="interprets anyway")
+def test_spilled_registers_are_seen(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = compiled(torch.float32, 90, 128, maxnreg=24)
+    assert found["gelu_backward"]["spilled bytes"] > 0 and found["gelu_backward"]["registers"] <= 24

@@ -82,6 +82,12 @@ def _depthwise_weight_grad(
         tl.store(sums + K * K * C + c, tl.sum(bias_total, 0), mask=c < C)
 
 
+def _tile(size: int, channels: int) -> int:
+    """Half of it where channels do not come in 16s: each is then loaded alone, from an address of its own, which on
+    sm_100 takes more registers than a thread has."""
+    return size if channels % 16 == 0 else size // 2
+
+
 def _check_packed(name: str, x: torch.Tensor, index: torch.Tensor, k: int) -> None:
     N, p = x.shape[:2]
     same(name, x.shape, (N, p, p, x.shape[-1]))
@@ -100,7 +106,7 @@ def _depthwise_launch(
         return out
     tokens = x.numel() // C
     block_c = channel_block(C, CONV_CHANNELS)
-    block_t = CONV_TILE // block_c
+    block_t = _tile(CONV_TILE, C) // block_c
     taps = weight.view(C, k * k).t().contiguous()  # tiny; the channels of a tap side by side
     grid = (triton.cdiv(tokens, block_t), triton.cdiv(C, block_c))
     with torch.cuda.device_of(x):
@@ -171,7 +177,7 @@ def window_conv_weight_grad(
         return x.new_zeros(C, 1, k, k, dtype=torch.float32), x.new_zeros(C, dtype=torch.float32)
     tokens = x.numel() // C
     block_c = channel_block(C, CONV_GRAD_CHANNELS)
-    block_t = CONV_GRAD_TILE // block_c
+    block_t = _tile(CONV_GRAD_TILE, C) // block_c
     blocks = triton.cdiv(C, block_c)
     parts = min(triton.cdiv(tokens, 4 * block_t), triton.cdiv(CONV_GRAD_PROGRAMS, blocks * k))
     per_part = triton.cdiv(triton.cdiv(tokens, parts), block_t) * block_t

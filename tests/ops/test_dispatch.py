@@ -1,0 +1,195 @@
+"""Which backend runs, and why not the fused operations."""
+
+import contextlib
+import subprocess
+import sys
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import timm_convnextv2  # noqa: F401  (registers the models)
+from timm_convnextv2 import ops
+from timm_convnextv2.models.masking import random_mask
+from timm_convnextv2.models.packing import PackedLayout
+from timm_convnextv2.ops import backend, dispatch, set_backend, use_backend
+
+
+@pytest.fixture(autouse=True)
+def no_choice(monkeypatch):
+    """As it is where nobody has chosen a backend."""
+    monkeypatch.delenv("TIMM_CONVNEXTV2_BACKEND", raising=False)
+    dispatch._renamed.cache_clear()
+
+
+def test_default_backend_and_the_choice(monkeypatch):
+    monkeypatch.delenv("TIMM_CONVNEXTV2_BACKEND", raising=False)
+    assert backend() == backend("cpu") == "fused" and backend("cuda") == "eager"
+    monkeypatch.setenv("TIMM_CONVNEXTV2_BACKEND", "eager")
+    assert backend() == "eager"
+    with use_backend("fused"):
+        assert backend() == "fused" == backend("cuda")
+        with contextlib.suppress(KeyError), use_backend("eager"):
+            assert backend() == "eager"
+            raise KeyError
+        assert backend() == "fused"
+    assert backend() == "eager"
+    monkeypatch.setenv("TIMM_CONVNEXTV2_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="TIMM_CONVNEXTV2_BACKEND.*'fastest'.*eager.*fused.*triton"):
+        backend()
+    with pytest.raises(ValueError, match="set_backend.*'minkowsky'"):
+        set_backend("minkowsky")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a CUDA GPU says")
+def test_triton_without_gpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("timm_convnextv2.ops.dispatch.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="not installed"):
+        set_backend("triton")
+    monkeypatch.setattr("timm_convnextv2.ops.dispatch.find_spec", lambda name: object())
+    with pytest.raises(RuntimeError, match="needs a CUDA GPU.*TRITON_INTERPRET=1"):
+        set_backend("triton")
+    monkeypatch.setenv("TIMM_CONVNEXTV2_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="TIMM_CONVNEXTV2_BACKEND"):
+        timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1))(torch.randn(1, 3, 64, 64))
+
+
+def test_import_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import timm_convnextv2, torch; print(timm_convnextv2.ops.backend())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["fused"]
+
+
+def test_ops_names_are_public():
+    assert {"backend", "set_backend", "use_backend"} <= set(ops.__all__)
+
+
+@pytest.mark.parametrize("old, new", [("reference", "eager"), ("torch", "fused")])
+def test_old_names_are_accepted_with_one_warning(old, new, monkeypatch):
+    with pytest.warns(FutureWarning, match=f"set_backend.*'{old}'.*'{new}'"), use_backend(old):
+        assert backend() == backend("cuda") == new
+    monkeypatch.setenv("TIMM_CONVNEXTV2_BACKEND", old)
+    with pytest.warns(FutureWarning, match=f"TIMM_CONVNEXTV2_BACKEND.*'{old}'.*'{new}'"):
+        assert backend() == new
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend() == new
+        with use_backend(old):
+            assert backend() == new
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+X, WEIGHT = torch.ones(1, 2), nn.Parameter(torch.ones(2))
+
+
+def hooked() -> nn.Module:
+    module = nn.ReLU()
+    module.register_full_backward_hook(lambda *_: None)
+    return module
+
+
+@pytest.mark.parametrize(
+    "x, weight, module, reason",
+    [
+        (X, WEIGHT, nn.ReLU(), ""),
+        (X, None, nn.ReLU(), ""),
+        (X.as_subclass(Subclass), WEIGHT, nn.ReLU(), "Subclass"),
+        (X, nn.Parameter(torch.ones(2).as_subclass(Subclass)), nn.ReLU(), "parameter is a Subclass"),
+        (X, WEIGHT.double(), nn.ReLU(), "dtype"),
+        (X.long(), WEIGHT, nn.ReLU(), "floating-point"),
+        (X[:0], WEIGHT, nn.ReLU(), "empty"),
+        (X, WEIGHT, hooked(), "ReLU has hooks"),
+    ],
+)
+def test_why_eager_of_tensors_and_modules(x, weight, module, reason):
+    found = dispatch.why_eager(x, (weight,), (module,))
+    assert reason in found and bool(found) == bool(reason)
+
+
+def test_why_eager_of_who_looks_on():
+    def why() -> str:
+        return dispatch.why_eager(X, (WEIGHT,))
+
+    with use_backend("eager"):
+        assert "'eager'" in why()
+    with torch.autograd.forward_ad.dual_level():
+        assert "forward-mode" in why()
+    with Mode():
+        assert "Mode" in why()
+    with torch.device("cpu"):
+        assert why() == ""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dispatch.why_eager(X, (WEIGHT.double(),)) == ""
+    seen = []
+    torch.func.vmap(lambda x: seen.append(dispatch.why_eager(x)) or x)(X)
+    assert "torch.func" in seen[0]
+
+
+def test_a_parameter_that_is_no_plain_tensor_takes_the_modules():
+    """As torchao's quantised weights are."""
+    model = timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)).eval()
+    block, x = model.stages[0].blocks[0], torch.randn(1, 8, 8, 8)
+    want = block(x)
+    assert block.can_fuse(x)
+    block.mlp.fc2.weight = nn.Parameter(block.mlp.fc2.weight.detach().as_subclass(Subclass))
+    assert "Subclass" in block.why_eager(x)
+    torch.testing.assert_close(block(x).as_subclass(torch.Tensor), want)
+
+
+def test_layers_add_reasons_of_their_own():
+    model = timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
+    block, x = model.stages[0].blocks[0], torch.randn(1, 8, 16, 16)
+    conv, layout = block.conv_dw, PackedLayout(random_mask(1, (4, 4), 0.75), 4)
+    packed = torch.randn(1, 8, 32, 8)
+    assert block.why_eager(x) == conv.why_eager(x) == layout.why_eager(packed, conv) == ""
+    assert "wider" in model.stages[1].downsample[1].why_eager(x)
+    with torch.no_grad():
+        assert "no gradient" in conv.why_eager(x)
+    assert "float32" in conv.double().why_eager(x.double())
+    conv.float().register_full_backward_hook(lambda *_: None)
+    assert "hooks" in layout.why_eager(packed, conv)
+    full = PackedLayout(random_mask(1, (4, 4), 0.1), 14)
+    block.conv_dw = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    assert "visible" in full.why_eager(torch.randn(1, 8, 14, 1), block.conv_dw)
+    assert "no depthwise" in layout.why_eager(packed, nn.Conv2d(8, 8, 3, padding=1))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_blocks_and_stages_are_called_as_modules(checkpointing):
+    """What hooks into modules, as FSDP2 does to gather a block's parameters, sees every block."""
+    model = timm.create_model("fcmae_convnextv2_atto", img_size=64, decoder_dim=16)
+    model.set_grad_checkpointing(checkpointing)
+    seen = []
+    for stage in model.encoder.stages:
+        stage.register_forward_pre_hook(lambda *_: seen.append("stage"))
+        for block in stage.blocks:
+            block.register_forward_pre_hook(lambda *_: seen.append("block"))
+    model(torch.randn(2, 3, 64, 64)).loss.backward()
+    assert seen.count("stage") == 4 and seen.count("block") == 12
+
+
+@pytest.mark.parametrize("name", ["eager", "fused"])
+def test_pretraining_compiles_without_a_graph_break(name):
+    model = timm.create_model("fcmae_convnextv2_atto", img_size=64, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    images = torch.randn(2, 3, 64, 64)
+    layout = model.visible(images)
+
+    def loss() -> torch.Tensor:
+        return model(images, layout, return_pred=False).loss
+
+    with use_backend(name):
+        torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(), loss())
