@@ -100,9 +100,10 @@ def _layers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Itera
     for name, module in model.named_modules():
         if isinstance(module, FCMAE):
             packed.add(module.encoder)
-            grid = module.grid(*module.img_size)
+            height, width = module.img_size
+            grid = module.grid(height, width)
             layout = PackedLayout(random_mask(1, grid, module.mask_ratio), num_visible(grid, module.mask_ratio))
-            yield from _of_encoder(module.encoder, _join(name, "encoder"), module.img_size, layout, device, dtype)
+            yield from _of_encoder(module.encoder, _join(name, "encoder"), (height, width), layout, device, dtype)
             for path, block in module.decoder.named_modules():
                 if isinstance(block, ConvNeXtV2Block):
                     yield from _of_block(block, _join(name, "decoder", path), grid, None, device, dtype)

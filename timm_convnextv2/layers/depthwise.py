@@ -13,7 +13,8 @@ __all__ = ["DepthwiseConv2d", "is_plain_depthwise"]
 def is_plain_depthwise(conv: nn.Module) -> bool:
     """Whether the operations here compute what `conv` does: depthwise, stride and dilation 1, 'same' zero padding."""
     return (
-        type(conv) in (nn.Conv2d, DepthwiseConv2d)
+        isinstance(conv, nn.Conv2d)
+        and type(conv) in (nn.Conv2d, DepthwiseConv2d)
         and conv.groups == conv.in_channels == conv.out_channels
         and conv.stride == conv.dilation == (1, 1)
         and conv.kernel_size[0] == conv.kernel_size[1]

@@ -3,6 +3,8 @@
 Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); `timm.layers.GlobalResponseNormMlp`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import GELU, DropPath, GlobalResponseNormMlp, LayerNorm, LayerNorm2d, drop_path
@@ -34,6 +36,10 @@ class TokenMlp(GlobalResponseNormMlp):
         recompute: Whether `fused` computes its pre-activation again in the backward, rather than keep it.
     """
 
+    if TYPE_CHECKING:  # nn.Module types them as Tensor | Module
+        fc1: Any
+        fc2: Any
+
     recompute = False
 
     @classmethod
@@ -43,10 +49,11 @@ class TokenMlp(GlobalResponseNormMlp):
         for fc in (mlp.fc1, mlp.fc2):
             if isinstance(fc, nn.Conv2d):
                 fc.__class__ = PointwiseConv2d
-        mlp.grn.__class__ = GlobalResponseNorm
-        mlp.grn.spatial_dim, mlp.grn.channel_dim, mlp.grn.wb_shape = (1, 2), -1, (1, 1, 1, -1)
+        grn: Any = mlp.grn
+        grn.__class__ = GlobalResponseNorm
+        grn.spatial_dim, grn.channel_dim, grn.wb_shape = (1, 2), -1, (1, 1, 1, -1)
 
-    def why_eager(self, x: torch.Tensor, norm: nn.Module, path: nn.Module) -> str:
+    def why_eager(self, x: torch.Tensor, norm: Any, path: nn.Module) -> str:
         """Why `fused` may not take the place of the modules, one after the other; '' where it may.
 
         It computes what they do only while they are of the kinds it knows, and nobody looks between them
@@ -83,11 +90,11 @@ class TokenMlp(GlobalResponseNormMlp):
             return "it has dropout"
         return ""
 
-    def can_fuse(self, x: torch.Tensor, norm: nn.Module, path: nn.Module) -> bool:
+    def can_fuse(self, x: torch.Tensor, norm: Any, path: nn.Module) -> bool:
         """Whether `fused` may run; `why_eager` says why not."""
         return not self.why_eager(x, norm, path)
 
-    def fused(self, x: torch.Tensor, shortcut: torch.Tensor, norm: nn.Module, path: nn.Module) -> torch.Tensor:
+    def fused(self, x: torch.Tensor, shortcut: torch.Tensor, norm: Any, path: nn.Module) -> torch.Tensor:
         """`shortcut + path(mlp(norm(x)))` as one operation, where `can_fuse` allows it.
 
         Args:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from timm.layers import GlobalResponseNormMlp
@@ -26,12 +26,18 @@ __all__ = ["ConvNeXtV2", "ConvNeXtV2Block", "ConvNeXtV2Stage"]
 class Layout(Protocol):
     """What the mixer asks of a packed layout; `models.packing.PackedLayout` is one."""
 
-    def mix(self, x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
+    def mix(self, x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
         """Applies `conv` to packed features `x` as if they lay in their image, and packs the result."""
+        ...
 
 
 class ConvNeXtV2Block(ConvNeXtBlock):
     """timm's `ConvNeXtBlock`, split into the mixer (which asks the layout) and the token MLP (which does not)."""
+
+    if TYPE_CHECKING:  # nn.Module types them as Tensor | Module
+        conv_dw: Any
+        mlp: Any
+        mlp_channels_last: bool
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -41,6 +47,7 @@ class ConvNeXtV2Block(ConvNeXtBlock):
     def adopt(block: ConvNeXtBlock) -> None:
         """Turns timm's block into ours in place: parameters and their names stay."""
         block.__class__ = ConvNeXtV2Block
+        assert isinstance(block, ConvNeXtV2Block)
         DepthwiseConv2d.adopt(block.conv_dw)
         block.mlp_channels_last = not block.use_conv_mlp
         if type(block.mlp) is GlobalResponseNormMlp:
@@ -95,6 +102,9 @@ class ConvNeXtV2Block(ConvNeXtBlock):
 class ConvNeXtV2Stage(ConvNeXtStage):
     """timm's `ConvNeXtStage` with a packed path."""
 
+    if TYPE_CHECKING:
+        blocks: Any
+
     def forward(self, x: torch.Tensor, layout: Any = None) -> torch.Tensor:
         """Dense features, or packed ones with their `layout`: downsampling never crosses a patch border."""
         x = self.downsample(x)
@@ -147,6 +157,11 @@ class ConvNeXtV2(ConvNeXt):
             three blocks. `timm.create_model` sets 'group' for base, large and huge, as their recipes have it.
     """
 
+    if TYPE_CHECKING:  # nn.Module types them as Tensor | Module
+        stages: Any
+        norm_pre: Any
+        pretrained_cfg: dict[str, Any]
+
     layer_decay_type = "single"
 
     def __init__(self, *args, **kwargs) -> None:
@@ -160,7 +175,7 @@ class ConvNeXtV2(ConvNeXt):
             for block in stage.blocks:
                 ConvNeXtV2Block.adopt(block)
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]  (typed for its other form)
     def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], int]:
         """Layers of the official layer-wise learning rate decay, for `timm.optim.param_groups_layer_decay`.
 
@@ -181,7 +196,7 @@ class ConvNeXtV2(ConvNeXt):
         depths = [len(stage.blocks) for stage in self.stages]
         return partial(_layer_id, depths=depths, grouped=self.layer_decay_type == "group")
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]  (typed for its other form)
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes in the backward pass what takes most memory.
 

@@ -7,6 +7,8 @@ MLP, GRN's per-image sums, drop path) runs on it unchanged and exactly. Only the
 patch: `PackedLayout.mix` gives it the neighbourhood back.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -117,7 +119,7 @@ class PackedLayout:
             self._rows[p] = (((batch * h + ids // w) * p + row) * w + ids % w).flatten()
         return self._rows[p]
 
-    def mix(self, x: torch.Tensor, conv: nn.Module) -> torch.Tensor:
+    def mix(self, x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
         """Submanifold `conv`: removed positions are zero before it and are dropped after it.
 
         Args:
@@ -131,7 +133,7 @@ class PackedLayout:
         h, w = self.grid
         if self.can_fuse(x, conv):
             patches = _nhwc(x).view(-1, p, p, C)
-            out = window_depthwise(patches, conv.weight, conv.bias, self.windows(p, conv.padding[0]))
+            out = window_depthwise(patches, conv.weight, conv.bias, self.windows(p, int(conv.padding[0])))
             return out.reshape(B, -1, p, C).permute(0, 3, 1, 2)
         rows = self.rows(p)
         dense = _ScatterRows.apply(_nhwc(x).view(-1, p * C), rows, B * h * p * w)
@@ -139,7 +141,7 @@ class PackedLayout:
         out = _GatherRows.apply(_nhwc(dense).view(B * h * p * w, -1), rows)
         return out.view(B, -1, p, dense.shape[1]).permute(0, 3, 1, 2)
 
-    def why_eager(self, x: torch.Tensor, conv: nn.Module) -> str:
+    def why_eager(self, x: torch.Tensor, conv: Any) -> str:
         """Why `conv` runs on the whole map with zeros in it; '' where a window around each visible patch does.
 
         Where kernels gather windows into memory, positions are counted: each output costs about as much as reading six
@@ -161,7 +163,7 @@ class PackedLayout:
             return "so many patches are visible that their windows have more positions than the map"
         return ""
 
-    def can_fuse(self, x: torch.Tensor, conv: nn.Module) -> bool:
+    def can_fuse(self, x: torch.Tensor, conv: Any) -> bool:
         """Whether windows are convolved; `why_eager` says why not."""
         return not self.why_eager(x, conv)
 

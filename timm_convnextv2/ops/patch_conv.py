@@ -24,8 +24,9 @@ class _PatchProduct(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         grad_x = grad @ weight.permute(0, 2, 3, 1).flatten(1) if need_x else None
         flat = grad.flatten(0, -2)
-        product = flat.t() @ patches.flatten(0, -2) if need_weight else None
-        grad_weight = product.view(out_chans, k, k, C).permute(0, 3, 1, 2) if need_weight else None
+        grad_weight = None
+        if need_weight:
+            grad_weight = (flat.t() @ patches.flatten(0, -2)).view(out_chans, k, k, C).permute(0, 3, 1, 2)
         return grad_x, grad_weight, flat.sum(dim=0) if need_bias else None
 
 

@@ -333,7 +333,7 @@ def _backward(ctx, grad, _grad_h, _grad_norms):
     if grad is None:
         return (None,) * 17
     x, h, norms, keep, *parameters = ctx.saved_tensors
-    p = Weights(*parameters, ctx.norm_eps, ctx.grn_eps)
+    p = Weights(*parameters, norm_eps=ctx.norm_eps, grn_eps=ctx.grn_eps)
     grad = grad.contiguous()  # the shortcut's too: what is upstream then finds it in channels-last memory
     needs = ctx.needs_input_grad
     wanted = (needs[0], *needs[3:11])

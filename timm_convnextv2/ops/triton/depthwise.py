@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """Triton kernels of the packed depthwise convolution, and what launches them."""
 
 import torch

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """Triton kernels of the token MLP's middle (GELU and GRN), and what launches them.
 
 They compute GELU anew where they need it, in registers, so that the activation is never in memory by itself.
