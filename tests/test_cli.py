@@ -109,7 +109,8 @@ def alone(monkeypatch):
 
     def called(program, installed):
         monkeypatch.setattr(sys, "argv", [program])
-        monkeypatch.setattr(command.shutil, "which", lambda name: f"/bin/{name}" if installed else None)
+        here = {"python": sys.executable, "timm-convnextv2": "/bin/timm-convnextv2" if installed else None}
+        monkeypatch.setattr(command.shutil, "which", here.get)
 
     return called
 
@@ -140,3 +141,14 @@ def test_a_printed_command_starts_as_many_processes(alone, monkeypatch):
         monkeypatch.setenv(name, value)
     nodes = "--nnodes 4 --rdzv-backend c10d --rdzv-id job --rdzv-endpoint node0:29500 --nproc-per-node 8".split()
     assert command.invocation("pretrain", distributed=True) == ["torchrun", *nodes, *module]
+
+
+def test_printed_commands_name_this_interpreter(alone, monkeypatch, tmp_path):
+    """Of an environment that is not activated, by its path: `python` would be another one, or none."""
+    alone(str(SCRIPTS / "pretrain.py"), False)
+    assert command.invocation("publish")[0] == "python"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.setattr(command.shutil, "which", {"python": "/usr/bin/python"}.get)
+    assert command.invocation("publish")[0] == str(tmp_path / ".venv" / "bin" / "python")
+    monkeypatch.chdir(tmp_path)
+    assert command.invocation("publish")[0] == ".venv/bin/python"

@@ -38,8 +38,8 @@ def test_train_script_gets_recipe_options_and_what_was_found_out(run, train, enc
 @pytest.mark.parametrize(
     "started, console, words",
     [
-        (SCRIPT, None, ["python", str(SCRIPT.with_name("publish.py"))]),
-        (Path(finetune.__file__).with_name("__main__.py"), None, ["python", "-m", "timm_convnextv2.publish"]),
+        (SCRIPT, None, [sys.executable, str(SCRIPT.with_name("publish.py"))]),
+        (Path(finetune.__file__).with_name("__main__.py"), None, [sys.executable, "-m", "timm_convnextv2.publish"]),
         ("bin/timm-convnextv2", "bin/timm-convnextv2", ["timm-convnextv2", "publish"]),
     ],
     ids=["script", "module", "console command"],
@@ -220,7 +220,7 @@ def test_real_run(tuned):
     folder, result = tuned
     assert len(summary(folder)) == 3
     publish = result.stdout.splitlines()[-1].split()
-    assert publish == ["python", str(SCRIPT.with_name("publish.py")), str(folder), "USER/NAME", "--dry-run"]
+    assert publish == [sys.executable, str(SCRIPT.with_name("publish.py")), str(folder), "USER/NAME", "--dry-run"]
     args = yaml.safe_load((folder / "args.yaml").read_text())
     assert args["num_classes"] == 3 and args["device_modules"] == ["timm_convnextv2"]
     # the rate said before is the one that train.py computed

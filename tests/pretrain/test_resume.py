@@ -102,7 +102,7 @@ def test_printed_command_finishes_the_run(tmp_path, no_images, monkeypatch, caps
         at_update(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert main(args) == 0
     line = re.search(r"Resume with\n  (.*)\n", capsys.readouterr().out)[1]
-    assert line.startswith("python ") and line.endswith("--experiment 'a run' --resume auto")
+    assert shlex.split(line)[1] == str(SCRIPT) and line.endswith("--experiment 'a run' --resume auto")
     result = shell(line, tmp_path)
     assert result.returncode == 0 and "Done" in result.stdout, result.stderr
     assert_same(load(tmp_path / "a run")["state_dict"], load(expected)["state_dict"])

@@ -23,7 +23,7 @@ import yaml
 from timm.utils.distributed import world_info_from_env
 
 from ..checkpoint import export_finetuned
-from ..command import CommandParser, invocation, refused, say
+from ..command import PROGRAM, CommandParser, invocation, refused, say
 from .plan import Options, Plan, count, describe, make_plan, resolve_options, warnings
 from .preflight import check_augmentation, check_device
 from .recipe import RECIPES, list_recipes, load_recipe, recipe_names
@@ -38,7 +38,7 @@ EVALUATION_OPTIONS = ("dataset", "class_map", "input_img_mode", "input_key", "ta
 def build_parser() -> CommandParser:
     """The launcher's own options."""
     parser = CommandParser(
-        prog=shlex.join(invocation("finetune")),
+        prog=f"{PROGRAM} finetune",
         description=__doc__,
         epilog=f"RECIPES: {RECIPES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
