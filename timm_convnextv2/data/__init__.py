@@ -32,7 +32,7 @@ from .samples import (
     collate,
     sample_seed,
 )
-from .sources import FolderSource, TimmSource, TimmStream, create_source
+from .sources import FolderSource, TimmSource, TimmStream, create_source, left_out
 
 __all__ = [
     "EmbeddedSource",
@@ -49,6 +49,7 @@ __all__ = [
     "collate",
     "create_source",
     "image_extensions",
+    "left_out",
     "load_image",
     "sample_seed",
 ]

@@ -2,9 +2,10 @@
 
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ from .decode import (
     printable,
 )
 from .embedded import EmbeddedSource
+from .files import kind_of_file
 
-__all__ = ["FolderSource", "TimmSource", "TimmStream", "create_source"]
+__all__ = ["FolderSource", "TimmSource", "TimmStream", "create_source", "left_out"]
 
 _STREAM_PREFIXES = ("wds", "hfids", "tfds")
 _MAP_PREFIXES = ("torch", "hfds")
@@ -36,30 +38,37 @@ _READER_PACKAGES = dict(wds="webdataset", hfds="datasets", hfids="datasets", tfd
 class FolderSource(Dataset):
     """All pictures anywhere below a folder, in a fixed order; folder names mean nothing.
 
-    Hidden files and folders (leading dot) are skipped. Links to folders are followed, each folder once. The names
-    live in one block of bytes: about 8 bytes each more than their length below `root`.
+    Hidden files and folders (leading dot) are skipped. Links to folders are followed, each folder once. What is no
+    regular file (FIFOs, sockets, devices, broken links) is never opened. The names live in one block of bytes: about 8
+    bytes each more than their length below `root`.
 
     Args:
         root: The folder.
         in_chans: Channels that pictures are converted to, see `load_image`.
+        nodata: Stored value of pixels that are no data, see `load_image`.
+
+    Attributes:
+        ignored: Number of files that are no pictures, by their lower-case extension, '' for none.
+        special: Kind of what is no regular file, such as 'FIFO' or 'broken link', by its path; the first hundred.
+        num_special: How many those are in all.
 
     Raises:
         ValueError: The folder is missing, is no folder, cannot be listed, or has no picture below it.
     """
 
-    def __init__(self, root: str | os.PathLike, in_chans: int = 3) -> None:
+    def __init__(self, root: str | os.PathLike, in_chans: int = 3, nodata: float | None = None) -> None:
         self.root = os.fspath(root)
-        self.in_chans = check_in_chans(in_chans)
+        self.in_chans, self.nodata = check_in_chans(in_chans), nodata
         shown = printable(self.root)
         if not os.path.exists(self.root):
             raise ValueError(f"Image folder {shown} does not exist. Check --data-dir.")
         if not os.path.isdir(self.root):
             raise ValueError(f"{shown} is a file, expected a folder with images below it. Give the folder it is in.")
         extensions = image_extensions()
-        self._names, self._ends, others = _scan(self.root, frozenset(extensions))
+        self._names, self._ends, self.ignored, self.special, self.num_special = _scan(self.root, frozenset(extensions))
         if not len(self):
             raise ValueError(
-                f"No image below {shown}: {others} other file{'s' * (others != 1)} seen. Looked for the extensions "
+                f"No image below {shown}: {left_out(self) or '0 other files seen'}. Looked for the extensions "
                 f"{' '.join(extensions)} (hidden files and folders are skipped)."
             )
 
@@ -67,12 +76,12 @@ class FolderSource(Dataset):
         return len(self._ends) - 1
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return load_image(self.path(i), self.in_chans)
+        return load_image(self.path(i), self.in_chans, self.nodata)
 
     def load_reduced(self, i: int, choose: Choose) -> torch.Tensor | Reduced:
         """Picture `i`, `Reduced` if it is a JPEG whose size makes `choose` answer more than 1."""
         path = self.path(i)
-        return decode(path, self.in_chans, printable(path), choose)
+        return decode(path, self.in_chans, printable(path), choose, self.nodata)
 
     def path(self, i: int) -> str:
         """Path of picture `i`, as the file system knows it."""
@@ -84,9 +93,43 @@ class FolderSource(Dataset):
         return printable(self.path(i))
 
 
-def _scan(root: str, extensions: frozenset[str]) -> tuple[bytearray, np.ndarray, int]:
-    """Names of all pictures below `root`: their bytes, the offsets `[n + 1]`, and how many other files there are."""
-    names, ends, others = bytearray(), array("q", [0]), 0
+def left_out(source: Any) -> str:
+    """What a folder holds besides the pictures, in one line; '' where that is nothing or the source is no folder.
+
+    For example '48 other files ignored: 24 .dcm, 24 .heic; 1 not opened: root/x.jpg (FIFO)'.
+    """
+    if not isinstance(source, FolderSource):
+        return ""
+    parts = []
+    if source.ignored:
+        kinds = sorted(source.ignored.items(), key=lambda item: (-item[1], item[0]))
+        shown = [f"{count} {extension or 'without extension'}" for extension, count in kinds[:8]]
+        shown += [f"{sum(count for _, count in kinds[8:])} of {len(kinds) - 8} more kinds"] if len(kinds) > 8 else []
+        count = sum(source.ignored.values())
+        parts.append(f"{count} other file{'s' * (count != 1)} ignored: {', '.join(shown)}")
+    if source.special:
+        shown = [f"{path} ({kind})" for path, kind in [*source.special.items()][:5]]
+        shown += [f"{source.num_special - 5} more"] if source.num_special > 5 else []
+        parts.append(f"{source.num_special} not opened, no regular file: {', '.join(shown)}")
+    return "; ".join(parts)
+
+
+_NAMED_SPECIAL = 100
+
+
+class _Scan(NamedTuple):
+    """What `_scan` finds: the pictures' names as bytes, their offsets `[n + 1]`, and the attributes of the source."""
+
+    names: bytearray
+    ends: np.ndarray
+    ignored: dict[str, int]
+    special: dict[str, str]
+    num_special: int
+
+
+def _scan(root: str, extensions: frozenset[str]) -> _Scan:
+    """Names of all pictures below `root`, and what else is there."""
+    names, ends, ignored, special, num_special = bytearray(), array("q", [0]), Counter(), {}, 0
     seen = set()
     folders = [""]
     while folders:
@@ -101,20 +144,34 @@ def _scan(root: str, extensions: frozenset[str]) -> tuple[bytearray, np.ndarray,
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir():
+                    extension = os.path.splitext(entry.name)[1].lower()
+                    kind = _kind_of_entry(entry)
+                    if kind == "folder":
                         below.append(entry.name)
-                    # a dangling link counts: as a picture that cannot be read it gets reported, not lost
-                    elif os.path.splitext(entry.name)[1].lower() in extensions:
+                    elif kind:
+                        num_special += 1
+                        if len(special) < _NAMED_SPECIAL:
+                            special[printable(entry.path)] = kind
+                    elif extension in extensions:
                         pictures.append(entry.name)
                     else:
-                        others += 1
+                        ignored[printable(extension)] += 1
         except OSError as error:
             raise ValueError(f"Cannot list the folder {printable(os.path.join(root, folder))}: {error}") from error
         for name in sorted(pictures):
             names += os.fsencode(os.path.join(folder, name))
             ends.append(len(names))
         folders.extend(os.path.join(folder, name) for name in sorted(below, reverse=True))
-    return names, np.frombuffer(ends, dtype=np.int64), others
+    return _Scan(names, np.frombuffer(ends, dtype=np.int64), dict(ignored), special, num_special)
+
+
+def _kind_of_entry(entry: os.DirEntry) -> str:
+    """As `kind_of_file`; most file systems tell it without another look."""
+    if entry.is_file(follow_symlinks=False):
+        return ""
+    if entry.is_dir(follow_symlinks=False):
+        return "folder"
+    return kind_of_file(entry.path)
 
 
 class TimmSource(Dataset):
@@ -127,6 +184,7 @@ class TimmSource(Dataset):
         in_chans: Channels that pictures are converted to, see `load_image`.
         input_key: Column that holds the picture (`hfds/`, default 'image') or extensions (folders).
         download: Let torchvision download the data set.
+        nodata: Stored value of pixels that are no data, see `load_image`.
 
     Raises:
         ValueError: timm cannot open the data set, or it is a stream.
@@ -141,8 +199,9 @@ class TimmSource(Dataset):
         in_chans: int = 3,
         input_key: str | None = None,
         download: bool = False,
+        nodata: float | None = None,
     ) -> None:
-        self.dataset_name, self.in_chans = name or str(root), check_in_chans(in_chans)
+        self.dataset_name, self.in_chans, self.nodata = name or str(root), check_in_chans(in_chans), nodata
         self.prefix = prefix = _prefix(name)
         if prefix in _STREAM_PREFIXES:
             raise ValueError(f"Data set '{name}' is a stream, which has no index. Use TimmStream.")
@@ -182,11 +241,11 @@ class TimmSource(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return _decode_any(*self._read(i), self.in_chans)
+        return _decode_any(*self._read(i), self.in_chans, nodata=self.nodata)
 
     def load_reduced(self, i: int, choose: Choose) -> torch.Tensor | Reduced:
         """Picture `i`, `Reduced` if it is a JPEG whose size makes `choose` answer more than 1."""
-        return _decode_any(*self._read(i), self.in_chans, choose)
+        return _decode_any(*self._read(i), self.in_chans, choose, self.nodata)
 
     def _read(self, i: int) -> tuple[Any, str]:
         """What timm's reader gives as sample `i`, and its name for messages."""
@@ -239,11 +298,13 @@ def _create_timm_dataset(name: str, root: Any, split: str, **kwargs: Any) -> Any
         ) from error
 
 
-def _decode_any(picture: Any, name: str, in_chans: int, choose: Choose | None = None) -> torch.Tensor | Reduced:
+def _decode_any(
+    picture: Any, name: str, in_chans: int, choose: Choose | None = None, nodata: float | None = None
+) -> torch.Tensor | Reduced:
     """Decodes what the readers of timm and torchvision give: a path, bytes, an open file, or a Pillow image."""
     if isinstance(picture, Image.Image):
         try:
-            return from_pil(picture, in_chans)
+            return from_pil(picture, in_chans, nodata)
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
     if hasattr(picture, "read"):
@@ -251,7 +312,7 @@ def _decode_any(picture: Any, name: str, in_chans: int, choose: Choose | None = 
             picture = picture.read()
     if not isinstance(picture, str | bytes):
         raise ImageError(f"{name}: is {type(picture).__name__}, expected a picture; check the name of the input key")
-    return decode(picture, in_chans, name, choose)
+    return decode(picture, in_chans, name, choose, nodata)
 
 
 class TimmStream(IterableDataset):
@@ -272,6 +333,7 @@ class TimmStream(IterableDataset):
         input_key: Field that holds the picture; default 'image', for `wds/` any picture extension (separated by ;).
         download: Download the data set first (`hfids/`, `tfds/`).
         whole: Every process gets all images once, unshuffled, in the order of the shards.
+        nodata: Stored value of pixels that are no data, see `load_image`.
 
     Raises:
         ValueError: timm cannot open the data set, its length is not known, or it is no stream.
@@ -290,12 +352,13 @@ class TimmStream(IterableDataset):
         input_key: str | None = None,
         download: bool = False,
         whole: bool = False,
+        nodata: float | None = None,
     ) -> None:
         super().__init__()
         self.kind = _prefix(name)
         if self.kind not in _STREAM_PREFIXES:
             raise ValueError(f"Data set '{name}' is no stream (wds/, hfids/, tfds/). Use TimmSource.")
-        self.dataset_name, self.in_chans = name, check_in_chans(in_chans)
+        self.dataset_name, self.in_chans, self.nodata = name, check_in_chans(in_chans), nodata
         self.input_key = input_key or "image"
         kwargs: dict[str, Any] = dict(num_samples=num_samples, input_img_mode="")
         if self.kind == "wds":
@@ -373,7 +436,7 @@ class TimmStream(IterableDataset):
     def _load(self, picture: Any, name: str, choose: Choose | None = None) -> torch.Tensor | Reduced:
         if isinstance(picture, bytes) and not picture:
             raise ImageError(f"{name}: has no picture under the input key {self.input_key}")
-        return _decode_any(picture, name, self.in_chans, choose)
+        return _decode_any(picture, name, self.in_chans, choose, self.nodata)
 
     def _leave_undecoded(self) -> None:
         """Makes timm's reader pass the bytes on, in the process that reads them.
@@ -411,6 +474,7 @@ def create_source(
     batch_size: int = 1,
     seed: int = 0,
     whole: bool = False,
+    nodata: float | None = None,
 ) -> FolderSource | TimmSource | EmbeddedSource | TimmStream:
     """Picks the source that the options of a script describe.
 
@@ -430,6 +494,7 @@ def create_source(
         batch_size: Images per batch (streams).
         seed: Seed of the order (streams).
         whole: All images once, in order, for every process (streams; others always are).
+        nodata: Stored value of pixels that are no data, see `load_image`; the embedded data set has none.
 
     Raises:
         ValueError: Nothing is named, the name is unknown, or the source cannot be opened.
@@ -437,13 +502,14 @@ def create_source(
     if dataset == "embedded":
         return EmbeddedSource(num_samples or 2048, in_chans=in_chans, seed=int(split != "train"))
     if _prefix(dataset) in _STREAM_PREFIXES:
-        return TimmStream(dataset, data_dir, split, in_chans, num_samples, batch_size, seed, input_key, download, whole)
+        reading = (seed, input_key, download, whole, nodata)
+        return TimmStream(dataset, data_dir, split, in_chans, num_samples, batch_size, *reading)
     if _prefix(dataset) in _MAP_PREFIXES:
-        return TimmSource(dataset, data_dir, split, in_chans, input_key, download)
+        return TimmSource(dataset, data_dir, split, in_chans, input_key, download, nodata)
     if dataset:
         raise _unknown_dataset(dataset)
     if data_dir is None or not os.fspath(data_dir):
         raise ValueError("No images named. Give a folder (--data-dir), or --dataset embedded to try things out.")
     if os.path.isfile(data_dir) and os.fspath(data_dir).lower().endswith(".tar"):
-        return TimmSource("", data_dir, split, in_chans, input_key)
-    return FolderSource(data_dir, in_chans)
+        return TimmSource("", data_dir, split, in_chans, input_key, nodata=nodata)
+    return FolderSource(data_dir, in_chans, nodata)

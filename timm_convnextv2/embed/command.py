@@ -23,6 +23,7 @@ def build_parser() -> CommandParser:
     add("--split", default="train", metavar="NAME", help="split of --dataset; of wds/ the names of the shards")
     add("--input-key", metavar="NAME", help="field of --dataset that holds the image")
     add("--dataset-download", action="store_true", help="let torchvision or the reader download --dataset")
+    add("--nodata", type=float, metavar="V", help="stored value of pixels without data; they get the others' mean")
     add("--num-samples", type=int, metavar="N",
         help="images of --dataset embedded; of a stream those that there are, where it does not say")
     add("--output", required=True, metavar="FILE", help="file to write, .npy, .safetensors or .parquet")

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..data import FolderSource, MissingPackageError, TimmStream, check_readable, create_source
+from ..command import say
+from ..data import FolderSource, MissingPackageError, TimmStream, check_readable, create_source, left_out
 from .images import Batch, map_batches, preprocessing, stream_batches
 from .model import digest, features, load_network
 from .output import check_output, write_output
@@ -36,6 +37,7 @@ def embed(
     input_key: str | None = None,
     download: bool = False,
     num_samples: int | None = None,
+    nodata: float | None = None,
     batch_size: int = 64,
     img_size: int | None = None,
     device: str = "cpu",
@@ -59,6 +61,7 @@ def embed(
         input_key: Field of `dataset` that holds the image.
         download: Download `dataset` first.
         num_samples: Images of the embedded data set; those of a stream, where it does not say.
+        nodata: Stored value of pixels that are no data, see `timm_convnextv2.data.load_image`.
         batch_size: Images at a time.
         img_size: Side of the square crops in pixels; the model's if None.
         device: Where the model runs; 'cuda' is the GPU of this process.
@@ -93,7 +96,10 @@ def embed(
             num_samples=num_samples,
             batch_size=batch_size,
             whole=True,
+            nodata=nodata,
         )
+        if progress and (note := left_out(source)):
+            say(note, error=True)
         _check_place(output, source)
         total = None if isinstance(source, TimmStream) else len(source)
         limit = _Limit(max_bad_images, total)
@@ -105,6 +111,7 @@ def embed(
             data = {"data_dir": place, "dataset": dataset, "split": split, "input_key": input_key}
             data |= {"images": total, "names": _digest_of_names(source)}
             images = {key: config[key] for key in _PREPROCESSING}
+            images["nodata"] = None if nodata is None else str(nodata)  # NaN would differ from itself
             computed = {"batch_size": batch_size, "device": torch.device(device).type, "amp": amp}
             run = {"model": model, "weights": digest(network), **data, **images, **computed}
             parts.claim(run, resume=resume, overwrite=overwrite)

@@ -16,6 +16,7 @@ from ..data import (
     TimmStream,
     check_readable,
     collate,
+    left_out,
 )
 from .distributed import World
 
@@ -86,6 +87,8 @@ def open_batches(
         ValueError: No image can be decoded, or there are fewer images than a batch takes.
     """
     source = create_source()
+    if note := left_out(source):
+        world.say(note)
     options = dict(
         num_workers=workers,
         collate_fn=collate,

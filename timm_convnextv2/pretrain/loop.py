@@ -18,7 +18,7 @@ import yaml
 
 from ..checkpoint import export_encoder
 from ..command import refused, say
-from ..data import PretrainTransform, create_source
+from ..data import MissingPackageError, PretrainTransform, create_source
 from ..memory import memory_estimate, peak_memory
 from ..models import FCMAE
 from ..provenance import resolve_license
@@ -217,6 +217,7 @@ def open_data(args: argparse.Namespace, model: FCMAE, world: World) -> Batches:
     source = partial(
         create_source, args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key,
         args.dataset_download, args.train_num_samples, args.batch_size, args.seed,
+        nodata=args.nodata,
     )  # fmt: skip
     return open_batches(
         source,
@@ -296,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         train(run, world)
     except (ValueError, RuntimeError) as e:
-        if world is not None and world.training:
+        if world is not None and world.training and not isinstance(e, MissingPackageError):
             raise
         return refused("pretrain", e)
     except FloatingPointError as e:

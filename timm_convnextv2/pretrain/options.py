@@ -61,6 +61,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     add("--img-size", type=int, default=224, metavar="N", help="side of the square crops")
     add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="replaces --in-chans and --img-size")
     add("--in-chans", type=int, default=3, metavar="N", help="1, 3, or the number of bands of TIFF and .npy files")
+    add("--nodata", type=float, metavar="V", help="stored value of pixels without data; they get the others' mean")
     add("--mean", type=float, nargs="+", metavar="X", help="per channel, of pixels scaled to [0, 1]")
     add("--std", type=float, nargs="+", metavar="X", help="likewise (default: ImageNet's for 3 channels)")
     add("--scale", type=float, nargs=2, default=[0.2, 1.0], metavar="X", help="area of the random crop")

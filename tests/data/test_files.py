@@ -1,0 +1,390 @@
+"""Folders with other files than images, what must not be opened, images that are too large, and missing packages."""
+
+import os
+import re
+import signal
+import socket
+import sys
+import tracemalloc
+import zlib
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from encoders import make_encoder
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from timm_convnextv2 import data
+from timm_convnextv2.data import (
+    FolderSource,
+    ImageError,
+    MissingPackageError,
+    PretrainDataset,
+    PretrainTransform,
+    check_readable,
+    collate,
+    left_out,
+    load_image,
+)
+from timm_convnextv2.embed import main as embed_main
+from timm_convnextv2.pretrain import main as pretrain_main
+
+RGB = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+SMALL = "--img-size 32 --patch-size 1 --batch-size 4 --epochs 1 --decoder-dim 8 --workers 0 --device cpu".split()
+SMALL += ["--model-kwargs", "depths=(1,1,1,1)", "dims=(8,12,16,20)"]
+
+
+@contextmanager
+def no_hang(seconds=20):
+    def stop(*_):
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def images(folder, n=8):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.fromarray(np.roll(RGB, i, 0)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------- other files
+
+
+def test_other_files_are_counted(tmp_path):
+    images(tmp_path)
+    for i in range(24):
+        (tmp_path / f"{i}.DCM").touch()
+        (tmp_path / f"{i}.heic").touch()
+    source = FolderSource(tmp_path)
+    assert source.ignored == {".dcm": 24, ".heic": 24}
+    assert left_out(source) == "48 other files ignored: 24 .dcm, 24 .heic"
+    (tmp_path / "LICENSE").touch()
+    assert left_out(FolderSource(tmp_path)).endswith("24 .heic, 1 without extension")
+    for i in range(12):
+        (tmp_path / f"x.{i:02d}").touch()
+    assert left_out(FolderSource(tmp_path)).endswith("1 .03, 1 .04, 7 of 7 more kinds")
+    assert left_out(FolderSource(images(tmp_path / "deep"))) == "" == left_out(data.EmbeddedSource(8))
+
+
+@pytest.mark.parametrize("command", ["pretrain", "embed"])
+def test_commands_say_once_what_they_leave_out(tmp_path, capsys, command):
+    images(tmp_path / "images")
+    (tmp_path / "images" / "a.dcm").touch()
+    os.mkfifo(tmp_path / "images" / "pipe.jpg")
+    with no_hang(60):
+        if command == "embed":
+            make_encoder(tmp_path / "model")
+            options = ["--model", f"local-dir:{tmp_path / 'model'}", "--output", str(tmp_path / "out.npy")]
+            assert embed_main([*options, "--data-dir", str(tmp_path / "images"), "--workers", "0"]) == 0
+        else:
+            options = [*SMALL, "--output", str(tmp_path), "--data-dir", str(tmp_path / "images")]
+            assert pretrain_main([*options, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert (out + err).count("1 other file ignored: 1 .dcm") == 1
+    assert len(re.findall(r"1 not opened, no regular file: \S+pipe.jpg \(FIFO\)", out + err)) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- special files
+
+
+def make_special(kind, path, folder):
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "socket":
+        server = socket.socket(socket.AF_UNIX)
+        here = os.getcwd()
+        os.chdir(folder)  # such addresses are short
+        try:
+            server.bind(path.name)
+        finally:
+            os.chdir(here)
+            server.close()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "link to a FIFO":
+        os.mkfifo(folder.parent / "fifo")
+        path.symlink_to(folder.parent / "fifo")
+    elif kind == "loop":
+        path.symlink_to(path)
+    else:
+        path.symlink_to(folder / "gone")
+
+
+SPECIAL = {"FIFO": "FIFO", "socket": "socket", "device": "device", "link to a FIFO": "FIFO"}
+SPECIAL |= {"loop": "broken link", "dangling": "broken link"}
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.npy", "x.tif", "x"])
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_special_files_are_skipped_counted_and_named(tmp_path, kind, name):
+    folder = images(tmp_path / "images", 2)
+    make_special(kind, folder / name, folder)
+    with no_hang():
+        source = FolderSource(folder)
+        assert len(source) == 2 and check_readable(source) == []
+        assert (source.special, source.num_special) == ({str(folder / name): SPECIAL[kind]}, 1)
+        assert source.ignored == {}
+        # as one that came after the scan
+        with pytest.raises(ImageError, match=f"{name}: .*(is a {SPECIAL[kind]}, expected a regular|No such|Too many)"):
+            load_image(folder / name)
+
+
+def test_folder_in_the_place_of_an_image(tmp_path):
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(ImageError, match="x.png: is a folder"):
+        load_image(tmp_path / "x.png")
+
+
+def test_fifo_that_comes_between_look_and_opening(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "x.png")
+    Image.fromarray(RGB).save(tmp_path / "y.png")
+    info = os.stat(tmp_path / "y.png")
+    monkeypatch.setattr(data.files.os, "stat", lambda path: info)
+    with no_hang(), pytest.raises(ImageError, match="x.png: is a FIFO"):
+        load_image(tmp_path / "x.png")
+
+
+def test_links_to_images_and_folders_are_followed(tmp_path):
+    elsewhere = images(tmp_path / "elsewhere", 2)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "a.png").symlink_to(elsewhere / "000.png")
+    (tmp_path / "root" / "folder").symlink_to(elsewhere)
+    assert len(FolderSource(tmp_path / "root")) == 3
+
+
+def test_many_special_files_are_counted_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.sources, "_NAMED_SPECIAL", 6)
+    images(tmp_path, 1)
+    for i in range(9):
+        (tmp_path / f"link{i}.png").symlink_to("gone")
+    source = FolderSource(tmp_path)
+    assert len(source.special) == 6 and source.num_special == 9
+    assert re.match(r"9 not opened, .*\(broken link\), 4 more$", left_out(source))
+
+
+def test_folder_of_nothing_but_broken_links(tmp_path):
+    (tmp_path / "x.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(ValueError, match=r"No image below.*1 not opened.*x\.png \(broken link\)"):
+        FolderSource(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- bombs
+
+
+def sparse_npy(path, shape, dtype="float32"):
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr=dtype, fortran_order=False, shape=shape))
+        file.truncate(file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize)  # takes no space
+
+
+def bomb_tiff(path, **options):
+    """Zeros that nobody ever had in memory."""
+    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
+    height, width, rows = 20000, 20944, 1024
+    strip = zlib.compress(bytes(rows * width * options.pop("samples", 1)), 9)
+    strips = (strip for _ in range(-(-height // rows)))
+    tifffile.imwrite(
+        path, strips, shape=options.pop("shape", (height, width)), rowsperstrip=rows, compression="zlib",
+        photometric=options.pop("photometric", "minisblack"), **options,
+    )  # fmt: skip
+
+
+def bomb_png(path):
+    def chunk(kind, content):
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    header = (20000).to_bytes(4, "big") + (20944).to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    pixels = zlib.compress(bytes(1000))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+
+
+BOMBS = {
+    "npy grey": ("x.npy", lambda path: sparse_npy(path, (20000, 20944)), 1),
+    "npy last": ("x.npy", lambda path: sparse_npy(path, (20000, 20944, 3), "uint8"), 3),
+    "npy first": ("x.npy", lambda path: sparse_npy(path, (12, 20000, 20944), "uint8"), 12),
+    "tiff by Pillow": ("x.tif", bomb_tiff, 1),
+    "tiff by tifffile": (
+        "x.tif",
+        lambda path: bomb_tiff(path, shape=(20000, 20944, 2), samples=2, planarconfig="contig", dtype="uint8"),
+        2,
+    ),
+    "png": ("x.png", bomb_png, 3),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_size_is_known_before_pixels_are_read(tmp_path, kind):
+    name, write, in_chans = BOMBS[kind]
+    write(tmp_path / name, **({"dtype": "uint8"} if kind == "tiff by Pillow" else {}))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageError, match=rf"{name}: .*(20000 x 20944|418880000).*limit of 178956970"):
+            load_image(tmp_path / name, in_chans)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "bands.tif", "x.npy"])
+def test_one_limit_for_all_formats(tmp_path, monkeypatch, name):
+    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
+    if name == "x.npy":
+        np.save(tmp_path / name, RGB)
+    elif name == "bands.tif":
+        tifffile.imwrite(tmp_path / name, RGB[..., :2], planarconfig="contig", photometric="minisblack")
+    else:
+        Image.fromarray(RGB).save(tmp_path / name)
+    in_chans = 2 if name == "bands.tif" else 3
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 32 // 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)
+        assert load_image(tmp_path / name, in_chans).shape == (in_chans, 24, 32)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 32 // 2 - 1)
+    with pytest.raises(ImageError, match=f"{name}: .*limit"):
+        load_image(tmp_path / name, in_chans)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert load_image(tmp_path / name, in_chans).shape == (in_chans, 24, 32)
+
+
+def test_tiles_are_no_way_around_the_limit(tmp_path, monkeypatch):
+    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
+    tifffile.imwrite(tmp_path / "x.tif", RGB[..., :2], planarconfig="contig", photometric="minisblack", tile=(64, 64))
+    assert load_image(tmp_path / "x.tif", 2).shape == (2, 24, 32)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
+    with pytest.raises(ImageError, match="64 x 64 pixels in one tile"):
+        load_image(tmp_path / "x.tif", 2)
+
+
+def test_only_the_first_image_of_a_file_is_decoded(tmp_path):
+    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
+    pages = np.zeros((4, 24, 32, 2), np.uint8)
+    tifffile.imwrite(tmp_path / "x.tif", pages, photometric="minisblack", planarconfig="contig", compression="zlib")
+    with tifffile.TiffFile(tmp_path / "x.tif") as tif:
+        at, length = tif.pages[3].dataoffsets[0], tif.pages[3].databytecounts[0]
+    content = bytearray((tmp_path / "x.tif").read_bytes())
+    content[at : at + length] = b"\xff" * length
+    (tmp_path / "x.tif").write_bytes(content)
+    assert load_image(tmp_path / "x.tif", 2).shape == (2, 24, 32)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"compression": "lzw"}, {"tile": (16, 16)}])
+def test_truncated_bands_raise(tmp_path, options):
+    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
+    pytest.importorskip("imagecodecs", reason="the package imagecodecs is not installed")
+    tifffile.imwrite(tmp_path / "x.tif", RGB[..., :2], planarconfig="contig", photometric="minisblack", **options)
+    content = (tmp_path / "x.tif").read_bytes()
+    for length in (len(content) - 9, len(content) // 2, 9, 0):
+        (tmp_path / "x.tif").write_bytes(content[:length])
+        with pytest.raises(ImageError, match="x.tif: "):
+            load_image(tmp_path / "x.tif", 2)
+
+
+# -------------------------------------------------------------------------------------------------- missing packages
+
+
+@pytest.fixture
+def without_imagecodecs(monkeypatch):
+    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
+    codecs = pytest.importorskip("imagecodecs", reason="the package imagecodecs is not installed")
+
+    def take():
+        monkeypatch.setitem(sys.modules, "imagecodecs", None)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tifffile"]:
+            monkeypatch.delitem(sys.modules, name)
+
+    assert codecs
+    return tifffile, take
+
+
+BANDS = torch.arange(2 * 16 * 16, dtype=torch.int32).view(16, 16, 2).numpy().astype(np.uint16)
+
+
+@pytest.mark.parametrize("compression", ["lzw", "zstd", "jpeg2000"])
+def test_a_missing_codec_is_a_missing_package(tmp_path, without_imagecodecs, compression):
+    tifffile, take = without_imagecodecs
+    tifffile.imwrite(
+        tmp_path / "x.tif", BANDS, compression=compression, planarconfig="contig", photometric="minisblack"
+    )
+    assert load_image(tmp_path / "x.tif", 2).shape == (2, 16, 16)
+    take()
+    with pytest.raises(MissingPackageError, match=r"x\.tif: .*compression .*pip install imagecodecs"):
+        load_image(tmp_path / "x.tif", 2)
+    with pytest.raises(MissingPackageError, match="pip install imagecodecs"):
+        check_readable(FolderSource(tmp_path, in_chans=2))
+
+
+def test_without_imagecodecs_the_plain_ones_are_read(tmp_path, without_imagecodecs):
+    tifffile, take = without_imagecodecs
+    for compression in (None, "zlib"):
+        options = dict(planarconfig="contig", photometric="minisblack", compression=compression)
+        tifffile.imwrite(tmp_path / f"{compression}.tif", BANDS, **options)
+    take()
+    for path in tmp_path.iterdir():
+        assert np.allclose(load_image(path, 2).numpy(), BANDS.transpose(2, 0, 1) / 65535)
+    content = (tmp_path / "zlib.tif").read_bytes()
+    (tmp_path / "zlib.tif").write_bytes(content[:-20])
+    with pytest.raises(ImageError, match="zlib.tif: cannot be decoded"):  # damaged is damaged
+        load_image(tmp_path / "zlib.tif", 2)
+
+
+def packed_bands(folder, packed):
+    """Eight images, of which those of these numbers are compressed with LZW."""
+    folder.mkdir()
+    for i in range(8):
+        options = dict(planarconfig="contig", photometric="minisblack", compression="lzw" if i in packed else None)
+        sys.modules["tifffile"].imwrite(folder / f"{i}.tif", BANDS + i, **options)
+    return folder
+
+
+def told_once(command, err):
+    assert err.count("pip install imagecodecs") == 1 and "Traceback" not in err
+    return re.search(rf"timm-convnextv2 {command}: error: \S+\.tif: TIFF with compression LZW; run", err)
+
+
+TWO_CHANNELS = ["--in-chans", "2", "--mean", "0.5", "0.5", "--std", "0.2", "0.2", "--max-bad-images", "1"]
+
+
+@pytest.mark.parametrize("command", ["pretrain", "embed"])
+@pytest.mark.parametrize("when", ["at the start", "in the middle"])
+def test_commands_tell_a_missing_codec_in_one_message(
+    tmp_path, monkeypatch, capsys, without_imagecodecs, command, when
+):
+    _, take = without_imagecodecs
+    folder = packed_bands(tmp_path / "images", range(8) if when == "at the start" else [5])
+    if when == "in the middle":
+        passing = {"pretrain": "timm_convnextv2.pretrain.batches", "embed": "timm_convnextv2.embed.run"}
+        monkeypatch.setattr(f"{passing[command]}.check_readable", lambda source: [])
+        monkeypatch.setattr("timm_convnextv2.pretrain.batches.SHOWN_IMAGES", 1)
+    take()
+    with no_hang(60):
+        if command == "embed":
+            make_encoder(tmp_path / "model", in_chans=2)
+            options = ["--model", f"local-dir:{tmp_path / 'model'}", "--output", str(tmp_path / "out.npy")]
+            options += ["--workers", "1", "--device", "cpu", "--max-bad-images", "1"]
+            status = embed_main([*options, "--data-dir", str(folder)])
+        else:
+            options = [*SMALL, *TWO_CHANNELS, "--output", str(tmp_path), "--experiment", "run"]
+            status = pretrain_main([*options, "--data-dir", str(folder)])
+    assert status == 2 and told_once(command, capsys.readouterr().err)
+
+
+def test_a_worker_tells_a_missing_codec_without_its_traceback(tmp_path, without_imagecodecs):
+    _, take = without_imagecodecs
+    transform = PretrainTransform(16, mean=[0.5, 0.5], std=[0.2, 0.2])
+    dataset = PretrainDataset(FolderSource(packed_bands(tmp_path / "images", [0]), 2), transform, (2, 2), 0.5)
+    take()
+    loader = DataLoader(dataset, batch_sampler=[[(0, 0)]], num_workers=1, collate_fn=collate)
+    with pytest.raises(MissingPackageError) as info:
+        next(iter(loader))
+    assert str(info.value).startswith(f"{tmp_path}/images/0.tif: TIFF with compression LZW; run `pip install")
+    assert "\n" not in str(info.value)
