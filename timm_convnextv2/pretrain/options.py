@@ -14,7 +14,7 @@ from timm.utils import ParseKwargs
 from ..command import PROGRAM, CommandParser
 from .start import Start, open_start
 
-__all__ = ["build_parser", "parse_options", "settings_of"]
+__all__ = ["build_parser", "inherit", "parse_options", "settings_of"]
 
 # What changes where neither --data-dir nor --dataset is given: a run of about two minutes on two CPU cores.
 EMBEDDED_DEFAULTS = dict(
@@ -84,7 +84,8 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--grad-checkpointing", action="store_true", help="less memory, a sixth to a third more work")
     add("--model-ema", action="store_true", help="keep and export a moving average of the weights")
     add("--model-ema-decay", type=float, default=0.9999, metavar="X")
-    add("--model-ema-warmup", action="store_true", help="start with a shorter average")
+    add("--model-ema-warmup", action=argparse.BooleanOptionalAction,
+        help="start with a shorter average (default: yes, or as the run that is resumed)")
 
 
 def _add_optimizer_options(group: argparse._ArgumentGroup) -> None:
@@ -236,6 +237,19 @@ def _resolve_intervals(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-bad-images is a share between 0 and 1, got {args.max_bad_images}.")
     args.milestone_interval = args.milestone_interval or max(1, args.epochs // 4)
     args.recon_interval = args.recon_interval or max(1, args.epochs // 10)
+
+
+def inherit(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> argparse.Namespace:
+    """Sets what was not given and a resumed run keeps: its default may have been another when that run began.
+
+    Args:
+        args: Of `parse_options`; changed.
+        checkpoint: Of the run that is resumed, None for a new one.
+    """
+    before = (checkpoint or {}).get("args")
+    if args.model_ema_warmup is None:
+        args.model_ema_warmup = bool(before.get("model_ema_warmup", True)) if isinstance(before, dict) else True
+    return args
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
