@@ -158,7 +158,8 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
         if args.resume == "auto":
             raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
         args.experiment = experiment_name(args.model, args.input_size, world)
-    sources = [place for place in (args.data_dir, args.model.removeprefix("local-dir:") if start else None) if place]
+    model_folder = args.model.removeprefix("local-dir:") if start else None
+    sources = [place for place in (args.data_dir, args.weights, None if args.weights else model_folder) if place]
     folder = RunFolder(args.output, args.experiment, args.resume, args.overwrite, sources)
     settings = settings_of(inherit(args, folder.checkpoint))
     progress = folder.progress(settings, world.size, batches.num_images)

@@ -64,7 +64,8 @@ def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[s
     data = dataset if dataset != "embedded" else "the embedded data set of timm_convnextv2"
     pixels = "pixels normalised per patch" if settings["norm_pix_loss"] else "plain pixels"
     name = settings["model"]
-    started = {"Started from": short_name(name) if ":" in name else "the published encoder"}
+    weights = Path(settings["weights"]).name if settings["weights"] else "the published encoder"
+    started = {"Started from": short_name(name) if ":" in name else weights}
     return {
         "Method": f"FCMAE, mask ratio {settings['mask_ratio']}, decoder {settings['decoder_depth']} x "
         f"{settings['decoder_dim']}, {pixels}",

@@ -13,6 +13,7 @@ from timm.utils import ParseKwargs
 
 from ..command import PROGRAM, CommandParser
 from .start import Start, open_start
+from .start_file import open_weights
 
 __all__ = ["build_parser", "inherit", "parse_options", "settings_of"]
 
@@ -75,6 +76,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--model", default="fcmae_convnextv2_atto", metavar="NAME",
         help="fcmae_convnextv2_{atto..huge}, or local-dir:FOLDER or hf-hub:USER/NAME to continue from")
     add("--pretrained", action="store_true", help="start from those weights, or the published encoder (CC-BY-NC 4.0)")
+    add("--weights", metavar="FILE", help="start from a local file: the official format, timm's, or an FCMAE's")
     add("--patch-size", type=int, default=4, metavar="N", help="stem patch; 1 for small images (stride 8)")
     add("--mask-ratio", type=float, default=0.6, metavar="X", help="share of the patches to remove")
     add("--decoder-depth", type=int, default=1, metavar="N")
@@ -185,9 +187,13 @@ def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, St
     if not args.data_dir and args.dataset in ("", "embedded"):
         parser.set_defaults(**EMBEDDED_DEFAULTS)
         args = parser.parse_args(argv)
-    start = open_start(args.model)
+    if args.weights:
+        start = open_weights(args.weights, args.model, args.model_kwargs, args.license)
+        parser.set_defaults(pretrained=True)
+    else:
+        start = open_start(args.model)
     if start:
-        if not args.pretrained:
+        if not args.pretrained and not args.weights:
             raise ValueError(
                 f"--model {args.model} without --pretrained would start from random weights: add --pretrained."
             )
