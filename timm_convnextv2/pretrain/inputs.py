@@ -45,7 +45,7 @@ def check_input(found: InputStatistics) -> None:
     if (found.std < NOTHING_LEFT).all():
         raise ValueError(
             f"--mean and --std leave nothing to learn from: after normalisation, pixels have a standard deviation of "
-            f"{_values(found.std)} around {_values(found.mean)} {tried}, where about 1 and 0 are usual. {_remedy(found)}"
+            f"{_values(found.std)} around {_values(found.mean)} {tried}, and about 1 and 0 are usual. {_remedy(found)}"
         )
     if (found.flat == 1).all():
         raise ValueError(f"There is nothing to learn: each patch has one value {tried}. Remove blank images.")

@@ -16,7 +16,16 @@ from .plan import Plan
 from .run_folder import Progress
 from .start import short_name
 
-__all__ = ["VERSIONS", "about_run", "ema_warnings", "how_made", "memory_line", "next_commands", "resume_command", "stopped"]
+__all__ = [
+    "VERSIONS",
+    "about_run",
+    "ema_warnings",
+    "how_made",
+    "memory_line",
+    "next_commands",
+    "resume_command",
+    "stopped",
+]
 
 MOSTLY_START = 0.05  # a larger share of the start in a moving average is warned about
 VERSIONS = f"timm_convnextv2 {timm_convnextv2.__version__}, timm {timm.__version__}, torch {torch.__version__}"
