@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -21,6 +22,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        # argparse takes -0.017 for a number but -1.7e-2 for an option
+        self._negative_number_matcher = re.compile(r"-(\d+(_\d+)*\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
     def error(self, message: str) -> NoReturn:
         """Raises the message as a `ValueError`."""

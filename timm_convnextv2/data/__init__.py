@@ -33,12 +33,14 @@ from .samples import (
     sample_seed,
 )
 from .sources import FolderSource, TimmSource, TimmStream, create_source, left_out
+from .statistics import InputStatistics
 
 __all__ = [
     "EmbeddedSource",
     "EpochBatchSampler",
     "FolderSource",
     "ImageError",
+    "InputStatistics",
     "MissingPackageError",
     "PretrainDataset",
     "PretrainStream",

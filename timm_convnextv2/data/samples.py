@@ -377,8 +377,13 @@ def _named(source: Any, i: int, error: Exception) -> str:
     return message if name in message else f"{name}: {message}"
 
 
-def check_readable(source: Any, tries: int = 32) -> Bad:
+def check_readable(source: Any, tries: int = 32, look: Callable[[torch.Tensor], None] | None = None) -> Bad:
     """Decodes up to `tries` pictures spread over a map-style source, before a run is started on it.
+
+    Args:
+        source: With `name(i)`.
+        tries: Largest number of images.
+        look: Called with each image that can be decoded.
 
     Returns:
         `(index, message)` of those that cannot be decoded, some of them.
@@ -391,9 +396,12 @@ def check_readable(source: Any, tries: int = 32) -> Bad:
     bad: Bad = []
     for i in indices:
         try:
-            source[i]
+            image = source[i]
         except (ImageError, OSError) as error:
             bad.append((i, _named(source, i, error)))
+            continue
+        if look is not None:
+            look(image)
     if len(bad) == len(indices):
         reasons = "\n".join(message for _, message in bad[:3])
         raise ValueError(f"None of {len(bad)} images tried (of {len(source)}) can be read, for example:\n{reasons}")

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from ..data import (
     EpochBatchSampler,
+    InputStatistics,
     PretrainDataset,
     PretrainStream,
     PretrainTransform,
@@ -38,6 +39,7 @@ class Batches(NamedTuple):
         num_images: Images of the data set.
         name_of: Name of an image by its index; None for streams, whose reasons begin with the name.
         shown: The few images and masks that are shown during the run, on the first process.
+        inputs: What the network gets, of the images that were tried: the first process's, on all.
     """
 
     loader: DataLoader
@@ -46,6 +48,7 @@ class Batches(NamedTuple):
     num_images: int
     name_of: Callable[[int], str] | None
     shown: list
+    inputs: InputStatistics
 
     def named(self, bad: Bad) -> list[tuple[str, str]]:
         """Names in the place of indices."""
@@ -98,18 +101,28 @@ def open_batches(
         generator=torch.Generator(),  # its own, or each epoch would draw from the model's
     )
     sampling = (transform, grid, mask_ratio, seed)
+    inputs = InputStatistics(transform.img_size[0] // grid[0], transform.mean, transform.std)
     if isinstance(source, TimmStream):
         stream = PretrainStream(source, *sampling)
         source.set_loader_cfg(num_workers=workers)
         loader = DataLoader(stream, batch_size=batch_size, drop_last=True, **options)
         # from a reader of its own: workers would continue with one that has been opened here
         shown = [*islice(PretrainStream(create_source(), *sampling), SHOWN_IMAGES)]
-        per_epoch, images = len(source) // batch_size, len(source) * world.size
-        return Batches(loader, lambda epoch, _: stream.set_epoch(epoch), per_epoch, images, None, shown)
-    check_readable(source)
+        for image, *_ in shown:
+            inputs.add(image)
+        per_epoch, images, inputs = len(source) // batch_size, len(source) * world.size, world.share(inputs)
+        return Batches(loader, lambda epoch, _: stream.set_epoch(epoch), per_epoch, images, None, shown, inputs)
+
+    def look(image: torch.Tensor) -> None:
+        with torch.random.fork_rng(devices=[]):  # the run's random numbers stay
+            torch.default_generator.manual_seed(inputs.images)
+            inputs.add(transform(image))
+
+    check_readable(source, look=look if world.primary else None)
+    inputs = world.share(inputs)
     dataset = PretrainDataset(source, *sampling)
     sampler = EpochBatchSampler(len(source), batch_size, seed, world.rank, world.size)
     loader = DataLoader(dataset, batch_sampler=sampler, **options)
     count = min(SHOWN_IMAGES, len(source))
     shown = [dataset[SHOWN_EPOCH, i * len(source) // count] for i in range(count)] if world.primary else []
-    return Batches(loader, sampler.set_epoch, len(sampler), len(source), source.name, shown)
+    return Batches(loader, sampler.set_epoch, len(sampler), len(source), source.name, shown, inputs)

@@ -25,9 +25,10 @@ from ..provenance import resolve_license
 from ..report import ProgressBar, Stopwatch, check_logs, open_logs, save_loss_curve
 from .batches import Bad, Batches, open_batches
 from .distributed import World
+from .inputs import check_input, input_line, input_warnings
 from .measures import Measure, measure_epoch, reconstructions
-from .messages import VERSIONS, about_run, how_made, memory_line, next_commands, stopped
-from .options import parse_options, settings_of
+from .messages import VERSIONS, about_run, ema_warnings, how_made, memory_line, next_commands, stopped
+from .options import inherit, parse_options, settings_of
 from .plan import Plan, make_plan
 from .run_folder import Progress, RunFolder, experiment_name
 from .start import Start, create_fcmae, short_name
@@ -151,18 +152,23 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
     """
     model = create_model(args, start)
     batches = open_data(args, model, world)
+    check_input(batches.inputs)
     plan = plan_of(args, batches, world)
     if not args.experiment:
         if args.resume == "auto":
             raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
         args.experiment = experiment_name(args.model, args.input_size, world)
-    settings = settings_of(args)
-    sources = [place for place in (args.data_dir, args.model.removeprefix("local-dir:") if start else None) if place]
+    model_folder = args.model.removeprefix("local-dir:") if start else None
+    sources = [place for place in (args.data_dir, args.weights, None if args.weights else model_folder) if place]
     folder = RunFolder(args.output, args.experiment, args.resume, args.overwrite, sources)
+    settings = settings_of(inherit(args, folder.checkpoint))
     progress = folder.progress(settings, world.size, batches.num_images)
     check_logs(args.log_wandb, args.log_tensorboard)
     check_compile_backend(args.torchcompile)
     about = about_run(args.model, model, plan, batches.num_images, args.input_size, world.size, world.device)
+    about += f"\n{input_line(batches.inputs)}"
+    for warning in [*input_warnings(batches.inputs), *ema_warnings(settings, plan.updates)]:
+        say(f"warning: {warning}", error=True)
     if args.dry_run:
         fixed, step = memory_estimate(model, args.batch_size, ema=args.model_ema, amp=args.amp, device=world.device)
         world.say(yaml.safe_dump(settings, sort_keys=False) + f"{about}\n{memory_line(fixed, step, args.batch_size)}")

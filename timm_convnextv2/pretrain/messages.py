@@ -16,8 +16,18 @@ from .plan import Plan
 from .run_folder import Progress
 from .start import short_name
 
-__all__ = ["VERSIONS", "about_run", "how_made", "memory_line", "next_commands", "resume_command", "stopped"]
+__all__ = [
+    "VERSIONS",
+    "about_run",
+    "ema_warnings",
+    "how_made",
+    "memory_line",
+    "next_commands",
+    "resume_command",
+    "stopped",
+]
 
+MOSTLY_START = 0.05  # a larger share of the start in a moving average is warned about
 VERSIONS = f"timm_convnextv2 {timm_convnextv2.__version__}, timm {timm.__version__}, torch {torch.__version__}"
 
 
@@ -43,13 +53,28 @@ def memory_line(fixed: float, step: float, batch_size: int) -> str:
     )
 
 
+def ema_warnings(settings: dict[str, Any], updates: int) -> list[str]:
+    """What is wrong with a moving average that is longer than the run; nothing for most."""
+    decay = settings["model_ema_decay"]
+    start = decay**updates if settings["model_ema"] and not settings["model_ema_warmup"] else 0.0
+    if start <= MOSTLY_START:
+        return []
+    fits = 1 - 0.01 ** (1 / updates)
+    return [
+        f"{start:.0%} of the moving average, which is what is exported, would be the weights of the start: "
+        f"--model-ema-decay {decay} is too slow for {updates} updates without warmup. Add --model-ema-warmup, or "
+        f"lower the decay to {1 - float(f'{fits:.2g}'):g}."
+    ]
+
+
 def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[str, str]:
     """How the weights were made, for the README of the export."""
     dataset = settings["dataset"]
     data = dataset if dataset != "embedded" else "the embedded data set of timm_convnextv2"
     pixels = "pixels normalised per patch" if settings["norm_pix_loss"] else "plain pixels"
     name = settings["model"]
-    started = {"Started from": short_name(name) if ":" in name else "the published encoder"}
+    weights = Path(settings["weights"]).name if settings["weights"] else "the published encoder"
+    started = {"Started from": short_name(name) if ":" in name else weights}
     return {
         "Method": f"FCMAE, mask ratio {settings['mask_ratio']}, decoder {settings['decoder_depth']} x "
         f"{settings['decoder_dim']}, {pixels}",

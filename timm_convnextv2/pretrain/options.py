@@ -13,8 +13,9 @@ from timm.utils import ParseKwargs
 
 from ..command import PROGRAM, CommandParser
 from .start import Start, open_start
+from .start_file import open_weights
 
-__all__ = ["build_parser", "parse_options", "settings_of"]
+__all__ = ["build_parser", "inherit", "parse_options", "settings_of"]
 
 # What changes where neither --data-dir nor --dataset is given: a run of about two minutes on two CPU cores.
 EMBEDDED_DEFAULTS = dict(
@@ -76,6 +77,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--model", default="fcmae_convnextv2_atto", metavar="NAME",
         help="fcmae_convnextv2_{atto..huge}, or local-dir:FOLDER or hf-hub:USER/NAME to continue from")
     add("--pretrained", action="store_true", help="start from those weights, or the published encoder (CC-BY-NC 4.0)")
+    add("--weights", metavar="FILE", help="start from a local file: the official format, timm's, or an FCMAE's")
     add("--patch-size", type=int, default=4, metavar="N", help="stem patch; 1 for small images (stride 8)")
     add("--mask-ratio", type=float, default=0.6, metavar="X", help="share of the patches to remove")
     add("--decoder-depth", type=int, default=1, metavar="N")
@@ -85,7 +87,8 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--grad-checkpointing", action="store_true", help="less memory, a sixth to a third more work")
     add("--model-ema", action="store_true", help="keep and export a moving average of the weights")
     add("--model-ema-decay", type=float, default=0.9999, metavar="X")
-    add("--model-ema-warmup", action="store_true", help="start with a shorter average")
+    add("--model-ema-warmup", action=argparse.BooleanOptionalAction,
+        help="start with a shorter average (default: yes, or as the run that is resumed)")
 
 
 def _add_optimizer_options(group: argparse._ArgumentGroup) -> None:
@@ -185,9 +188,13 @@ def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, St
     if not args.data_dir and args.dataset in ("", "embedded"):
         parser.set_defaults(**EMBEDDED_DEFAULTS)
         args = parser.parse_args(argv)
-    start = open_start(args.model)
+    if args.weights:
+        start = open_weights(args.weights, args.model, args.model_kwargs, args.license)
+        parser.set_defaults(pretrained=True)
+    else:
+        start = open_start(args.model)
     if start:
-        if not args.pretrained:
+        if not args.pretrained and not args.weights:
             raise ValueError(
                 f"--model {args.model} without --pretrained would start from random weights: add --pretrained."
             )
@@ -237,6 +244,19 @@ def _resolve_intervals(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-bad-images is a share between 0 and 1, got {args.max_bad_images}.")
     args.milestone_interval = args.milestone_interval or max(1, args.epochs // 4)
     args.recon_interval = args.recon_interval or max(1, args.epochs // 10)
+
+
+def inherit(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> argparse.Namespace:
+    """Sets what was not given and a resumed run keeps: its default may have been another when that run began.
+
+    Args:
+        args: Of `parse_options`; changed.
+        checkpoint: Of the run that is resumed, None for a new one.
+    """
+    before = (checkpoint or {}).get("args")
+    if args.model_ema_warmup is None:
+        args.model_ema_warmup = bool(before.get("model_ema_warmup", True)) if isinstance(before, dict) else True
+    return args
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

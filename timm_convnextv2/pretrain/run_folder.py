@@ -21,6 +21,7 @@ __all__ = ["Progress", "RunFolder", "experiment_name"]
 # A checkpoint fits only a model, and its optimizer state only an optimizer, that agree in these.
 # `pretrained` decides on the licence.
 ARCHITECTURE = ("model", "pretrained", "in_chans", "patch_size", "decoder_depth", "decoder_dim", "model_kwargs", "opt")
+ARCHITECTURE += ("weights",)
 # A run that stopped in the middle of an epoch resumes only with the same of these.
 DATA_ORDER = ("seed", "batch_size", "grad_accum_steps")
 # What a run writes into its folder: --overwrite removes these, and nothing else.

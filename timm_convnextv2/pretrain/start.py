@@ -15,14 +15,14 @@ __all__ = ["Start", "create_fcmae", "open_start", "short_name"]
 
 
 class Start(NamedTuple):
-    """A timm folder to start from.
+    """A timm folder, or a file, to start from.
 
     Attributes:
-        overlay: Where its weights are, for timm's `pretrained_cfg_overlay`.
+        overlay: Its weights or where they are, for timm's `pretrained_cfg_overlay`.
         config: Its config.json.
     """
 
-    overlay: dict[str, str]
+    overlay: dict[str, Any]
     config: dict[str, Any]
 
     @property
@@ -128,5 +128,7 @@ def create_fcmae(
         model = timm.create_model(model_name, pretrained=pretrained, **options, **model_kwargs)
     except (AssertionError, KeyError, TypeError) as e:
         raise ValueError(f"--model-kwargs {model_kwargs} does not suit {name}: {e!r}") from e
+    for holder in (model.pretrained_cfg, start.overlay if start else {}):
+        holder.pop("state_dict", None)  # frees the memory of a file's weights
     model.set_grad_checkpointing(grad_checkpointing)
     return model

@@ -1,0 +1,36 @@
+"""Words of a command line that all commands read alike."""
+
+import pytest
+
+from timm_convnextv2.command import CommandParser
+from timm_convnextv2.embed.command import build_parser as embed
+from timm_convnextv2.finetune.launcher import build_parser as finetune
+from timm_convnextv2.pretrain.options import build_parser as pretrain
+from timm_convnextv2.publish import build_parser as publish
+
+
+@pytest.mark.parametrize(
+    "word, number",
+    [
+        ("-1.7e-2", -0.017), ("-1e-05", -1e-5), ("-1E5", -1e5), ("-.5e+1", -5), ("-3.", -3), ("-2", -2), ("-0.5", -0.5),
+    ],
+)  # fmt: skip
+def test_negative_numbers_are_values(word, number):
+    args = pretrain().parse_args(["--mean", word, "0.5", word, "-b", "4", "--std", "1", "2", "3"])
+    assert args.mean == [number, 0.5, number] and args.batch_size == 4 and args.std == [1, 2, 3]
+
+
+@pytest.mark.parametrize("build", [pretrain, embed, finetune, publish])
+def test_every_command_has_this_parser(build):
+    parser = build()
+    assert isinstance(parser, CommandParser)
+    for action in parser._actions:
+        action.required = False
+    parser.add_argument("--some-numbers", type=float, nargs="+")
+    assert parser.parse_known_args(["--some-numbers", "-1.7e-2", "-1e5"])[0].some_numbers == [-0.017, -1e5]
+
+
+@pytest.mark.parametrize("word", ["-x", "-e5", "-1e", "-1.2.3", "--5"])
+def test_other_words_are_still_options(word):
+    with pytest.raises(ValueError):
+        pretrain().parse_args(["--mean", word])

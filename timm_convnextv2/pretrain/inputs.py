@@ -1,0 +1,118 @@
+"""A look at what reaches the network, before the start: one line, warnings, and a refusal where nothing is left.
+
+A normalisation that does not fit trains without an error, to a low loss and features that are constant: the target of
+the loss is normalised per patch, and its eps hides what has no variance.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from ..data import InputStatistics
+
+__all__ = ["check_input", "input_line", "input_warnings"]
+
+# Pixels in [0, 1] with ImageNet's mean and std give at most |mean| 2.7 and std 2.3; dark microscopy has std 0.2.
+LARGEST_MEAN = 3.0
+SMALLEST_STD, LARGEST_STD = 0.1, 4.0
+SCALED = "Pixels are scaled before it: 8-bit by 255, 16-bit by 65535, floats not at all."
+NOTHING_LEFT = 0.01  # std: a patch then has a variance of some 1e-5, near the 1e-6 that the loss adds
+
+
+def input_line(found: InputStatistics) -> str:
+    """Mean, std, range and flat patches after normalisation, in one line."""
+    images = f"{found.images} image{'s' * (found.images != 1)}"
+    return (
+        f"Input after normalisation, of {images}: mean {_values(found.mean)}, std {_values(found.std)}, range "
+        f"{float(found.low.min()):.3g} to {float(found.high.max()):.3g}, flat patches "
+        f"{_values(100 * found.flat, '.0f')} %, median variance of a patch {found.patch_variance:.2g}"
+    )
+
+
+def check_input(found: InputStatistics) -> None:
+    """Refuses a normalisation or images that leave the network and the loss nothing to learn from.
+
+    Raises:
+        ValueError: All images are constant, or almost so after normalisation; with the mean and std that fit.
+    """
+    tried = f"in all {found.images} images tried"
+    if len(found.constant) == len(found.mean):
+        raise ValueError(
+            f"There is nothing to learn: all pixels have one value {tried}, {_values(found.mean)} after normalisation. "
+            f"Remove blank images; or check --mean and --std. {SCALED}"
+        )
+    if (found.std < NOTHING_LEFT).all():
+        raise ValueError(
+            f"--mean and --std leave nothing to learn from: after normalisation, pixels have a standard deviation of "
+            f"{_values(found.std)} around {_values(found.mean)} {tried}, and about 1 and 0 are usual. {_remedy(found)}"
+        )
+    if (found.flat == 1).all():
+        raise ValueError(f"There is nothing to learn: each patch has one value {tried}. Remove blank images.")
+
+
+def input_warnings(found: InputStatistics) -> list[str]:
+    """What is far from usual in the input, a sentence or more each; nothing for most images."""
+    warnings = []
+    constant = found.constant
+    wrong = [
+        c
+        for c, (mean, std) in enumerate(zip(found.mean.tolist(), found.std.tolist(), strict=True))
+        if c not in constant and not (abs(mean) <= LARGEST_MEAN and SMALLEST_STD <= std <= LARGEST_STD)
+    ]
+    if wrong:
+        warnings.append(
+            f"--mean and --std do not fit the images: after normalisation {_channels(wrong, found)} mean "
+            f"{_values(found.mean[wrong])} and std {_values(found.std[wrong])}, and about 0 and 1 are usual. "
+            f"{_remedy(found)}"
+        )
+    if constant:
+        warnings.append(f"{_channels(constant, found)} one value in all {found.images} images tried.".capitalize())
+    for group in found.equal:
+        grey = len(group) == len(found.mean) == 3
+        remedy = "Read grey images with --in-chans 1, unless the weights to start from need three channels."
+        warnings.append(
+            f"Channels {_list(c + 1 for c in group)} are equal in all {found.images} images tried. "
+            + (remedy if grey else "Is --in-chans what the files have?")
+        )
+    return warnings
+
+
+def _values(values: torch.Tensor, form: str = ".2g") -> str:
+    """Numbers of a few channels, the range of those of many."""
+    texts = [f"{v:{form}}" for v in (values.tolist() if len(values) <= 4 else [values.min(), values.max()])]
+    return (" " if len(values) <= 4 else " to ").join(texts)
+
+
+def _list(numbers: Iterable[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _channels(which: list[int], found: InputStatistics) -> str:
+    """The subject of a sentence with its 'has'."""
+    if len(found.mean) == 1:
+        return "pixels have"
+    if len(which) == len(found.mean):
+        return "all channels have"
+    return f"channel{'s' * (len(which) > 1)} {_list(c + 1 for c in which)} {'have' if len(which) > 1 else 'has'}"
+
+
+def _remedy(found: InputStatistics) -> str:
+    """The options that fit, measured; a channel that is constant keeps what was given."""
+    mean, std = found.stored_mean, found.stored_std
+    mean[found.constant], std[found.constant] = found.given_mean[found.constant], found.given_std[found.constant]
+    low, high = float(_stored(found, found.low).min()), float(_stored(found, found.high).max())
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        return f"{SCALED} They range from {low:.3g} to {high:.3g} here."
+    pairs = [*zip(mean.tolist(), std.tolist(), strict=True)]
+    means = " ".join(f"{m:.{max(0, 2 - math.floor(math.log10(s)))}f}" for m, s in pairs)
+    stds = " ".join(f"{float(f'{s:.3g}'):g}" for _, s in pairs)
+    return (
+        f"{SCALED} They range from {low:.3g} to {high:.3g} here, and what was measured on them is: --mean {means} "
+        f"--std {stds}"
+    )
+
+
+def _stored(found: InputStatistics, values: torch.Tensor) -> torch.Tensor:
+    return values.double() * found.given_std + found.given_mean
