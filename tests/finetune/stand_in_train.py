@@ -80,6 +80,8 @@ parser.add_argument("--opt-betas", type=float, nargs="+")
 parser.add_argument("--scale", type=float, nargs="+", default=[0.08, 1.0])
 parser.add_argument("--ratio", type=float, nargs="+", default=[0.75, 1.33])
 parser.add_argument("--input-size", type=int, nargs=3)
+parser.add_argument("--mean", type=float, nargs="+")
+parser.add_argument("--std", type=float, nargs="+")
 parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
 parser.add_argument("--device-modules", nargs="+")
 

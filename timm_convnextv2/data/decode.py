@@ -87,12 +87,18 @@ def printable(path: str | os.PathLike) -> str:
 
 
 def decode(
-    file: str | os.PathLike | bytes, in_chans: int, name: str, choose: Choose | None = None
-) -> torch.Tensor | Reduced:
+    file: str | os.PathLike | bytes,
+    in_chans: int,
+    name: str,
+    choose: Choose | None = None,
+    convert: Callable[[Image.Image, int], Any] | None = None,
+) -> Any:
     """Decodes a file (its path, or its content as bytes); every fault becomes an error that starts with `name`.
 
     Grey and RGB JPEGs are asked about by `choose`, if given, and come as `Reduced` where it says more than 1.
+    `convert` makes of `(image, in_chans)` what is returned for what Pillow reads whole: `from_pil` if None, a tensor.
     """
+    convert = convert or from_pil
     try:
         if name.lower().endswith(".npy"):
             return _from_array(np.load(_open(file), allow_pickle=False), in_chans)
@@ -106,7 +112,7 @@ def decode(
             if image.format == "TIFF" and not _pillow_keeps_all(image, in_chans):
                 return _from_tiff(_open(file), in_chans)
             place = None if choose is None else _reduce(image, choose)
-            pixels = from_pil(image, in_chans)
+            pixels = convert(image, in_chans)
             return pixels if place is None else Reduced(pixels, *place)
     except MissingPackageError as error:
         raise MissingPackageError(f"{name}: {error}") from error
@@ -188,24 +194,35 @@ def _wrong_channels(found: str, in_chans: int) -> ImageError:
     )
 
 
-def from_pil(image: Image.Image, in_chans: int) -> torch.Tensor:
+def is_8_bit(image: Image.Image) -> bool:
+    """Whether an image of Pillow has 8 bits or less a channel."""
+    return image.mode != "F" and not image.mode.startswith("I")
+
+
+def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
+    """The image upright; if 8-bit, in the mode that has `in_chans` channels. It shares nothing with the original."""
     image = ImageOps.exif_transpose(image)
     mode = image.mode
     if in_chans not in (1, 3) and (in_chans, mode) != (4, "RGBA"):
         raise _wrong_channels(f"{len(image.getbands())} channels (mode {mode})", in_chans)
-    if mode == "F" or mode.startswith("I"):
+    if not is_8_bit(image):
+        return image
+    if mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # what Pillow asks for; straight to RGB gives the same colours and a warning
+    target = {1: "L", 3: "RGB", 4: "RGBA"}[in_chans]
+    return image if image.mode == target else image.convert(target)
+
+
+def from_pil(image: Image.Image, in_chans: int) -> torch.Tensor:
+    image = to_mode(image, in_chans)
+    if not is_8_bit(image):
         x = np.asarray(image)
-        if mode == "I":  # 16-bit values in 32-bit words, except for TIFF, which does not come here with this mode
+        if image.mode == "I":  # 16-bit values in 32-bit words, except for TIFF, which does not come here with this mode
             if x.min() < 0 or x.max() > 65535:
                 raise ImageError(f"has values {x.min()}..{x.max()}, expected 16 bits; save as 16-bit or float32")
             x = x.astype(np.uint16)
         x = _to_float(x)
         return x[None].repeat(in_chans, 1, 1)
-    if mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # what Pillow asks for; straight to RGB gives the same colours and a warning
-    target = {1: "L", 3: "RGB", 4: "RGBA"}[in_chans]
-    if image.mode != target:
-        image = image.convert(target)
     x = torch.from_numpy(np.array(image))
     return x[None] if in_chans == 1 else x.permute(2, 0, 1)
 

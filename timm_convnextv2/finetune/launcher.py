@@ -24,7 +24,8 @@ from timm.utils.distributed import world_info_from_env
 
 from ..checkpoint import export_finetuned
 from ..command import CommandParser, invocation, refused, say
-from .plan import Options, Plan, count, describe, make_plan, resolve_options, warnings
+from .images import feed
+from .plan import Options, Plan, channels, count, describe, make_plan, resolve_options, warnings
 from .preflight import check_augmentation, check_device
 from .recipe import RECIPES, list_recipes, load_recipe, recipe_names
 from .train_script import find_train_script, load_train_script, script_path
@@ -201,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         return refused("finetune", e)
     if plan is None:
         return 0
+    feed(plan.script, in_chans=channels(plan.options.values))
     with arguments(plan):
         plan.script.main()
     return finish(plan) if world_info_from_env()[1] == 0 else 0
