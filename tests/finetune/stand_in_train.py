@@ -80,8 +80,6 @@ parser.add_argument("--opt-betas", type=float, nargs="+")
 parser.add_argument("--scale", type=float, nargs="+", default=[0.08, 1.0])
 parser.add_argument("--ratio", type=float, nargs="+", default=[0.75, 1.33])
 parser.add_argument("--input-size", type=int, nargs=3)
-parser.add_argument("--mean", type=float, nargs="+")
-parser.add_argument("--std", type=float, nargs="+")
 parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
 parser.add_argument("--device-modules", nargs="+")
 
@@ -89,6 +87,10 @@ parser.add_argument("--device-modules", nargs="+")
 class ClassificationTask:
     def prepare_distributed(self, device_ids=None, **kwargs):
         return device_ids, kwargs
+
+
+for name in ("--mean", "--std"):
+    parser.add_argument(name, type=float, nargs="+")
 
 
 def main():

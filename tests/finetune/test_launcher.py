@@ -38,8 +38,8 @@ def test_train_script_gets_recipe_options_and_what_was_found_out(run, train, enc
 @pytest.mark.parametrize(
     "started, console, words",
     [
-        (SCRIPT, None, ["python", str(SCRIPT.with_name("publish.py"))]),
-        (Path(finetune.__file__).with_name("__main__.py"), None, ["python", "-m", "timm_convnextv2.publish"]),
+        (SCRIPT, None, [sys.executable, str(SCRIPT.with_name("publish.py"))]),
+        (Path(finetune.__file__).with_name("__main__.py"), None, [sys.executable, "-m", "timm_convnextv2.publish"]),
         ("bin/timm-convnextv2", "bin/timm-convnextv2", ["timm-convnextv2", "publish"]),
     ],
     ids=["script", "module", "console command"],
@@ -53,10 +53,9 @@ def test_result_is_exported_and_next_commands_are_printed(
     folder = tmp_path / "out" / "x"
     assert (folder / "model" / "exported").read_text() == str(folder)
     validate, publish = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:])
-    assert validate == (
-        f"python validate.py --model local-dir:{folder}/model --pretrained --data-dir {data} --split val --device cpu "
-        "--amp --amp-dtype bfloat16"
-    ).split(" ")
+    start = [sys.executable, "-m", "timm_convnextv2.validate"] if console is None else ["timm-convnextv2", "validate"]
+    options = f"--model local-dir:{folder}/model --data-dir {data} --split val --device cpu --amp --amp-dtype bfloat16"
+    assert validate == [*start, *options.split(" ")]
     assert publish == [*words, str(folder), "USER/NAME", "--dry-run"]
 
 

@@ -75,13 +75,13 @@ class FolderReader(ReaderImageFolder):
                 self.barren.append(label)
         if not found:
             raise ValueError(
-                f"No image in {self.root}: {describe_others(self.others) or 'it has no files'}. Looked for the "
-                f"extensions {' '.join(extensions)} (hidden files and folders are skipped)."
+                f"0 images in {self.root}: {describe_others(self.others) or 'it has no files'} (hidden files and "
+                f"folders are skipped). Images are {input_key or 'all that Pillow opens, and .npy'}."
             )
         names = sorted({label for _, label in found}, key=natural_key)
-        self.class_to_idx: dict[str, int] = _load_class_map(class_map, self.root) if class_map else {
-            name: i for i, name in enumerate(names)
-        }
+        self.class_to_idx: dict[str, int] = (
+            _load_class_map(class_map, self.root) if class_map else {name: i for i, name in enumerate(names)}
+        )
         self.unlabelled = Counter(label for _, label in found if label not in self.class_to_idx)
         samples = [(path, self.class_to_idx[label]) for path, label in found if label in self.class_to_idx]
         self.samples: list[tuple[str, int]] = sorted(samples, key=lambda sample: natural_key(sample[0]))
@@ -172,6 +172,6 @@ def imbalance(counts: Mapping[str, int]) -> str:
         return ""
     least, most = min(present, key=present.__getitem__), max(present, key=present.__getitem__)
     return (
-        f"the classes are unequal, {present[most]} images of {most} against {present[least]} of {least}: top-1 accuracy "
-        "says little of the small ones. validate --metrics-avg macro (needs scikit-learn) counts all alike."
+        f"the classes are unequal, {present[most]} images of {most} against {present[least]} of {least}: top-1 "
+        "accuracy says little of the small ones. validate --metrics-avg macro (needs scikit-learn) counts all alike."
     )

@@ -12,6 +12,7 @@ go to train.py. The same by hand, without checks and export:
 """
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
@@ -127,20 +128,17 @@ def arguments(plan: Plan) -> Iterator[None]:
 
 
 def next_commands(plan: Plan, model: Path) -> list[str]:
-    """Commands that evaluate the result with stock timm, and show what publishing would send."""
+    """Commands that evaluate the result, and show what publishing would send."""
     args = plan.options.values
-    validate = script_path(plan.script).with_name("validate.py")
     commands = []
     if args.val_split:
-        words = ["python", str(validate) if validate.is_file() else "validate.py"]
-        words += ["--model", f"local-dir:{model}", "--pretrained"]
+        words = [*invocation("validate"), "--model", f"local-dir:{model}"]
+        words += [] if os.environ.get("TIMM_TRAIN") else ["--timm-train", str(script_path(plan.script))]
         words += ["--data-dir", args.data_dir] if args.data_dir else []
         words += ["--split", args.val_split] if args.val_split != "validation" else []
         for name in EVALUATION_OPTIONS:
             if getattr(args, name) != plan.options.defaults[name]:
                 words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        chans = args.input_size[0] if args.input_size else args.in_chans
-        words += ["--in-chans", str(chans)] if chans != 3 else []
         words += ["--amp", "--amp-dtype", args.amp_dtype] if args.amp else []
         commands.append(shlex.join(words))
     commands.append(shlex.join([*invocation("publish"), str(plan.folder), "USER/NAME", "--dry-run"]))
@@ -184,7 +182,7 @@ def finish(plan: Plan) -> int:
         say(f"What there is so far is in {model}")
     else:
         say(f"Done: the finetuned model is in {model}")
-    say("Evaluate it with stock timm, and see what would be published:")
+    say("Evaluate it, and see what would be published:")
     for command in next_commands(plan, model):
         say(f"  {command}")
     return 0

@@ -264,7 +264,9 @@ def fit_channels(args: argparse.Namespace, model: torch.nn.Module) -> list[str]:
         if len(own) in (1, wanted):
             continue
         if given:
-            raise ValueError(f"--{name} has {len(own)} numbers for images of {count(wanted, 'channel')}: one or {wanted}.")
+            raise ValueError(
+                f"--{name} has {len(own)} numbers for images of {count(wanted, 'channel')}: one or {wanted}."
+            )
         average = float(f"{sum(own) / len(own):.6g}")
         setattr(args, name, [average] * wanted)
         said.append(
@@ -287,7 +289,7 @@ def check_input_mode(mode: str | None) -> None:
     """Refuses timm's --input-img-mode: images are decoded to the number of channels."""
     if mode:
         raise ValueError(
-            f"--input-img-mode {mode} is for timm's own reader. Leave it out: images are decoded to --in-chans channels."
+            f"--input-img-mode {mode} is for timm's own reader. Leave it out: images get --in-chans channels."
         )
 
 
@@ -469,7 +471,7 @@ def augmentation_left_out(kinds: str) -> str:
     """What images that are not 8-bit do without."""
     return (
         f"there are images {kinds}: of the augmentation they get crop, scale, ratio, flips, random erasing, mixup and "
-        "cutmix; RandAugment (--aa), --color-jitter and --grayscale-prob are for 8-bit RGB or grey and left out for them."
+        "cutmix; --aa, --color-jitter and --grayscale-prob are for 8-bit RGB or grey and left out for them."
     )
 
 
