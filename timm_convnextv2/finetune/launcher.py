@@ -12,6 +12,7 @@ go to train.py. The same by hand, without checks and export:
 """
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -24,6 +25,7 @@ import yaml
 from timm.utils.distributed import world_info_from_env
 
 from ..checkpoint import export_finetuned
+from ..checkpoint.finetuned import LABEL_NAMES
 from ..command import CommandParser, invocation, refused, say
 from .images import feed
 from .plan import Options, Plan, channels, count, describe, make_plan, resolve_options, warnings
@@ -154,6 +156,17 @@ def epochs_done(folder: Path) -> int | None:
         return None
 
 
+def keep_label_names(plan: Plan) -> None:
+    """Writes the classes' names into the run's folder: the data may be gone when the model is exported again."""
+    if plan.splits and world_info_from_env()[1] == 0:
+        index = plan.splits[0].reader.class_to_idx
+        names = {i: name for name, i in index.items()}
+        if sorted(names) == list(range(plan.options.values.num_classes)):  # a class map may leave gaps
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps([names[i] for i in sorted(names)], ensure_ascii=False, indent=0)
+            (plan.folder / LABEL_NAMES).write_text(text + "\n", encoding="utf-8")
+
+
 def export(plan: Plan) -> Path:
     """Exports what train.py saved to the run's `model` folder.
 
@@ -200,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         return refused("finetune", e)
     if plan is None:
         return 0
+    keep_label_names(plan)
     feed(plan.script, in_chans=channels(plan.options.values))
     with arguments(plan):
         plan.script.main()
