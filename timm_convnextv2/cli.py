@@ -25,6 +25,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "pretrain": Command("timm_convnextv2.pretrain", "pretrain a backbone on unlabelled images with FCMAE"),
     "finetune": Command("timm_convnextv2.finetune", "finetune a backbone with timm's train.py and a recipe"),
+    "validate": Command("timm_convnextv2.validate", "measure a finetuned model with timm's validate.py"),
+    "predict": Command("timm_convnextv2.predict", "classify images with timm's inference.py"),
     "publish": Command("timm_convnextv2.publish", "publish weights and a model card on the Hugging Face Hub"),
     "embed": Command("timm_convnextv2.embed", "write one row of features for each image"),
 }

@@ -4,8 +4,8 @@ A licence travels in `pretrained_cfg["license"]` of a timm folder's `config.json
 timm has no field for is in the section `training` of that file, which timm ignores (see `checkpoint.card`).
 """
 
+import difflib
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,21 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 __all__ = ["Origin", "config_beside", "is_ours", "origin_of_config", "read_config", "resolve_license"]
 
 WEIGHTS = "model.safetensors"
+
+# Ids of licences that the Hub knows: https://huggingface.co/docs/hub/repositories-licenses, as of June 2026
+LICENSES = frozenset(
+    """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+    bigcode-openrail-m afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc
+    cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0
+    cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0
+    cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1
+    eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c
+    ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1
+    ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3
+    llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown other
+    """.split()
+)
 
 
 class Origin(NamedTuple):
@@ -129,10 +144,19 @@ def resolve_license(asked: str | None, inherited: str | None) -> str | None:
     Raises:
         ValueError: Another licence than the inherited one is asked for, or something that is no licence's id.
     """
-    if asked is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", asked):
+    if asked == "other" and inherited != "other":
         raise ValueError(
-            f"license='{asked}' is not the id of a licence on the Hugging Face Hub: lower-case letters, digits, dots "
-            "and hyphens, such as mit, apache-2.0 or cc-by-4.0."
+            "license='other' says nothing by itself: the Hub wants a name and the text with it. Export without a "
+            "licence, add the text as a file LICENSE, and write into the README's first lines `license: other`, "
+            "`license_name` and `license_link`. Or name one that the Hub knows, such as mit, apache-2.0 or cc-by-4.0."
+        )
+    if asked is not None and asked not in LICENSES and asked != inherited:
+        near = difflib.get_close_matches(asked.lower().replace(" ", "-"), LICENSES, n=1, cutoff=0.6)
+        raise ValueError(
+            f"license='{asked}' is not the id of a licence on the Hugging Face Hub."
+            + (f" Did you mean '{near[0]}'?" if near else "")
+            + " Examples: mit, apache-2.0, cc-by-4.0, cc-by-nc-4.0; all: "
+            "https://huggingface.co/docs/hub/repositories-licenses"
         )
     if inherited and asked not in (None, inherited):
         raise ValueError(

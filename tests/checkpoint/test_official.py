@@ -416,7 +416,7 @@ def test_config_and_card(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == "convnextv2_atto" and config["num_classes"] == 0
-    assert config["model_args"] == {"patch_size": 1, "in_chans": 3, "num_classes": 0, "global_pool": "avg"}
+    assert config["model_args"] == {"patch_size": 1, "in_chans": 3, "global_pool": "avg"} and config["num_classes"] == 0
     cfg = config["pretrained_cfg"]
     assert cfg["input_size"] == [3, 64, 48] and cfg["mean"] == [0.5] * 3 and cfg["std"] == [0.2] * 3
     assert cfg["num_classes"] == 0 and cfg["license"] == "mit"

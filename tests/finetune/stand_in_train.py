@@ -89,6 +89,10 @@ class ClassificationTask:
         return device_ids, kwargs
 
 
+for name in ("--mean", "--std"):
+    parser.add_argument(name, type=float, nargs="+")
+
+
 def main():
     config, remaining = config_parser.parse_known_args()
     if config.config:

@@ -10,14 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from conftest import write_images
 from helpers import RECIPES, ROOT, SCRIPTS
+from PIL import Image
 from safetensors.torch import load_file
 
-from timm_convnextv2 import finetune
+from timm_convnextv2 import finetune, predict, validate
 from timm_convnextv2.finetune import launcher, main
 from timm_convnextv2.finetune.recipe import load_recipe
 
@@ -53,10 +56,9 @@ def test_result_is_exported_and_next_commands_are_printed(
     folder = tmp_path / "out" / "x"
     assert (folder / "model" / "exported").read_text() == str(folder)
     validate, publish = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:])
-    assert validate == (
-        f"python validate.py --model local-dir:{folder}/model --pretrained --data-dir {data} --split val --device cpu "
-        "--amp --amp-dtype bfloat16"
-    ).split(" ")
+    start = [sys.executable, "-m", "timm_convnextv2.validate"] if console is None else ["timm-convnextv2", "validate"]
+    options = f"--model local-dir:{folder}/model --data-dir {data} --split val --device cpu --amp --amp-dtype bfloat16"
+    assert validate == [*start, *options.split(" ")]
     assert publish == [*words, str(folder), "USER/NAME", "--dry-run"]
 
 
@@ -276,3 +278,124 @@ def test_real_linear_probe_leaves_the_backbone(timm_train, encoder, data, tmp_pa
     )
     changed = {k for k in after if k not in before or not torch.equal(before[k], after[k])}
     assert changed == {"head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"}
+
+
+# ------------------------------------------------------------------------------------- names of classes, validate, predict
+
+
+def write_16_bit(root):
+    """Two classes of 16-bit grey that differ in brightness alone, all values above 255."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 12), ("validation", 8)):
+        for label, level in (("dark", 6000), ("bright", 50000)):
+            (root / split / label).mkdir(parents=True)
+            for i in range(n):
+                x = rng.integers(level - 1000, level + 1000, (32, 32), dtype=np.uint16)
+                Image.fromarray(x).save(root / split / label / f"{i}.png")
+
+
+def test_names_of_classes_are_kept_in_the_run(run, tmp_path):
+    run()
+    assert json.loads((tmp_path / "out" / "x" / "label_names.json").read_text()) == ["a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def bright(timm_train, encoder, tmp_path_factory):
+    """A finetuning on two classes of 16-bit grey: its folder and its data."""
+    out = tmp_path_factory.mktemp("bright")
+    write_16_bit(out / "data")
+    words = ["-m", "timm_convnextv2.finetune", "--recipe", "smoke", "--model", f"local-dir:{encoder}"]
+    words += ["--data-dir", out / "data", "--output", out, "--experiment", "run", "--timm-train", timm_train, *SHORT]
+    words += ["--epochs", "6", "--in-chans", "1", "--lr-base", "0.1", "--reprob", "0", "--mixup", "0", "--cutmix", "0"]
+    return out, python(*words, cwd=out)
+
+
+@pytest.mark.timm_train
+def test_16_bit_classes_are_told_apart(bright):
+    out, result = bright
+    assert max(float(row["eval_top1"]) for row in summary(out / "run")) == 100
+    assert "not 8-bit with 1 channels" in result.stderr and "--mean 0.4: the average" in result.stdout
+
+
+@pytest.mark.timm_train
+def test_validate_and_predict_read_them_too(bright, timm_train):
+    out, _ = bright
+    config = json.loads((out / "run" / "model" / "config.json").read_text())
+    assert config["label_names"] == ["bright", "dark"] and "num_classes" not in config.get("model_args", {})
+    common = [out / "run" / "model", "--device", "cpu", "--workers", "1", "--batch-size", "8"]
+    common += ["--timm-train", timm_train, "--data-dir", out / "data"]
+    python("-m", "timm_convnextv2.validate", *common, "--results-file", out / "v.csv", cwd=out)
+    row = next(csv.DictReader((out / "v.csv").open()))
+    assert float(row["top1"]) == 100
+    words = ["--label-type", "name", "--results-file", "p", "--no-console-results", "--fullname"]
+    pytest.importorskip("pandas", reason="inference.py needs pandas")
+    python("-m", "timm_convnextv2.predict", *common, *words, cwd=out)
+    rows = list(csv.DictReader((out / "p.csv").open()))
+    assert len(rows) == 16 and all(row["filename"].startswith(row["label"] + "/") for row in rows)
+
+
+@pytest.mark.timm_train
+def test_validate_matches_classes_by_name(bright, timm_train):
+    out, _ = bright
+    (out / "one" / "validation").mkdir(parents=True)
+    shutil.copytree(out / "data" / "validation" / "dark", out / "one" / "validation" / "dark")
+    words = [
+        out / "run" / "model",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--batch-size",
+        "8",
+        "--timm-train",
+        timm_train,
+    ]
+    python("-m", "timm_convnextv2.validate", *words, "--data-dir", out / "one", "--results-file", "o.csv", cwd=out)
+    assert float(next(csv.DictReader((out / "o.csv").open()))["top1"]) == 100  # its folder alone would be class 0
+
+
+@pytest.mark.timm_train
+def test_our_validate_agrees_with_stock_to_the_image(tuned, alone, data, timm_train, tmp_path):
+    folder, _ = tuned
+    words = ["--model", f"local-dir:{folder / 'model'}", "--data-dir", data, "--device", "cpu", "--workers", 1]
+    words += ["--results-format", "json", "--batch-size", 4, "--results-file"]
+    python(alone / "validate.py", *words, tmp_path / "stock.json", cwd=tmp_path)
+    python("-m", "timm_convnextv2.validate", "--timm-train", timm_train, *words, tmp_path / "our.json", cwd=tmp_path)
+    stock, our = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("stock", "our"))
+    assert our == stock
+
+
+MISTAKES = {
+    "no model": ([], "--model is needed"),
+    "no data": (["--model", "convnextv2_atto"], "--data-dir is needed"),
+    "two models": (["x", "--model", "y"], "both name a model"),
+    "unknown option": (["--no-such"], "unrecognized arguments: --no-such"),
+    "encoder": (["ENCODER", "--data-dir", "DATA"], "no classifier"),
+    "other classes": (["MODEL", "--data-dir", "OTHER"], "1 classes that the model does not know: z. The model's: a, b"),
+    "wrong channels": (["MODEL", "--data-dir", "DATA", "--in-chans", "5"], "has 3 channels"),
+    "mode": (["MODEL", "--data-dir", "DATA", "--input-img-mode", "L"], "--input-img-mode L"),
+}
+
+
+@pytest.mark.timm_train
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_of_validate_are_one_message(mistake, tuned, encoder, data, timm_train, tmp_path, capsys):
+    words, expected = MISTAKES[mistake]
+    write_images(tmp_path / "validation", classes=("a", "z"), n=1)
+    places = {"ENCODER": encoder, "MODEL": tuned[0] / "model", "DATA": data, "OTHER": tmp_path}
+    words = [str(places.get(word, word)) for word in words]
+    assert validate.main(["--timm-train", str(timm_train), *words, *(["--device", "cpu"] * bool(words))]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("timm-convnextv2 validate: error: ") and expected in err and err.count("error:") == 1
+
+
+def test_scripts_are_found_beside_train_script(train, tmp_path, monkeypatch, capsys):
+    assert predict.main(["x", "--data-dir", "y"]) == 2
+    message = capsys.readouterr().err
+    assert "there is no inference.py there" in message and f"v{timm.__version__}/inference.py" in message
+    (train.parent / "inference.py").write_text("x = 1\n")
+    assert predict.main(["x", "--data-dir", "y"]) == 2
+    assert "is not timm's inference.py: it has no main" in capsys.readouterr().err
+    monkeypatch.delenv("TIMM_TRAIN")
+    assert predict.main(["x", "--data-dir", "y"]) == 2
+    assert "--timm-train PATH" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import timm
 
@@ -92,15 +93,28 @@ def test_other_models_are_allowed_with_a_warning(run, capsys):
     assert "not a ConvNeXt V2" not in capsys.readouterr().err
 
 
-def test_channels_that_only_the_folder_tells(run, encoder, tmp_path):
+def test_channels_that_only_the_folder_tells(run, refused, encoder, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(encoder, folder)
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"]["input_size"] = [4, 32, 32]
     config["model_args"]["in_chans"] = 4
     (folder / "config.json").write_text(json.dumps(config))
-    assert run(model=f"local-dir:{folder}")["args"]["in_chans"] == 4
-    assert run("--in-chans", "2", model=f"local-dir:{folder}", experiment="y")["args"]["in_chans"] == 2
+    for channels in (2, 4):
+        for split in ("train", "validation"):
+            for label in "ab":
+                (tmp_path / f"of{channels}" / split / label).mkdir(parents=True)
+                for i in range(8):
+                    np.save(tmp_path / f"of{channels}" / split / label / f"{i}.npy", np.zeros((9, 9, channels), "u1"))
+    args = run(model=f"local-dir:{folder}", data=tmp_path / "of4")["args"]
+    # the folder's mean and std are for three channels: their average, told to train.py and thus in its args.yaml
+    assert args["in_chans"] == 4 and args["mean"] == [0.4] * 4 and args["std"] == [0.2] * 4
+    words = ("--in-chans", "2", "--mean", "0.1", "0.2", "--std", "1")
+    args = run(*words, model=f"local-dir:{folder}", data=tmp_path / "of2", experiment="y")["args"]
+    assert args["in_chans"] == 2 and args["input_size"] == [2, 32, 32] and args["mean"] == [0.1, 0.2]
+    capsys.readouterr()
+    assert "has 3 channels (mode RGB), expected 4" in refused(model=f"local-dir:{folder}", experiment="w")
+    assert "one or 4" in refused("--mean", "0.1", "0.2", model=f"local-dir:{folder}", data=tmp_path / "of4")
     assert run(experiment="z")["args"]["in_chans"] is None  # three: train.py's own default
 
 

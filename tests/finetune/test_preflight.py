@@ -60,7 +60,7 @@ def test_split_names_that_timm_takes(run, data, tmp_path, names):
 def test_without_validation(run, data, tmp_path, capsys):
     shutil.copytree(data / "train", tmp_path / "other" / "train")
     assert run("--val-split", "", data=tmp_path / "other")["args"]["val_split"] == ""
-    assert "validate.py" not in capsys.readouterr().out
+    assert "validate --model" not in capsys.readouterr().out
 
 
 def test_other_data_sets_are_left_to_train_script(run, refused):

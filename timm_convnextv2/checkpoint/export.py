@@ -36,6 +36,7 @@ def write_folder(
     data: dict[str, Any],
     license: str | None,
     training: dict[str, Any],
+    label_names: Sequence[str] | None = None,
 ) -> Path:
     """Writes a timm folder for `model` with other `weights`; see `export_encoder` for what happens to the folder.
 
@@ -46,6 +47,7 @@ def write_folder(
         data: `input_size` and what else timm's `resolve_data_config` takes.
         license: Licence of the weights; replaces the one in `pretrained_cfg`.
         training: The section of that name in `config.json`, see `card`; its table follows rows on the model.
+        label_names: Names of the classes in the order of the model's outputs.
     """
     from .. import __version__
 
@@ -57,9 +59,12 @@ def write_folder(
     temporary.mkdir(parents=True)
     try:
         # what timm.models.save_for_hf writes, without a second copy of the model for other weights
-        save_config_for_hf(model, str(temporary / "config.json"), data_config=data)
+        labels = {"label_names": list(label_names)} if label_names else {}
+        save_config_for_hf(model, str(temporary / "config.json"), model_config=labels, data_config=data)
         config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
         cfg = config["pretrained_cfg"]
+        # said at the top, too: transformers' wrapper would hand it to timm.create_model twice
+        config.get("model_args", {}).pop("num_classes", None)
         cfg.pop("license", None)
         if license:
             cfg["license"] = license

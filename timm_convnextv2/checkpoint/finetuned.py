@@ -2,8 +2,10 @@
 
 import argparse
 import csv
+import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from ..provenance import WEIGHTS, Origin, config_beside, origin_of_config, read_
 from .export import KEEP, PAPER, write_folder
 from .files import load_checkpoint
 
-__all__ = ["export_finetuned", "find_checkpoint"]
+__all__ = ["LABEL_NAMES", "export_finetuned", "find_checkpoint"]
+
+LABEL_NAMES = "label_names.json"  # in a run's folder: a list of the classes in the order of their index
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
@@ -243,6 +247,25 @@ def _training(
     }
 
 
+def _label_names(path: Path, given: Sequence[str] | None, num_classes: int) -> list[str] | None:
+    """Names of the classes: those given, else what the run's folder keeps; None where nothing tells them."""
+    file = path.parent / LABEL_NAMES
+    names: Any = given
+    if names is None:
+        try:
+            names = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except (OSError, ValueError) as e:
+            raise ValueError(f"'{file}' cannot be read: {e}") from e
+    if names is None:
+        return None
+    if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"Names of classes must be a list of strings ({'label_names' if given else file}).")
+    if len(names) != num_classes:
+        source = "label_names has" if given is not None else f"'{file}' has"
+        raise ValueError(f"{source} {len(names)} names, and the model {num_classes} classes.")
+    return list(names)
+
+
 def export_finetuned(
     checkpoint: str | os.PathLike,
     folder: str | os.PathLike,
@@ -250,6 +273,7 @@ def export_finetuned(
     ema: bool | None = None,
     license: str | None = None,
     info: dict[str, Any] | None = None,
+    label_names: Sequence[str] | None = None,
 ) -> Path:
     """Writes a classifier that timm's train.py made as a timm folder, which stock timm opens without this package.
 
@@ -265,6 +289,8 @@ def export_finetuned(
         license: Licence of the weights, by its id on the Hugging Face Hub. None states none. Weights that started from
             others under a stated licence (the published ones: cc-by-nc-4.0) keep it.
         info: More rows for the table in the README, or other values for its own.
+        label_names: Names of the classes in the order of their index, for `inference.py --label-type name` and the
+            Hub's widget. None: those in `label_names.json` beside the checkpoint, which `finetune` writes.
 
     Returns:
         The folder.
@@ -273,6 +299,7 @@ def export_finetuned(
         ValueError: No such checkpoint, one that is damaged, asks for code, or is not of train.py; a model that is no
             ConvNeXt V2, or whose start folder is not there; weights that do not fit; `ema=True` without an average; a
             licence that contradicts the one the weights started from.
+            Or there are not as many names as classes.
         RuntimeError: The `config.json` of an `hf-hub:` model cannot be had.
     """
     path = find_checkpoint(checkpoint)
@@ -292,4 +319,5 @@ def export_finetuned(
         **({"origin_url": origin.url} if origin.url else {}),
     }
     training = _training(args, content, path, ema=ema, origin=origin, info=info)
-    return write_folder(model, weights, folder, data=data, license=license, training=training)
+    names = _label_names(path, label_names, int(model.num_classes))
+    return write_folder(model, weights, folder, data=data, license=license, training=training, label_names=names)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -94,10 +94,12 @@ def decode(
     name: str,
     choose: Choose | None = None,
     nodata: float | None = None,
-) -> torch.Tensor | Reduced:
+    convert: Callable[[Image.Image, int], Any] | None = None,
+) -> Any:
     """Decodes a file (its path, or its content as bytes); every fault becomes an error that starts with `name`.
 
-    Grey and RGB JPEGs are asked about by `choose`, if given, and come as `Reduced` where it says more than 1.
+    Grey and RGB JPEGs are asked about by `choose`, if given, and come as `Reduced` where it says more than 1. `convert`
+    makes of `(image, in_chans)` what is returned for what Pillow reads whole, but TIFF; without, it is a tensor.
     """
     try:
         with open_image_file(file) as opened:
@@ -108,6 +110,8 @@ def decode(
             with Image.open(opened) as image:
                 # a reduced pixel is a mean, in which nodata would be lost
                 place = None if choose is None or nodata is not None else _reduce(image, choose)
+                if convert is not None and nodata is None:
+                    return convert(image, in_chans)
                 pixels = from_pil(image, in_chans, nodata)
                 return pixels if place is None else Reduced(pixels, *place)
     except MissingPackageError as error:
@@ -180,27 +184,38 @@ def from_pil(image: Image.Image, in_chans: int, nodata: float | None = None) -> 
     return _convert(image, in_chans, Nodata.of(nodata))
 
 
-def _convert(image: Image.Image, in_chans: int, nodata: Nodata) -> torch.Tensor:
+def is_8_bit(image: Image.Image) -> bool:
+    """Whether an image of Pillow has 8 bits or less a channel."""
+    return image.mode != "F" and not image.mode.startswith("I")
+
+
+def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
+    """The image upright; if 8-bit, in the mode that has `in_chans` channels. It shares nothing with the original."""
     image = ImageOps.exif_transpose(image)
     mode = image.mode
     if in_chans not in (1, 3) and (in_chans, mode) != (4, "RGBA"):
         raise wrong_channels(f"{len(image.getbands())} channels (mode {mode})", in_chans)
-    if mode == "F" or mode.startswith("I"):
+    if not is_8_bit(image):
+        return image
+    if mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # what Pillow asks for; straight to RGB gives the same colours and a warning
+    target = {1: "L", 3: "RGB", 4: "RGBA"}[in_chans]
+    return image if image.mode == target else image.convert(target)
+
+
+def _convert(image: Image.Image, in_chans: int, nodata: Nodata) -> torch.Tensor:
+    if nodata.values and in_chans == 1 and is_8_bit(image) and image.mode not in ("1", "L", "LA", "La"):
+        image = to_mode(image, 3)  # a grey of this value may be that of another colour
+        filled = fill_nodata(np.array(image).transpose(2, 0, 1), nodata)
+        image, nodata = Image.fromarray(np.ascontiguousarray(filled.transpose(1, 2, 0))), NO_NODATA
+    image = to_mode(image, in_chans)
+    if not is_8_bit(image):
         x = np.asarray(image)
-        if mode == "I":  # 16-bit values in 32-bit words, except for TIFF, which does not come here with this mode
+        if image.mode == "I":  # 16-bit values in 32-bit words, except for TIFF, which does not come here with this mode
             if x.min() < 0 or x.max() > 65535:
                 raise ImageError(f"has values {x.min()}..{x.max()}, expected 16 bits; save as 16-bit or float32")
             x = x.astype(np.uint16)
         return scaled(x[None], nodata).repeat(in_chans, 1, 1)
-    if mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # what Pillow asks for; straight to RGB gives the same colours and a warning
-    target = {1: "L", 3: "RGB", 4: "RGBA"}[in_chans]
-    if nodata.values and target == "L" and image.mode not in ("1", "L", "LA", "La"):
-        image = image.convert("RGB")  # a grey of this value may be that of another colour
-        filled = fill_nodata(np.array(image).transpose(2, 0, 1), nodata)
-        image, nodata = Image.fromarray(np.ascontiguousarray(filled.transpose(1, 2, 0))), NO_NODATA
-    if image.mode != target:
-        image = image.convert(target)
     x = np.array(image)
     x = x[None] if in_chans == 1 else x.transpose(2, 0, 1)
     return torch.from_numpy(fill_nodata(x, nodata) if nodata.values else x)

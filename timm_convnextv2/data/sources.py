@@ -241,11 +241,11 @@ class TimmSource(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return _decode_any(*self._read(i), self.in_chans, nodata=self.nodata)
+        return decode_any(*self._read(i), self.in_chans, nodata=self.nodata)
 
     def load_reduced(self, i: int, choose: Choose) -> torch.Tensor | Reduced:
         """Picture `i`, `Reduced` if it is a JPEG whose size makes `choose` answer more than 1."""
-        return _decode_any(*self._read(i), self.in_chans, choose, self.nodata)
+        return decode_any(*self._read(i), self.in_chans, choose, self.nodata)
 
     def _read(self, i: int) -> tuple[Any, str]:
         """What timm's reader gives as sample `i`, and its name for messages."""
@@ -298,12 +298,22 @@ def _create_timm_dataset(name: str, root: Any, split: str, **kwargs: Any) -> Any
         ) from error
 
 
-def _decode_any(
-    picture: Any, name: str, in_chans: int, choose: Choose | None = None, nodata: float | None = None
-) -> torch.Tensor | Reduced:
-    """Decodes what the readers of timm and torchvision give: a path, bytes, an open file, or a Pillow image."""
+def decode_any(
+    picture: Any,
+    name: str,
+    in_chans: int,
+    choose: Choose | None = None,
+    nodata: float | None = None,
+    convert: Callable[[Image.Image, int], Any] | None = None,
+) -> Any:
+    """Decodes what the readers of timm and torchvision give: a path, bytes, an open file, or a Pillow image.
+
+    See `decode.decode` for `choose` and `convert`.
+    """
     if isinstance(picture, Image.Image):
         try:
+            if convert is not None and nodata is None:
+                return convert(picture, in_chans)
             return from_pil(picture, in_chans, nodata)
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
@@ -312,7 +322,7 @@ def _decode_any(
             picture = picture.read()
     if not isinstance(picture, str | bytes):
         raise ImageError(f"{name}: is {type(picture).__name__}, expected a picture; check the name of the input key")
-    return decode(picture, in_chans, name, choose, nodata)
+    return decode(picture, in_chans, name, choose, nodata, convert)
 
 
 class TimmStream(IterableDataset):
@@ -436,7 +446,7 @@ class TimmStream(IterableDataset):
     def _load(self, picture: Any, name: str, choose: Choose | None = None) -> torch.Tensor | Reduced:
         if isinstance(picture, bytes) and not picture:
             raise ImageError(f"{name}: has no picture under the input key {self.input_key}")
-        return _decode_any(picture, name, self.in_chans, choose, self.nodata)
+        return decode_any(picture, name, self.in_chans, choose, self.nodata)
 
     def _leave_undecoded(self) -> None:
         """Makes timm's reader pass the bytes on, in the process that reads them.

@@ -12,6 +12,8 @@ go to train.py. The same by hand, without checks and export:
 """
 
 import argparse
+import json
+import os
 import shlex
 import sys
 import tempfile
@@ -23,8 +25,10 @@ import yaml
 from timm.utils.distributed import world_info_from_env
 
 from ..checkpoint import export_finetuned
+from ..checkpoint.finetuned import LABEL_NAMES
 from ..command import PROGRAM, CommandParser, invocation, refused, say
-from .plan import Options, Plan, count, describe, make_plan, resolve_options, warnings
+from .images import feed
+from .plan import Options, Plan, channels, count, describe, make_plan, resolve_options, warnings
 from .preflight import check_augmentation, check_device
 from .recipe import RECIPES, list_recipes, load_recipe, recipe_names
 from .train_script import find_train_script, load_train_script, script_path
@@ -126,20 +130,17 @@ def arguments(plan: Plan) -> Iterator[None]:
 
 
 def next_commands(plan: Plan, model: Path) -> list[str]:
-    """Commands that evaluate the result with stock timm, and show what publishing would send."""
+    """Commands that evaluate the result, and show what publishing would send."""
     args = plan.options.values
-    validate = script_path(plan.script).with_name("validate.py")
     commands = []
     if args.val_split:
-        words = ["python", str(validate) if validate.is_file() else "validate.py"]
-        words += ["--model", f"local-dir:{model}", "--pretrained"]
+        words = [*invocation("validate"), "--model", f"local-dir:{model}"]
+        words += [] if os.environ.get("TIMM_TRAIN") else ["--timm-train", str(script_path(plan.script))]
         words += ["--data-dir", args.data_dir] if args.data_dir else []
         words += ["--split", args.val_split] if args.val_split != "validation" else []
         for name in EVALUATION_OPTIONS:
             if getattr(args, name) != plan.options.defaults[name]:
                 words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        chans = args.input_size[0] if args.input_size else args.in_chans
-        words += ["--in-chans", str(chans)] if chans != 3 else []
         words += ["--amp", "--amp-dtype", args.amp_dtype] if args.amp else []
         commands.append(shlex.join(words))
     commands.append(shlex.join([*invocation("publish"), str(plan.folder), "USER/NAME", "--dry-run"]))
@@ -153,6 +154,17 @@ def epochs_done(folder: Path) -> int | None:
         return int(rows[-1].partition(",")[0]) + 1
     except (OSError, IndexError, ValueError):
         return None
+
+
+def keep_label_names(plan: Plan) -> None:
+    """Writes the classes' names into the run's folder: the data may be gone when the model is exported again."""
+    if plan.splits and world_info_from_env()[1] == 0:
+        index = plan.splits[0].reader.class_to_idx
+        names = {i: name for name, i in index.items()}
+        if sorted(names) == list(range(plan.options.values.num_classes)):  # a class map may leave gaps
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps([names[i] for i in sorted(names)], ensure_ascii=False, indent=0)
+            (plan.folder / LABEL_NAMES).write_text(text + "\n", encoding="utf-8")
 
 
 def export(plan: Plan) -> Path:
@@ -183,7 +195,7 @@ def finish(plan: Plan) -> int:
         say(f"What there is so far is in {model}")
     else:
         say(f"Done: the finetuned model is in {model}")
-    say("Evaluate it with stock timm, and see what would be published:")
+    say("Evaluate it, and see what would be published:")
     for command in next_commands(plan, model):
         say(f"  {command}")
     return 0
@@ -201,6 +213,8 @@ def main(argv: list[str] | None = None) -> int:
         return refused("finetune", e)
     if plan is None:
         return 0
+    keep_label_names(plan)
+    feed(plan.script, in_chans=channels(plan.options.values))
     with arguments(plan):
         plan.script.main()
     return finish(plan) if world_info_from_env()[1] == 0 else 0

@@ -10,13 +10,15 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 from timm.models import parse_model_name, safe_model_name
 from timm.optim import param_groups_layer_decay
 from timm.utils.distributed import world_info_from_env
 
 from ..command import CommandParser, closest, say
 from ..models import ConvNeXtV2
+from . import folders
+from .images import Images, probe
 from .preflight import Split, check_data, check_folder_weights, create_meta_model
 from .recipe import Recipe
 from .train_script import allow_processes_on_cpu, matching_script, script_path, script_version
@@ -111,6 +113,7 @@ class Plan:
         updates: Updates per epoch; None without `splits`.
         model: The model on the meta device.
         folder: The run's folder, OUTPUT/EXPERIMENT.
+        kinds: What is not 8-bit about the images; empty where all that were tried are.
     """
 
     script: ModuleType
@@ -123,6 +126,7 @@ class Plan:
     updates: int | None
     model: torch.nn.Module
     folder: Path
+    kinds: str = ""
 
     @property
     def pretrained(self) -> bool:
@@ -139,7 +143,7 @@ class Plan:
         """train.py's command line: the user's, and what was found out, so that its args.yaml tells the whole run."""
         args = self.options.values
         words = ["--device-modules", *args.device_modules, "--output", args.output, "--experiment", args.experiment]
-        words += ["--in-chans", str(args.in_chans)] if args.in_chans not in (None, 3) else []
+        words += channel_words(args, self.options.given)
         words += ["--num-classes", str(args.num_classes), "--grad-accum-steps", str(args.grad_accum_steps)]
         return [*self.rest, *words]
 
@@ -160,6 +164,7 @@ def make_plan(
     world_size = world_info_from_env()[2]
     if args.device == "cpu" and world_size > 1:
         allow_processes_on_cpu(script)
+    check_input_mode(args.input_img_mode)
     splits = _open_data(options)
     global_batch = _set_batch(options, world_size, global_batch_size)
     updates = _updates_per_epoch(options, splits[0], world_size) if splits else None
@@ -169,7 +174,8 @@ def make_plan(
         check_folder_weights(Path(name), model)
     folder = _choose_folder(options, model)
     args.device_modules = list(dict.fromkeys([*(args.device_modules or []), PLUGIN]))
-    return Plan(script, recipe, options, rest, splits, world_size, global_batch, updates, model, folder)
+    kinds = ", ".join(dict.fromkeys(filter(None, (probe(Images(s.reader, channels(args))) for s in splits))))
+    return Plan(script, recipe, options, rest, splits, world_size, global_batch, updates, model, folder, kinds)
 
 
 def _open_data(options: Options) -> list[Split]:
@@ -223,11 +229,68 @@ def _create_model(options: Options) -> torch.nn.Module:
         )
 
     if args.in_chans or args.input_size:
-        return create(args.in_chans or args.input_size[0])
-    model = create(3)
+        model = create(args.in_chans or args.input_size[0])
+    else:
+        model = create(3)
+        cfg: Any = model.pretrained_cfg
+        args.in_chans = (cfg.get("input_size") or (3,))[0]  # train.py would build 3 channels
+        model = model if args.in_chans == 3 else create(args.in_chans)
+    for line in fit_channels(args, model):
+        say(line)
+    return model
+
+
+def channels(args: argparse.Namespace) -> int:
+    """Channels of the images, by options of one of timm's scripts."""
+    return args.in_chans or (args.input_size[0] if args.input_size else 3)
+
+
+def fit_channels(args: argparse.Namespace, model: torch.nn.Module) -> list[str]:
+    """Sets image size, mean and std where the model's own are for another number of channels than the images have.
+
+    timm would load images with the model's number of channels, and normalise by its mean and std.
+
+    Returns:
+        What to tell.
+    """
     cfg: Any = model.pretrained_cfg
-    args.in_chans = (cfg.get("input_size") or (3,))[0]  # train.py would build 3 channels
-    return model if args.in_chans == 3 else create(args.in_chans)
+    wanted, size = channels(args), tuple(cfg.get("input_size") or (3, 224, 224))
+    if args.input_size is None and size[0] != wanted:
+        args.input_size = [wanted, *((args.img_size,) * 2 if args.img_size else size[1:])]
+    said = []
+    for name in ("mean", "std"):
+        given = getattr(args, name)
+        own = given or cfg.get(name) or {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}[name]
+        if len(own) in (1, wanted):
+            continue
+        if given:
+            raise ValueError(
+                f"--{name} has {len(own)} numbers for images of {count(wanted, 'channel')}: one or {wanted}."
+            )
+        average = float(f"{sum(own) / len(own):.6g}")
+        setattr(args, name, [average] * wanted)
+        said.append(
+            f"--{name} {average:g}: the average of the model's {len(own)} channels, for images of "
+            f"{count(wanted, 'channel')}; give --{name} for your images."
+        )
+    return said
+
+
+def channel_words(args: argparse.Namespace, given: set[str]) -> list[str]:
+    """Options that tell one of timm's scripts what `fit_channels` set and the user did not give."""
+    words = ["--in-chans", str(args.in_chans)] if args.in_chans not in (None, 3) and "in_chans" not in given else []
+    for name in ("input_size", "mean", "std"):
+        if getattr(args, name) and name not in given:
+            words += [f"--{name.replace('_', '-')}", *map(str, getattr(args, name))]
+    return words
+
+
+def check_input_mode(mode: str | None) -> None:
+    """Refuses timm's --input-img-mode: images are decoded to the number of channels."""
+    if mode:
+        raise ValueError(
+            f"--input-img-mode {mode} is for timm's own reader. Leave it out: images get --in-chans channels."
+        )
 
 
 def _choose_folder(options: Options, model: torch.nn.Module) -> Path:
@@ -343,7 +406,7 @@ def describe(plan: Plan) -> list[str]:
         f"{path} ({f'timm {version}' if version else 'version unknown'}; timm {timm.__version__} is installed)",
         f"recipe {recipe.name}: {recipe.description}",
         f"{args.model}, {'pretrained' if plan.pretrained else 'from random weights'}, {args.num_classes} classes",
-        *(f"{split.root}: {split.num_images} images" for split in plan.splits),
+        *(line for split in plan.splits for line in folders.describe(split.reader)),
         _describe_batch(plan),
         length + (f" of {count(plan.updates, 'update')}" if plan.updates else ""),
         _describe_layers(plan),
@@ -404,6 +467,14 @@ def _describe_layers(plan: Plan) -> str:
     return text + (f"; {frozen} of {len(names)} parameters are frozen" if frozen else "")
 
 
+def augmentation_left_out(kinds: str) -> str:
+    """What images that are not 8-bit do without."""
+    return (
+        f"there are images {kinds}: of the augmentation they get crop, scale, ratio, flips, random erasing, mixup and "
+        "cutmix; --aa, --color-jitter and --grayscale-prob are for 8-bit RGB or grey and left out for them."
+    )
+
+
 def warnings(plan: Plan, from_scratch: bool = False) -> list[str]:
     """What may not be meant.
 
@@ -412,6 +483,9 @@ def warnings(plan: Plan, from_scratch: bool = False) -> list[str]:
         from_scratch: Random weights were asked for.
     """
     args, found = plan.options.values, []
+    if plan.kinds:
+        found.append(augmentation_left_out(plan.kinds))
+    found += filter(None, [folders.imbalance(split.reader.counts()) for split in plan.splits[:1]])
     if args.layer_decay is not None:
         if not isinstance(plan.model, ConvNeXtV2):
             found.append(

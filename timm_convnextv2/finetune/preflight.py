@@ -9,7 +9,6 @@ import PIL
 import timm
 import torch
 from PIL import Image
-from timm.data import create_dataset
 from timm.data.auto_augment import posterize
 from timm.models import parse_model_name
 
@@ -18,6 +17,7 @@ from ..command import closest
 from ..models import ConvNeXtV2
 from ..models.registry import filter_weights
 from ..provenance import read_config
+from .folders import FolderReader, is_opaque, split_folder
 
 __all__ = [
     "Split",
@@ -27,10 +27,9 @@ __all__ = [
     "check_folder_weights",
     "check_model_folder",
     "create_meta_model",
+    "open_split",
 ]
 
-# Data sets whose classes can only be known by opening them; everything else is a folder (or tar) of images.
-OPAQUE_DATASETS = ("torch", "hfds", "hfids", "tfds", "wds")
 TIMM_FOLDER = "Expected a timm folder: config.json and model.safetensors, as pretraining writes to RUN/encoder."
 
 
@@ -155,8 +154,17 @@ class Split:
 
     name: str
     root: Path
-    num_images: int
-    classes: list[str]
+    reader: FolderReader
+
+    @property
+    def num_images(self) -> int:
+        """Images with a class."""
+        return len(self.reader)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names in the order of the class index."""
+        return sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.__getitem__)
 
 
 def check_data(
@@ -168,7 +176,7 @@ def check_data(
     class_map: str = "",
     input_key: str | None = None,
 ) -> list[Split]:
-    """Lists the splits of a folder of images as train.py will: training, and validation unless `val_split` is empty.
+    """Lists the splits of a folder of images: training, and validation unless `val_split` is empty.
 
     Args:
         data_dir: The folder.
@@ -180,8 +188,7 @@ def check_data(
     Raises:
         ValueError: A split is missing or empty, or the splits differ in their classes.
     """
-    prefix, slash, _ = dataset.partition("/")
-    if slash and prefix.lower() in OPAQUE_DATASETS or data_dir and Path(data_dir).is_file():
+    if is_opaque(dataset) or data_dir and Path(data_dir).is_file():
         return []
     if not data_dir:
         raise ValueError(
@@ -190,36 +197,44 @@ def check_data(
     root = Path(data_dir)
     if not root.is_dir():
         raise ValueError(f"--data-dir {root} does not exist. Expected a folder with train/ and validation/.")
-    options: dict[str, Any] = dict(name=dataset, class_map=class_map, input_key=input_key)
-    splits = [_open_split(root, train_split, "--train-split", **options)]
+    options: dict[str, Any] = dict(class_map=class_map, input_key=input_key)
+    splits = [open_split(root, train_split, "--train-split", **options)]
     if val_split:
-        splits.append(_open_split(root, val_split, "--val-split", **options))
+        splits.append(open_split(root, val_split, "--val-split", **options))
     _check_same_classes(splits[0], splits[-1])
     return splits
 
 
-def _open_split(root: Path, split: str, option: str, **options: Any) -> Split:
-    """Lists one split, or tells that timm finds no folder of that name, no images or no classes in it."""
+def open_split(root: Path, split: str, option: str, **options: Any) -> Split:
+    """Lists one split.
+
+    Args:
+        root: The data folder.
+        split: Name of the split.
+        option: That gave it, for messages.
+        options: Of `FolderReader`.
+
+    Raises:
+        ValueError: There is no folder of that name, or no images or no classes in it.
+    """
     expected = f"Expected {root / split} with one sub-folder of images a class, or another {option}."
-    try:
-        images: Any = create_dataset(root=str(root), split=split, **options)
-    except (AssertionError, OSError, RuntimeError) as e:
-        raise ValueError(f"{option} {split} of {root}: {e or type(e).__name__}. {expected}") from e
-    reader = images.reader
+    folder = split_folder(root, split)
     # without such a folder timm takes the root itself for the split, and `train` for a class
-    if Path(reader.root).resolve() == root.resolve():
+    if folder.resolve() == root.resolve():
         there = sorted(p.name for p in root.iterdir() if p.is_dir())
         listed = ", ".join(there[:10]) or "no folders"
         raise ValueError(f"{root} has no {option} '{split}'; it has {listed}. {expected}")
+    try:
+        reader = FolderReader(folder, **options)
+    except ValueError as e:
+        raise ValueError(f"{option} {split} of {root}: {e} {expected}") from e
     if "" in reader.class_to_idx:
-        raise ValueError(
-            f"{reader.root} has images that lie in no sub-folder, so that their class is unknown. {expected}"
-        )
-    return Split(split, Path(reader.root), len(images), sorted(reader.class_to_idx))
+        raise ValueError(f"{folder} has images that lie in no sub-folder, so that their class is unknown. {expected}")
+    return Split(split, folder, reader)
 
 
 def _check_same_classes(train: Split, val: Split) -> None:
-    if train.classes == val.classes:
+    if set(train.classes) == set(val.classes):
         return
     differ = []
     for one, other in ((train, val), (val, train)):

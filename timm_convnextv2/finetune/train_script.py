@@ -1,4 +1,4 @@
-"""timm's train.py, which is not part of timm's wheel: finding, downloading, verifying and importing it."""
+"""timm's scripts, which are not part of timm's wheel: finding and importing them; train.py also by a download."""
 
 import ast
 import hashlib
@@ -23,7 +23,9 @@ __all__ = [
     "SHA256",
     "allow_processes_on_cpu",
     "download_train_script",
+    "find_script",
     "find_train_script",
+    "load_script",
     "load_train_script",
     "matching_script",
     "script_path",
@@ -33,26 +35,31 @@ __all__ = [
 
 TIMM_RAW = "https://raw.githubusercontent.com/huggingface/pytorch-image-models"
 CACHE = "timm_convnextv2"  # folder in torch.hub's
-NEEDED = ("main", "parser", "config_parser")  # of train.py
+# what a script has at its top level
+NEEDED = {
+    "train.py": ("main", "parser", "config_parser"),
+    "validate.py": ("main", "parser", "create_loader"),
+    "inference.py": ("main", "parser", "create_loader"),
+}
 
 # sha256 of train.py by timm's version; only a file that is listed here is run without being asked for.
 # To add one, look at the file at timm's tag, then: "1.0.31": "<first word that `sha256sum train.py` prints>",
 SHA256: dict[str, str] = {}
 
 
-def script_url(version: str, base_url: str = TIMM_RAW) -> str:
-    """Where train.py of a timm version is published."""
-    return f"{base_url}/v{version}/train.py"
+def script_url(version: str, base_url: str = TIMM_RAW, name: str = "train.py") -> str:
+    """Where a script of a timm version is published."""
+    return f"{base_url}/v{version}/{name}"
 
 
-def matching_script() -> str:
-    """The remedy where a train.py does not suit the installed timm."""
+def matching_script(name: str = "train.py") -> str:
+    """The remedy where a script does not suit the installed timm."""
     version = timm.__version__
-    return f"Give the train.py of timm {version} with --timm-train: {script_url(version)}"
+    return f"Give the {name} of timm {version} with --timm-train: {script_url(version, name=name)}"
 
 
-def check_source(source: str) -> str:
-    """Why a text is not timm's train.py, whole; empty if it is."""
+def check_source(source: str, name: str = "train.py") -> str:
+    """Why a text is not timm's script of that name, whole; empty if it is."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as e:
@@ -61,7 +68,9 @@ def check_source(source: str) -> str:
     for node in tree.body:
         if isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    missing = [name for name in NEEDED if name not in names]
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+    missing = [needed for needed in NEEDED[name] if needed not in names]
     if missing:
         return f"it has no {', no '.join(missing)}"
     if not isinstance(tree.body[-1], ast.If):  # `if __name__ == "__main__"`: a file cut off may be Python up to there
@@ -69,10 +78,10 @@ def check_source(source: str) -> str:
     return ""
 
 
-def check_file(path: Path) -> str:
-    """Why a file is not timm's train.py, whole; empty if it is."""
+def check_file(path: Path, name: str = "train.py") -> str:
+    """Why a file is not timm's script of that name, whole; empty if it is."""
     try:
-        return check_source(path.read_text(encoding="utf-8"))
+        return check_source(path.read_text(encoding="utf-8"), name)
     except (OSError, UnicodeDecodeError) as e:
         return str(e)
 
@@ -185,6 +194,36 @@ def find_train_script(option: str | None = None, **download: Any) -> Path:
     return download_train_script(timm.__version__, **download)
 
 
+def find_script(name: str, option: str | None = None) -> Path:
+    """Where validate.py or inference.py of timm is: beside train.py, which the option, TIMM_TRAIN or timm tells.
+
+    Args:
+        name: 'validate.py' or 'inference.py'.
+        option: Value of --timm-train: a script of timm, or the folder of a clone.
+
+    Raises:
+        ValueError: It is not there; says how to provide it.
+    """
+    for source, value in (("--timm-train", option), ("TIMM_TRAIN", os.environ.get("TIMM_TRAIN"))):
+        if not value:
+            continue
+        path = Path(value) / name if Path(value).is_dir() else Path(value).with_name(name)
+        if not path.is_file():
+            raise ValueError(
+                f"{source} is {value}, and there is no {name} there. Save {script_url(timm.__version__, name=name)} "
+                f"beside it, or give the folder of a clone of timm."
+            )
+        return path.resolve()
+    beside = Path(timm.__file__).resolve().parents[1] / name
+    if not check_file(beside, name):
+        return beside
+    raise ValueError(
+        f"timm's {name} is needed and not part of its package. Save {script_url(timm.__version__, name=name)} "
+        "anywhere and give its path with --timm-train PATH, or set TIMM_TRAIN=PATH; or install timm from a clone of "
+        "its repository (pip install -e CLONE)."
+    )
+
+
 def script_version(path: Path) -> str:
     """Version of the timm repository that a train.py belongs to; empty where nothing tells it."""
     beside = path.parent / "timm" / "version.py"
@@ -205,18 +244,34 @@ def load_train_script(path: Path) -> ModuleType:
     Raises:
         ValueError: It is another script, or made for another timm.
     """
-    problem = check_file(path)
+    return load_script(path, "train.py")
+
+
+def load_script(path: Path, name: str) -> ModuleType:
+    """Imports one of timm's scripts; its main() does not run.
+
+    Args:
+        path: The file.
+        name: What it must be, such as 'train.py'.
+
+    Raises:
+        ValueError: It is another script, made for another timm, or needs a package that is missing.
+    """
+    problem = check_file(path, name)
     if problem:
-        raise ValueError(f"{path} is not timm's train.py: {problem}.")
-    spec = importlib.util.spec_from_file_location("timm_train_script", path)
+        raise ValueError(f"{path} is not timm's {name}: {problem}.")
+    spec = importlib.util.spec_from_file_location(f"timm_{Path(name).stem}_script", path)
     assert spec and spec.loader  # a file that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except ImportError as e:
+        package = (e.name or "").partition(".")[0]
+        if package and package != "timm" and isinstance(e, ModuleNotFoundError):
+            raise ValueError(f"timm's {name} needs the package {package}; run `pip install {package}`.") from e
         raise ValueError(
-            f"{path} does not go with the installed timm {timm.__version__} ({e}). {matching_script()}"
+            f"{path} does not go with the installed timm {timm.__version__} ({e}). {matching_script(name)}"
         ) from e
     return module
 

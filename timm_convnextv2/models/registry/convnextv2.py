@@ -11,6 +11,7 @@ from timm.models.convnext import checkpoint_filter_fn
 
 from ..convnextv2 import ConvNeXtV2
 from ..weights import check_weights
+from .foreign import official_names
 from .hub import build_model
 from .variants import VARIANTS, layer_decay_type, register_variants
 
@@ -20,6 +21,8 @@ __all__ = ["default_cfgs", "filter_weights"]
 def filter_weights(state_dict: dict[str, Any], model: ConvNeXtV2) -> dict[str, Any]:
     """timm's filter, which also takes the encoder out of a whole FCMAE, and notices what it would leave random.
 
+    Names may be timm's, the official ones of the dense format, transformers' or MMPretrain's.
+
     With `--pretrained-path`, or a class count that differs, timm loads what happens to fit and only warns.
 
     Raises:
@@ -27,20 +30,21 @@ def filter_weights(state_dict: dict[str, Any], model: ConvNeXtV2) -> dict[str, A
     """
     if any(name.startswith("encoder.stem.") for name in state_dict):
         state_dict = {k.removeprefix("encoder."): v for k, v in state_dict.items() if k.startswith("encoder.")}
+    named = official_names(state_dict)
     try:
-        loaded = checkpoint_filter_fn(state_dict, model)
+        loaded = checkpoint_filter_fn(named, model)
     # it looks foreign names up in the model, takes every value for a tensor, and reshapes to the model's width
     except (KeyError, AttributeError, RuntimeError):
-        loaded = state_dict
+        loaded = named
     check_weights(
         loaded,
         model.state_dict(),
-        f"The weights are not those of this ConvNeXt V2 (the first names that came: {sorted(loaded)[:3]})",
+        f"The weights are not those of this ConvNeXt V2 (the first names that came: {sorted(state_dict)[:3]})",
         optional=("head.",),
         resized=("stem.0.weight",),
-        remedy="Expected: weights of a convnextv2_* of the same size, in timm's or the official names, or of an "
-        "fcmae_convnextv2_*. Official pretraining checkpoints of the MinkowskiEngine code go through "
-        "timm_convnextv2.checkpoint.convert_official first.",
+        remedy="Expected: weights of a convnextv2_* of the same size, in the names of timm, the official code, "
+        "transformers or MMPretrain, or of an fcmae_convnextv2_*. Official pretraining checkpoints of the "
+        "MinkowskiEngine code go through timm_convnextv2.checkpoint.convert_official first.",
     )
     return loaded
 

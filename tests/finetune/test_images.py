@@ -1,0 +1,226 @@
+"""Images of every kind as timm's scripts get them: what reaches the network, against the truth made in numpy."""
+
+import logging
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tifffile
+import timm.data
+import torch
+from PIL import Image
+from timm.data import AugMixDataset, FastCollateMixup
+
+from timm_convnextv2.data import ImageError
+from timm_convnextv2.finetune import images
+from timm_convnextv2.finetune.folders import FolderReader
+
+SIZE = 16
+RNG = np.random.default_rng(0)
+U8, U16 = (partial(RNG.integers, 0, 256, dtype=np.uint8), partial(RNG.integers, 256, 65536, dtype=np.uint16))
+
+
+def grey16_png(path):
+    x = U16((SIZE, SIZE))
+    Image.fromarray(x).save(path.with_suffix(".png"))
+    return x[None] / 65535
+
+
+def grey16_tiff(path):
+    x = U16((SIZE, SIZE))
+    tifffile.imwrite(path.with_suffix(".tif"), x)
+    return x[None] / 65535
+
+
+def float_tiff(path):
+    x = RNG.random((SIZE, SIZE), dtype=np.float32) * 3 - 1
+    tifffile.imwrite(path.with_suffix(".tif"), x)
+    return x[None]
+
+
+def bands_tiff(path):
+    x = U16((SIZE, SIZE, 5))
+    tifffile.imwrite(path.with_suffix(".tif"), x, photometric="minisblack", planarconfig="contig")
+    return x.transpose(2, 0, 1) / 65535
+
+
+def bands_npy(path):
+    x = U8((SIZE, SIZE, 5))
+    np.save(path.with_suffix(".npy"), x)
+    return x.transpose(2, 0, 1) / 255
+
+
+def rgb_npy(path):
+    x = U8((SIZE, SIZE, 3))
+    np.save(path.with_suffix(".npy"), x)
+    return x.transpose(2, 0, 1) / 255
+
+
+def rgba_png(path):
+    x = U8((SIZE, SIZE, 4))
+    Image.fromarray(x, "RGBA").save(path.with_suffix(".png"))
+    return x.transpose(2, 0, 1) / 255
+
+
+def rgb(ending, path):
+    x = U8((SIZE, SIZE, 3))
+    Image.fromarray(x).save(path.with_suffix(ending), lossless=True)
+    return x.transpose(2, 0, 1) / 255
+
+
+KINDS = {
+    "16-bit grey png": (grey16_png, 1), "16-bit grey png as 3": (grey16_png, 3), "16-bit grey tiff": (grey16_tiff, 1),
+    "float tiff": (float_tiff, 1), "16-bit bands tiff": (bands_tiff, 5), "8-bit bands npy": (bands_npy, 5),
+    "8-bit rgb npy": (rgb_npy, 3), "rgba png": (rgba_png, 4), "rgb bmp": (partial(rgb, ".bmp"), 3),
+    "rgb webp": (partial(rgb, ".webp"), 3), "rgb tiff": (partial(rgb, ".tif"), 3), "rgb png": (partial(rgb, ".png"), 3),
+}  # fmt: skip
+
+
+def script():
+    """What `feed` replaces, as in timm's scripts."""
+    return SimpleNamespace(
+        create_dataset=timm.data.create_dataset,
+        create_loader=timm.data.create_loader,
+        FastCollateMixup=FastCollateMixup,
+    )
+
+
+def loaded(root, in_chans, *, workers=0, dataset=lambda d: d, **options):
+    """The images and targets of one epoch through a fed script's data set and loader."""
+    fed = script()
+    images.feed(fed, in_chans=in_chans)
+    data = dataset(fed.create_dataset("", root=str(root), split="train", is_training=True, input_img_mode="RGB"))
+    mean, std = [0.1 * (k + 1) for k in range(in_chans)], [0.2 + 0.1 * k for k in range(in_chans)]
+    options = dict(batch_size=4, mean=mean, std=std, num_workers=workers, device=torch.device("cpu")) | options
+    loader = fed.create_loader(data, input_size=(in_chans, SIZE, SIZE), **options)
+    batches = list(loader)
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+@pytest.mark.parametrize("prefetcher", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_reaches_the_network_is_the_truth(kind, prefetcher, tmp_path):
+    write, in_chans = KINDS[kind]
+    truth = []
+    for label in "ab":
+        (tmp_path / "train" / label).mkdir(parents=True)
+        truth += [write(tmp_path / "train" / label / f"{i}") for i in range(2)]
+    found, targets = loaded(tmp_path, in_chans, crop_pct=1.0, use_prefetcher=prefetcher)
+    mean, std = (0.1 * (np.arange(in_chans) + 1), 0.2 + 0.1 * np.arange(in_chans))
+    expected = (np.stack(truth) - mean[:, None, None]) / std[:, None, None]  # broadcasts grey to all channels
+    assert found.dtype == torch.float32 and targets.tolist() == [0, 0, 1, 1]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """8-bit JPEGs and 16-bit TIFFs side by side."""
+    for label in "ab":
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(U8((20, 24, 3))).save(tmp_path / "train" / label / f"{i}.jpg")
+            tifffile.imwrite(tmp_path / "train" / label / f"{i}.tif", U16((20, 24)))
+    return tmp_path
+
+
+TRAIN = dict(is_training=True, re_prob=0.5, auto_augment="rand-m9", scale=(0.5, 1.0), vflip=0.5, interpolation="random")
+MIXUP = dict(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=2)
+WAYS = {
+    "plain": dict(TRAIN),
+    "color jitter": {**TRAIN, "auto_augment": None, "color_jitter": 0.4, "grayscale_prob": 0.2},
+    "no prefetcher": {**TRAIN, "use_prefetcher": False},
+    "workers": {**TRAIN, "workers": 2},
+    "no augmentation": {**TRAIN, "no_aug": True},
+    "sizes": {**TRAIN, "input_size_choices": [SIZE, SIZE]},
+    "augmix": {**TRAIN, "num_aug_splits": 2, "dataset": partial(AugMixDataset, num_splits=2)},
+    "mixup": {**TRAIN, "mixup": MIXUP}, "mixup elem": {**TRAIN, "mixup": {**MIXUP, "mode": "elem"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_mixed_kinds_are_all_there_and_augmented(way, mixed):
+    options = dict(WAYS[way])
+    if mixup := options.pop("mixup", None):
+        options["collate_fn"] = images.CollateMixup(**mixup)
+    found, targets = loaded(mixed, 3, **options)
+    assert len(found) == 16 * (2 if way == "augmix" else 1) and torch.isfinite(found).all()
+    assert found.std() > 0.3 and found.amax() < 8  # neither black nor in units of 255
+    if way in ("plain", "workers"):
+        assert sorted(targets.tolist()) == [0] * 8 + [1] * 8
+
+
+def test_what_is_left_out_is_said_once(mixed, caplog):
+    with caplog.at_level(logging.WARNING):
+        loaded(mixed, 3, **TRAIN)
+        loaded(mixed, 3, is_training=True, color_jitter=None)
+    assert [r.message for r in caplog.records] == ["Left out for images that are not 8-bit RGB or grey: RandAugment."]
+
+
+@pytest.mark.parametrize("in_chans", [3, 1])
+@pytest.mark.parametrize("way", ["plain", "no prefetcher", "mixup", "color jitter"])
+def test_8_bit_images_are_as_timm_gives_them(way, in_chans, tmp_path):
+    """Bit for bit, with the same random draws."""
+    for label in "ab":
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(U8((24, 20, 3))).save(tmp_path / "train" / label / f"{i}.jpg")
+            Image.fromarray(U8((24, 20))).save(tmp_path / "train" / label / f"{i}.png")
+    results = []
+    for fed in (False, True):
+        options = dict(WAYS[way])
+        mixup = options.pop("mixup", None)
+        fake = script()
+        if fed:
+            images.feed(fake, in_chans=in_chans)
+        if mixup:
+            options["collate_fn"] = fake.FastCollateMixup(**mixup)
+        timm.utils.random_seed(0)
+        mode = "RGB" if in_chans == 3 else "L"
+        data = fake.create_dataset("", root=str(tmp_path), split="train", input_img_mode=mode)
+        loader = fake.create_loader(
+            data, (in_chans, SIZE, SIZE), 4, mean=(0.5,) * in_chans, std=(0.2,) * in_chans, num_workers=0,
+            device=torch.device("cpu"), **options,
+        )  # fmt: skip
+        results.append([tensor for batch in loader for tensor in batch])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and len(results[0]) == 8
+
+
+def test_rotation_and_grey_are_those_of_pretraining(tmp_path):
+    (tmp_path / "a").mkdir()
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(U8((8, 16, 3))).save(tmp_path / "a" / "0.png", exif=exif)
+    image, target = images.Images(FolderReader(tmp_path))[0]
+    assert image.size == (8, 16) and image.mode == "RGB" and target == 0
+
+
+def test_damaged_images_are_replaced_or_named(mixed, caplog):
+    (mixed / "train" / "a" / "1.tif").write_bytes(b"II*\0")
+    data = images.Images(FolderReader(mixed / "train"))
+    bad = next(i for i in range(16) if data.name(i).endswith("a/1.tif"))
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(torch.as_tensor(np.array(data[bad][0])), torch.as_tensor(np.array(data[bad + 1][0])))
+    assert str(mixed / "train" / "a" / "1.tif") in caplog.text
+    with pytest.raises(ImageError, match="1.tif"):
+        images.Images(data.reader, strict=True)[bad]
+    with pytest.raises(ValueError, match="has 3 channels.*expected 5"):
+        images.probe(images.Images(data.reader, in_chans=5))
+    assert images.probe(data) == "not 8-bit with 3 channels"
+
+
+def test_border_crop_is_refused_for_tensors(mixed):
+    with pytest.raises(ValueError, match="--crop-mode border"):
+        loaded(mixed, 3, crop_mode="border")
+
+
+def test_tar_is_read_alike(mixed):
+    import tarfile
+
+    with tarfile.open(mixed / "x.tar", "w") as tar:
+        tar.add(mixed / "train" / "a", "a")
+    fed = script()
+    images.feed(fed, in_chans=3)
+    data = fed.create_dataset("", root=str(mixed / "x.tar"))
+    assert isinstance(data, images.Images) and len(data) > 0
+    assert images.Images(data.reader, strict=True)[0][0].size == (24, 20)
