@@ -363,7 +363,7 @@ def test_commands_tell_a_missing_codec_in_one_message(
     folder = packed_bands(tmp_path / "images", range(8) if when == "at the start" else [5])
     if when == "in the middle":
         passing = {"pretrain": "timm_convnextv2.pretrain.batches", "embed": "timm_convnextv2.embed.run"}
-        monkeypatch.setattr(f"{passing[command]}.check_readable", lambda source: [])
+        monkeypatch.setattr(f"{passing[command]}.check_readable", lambda source, **_: [])
         monkeypatch.setattr("timm_convnextv2.pretrain.batches.SHOWN_IMAGES", 1)
     take()
     with no_hang(60):

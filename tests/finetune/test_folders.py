@@ -1,7 +1,7 @@
 """Folders of labelled images: what is listed, what is left out, and what is said of it."""
 
 import pytest
-from conftest import write_images
+from folders import write_images
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from timm_convnextv2.finetune import folders

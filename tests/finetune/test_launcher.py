@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import write_images
+from folders import write_images
 from helpers import RECIPES, ROOT, SCRIPTS
 from PIL import Image
 from safetensors.torch import load_file
@@ -280,7 +280,7 @@ def test_real_linear_probe_leaves_the_backbone(timm_train, encoder, data, tmp_pa
     assert changed == {"head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"}
 
 
-# ------------------------------------------------------------------------------------- names of classes, validate, predict
+# ---------------------------------------------------------------------------------- names of classes, validate, predict
 
 
 def write_16_bit(root):
