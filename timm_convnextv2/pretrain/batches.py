@@ -70,7 +70,8 @@ class Batches(NamedTuple):
         then = "an earlier version of this package" if before is None else f"--workers {before}"
         raise ValueError(
             f"Cannot resume a stream in the middle of an epoch with --workers {self.stream_workers}: the run so far "
-            f"had {then}, which reads the images in another order. Resume with the same, or from a milestone checkpoint."
+            f"had {then}, which reads the images in another order. Resume with the same, or from a milestone "
+            "checkpoint."
         )
 
     def iterate(self, epoch: int, start_batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, Bad]]:
