@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import assert_same, environment, shell, torchrun
@@ -92,6 +93,44 @@ def test_killed_run_resumes_from_its_checkpoint(tmp_path, no_images, monkeypatch
     run(tmp_path / "r", *options, "--resume", "auto", epochs=2)
     assert_same(load(tmp_path / "r")["state_dict"], load(expected)["state_dict"])
     assert steady(tmp_path / "r") == steady(expected)
+
+
+@pytest.mark.parametrize("option", [["--recovery-interval", "2"], ["--checkpoint-minutes", "1e-9"]], ids=lambda o: o[0])
+def test_checkpoints_within_an_epoch(tmp_path, no_images, monkeypatch, whole, option):
+    expected, options = whole("plain")
+
+    def die():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        at_update(patch, 7, die)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "r", *options, *option, epochs=2)
+    progress = load(tmp_path / "r")["progress"]
+    assert (progress["epoch"], progress["update"]) == (1, 2 if option[0] == "--recovery-interval" else 3)
+    assert (tmp_path / "r/encoder/model.safetensors").exists()
+    run(tmp_path / "r", *options, *option, "--resume", "auto", epochs=2)
+    assert_same(load(tmp_path / "r")["state_dict"], load(expected)["state_dict"])
+    assert steady(tmp_path / "r") == steady(expected)
+
+
+def test_second_signal_ends_at_once_where_python_does_not_run(tmp_path):
+    """As in a collective: the main thread waits in C for what never comes, and signals do not wake it."""
+    wait = "libc.pthread_mutex_lock(lock); libc.pthread_mutex_lock(lock)"
+    script = tmp_path / "one.py"
+    script.write_text(
+        "import ctypes\n"
+        "from timm_convnextv2.pretrain.distributed import World\n"
+        "World('cpu').watch_signals()\n"
+        "lock, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)\n"
+        f"print('ready', flush=True)\n{wait}\n"
+    )
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment())
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
 
 
 def test_printed_command_finishes_the_run(tmp_path, no_images, monkeypatch, capsys, whole):

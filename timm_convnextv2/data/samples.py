@@ -2,8 +2,10 @@
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ __all__ = [
 # (44.6) at 1.5, 49.2 (47.5) at 2; most crops keep more, see benchmarks/decode.py. 1.5 is the smallest of these above
 # 40 dB. Drawings with sharp edges at the scale of the output's pixels lose more: 30 dB at 1.5.
 MIN_OVERSAMPLING = 1.5
+_KEPT_OF_SKIPPED = 32  # pictures in a row that may be bad where a resumed stream starts
 _MAX_BAD_IN_A_ROW = 1000  # a damaged folder or shard; --max-bad-images stops most runs before
 
 
@@ -246,6 +249,9 @@ class PretrainStream(IterableDataset):
     replaced by the last one before it that could (the next one at the very start), so that every process makes
     the same number of batches; the index in `bad` is the position.
 
+    A run that is resumed in the middle of an epoch reads what it had consumed again, without decoding it, and goes on
+    behind it: see `set_epoch`.
+
     Args:
         source: The stream.
         transform, grid, mask_ratio, seed: As for `PretrainDataset`.
@@ -262,22 +268,47 @@ class PretrainStream(IterableDataset):
         from timm.data.readers.shared_count import SharedCount
 
         self.source, self.transform, self.grid, self.mask_ratio, self.seed = source, transform, grid, mask_ratio, seed
-        self.epoch = SharedCount()  # shared memory: reaches persistent workers
+        # shared memory: reaches persistent workers
+        self.epoch, self.start, self.batch_size = SharedCount(), SharedCount(), SharedCount(1)
         random_mask(1, grid, mask_ratio, generator=torch.Generator())
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Selects the random numbers and the reader's order; call before iterating over the loader."""
-        self.epoch.value = epoch
+    def set_epoch(self, epoch: int, start_batch: int = 0, batch_size: int = 1) -> None:
+        """Selects the random numbers, the reader's order, and where in it to start; call before iterating.
+
+        A loader takes its batches from its workers in turn, from the first one on. So that they come in the order of
+        an epoch that is read from its beginning, the first `start_batch % num_workers` batches of the loader are
+        None.
+
+        Args:
+            epoch: From 0.
+            start_batch: Batches of this epoch that the loader has given before.
+            batch_size: Of the loader.
+
+        Raises:
+            ValueError: The source cannot repeat an epoch, so that it has no middle to start from.
+        """
+        if start_batch and not self.source.repeatable:
+            raise ValueError(
+                f"The reader of '{self.source.dataset_name}' cannot repeat an epoch, so that a run cannot resume in "
+                "the middle of one. Resume from a milestone checkpoint."
+            )
+        self.epoch.value, self.start.value, self.batch_size.value = epoch, start_batch, batch_size
         self.source.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, Bad]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, Bad] | None]:
         worker = get_worker_info()
-        stream = _mix(self.seed, self.source.rank, worker.id if worker else 0)
-        epoch, last, in_a_row, waiting = self.epoch.value, None, [], []
-        for position, (name, load) in enumerate(self.source.undecoded()):
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        stream, start = _mix(self.seed, self.source.rank, number), self.start.value
+        epoch, in_a_row, waiting = self.epoch.value, [], []
+        if number < start % workers:
+            yield from [None] * self.batch_size.value
+        consumed = (start - number + workers - 1) // workers * self.batch_size.value
+        numbered = enumerate(self.source.undecoded())
+        last = _skip(numbered, max(0, consumed))
+        for position, (name, load) in numbered:
             bad, picture = [], None
             try:
                 picture = load(_choose(self.transform, sample_seed(stream, epoch, position)))
@@ -303,8 +334,26 @@ class PretrainStream(IterableDataset):
             raise _too_many(in_a_row)
 
 
-def collate(samples: list[tuple[torch.Tensor, torch.Tensor, Bad]]) -> tuple[torch.Tensor, torch.Tensor, Bad]:
+def _skip(numbered: Iterator[tuple[int, tuple[str, Callable]]], count: int) -> Callable | None:
+    """Passes over so many pictures of a stream; returns the last one that can be decoded, to stand in for others."""
+    recent = deque((load for _, (_, load) in islice(numbered, count)), maxlen=_KEPT_OF_SKIPPED)
+    return next((load for load in reversed(recent) if _decodes(load)), None)
+
+
+def _decodes(load: Callable) -> bool:
+    try:
+        load()
+    except ImageError:
+        return False
+    return True
+
+
+def collate(
+    samples: list[tuple[torch.Tensor, torch.Tensor, Bad] | None],
+) -> tuple[torch.Tensor, torch.Tensor, Bad] | None:
     """Joins samples to `(images [B, C, H, W], masks [B, h, w], bad)`; `bad` lists `(index, message)` of the batch."""
+    if samples[0] is None:  # a place in the loader's order that a resumed stream leaves empty
+        return None
     images, masks, bad = zip(*samples, strict=True)
     # stacks, in a worker straight into shared memory
     return default_collate(list(images)), default_collate(list(masks)), [entry for entries in bad for entry in entries]

@@ -329,8 +329,9 @@ class TimmStream(IterableDataset):
     """Pictures of a data set that timm reads as a stream: `wds/`, `hfids/`, `tfds/`; targets are not needed.
 
     timm's reader shuffles, and shares the data between processes and workers. The order is therefore the reader's
-    own: it changes with the number of workers, and cannot be continued in the middle of an epoch. `tfds/` decodes the
-    pictures itself, as 8-bit with 1 or 3 channels.
+    own: it changes with the number of workers. Where `repeatable` (`wds/`, `hfids/`), that of an epoch depends on
+    nothing else than seed, epoch, processes and workers. `tfds/` decodes the pictures itself, as 8-bit with 1 or 3
+    channels.
 
     Args:
         name: `wds/`, `hfids/<name or folder>`, or `tfds/<name>`.
@@ -401,6 +402,7 @@ class TimmStream(IterableDataset):
                 f"Data set '{name}' has no column '{self.input_key}'; set input_key to one of: {', '.join(features)}."
             )
         self.rank = self.reader.dist_rank
+        self.repeatable = self.kind != "tfds"  # TensorFlow's shuffling carries its state from epoch to epoch
 
     def __len__(self) -> int:
         """Pictures per epoch of this process, whole batches of every worker (see `set_loader_cfg`)."""
@@ -427,7 +429,10 @@ class TimmStream(IterableDataset):
             ValueError: The reader yields nothing, most likely because there are fewer shards than workers.
         """
         if self.kind in ("wds", "hfids") and self.reader.ds is None:
-            self._leave_undecoded()
+            try:
+                self._leave_undecoded()
+            except RuntimeError as error:  # how timm says that there are fewer shards than workers
+                raise ValueError(f"Data set '{self.dataset_name}': {error}") from error
         count = 0
         for item, _ in self.dataset:
             name, picture = f"{self.dataset_name} sample {count}", item
@@ -461,8 +466,9 @@ class TimmStream(IterableDataset):
             self.reader.ds = self.reader.ds.cast_column(self.input_key, datasets.Image(decode=False))
             return
         import webdataset
+        from timm.data.readers.reader_wds import detshuffle2
 
-        keys = self.input_key.split(";")
+        keys, reader = self.input_key.split(";"), self.reader
 
         def pick(sample: dict[str, Any]) -> dict[str, Any]:
             key = next((key for key in keys if key in sample), None)
@@ -470,7 +476,13 @@ class TimmStream(IterableDataset):
             return dict(image=dict(path=path, bytes=sample[key] if key else b""), target=None)
 
         # timm's last two stages decode and rename
-        self.reader.ds.pipeline[-2:] = [webdataset.map(pick)]
+        reader.ds.pipeline[-2:] = [webdataset.map(pick)]
+        if reader.is_training:
+            # the one before shuffles with a generator that goes on from epoch to epoch, which no resumed run could
+            # repeat; here its seed follows the epoch, as that of the shards does
+            seed = reader.common_seed + ((1 + reader.global_worker_id) << 32)
+            sizes = reader.sample_shuffle_size, reader.sample_initial_size
+            reader.ds.pipeline[-2] = detshuffle2(*sizes, seed=seed, epoch=reader.epoch_count)
 
 
 def create_source(

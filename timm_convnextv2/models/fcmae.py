@@ -203,6 +203,8 @@ class FCMAE(nn.Module):
                 "of channels is set with timm.create_model(..., in_chans=...)."
             )
         grid = self.grid(*images.shape[-2:])
+        if not len(images):
+            raise ValueError("There are no images in this batch: images must be [B, C, H, W] with B at least 1.")
         if mask is None:
             keep = num_visible(grid, self.mask_ratio)
             mask = random_mask(images.shape[0], grid, self.mask_ratio, device=images.device)

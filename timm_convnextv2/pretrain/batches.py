@@ -1,9 +1,10 @@
 """The data of a run, opened and checked before anything is written."""
 
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,9 +20,9 @@ from ..data import (
     collate,
     left_out,
 )
-from .distributed import World
+from .distributed import SIGNALS, Seat, World
 
-__all__ = ["Batches", "open_batches"]
+__all__ = ["Batches", "DataError", "open_batches", "worker_died"]
 
 SHOWN_IMAGES = 6
 SHOWN_EPOCH = 2**31 - 1  # crops and masks of the reconstructions: drawn as those of an epoch that never comes
@@ -29,17 +30,23 @@ SHOWN_EPOCH = 2**31 - 1  # crops and masks of the reconstructions: drawn as thos
 Bad = list[tuple[int, str]]  # index and reason of images that could not be decoded
 
 
+class DataError(ValueError):
+    """The data of a run cannot be read on, and no other image makes up for it."""
+
+
 class Batches(NamedTuple):
     """What the loop needs of the data.
 
     Attributes:
         loader: Yields `(images [B, C, H, W], masks [B, h, w], bad)`; masks are bool, True = removed.
-        set_epoch: Takes the epoch and the batch to start from.
+        set_epoch: Takes the epoch and the batch to start from; see `iterate`.
         per_epoch: Batches of an epoch, per process.
         num_images: Images of the data set.
         name_of: Name of an image by its index; None for streams, whose reasons begin with the name.
         shown: The few images and masks that are shown during the run, on the first process.
         inputs: What the network gets, of the images that were tried: the first process's, on all.
+        sampler: Of this process; None for streams.
+        stream_workers: Data processes of each process that share a stream, 0 for none; None where there is no stream.
     """
 
     loader: DataLoader
@@ -49,16 +56,90 @@ class Batches(NamedTuple):
     name_of: Callable[[int], str] | None
     shown: list
     inputs: InputStatistics
+    sampler: EpochBatchSampler | None = None
+    stream_workers: int | None = None
+
+    def check_resume(self, before: int | None, update: int) -> None:
+        """Refuses to resume a stream in the middle of an epoch where its images would come in another order.
+
+        Args:
+            before: `stream_workers` of the run so far.
+            update: Updates of the epoch that were made.
+
+        Raises:
+            ValueError: The number of workers differs, or the run is of a version that could not repeat an epoch.
+        """
+        if self.stream_workers is None or not update or before == self.stream_workers:
+            return
+        then = "an earlier version of this package" if before is None else f"--workers {before}"
+        raise ValueError(
+            f"Cannot resume a stream in the middle of an epoch with --workers {self.stream_workers}: the run so far "
+            f"had {then}, which reads the images in another order. Resume with the same, or from a milestone "
+            "checkpoint."
+        )
+
+    def iterate(self, epoch: int, start_batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, Bad]]:
+        """The batches of an epoch from `start_batch` on, as an epoch that is read from its beginning gives them.
+
+        Raises:
+            ValueError: The stream cannot start in the middle of an epoch.
+            DataError: The data cannot be read on.
+        """
+        self.set_epoch(epoch, start_batch)
+        empty = start_batch % max(1, self.stream_workers or 1)  # see `PretrainStream.set_epoch`
+        return islice(_told(self.loader), empty, None)
+
+    def indices(self, epoch: int, start_batch: int, count: int, rank: int, world_size: int) -> list[int] | None:
+        """Indices of the images of `count` batches of a process; None for streams."""
+        if self.sampler is None:
+            return None
+        own = self.sampler
+        sampler = EpochBatchSampler(own.num_samples, own.batch_size, own.seed, rank, world_size)
+        sampler.set_epoch(epoch, start_batch)
+        return [index for batch in islice(sampler, count) for _, index in batch]
 
     def named(self, bad: Bad) -> list[tuple[str, str]]:
         """Names in the place of indices."""
         return [(self.name_of(i) if self.name_of else why.partition(": ")[0], why) for i, why in bad]
 
 
+def _told(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches; what the data cannot be read for is a `DataError` with one message."""
+    try:
+        yield from loader
+    except ValueError as error:
+        raise DataError(_original(error)) from error
+
+
+def worker_died(error: BaseException | None) -> str:
+    """What to tell of the death of a data worker; '' where an error is another.
+
+    PyTorch raises it in the main thread, wherever that is.
+    """
+    texts = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__ or error.__context__
+    found = next(
+        (t for t in reversed(texts) if re.search(r"DataLoader worker .*(killed by|exited unexpectedly)", t)), ""
+    )
+    if not found:
+        return ""
+    return (
+        f"{found.splitlines()[0].rstrip('.')}. Where nobody killed it, the machine has too little memory for it (fewer "
+        "--workers), or too little shared memory (/dev/shm)."
+    )
+
+
+def _original(error: Exception) -> str:
+    """The message of an error that came from a worker with its traceback as text."""
+    return re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", str(error), flags=re.M)[-1].strip()
+
+
 def leave_signals_to_parent(_worker: int) -> None:
     """Data workers live on while the training process finishes its update."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def open_batches(
@@ -71,7 +152,7 @@ def open_batches(
     seed: int,
     workers: int,
     pin_mem: bool,
-    world: World,
+    world: World | Seat,
 ) -> Batches:
     """Opens the data and tries a few images.
 
@@ -106,12 +187,16 @@ def open_batches(
         stream = PretrainStream(source, *sampling)
         source.set_loader_cfg(num_workers=workers)
         loader = DataLoader(stream, batch_size=batch_size, drop_last=True, **options)
+
+        def set_epoch(epoch: int, start_batch: int) -> None:
+            stream.set_epoch(epoch, start_batch, batch_size)
+
         # from a reader of its own: workers would continue with one that has been opened here
         shown = [*islice(PretrainStream(create_source(), *sampling), SHOWN_IMAGES)]
         for image, *_ in shown:
             inputs.add(image)
         per_epoch, images, inputs = len(source) // batch_size, len(source) * world.size, world.share(inputs)
-        return Batches(loader, lambda epoch, _: stream.set_epoch(epoch), per_epoch, images, None, shown, inputs)
+        return Batches(loader, set_epoch, per_epoch, images, None, shown, inputs, None, workers)
 
     def look(image: torch.Tensor) -> None:
         with torch.random.fork_rng(devices=[]):  # the run's random numbers stay
@@ -125,4 +210,4 @@ def open_batches(
     loader = DataLoader(dataset, batch_sampler=sampler, **options)
     count = min(SHOWN_IMAGES, len(source))
     shown = [dataset[SHOWN_EPOCH, i * len(source) // count] for i in range(count)] if world.primary else []
-    return Batches(loader, sampler.set_epoch, len(sampler), len(source), source.name, shown, inputs)
+    return Batches(loader, sampler.set_epoch, len(sampler), len(source), source.name, shown, inputs, sampler)

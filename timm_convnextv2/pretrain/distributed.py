@@ -1,14 +1,31 @@
 """What a process knows of the others: its device and rank, who speaks, and when all of them stop."""
 
 import argparse
+import os
+import re
 import signal
-from typing import Any
+import sys
+import threading
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from timm.utils import init_distributed_device
 
-__all__ = ["World"]
+from .peers import Peers, leave
+
+__all__ = ["SIGNALS", "Seat", "World"]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask to stop; SLURM can be told to send the last one
+_BROKEN = "Connection (closed|reset)|Broken pipe|gloo|NCCL|remote process|Socket"  # how the end of a peer is told
+
+
+class Seat(NamedTuple):
+    """The place of a process in a run, for what needs to know no more of the others."""
+
+    rank: int
+    size: int
+    primary: bool = False
 
 
 class World:
@@ -24,6 +41,7 @@ class World:
         primary: Whether it is the first, which speaks and writes.
         stop: Name of the signal that asked to stop, else ''.
         training: Whether settings and data have been checked.
+        writing: Held while a checkpoint is written, which the end of another process does not cut short.
 
     Raises:
         ValueError: The device cannot be used.
@@ -42,6 +60,13 @@ class World:
         self.training = False
         # what the processes agree on goes through the CPU, so that nobody waits for a GPU
         self._cpu_group = dist.new_group(backend="gloo") if self.distributed and self.device.type != "cpu" else None
+        self.writing = threading.Lock()
+        self._wakeup: tuple[int, int] | None = None
+        self._peers: Peers | None = None
+        if self.distributed:
+            self._peers = Peers(self.rank, self.size, lambda: bool(self.stop), self.writing)
+            self.wait()
+            self._peers.start()
 
     def say(self, text: str) -> None:
         """Prints, on the first process."""
@@ -49,15 +74,73 @@ class World:
             print(text, flush=True)
 
     def watch_signals(self) -> None:
-        """SIGTERM and SIGINT ask to stop after the update; a second one stops at once."""
+        """The `SIGNALS` ask to stop after the update; a second one stops at once.
+
+        Python runs a handler only where its main thread runs Python. While that waits in a collective, a thread counts.
+        """
 
         def ask(number: int, _frame) -> None:
             self.stop = signal.Signals(number).name
-            for other in (signal.SIGTERM, signal.SIGINT):
+            for other in SIGNALS:
                 signal.signal(other, signal.SIG_DFL)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, ask)
+        if self._wakeup is None and threading.current_thread() is threading.main_thread():
+            self._wakeup = os.pipe()
+            os.set_blocking(self._wakeup[1], False)
+            signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
+            threading.Thread(target=self._count_signals, args=self._wakeup[:1], daemon=True).start()
+
+    def _count_signals(self, pipe: int) -> None:
+        asked = 0
+        while numbers := os.read(pipe, 64):
+            for number in numbers:
+                if number in SIGNALS:
+                    asked += 1
+                    self.stop = self.stop or signal.Signals(number).name
+                    if asked > 1:
+                        leave(128 + number)
+        os.close(pipe)
+
+    def close(self) -> None:
+        """Ends the threads of this process; the others know that it ends as it should."""
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._wakeup[1])
+            self._wakeup = None
+        if self._peers is not None:
+            self._peers.close()
+            self._peers = None
+
+    def tell(self, text: str) -> None:
+        """Prints why the run ends, on stderr: once, where several processes say the same. The others end, too."""
+        if self._peers is None or self._peers.is_first(text):
+            print(text, file=sys.stderr, flush=True)
+        self.fail()
+
+    def fail(self) -> None:
+        """Tells the other processes that this one ends by an error, so that they end, too."""
+        if self._peers is not None:
+            self._peers.fail()
+
+    def is_consequence(self, error: BaseException) -> bool:
+        """Whether an error only says that another process has failed, which tells why itself."""
+        if self._peers is None:
+            return False
+        broken = isinstance(error, RuntimeError) and re.search(_BROKEN, str(error)) is not None
+        return self._peers.others_failed(broken or isinstance(error, dist.DistError))
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Raises a `ValueError` on all processes where one knows other facts than the first."""
+        first, *others = self.gather([facts])
+        for rank, other in enumerate(others, 1):
+            for name in first.keys() | other.keys():
+                if first.get(name) != other.get(name):
+                    raise ValueError(
+                        f"Process {rank} has another value of {name} than process 0: {other.get(name)!r}, not "
+                        f"{first.get(name)!r}. All processes need the same settings, images and package versions."
+                    )
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set on some process."""

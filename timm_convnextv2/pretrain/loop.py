@@ -5,11 +5,15 @@ data in `batches`, what is looked at between epochs in `measures`.
 """
 
 import argparse
+import contextlib
 import multiprocessing
+import signal
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,21 +22,33 @@ import yaml
 
 from ..checkpoint import export_encoder
 from ..command import refused, say
-from ..data import MissingPackageError, PretrainTransform, create_source
+from ..data import PretrainTransform, create_source
 from ..memory import memory_estimate, peak_memory
 from ..models import FCMAE
 from ..provenance import resolve_license
 from ..report import ProgressBar, Stopwatch, check_logs, open_logs, save_loss_curve
-from .batches import Bad, Batches, open_batches
-from .distributed import World
+from .batches import Bad, Batches, DataError, open_batches, worker_died
+from .distributed import Seat, World
 from .inputs import check_input, input_line, input_warnings
 from .measures import Measure, measure_epoch, reconstructions
-from .messages import VERSIONS, about_run, ema_warnings, how_made, memory_line, next_commands, stopped
+from .messages import (
+    VERSIONS,
+    about_run,
+    ema_warnings,
+    how_made,
+    memory_line,
+    next_commands,
+    not_finite,
+    resume_hint,
+    stopped,
+)
 from .options import inherit, parse_options, settings_of
+from .peers import leave
 from .plan import Plan, make_plan
+from .replay import load_weights, read_record, replay, write_record
 from .run_folder import Progress, RunFolder, experiment_name
-from .start import Start, create_fcmae, short_name
-from .trainer import Trainer, check_compile_backend
+from .start import Start, create_fcmae, open_start, short_name
+from .trainer import NotFiniteError, Trainer, check_compile_backend
 
 __all__ = ["Run", "main", "set_up", "train"]
 
@@ -51,6 +67,7 @@ class Run:
     logs: list[Callable[[int, dict], None]]
     bar: ProgressBar
     stop: str = ""  # why it ends before its end
+    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was
 
 
 def train(run: Run, world: World) -> None:
@@ -58,16 +75,21 @@ def train(run: Run, world: World) -> None:
     trainer, plan, progress, bar = run.trainer, run.plan, run.progress, run.bar
     world.watch_signals()
     while progress.epoch < plan.epochs and not run.stop:
-        run.batches.set_epoch(progress.epoch, progress.update * trainer.grad_accum_steps)
-        stream, clock = iter(run.batches.loader), Stopwatch(plan.images_per_update)
+        stream = run.batches.iterate(progress.epoch, progress.update * trainer.grad_accum_steps)
+        clock = Stopwatch(plan.images_per_update)
         while progress.update < plan.updates_per_epoch and not run.stop:
             bad, waited = trainer.update(stream, progress.epoch * plan.updates_per_epoch + progress.update)
             progress.update += 1
             clock.count(waited)
-            run.stop = reason_to_stop(run, world, bad)
+            count_bad_step(run, world)
+            run.stop, due = reason_to_stop(run, world, bad)
             if bar.step():
                 trainer.check_finite()  # here the host waits for the GPU
                 bar.show(progress.epoch, float(trainer.loss), trainer.lr, *clock.lap())
+            if due and not run.stop and progress.update < plan.updates_per_epoch:
+                trainer.check_finite()
+                progress.loss_sum = float(trainer.loss_sum)
+                save(run, world, milestone=False)
         trainer.check_finite()
         progress.loss_sum = float(trainer.loss_sum)
         if progress.update == plan.updates_per_epoch:
@@ -79,26 +101,64 @@ def train(run: Run, world: World) -> None:
     bar.close()
 
 
-def reason_to_stop(run: Run, world: World, bad: Bad) -> str:
-    """Names the images that could not be decoded; why all processes stop after this update, '' where they do not."""
-    asked, some_bad = world.any(bool(world.stop), bool(bad))
-    progress = run.progress
+def reason_to_stop(run: Run, world: World, bad: Bad) -> tuple[str, bool]:
+    """Names the images that could not be decoded.
+
+    Returns:
+        Why all processes stop after this update, '' where they do not; whether all find a checkpoint due.
+    """
+    progress, settings = run.progress, run.settings
+    minutes, interval = settings["checkpoint_minutes"], settings["recovery_interval"]
+    late = bool(minutes) and world.primary and time.monotonic() - run.saved >= 60 * minutes
+    asked, some_bad, due = world.any(bool(world.stop), bool(bad), late)
+    due = due or bool(interval) and progress.update % interval == 0
     if some_bad:
         for name, why in world.gather(run.batches.named(bad)):
             if name not in progress.bad_images:
                 progress.bad_images[name] = why
                 count = len(progress.bad_images)
                 run.bar.note(f"Skipped an image that cannot be decoded ({count} so far): {why}")
-    if len(progress.bad_images) > run.settings["max_bad_images"] * progress.num_images:
-        return "images"
-    return (world.stop or "a signal") if asked else ""
+    if len(progress.bad_images) > settings["max_bad_images"] * progress.num_images:
+        return "images", due
+    return (world.stop or "a signal") if asked else "", due
+
+
+def count_bad_step(run: Run, world: World) -> None:
+    """Counts an update that was skipped, keeps what it takes to repeat it, and raises the error of one too many."""
+    trainer, progress = run.trainer, run.progress
+    if trainer.bad_step is None:
+        return
+    progress.bad_steps, progress.skipped = progress.bad_steps + 1, trainer.skipped
+    if progress.bad_steps > run.settings["max_bad_steps"]:
+        raise trainer.bad_step
+    record = keep_bad_step(run, world, trainer.bad_step, weights=progress.bad_steps == 1)
+    run.bar.note(f"Skipped an update whose loss is {trainer.bad_step.loss} ({progress.bad_steps} so far): {record}")
+
+
+def keep_bad_step(run: Run, world: World, error: NotFiniteError, weights: bool) -> str:
+    """Writes what it takes to repeat the forward of an update, on the first process; returns where that is."""
+    if not world.primary:
+        return ""
+    (epoch, update), accum = divmod(error.number, run.plan.updates_per_epoch), run.trainer.grad_accum_steps
+    images = []
+    for rank in range(world.size):
+        indices = run.batches.indices(epoch, update * accum, accum, rank, world.size)
+        images.append(None if indices is None else [(i, run.batches.name_of(i)) for i in indices])
+    try:
+        path = write_record(
+            run.folder.path, epoch=epoch, update=update, number=error.number, loss=error.loss, settings=run.settings,
+            images=images, model=run.trainer.model if weights else None,
+        )  # fmt: skip
+    except OSError as e:
+        return f"what it takes to repeat it could not be written ({e})"
+    return str(path)
 
 
 def finish_epoch(run: Run, world: World, clock: Stopwatch) -> None:
     """Measures and logs an epoch that is complete."""
     trainer, plan, progress = run.trainer, run.plan, run.progress
     loss = trainer.end_epoch(plan.updates_per_epoch)
-    epoch, progress.update, progress.loss_sum = progress.epoch, 0, 0.0
+    epoch, progress.update, progress.loss_sum, progress.skipped = progress.epoch, 0, 0.0, 0
     progress.epoch += 1
     metrics = {
         "loss": loss,
@@ -116,8 +176,14 @@ def finish_epoch(run: Run, world: World, clock: Stopwatch) -> None:
 
 def save(run: Run, world: World, milestone: bool) -> None:
     """Writes the exported encoder, the loss curve, and the checkpoint."""
-    if not world.primary:
-        return
+    if world.primary:
+        with world.writing:
+            write(run, milestone)
+    run.saved = time.monotonic()
+
+
+def write(run: Run, milestone: bool) -> None:
+    """What `save` does on the first process."""
     settings, folder, state = run.settings, run.folder, run.trainer.state_dict()
     export_encoder(
         run.trainer.model,
@@ -163,6 +229,9 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
     folder = RunFolder(args.output, args.experiment, args.resume, args.overwrite, sources)
     settings = settings_of(inherit(args, folder.checkpoint))
     progress = folder.progress(settings, world.size, batches.num_images)
+    batches.check_resume(progress.stream_workers, progress.update)
+    progress.stream_workers = batches.stream_workers
+    world.agree({"the number of images": batches.num_images, "the package versions": VERSIONS, **shared(settings)})
     check_logs(args.log_wandb, args.log_tensorboard)
     check_compile_backend(args.torchcompile)
     about = about_run(args.model, model, plan, batches.num_images, args.input_size, world.size, world.device)
@@ -176,7 +245,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
 
     trainer = create_trainer(args, model, plan, world)
     if folder.checkpoint is not None:
-        trainer.load_state_dict(folder.checkpoint, progress.loss_sum)
+        trainer.load_state_dict(folder.checkpoint, progress.loss_sum, progress.skipped)
         folder.checkpoint = None  # frees its memory
         about += f"\nResumed from {folder.resumed_from}: epoch {progress.epoch + 1}, update {progress.update + 1}"
     world.wait()  # no process may find the folder already claimed
@@ -191,6 +260,11 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
     bar = ProgressBar(plan.updates, done, plan.epochs, args.log_interval, world.primary)
     measures = create_measures(args, trainer, batches, folder)
     return Run(settings, trainer, batches, plan, folder, progress, measures, logs if world.primary else [], bar)
+
+
+def shared(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that all processes must have; places and devices may be others on another machine."""
+    return {f"--{k.replace('_', '-')}": v for k, v in settings.items() if k not in ("data_dir", "output", "device")}
 
 
 def create_model(args: argparse.Namespace, start: Start | None) -> FCMAE:
@@ -214,7 +288,7 @@ def create_model(args: argparse.Namespace, start: Start | None) -> FCMAE:
     return model
 
 
-def open_data(args: argparse.Namespace, model: FCMAE, world: World) -> Batches:
+def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat) -> Batches:
     """The data that the options name."""
     transform = PretrainTransform(
         tuple(args.input_size[1:]), tuple(args.scale), tuple(args.ratio), args.hflip, args.vflip,
@@ -272,6 +346,7 @@ def create_trainer(args: argparse.Namespace, model: FCMAE, plan: Plan, world: Wo
         amp_dtype=getattr(torch, args.amp_dtype) if args.amp else None,
         ema_decay=args.model_ema_decay if args.model_ema else None,
         ema_warmup=args.model_ema_warmup,
+        skip_bad=args.max_bad_steps > 0,
     )
 
 
@@ -294,29 +369,22 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 where the run could not finish, 2 for a mistake.
     """
-    world, others = None, {*multiprocessing.active_children()}
+    world, run, others = None, None, {*multiprocessing.active_children()}
     try:
         args, start = parse_options(argv)
+        if args.replay:
+            return replay_bad_step(args, argv)
         world = World(args.device)
         run = set_up(args, start, world)
         if run is None:
             return 0
         train(run, world)
-    except (ValueError, RuntimeError) as e:
-        if world is not None and world.training and not isinstance(e, MissingPackageError):
-            raise
-        return refused("pretrain", e)
-    except FloatingPointError as e:
-        remedies = "--amp-dtype bfloat16 or no --amp, --clip-grad 1, a lower --lr-base"
-        print(
-            f"timm-convnextv2 pretrain: {e} The update was not made and the last checkpoint is whole. Usual remedies, "
-            f"then --resume auto: {remedies}.",
-            file=sys.stderr,
-        )
-        return 1
+    except Exception as e:
+        return ended_by(e, run, world)
     finally:
-        for worker in {*multiprocessing.active_children()} - others:  # Python would wait: they ignore SIGTERM
-            worker.kill()
+        end_workers({*multiprocessing.active_children()} - others)
+        if world is not None:
+            world.close()
         if dist.is_initialized():
             dist.destroy_process_group()
     if not run.stop:
@@ -325,3 +393,80 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     say(stopped(run.progress, run.plan, run.stop, args.max_bad_images, args.experiment))
     return int(run.stop == "images")
+
+
+def end_workers(workers: set[multiprocessing.process.BaseProcess]) -> None:
+    """Ends data workers, for which Python would wait for ever: they ignore SIGTERM."""
+    if not workers:
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes their end for a fault, and raises it
+    for worker in workers:
+        worker.kill()
+        worker.join(timeout=5)
+    signal.signal(signal.SIGCHLD, handler)
+
+
+def ended_by(error: Exception, run: Run | None, world: World | None) -> int:
+    """Tells an error that has ended the run, once and on the process where it arose; the others end without a word.
+
+    Returns:
+        Exit status. What is no user's mistake is raised again, for its traceback.
+    """
+    if world is None:
+        if not isinstance(error, ValueError | RuntimeError):
+            raise error
+        return refused("pretrain", error)
+    if not isinstance(error, ValueError) and world.is_consequence(error):
+        leave(1)  # what waits for the other processes would wait for ever
+    if isinstance(error, NotFiniteError) and run is not None:
+        return end_not_finite(error, run, world)
+    if not world.training and isinstance(error, ValueError | RuntimeError):
+        world.tell(f"timm-convnextv2 pretrain: error: {error}")
+        return 2
+    reason = worker_died(error) or (str(error) if isinstance(error, DataError) else "")
+    if not reason or run is None:
+        world.fail()
+        raise error
+    world.tell(f"timm-convnextv2 pretrain: {reason}\n{resume_hint(run.folder.path.name)}")
+    return 1
+
+
+def end_not_finite(error: NotFiniteError, run: Run, world: World) -> int:
+    """Tells of a loss that is not finite, which all processes found at once, and keeps what repeats it."""
+    if world.primary:
+        record = keep_bad_step(run, world, error, weights=True)
+        world.tell(not_finite(error, run.settings["max_bad_steps"], record))
+    else:
+        with contextlib.suppress(RuntimeError):
+            world.wait()  # or the first one would be asked to end while it writes
+    return 1
+
+
+def replay_bad_step(args: argparse.Namespace, argv: list[str] | None) -> int:
+    """--replay: repeats the forward of an update whose loss was not finite; returns exit status 0.
+
+    Args:
+        args: The options.
+        argv: As given; of them, --data-dir and --device win over those of the run.
+
+    Raises:
+        ValueError: The record, its weights or the data cannot be read.
+    """
+    path = Path(args.replay)
+    record = read_record(path)
+    given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    own = {k: getattr(args, k) for k in ("data_dir", "device") if f"--{k.replace('_', '-')}" in given}
+    vars(args).update(record["settings"] | own | {"pretrained": False, "weights": None})
+    if record["images"][0] is not None:
+        args.workers = 0  # they change nothing but the order of streams
+    device = World(args.device).device
+    model = create_model(args, open_start(args.model))
+    say(f"Weights: {load_weights(record, path, model)}")
+    found = ""
+    for finding in replay(record, model, lambda rank: open_data(args, model, Seat(rank, record["world_size"])), device):
+        found = found or finding.cause
+        what = finding.cause or "everything is finite"
+        say(f"Process {finding.rank}, batch {finding.step + 1}: loss {finding.loss:.4g}; {what}")
+    if not found:
+        say(f"The loss was {record['loss']}, and is finite here: it depends on device, compilation, or other weights.")
+    return 0

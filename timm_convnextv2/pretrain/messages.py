@@ -23,7 +23,9 @@ __all__ = [
     "how_made",
     "memory_line",
     "next_commands",
+    "not_finite",
     "resume_command",
+    "resume_hint",
     "stopped",
 ]
 
@@ -123,6 +125,28 @@ def resume_command(experiment: str) -> str:
         words = words[1:]
     start = invocation("pretrain", distributed=True)
     return shlex.join([*start, *words, "--experiment", experiment, "--resume", "auto"])
+
+
+def resume_hint(experiment: str) -> str:
+    """How a run resumes that an error has ended."""
+    return f"The last checkpoint is whole; where the run had saved one, resume with\n  {resume_command(experiment)}"
+
+
+def not_finite(error: Exception, max_bad_steps: int, record: str) -> str:
+    """What to tell of a loss that ended the run.
+
+    Args:
+        error: Says what it is.
+        max_bad_steps: Updates that were allowed to be skipped.
+        record: Where what repeats its forward was written, or why it was not.
+    """
+    skipped = f" More than --max-bad-steps {max_bad_steps} updates were like that." if max_bad_steps else ""
+    again = shlex.join([*invocation("pretrain"), "--replay", record])
+    return (
+        f"timm-convnextv2 pretrain: {error}{skipped} The update was not made and the last checkpoint is whole. Usual "
+        "remedies, then --resume auto: --amp-dtype bfloat16 or no --amp, --clip-grad 1, a lower --lr-base; or skip "
+        f"such updates: --max-bad-steps N. To find where it begins:\n  {again}"
+    )
 
 
 def stopped(progress: Progress, plan: Plan, reason: str, max_bad_images: float, experiment: str) -> str:

@@ -30,7 +30,7 @@ EMBEDDED_DEFAULTS = dict(
     experiment="embedded",
 )
 # Not settings of the run but of the call: args.yaml and checkpoints leave them out.
-CALL_ONLY = ("config", "resume", "overwrite", "dry_run")
+CALL_ONLY = ("config", "resume", "overwrite", "dry_run", "replay")
 AT_LEAST_ONE = ("in_chans", "patch_size", "decoder_dim", "batch_size", "grad_accum_steps", "epochs")
 AT_LEAST_ONE += ("checkpoint_interval", "log_interval", "lr_base_size")
 
@@ -43,6 +43,7 @@ def build_parser() -> CommandParser:
     )
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file that sets any of the options below")
     parser.add_argument("--dry-run", action="store_true", help="print settings, image count and memory, then stop")
+    parser.add_argument("--replay", metavar="FILE", help="repeat the forward of a run's bad-step-*.json, then stop")
     _add_data_options(parser.add_argument_group("data"))
     _add_model_options(parser.add_argument_group("model"))
     _add_optimizer_options(parser.add_argument_group("optimisation"))
@@ -107,6 +108,7 @@ def _add_optimizer_options(group: argparse._ArgumentGroup) -> None:
     add("--opt-eps", type=float, default=1e-8, metavar="X")
     add("--weight-decay", type=float, default=0.05, metavar="X")
     add("--clip-grad", type=float, metavar="NORM", help="clip the gradient's norm (default: no clipping)")
+    add("--max-bad-steps", type=int, default=0, metavar="N", help="updates to skip if the loss is not finite, in all")
 
 
 def _add_run_options(group: argparse._ArgumentGroup) -> None:
@@ -123,6 +125,8 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     add("--resume", default="", metavar="PATH", help="a checkpoint, or 'auto' for the experiment's last")
     add("--overwrite", action="store_true", help="first remove what an earlier run wrote to the folder")
     add("--checkpoint-interval", type=int, default=1, metavar="N", help="epochs between checkpoints")
+    add("--recovery-interval", type=int, default=0, metavar="N", help="updates between checkpoints within an epoch")
+    add("--checkpoint-minutes", type=float, default=0.0, metavar="M", help="likewise, by the clock")
     add("--milestone-interval", type=int, metavar="N", help="epochs between checkpoints to keep (default: epochs / 4)")
     add("--recon-interval", type=int, metavar="N", help="epochs between reconstructions (default: epochs / 10)")
     add("--log-interval", type=int, default=10, metavar="N", help="updates between readings of the loss")
@@ -242,6 +246,9 @@ def _resolve_intervals(args: argparse.Namespace) -> None:
         raise ValueError(f"--warmup-epochs {args.warmup_epochs:g} must lie below --epochs {args.epochs}.")
     if not 0 <= args.max_bad_images <= 1:
         raise ValueError(f"--max-bad-images is a share between 0 and 1, got {args.max_bad_images}.")
+    for name in ("recovery_interval", "checkpoint_minutes", "max_bad_steps"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be 0 (none) or more, got {getattr(args, name)}.")
     args.milestone_interval = args.milestone_interval or max(1, args.epochs // 4)
     args.recon_interval = args.recon_interval or max(1, args.epochs // 10)
 

@@ -35,7 +35,7 @@ WRITTEN = (
     "encoder",
     "reconstructions",
 )
-WRITTEN += ("events.out.tfevents.*", "wandb")
+WRITTEN += ("events.out.tfevents.*", "wandb", "bad-step-*")
 
 
 @dataclass
@@ -49,6 +49,9 @@ class Progress:
         bad_images: Reason by name of the images that could not be decoded so far.
         world_size: Processes of the run.
         num_images: Images of the data set.
+        bad_steps: Updates of the run that were skipped, their loss not being finite.
+        skipped: Those of the epoch that is not complete.
+        stream_workers: Data processes that share a stream, per process; None where there is no stream.
     """
 
     epoch: int = 0
@@ -57,6 +60,9 @@ class Progress:
     bad_images: dict[str, str] = field(default_factory=dict)
     world_size: int = 1
     num_images: int = 0
+    bad_steps: int = 0
+    skipped: int = 0
+    stream_workers: int | None = None
 
 
 def experiment_name(model: str, input_size: list[int], world: World) -> str:

@@ -17,7 +17,20 @@ from .batches import Bad
 from .distributed import World
 from .plan import Plan
 
-__all__ = ["Trainer", "check_compile_backend"]
+__all__ = ["NotFiniteError", "Trainer", "check_compile_backend"]
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss is not finite.
+
+    Attributes:
+        number: Updates of the run before that one.
+        loss: Its value.
+    """
+
+    def __init__(self, number: int, loss: float) -> None:
+        super().__init__(f"The loss is {loss}.")
+        self.number, self.loss = number, loss
 
 
 def check_compile_backend(name: str | None) -> None:
@@ -46,11 +59,14 @@ class Trainer:
         amp_dtype: Type of mixed precision, None for float32.
         ema_decay: Of a moving average of the weights; None keeps none.
         ema_warmup: Start with a shorter average.
+        skip_bad: Leave out an update whose loss is not finite, in place of raising an error; each one is waited for.
 
     Attributes:
         model: The FCMAE, whatever wraps it.
         loss: The last update's, over all processes, on the device: reading it waits for the device.
-        loss_sum: Sum over the updates of this epoch, likewise, in float64.
+        loss_sum: Sum over the updates of this epoch that were not skipped, likewise, in float64.
+        skipped: Number of updates of this epoch that were skipped.
+        bad_step: Of the last update, where it was skipped; else None.
         mean_loss: Mean of the last complete epoch.
     """
 
@@ -72,6 +88,7 @@ class Trainer:
         amp_dtype: torch.dtype | None = None,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        skip_bad: bool = False,
     ) -> None:
         self.world, self.device, self.seed = world, world.device, seed
         self.grad_accum_steps, self.clip_grad, self.amp_dtype = grad_accum_steps, clip_grad, amp_dtype
@@ -91,11 +108,14 @@ class Trainer:
         # A fused optimizer on a GPU leaves the weights alone by itself where the loss is not finite, as GradScaler
         # makes it do: then the host need not wait for the loss.
         groups = self.optimizer.param_groups
-        self.late = self.device.type == "cuda" and self.scaler is None and all(g.get("fused") for g in groups)
+        fused = self.device.type == "cuda" and self.scaler is None and all(g.get("fused") for g in groups)
+        self.late, self.skip_bad = fused and not skip_bad, skip_bad
         place = self.device if self.device.type == "cuda" else "cpu"  # other devices may have no float64
         self.loss = torch.zeros((), dtype=torch.float64, device=place)
         self.loss_sum = torch.zeros_like(self.loss)
         self.mean_loss = float("nan")
+        self.skipped, self.bad_step = 0, None
+        self._unread: list[tuple[int, torch.Tensor]] = []  # number and loss of updates that the host has not looked at
 
     def wrap(self, compile_backend: str | None = None) -> None:
         """Compiles the model and wraps it in DDP, after its weights were loaded."""
@@ -126,11 +146,12 @@ class Trainer:
             Images of this process that could not be decoded; seconds spent waiting for data.
 
         Raises:
-            FloatingPointError: The loss is not finite, on some process; the weights are those of before.
+            NotFiniteError: The loss is not finite, on some process; the weights are those of before.
         """
         self.scheduler.step_update(number)
         torch.manual_seed(sample_seed(self.seed, number, self.world.rank))
         self.optimizer.zero_grad()
+        self.bad_step = None
         total, bad, waited = torch.zeros_like(self.loss), [], 0.0
         for step in range(self.grad_accum_steps):
             start = time.perf_counter()
@@ -141,8 +162,8 @@ class Trainer:
             with contextlib.nullcontext() if last else self.task.no_sync():
                 loss = self._forward(images, masks)
                 total = total + loss.detach().to(total.device, torch.float64)
-                if last:
-                    self._note(total)
+                if last and not self._note(total, number):
+                    return bad, waited
                 self._backward(loss, last)
         self.task.update_ema(step=number)
         return bad, waited
@@ -151,28 +172,44 @@ class Trainer:
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return self.task(images.to(self.device, non_blocking=True), masks)["loss"] / self.grad_accum_steps
 
-    def _note(self, total: torch.Tensor) -> None:
-        """Keeps the loss, and is the one place where one that is not finite stops the update, on all processes."""
+    def _note(self, total: torch.Tensor, number: int) -> bool:
+        """Keeps the loss; whether the update is made.
+
+        This is the one place where a loss that is not finite stops an update, on all processes.
+        """
         self.loss = self.world.mean(total)
+        if self.skip_bad and not torch.isfinite(self.loss):
+            self.skipped, self.bad_step = self.skipped + 1, NotFiniteError(number, float(self.loss))
+            return False
         self.loss_sum = self.loss_sum + self.loss
+        self._unread.append((number, self.loss))
         if not self.late:
             self.check_finite()
-            return
+            return True
         # what GradScaler sets; here it stays: nothing is learnt between a loss and the host's reading it
         failed = (~torch.isfinite(self.loss)).float()
         self.optimizer.found_inf = torch.maximum(failed, getattr(self.optimizer, "found_inf", failed))
+        return True
 
     def check_finite(self) -> None:
-        """Raises `FloatingPointError` for a loss of this epoch that is not finite; waits for the device."""
-        if not torch.isfinite(self.loss_sum):
-            value = self.loss if not torch.isfinite(self.loss) else self.loss_sum
-            raise FloatingPointError(f"The loss is {float(value)}.")
+        """Raises `NotFiniteError` for the first loss since the last call that is not finite; waits for the device."""
+        unread, self._unread = self._unread, []
+        if torch.isfinite(self.loss_sum):
+            return
+        for number, loss in unread:
+            if not torch.isfinite(loss):
+                raise NotFiniteError(number, float(loss))
+        raise NotFiniteError(unread[-1][0] if unread else 0, float(self.loss_sum))
 
     def end_epoch(self, updates: int) -> float:
-        """The mean loss of an epoch of so many updates; the next one begins. Waits for the device."""
+        """The mean loss of an epoch of so many updates, without the skipped ones; the next epoch begins.
+
+        Waits for the device. NaN where all were skipped.
+        """
         self.check_finite()
-        self.mean_loss = float(self.loss_sum) / updates
-        self.loss_sum = torch.zeros_like(self.loss_sum)
+        made = updates - self.skipped
+        self.mean_loss = float(self.loss_sum) / made if made else float("nan")
+        self.loss_sum, self.skipped = torch.zeros_like(self.loss_sum), 0
         return self.mean_loss
 
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -198,12 +235,13 @@ class Trainer:
             state[self.scaler.state_dict_key] = self.scaler.state_dict()
         return state
 
-    def load_state_dict(self, state: dict[str, Any], loss_sum: float) -> None:
+    def load_state_dict(self, state: dict[str, Any], loss_sum: float, skipped: int = 0) -> None:
         """Takes what `state_dict` gave, but the settings of the optimizer (--weight-decay and others) stay.
 
         Args:
             state: A checkpoint.
             loss_sum: Over the updates of its epoch.
+            skipped: Those that were skipped.
         """
         self.task.load_checkpoint_state(state["state_dict"])
         if self.task.has_ema():
@@ -215,3 +253,4 @@ class Trainer:
         if self.scaler is not None and self.scaler.state_dict_key in state:
             self.scaler.load_state_dict(state[self.scaler.state_dict_key])
         self.loss_sum.fill_(loss_sum)
+        self.skipped = skipped
