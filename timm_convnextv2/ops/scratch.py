@@ -21,7 +21,9 @@ def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     if device.type != "cpu" or numel * dtype.itemsize > LARGEST:
         return torch.empty(shape, dtype=dtype, device=device)
     held: dict = _local.__dict__
-    if (slot, dtype) not in held or held[slot, dtype].numel() < numel:
+    key = (slot, dtype)
+    buffer = held.get(key)
+    if buffer is None or buffer.numel() < numel:
         with torch.inference_mode(False):  # else it could only be used in that mode
-            held[slot, dtype] = torch.empty(numel, dtype=dtype, device=device)
-    return held[slot, dtype][:numel].view(shape)
+            buffer = held[key] = torch.empty(numel, dtype=dtype, device=device)
+    return buffer[:numel].view(shape)

@@ -31,19 +31,23 @@ KEEPS_ACTIVATION = True
 aten = torch.ops.aten
 
 
+def _scratch_like(x: Tensor, slot: str) -> Tensor:
+    return scratch(slot, tuple(x.shape), x.dtype, x.device)  # a tuple: torch is slower with its own Size
+
+
 # Token MLP. `h` and `act` are [b, T, F]; norms, scale, pull and their gradients [b, 1, F] in float32 or float64.
 
 
 def gelu(h: Tensor) -> Tensor | None:
     """`gelu(h)`, which the functions below take as `act`; None from kernels that compute it anew."""
-    return aten.gelu.out(h, out=scratch("act", h.shape, h.dtype, h.device))
+    return aten.gelu.out(h, out=_scratch_like(h, "act"))
 
 
 def gelu_norms(h: Tensor, act: Tensor) -> Tensor:
     """L2 norms of `gelu(h)` over the tokens, `[b, 1, F]`."""
     if act.is_cuda or act.dtype != stats_dtype(act):
         return spatial_norm(act.unsqueeze(1), (1, 2)).squeeze(1)
-    squares = torch.mul(act, act, out=scratch("product", act.shape, act.dtype, act.device))
+    squares = torch.mul(act, act, out=_scratch_like(act, "product"))
     return squares.sum(dim=1, keepdim=True).clamp_(min=1e-30).sqrt_()
 
 
@@ -68,7 +72,7 @@ def gelu_reductions(
     Returns:
         The scale's gradient `sum_t grad * gelu(h)`, `[b, 1, F]`; `gelu(h) * scale + bias` like `h`, or None.
     """
-    product = torch.mul(grad, act, out=scratch("product", act.shape, act.dtype, act.device))
+    product = torch.mul(grad, act, out=_scratch_like(act, "product"))
     d_scale = product.sum(dim=1, keepdim=True, dtype=stats_dtype(grad))
     if not need_out:
         return d_scale, None
