@@ -7,7 +7,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from .arrays import load_npy, scaled
@@ -114,6 +114,8 @@ def decode(
         raise MissingPackageError(f"{name}: {error}") from error
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: cannot be decoded (its content is of no format that Pillow reads)") from error
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError, ...
         raise ImageError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error
 
