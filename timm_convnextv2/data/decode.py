@@ -81,7 +81,7 @@ def load_image(path: str | os.PathLike, in_chans: int = 3, nodata: float | None 
             once that number Pillow only warns).
         MissingPackageError: (a ValueError) The file needs a package that is not installed.
     """
-    return decode(path, in_chans, printable(path), nodata=nodata)
+    return decode(path, in_chans, printable(path), nodata=nodata)  # type: ignore[return-value]  # no `choose`
 
 
 def printable(path: str | os.PathLike) -> str:
