@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import sys
+import tarfile
 import tracemalloc
 import zlib
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from timm_convnextv2.data import (
     PretrainTransform,
     check_readable,
     collate,
+    create_source,
     left_out,
     load_image,
 )
@@ -388,3 +390,51 @@ def test_a_worker_tells_a_missing_codec_without_its_traceback(tmp_path, without_
         next(iter(loader))
     assert str(info.value).startswith(f"{tmp_path}/images/0.tif: TIFF with compression LZW; run `pip install")
     assert "\n" not in str(info.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ nodata
+
+
+@pytest.mark.parametrize("command", ["pretrain", "embed"])
+def test_commands_take_nodata(tmp_path, capsys, command):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(8):
+        x = np.random.default_rng(i).random((2, 24, 32), np.float32)
+        x[:, 3:6] = np.finfo(np.float32).min
+        np.save(folder / f"{i}.npy", x)
+    make_encoder(tmp_path / "model", in_chans=2)
+
+    def run(*more):
+        if command == "pretrain":
+            options = [*SMALL, *TWO_CHANNELS, "--output", str(tmp_path), "--dry-run"]
+            return pretrain_main([*options, "--data-dir", str(folder), *more])
+        options = ["--model", f"local-dir:{tmp_path / 'model'}", "--output", str(tmp_path / "out.npy")]
+        return embed_main([*options, "--data-dir", str(folder), "--workers", "0", "--device", "cpu", *more])
+
+    assert run() == 2
+    err = capsys.readouterr().err
+    (remedy,) = set(re.findall(r"--nodata=\S+", err))
+    assert "smallest float32, which is nodata" in err and remedy == "--nodata=-3.4028235e+38"
+    assert run(remedy) == 0
+    assert run("--nodata", "-9999", "--overwrite") == 2 and "smallest float32" in capsys.readouterr().err
+    if command == "embed":
+        rows = np.load(tmp_path / "out.npy")
+        assert rows.shape == (8, 32) and np.isfinite(rows).all()
+
+
+def test_nodata_in_every_kind_of_source(tmp_path):
+    x = np.full((8, 8), 5, np.uint8)
+    x[0] = 9
+    (tmp_path / "a").mkdir()
+    Image.fromarray(x).save(tmp_path / "a" / "x.png")
+    with tarfile.open(tmp_path / "s-0.tar", "w") as tar:
+        tar.add(tmp_path / "a" / "x.png", "x.png")
+    webdataset = dict(dataset="wds/", split="s-0.tar", num_samples=1, whole=True)
+    kinds = [dict(data_dir=tmp_path / "a"), dict(data_dir=tmp_path / "s-0.tar"), dict(data_dir=tmp_path, **webdataset)]
+    kinds += [dict(data_dir=tmp_path, dataset="torch/image_folder")]
+    for kind in kinds:
+        for nodata, expected in ((None, [5, 9]), (9.0, [5])):
+            source = create_source(**kind, in_chans=1, nodata=nodata)
+            image = next(iter(source)) if hasattr(source, "undecoded") else source[0]
+            assert image.unique().tolist() == expected

@@ -66,7 +66,8 @@ def load_npy(file: BinaryIO, in_chans: int, nodata: Nodata) -> torch.Tensor:
     if not channels_last and not (len(shape) == 3 and shape[0] == in_chans) and not (len(shape) == 2 and in_chans == 1):
         raise wrong_channels(f"shape {shape}", in_chans)
     check_dtype(dtype)
-    check_size(*(shape[:2] if channels_last else shape[-2:]))
+    height, width = shape[:2] if channels_last else shape[-2:]
+    check_size(height, width)
     file.seek(0)
     x = np.lib.format.read_array(file, allow_pickle=False)
     return scaled(x.transpose(2, 0, 1) if channels_last else x.reshape(in_chans, *x.shape[-2:]), nodata)

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from .arrays import load_npy, scaled
@@ -81,7 +81,7 @@ def load_image(path: str | os.PathLike, in_chans: int = 3, nodata: float | None 
             once that number Pillow only warns).
         MissingPackageError: (a ValueError) The file needs a package that is not installed.
     """
-    return decode(path, in_chans, printable(path), nodata=nodata)
+    return decode(path, in_chans, printable(path), nodata=nodata)  # type: ignore[return-value]  # no `choose`
 
 
 def printable(path: str | os.PathLike) -> str:
@@ -118,6 +118,8 @@ def decode(
         raise MissingPackageError(f"{name}: {error}") from error
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: cannot be decoded (its content is of no format that Pillow reads)") from error
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError, ...
         raise ImageError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error
 

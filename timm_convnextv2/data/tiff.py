@@ -111,7 +111,7 @@ def read_tiff(file: BinaryIO, in_chans: int, nodata: Nodata, by_pillow: Callable
             check_size(page.tilelength, page.tilewidth, "tile")
         if page.photometric in _COLOURS_OF_PILLOW and in_chans in (1, 3):
             if "C" in wanted:
-                raise ImageError(f"has channels in {page.photometric.name} colours; save them as MinIsBlack")
+                raise ImageError("has channels in palette, CMYK, YCbCr or Lab colours; save them as MinIsBlack")
             return by_pillow()
         try:
             x = _read_pages(tif, series, page, wanted)
@@ -215,17 +215,18 @@ def _to_channels(x: np.ndarray, page: Any, in_chans: int, nodata: Nodata) -> tor
     bits = page.bitspersample if x.dtype.kind == "u" else None
     if page.photometric == _MIN_IS_WHITE and x.dtype.kind not in "bu":
         raise ImageError(f"holds {x.dtype} with MinIsWhite, which says nothing; save as MinIsBlack")
-    x = scaled(_rotate(x, page.tags.valueof(274, 1)), nodata, bits)
+    pixels = scaled(_rotate(x, page.tags.valueof(274, 1)), nodata, bits)
+    white = 255 if pixels.dtype == torch.uint8 else 1
     if page.photometric == _MIN_IS_WHITE:
-        x = (255 if x.dtype == torch.uint8 else 1) - x
+        pixels = white - pixels
     # the conversions that 8-bit images get
-    if len(x) == 1 and in_chans == 3:
-        x = x.repeat(3, 1, 1)
-    elif len(x) == 3 and in_chans == 1 and page.photometric == _RGB:
-        x = (x.float() / (255 if x.dtype == torch.uint8 else 1) * _LUMA).sum(0, keepdim=True)
-    if len(x) != in_chans:
-        raise wrong_channels(f"{len(x)} channels", in_chans)
-    return x
+    if len(pixels) == 1 and in_chans == 3:
+        pixels = pixels.repeat(3, 1, 1)
+    elif len(pixels) == 3 and in_chans == 1 and page.photometric == _RGB:
+        pixels = (pixels.float() / white * _LUMA).sum(0, keepdim=True)
+    if len(pixels) != in_chans:
+        raise wrong_channels(f"{len(pixels)} channels", in_chans)
+    return pixels
 
 
 def _without_alpha(x: np.ndarray, extras: tuple[int, ...], in_chans: int) -> np.ndarray:
