@@ -95,9 +95,10 @@ def _config(path: Path, model: str, run: dict[str, Any], weights: dict[str, Tens
         run: Settings of the run that it is a checkpoint of.
         weights: In it, under timm's names.
     """
-    stem, config = _stem(weights), {"architecture": model.partition(".")[0]}
+    stem = _stem(weights)
     chans, patch = (stem.shape[1], stem.shape[-1]) if stem is not None else (3, 4)
-    config["pretrained_cfg"] = {"input_size": [chans, 224, 224], "license": run.get("license") or None}
+    known = {"input_size": [chans, 224, 224], "license": run.get("license") or None}
+    config: dict[str, Any] = {"architecture": model.partition(".")[0], "pretrained_cfg": known}
     place = path.parent / "encoder" / "config.json" if run else path.parent / "config.json"  # a run keeps its encoder
     if place.is_file():
         config = read_config(place)
