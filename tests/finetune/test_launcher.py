@@ -280,7 +280,7 @@ def test_real_linear_probe_leaves_the_backbone(timm_train, encoder, data, tmp_pa
     assert changed == {"head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"}
 
 
-# ---------------------------------------------------------------------------------- names of classes, validate, predict
+# --------------------------------------------------------------------------------- names of classes, validate, predict
 
 
 def write_16_bit(root):
