@@ -28,7 +28,7 @@ from timm_convnextv2.data.embedded import EmbeddedSource, write_folder
 ROOT = Path(__file__).parents[1]
 # a small ConvNeXt V2 on small pictures: what two CPU cores train in minutes
 MODEL = ["--model-kwargs", "depths=(1,1,2,1)", "dims=(24,48,96,192)", "--patch-size", "1", "--img-size", "40"]
-CONTENDERS = {"pretrained": [], "from scratch": ["--from-scratch"]}
+CANDIDATES = {"pretrained": [], "from scratch": ["--from-scratch"]}
 
 
 def call(script: str, words: list[str], log: Path) -> float:
@@ -54,7 +54,7 @@ def plot(rows: list[dict], path: Path, chance: float) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    for name, colour in zip(CONTENDERS, ("tab:blue", "tab:orange"), strict=True):
+    for name, colour in zip(CANDIDATES, ("tab:blue", "tab:orange"), strict=True):
         seeds = sorted({row["seed"] for row in rows})
         curves = [[r["accuracy"] for r in rows if r["start"] == name and r["seed"] == seed] for seed in seeds]
         epochs = range(1, len(curves[0]) + 1)
@@ -88,7 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(args.output or temporary).resolve()
         output.mkdir(parents=True, exist_ok=True)
-        rows, last = [], {name: [] for name in CONTENDERS}
+        rows, last = [], {name: [] for name in CANDIDATES}
         words = ["--dataset", "embedded", "--train-num-samples", args.images, "--epochs", args.epochs, *MODEL]
         words += ["--decoder-dim", 128, "--batch-size", 32, "--lr", 2e-3, "--scale", 0.5, 1, "--workers", 1]
         words += ["--output", output, "--experiment", "pretrain", "--overwrite"]
@@ -98,7 +98,7 @@ def main() -> None:
             data = output / f"data-{seed}"
             if not data.exists():
                 write_folder(data, size=40, train=args.labels, validation=args.validation, seed=seed)
-            for name, more in CONTENDERS.items():
+            for name, more in CANDIDATES.items():
                 run = f"finetune-{seed}-{name.replace(' ', '-')}"
                 words = ["--recipe", "smoke", "--model", f"local-dir:{output}/pretrain/encoder", "--seed", seed]
                 words += ["--data-dir", data, "--output", output, "--experiment", run, *more]
