@@ -193,3 +193,39 @@ def test_pretraining_compiles_without_a_graph_break(name):
 
     with use_backend(name):
         torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(), loss())
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this build of PyTorch has no torch.distributed")
+def test_fsdp2_on_blocks_and_stages():
+    """Parameters are plain tensors only while their module is called; then the fused operations run as usual."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    options = dict(img_size=64, patch_size=1, depths=(1, 1, 1, 1), dims=(8, 16, 16, 16), decoder_dim=16)
+    model = timm.create_model("fcmae_convnextv2_atto", **options)
+    images, mask = torch.randn(2, 3, 64, 64), random_mask(2, (8, 8), 0.6)
+    want = model(images, mask).loss
+    want.backward()
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for stage in model.encoder.stages:
+            for block in stage.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(stage, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            loss = model(images, mask).loss
+            loss.backward()
+        assert torch.equal(loss, want)
+        for p, grad in zip(model.parameters(), grads, strict=True):
+            assert (p.grad is None) == (grad is None)
+            if grad is not None:
+                torch.testing.assert_close(p.grad.full_tensor(), grad)
+    finally:
+        torch.distributed.destroy_process_group()
+    ran = {event.key: event.count for event in profiler.key_averages()}
+    assert ran["timm_convnextv2::token_mlp"] == 5  # four blocks and the decoder's

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from typing import Any
 
 import torch
 
@@ -20,8 +21,8 @@ def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     numel = math.prod(shape)
     if device.type != "cpu" or numel * dtype.itemsize > LARGEST:
         return torch.empty(shape, dtype=dtype, device=device)
-    held: dict = _local.__dict__
-    key = (slot, dtype)
+    held: dict[Any, torch.Tensor] = _local.__dict__
+    key = slot, dtype
     buffer = held.get(key)
     if buffer is None or buffer.numel() < numel:
         with torch.inference_mode(False):  # else it could only be used in that mode
