@@ -252,7 +252,7 @@ def decode_any(
     """
     if isinstance(picture, Image.Image):
         try:
-            return (convert or from_pil)(picture, in_chans)
+            return (convert or from_pil)(picture.copy(), in_chans)
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
     if hasattr(picture, "read"):
