@@ -24,6 +24,7 @@ FOREIGN_OPTIONS = {
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"),  # torchrun's
     # timm's train.py, validate.py and inference.py
     *("--num-classes", "--device-modules", "--warmup-prefix", "--crop-mode", "--include-index", "--results-file"),
+    *("--label-type", "--pretrained-path"),
 }
 COLUMNS = {"atto:16": "atto, batch 16", "tiny:8": "tiny, batch 8"}
 

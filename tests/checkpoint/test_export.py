@@ -20,7 +20,7 @@ from torch import nn
 import timm_convnextv2  # noqa: F401  registers the models
 from timm_convnextv2.checkpoint import export_encoder, export_fcmae, export_finetuned, load_checkpoint
 from timm_convnextv2.models import ConvNeXtV2
-from timm_convnextv2.provenance import Origin, origin_of_config, read_config
+from timm_convnextv2.provenance import Origin, origin_of_config, read_config, resolve_license
 
 BODY = dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
 FCMAE = dict(decoder_dim=16, img_size=64, **BODY)
@@ -556,3 +556,16 @@ def test_checkpoints_of_the_real_train_py(tmp_path):
     config = config_of(folder)
     assert config["pretrained_cfg"]["license"] == "mit" and config["pretrained_cfg"]["input_size"] == [3, 32, 32]
     assert config["training"]["metrics"]["top1"] == pytest.approx(content["metric"], abs=1e-3)
+
+
+@pytest.mark.parametrize("license, words", [("Apache 2.0", "mean 'apache-2.0'"), ("my-own", "no"), ("other", "a name")])
+def test_licence_is_one_of_the_hubs(license, words):
+    with pytest.raises(ValueError, match="license=") as e:
+        resolve_license(license, None)
+    assert words in str(e.value) or words == "no"
+
+
+@pytest.mark.parametrize("license", ["mit", "openrail++", "llama3.1", "cc-by-nc-4.0", None])
+def test_licences_that_the_hub_knows(license):
+    assert resolve_license(license, None) == license
+    assert resolve_license(None, "dinov3-license") == resolve_license("dinov3-license", "dinov3-license")

@@ -192,8 +192,8 @@ def is_8_bit(image: Image.Image) -> bool:
 
 
 def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
-    """The image upright; if 8-bit, in the mode that has `in_chans` channels. It shares nothing with the original."""
-    image = ImageOps.exif_transpose(image)
+    """The image, turned upright in place; if 8-bit, in the mode that has `in_chans` channels."""
+    ImageOps.exif_transpose(image, in_place=True)  # a copy would cost a tenth of the decoding
     mode = image.mode
     if in_chans not in (1, 3) and (in_chans, mode) != (4, "RGBA"):
         raise wrong_channels(f"{len(image.getbands())} channels (mode {mode})", in_chans)

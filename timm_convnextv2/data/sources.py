@@ -312,6 +312,7 @@ def decode_any(
     """
     if isinstance(picture, Image.Image):
         try:
+            picture = picture.copy()  # converting turns an image in place
             if convert is not None and nodata is None:
                 return convert(picture, in_chans)
             return from_pil(picture, in_chans, nodata)
