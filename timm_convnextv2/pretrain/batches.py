@@ -122,7 +122,7 @@ def worker_died(error: BaseException | None) -> str:
     if not found:
         return ""
     return (
-        f"{found.splitlines()[0].rstrip('.')}. Where nobody killed it, the machine has too little memory for it (fewer "
+        f"{found.splitlines()[0].rstrip(' .')}. Where nobody killed it, the machine has too little memory for it (fewer "
         "--workers), or too little shared memory (/dev/shm)."
     )
 
