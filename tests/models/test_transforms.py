@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import functional_call, grad, jvp
+from torch.func import functional_call, grad
 
 from timm_convnextv2 import FCMAE, random_mask
 from timm_convnextv2.ops import use_backend
@@ -38,14 +38,6 @@ def test_gradients_of_gradients(loss, backend):
     for (name, value), here, twice in zip(expected.items(), first, found, strict=True):
         torch.testing.assert_close(here, once[name])
         torch.testing.assert_close(twice, value, msg=name)
-
-
-def test_forward_mode(loss):
-    of, parameters = loss
-    values = {k: v.detach() for k, v in parameters.items()}
-    direction = {k: torch.randn_like(v) for k, v in values.items()}
-    _, slope = jvp(of, (values,), (direction,))
-    torch.testing.assert_close(slope, sum((g * direction[k]).sum() for k, g in grad(of)(values).items()))
 
 
 def test_no_images():
