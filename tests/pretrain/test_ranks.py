@@ -3,16 +3,18 @@
 import time
 
 import pytest
-from helpers import torchrun
-from runs import command
+from helpers import assert_same, torchrun
+from runs import SCRIPT, command, load
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
-from timm_convnextv2.pretrain import main, batches, distributed, loop, peers
+from timm_convnextv2.pretrain import main, loop, peers
+from timm_convnextv2.pretrain.batches import DataError
 from timm_convnextv2.pretrain.trainer import Trainer
 update = Trainer.update
 def wrapped(self, batches, number):
     if number == 2 and self.world.rank == 1:
+        open({stamp!r}, 'w').close()
         {act}
     return update(self, batches, number)
 Trainer.update = wrapped
@@ -27,17 +29,17 @@ FAULTS = {
         "[os.kill(w.pid, signal.SIGKILL) for w in multiprocessing.active_children()]",
         "DataLoader worker",
     ),
-    "waits for its data": ("raise batches.DataError('x.jpg needs a package')", "pretrain: x.jpg needs a package"),
+    "cannot read on": ("raise DataError('x.jpg needs a package')", "pretrain: x.jpg needs a package"),
 }
 
 
 def start(tmp_path, act="pass", before="", *more):
     script = tmp_path / "one.py"
-    script.write_text(PROGRAM.format(act=act, before=before))
-    begin = time.monotonic()
+    stamp = tmp_path / "fault"
+    script.write_text(PROGRAM.format(act=act, before=before, stamp=str(stamp)))
     options = command(tmp_path / "r", "--batch-size", "4", "--workers", "2", *more, epochs=99)
     result = torchrun(script, *options, timeout=90)
-    return result, time.monotonic() - begin
+    return result, time.time() - stamp.stat().st_mtime if stamp.exists() else None
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -47,7 +49,8 @@ def test_one_process(tmp_path, fault):
     result, seconds = start(tmp_path, act, shorter)
     assert result.returncode, result.stdout
     own = result.stderr.partition("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")[0]
-    assert words in own and seconds < 60, result.stderr
+    # torchrun gives a process that is stopped 30 s to end
+    assert words in own and seconds < (20 if fault != "is stopped" else 50), result.stderr
     assert own.count("Traceback") == (fault == "meets a bug") + own.count("torch/distributed/run.py") // 2, own
     for of_others in ("Connection closed", "gloo", "Timed out", "NCCL"):
         assert of_others not in own
@@ -67,3 +70,22 @@ def test_processes_that_disagree(tmp_path, fact, before):
     assert "Process 1 has another value of " in result.stderr and not (tmp_path / "r").exists()
     if fact != "the number of images":
         assert f"another value of {fact}" in result.stderr
+
+
+@pytest.mark.slow
+def test_average_accumulation_and_compilation_together(tmp_path):
+    """Two processes with all that wraps a model; stopped within an epoch and resumed, they end as without the stop."""
+    more = ["--model-ema", "--grad-accum-steps", "2", "--torchcompile", "aot_eager", "--epochs", "2"]
+    options = ["--batch-size", "4", "--workers", "1", *more]
+    for name in ("whole", "r"):
+        script = tmp_path / "one.py"
+        act = "os.kill(os.getpid(), signal.SIGTERM)" if name == "r" else "pass"
+        script.write_text(PROGRAM.format(act=act, before="", stamp=str(tmp_path / "fault")))
+        result = torchrun(script, *command(tmp_path / name, *options, epochs=2), timeout=200)
+        assert result.returncode == 0, result.stderr
+    assert load(tmp_path / "r")["progress"]["update"] == 1
+    result = torchrun(SCRIPT, *command(tmp_path / "r", *options, "--resume", "auto", epochs=2), timeout=200)
+    assert result.returncode == 0, result.stderr
+    here, there = load(tmp_path / "r"), load(tmp_path / "whole")
+    assert_same(here["state_dict"], there["state_dict"])
+    assert_same(here["state_dict_ema"], there["state_dict_ema"])

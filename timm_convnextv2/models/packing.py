@@ -30,18 +30,12 @@ class _GatherRows(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x, rows = inputs
         ctx.save_for_backward(rows)
-        ctx.save_for_forward(rows)
         ctx.num_rows = x.shape[0]
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         (rows,) = ctx.saved_tensors
         return _ScatterRows.apply(grad.contiguous(), rows, ctx.num_rows), None
-
-    @staticmethod
-    def jvp(ctx, tangent: torch.Tensor, _rows) -> torch.Tensor:
-        (rows,) = ctx.saved_tensors
-        return _GatherRows.apply(tangent, rows)
 
 
 class _ScatterRows(torch.autograd.Function):
@@ -54,18 +48,11 @@ class _ScatterRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
-        ctx.num_rows = inputs[2]
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         (rows,) = ctx.saved_tensors
         return _GatherRows.apply(grad.contiguous(), rows), None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: torch.Tensor, _rows, _num_rows) -> torch.Tensor:
-        (rows,) = ctx.saved_tensors
-        return _ScatterRows.apply(tangent, rows, ctx.num_rows)
 
 
 def _nhwc(x: torch.Tensor) -> torch.Tensor:

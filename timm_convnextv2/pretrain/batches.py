@@ -126,8 +126,8 @@ def worker_died(error: BaseException | None) -> str:
     if not found:
         return ""
     return (
-        f"{found.splitlines()[0].rstrip('.')}. Where nobody killed it, the machine has too little memory for it (fewer "
-        "--workers), or too little shared memory (/dev/shm)."
+        f"{found.splitlines()[0].rstrip(' .')}. Where nobody killed it, the machine has too little memory for it "
+        "(fewer --workers), or too little shared memory (/dev/shm)."
     )
 
 

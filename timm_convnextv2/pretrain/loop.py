@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -424,8 +425,10 @@ def ended_by(error: Exception, run: Run | None, world: World | None) -> int:
         world.tell(f"timm-convnextv2 pretrain: error: {error}")
         return 2
     reason = worker_died(error) or (str(error) if isinstance(error, DataError) else "")
+    if not reason and world.distributed:  # before the others end, at which torchrun ends this one
+        world.tell(f"Process {world.rank} of {world.size} fails:\n{''.join(traceback.format_exception(error))}")
+        return 1
     if not reason or run is None:
-        world.fail()
         raise error
     world.tell(f"timm-convnextv2 pretrain: {reason}\n{resume_hint(run.folder.path.name)}")
     return 1
