@@ -25,11 +25,12 @@ from ..provenance import resolve_license
 from ..report import ProgressBar, Stopwatch, check_logs, open_logs, save_loss_curve
 from .batches import Bad, Batches, open_batches
 from .distributed import World
-from .measures import Measure, measure_epoch, reconstructions
-from .messages import VERSIONS, about_run, how_made, memory_line, next_commands, stopped
+from .lock import release_locks
+from .measures import Measure, attempt, measure_epoch, reconstructions
+from .messages import VERSIONS, about_run, how_made, memory_line, next_commands, resume_command, stopped
 from .options import parse_options, settings_of
 from .plan import Plan, make_plan
-from .run_folder import Progress, RunFolder, experiment_name
+from .run_folder import NotSavedError, Progress, RunFolder, experiment_name
 from .start import Start, create_fcmae, short_name
 from .trainer import Trainer, check_compile_backend
 
@@ -75,6 +76,8 @@ def train(run: Run, world: World) -> None:
         ended = run.stop or progress.epoch == plan.epochs
         if ended or milestone or not progress.update and progress.epoch % run.settings["checkpoint_interval"] == 0:
             save(run, world, milestone)
+    if not run.stop and not (run.folder.encoder / "config.json").exists():  # a run that had ended, in a new folder
+        save(run, world, milestone=False)
     bar.close()
 
 
@@ -106,10 +109,14 @@ def finish_epoch(run: Run, world: World, clock: Stopwatch) -> None:
         "bad_images": len(progress.bad_images),
     }
     if world.primary:
-        measured = measure_epoch(run.measures, progress.epoch, plan.epochs, trainer.model.encoder)
-        run.folder.add_row(epoch, metrics, measured, trainer.lr)
+        measured = measure_epoch(run.measures, progress.epoch, plan.epochs, trainer.model.encoder, run.bar.note)
+        attempt("a row of summary.csv", lambda: run.folder.add_row(epoch, metrics, measured, trainer.lr), run.bar.note)
         for log in run.logs:
-            log(epoch, {**metrics, **measured, "lr": trainer.lr})
+            attempt(
+                "the log of an epoch",
+                lambda log=log: log(epoch, {**metrics, **measured, "lr": trainer.lr}),
+                run.bar.note,
+            )
     run.bar.note(f"epoch {progress.epoch}/{plan.epochs}  loss {loss:.4f}  {metrics['seconds']:.0f} s")
 
 
@@ -118,7 +125,9 @@ def save(run: Run, world: World, milestone: bool) -> None:
     if not world.primary:
         return
     settings, folder, state = run.settings, run.folder, run.trainer.state_dict()
-    export_encoder(
+    folder.check_finite(state)
+    export = partial(
+        export_encoder,
         run.trainer.model,
         folder.encoder,
         state_dict=state.get("state_dict_ema"),
@@ -127,9 +136,12 @@ def save(run: Run, world: World, milestone: bool) -> None:
         license=settings["license"] or None,
         info=how_made(settings, run.progress, run.plan),
     )
+    failed = attempt("the export of the encoder", export, run.bar.note)
     if folder.summary.exists():
-        save_loss_curve(folder.summary, folder.path / "loss.png")
+        attempt("the loss curve", lambda: save_loss_curve(folder.summary, folder.path / "loss.png"), run.bar.note)
     folder.save(state, settings, run.progress, milestone)
+    if failed and run.progress.epoch >= run.plan.epochs:
+        raise NotSavedError(f"The encoder was not exported. {folder.last_whole}")
 
 
 # --- what a run needs, made from the options
@@ -170,8 +182,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
 
     trainer = create_trainer(args, model, plan, world)
     if folder.checkpoint is not None:
-        trainer.load_state_dict(folder.checkpoint, progress.loss_sum)
-        folder.checkpoint = None  # frees its memory
+        folder.restore(trainer, progress, plan.updates_per_epoch)
         about += f"\nResumed from {folder.resumed_from}: epoch {progress.epoch + 1}, update {progress.update + 1}"
     world.wait()  # no process may find the folder already claimed
     if world.primary:
@@ -180,7 +191,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
     world.wait()  # nor train where the first could not claim it
     world.training = True
     trainer.wrap(args.torchcompile)
-    world.say(f"{about}\nWriting to {folder.path}")
+    world.say("\n".join([*folder.notes, about, f"Writing to {folder.path}"]))
     done = progress.epoch * plan.updates_per_epoch + progress.update
     bar = ProgressBar(plan.updates, done, plan.epochs, args.log_interval, world.primary)
     measures = create_measures(args, trainer, batches, folder)
@@ -307,7 +318,11 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except NotSavedError as e:
+        say(f"timm-convnextv2 pretrain: {e} Then resume with\n  {resume_command(args.experiment)}", error=True)
+        return 1
     finally:
+        release_locks()
         for worker in {*multiprocessing.active_children()} - others:  # Python would wait: they ignore SIGTERM
             worker.kill()
         if dist.is_initialized():
