@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..command import closest
 from ..models import FCMAE
-from ..provenance import WEIGHTS
+from ..provenance import WEIGHTS, read_config
 
 __all__ = ["load_model"]
 
@@ -37,6 +37,8 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
         ValueError: The name is not known, the model cannot be had, or some of its weights are not those of the file.
     """
     placed = name.startswith(_PLACES)
+    if name.startswith("local-dir:"):
+        read_config(Path(name.partition(":")[2]) / "config.json", ours=False)
     if not placed:
         _check_name(name)
     try:
