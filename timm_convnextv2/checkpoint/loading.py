@@ -37,11 +37,11 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
         ValueError: The name is not known, the model cannot be had, or some of its weights are not those of the file.
     """
     placed = name.startswith(_PLACES)
-    if name.startswith("local-dir:"):
-        read_config(Path(name.partition(":")[2]) / "config.json", ours=False)
     if not placed:
         _check_name(name)
     try:
+        if name.startswith("local-dir:"):
+            read_config(Path(name.partition(":")[2]) / "config.json", ours=False)
         # without pretrained=True timm builds the architecture and leaves the weights random
         model = timm.create_model(name, pretrained=True, **kwargs)
         stored = _stored(model.pretrained_cfg) if placed else None
