@@ -17,7 +17,7 @@ from timm_convnextv2.host import this_process
 from timm_convnextv2.pretrain import lock, main
 from timm_convnextv2.pretrain.lock import LOCK, Lock, LockLostError, release_locks
 
-# Holds the folder that it is given, in a process of its own that starts quickly, without torch: the file is what counts.
+# Holds the folder that it is given, in a process of its own that starts quickly, without torch: the file counts.
 HOLD = (
     "import json, sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
     "import importlib.util as u\n"

@@ -16,6 +16,8 @@ __all__ = ["check_fits", "load_run_checkpoint"]
 _PROGRESS: dict[str, type | tuple[type, ...]] = dict(
     epoch=int, update=int, loss_sum=(int, float), bad_images=dict, world_size=int, num_images=int
 )
+# Optimizers that keep the same for every parameter; those that factor do not.
+_UNIFORM = ("adam", "adamw", "lamb", "lion", "momentum", "nadam", "nadamw", "sgd")
 # What optimizers keep in the shape of the parameter, or as one number for it.
 _SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 
@@ -29,7 +31,9 @@ def load_run_checkpoint(path: str | PathLike) -> dict[str, Any]:
     content = load_checkpoint(path)
     if not isinstance(content.get("args"), dict) or not isinstance(content.get("progress"), dict):
         raise CheckpointError(f"{path} is not a checkpoint of this script: it has no training state to resume.")
-    wrong = _wrong_progress(content["progress"]) or _wrong_optimizer(content.get("optimizer"))
+    wrong = _wrong_progress(content["progress"]) or _wrong_optimizer(
+        content.get("optimizer"), uniform=content["args"].get("opt") in _UNIFORM
+    )
     for name in ("state_dict", "state_dict_ema"):
         if name == "state_dict" or name in content:
             wrong = wrong or _wrong_weights(name, content.get(name))
@@ -115,21 +119,27 @@ def _wrong_weights(name: str, weights: object) -> str:
     return f"'{bad}' in '{name}' has values that are not finite" if bad else ""
 
 
-def _wrong_optimizer(state: object) -> str:
+def _wrong_optimizer(state: object, uniform: bool) -> str:
+    """`uniform`: it keeps the same for every parameter."""
     groups = state.get("param_groups") if isinstance(state, dict) else None
     if not isinstance(state, dict) or not isinstance(state.get("state"), dict) or not isinstance(groups, list):
         return "'optimizer' is not the state of an optimizer"
     if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups):
         return "the groups of 'optimizer' are not those of an optimizer"
-    kinds: dict[str, bool] | None = None
+    kinds: dict[str, Any] = {}
     for number, entries in state["state"].items():
         if type(number) is not int or not isinstance(entries, dict):
             return f"the state of 'optimizer' for parameter {number!r} is not that of an optimizer"
-        found = {key: _plain(value) for key, value in entries.items()}
-        kinds = kinds or found
-        if found != kinds:
+        found = {key: _kind(value) for key, value in entries.items()}
+        kinds = {**found, **kinds}
+        if any(kind != kinds[key] for key, kind in found.items()) or uniform and found.keys() != kinds.keys():
             return f"the state of 'optimizer' for parameter {number} differs in kind from that of the others"
     return ""
+
+
+def _kind(value: object) -> object:
+    """What values of one name have in common over all parameters."""
+    return (value.dtype, value.ndim == 0) if isinstance(value, Tensor) and _plain(value) else type(value)
 
 
 def _wrong_shapes(state: dict[int, dict[str, Any]], shapes: Sequence[torch.Size]) -> str:
