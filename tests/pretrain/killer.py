@@ -22,7 +22,7 @@ from timm_convnextv2.checkpoint import export
 from timm_convnextv2.pretrain import loop, main, measures
 from timm_convnextv2.pretrain.lock import LOCK
 
-SLOW = 0.1  # seconds that a file needs to get to the disk: a kill finds many half-written ones
+SLOW = 0.02  # seconds that a file needs to get to the disk: a kill finds many half-written ones
 
 
 def slow_down() -> None:

@@ -13,7 +13,7 @@ from timm_convnextv2.pretrain.run_folder import WRITTEN
 KILLER = Path(__file__).with_name("killer.py")
 OPTIONS = ["--train-num-samples", "8", "--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0"]
 OPTIONS += ["--decoder-dim", "8", "--model-kwargs", "depths=[1,1,1,1]", "dims=[8,12,16,20]", "drop_path_rate=0.1"]
-OPTIONS += ["--epochs", "3", "--model-ema", "--device", "cpu", "--lr", "1e-2"]
+OPTIONS += ["--epochs", "2", "--model-ema", "--device", "cpu", "--lr", "1e-2"]
 
 
 @pytest.mark.parametrize("tries, seed", [(6, 0), pytest.param(25, 1, marks=pytest.mark.slow)])
