@@ -272,7 +272,7 @@ class RunFolder:
         if self._lock is not None:
             self._lock.release()
 
-    def add_row(self, epoch: int, metrics: dict[str, float], measured: dict[str, float], lr: float) -> None:
+    def add_row(self, epoch: int, metrics: dict[str, float], measured: dict[str, float | str], lr: float) -> None:
         """Adds an epoch to summary.csv: columns `train_*`, then `eval_*` of what was measured.
 
         Args:
