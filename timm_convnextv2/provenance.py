@@ -13,6 +13,8 @@ import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+from .schema import ConfigError, check_config
+
 __all__ = ["Origin", "config_beside", "is_ours", "origin_of_config", "read_config", "resolve_license"]
 
 WEIGHTS = "model.safetensors"
@@ -62,6 +64,7 @@ def read_config(path: str | Path, ours: bool = True) -> dict[str, Any]:
 
     Raises:
         ValueError: No such file, or not one in timm's format.
+        ConfigError: (a ValueError) A value has another type than its key wants.
     """
     path = Path(path)
     if not path.is_file():
@@ -77,8 +80,7 @@ def read_config(path: str | Path, ours: bool = True) -> dict[str, Any]:
             f"'{path}' is not {'of a ConvNeXt V2 ' * ours}in timm's format: it {what}, and convnextv2_* or "
             "fcmae_convnextv2_* was expected. The export functions of timm_convnextv2.checkpoint write such files."
         )
-    if not isinstance(config.get("pretrained_cfg", {}), dict) or not isinstance(config.get("model_args", {}), dict):
-        raise ValueError(f"'{path}' is damaged: 'pretrained_cfg' and 'model_args' must be tables.")
+    check_config(config, str(path), ours=is_ours(name))
     return config
 
 
@@ -90,6 +92,7 @@ def config_beside(pretrained_cfg: dict[str, Any], cache_dir: str | Path | None =
         cache_dir: As in `timm.create_model`.
 
     Raises:
+        ConfigError: (a ValueError) It is there, and a value has another type than its key wants.
         OSError, huggingface_hub.errors.HfHubHTTPError: The Hub cannot be reached.
     """
     file, hub_id = pretrained_cfg.get("file"), pretrained_cfg.get("hf_hub_id")
@@ -103,6 +106,8 @@ def config_beside(pretrained_cfg: dict[str, Any], cache_dir: str | Path | None =
             name, _, revision = hub_id.partition("@")
             return read_config(hf_hub_download(name, "config.json", revision=revision or None, cache_dir=cache_dir))
     except LocalEntryNotFoundError:  # no network: that says nothing about the repository
+        raise
+    except ConfigError:  # it is there, and without it licence and options would be lost
         raise
     except (ValueError, EntryNotFoundError):
         return None

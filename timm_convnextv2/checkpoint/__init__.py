@@ -1,13 +1,14 @@
 """Checkpoints in and out: the official formats <-> ours, safe loading, export to a timm folder, the Hub."""
 
 from .export import export_encoder, export_fcmae
-from .files import load_checkpoint
+from .files import CheckpointError, load_checkpoint
 from .finetuned import export_finetuned
 from .hub import push_to_hub
 from .loading import load_model
 from .official import convert_official, to_official
 
 __all__ = [
+    "CheckpointError",
     "convert_official",
     "export_encoder",
     "export_fcmae",

@@ -15,8 +15,9 @@ from timm.models import clean_state_dict
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from ..files import WriteError, new_part, remove_leftovers, sync, system_reason
 from ..models import FCMAE
-from ..models.weights import check_weights
+from ..models.weights import check_weights, first_not_finite
 from ..provenance import WEIGHTS, resolve_license
 from .card import IMAGES, render_card
 
@@ -48,46 +49,80 @@ def write_folder(
         license: Licence of the weights; replaces the one in `pretrained_cfg`.
         training: The section of that name in `config.json`, see `card`; its table follows rows on the model.
         label_names: Names of the classes in the order of the model's outputs.
-    """
-    from .. import __version__
 
+    Raises:
+        ValueError: A weight is not finite.
+        WriteError: (an OSError) The folder cannot be written; what was there stays.
+    """
     # safetensors wants contiguous tensors that share no memory, channels_last weights are not contiguous
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    bad = first_not_finite(weights)
+    if bad:
+        raise ValueError(f"The weights were not written to '{folder}': '{bad}' has values that are not finite.")
     folder = Path(folder).resolve()  # of a link, the target: a file moves only within its file system
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    remove_leftovers(folder.parent, [folder.name])  # of an export that was killed: as large as a model
+    temporary = new_part(folder)
     try:
-        # what timm.models.save_for_hf writes, without a second copy of the model for other weights
-        labels = {"label_names": list(label_names)} if label_names else {}
-        save_config_for_hf(model, str(temporary / "config.json"), model_config=labels, data_config=data)
-        config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
-        cfg = config["pretrained_cfg"]
-        # said at the top, too: transformers' wrapper would hand it to timm.create_model twice
-        config.get("model_args", {}).pop("num_classes", None)
-        cfg.pop("license", None)
-        if license:
-            cfg["license"] = license
-        size = cfg["input_size"]
-        rows = {
-            "Parameters": f"{sum(v.numel() for v in weights.values()) / 1e6:.1f} M",
-            "Image size": f"{size[1]} x {size[2]}, {size[0]} channels",
-            "Mean, standard deviation": f"{cfg['mean']}, {cfg['std']}",
-            **(training.get("table") or {}),
-        }
-        versions = {"timm_convnextv2": __version__, "timm": timm.__version__, "torch": torch.__version__}
-        config["training"] = {**training, "made_with": versions, "table": {k: str(v) for k, v in rows.items()}}
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        shutil.copymode(temporary / "config.json", temporary / WEIGHTS)  # safetensors lets only the owner read
-        images = [name for name in IMAGES if (folder / name).is_file()]
-        (temporary / "README.md").write_text(render_card(config, images), encoding="utf-8")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (WEIGHTS, "config.json", "README.md"):
-            os.replace(temporary / name, folder / name)
+        temporary.mkdir(parents=True)
+        _write_files(
+            model, weights, folder, temporary, data=data, license=license, training=training, label_names=label_names
+        )
+        sync(folder)
+        sync(folder.parent)
+    except Exception as e:
+        reason = system_reason(e)
+        if reason is None:
+            raise
+        raise WriteError(f"The folder '{folder}' cannot be written: {reason}.") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _write_files(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    folder: Path,
+    temporary: Path,
+    *,
+    data: dict[str, Any],
+    license: str | None,
+    training: dict[str, Any],
+    label_names: Sequence[str] | None,
+) -> None:
+    """Writes the files to `temporary`, and moves them when all are complete."""
+    from .. import __version__
+
+    # what timm.models.save_for_hf writes, without a second copy of the model for other weights
+    labels = {"label_names": list(label_names)} if label_names else {}
+    save_config_for_hf(model, str(temporary / "config.json"), model_config=labels, data_config=data)
+    config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+    cfg = config["pretrained_cfg"]
+    # said at the top, too: transformers' wrapper would hand it to timm.create_model twice
+    config.get("model_args", {}).pop("num_classes", None)
+    cfg.pop("license", None)
+    if license:
+        cfg["license"] = license
+    size = cfg["input_size"]
+    rows = {
+        "Parameters": f"{sum(v.numel() for v in weights.values()) / 1e6:.1f} M",
+        "Image size": f"{size[1]} x {size[2]}, {size[0]} channels",
+        "Mean, standard deviation": f"{cfg['mean']}, {cfg['std']}",
+        **(training.get("table") or {}),
+    }
+    versions = {"timm_convnextv2": __version__, "timm": timm.__version__, "torch": torch.__version__}
+    config["training"] = {**training, "made_with": versions, "table": {k: str(v) for k, v in rows.items()}}
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+    shutil.copymode(temporary / "config.json", temporary / WEIGHTS)  # safetensors lets only the owner read
+    images = [name for name in IMAGES if (folder / name).is_file()]
+    (temporary / "README.md").write_text(render_card(config, images), encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = (WEIGHTS, "config.json", "README.md")
+    for name in names:
+        sync(temporary / name)
+    for name in names:
+        os.replace(temporary / name, folder / name)
 
 
 def _pretraining_data(
@@ -151,7 +186,9 @@ def export_encoder(
 
     Raises:
         ValueError: A model that timm's factory did not make, weights that do not fit, a licence that contradicts the
-            one the weights started from, or a mean or std of another length than 1 and the number of channels.
+            one the weights started from, a mean or std of another length than 1 and the number of channels, or a
+            weight that is not finite.
+        OSError: The folder cannot be written; what was there stays.
     """
     inherited = _encoder_cfg(model).get("license")
     license = resolve_license(license, inherited)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..command import closest
 from ..models import FCMAE
-from ..provenance import WEIGHTS
+from ..provenance import WEIGHTS, read_config
 
 __all__ = ["load_model"]
 
@@ -40,6 +40,8 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
     if not placed:
         _check_name(name)
     try:
+        if name.startswith("local-dir:"):
+            read_config(Path(name.partition(":")[2]) / "config.json", ours=False)
         # without pretrained=True timm builds the architecture and leaves the weights random
         model: Any = timm.create_model(name, pretrained=True, **kwargs)
         stored = _stored(model.pretrained_cfg) if placed else None

@@ -1,9 +1,15 @@
-"""The one check that weights are those of a model, tensor by tensor: on loading, finetuning, export and publishing."""
+"""The one check that weights are those of a model, tensor by tensor: on loading, finetuning, export and publishing.
+
+And the one check that they are numbers.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["check_weights"]
+import torch
+from torch import Tensor
+
+__all__ = ["check_weights", "first_not_finite"]
 
 
 def check_weights(
@@ -49,3 +55,11 @@ def check_weights(
             f"{what}: {found} of the model's {len(expected)} tensors are there, {len(wrong)} differ; the first: "
             f"{wrong[0]}. {remedy}".rstrip()
         )
+
+
+def first_not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor with a NaN or an infinity; None where all numbers are finite."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value.float() if value.itemsize == 1 else value).all():
+            return name
+    return None

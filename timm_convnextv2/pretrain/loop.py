@@ -31,7 +31,8 @@ from ..report import ProgressBar, Stopwatch, check_logs, open_logs, save_loss_cu
 from .batches import Bad, Batches, DataError, open_batches, worker_died
 from .distributed import Seat, World
 from .inputs import check_input, input_line, input_warnings
-from .measures import Measure, measure_epoch, reconstructions
+from .lock import release_locks
+from .measures import Measure, attempt, measure_epoch, reconstructions
 from .messages import (
     VERSIONS,
     about_run,
@@ -47,7 +48,7 @@ from .options import inherit, parse_options, settings_of
 from .peers import leave
 from .plan import Plan, make_plan
 from .replay import load_weights, read_record, replay, write_record
-from .run_folder import Progress, RunFolder, experiment_name
+from .run_folder import NotSavedError, Progress, RunFolder, experiment_name
 from .start import Start, create_fcmae, open_start, short_name
 from .trainer import NotFiniteError, Trainer, check_compile_backend
 
@@ -99,6 +100,8 @@ def train(run: Run, world: World) -> None:
         ended = run.stop or progress.epoch == plan.epochs
         if ended or milestone or not progress.update and progress.epoch % run.settings["checkpoint_interval"] == 0:
             save(run, world, milestone)
+    if not run.stop and not (run.folder.encoder / "config.json").exists():  # a run that had ended, in a new folder
+        save(run, world, milestone=False)
     bar.close()
 
 
@@ -168,10 +171,14 @@ def finish_epoch(run: Run, world: World, clock: Stopwatch) -> None:
         "bad_images": len(progress.bad_images),
     }
     if world.primary:
-        measured = measure_epoch(run.measures, progress.epoch, plan.epochs, trainer.model.encoder)
-        run.folder.add_row(epoch, metrics, measured, trainer.lr)
+        measured = measure_epoch(run.measures, progress.epoch, plan.epochs, trainer.model.encoder, run.bar.note)
+        attempt("a row of summary.csv", lambda: run.folder.add_row(epoch, metrics, measured, trainer.lr), run.bar.note)
         for log in run.logs:
-            log(epoch, {**metrics, **measured, "lr": trainer.lr})
+            attempt(
+                "the log of an epoch",
+                lambda log=log: log(epoch, {**metrics, **measured, "lr": trainer.lr}),
+                run.bar.note,
+            )
     run.bar.note(f"epoch {progress.epoch}/{plan.epochs}  loss {loss:.4f}  {metrics['seconds']:.0f} s")
 
 
@@ -186,7 +193,9 @@ def save(run: Run, world: World, milestone: bool) -> None:
 def write(run: Run, milestone: bool) -> None:
     """What `save` does on the first process."""
     settings, folder, state = run.settings, run.folder, run.trainer.state_dict()
-    export_encoder(
+    folder.check_finite(state)
+    export = partial(
+        export_encoder,
         run.trainer.model,
         folder.encoder,
         state_dict=state.get("state_dict_ema"),
@@ -195,9 +204,12 @@ def write(run: Run, milestone: bool) -> None:
         license=settings["license"] or None,
         info=how_made(settings, run.progress, run.plan),
     )
+    failed = attempt("the export of the encoder", export, run.bar.note)
     if folder.summary.exists():
-        save_loss_curve(folder.summary, folder.path / "loss.png")
+        attempt("the loss curve", lambda: save_loss_curve(folder.summary, folder.path / "loss.png"), run.bar.note)
     folder.save(state, settings, run.progress, milestone)
+    if failed and run.progress.epoch >= run.plan.epochs:
+        raise NotSavedError(f"The encoder was not exported. {folder.last_whole}")
 
 
 # --- what a run needs, made from the options
@@ -246,8 +258,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
 
     trainer = create_trainer(args, model, plan, world)
     if folder.checkpoint is not None:
-        trainer.load_state_dict(folder.checkpoint, progress.loss_sum, progress.skipped)
-        folder.checkpoint = None  # frees its memory
+        folder.restore(trainer, progress, plan.updates_per_epoch)
         about += f"\nResumed from {folder.resumed_from}: epoch {progress.epoch + 1}, update {progress.update + 1}"
     world.wait()  # no process may find the folder already claimed
     if world.primary:
@@ -256,7 +267,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
     world.wait()  # nor train where the first could not claim it
     world.training = True
     trainer.wrap(args.torchcompile)
-    world.say(f"{about}\nWriting to {folder.path}")
+    world.say("\n".join([*folder.notes, about, f"Writing to {folder.path}"]))
     done = progress.epoch * plan.updates_per_epoch + progress.update
     bar = ProgressBar(plan.updates, done, plan.epochs, args.log_interval, world.primary)
     measures = create_measures(args, trainer, batches, folder)
@@ -383,6 +394,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as e:
         return ended_by(e, run, world)
     finally:
+        release_locks()
         end_workers({*multiprocessing.active_children()} - others)
         if world is not None:
             world.close()
@@ -424,7 +436,7 @@ def ended_by(error: Exception, run: Run | None, world: World | None) -> int:
     if not world.training and isinstance(error, ValueError | RuntimeError):
         world.tell(f"timm-convnextv2 pretrain: error: {error}")
         return 2
-    reason = worker_died(error) or (str(error) if isinstance(error, DataError) else "")
+    reason = worker_died(error) or (str(error) if isinstance(error, DataError | NotSavedError) else "")
     if not reason and world.distributed:  # before the others end, at which torchrun ends this one
         world.tell(f"Process {world.rank} of {world.size} fails:\n{''.join(traceback.format_exception(error))}")
         return 1

@@ -8,12 +8,14 @@ summary.csv, which need their names beforehand: they are empty where nothing was
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..data import collate
+from ..files import system_reason
 from ..models import FCMAE, ConvNeXtV2
 from ..report import save_reconstructions
 
-__all__ = ["Measure", "measure_epoch", "reconstructions"]
+__all__ = ["Measure", "attempt", "measure_epoch", "reconstructions"]
 
 
 @dataclass
@@ -35,13 +37,40 @@ class Measure:
         return epoch in (1, epochs) or epoch % self.interval == 0
 
 
-def measure_epoch(measures: list[Measure], epoch: int, epochs: int, encoder: ConvNeXtV2) -> dict[str, float | str]:
-    """Runs what is due after an epoch; every column of every measure, '' where it was not."""
+def attempt(what: str, act: Callable[[], Any], note: Callable[[str], Any]) -> str:
+    """Does something that a run can do without; where the disk refuses, that is a warning.
+
+    Args:
+        what: Its name.
+        act: Does it.
+        note: Prints a line.
+
+    Returns:
+        The warning, '' where all went well.
+    """
+    try:
+        act()
+    except OSError as e:
+        warning = f"Warning: {what} failed ({system_reason(e)}). Training continues without it."
+        note(warning)
+        return warning
+    return ""
+
+
+def measure_epoch(
+    measures: list[Measure], epoch: int, epochs: int, encoder: ConvNeXtV2, note: Callable[[str], Any] = print
+) -> dict[str, float | str]:
+    """Runs what is due after an epoch; every column of every measure, '' where it was not.
+
+    A measure that cannot write or read its files is a warning, printed by `note`.
+    """
     numbers: dict[str, float | str] = {}
     for measure in measures:
         numbers |= dict.fromkeys(measure.columns, "")
         if measure.due(epoch, epochs):
-            numbers |= measure.run(epoch, encoder)
+            found: dict[str, float] = {}
+            attempt("a measure", lambda run=measure.run, found=found: found.update(run(epoch, encoder)), note)
+            numbers |= found
     return numbers
 
 

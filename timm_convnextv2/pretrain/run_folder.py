@@ -1,22 +1,27 @@
 """`RunFolder`: the folder of a run, who may have it, and what is written there."""
 
-import os
+import contextlib
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from timm.utils import trim_summary, update_summary
 
-from ..checkpoint import load_checkpoint
+from ..checkpoint import CheckpointError
+from ..files import WriteError, remove_leftovers, save_torch, whole_file
+from ..models.weights import first_not_finite
+from . import summary
+from .contents import check_fits, load_run_checkpoint
 from .distributed import World
+from .lock import LOCK, Lock, LockLostError, refuse_locked
 from .start import short_name
+from .trainer import Trainer
 
-__all__ = ["Progress", "RunFolder", "experiment_name"]
+__all__ = ["NotSavedError", "Progress", "RunFolder", "experiment_name"]
 
 # A checkpoint fits only a model, and its optimizer state only an optimizer, that agree in these.
 # `pretrained` decides on the licence.
@@ -25,17 +30,14 @@ ARCHITECTURE += ("weights",)
 # A run that stopped in the middle of an epoch resumes only with the same of these.
 DATA_ORDER = ("seed", "batch_size", "grad_accum_steps")
 # What a run writes into its folder: --overwrite removes these, and nothing else.
-WRITTEN = (
-    "args.yaml",
-    "summary.csv",
-    "loss.png",
-    "*.png.part",
-    "*.pth.tar",
-    "*.pth.part",
-    "encoder",
-    "reconstructions",
-)
+WRITTEN = ("args.yaml", "summary.csv", "loss.png", "*.pth.tar", "encoder", "reconstructions")
 WRITTEN += ("events.out.tfevents.*", "wandb", "bad-step-*")
+# What version 0.1 left of files that it was writing when it was killed.
+LEFT_BY_0_1 = ("*.pth.part", "*.png.part", "reconstructions/*.png.part", ".encoder.[0-9]*.tmp")
+
+
+class NotSavedError(Exception):
+    """A run cannot save its state any more: says why, what is the last whole checkpoint, and what to do."""
 
 
 @dataclass
@@ -85,10 +87,11 @@ class RunFolder:
         path: The folder.
         checkpoint: The checkpoint to resume from, None for a new run.
         resumed_from: Its path.
+        notes: What the user must know of it, such as a last checkpoint that is damaged.
 
     Raises:
-        ValueError: The folder holds something else, lies outside `output`, or the checkpoint cannot be read; or it is
-            to be overwritten and is not of a run, or has to do with `sources`.
+        ValueError: The folder holds something else, lies outside `output`, is in use by another run, or the checkpoint
+            cannot be read; or it is to be overwritten and is not of a run, or has to do with `sources`.
     """
 
     def __init__(
@@ -97,21 +100,49 @@ class RunFolder:
         self.path = Path(output) / experiment
         if Path(output).resolve() not in self.path.resolve().parents:
             raise ValueError(f"--experiment {experiment} is not a folder below --output {output}.")
+        refuse_locked(self.path)
         self.checkpoint: dict[str, Any] | None = None
+        self.notes: list[str] = []
+        self._lock: Lock | None = None
+        self._before = _stamp(self.path / "last.pth.tar")
+        self._saved = ""  # the last checkpoint that this process knows to be whole
         self.resumed_from = self.path / "last.pth.tar" if resume == "auto" else Path(resume)
         if resume and (resume != "auto" or self.resumed_from.exists()):
-            self.checkpoint = load_checkpoint(self.resumed_from)
+            self._load(fall_back=resume == "auto")
         here = resume == "auto" or bool(resume) and self.resumed_from.resolve().parent == self.path.resolve()
         # where this run resumes, what is there is part of it
         self._empties = overwrite and not (self.checkpoint is not None and here)
-        if self.path.is_dir() and any(self.path.iterdir()) and not self._empties and not here:
+        if self._used() and not self._empties and not here:
             raise ValueError(
                 f"The output folder {self.path} is not empty. Resume that run: --resume auto. Start again and delete "
                 "what it wrote: --overwrite. Or choose another --experiment or --output."
             )
 
-        if self._empties and self.path.is_dir() and any(self.path.iterdir()):
+        if self._empties and self._used():
             self._check_overwrite(sources)
+
+    def _used(self) -> bool:
+        """Whether something is there, beside the lock of a run that was killed before it wrote anything."""
+        return self.path.is_dir() and any(not p.name.startswith(LOCK) for p in self.path.iterdir())
+
+    def _load(self, fall_back: bool) -> None:
+        """Reads the checkpoint to resume from; where it is damaged, another one or their names."""
+        path = self.resumed_from
+        try:
+            self.checkpoint = load_run_checkpoint(path)
+        except CheckpointError as e:
+            whole = _whole_beside(path)
+            if not fall_back:
+                names = ", ".join(other.name for other, _ in whole)
+                raise CheckpointError(f"{e} Whole checkpoints beside it: {names}." if names else str(e)) from e
+            self.resumed_from, self.checkpoint = next(whole, (path, None))
+            if self.checkpoint is None:
+                raise CheckpointError(
+                    f"{e} No other checkpoint beside it is whole. Start again and delete what the run wrote: "
+                    "--overwrite. Or choose another --experiment."
+                ) from e
+            self.notes.append(f"{e} The newest whole checkpoint beside it is resumed from: {self.resumed_from.name}.")
+        self._saved = f"{self.resumed_from} ({_where(self.checkpoint['progress'])})"
 
     def _check_overwrite(self, sources: Sequence[str]) -> None:
         """Refuses to remove anything from a folder that no run made, or that is where the run reads from."""
@@ -162,11 +193,7 @@ class RunFolder:
         now = Progress(world_size=world_size, num_images=num_images)
         if self.checkpoint is None:
             return now
-        before, then = self.checkpoint.get("args"), self.checkpoint.get("progress")
-        if not isinstance(before, dict) or not isinstance(then, dict):
-            raise ValueError(
-                f"{self.resumed_from} is not a checkpoint of this script: it has no training state to resume."
-            )
+        before, then = self.checkpoint["args"], self.checkpoint["progress"]
         self._compare(before, then, settings, asdict(now))
         return Progress(**{**then, "world_size": world_size, "num_images": num_images})
 
@@ -188,8 +215,21 @@ class RunFolder:
                 f"differs in {'; '.join(differs)}. Resume with the same, or from a milestone checkpoint."
             )
 
+    def restore(self, trainer: Trainer, progress: Progress, updates_per_epoch: int) -> None:
+        """Gives the checkpoint's state to the trainer, and frees its memory.
+
+        Raises:
+            CheckpointError: (a ValueError) It does not fit.
+        """
+        if self.checkpoint is None:
+            return
+        shapes = [p.shape for group in trainer.optimizer.param_groups for p in group["params"]]
+        check_fits(self.checkpoint, trainer.state_dict(), shapes, updates_per_epoch, self.resumed_from)
+        trainer.load_state_dict(self.checkpoint, progress.loss_sum, progress.skipped)
+        self.checkpoint = None
+
     def claim(self, settings: dict[str, Any], versions: str, epoch: int) -> None:
-        """Makes the folder, proves that it can be written, and writes args.yaml.
+        """Makes the folder, locks it, removes what a killed process left, and writes args.yaml.
 
         Args:
             settings: Of the run.
@@ -197,33 +237,61 @@ class RunFolder:
             epoch: Epochs that are complete; the summary forgets what came after.
 
         Raises:
-            ValueError: The folder cannot be written.
+            ValueError: The folder cannot be written, or another run has it.
         """
         try:
-            if self._empties and self.path.is_dir():
-                self._remove_run()
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".write-test"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as e:
+            self._lock = Lock(self.path)
+            self._check_unchanged()
+            if self._empties:
+                self._remove_run()
+            self._remove_leftovers()
+            with whole_file(self.path / "args.yaml") as part:
+                part.write_text(f"# {versions}\n" + yaml.safe_dump(settings, sort_keys=False))
+            self._note_damaged(summary.trim(self.summary, epoch))
+        except BaseException as e:
+            self.release()
+            if not isinstance(e, OSError):
+                raise
             raise ValueError(
                 f"The output folder {self.path} cannot be written ({e}). Choose another with --output."
             ) from e
-        text = f"# {versions}\n" + yaml.safe_dump(settings, sort_keys=False)
-        (self.path / "args.yaml").write_text(text)
-        trim_summary(str(self.summary), epoch)
 
-    def add_row(self, epoch: int, metrics: dict[str, float], measured: dict[str, float], lr: float) -> None:
+    def _check_unchanged(self) -> None:
+        """Refuses where another run saved a checkpoint between the look into the folder and the lock."""
+        last = self.path / "last.pth.tar"
+        if self._before != _stamp(last):
+            raise ValueError(f"Another run has written {last} since this one began. Start again to see it.")
+
+    def _remove_leftovers(self) -> None:
+        """Removes files that a process was writing when it was killed: they can be as large as the checkpoints."""
+        remove_leftovers(self.path, (*WRITTEN, LOCK), alone=True)
+        remove_leftovers(self.path / "reconstructions", ("*.png",), alone=True)
+        for pattern in LEFT_BY_0_1:
+            for path in self.path.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _note_damaged(self, lines: list[str]) -> None:
+        self.notes += [f"{self.summary}: a line that was damaged is left out: {line!r}" for line in lines]
+
+    def release(self) -> None:
+        """Lets other runs have the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def add_row(self, epoch: int, metrics: dict[str, float], measured: dict[str, float | str], lr: float) -> None:
         """Adds an epoch to summary.csv: columns `train_*`, then `eval_*` of what was measured.
 
         Args:
             epoch: From 0.
             metrics: Of training.
-            measured: Of the measures, the same names in every epoch.
+            measured: Of the measures; a new name is a new column.
             lr: Learning rate of the last update.
+
+        Raises:
+            OSError: It cannot be written; what was there stays.
         """
-        update_summary(epoch, metrics, measured, str(self.summary), lr=lr)
+        self._note_damaged(summary.add_row(self.summary, epoch, metrics, measured, lr))
 
     def save(self, state: dict[str, Any], settings: dict[str, Any], progress: Progress, milestone: bool) -> None:
         """Writes the checkpoint in timm's format, each file whole or not at all.
@@ -233,6 +301,10 @@ class RunFolder:
             settings: Of the run.
             progress: Where it is.
             milestone: Also under a name that stays.
+
+        Raises:
+            NotSavedError: The disk is full, read-only or gone, or another run has taken the folder over. What was
+                there stays.
         """
         content = {
             "epoch": progress.epoch - 1,  # timm: the last one completed
@@ -242,11 +314,59 @@ class RunFolder:
             "progress": asdict(progress),
             **state,
         }
-        for name in [f"milestone-{progress.epoch}"] * milestone + ["last"]:  # 'last' is last: the rest of it is there
+        # 'last' is last: the rest of it is there, and what it replaces goes when the milestone is safe
+        for name in [f"milestone-{progress.epoch}"] * milestone + ["last"]:
             path = self.path / f"{name}.pth.tar"
-            part = path.with_suffix(".part")
-            torch.save(content, part)
-            os.replace(part, path)
+            try:
+                if self._lock is not None:
+                    self._lock.check()
+                save_torch(content, path)
+            except WriteError as e:
+                raise NotSavedError(f"{e} {self.last_whole} Make room there, or give the run another disk.") from e
+            except LockLostError as e:
+                raise NotSavedError(f"{e} {self.last_whole} Let one of the two runs end.") from e
+            self._saved = f"{path} ({_where(content['progress'])})"
+
+    def check_finite(self, state: dict[str, Any]) -> None:
+        """Raises `NotSavedError` where a weight is not finite: a checkpoint of it would be of no use."""
+        for name in ("state_dict", "state_dict_ema"):
+            bad = first_not_finite(state.get(name, {}))
+            if bad:
+                raise NotSavedError(
+                    f"The weight '{bad}' is not finite, so that nothing of it was saved. {self.last_whole} Lower the "
+                    "learning rate or clip the gradient."
+                )
+
+    @property
+    def last_whole(self) -> str:
+        """The last checkpoint that is whole, in words."""
+        return f"The last whole checkpoint is {self._saved}." if self._saved else "No checkpoint was saved before."
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Tells apart what has been a file's content."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _whole_beside(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The other checkpoints of a run that are whole, with their content, the newest first."""
+    found = {other: re.fullmatch(r"milestone-(\d+)\.pth\.tar", other.name) for other in path.parent.glob("*.pth.tar")}
+    ages = {other: int(match[1]) for other, match in found.items() if match}
+    ages[path.with_name("last.pth.tar")] = max(ages.values(), default=0) + 1
+    for other in sorted(ages, key=lambda other: ages[other], reverse=True):
+        if other.name != path.name:
+            with contextlib.suppress(CheckpointError):
+                yield other, load_run_checkpoint(other)
+
+
+def _where(progress: dict[str, Any]) -> str:
+    """How far a checkpoint is."""
+    inside = f", and update {progress['update']} of the next" if progress["update"] else ""
+    return f"after epoch {progress['epoch']}{inside}"
 
 
 def _differences(old: dict, new: dict, names: tuple[str, ...]) -> list[str]:

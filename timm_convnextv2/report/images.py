@@ -1,28 +1,35 @@
 """The images that a run draws: its loss curve, and what the model predicts."""
 
 import csv
-import os
 from pathlib import Path
 
 import torch
 
+from ..files import whole_file
 from ..models.fcmae import FCMAE, normalize_target, patchify, unpatchify
 
 __all__ = ["save_loss_curve", "save_reconstructions"]
 
 
 def _save(figure, path: str | Path) -> None:
-    """Writes a figure so that a viewer never sees half of it."""
+    """Writes a figure so that a viewer never sees half of it.
+
+    Raises:
+        WriteError: (an OSError) It cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    part = f"{path}.part"
     FigureCanvasAgg(figure)
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png")
 
 
 def save_loss_curve(summary: str | Path, path: str | Path) -> None:
-    """Draws loss and learning rate of a `summary.csv` as a PNG."""
+    """Draws loss and learning rate of a `summary.csv` as a PNG.
+
+    Raises:
+        OSError: The summary cannot be read, or the image not written.
+    """
     from matplotlib.figure import Figure
 
     with open(summary, newline="") as f:

@@ -1,0 +1,32 @@
+"""SIGKILL at random moments, also in the middle of a checkpoint or an export: the run ends as one without."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import environment
+
+from timm_convnextv2.pretrain.run_folder import WRITTEN
+
+KILLER = Path(__file__).with_name("killer.py")
+OPTIONS = ["--train-num-samples", "8", "--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0"]
+OPTIONS += ["--decoder-dim", "8", "--model-kwargs", "depths=[1,1,1,1]", "dims=[8,12,16,20]", "drop_path_rate=0.1"]
+OPTIONS += ["--epochs", "2", "--model-ema", "--device", "cpu", "--lr", "1e-2"]
+
+
+@pytest.mark.parametrize("tries, seed", [(6, 0), pytest.param(25, 1, marks=pytest.mark.slow)])
+def test_killed_runs_end_as_one_that_was_not(tmp_path, tries, seed):
+    words = [sys.executable, KILLER, tmp_path, tries, seed, *OPTIONS]
+    result = subprocess.run(
+        [*map(str, words)], capture_output=True, text=True, timeout=60 + 60 * tries, env=environment()
+    )
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    logs = "\n".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
+    assert result.returncode == 0 and len(found) == tries, result.stderr + logs
+    assert all(each["same"] and not each["left"] for each in found), f"{found}\n{logs}"
+    kills = [kill for each in found for kill in each["kills"]]
+    assert any(kill not in ("starting", "training") for kill in kills), kills  # some in the middle of a write
+    for path in tmp_path.glob("run*/*"):
+        assert any(path.match(pattern) for pattern in WRITTEN), path
