@@ -26,7 +26,7 @@ def squares(gradients):
     return sum((g**2).sum() for g in gradients)
 
 
-@pytest.mark.parametrize("backend", ["eager"])
+@pytest.mark.parametrize("backend", ["eager", "fused"])
 def test_gradients_of_gradients(loss, backend):
     of, parameters = loss
     values = {k: v.detach() for k, v in parameters.items()}

@@ -120,10 +120,24 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     x, weight, index = ctx.saved_tensors
     need_x, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():  # a gradient of gradients was asked for: differentiate the plain form
+        return *_plain_window_gradients(grad, x, weight, index, needs), None, None
     found = _window_depthwise_backward(
         grad.contiguous(), x, weight, index, ctx.kernels, need_x, need_weight or need_bias
     )
     return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
+
+
+def _plain_window_gradients(grad, x, weight, index, needs) -> list[torch.Tensor | None]:
+    """Gradients of x, weight and bias that can be differentiated again; None where not needed."""
+    C = x.shape[-1]
+    with torch.autocast(x.device.type, enabled=False):
+        bias = weight.new_zeros(C, requires_grad=needs[2])  # only its gradient counts, which has no values in it
+        tokens = torch.cat([x.reshape(-1, C), x.new_zeros(1, C)])  # the last one stands for what is not there
+        out = F.conv2d(tokens[index].permute(0, 3, 1, 2), weight, bias, groups=C).permute(0, 2, 3, 1)
+        leaves = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+        found = iter(torch.autograd.grad(out, leaves, grad, create_graph=True))
+    return [next(found) if need else None for need in needs]
 
 
 _window_depthwise.register_autograd(_backward, setup_context=_setup_context)
@@ -133,8 +147,6 @@ def window_depthwise(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor
 ) -> torch.Tensor:
     """Submanifold depthwise convolution of packed patches; work and memory go with the number of patches.
-
-    Its gradient can be taken once.
 
     Args:
         x: Packed patches `[N, p, p, C]`.

@@ -16,6 +16,8 @@ __all__ = ["check_fits", "load_run_checkpoint"]
 _PROGRESS: dict[str, type | tuple[type, ...]] = dict(
     epoch=int, update=int, loss_sum=(int, float), bad_images=dict, world_size=int, num_images=int
 )
+# What version 0.1 did not save.
+_NEWER: dict[str, type | tuple[type, ...]] = dict(bad_steps=int, skipped=int, stream_workers=(int, type(None)))
 # Optimizers that keep the same for every parameter; those that factor do not.
 _UNIFORM = ("adam", "adamw", "lamb", "lion", "momentum", "nadam", "nadamw", "sgd")
 # What optimizers keep in the shape of the parameter, or as one number for it.
@@ -84,13 +86,14 @@ def check_fits(
 
 
 def _wrong_progress(progress: dict[str, Any]) -> str:
-    for name, kind in _PROGRESS.items():
+    newer = {name: kind for name, kind in _NEWER.items() if name in progress}
+    for name, kind in (_PROGRESS | newer).items():
         value = progress.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             return f"'progress' has {name} = {value!r}, expected {_word(kind)}"
         if isinstance(value, int | float) and not (math.isfinite(value) and (value >= 0 or name == "loss_sum")):
             return f"'progress' has {name} = {value!r}, expected a number from 0"
-    extra = progress.keys() - _PROGRESS.keys()
+    extra = progress.keys() - _PROGRESS.keys() - _NEWER.keys()
     if extra:
         return f"'progress' has the unknown {', '.join(sorted(map(str, extra)))}"
     if not all(isinstance(k, str) and isinstance(v, str) for k, v in progress["bad_images"].items()):
