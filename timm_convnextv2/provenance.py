@@ -18,6 +18,7 @@ from .schema import ConfigError, check_config
 __all__ = ["Origin", "config_beside", "is_ours", "origin_of_config", "read_config", "resolve_license"]
 
 WEIGHTS = "model.safetensors"
+_HTTP_ERRORS: Any = HfHubHTTPError.__bases__
 
 # Ids of licences that the Hub knows: https://huggingface.co/docs/hub/repositories-licenses, as of June 2026
 LICENSES = frozenset(
@@ -113,7 +114,7 @@ def config_beside(pretrained_cfg: dict[str, Any], cache_dir: str | Path | None =
         return None
     except (OSError, HfHubHTTPError):
         raise
-    except HfHubHTTPError.__bases__ as e:  # of the HTTP library: the connection broke in mid-download
+    except _HTTP_ERRORS as e:  # of the HTTP library: the connection broke in mid-download
         raise ConnectionError(f"{type(e).__name__}: {e}") from e
     return None
 
@@ -132,7 +133,7 @@ def origin_of_config(config: dict[str, Any], hub_id: str | None = None) -> Origi
         tagged = f"{config.get('architecture') or cfg.get('architecture')}.{cfg.get('tag')}"
         published = hub_id.removeprefix("timm/") if hub_id and hub_id.startswith("timm/") else tagged
         if published in timm.list_models("convnextv2_*", pretrained=True):
-            known = timm.get_pretrained_cfg(published)
+            known: Any = timm.get_pretrained_cfg(published)
             license, url = known.license, known.origin_url
     return Origin(license, hub_id or training_of(config).get("base_model"), url)
 

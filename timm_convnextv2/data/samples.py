@@ -178,9 +178,9 @@ def _make_sample(
     image: torch.Tensor | Reduced, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with _seeded(seed):
-        image = transform(image)
+        sample = transform(image)
     generator = torch.Generator().manual_seed(_mix(seed, 1))
-    return image, random_mask(1, grid, mask_ratio, generator=generator)[0]
+    return sample, random_mask(1, grid, mask_ratio, generator=generator)[0]
 
 
 Bad = list[tuple[int, str]]
@@ -327,7 +327,7 @@ class PretrainStream(IterableDataset):
             for at, reported in [*waiting, (position, bad)]:
                 seed = sample_seed(stream, epoch, at)
                 # what stands in for a bad picture is decoded anew, at the size that this crop needs
-                image = last(_choose(self.transform, seed)) if reported else picture
+                image: Any = last(_choose(self.transform, seed)) if reported else picture
                 yield *_make_sample(image, self.transform, self.grid, self.mask_ratio, seed), reported
             waiting = []
         if waiting:

@@ -219,7 +219,7 @@ class TimmSource(Dataset):
         if prefix not in _MAP_PREFIXES and (root is None or not os.path.exists(root)):
             raise ValueError(f"Data set folder {root} does not exist. Check --data-dir.")
         self.dataset = _create_timm_dataset(name, root, split, download=download, **kwargs)
-        self.reader = getattr(self.dataset, "reader", None)
+        self.reader: Any = getattr(self.dataset, "reader", None)
         if not len(self.dataset):
             raise ValueError(f"Split '{split}' of data set '{self.dataset_name}' has no sample. Choose another split.")
         if prefix == "hfds":
@@ -417,7 +417,7 @@ class TimmStream(IterableDataset):
         """Tells the reader the number of loader workers, which `len` depends on. Call before making the loader."""
         self.dataset.set_loader_cfg(num_workers)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[torch.Tensor | Reduced]:
         for _, load in self.undecoded():
             yield load()
 
@@ -477,7 +477,7 @@ class TimmStream(IterableDataset):
             return dict(image=dict(path=path, bytes=sample[key] if key else b""), target=None)
 
         # timm's last two stages decode and rename
-        reader.ds.pipeline[-2:] = [webdataset.map(pick)]
+        reader.ds.pipeline[-2:] = [webdataset.map(pick)]  # pyright: ignore[reportAttributeAccessIssue]
         if reader.is_training:
             # the one before shuffles with a generator that goes on from epoch to epoch, which no resumed run could
             # repeat; here its seed follows the epoch, as that of the shards does

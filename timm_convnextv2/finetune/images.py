@@ -78,7 +78,8 @@ class Images(ImageDataset):
         Raises:
             ImageError, OSError: It cannot be read or decoded; names the file.
         """
-        picture, *rest = self.reader[index]
+        reader: Any = self.reader
+        picture, *rest = reader[index]
         image = decode_any(picture, self.name(index), self.in_chans, convert=_keep_8_bit)
         if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and self.in_chans in (1, 3):
             image = to_pil_image(image)  # from .npy or tifffile
@@ -87,7 +88,7 @@ class Images(ImageDataset):
     def name(self, index: int) -> str:
         """File name of a sample, or its number where only reading the sample tells it."""
         known = hasattr(self.reader, "samples")
-        return printable(self.filename(index, absolute=True)) if known else f"sample {index}"
+        return printable(str(self.filename(index, absolute=True))) if known else f"sample {index}"
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         for _ in range(self._max_retries):

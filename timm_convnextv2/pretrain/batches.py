@@ -173,7 +173,7 @@ def open_batches(
     source = create_source()
     if note := left_out(source):
         world.say(note)
-    options = dict(
+    options: dict[str, Any] = dict(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_mem,

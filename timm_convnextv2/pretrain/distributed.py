@@ -27,6 +27,13 @@ class Seat(NamedTuple):
     size: int
     primary: bool = False
 
+    def say(self, text: str) -> None:
+        """Says nothing: the process that replays speaks for itself."""
+
+    def share(self, value: Any) -> Any:
+        """The value itself."""
+        return value
+
 
 class World:
     """The processes of a run; without torchrun, this one alone.
@@ -59,7 +66,9 @@ class World:
         self.stop = ""
         self.training = False
         # what the processes agree on goes through the CPU, so that nobody waits for a GPU
-        self._cpu_group = dist.new_group(backend="gloo") if self.distributed and self.device.type != "cpu" else None
+        self._cpu_group: Any = (
+            dist.new_group(backend="gloo") if self.distributed and self.device.type != "cpu" else None
+        )
         self.writing = threading.Lock()
         self._wakeup: tuple[int, int] | None = None
         self._peers: Peers | None = None

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,8 @@ def keep_bad_step(run: Run, world: World, error: NotFiniteError, weights: bool) 
     images = []
     for rank in range(world.size):
         indices = run.batches.indices(epoch, update * accum, accum, rank, world.size)
-        images.append(None if indices is None else [(i, run.batches.name_of(i)) for i in indices])
+        name_of = run.batches.name_of
+        images.append([(i, name_of(i)) for i in indices] if indices is not None and name_of is not None else None)
     try:
         path = write_record(
             run.folder.path, epoch=epoch, update=update, number=error.number, loss=error.loss, settings=run.settings,
@@ -408,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
     return int(run.stop == "images")
 
 
-def end_workers(workers: set[multiprocessing.process.BaseProcess]) -> None:
+def end_workers(workers: set[BaseProcess]) -> None:
     """Ends data workers, for which Python would wait for ever: they ignore SIGTERM."""
     if not workers:
         return

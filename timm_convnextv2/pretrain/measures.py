@@ -90,7 +90,8 @@ def reconstructions(
 
     def draw(epoch: int, _encoder: ConvNeXtV2) -> dict[str, float]:
         folder.mkdir(exist_ok=True)
-        images, masks, _ = collate(shown)
+        batch: Any = collate(shown)
+        images, masks, _ = batch
         save_reconstructions(folder / f"epoch-{epoch:04d}.png", model, images, masks, mean, std, title(epoch))
         return {}
 

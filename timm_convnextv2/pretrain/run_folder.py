@@ -206,7 +206,7 @@ class RunFolder:
                 f"Cannot resume from {path}, which differs in {'; '.join(differs)}. Repeat the settings of that run "
                 "(its args.yaml), or start a new --experiment."
             )
-        if settings["model_ema"] and "state_dict_ema" not in self.checkpoint:
+        if settings["model_ema"] and "state_dict_ema" not in (self.checkpoint or {}):
             raise ValueError(f"Cannot resume from {path} with --model-ema: that run kept no moving average.")
         differs = _differences(before, settings, DATA_ORDER) + _differences(then, now, ("world_size", "num_images"))
         if differs and then["update"]:

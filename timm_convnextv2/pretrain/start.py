@@ -125,7 +125,7 @@ def create_fcmae(
         options |= {"pretrained_cfg_overlay": start.overlay, "start_config": start.config}
     torch.manual_seed(seed)
     try:
-        model = timm.create_model(model_name, pretrained=pretrained, **options, **model_kwargs)
+        model: Any = timm.create_model(model_name, pretrained=pretrained, **options, **model_kwargs)
     except (AssertionError, KeyError, TypeError) as e:
         raise ValueError(f"--model-kwargs {model_kwargs} does not suit {name}: {e!r}") from e
     for holder in (model.pretrained_cfg, start.overlay if start else {}):

@@ -93,10 +93,10 @@ class Trainer:
         self.world, self.device, self.seed = world, world.device, seed
         self.grad_accum_steps, self.clip_grad, self.amp_dtype = grad_accum_steps, clip_grad, amp_dtype
         self.task = FCMAETask(model.to(self.device), device=self.device, verbose=False)
-        fused = opt in ("adam", "adamw") and self.device.type in ("cpu", "cuda")
-        self.optimizer = create_optimizer_v2(
+        fused: Any = {"fused": True} if opt in ("adam", "adamw") and self.device.type in ("cpu", "cuda") else {}
+        self.optimizer: Any = create_optimizer_v2(
             model, opt=opt, lr=plan.lr, weight_decay=weight_decay, betas=tuple(betas), eps=eps,
-            **(dict(fused=True) if fused else {}),
+            **fused,
         )  # fmt: skip
         self.scheduler = CosineLRScheduler(
             self.optimizer, t_initial=max(1, plan.updates - plan.warmup_updates), lr_min=min_lr,

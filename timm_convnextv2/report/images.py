@@ -1,6 +1,7 @@
 """The images that a run draws: its loss curve, and what the model predicts."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def save_loss_curve(summary: str | Path, path: str | Path) -> None:
         epochs, [float(r["train_loss"]) for r in rows], color="#1f5fa8", marker=marker, markersize=3, label="loss"
     )
     axis.set(xlabel="epoch", ylabel="loss on masked patches")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportCallIssue]
     axis.grid(alpha=0.25)
     rate = axis.twinx()
     rate.plot(epochs, [float(r["lr"]) for r in rows], color="#999999", linewidth=1, linestyle="--")
@@ -66,8 +67,8 @@ def save_reconstructions(
     model: FCMAE,
     images: torch.Tensor,
     masks: torch.Tensor,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: Sequence[float],
+    std: Sequence[float],
     title: str = "",
 ) -> None:
     """Draws original, masked input, prediction of the removed patches, and both together, of each image as a PNG.
@@ -91,21 +92,21 @@ def save_reconstructions(
     pred = model(images.to(device), masks).pred.float().cpu()
     model.train(training)
 
-    grid, stride = tuple(masks.shape[1:]), model.stride
+    grid, stride = (masks.shape[1], masks.shape[2]), model.stride
     if model.norm_pix_loss:
         _, patch_mean, patch_std = normalize_target(patchify(images, stride))
         pred = pred * patch_std + patch_mean
     pred = unpatchify(pred, grid, stride)
     gap = masks.repeat_interleave(stride, 1).repeat_interleave(stride, 2).unsqueeze(1)
 
-    mean, std = torch.tensor(mean), torch.tensor(std)
-    shown = _displayable(images, mean, std)
+    means, stds = torch.tensor(mean), torch.tensor(std)
+    shown = _displayable(images, means, stds)
     low, high = (0.0, 1.0) if -0.1 <= shown.min() and shown.max() <= 1.5 else (shown.min(), shown.max())
     columns = {
         "original": shown,
         "masked input": torch.where(gap.permute(0, 2, 3, 1), low + 0.5 * (high - low), shown),
-        "prediction": torch.where(gap.permute(0, 2, 3, 1), _displayable(pred, mean, std), high),
-        "prediction + visible": _displayable(torch.where(gap, pred, images), mean, std),
+        "prediction": torch.where(gap.permute(0, 2, 3, 1), _displayable(pred, means, stds), high),
+        "prediction + visible": _displayable(torch.where(gap, pred, images), means, stds),
     }
     count, aspect = images.shape[0], images.shape[2] / images.shape[3]
     figure = Figure(figsize=(8, 0.3 + 2 * count * aspect), dpi=120, layout="constrained")

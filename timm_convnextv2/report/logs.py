@@ -25,7 +25,7 @@ def open_logs(
     """Functions `(epoch, metrics)` that send the metrics of an epoch to the logs asked for."""
     logs = []
     if wandb:
-        import wandb as api
+        import wandb as api  # pyright: ignore[reportMissingImports]
 
         api.init(project=wandb_project, name=folder.name, config=settings, dir=folder)
         logs.append(lambda epoch, metrics: api.log({**metrics, "epoch": epoch}))

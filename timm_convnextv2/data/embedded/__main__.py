@@ -12,7 +12,7 @@ from . import EmbeddedSource, write_folder
 def cli(argv: list[str] | None = None) -> int:
     """Runs `write_folder`; a mistake in the options is one message and exit status 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m timm_convnextv2.data.embedded", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="python -m timm_convnextv2.data.embedded", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="written as FOLDER/{train,validation}/CLASS/*.png; new, or empty")
