@@ -16,6 +16,8 @@ from PIL import Image, TiffImagePlugin
 
 from timm_convnextv2.data import FolderSource, PretrainDataset, PretrainTransform
 from timm_convnextv2.embed.images import map_batches, preprocessing
+from timm_convnextv2.finetune import images
+from timm_convnextv2.finetune.folders import FolderReader
 
 tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
 pytest.importorskip("imagecodecs", reason="the package imagecodecs is not installed")
@@ -46,7 +48,26 @@ def embed(folder, in_chans, nodata):
     return batch.items[0].image, str(batch.items[0].error or "")
 
 
-READERS: dict[str, Reader] = {"pretrain": pretrain, "embed": embed}
+def finetune(folder, in_chans, nodata):
+    """What finetune, validate and predict hand to timm's scripts, through its loader and evaluation transform."""
+    if nodata is not None:
+        pytest.skip("finetuning, validation and prediction have no --nodata")
+    (file,) = folder.iterdir()
+    (folder / "class").mkdir()
+    file.rename(folder / "class" / file.name)
+    dataset = images.Images(FolderReader(folder), in_chans, strict=True)
+    loader = images.create_loader(
+        dataset, (in_chans, S, S), 1, mean=(0.0,) * in_chans, std=(1.0,) * in_chans, interpolation="bicubic",
+        crop_pct=1.0, num_workers=0, persistent_workers=False, device=torch.device("cpu"),
+    )  # fmt: skip
+    try:
+        ((x, _),) = loader
+    except ValueError as error:
+        return None, str(error)
+    return x[0], ""
+
+
+READERS: dict[str, Reader] = {"pretrain": pretrain, "embed": embed, "finetune": finetune}
 
 
 # -------------------------------------------------------------------------------------------------------------- files
