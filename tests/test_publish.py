@@ -15,8 +15,8 @@ from test_export import FCMAE, NC, _Runs, config_of, equal, make_run
 
 from timm_convnextv2 import pretrain, publish
 from timm_convnextv2.checkpoint import export_encoder, export_finetuned, load_checkpoint, push_to_hub
-from timm_convnextv2.pretrain.loop import create_model
 from timm_convnextv2.pretrain.options import parse_options
+from timm_convnextv2.pretrain.setup import create_model
 
 SENT = ["README.md", "config.json", "model.safetensors"]
 IMAGES = ["loss.png", "reconstructions.png"]

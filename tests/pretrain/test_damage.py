@@ -10,7 +10,7 @@ from mutations import damage_bytes, damage_content, within
 from runs import command, load, refused, rows, run
 
 from timm_convnextv2.checkpoint import CheckpointError, load_checkpoint
-from timm_convnextv2.pretrain import loop
+from timm_convnextv2.pretrain import setup
 from timm_convnextv2.pretrain.distributed import World
 from timm_convnextv2.pretrain.options import parse_options
 
@@ -61,13 +61,13 @@ def resume(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("resume")
     args, start = parse_options(command(folder / "r", *tiny[1], "--device", "cpu", epochs=3))
     world = World("cpu")
-    model = loop.create_model(args, start)
-    plan = loop.plan_of(args, loop.open_data(args, model, world), world)
-    trainer = loop.create_trainer(args, model, plan, world)
+    model = setup.create_model(args, start)
+    plan = setup.plan_of(args, setup.open_data(args, model, world), world)
+    trainer = setup.create_trainer(args, model, plan, world)
 
     def act(path):
-        run_folder = loop.RunFolder(str(folder), "r", str(path))
-        progress = run_folder.progress(loop.settings_of(args), 1, 8)
+        run_folder = setup.RunFolder(str(folder), "r", str(path))
+        progress = run_folder.progress(setup.settings_of(args), 1, 8)
         run_folder.restore(trainer, progress, plan.updates_per_epoch)
         trainer.model.zero_grad()
         for parameter in trainer.model.parameters():

@@ -8,7 +8,7 @@ from runs import SCRIPT, command, load
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
-from timm_convnextv2.pretrain import main, loop, peers
+from timm_convnextv2.pretrain import main, peers, setup
 from timm_convnextv2.pretrain.batches import DataError
 from timm_convnextv2.pretrain.trainer import Trainer
 update = Trainer.update
@@ -59,7 +59,7 @@ def test_one_process(tmp_path, fault):
 @pytest.mark.parametrize(
     "fact, before",
     [
-        ("the package versions", "loop.VERSIONS += ' ' + os.environ['RANK']"),
+        ("the package versions", "setup.VERSIONS += ' ' + os.environ['RANK']"),
         ("--epochs", "sys.argv += ['--epochs', '1' + os.environ['RANK']]"),
         ("the number of images", "sys.argv += ['--train-num-samples', '3' + os.environ['RANK']]"),
     ],

@@ -8,6 +8,6 @@ Options have the names that timm's train.py gives them, wherever it has the opti
 OUTPUT/EXPERIMENT/encoder, a timm folder that stock timm opens. `loop` is the page to read first and to change.
 """
 
-from .loop import main
+from .command import main
 
 __all__ = ["main"]

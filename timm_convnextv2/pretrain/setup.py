@@ -1,0 +1,190 @@
+"""What a run needs, made from the options and checked before anything is written."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+import yaml
+
+from ..command import say
+from ..data import PretrainTransform, create_source
+from ..memory import memory_estimate
+from ..models import FCMAE
+from ..provenance import resolve_license
+from ..report import ProgressBar, check_logs, open_logs
+from .batches import Batches, open_batches
+from .distributed import Seat, World
+from .inputs import check_input, input_line, input_warnings
+from .loop import Run
+from .measures import Measure, reconstructions
+from .messages import (
+    VERSIONS,
+    about_run,
+    ema_warnings,
+    memory_line,
+)
+from .options import inherit, settings_of
+from .plan import Plan, make_plan
+from .run_folder import RunFolder, experiment_name
+from .start import Start, create_fcmae, short_name
+from .trainer import Trainer, check_compile_backend
+
+__all__ = ["create_model", "open_data", "set_up"]
+
+
+def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run | None:
+    """Opens and checks everything; only then is anything written.
+
+    Args:
+        args: The options, see `options.parse_options`.
+        start: The timm folder to start from.
+        world: The processes of the run.
+
+    Returns:
+        The run, in its folder and with the state of its checkpoint; None after --dry-run.
+
+    Raises:
+        ValueError: A mistake in settings, data or folder.
+    """
+    model = create_model(args, start)
+    batches = open_data(args, model, world)
+    check_input(batches.inputs)
+    plan = plan_of(args, batches, world)
+    if not args.experiment:
+        if args.resume == "auto":
+            raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
+        args.experiment = experiment_name(args.model, args.input_size, world)
+    model_folder = args.model.removeprefix("local-dir:") if start else None
+    sources = [place for place in (args.data_dir, args.weights, None if args.weights else model_folder) if place]
+    folder = RunFolder(args.output, args.experiment, args.resume, args.overwrite, sources)
+    settings = settings_of(inherit(args, folder.checkpoint))
+    progress = folder.progress(settings, world.size, batches.num_images)
+    batches.check_resume(progress.stream_workers, progress.update)
+    progress.stream_workers = batches.stream_workers
+    world.agree({"the number of images": batches.num_images, "the package versions": VERSIONS, **shared(settings)})
+    check_logs(args.log_wandb, args.log_tensorboard)
+    check_compile_backend(args.torchcompile)
+    about = about_run(args.model, model, plan, batches.num_images, args.input_size, world.size, world.device)
+    about += f"\n{input_line(batches.inputs)}"
+    for warning in [*input_warnings(batches.inputs), *ema_warnings(settings, plan.updates)]:
+        say(f"warning: {warning}", error=True)
+    if args.dry_run:
+        fixed, step = memory_estimate(model, args.batch_size, ema=args.model_ema, amp=args.amp, device=world.device)
+        world.say(yaml.safe_dump(settings, sort_keys=False) + f"{about}\n{memory_line(fixed, step, args.batch_size)}")
+        return None
+
+    trainer = create_trainer(args, model, plan, world)
+    if folder.checkpoint is not None:
+        folder.restore(trainer, progress, plan.updates_per_epoch)
+        about += f"\nResumed from {folder.resumed_from}: epoch {progress.epoch + 1}, update {progress.update + 1}"
+    world.wait()  # no process may find the folder already claimed
+    if world.primary:
+        folder.claim(settings, VERSIONS, progress.epoch)
+        logs = open_logs(folder.path, settings, args.log_wandb, args.wandb_project, args.log_tensorboard)
+    world.wait()  # nor train where the first could not claim it
+    world.training = True
+    trainer.wrap(args.torchcompile)
+    world.say("\n".join([*folder.notes, about, f"Writing to {folder.path}"]))
+    done = progress.epoch * plan.updates_per_epoch + progress.update
+    bar = ProgressBar(plan.updates, done, plan.epochs, args.log_interval, world.primary)
+    measures = create_measures(args, trainer, batches, folder)
+    return Run(settings, trainer, batches, plan, folder, progress, measures, logs if world.primary else [], bar)
+
+
+def shared(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that all processes must have; places and devices may be others on another machine."""
+    return {f"--{k.replace('_', '-')}": v for k, v in settings.items() if k not in ("data_dir", "output", "device")}
+
+
+def create_model(args: argparse.Namespace, start: Start | None) -> FCMAE:
+    """The FCMAE that the options name; its licence is checked now, not at the first export."""
+    model = create_fcmae(
+        args.model,
+        start,
+        seed=args.seed,
+        pretrained=args.pretrained,
+        model_kwargs=args.model_kwargs,
+        grad_checkpointing=args.grad_checkpointing,
+        img_size=tuple(args.input_size[1:]),
+        in_chans=args.in_chans,
+        patch_size=args.patch_size,
+        mask_ratio=args.mask_ratio,
+        decoder_depth=args.decoder_depth,
+        decoder_dim=args.decoder_dim,
+        norm_pix_loss=args.norm_pix_loss,
+    )
+    resolve_license(args.license or None, model.encoder.pretrained_cfg.get("license"))
+    return model
+
+
+def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat) -> Batches:
+    """The data that the options name."""
+    transform = PretrainTransform(
+        tuple(args.input_size[1:]), tuple(args.scale), tuple(args.ratio), args.hflip, args.vflip,
+        args.train_interpolation, tuple(args.mean), tuple(args.std),
+    )  # fmt: skip
+    source = partial(
+        create_source, args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key,
+        args.dataset_download, args.train_num_samples, args.batch_size, args.seed,
+        nodata=args.nodata,
+    )  # fmt: skip
+    return open_batches(
+        source,
+        transform,
+        grid=model.grid(*args.input_size[1:]),
+        mask_ratio=args.mask_ratio,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        workers=args.workers,
+        pin_mem=args.pin_mem,
+        world=world,
+    )
+
+
+def plan_of(args: argparse.Namespace, batches: Batches, world: World) -> Plan:
+    """Length and learning rate that the options ask for."""
+    return make_plan(
+        epochs=args.epochs,
+        batches_per_epoch=batches.per_epoch,
+        batch_size=args.batch_size,
+        grad_accum_steps=args.grad_accum_steps,
+        world_size=world.size,
+        num_images=batches.num_images,
+        lr=args.lr,
+        lr_base=args.lr_base,
+        lr_base_size=args.lr_base_size,
+        warmup_epochs=args.warmup_epochs,
+    )
+
+
+def create_trainer(args: argparse.Namespace, model: FCMAE, plan: Plan, world: World) -> Trainer:
+    """The trainer that the options ask for."""
+    return Trainer(
+        model,
+        plan,
+        world,
+        seed=args.seed,
+        grad_accum_steps=args.grad_accum_steps,
+        opt=args.opt,
+        betas=tuple(args.opt_betas),
+        eps=args.opt_eps,
+        weight_decay=args.weight_decay,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        clip_grad=args.clip_grad,
+        amp_dtype=getattr(torch, args.amp_dtype) if args.amp else None,
+        ema_decay=args.model_ema_decay if args.model_ema else None,
+        ema_warmup=args.model_ema_warmup,
+        skip_bad=args.max_bad_steps > 0,
+    )
+
+
+def create_measures(args: argparse.Namespace, trainer: Trainer, batches: Batches, folder: RunFolder) -> list[Measure]:
+    """What is looked at between epochs; add yours here."""
+
+    def title(epoch: int) -> str:
+        return f"{short_name(args.model)}, epoch {epoch} of {args.epochs}, loss {trainer.mean_loss:.3f}"
+
+    draw = reconstructions(folder.path / "reconstructions", trainer.model, batches.shown, args.mean, args.std, title)
+    return [Measure(draw, args.recon_interval)]
