@@ -353,7 +353,7 @@ def told_once(command, err):
     return re.search(rf"timm-convnextv2 {command}: (error: )?\S+\.tif: TIFF with compression LZW; run", err)
 
 
-TWO_CHANNELS = ["--in-chans", "2", "--mean", "0.5", "0.5", "--std", "0.2", "0.2", "--max-bad-images", "1"]
+TWO_CHANNELS = ["--in-chans", "2", "--mean", "0.005", "0.005", "--std", "0.002", "0.002", "--max-bad-images", "1"]
 
 
 @pytest.mark.parametrize("command", ["pretrain", "embed"])
