@@ -35,7 +35,8 @@ def shards(folder, kind):
     contents = []
     for i in range(NUM_IMAGES):
         buffer = io.BytesIO()
-        Image.new("RGB", (40, 40), (i * 10, 255 - i * 10, i)).save(buffer, "png")
+        image = Image.linear_gradient("L").resize((40, 40)).rotate(15 * i)  # all different, and none blank
+        image.convert("RGB").save(buffer, "png")
         contents.append(b"junk" if i in BAD else buffer.getvalue())
     if kind == "wds":
         pytest.importorskip("webdataset", reason="the package webdataset is not installed")
