@@ -38,11 +38,15 @@ def start(tmp_path, act="pass", before="", *more):
     stamp = tmp_path / "fault"
     script.write_text(PROGRAM.format(act=act, before=before, stamp=str(stamp)))
     options = command(tmp_path / "r", "--batch-size", "4", "--workers", "2", *more, epochs=99)
-    result = torchrun(script, *options, timeout=90)
+    result = torchrun(script, *options, timeout=120)
     return result, time.time() - stamp.stat().st_mtime if stamp.exists() else None
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+SLOW = pytest.mark.slow  # a start of two processes with workers takes 10 s, and more where one hangs
+BY_DEFAULT = ("is killed", "meets a bug")
+
+
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=[] if f in BY_DEFAULT else SLOW) for f in FAULTS])
 def test_one_process(tmp_path, fault):
     act, words = FAULTS[fault]
     shorter = "peers.PATIENCE = 5" if fault == "is stopped" else ""
@@ -50,7 +54,7 @@ def test_one_process(tmp_path, fault):
     assert result.returncode, result.stdout
     own = result.stderr.partition("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")[0]
     # torchrun gives a process that is stopped 30 s to end
-    assert words in own and seconds < (20 if fault != "is stopped" else 50), result.stderr
+    assert words in own and seconds < (60 if fault != "is stopped" else 90), result.stderr
     assert own.count("Traceback") == (fault == "meets a bug") + own.count("torch/distributed/run.py") // 2, own
     for of_others in ("Connection closed", "gloo", "Timed out", "NCCL"):
         assert of_others not in own
@@ -59,9 +63,11 @@ def test_one_process(tmp_path, fault):
 @pytest.mark.parametrize(
     "fact, before",
     [
-        ("the package versions", "setup.VERSIONS += ' ' + os.environ['RANK']"),
+        pytest.param("the package versions", "setup.VERSIONS += ' ' + os.environ['RANK']", marks=SLOW),
         ("--epochs", "sys.argv += ['--epochs', '1' + os.environ['RANK']]"),
-        ("the number of images", "sys.argv += ['--train-num-samples', '3' + os.environ['RANK']]"),
+        pytest.param(
+            "the number of images", "sys.argv += ['--train-num-samples', '3' + os.environ['RANK']]", marks=SLOW
+        ),
     ],
 )
 def test_processes_that_disagree(tmp_path, fact, before):
