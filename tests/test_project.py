@@ -22,6 +22,7 @@ FIRST_SCREEN = README.partition("\n## ")[0]
 PAGES = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
 FOREIGN_OPTIONS = {
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"),  # torchrun's
+    "--signal",  # SLURM's
     # timm's train.py, validate.py and inference.py
     *("--num-classes", "--device-modules", "--warmup-prefix", "--crop-mode", "--include-index", "--results-file"),
     *("--label-type", "--pretrained-path"),
@@ -85,7 +86,8 @@ def test_options_exist(page):
     folders = ("timm_convnextv2", "train_scripts", "benchmarks", "examples")
     code = "".join(p.read_text(encoding="utf-8") for folder in folders for p in (ROOT / folder).rglob("*.py"))
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGES[page])) - FOREIGN_OPTIONS:
-        assert f'"{option}"' in code, f"{page} speaks of {option}, no command has it"
+        negated = f'"{option.replace("--no-", "--", 1)}", action=argparse.BooleanOptionalAction'
+        assert f'"{option}"' in code or negated in code, f"{page} speaks of {option}, no command has it"
 
 
 @pytest.mark.parametrize("page", sorted(set(PAGES) - {"CHANGELOG.md"}))
