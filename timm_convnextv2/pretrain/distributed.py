@@ -144,7 +144,7 @@ class World:
         """Raises a `ValueError` on all processes where one knows other facts than the first."""
         first, *others = self.gather([facts])
         for rank, other in enumerate(others, 1):
-            for name in first.keys() | other.keys():
+            for name in sorted(first.keys() | other.keys()):  # all processes name the same one
                 if first.get(name) != other.get(name):
                     raise ValueError(
                         f"Process {rank} has another value of {name} than process 0: {other.get(name)!r}, not "
