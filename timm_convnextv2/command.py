@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from timm.utils.distributed import world_info_from_env
 
-__all__ = ["CommandParser", "closest", "invocation", "refused", "say"]
+__all__ = ["CommandParser", "closest", "interpreter", "invocation", "refused", "say"]
 
 PROGRAM = "timm-convnextv2"
 
@@ -67,10 +67,10 @@ def invocation(command: str, distributed: bool = False) -> list[str]:
         return [PROGRAM, command]
     if script.name == PROGRAM:  # called by its path, of an environment that is not activated
         return [str(script), command]
-    return [_python(), *words]
+    return [interpreter(), *words]
 
 
-def _python() -> str:
+def interpreter() -> str:
     """'python' where that is this interpreter, else its path: of an environment that is not activated."""
     here, found = os.path.abspath(sys.executable), shutil.which("python")
     if found and os.path.abspath(found) == here:

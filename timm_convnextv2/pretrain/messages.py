@@ -10,7 +10,7 @@ import torch
 
 import timm_convnextv2
 
-from ..command import invocation
+from ..command import interpreter, invocation
 from ..models import FCMAE
 from .plan import Plan
 from .run_folder import Progress
@@ -104,7 +104,7 @@ def next_commands(settings: dict[str, Any], folder: Path, last_epoch: int) -> st
     look = f"Look at the loss and at what it predicts:{shown}\n" if shown else ""
     return f"""\
 Load it in Python, with timm alone:
-  python -c "import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
+  {shlex.quote(interpreter())} -c "import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
 Finetune it with timm's train.py and a recipe, on a folder with train/ and validation/:
   {finetune} --model "local-dir:{encoder}" {size} --data-dir DATA
 {look}See what publishing would send:
