@@ -102,9 +102,10 @@ def next_commands(settings: dict[str, Any], folder: Path, last_epoch: int) -> st
     images = [folder.resolve() / "loss.png", folder.resolve() / "reconstructions" / f"epoch-{last_epoch:04d}.png"]
     shown = "".join(f"\n  {path}" for path in images if path.exists())  # a run that had ended draws nothing
     look = f"Look at the loss and at what it predicts:{shown}\n" if shown else ""
+    python = shlex.quote(interpreter())
     return f"""\
 Load it in Python, with timm alone:
-  {shlex.quote(interpreter())} -c "import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
+  {python} -c "import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
 Finetune it with timm's train.py and a recipe, on a folder with train/ and validation/:
   {finetune} --model "local-dir:{encoder}" {size} --data-dir DATA
 {look}See what publishing would send:
