@@ -71,12 +71,9 @@ def invocation(command: str, distributed: bool = False) -> list[str]:
 
 
 def interpreter() -> str:
-    """'python' where that is this interpreter, else its path: of an environment that is not activated."""
+    """'python' where that is this interpreter, else its whole path: of an environment that is not activated."""
     here, found = os.path.abspath(sys.executable), shutil.which("python")
-    if found and os.path.abspath(found) == here:
-        return "python"
-    below = Path.cwd() in Path(here).parents
-    return os.path.relpath(here) if below else here
+    return "python" if found and os.path.abspath(found) == here else here
 
 
 def _nodes() -> list[str]:

@@ -14,7 +14,7 @@ from runs import at_update, load, rows, run, steady
 
 from timm_convnextv2 import files
 from timm_convnextv2.files import WriteError, new_part, remove_leftovers, save_torch, whole_file
-from timm_convnextv2.pretrain import loop, measures
+from timm_convnextv2.pretrain import loop, measures, setup
 from timm_convnextv2.pretrain.lock import LOCK
 from timm_convnextv2.pretrain.run_folder import RunFolder
 
@@ -142,7 +142,7 @@ def test_what_a_run_can_do_without_is_a_warning(tmp_path, no_images, monkeypatch
     elif what == "summary row":
         monkeypatch.setattr(RunFolder, "add_row", refuse)
     elif what == "TensorBoard":
-        monkeypatch.setattr(loop, "open_logs", lambda *_, **__: [refuse])
+        monkeypatch.setattr(setup, "open_logs", lambda *_, **__: [refuse])
     else:
         export = loop.export_encoder
         monkeypatch.setattr(loop, "export_encoder", lambda *a, **k: export(*a, **k) if next(calls) else refuse())

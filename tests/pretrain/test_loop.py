@@ -81,7 +81,7 @@ print(timm.data.resolve_model_data_config(model)["input_size"])
 
 
 def test_printed_command_loads_the_encoder(atto, tmp_path):
-    line = re.search(r"  (python -c .*)", atto[1])[1]
+    line = re.search(r"  (\S+ -c .*)", atto[1])[1]
     result = shell(line, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("ConvNeXt(") and "out_features=10" in result.stdout
@@ -94,7 +94,7 @@ def test_timm_finetunes_the_encoder(atto, tmp_path):
     for split in ("train", "validation"):
         for label in ("a", "b"):
             image_folder(tmp_path / "data" / split / label, 4)
-    line = re.search(r"  python (.*finetune.py .*) --data-dir DATA", atto[1])[1]
+    line = re.search(r"  \S+ (.*finetune.py .*) --data-dir DATA", atto[1])[1]
     result = shell(
         f"python {line} --data-dir data --epochs 1 -b 4 --workers 1 --output tuned --experiment x --warmup-epochs 0 "
         "--lr-base 1e-6",

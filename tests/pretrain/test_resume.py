@@ -130,7 +130,8 @@ def test_second_signal_ends_at_once_where_python_does_not_run(tmp_path):
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    # by the thread; or by the system, where the first came before Python had entered C
+    assert process.wait(timeout=20) in (128 + signal.SIGTERM, -signal.SIGTERM)
 
 
 def test_printed_command_finishes_the_run(tmp_path, no_images, monkeypatch, capsys, whole):
