@@ -116,6 +116,7 @@ def test_every_variant_has_its_published_shape(name):
         ((96, 64), dict(kernel_sizes=3)),
         ((64, 96), dict(kernel_sizes=(9, 5, 3, 3), decoder_depth=2)),
         ((64, 64), dict(norm_pix_loss=False)),
+        ((64, 96), dict(use_grn=False, ls_init_value=1e-6)),  # ConvNeXt V1
     ],
 )
 @pytest.mark.parametrize("batch", [1, 3])

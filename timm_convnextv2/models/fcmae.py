@@ -79,7 +79,9 @@ class FCMAE(nn.Module):
         decoder_depth: Number of decoder blocks, at least 1.
         decoder_dim: Width of the decoder.
         norm_pix_loss: Normalise the target per patch.
-        **encoder_kwargs: Passed to `ConvNeXtV2` (`depths`, `dims`, `kernel_sizes`, `drop_path_rate`, ...).
+        **encoder_kwargs: Passed to `ConvNeXtV2` (`depths`, `dims`, `kernel_sizes`, `drop_path_rate`, ...). With
+            `use_grn=False` the decoder's blocks have no GRN either: ConvNeXt V1 of the ablation (section 3),
+            whose encoder has layer scale, `ls_init_value=1e-6`.
 
     Raises:
         ValueError: Sizes that do not divide, a mask ratio that is not in (0, 1), or encoder options that mix patches
@@ -145,8 +147,9 @@ class FCMAE(nn.Module):
 
         self.proj = nn.Conv2d(self.num_features, decoder_dim, kernel_size=1, **dd)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1, **dd))
+        use_grn = encoder_kwargs.get("use_grn", True)
         self.decoder = nn.Sequential(
-            *[ConvNeXtV2Block(decoder_dim, use_grn=True, ls_init_value=None, **dd) for _ in range(decoder_depth)]
+            *[ConvNeXtV2Block(decoder_dim, use_grn=use_grn, ls_init_value=None, **dd) for _ in range(decoder_depth)]
         )
         self.pred = nn.Conv2d(decoder_dim, self.stride**2 * in_chans, kernel_size=1, **dd)
         for module in (self.proj, *self.decoder.modules(), self.pred):

@@ -29,8 +29,11 @@ def _block(block: Any, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     y = y.permute(0, 2, 3, 1)
     y = F.layer_norm(y, block.norm.normalized_shape, block.norm.weight, block.norm.bias, block.norm.eps)
     y = mlp.act(F.linear(y, mlp.fc1.weight.flatten(1), mlp.fc1.bias))
-    y = _grn(y, mlp.grn, keep.permute(0, 2, 3, 1))
+    if hasattr(mlp, "grn"):
+        y = _grn(y, mlp.grn, keep.permute(0, 2, 3, 1))
     y = F.linear(y, mlp.fc2.weight.flatten(1), mlp.fc2.bias)
+    if block.gamma is not None:
+        y = y * block.gamma
     return x + block.drop_path(y.permute(0, 3, 1, 2))
 
 
@@ -51,7 +54,7 @@ def reference_forward(model: FCMAE, images: torch.Tensor, mask: torch.Tensor) ->
     """Loss and prediction of `model` on `[B, C, H, W]` images, computed densely with the model's own parameters.
 
     Args:
-        model: FCMAE with the published architecture (LayerNorm, GRN, no layer scale).
+        model: FCMAE with LayerNorm; GRN and layer scale where its blocks have them.
         images: `[B, C, H, W]`.
         mask: Bool `[B, h, w]`, True = removed.
     """
