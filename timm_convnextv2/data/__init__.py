@@ -23,6 +23,7 @@ Streams (`wds/`, `hfids/`, `tfds/`) have no index: see `TimmStream` and `Pretrai
 
 from .decode import ImageError, MissingPackageError, image_extensions, load_image
 from .embedded import EmbeddedSource
+from .parts import Part, hold_out
 from .samples import (
     EpochBatchSampler,
     PretrainDataset,
@@ -42,6 +43,7 @@ __all__ = [
     "ImageError",
     "InputStatistics",
     "MissingPackageError",
+    "Part",
     "PretrainDataset",
     "PretrainStream",
     "PretrainTransform",
@@ -50,6 +52,7 @@ __all__ = [
     "check_readable",
     "collate",
     "create_source",
+    "hold_out",
     "image_extensions",
     "left_out",
     "load_image",

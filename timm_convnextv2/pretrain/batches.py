@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..data import (
     EpochBatchSampler,
@@ -18,6 +18,7 @@ from ..data import (
     TimmStream,
     check_readable,
     collate,
+    hold_out,
     left_out,
 )
 from .distributed import SIGNALS, Seat, World
@@ -25,7 +26,9 @@ from .distributed import SIGNALS, Seat, World
 __all__ = ["Batches", "DataError", "open_batches", "worker_died"]
 
 SHOWN_IMAGES = 6
-SHOWN_EPOCH = 2**31 - 1  # crops and masks of the reconstructions: drawn as those of an epoch that never comes
+WATCHED_IMAGES = 64
+# crops and masks of the reconstructions and the measures: drawn as those of an epoch that never comes
+SHOWN_EPOCH = 2**31 - 1
 
 Bad = list[tuple[int, str]]  # index and reason of images that could not be decoded
 
@@ -41,9 +44,11 @@ class Batches(NamedTuple):
         loader: Yields `(images [B, C, H, W], masks [B, h, w], bad)`; masks are bool, True = removed.
         set_epoch: Takes the epoch and the batch to start from; see `iterate`.
         per_epoch: Batches of an epoch, per process.
-        num_images: Images of the data set.
+        num_images: Images of the data set, without those held out.
         name_of: Name of an image by its index; None for streams, whose reasons begin with the name.
         shown: The few images and masks that are shown during the run, on the first process.
+        watched: As many as the measures look at, likewise; all of these are of the held-out ones where there are any.
+        held_out: Images that are never trained on, with masks, each the same in all epochs; None where there are none.
         inputs: What the network gets, of the images that were tried: the first process's, on all.
         sampler: Of this process; None for streams.
         stream_workers: Data processes of each process that share a stream, 0 for none; None where there is no stream.
@@ -55,6 +60,8 @@ class Batches(NamedTuple):
     num_images: int
     name_of: Callable[[int], str] | None
     shown: list
+    watched: list
+    held_out: Dataset | None
     inputs: InputStatistics
     sampler: EpochBatchSampler | None = None
     stream_workers: int | None = None
@@ -142,6 +149,23 @@ def leave_signals_to_parent(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class Fixed(Dataset):
+    """Images to measure with: crop and mask of each are the same whenever it is asked for.
+
+    Args:
+        dataset: Of images held out, or of all.
+    """
+
+    def __init__(self, dataset: PretrainDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, Bad]:
+        return self.dataset[SHOWN_EPOCH, i]
+
+
 def open_batches(
     create_source: Callable,
     transform: PretrainTransform,
@@ -153,6 +177,7 @@ def open_batches(
     workers: int,
     pin_mem: bool,
     world: World | Seat,
+    holdout: float = 0.0,
 ) -> Batches:
     """Opens the data and tries a few images.
 
@@ -166,6 +191,7 @@ def open_batches(
         workers: Data processes per training process.
         pin_mem: Load into pinned memory.
         world: The processes that share the data.
+        holdout: Share of the images that are never trained on.
 
     Raises:
         ValueError: No image can be decoded, or there are fewer images than a batch takes.
@@ -184,6 +210,11 @@ def open_batches(
     sampling = (transform, grid, mask_ratio, seed)
     inputs = InputStatistics(transform.img_size[0] // grid[0], transform.mean, transform.std)
     if isinstance(source, TimmStream):
+        if holdout:
+            raise ValueError(
+                "--holdout chooses images by their number, which a stream has not. Leave it out, and measure on a "
+                "split of its own with --probe-dir."
+            )
         stream = PretrainStream(source, *sampling)
         source.set_loader_cfg(num_workers=workers)
         loader = DataLoader(stream, batch_size=batch_size, drop_last=True, **options)
@@ -192,11 +223,13 @@ def open_batches(
             stream.set_epoch(epoch, start_batch, batch_size)
 
         # from a reader of its own: workers would continue with one that has been opened here
-        shown = [*islice(PretrainStream(create_source(), *sampling), SHOWN_IMAGES)]
+        count = WATCHED_IMAGES if world.primary else SHOWN_IMAGES
+        watched = [*islice(PretrainStream(create_source(), *sampling), count)]
+        shown = watched[:SHOWN_IMAGES]
         for image, *_ in shown:
             inputs.add(image)
         per_epoch, images, inputs = len(source) // batch_size, len(source) * world.size, world.share(inputs)
-        return Batches(loader, set_epoch, per_epoch, images, None, shown, inputs, None, workers)
+        return Batches(loader, set_epoch, per_epoch, images, None, shown, watched, None, inputs, None, workers)
 
     def look(image: torch.Tensor) -> None:
         with torch.random.fork_rng(devices=[]):  # the run's random numbers stay
@@ -205,9 +238,20 @@ def open_batches(
 
     check_readable(source, look=look if world.primary else None)
     inputs = world.share(inputs)
+    source, apart = hold_out(source, holdout, seed)
     dataset = PretrainDataset(source, *sampling)
+    held_out = None if apart is None else Fixed(PretrainDataset(apart, *sampling))
     sampler = EpochBatchSampler(len(source), batch_size, seed, world.rank, world.size)
     loader = DataLoader(dataset, batch_sampler=sampler, **options)
-    count = min(SHOWN_IMAGES, len(source))
-    shown = [dataset[SHOWN_EPOCH, i * len(source) // count] for i in range(count)] if world.primary else []
-    return Batches(loader, sampler.set_epoch, len(sampler), len(source), source.name, shown, inputs, sampler)
+    looked_at = Fixed(dataset) if held_out is None else held_out
+    shown = _spread(looked_at, SHOWN_IMAGES) if world.primary else []
+    watched = _spread(looked_at, WATCHED_IMAGES) if world.primary else []
+    return Batches(
+        loader, sampler.set_epoch, len(sampler), len(source), source.name, shown, watched, held_out, inputs, sampler
+    )
+
+
+def _spread(images: Fixed, most: int) -> list:
+    """Up to so many of the images, at equal distances."""
+    count = min(most, len(images))
+    return [images[i * len(images) // count] for i in range(count)]

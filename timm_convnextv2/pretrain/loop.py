@@ -9,17 +9,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint import export_encoder
 from ..memory import peak_memory
+from ..models import FCMAE
 from ..report import ProgressBar, Stopwatch, save_loss_curve
 from .batches import Bad, Batches
+from .best import Best
 from .distributed import World
 from .measures import Measure, attempt, measure_epoch
-from .messages import (
-    how_made,
-)
+from .messages import how_made, how_measured
 from .plan import Plan
 from .replay import write_record
 from .run_folder import NotSavedError, Progress, RunFolder
@@ -41,6 +42,7 @@ class Run:
     measures: list[Measure]
     logs: list[Callable[[int, dict], None]]
     bar: ProgressBar
+    best: Best | None = None
     stop: str = ""  # why it ends before its end
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was
 
@@ -145,15 +147,30 @@ def finish_epoch(run: Run, world: World, clock: Stopwatch) -> None:
         "bad_images": len(progress.bad_images),
     }
     if world.primary:
-        measured = measure_epoch(run.measures, progress.epoch, plan.epochs, trainer.model.encoder, run.bar.note)
+        measured = measure_epoch(run.measures, progress.epoch, plan.epochs, trainer.exported.encoder, run.bar.note)
+        if run.best is not None and run.best.improves(measured):
+            attempt(
+                "the export of the best encoder", lambda: export(run, trainer.exported, run.folder.best), run.bar.note
+            )
         attempt("a row of summary.csv", lambda: run.folder.add_row(epoch, metrics, measured, trainer.lr), run.bar.note)
+        found = {f"eval_{name}": value for name, value in measured.items() if value != ""}
         for log in run.logs:
             attempt(
                 "the log of an epoch",
-                lambda log=log: log(epoch, {**metrics, **measured, "lr": trainer.lr}),
+                lambda log=log: log(epoch, {**metrics, **found, "lr": trainer.lr}),
                 run.bar.note,
             )
     run.bar.note(f"epoch {progress.epoch}/{plan.epochs}  loss {loss:.4f}  {metrics['seconds']:.0f} s")
+
+
+def export(run: Run, model: FCMAE, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Exports the encoder of a model, with how it was made; with other weights where `state_dict` has them."""
+    settings = run.settings
+    info = {**how_made(settings, run.progress, run.plan), **how_measured(run.folder.path)}
+    export_encoder(
+        model, folder, state_dict=state_dict, mean=settings["mean"], std=settings["std"],
+        license=settings["license"] or None, info=info,
+    )  # fmt: skip
 
 
 def save(run: Run, world: World, milestone: bool) -> None:
@@ -168,17 +185,8 @@ def write(run: Run, milestone: bool) -> None:
     """What `save` does on the first process."""
     settings, folder, state = run.settings, run.folder, run.trainer.state_dict()
     folder.check_finite(state)
-    export = partial(
-        export_encoder,
-        run.trainer.model,
-        folder.encoder,
-        state_dict=state.get("state_dict_ema"),
-        mean=settings["mean"],
-        std=settings["std"],
-        license=settings["license"] or None,
-        info=how_made(settings, run.progress, run.plan),
-    )
-    failed = attempt("the export of the encoder", export, run.bar.note)
+    act = partial(export, run, run.trainer.model, folder.encoder, state.get("state_dict_ema"))
+    failed = attempt("the export of the encoder", act, run.bar.note)
     if folder.summary.exists():
         attempt("the loss curve", lambda: save_loss_curve(folder.summary, folder.path / "loss.png"), run.bar.note)
     folder.save(state, settings, run.progress, milestone)

@@ -1,21 +1,26 @@
 """What is measured and drawn during a run.
 
 A measure is a plain callable `(epoch, encoder) -> dict` of numbers, run on the first process after epochs of its
-interval; `epoch` counts from 1, `encoder` is the `ConvNeXtV2` in training. Its numbers become columns `eval_*` of
+interval; `epoch` counts from 1, `encoder` is the `ConvNeXtV2` that an export would write: the one in training, or its
+moving average. Its numbers become columns `eval_*` of
 summary.csv, which need their names beforehand: they are empty where nothing was measured.
 """
 
-from collections.abc import Callable
+import csv
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data import collate
-from ..files import system_reason
+from ..evaluate import collapse
+from ..files import system_reason, whole_file
 from ..models import FCMAE, ConvNeXtV2
 from ..report import save_reconstructions
 
-__all__ = ["Measure", "attempt", "measure_epoch", "reconstructions"]
+__all__ = ["Measure", "attempt", "collapse_of_blocks", "held_out_loss", "measure_epoch", "reconstructions"]
 
 
 @dataclass
@@ -96,3 +101,57 @@ def reconstructions(
         return {}
 
     return draw
+
+
+def held_out_loss(
+    model: Callable[[], FCMAE], batches: Iterable, amp_dtype: torch.dtype | None = None
+) -> Callable[[int, ConvNeXtV2], dict[str, float]]:
+    """The measure of the loss on images that are never trained on: `loss`.
+
+    Args:
+        model: Gives the FCMAE around the encoder.
+        batches: `(images, masks, bad)`, the same whenever it is iterated.
+        amp_dtype: Type to compute in; None for that of the weights.
+    """
+
+    @torch.no_grad()
+    def measure(_epoch: int, _encoder: ConvNeXtV2) -> dict[str, float]:
+        fcmae = model()
+        training, device = fcmae.training, fcmae.mask_token.device
+        fcmae.eval()
+        total, count = 0.0, 0
+        for images, masks, _ in batches:
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                loss = fcmae(images.to(device), masks.to(device), return_pred=False).loss
+            total, count = total + float(loss) * len(images), count + len(images)
+        fcmae.train(training)
+        return {"loss": total / count}
+
+    return measure
+
+
+def collapse_of_blocks(path: Path, watched: list) -> Callable[[int, ConvNeXtV2], dict[str, float]]:
+    """The measure of how much the channels of each block resemble each other: `distance` and `dead`, means of blocks.
+
+    Args:
+        path: CSV that gets a line a block and epoch.
+        watched: Samples `(image, mask, bad)`.
+    """
+    columns = ("epoch", "block", "depth", "distance", "dead")
+
+    def measure(epoch: int, encoder: ConvNeXtV2) -> dict[str, float]:
+        batch: Any = collate(watched)
+        found = collapse(encoder, batch[0])
+        before: list[dict[str, Any]] = []
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as file:  # without what a resumed run measures again
+                before = [row for row in csv.DictReader(file) if row["epoch"].isdecimal() and int(row["epoch"]) < epoch]
+        with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows([row[name] for name in columns] for row in before)
+            writer.writerows((epoch, b.block, round(b.depth, 4), f"{b.distance:.6g}", f"{b.dead:.6g}") for b in found)
+        count = len(found)
+        return {"distance": sum(b.distance for b in found) / count, "dead": sum(b.dead for b in found) / count}
+
+    return measure

@@ -1,5 +1,6 @@
 """What a run says in words: what it is, how its weights were made, and the commands that come next."""
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import timm_convnextv2
 
 from ..command import interpreter, invocation
 from ..models import FCMAE
+from . import summary
 from .plan import Plan
 from .run_folder import Progress
 from .start import short_name
@@ -21,6 +23,7 @@ __all__ = [
     "about_run",
     "ema_warnings",
     "how_made",
+    "how_measured",
     "memory_line",
     "next_commands",
     "not_finite",
@@ -89,6 +92,24 @@ def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[s
         "Seed": str(settings["seed"]),
         "Made with": VERSIONS,
     }
+
+
+def how_measured(folder: Path) -> dict[str, str]:
+    """What was measured in a run so far, for the README of the export: of summary.csv and probe.json."""
+    found, about = summary.latest(folder / "summary.csv"), {}
+    if "loss" in found:
+        epoch, loss = found["loss"]
+        about["Held-out loss"] = f"{loss:.4f} (epoch {epoch})"
+    if "knn" in found and (folder / "probe.json").is_file():
+        probe = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
+        epoch = found["knn"][0]
+        about["Frozen features"] = (
+            f"{probe['k']}-NN {found['knn'][1]:.1f} %, ridge {found['ridge'][1]:.1f} % {probe['unit']} on "
+            f"{probe['test']} images of {len(probe['classes'])} classes in {Path(probe['data_dir']).name} (epoch {epoch}; "
+            f"random weights {probe['baselines']['random']['knn']:.1f} and {probe['baselines']['random']['ridge']:.1f}, "
+            f"8 x 8 pixels {probe['baselines']['pixels']['knn']:.1f} and {probe['baselines']['pixels']['ridge']:.1f})"
+        )
+    return about
 
 
 def next_commands(settings: dict[str, Any], folder: Path, last_epoch: int) -> str:

@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import ParseKwargs
 
 from ..command import PROGRAM, CommandParser
+from .best import KEEP_BEST
 from .start import Start, open_start
 from .start_file import open_weights
 
@@ -59,6 +60,7 @@ def _add_data_options(group: argparse._ArgumentGroup) -> None:
     add("--train-num-samples", type=int, metavar="N", help="images per epoch, streamed or embedded")
     add("--dataset-download", action="store_true", help="let --dataset download itself")
     add("--input-key", metavar="NAME", help="image column of --dataset")
+    add("--holdout", type=float, default=0.0, metavar="X", help="share never trained on, for eval_loss, e.g. 0.01")
     add("--max-bad-images", type=float, default=0.01, metavar="X", help="stop when a larger share cannot be decoded")
     add("--img-size", type=int, default=224, metavar="N", help="side of the square crops")
     add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="replaces --in-chans and --img-size")
@@ -128,6 +130,10 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     add("--recovery-interval", type=int, default=0, metavar="N", help="updates between checkpoints within an epoch")
     add("--checkpoint-minutes", type=float, default=0.0, metavar="M", help="likewise, by the clock")
     add("--milestone-interval", type=int, metavar="N", help="epochs between checkpoints to keep (default: epochs / 4)")
+    add("--probe-dir", metavar="PLACE", help="labelled images: class folders, or a CSV of name,label; kNN and ridge on "
+        "frozen features")
+    add("--probe-interval", type=int, metavar="N", help="epochs between these (default: as --recon-interval)")
+    add("--keep-best", choices=[*KEEP_BEST], help="keep the best encoder by this measure in encoder-best, too")
     add("--recon-interval", type=int, metavar="N", help="epochs between reconstructions (default: epochs / 10)")
     add("--log-interval", type=int, default=10, metavar="N", help="updates between readings of the loss")
     add("--log-wandb", action="store_true")
@@ -251,6 +257,10 @@ def _resolve_intervals(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be 0 (none) or more, got {getattr(args, name)}.")
     args.milestone_interval = args.milestone_interval or max(1, args.epochs // 4)
     args.recon_interval = args.recon_interval or max(1, args.epochs // 10)
+    args.probe_interval = args.probe_interval or args.recon_interval
+    if args.keep_best and not (args.holdout if args.keep_best == "loss" else args.probe_dir):
+        needed = "--holdout X" if args.keep_best == "loss" else "--probe-dir DIR"
+        raise ValueError(f"--keep-best {args.keep_best} needs {needed}, which measures it.")
 
 
 def inherit(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> argparse.Namespace:

@@ -31,7 +31,7 @@ ARCHITECTURE += ("weights",)
 DATA_ORDER = ("seed", "batch_size", "grad_accum_steps")
 # What a run writes into its folder: --overwrite removes these, and nothing else.
 WRITTEN = ("args.yaml", "summary.csv", "loss.png", "*.pth.tar", "encoder", "reconstructions")
-WRITTEN += ("events.out.tfevents.*", "wandb", "bad-step-*")
+WRITTEN += ("collapse.csv", "probe.json", "neighbours", "encoder-best", "events.out.tfevents.*", "wandb", "bad-step-*")
 # What version 0.1 left of files that it was writing when it was killed.
 LEFT_BY_0_1 = ("*.pth.part", "*.png.part", "reconstructions/*.png.part", ".encoder.[0-9]*.tmp")
 
@@ -179,6 +179,11 @@ class RunFolder:
         """The exported encoder."""
         return self.path / "encoder"
 
+    @property
+    def best(self) -> Path:
+        """The encoder that `--keep-best` keeps."""
+        return self.path / "encoder-best"
+
     def progress(self, settings: dict[str, Any], world_size: int, num_images: int) -> Progress:
         """Where the run begins: at zero, or where the checkpoint was saved.
 
@@ -200,7 +205,10 @@ class RunFolder:
     def _compare(self, before: dict, then: dict, settings: dict, now: dict) -> None:
         """Refuses a checkpoint of another model, and one from the middle of an epoch of other data."""
         path = self.resumed_from
-        differs = _differences(before, settings, ARCHITECTURE)
+        before = {"holdout": 0.0, **before}
+        differs = _differences(before, settings, (*ARCHITECTURE, "holdout"))
+        if settings["holdout"]:  # else images that were trained on would be held out
+            differs += _differences(before, settings, ("seed",)) + _differences(then, now, ("num_images",))
         if differs:
             raise ValueError(
                 f"Cannot resume from {path}, which differs in {'; '.join(differs)}. Repeat the settings of that run "

@@ -1,23 +1,30 @@
 """What a run needs, made from the options and checked before anything is written."""
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 import yaml
+from torch.utils.data import DataLoader, Dataset
 
 from ..command import say
-from ..data import PretrainTransform, create_source
+from ..data import PretrainTransform, collate, create_source
+from ..data.batches import preprocessing
+from ..evaluate import open_labelled
 from ..memory import memory_estimate
 from ..models import FCMAE
 from ..provenance import resolve_license
 from ..report import ProgressBar, check_logs, open_logs
-from .batches import Batches, open_batches
+from . import summary
+from .batches import Batches, leave_signals_to_parent, open_batches
+from .best import Best
 from .distributed import Seat, World
 from .inputs import check_input, input_line, input_warnings
 from .loop import Run
-from .measures import Measure, reconstructions
+from .measures import Measure, collapse_of_blocks, held_out_loss, reconstructions
 from .messages import (
     VERSIONS,
     about_run,
@@ -26,6 +33,7 @@ from .messages import (
 )
 from .options import inherit, settings_of
 from .plan import Plan, make_plan
+from .probe import Probe
 from .run_folder import RunFolder, experiment_name
 from .start import Start, create_fcmae, short_name
 from .trainer import Trainer, check_compile_backend
@@ -50,6 +58,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
     model = create_model(args, start)
     batches = open_data(args, model, world)
     check_input(batches.inputs)
+    probe = open_probe(args, world.device) if args.probe_dir and world.primary else None
     plan = plan_of(args, batches, world)
     if not args.experiment:
         if args.resume == "auto":
@@ -66,6 +75,8 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
     check_logs(args.log_wandb, args.log_tensorboard)
     check_compile_backend(args.torchcompile)
     about = about_run(args.model, model, plan, batches.num_images, args.input_size, world.size, world.device)
+    if batches.held_out is not None:
+        about += f"\n{len(batches.held_out)} more images are held out, for eval_loss"  # type: ignore[arg-type]
     about += f"\n{input_line(batches.inputs)}"
     for warning in [*input_warnings(batches.inputs), *ema_warnings(settings, plan.updates)]:
         say(f"warning: {warning}", error=True)
@@ -89,7 +100,10 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
     done = progress.epoch * plan.updates_per_epoch + progress.update
     bar = ProgressBar(plan.updates, done, plan.epochs, args.log_interval, world.primary)
     measures = create_measures(args, trainer, batches, folder)
-    return Run(settings, trainer, batches, plan, folder, progress, measures, logs if world.primary else [], bar)
+    if probe is not None:
+        measures.append(probe_measure(args, probe, trainer.model.encoder, folder, bar.note))
+    best = Best(args.keep_best, summary.read_rows(folder.summary)) if args.keep_best and world.primary else None
+    return Run(settings, trainer, batches, plan, folder, progress, measures, logs if world.primary else [], bar, best)
 
 
 def shared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +153,7 @@ def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat) -> Ba
         workers=args.workers,
         pin_mem=args.pin_mem,
         world=world,
+        holdout=args.holdout,
     )
 
 
@@ -187,4 +202,43 @@ def create_measures(args: argparse.Namespace, trainer: Trainer, batches: Batches
         return f"{short_name(args.model)}, epoch {epoch} of {args.epochs}, loss {trainer.mean_loss:.3f}"
 
     draw = reconstructions(folder.path / "reconstructions", trainer.model, batches.shown, args.mean, args.std, title)
-    return [Measure(draw, args.recon_interval)]
+    measures = [Measure(draw, args.recon_interval)]
+    if batches.held_out is not None:
+        loader = held_out_loader(batches.held_out, args.batch_size, args.workers)
+        measures.append(Measure(held_out_loss(lambda: trainer.exported, loader, trainer.amp_dtype), 1, ("loss",)))
+    collapse = collapse_of_blocks(folder.path / "collapse.csv", batches.watched)
+    return [*measures, Measure(collapse, args.recon_interval, ("distance", "dead"))]
+
+
+def held_out_loader(images: Dataset, batch_size: int, workers: int) -> DataLoader:
+    """The held-out images in batches, always in the same order; two data processes at most, which stay."""
+    workers = min(workers, 2)
+    return DataLoader(
+        images, batch_size, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate,
+        worker_init_fn=leave_signals_to_parent, generator=torch.Generator(),
+    )  # fmt: skip
+
+
+def open_probe(args: argparse.Namespace, device: torch.device) -> Probe:
+    """The labelled images that the options name, with the evaluation transform of the run's size."""
+    labelled = open_labelled(args.probe_dir, in_chans=args.in_chans, seed=args.seed, nodata=args.nodata)
+    config = dict(input_size=args.input_size, interpolation="bicubic", crop_pct=0.875, crop_mode="center")
+    transform = preprocessing({**config, "mean": args.mean, "std": args.std})
+    return Probe(labelled, args.probe_dir, transform, args.batch_size, args.workers, device, args.amp)
+
+
+def probe_measure(
+    args: argparse.Namespace, probe: Probe, encoder: Any, folder: RunFolder, note: Callable[[str], Any]
+) -> Measure:
+    """The probe as a measure; what random weights and plain pixels reach is measured first, and told."""
+
+    def random_encoder() -> torch.nn.Module:
+        with torch.random.fork_rng(devices=[]):  # the run's random numbers stay
+            torch.manual_seed(args.seed)
+            return timm.create_model(encoder.pretrained_cfg["architecture"], num_classes=0, **encoder._model_args)
+
+    base = probe.baselines(folder.path / "probe.json", random_encoder)
+    texts = [f"{name} kNN {found['knn']:.1f} %, ridge {found['ridge']:.1f} %" for name, found in base.items()]
+    note(f"Frozen features on {len(probe.labelled.test.labels)} test images, {probe.unit}: {'; '.join(texts)}")
+    run = probe.measure(folder.path / "neighbours", args.mean, args.std)
+    return Measure(run, args.probe_interval, probe.columns)

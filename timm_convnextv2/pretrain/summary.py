@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..files import whole_file
 
-__all__ = ["add_row", "trim"]
+__all__ = ["add_row", "latest", "read_rows", "trim"]
 
 _Row = dict[str, object]
 
@@ -55,6 +55,21 @@ def trim(path: Path, epoch: int) -> list[str]:
     if len(keep) < len(rows) or damaged:
         _write(path, keep)
     return damaged
+
+
+def read_rows(path: Path) -> list[dict[str, object]]:
+    """The rows that are whole, each a dict by column; none where there is no file."""
+    return _read(path)[0]
+
+
+def latest(path: Path) -> dict[str, tuple[int, float]]:
+    """The newest number of each measure, as `{name: (epoch, number)}`; epochs count from 1."""
+    found: dict[str, tuple[int, float]] = {}
+    for row in read_rows(path):
+        for column, value in row.items():
+            if column.startswith("eval_") and value != "":
+                found[column.removeprefix("eval_")] = (int(str(row["epoch"])) + 1, float(str(value)))
+    return found
 
 
 def _read(path: Path) -> tuple[list[_Row], list[str]]:

@@ -131,6 +131,12 @@ class Trainer:
         return unwrap_model(self.task.trainable_module)
 
     @property
+    def exported(self) -> FCMAE:
+        """The FCMAE whose encoder an export writes: the moving average where there is one."""
+        average: Any = self.task.get_trainable_module(ema=True)
+        return self.model if average is None else average.module
+
+    @property
     def lr(self) -> float:
         """The learning rate of the last update."""
         return self.optimizer.param_groups[0]["lr"]

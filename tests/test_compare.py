@@ -1,0 +1,163 @@
+"""`compare`: what is run, what is refused before it, and what is made of the curves; with timm's train.py if marked."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from timm_convnextv2 import compare
+from timm_convnextv2.data.embedded import write_folder
+
+TOP1 = {compare.SCRATCH: (20.0, 40.0), compare.OWN: (30.0, 60.0), "resnet18": (25.0, 39.0)}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Commands that would run in processes of their own; finetuning leaves what train.py and its export would."""
+    made = []
+
+    def call(command, words, log):
+        words = list(map(str, words))
+        made.append([command, *words])
+        if command == "finetune":
+            option = {name: words[words.index(name) + 1] for name in ("--output", "--experiment", "--seed", "--model")}
+            run = Path(option["--output"]) / option["--experiment"]
+            (run / "model").mkdir(parents=True)
+            (run / "model/config.json").write_text("{}")
+            name = option["--model"] if not option["--model"].startswith("local-dir") else compare.OWN
+            name = compare.SCRATCH if "--from-scratch" in words else name
+            with open(run / "summary.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, ["epoch", "eval_top1"])
+                writer.writeheader()
+                for epoch, value in enumerate(TOP1[name]):
+                    writer.writerow({"epoch": epoch, "eval_top1": value + int(option["--seed"])})
+        return 1.5
+
+    monkeypatch.setattr(compare, "_call", call)
+    monkeypatch.setattr(compare, "_check_finetuning", lambda words, log: made.append(["check", *map(str, words)]))
+    return made
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    folder = tmp_path / "run" / "encoder"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def words(tmp_path, *more):
+    return ["--data-dir", str(tmp_path / "labelled"), "--output", str(tmp_path / "out"), *more]
+
+
+def test_each_candidate_gets_the_same_budget_once_per_seed(tmp_path, calls, encoder, capsys):
+    options = ["--encoder", str(encoder.parent), "--weights", "resnet18", "--budget", "30", "--seeds", "0", "3"]
+    assert compare.main(words(tmp_path, *options, "--batch-size", "8")) == 0
+    checks, runs = [c for c in calls if c[0] == "check"], [c for c in calls if c[0] == "finetune"]
+    assert len(checks) == 3 and calls[:3] == checks and len(runs) == 6
+    starts = [["--model", f"local-dir:{encoder}", "--from-scratch"], ["--model", f"local-dir:{encoder}"]]
+    starts.append(["--model", "resnet18", "--pretrained"])
+    budget = ["--recipe", "small-data", "--data-dir", str(tmp_path / "labelled"), "--epochs", "27"]
+    budget += ["--warmup-epochs", "3", "--warmup-prefix", "--batch-size", "8"]
+    for i, run in enumerate(runs):
+        start, seed = starts[i % 3], str([0, 3][i // 3])
+        assert run[1 : 1 + len(start)] == start and run[run.index("--seed") + 1] == seed
+        assert run[1 + len(start) :][: len(budget)] == budget
+    printed = capsys.readouterr().out
+    assert re.search(r"own encoder +60\.0 +63\.0 +61\.5", printed)
+    for line in (
+        "own encoder against from scratch: +20.0 points (median; +20.0 to +20.0), better with 2 of 2 seeds",
+        "resnet18 against from scratch: -1.0 points (median; -1.0 to -1.0), better with 0 of 2 seeds",
+    ):
+        assert line in printed
+    found = json.loads((tmp_path / "out/compare.json").read_text())
+    assert found["top1"]["own encoder"] == {"0": 60.0, "3": 63.0} and found["budget"] == 30
+    with open(tmp_path / "out/compare.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and rows[1] == dict(candidate="from scratch", seed="0", epoch="2", top1="40.0")
+    with Image.open(tmp_path / "out/compare.png") as image:
+        assert image.width > 600
+
+
+def test_resume_keeps_what_is_finished(tmp_path, calls, encoder):
+    options = words(tmp_path, "--encoder", str(encoder), "--seeds", "0", "1")
+    assert compare.main(options) == 0
+    before = [c for c in calls if c[0] == "finetune"]
+    (tmp_path / "out/finetune-1-seed-1/model/config.json").unlink()
+    (tmp_path / "out/finetune-1-seed-1/model").rmdir()
+    calls.clear()
+    assert compare.main([*options, "--resume"]) == 0
+    assert [c for c in calls if c[0] == "finetune"] == before[-1:]
+
+
+def test_pretrains_first_and_checks_with_the_untrained_encoder(tmp_path, calls):
+    small = "--img-size 32 --patch-size 1 --decoder-dim 8 --model-kwargs depths=[1,1,1,1] dims=[8,8,8,8]"
+    options = words(tmp_path, "--unlabelled", str(tmp_path / "images"), "--pretrain", small, "--seeds", "0")
+    assert compare.main(options) == 0
+    kinds = [c[0] for c in calls]
+    assert kinds == ["pretrain", "check", "check", "pretrain", "finetune", "finetune"]
+    assert calls[0] == [*calls[3], "--dry-run"] and "--resume" in calls[3] and "depths=[1,1,1,1]" in calls[3]
+    untrained, trained = tmp_path / "out/untrained", tmp_path / "out/pretrain/encoder"
+    assert calls[1][2] == f"local-dir:{untrained}" and json.loads((untrained / "config.json").read_text())
+    assert calls[4][2] == f"local-dir:{trained}"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "Give --encoder MODEL, or --unlabelled DIR"),
+        (["--encoder", "x", "--unlabelled", "y"], "--encoder is pretrained already"),
+        (["--encoder", "x", "--seeds", "1", "1"], "--seeds 1 1 has one number twice"),
+        (["--encoder", "x", "--budget", "0"], "--budget is at least 1 epoch"),
+        (["--encoder", "x", "--weights", "a", "a"], "--weights names a twice"),
+        (["--encoder", "{tmp}/labelled"], "has neither encoder/config.json nor config.json"),
+    ],
+)
+def test_refused_before_anything_is_started(tmp_path, calls, capsys, options, message):
+    (tmp_path / "labelled").mkdir()
+    assert compare.main(words(tmp_path, *[o.format(tmp=tmp_path) for o in options])) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not [c for c in calls if c[0] == "finetune"]
+
+
+def test_a_folder_that_is_used_is_refused(tmp_path, calls, encoder, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("")
+    assert compare.main(words(tmp_path, "--encoder", str(encoder))) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_what_a_finetuning_would_refuse_is_refused(tmp_path, encoder, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "_call", lambda *_: pytest.fail("nothing is started"))
+    assert compare.main(words(tmp_path, "--encoder", str(encoder), "--recipe", "no-such")) == 2
+    assert "no-such" in capsys.readouterr().err
+
+
+def test_a_finetuning_that_fails(tmp_path, calls, encoder, capsys, monkeypatch):
+    def fail(command, words, log):
+        log.write_text("first\nthe last line\n")
+        raise subprocess.CalledProcessError(3, [command, str(log)])
+
+    monkeypatch.setattr(compare, "_call", fail)
+    assert compare.main(words(tmp_path, "--encoder", str(encoder))) == 1
+    error = capsys.readouterr().err
+    assert "'finetune' failed with status 3" in error and "the last line" in error and "--resume" in error
+
+
+@pytest.mark.timm_train
+def test_with_timm(tmp_path, capsys):
+    if not os.environ.get("TIMM_TRAIN"):
+        pytest.skip("TIMM_TRAIN=/path/to/timm's/train.py is not set")
+    write_folder(tmp_path / "labelled", size=32, train=24, validation=16)
+    small = "--img-size 32 --patch-size 1 --decoder-dim 8 --model-kwargs depths=[1,1,1,1] dims=[8,8,8,8] -b 4 -j 0"
+    options = ["--unlabelled", str(tmp_path / "labelled/train"), "--pretrain", f"{small} --epochs 1 --device cpu"]
+    options += ["--budget", "2", "--seeds", "0", "--recipe", "smoke", "--device", "cpu", "-b", "4", "--workers", "0"]
+    assert compare.main(words(tmp_path, *options)) == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "out/compare.json").read_text())["top1"]
+    assert found.keys() == {compare.SCRATCH, compare.OWN}
+    assert all(0 <= value <= 100 for curve in found.values() for value in curve.values())
