@@ -9,7 +9,11 @@ from PIL import Image
 
 from .errors import ImageError
 
-__all__ = ["check_size", "kind_of_file", "open_image_file"]
+__all__ = ["TRAIN_FOLDERS", "VALIDATION_FOLDERS", "check_size", "kind_of_file", "open_image_file"]
+
+# timm's names of a split's folder
+TRAIN_FOLDERS = ("train", "training")
+VALIDATION_FOLDERS = ("val", "valid", "validation", "eval", "evaluation")
 
 _KINDS = {
     stat.S_IFDIR: "folder",

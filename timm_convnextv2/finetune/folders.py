@@ -11,13 +11,13 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
 from ..data import image_extensions
+from ..data.files import TRAIN_FOLDERS, VALIDATION_FOLDERS
 
 __all__ = ["FolderReader", "describe", "describe_others", "imbalance", "is_opaque", "split_folder"]
 
 # Data sets whose classes can only be known by opening them; everything else is a folder (or tar) of images.
 OPAQUE_DATASETS = ("torch", "hfds", "hfids", "tfds", "wds")
-# timm's other names of a split's folder
-SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+SYNONYMS = (TRAIN_FOLDERS, VALIDATION_FOLDERS)
 FEW_CLASSES = 12  # as many counts fit in a line
 IMBALANCE = 10
 

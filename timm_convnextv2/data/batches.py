@@ -1,4 +1,4 @@
-"""Images for embedding, in batches that depend on the data set and the batch size alone."""
+"""Whole images as a trained model takes them, in batches that depend on the data set and the batch size alone."""
 
 import os
 from collections import deque
@@ -12,7 +12,8 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from ..data import FolderSource, ImageError, MissingPackageError, TimmStream
+from .errors import ImageError, MissingPackageError
+from .sources import FolderSource, TimmStream
 
 __all__ = ["Batch", "Item", "map_batches", "name_of", "preprocessing", "stream_batches"]
 

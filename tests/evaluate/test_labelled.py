@@ -1,0 +1,126 @@
+"""Labelled images: the places that are understood, and those that are refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_convnextv2.evaluate import open_labelled
+
+
+def write(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, np.full((4, 4, 5), value, np.uint8))
+    else:
+        Image.new("RGB", (4, 4), (value, 0, 0)).save(path)
+
+
+def folders(root, classes=("cat", "dog"), images=8):
+    for label, name in enumerate(classes):
+        for i in range(images):
+            write(root / name / f"{i}.png", 100 * label + i)
+    return root
+
+
+def names(split, root):
+    return [path.removeprefix(f"{root}/") for path in split.source.paths]
+
+
+@pytest.mark.parametrize("validation", ["validation", "val", "test"])
+def test_train_and_validation(tmp_path, validation):
+    folders(tmp_path / "train"), folders(tmp_path / validation, images=2)
+    data = open_labelled(tmp_path)
+    assert data.classes == ["cat", "dog"] and not data.several and data.chance == 0.5
+    assert data.train.labels.tolist() == [0] * 8 + [1] * 8 and data.train.labels.dtype == torch.long
+    assert names(data.test, tmp_path) == [f"{validation}/{c}/{i}.png" for c in ("cat", "dog") for i in range(2)]
+    assert data.test.labels.tolist() == [0, 0, 1, 1] and data.test.source[3][0, 0, 0] == 101
+
+
+def test_one_level_is_split_by_seed_in_each_class(tmp_path):
+    folders(tmp_path), folders(tmp_path, classes=["train"], images=1)  # a class may have this name
+    data, again, other = open_labelled(tmp_path), open_labelled(tmp_path), open_labelled(tmp_path, seed=1)
+    assert data.test.labels.tolist() == [0, 0, 1, 1] and data.train.labels.bincount().tolist() == [6, 6, 1]
+    assert names(data.test, tmp_path) == names(again.test, tmp_path) != names(other.test, tmp_path)
+    assert not set(names(data.test, tmp_path)) & set(names(data.train, tmp_path))
+    assert len(open_labelled(tmp_path, validation_share=0.5).test.labels) == 8
+
+
+def test_table_of_labels(tmp_path):
+    folders(tmp_path / "images")
+    rows = [f"images/{c}/{i}.png,{c}" for c in ("dog", "cat") for i in range(8)]
+    (tmp_path / "labels.csv").write_text("name,label\n" + "\n".join(rows))
+    data = open_labelled(tmp_path / "labels.csv")
+    assert data.classes == ["cat", "dog"] and data.test.labels.tolist() == [1, 1, 0, 0]
+    assert ["dog" in path for path in data.train.source.paths] == data.train.labels.bool().tolist()
+
+
+def test_table_of_several_labels(tmp_path):
+    folders(tmp_path)
+    rows = [f'cat/{i}.png,"{label}"' for i, label in enumerate(["b;a", "a", "b ; c", "c;c", "a;b;c", "b", "a", "c"])]
+    (tmp_path / "labels.csv").write_text("name,label\n" + "\n".join(rows))
+    data = open_labelled(tmp_path / "labels.csv")
+    assert data.several and data.classes == ["a", "b", "c"]
+    parts = (data.train, data.test)
+    labels = dict(pair for part in parts for pair in zip(names(part, tmp_path), part.labels, strict=True))
+    assert [labels[f"cat/{i}.png"].tolist() for i in range(5)] == [[1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1], [1] * 3]
+    assert len(data.test.labels) == 2
+
+
+def test_other_channels(tmp_path):
+    for name in ("a", "b"):
+        for i in range(2):
+            write(tmp_path / name / f"{i}.npy")
+    assert open_labelled(tmp_path, in_chans=5).train.source[0].shape == (5, 4, 4)
+    with pytest.raises(ValueError, match="expected 3 channels"):
+        open_labelled(tmp_path)
+
+
+def damaged(root):
+    folders(root)
+    (root / "cat" / "3.png").write_bytes(b"no image")
+    return root
+
+
+def table(root, text):
+    folders(root)
+    (root / "labels.csv").write_text(text)
+    return root / "labels.csv"
+
+
+def halves(root, train, validation):
+    folders(root / "train", train), folders(root / "validation", validation)
+    return root
+
+
+BAD = {
+    "do not exist; expected a folder or a CSV": lambda root: root / "nowhere",
+    "has one class, cat; expected at least two": lambda root: folders(root, ["cat"]),
+    "one class, dog": lambda root: halves(root, ["dog"], ["dog"]),
+    r"classes differ: only .*train has cat; only .*validation has bird": lambda root: halves(
+        root, ["cat", "dog"], ["bird", "dog"]
+    ),
+    r"has train/ and no folder to validate on, expected one of val, .*give '.*train'": lambda root: (
+        folders(root / "train").parent
+    ),
+    "is in no folder of a class": lambda root: write(root / "x.png") or folders(root),
+    r"cannot be decoded; repair them or take them out, with their labels:\n.*cat/3.png": damaged,
+    "No class has two images": lambda root: folders(root, images=1),
+    "No image below": lambda root: root,
+    r"has the columns \['file', 'label'\], expected name and label": lambda root: table(root, "file,label\nx,y\n"),
+    "line 2: no file": lambda root: table(root, "name,label\nx.png,y\n"),
+    r"line 3: no label for 'dog/0.png'": lambda root: table(root, "name,label\ncat/0.png,y\ndog/0.png,\n"),
+    "has no images; expected at least two classes": lambda root: table(root, "name,label\n"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_is_refused(tmp_path, message):
+    with pytest.raises(ValueError, match=message):
+        open_labelled(BAD[message](tmp_path))
+
+
+@pytest.mark.parametrize("share", [0, 1, -1])
+def test_share_out_of_range(tmp_path, share):
+    with pytest.raises(ValueError, match="validation_share is"):
+        open_labelled(folders(tmp_path), validation_share=share)

@@ -1,0 +1,200 @@
+"""Measures of features in which a signal was planted, or none."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from timm_convnextv2.evaluate import bootstrap, goodness, judge, knn, knn_scores, linear_probe, rankme, ridge
+from timm_convnextv2.evaluate import linear as linear_module
+from timm_convnextv2.evaluate.knn import nearest
+
+CLASSES = 4
+
+
+def planted(images=200, noise=0.1, width=16, seed=0):
+    """Features around one direction for each class, and the labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(images) % CLASSES
+    return torch.eye(CLASSES, width)[labels] + noise * torch.randn(images, width, generator=generator), labels
+
+
+def test_features_that_separate_classes():
+    (train, labels), (test, expected) = planted(), planted(seed=1)
+    found = judge(train, labels, test, expected, num_classes=CLASSES, k=(1, 10, 500), draws=50)
+    assert list(found) == ["knn_1", "knn_10", "knn_200", "ridge", "probe", "rank"]
+    assert all(found[name] == (1, 1, 1) for name in list(found)[:-1])
+    assert 1 < found["rank"].value <= 16
+
+
+def test_shuffled_labels_give_chance():
+    """It lies in the 95 % interval, but for one draw in twenty."""
+    inside = dict.fromkeys(("knn_20", "ridge", "probe"), 0)
+    for seed in range(12):
+        (train, labels), (test, expected) = planted(120), planted(200, seed=1)
+        generator = torch.Generator().manual_seed(seed)
+        labels = labels[torch.randperm(120, generator=generator)]
+        expected = expected[torch.randperm(200, generator=generator)]  # else a whole cluster is right or wrong at once
+        found = judge(train, labels, test, expected, num_classes=CLASSES, k=(20,), draws=200)
+        for name in inside:
+            inside[name] += found[name].low <= 1 / CLASSES <= found[name].high
+            assert found[name].low < found[name].value < found[name].high < 0.5
+    assert min(inside.values()) >= 10, inside
+
+
+def test_several_labels():
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(240, 3, generator=generator) < 0.4).long()
+    features = torch.cat([labels.float(), 0.1 * torch.randn(240, 5, generator=generator) + 0.2], 1)
+    found = judge(features[:160], labels[:160], features[160:], labels[160:], num_classes=3, k=(5,), draws=100)
+    assert all(found[name].value > 0.98 for name in ("knn_5", "ridge", "probe"))
+    noise = torch.randn(240, 8, generator=generator)
+    found = judge(noise[:160], labels[:160], noise[160:], labels[160:], num_classes=3, k=(5,), draws=100)
+    assert all(found[name].value < 0.6 for name in ("knn_5", "ridge", "probe"))
+
+
+# ----------------------------------------------------------------------------------------------------------------- kNN
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 1000])
+def test_neighbours_in_blocks_are_those_of_the_whole_product(chunk):
+    train, test = planted(150, noise=1)[0], planted(40, noise=1, seed=1)[0]
+    similar, rows = nearest(train, test, 20, chunk=chunk)
+    expected = (F.normalize(test, dim=1) @ F.normalize(train, dim=1).T).topk(20)
+    assert torch.equal(rows, expected.indices) and torch.allclose(similar, expected.values)
+
+
+def test_memory_stays_in_bounds(monkeypatch):
+    """No product has more numbers than a block."""
+    made, plain = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: made.append(plain(a, b)) or made[-1])
+    train, labels = planted(300)
+    knn(train, labels, planted(100, seed=1)[0], (5,), chunk=32)
+    assert made and max(product.numel() for product in made) <= 32 * 32
+
+
+def test_votes_are_weighted():
+    """Two far neighbours of one class against one near of the other: the temperature decides."""
+    train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
+    labels, query = torch.tensor([0, 1, 1]), torch.tensor([[1.0, 0.0]])
+    assert knn(train, labels, query, 3).tolist() == [0]
+    assert knn(train, labels, query, 3, temperature=10.0).tolist() == [1]
+    share = knn_scores(train, labels, query, [3])[3]
+    near, far = torch.tensor([1.0, 0.8]).div(0.07).exp()
+    assert share[0, 0].item() == pytest.approx(float(near / (near + 2 * far)), rel=1e-5)
+
+
+def test_one_k_or_several():
+    train, labels = planted(30)
+    several = knn(train, labels, train, (1, 10, 200, 100))
+    assert list(several) == [1, 10, 30]  # no more neighbours than images
+    assert torch.equal(several[10], knn(train, labels, train, 10))
+
+
+# -------------------------------------------------------------------------------------------------------------- linear
+
+
+@pytest.mark.parametrize("width", [16, 300])
+def test_ridge_is_the_closed_form(width):
+    """Primal and dual, against the normal equations; with one penalty, nothing is chosen."""
+    (train, labels), (test, _) = planted(width=width, noise=1), planted(50, width=width, noise=1, seed=1)
+    found = ridge(train, labels, test, num_classes=CLASSES, penalties=[0.01])
+    x, y = train.double(), F.one_hot(labels).double()
+    center, offset = x.mean(0), y.mean(0)
+    penalty = 0.01 * (x - center).square().mean() * len(x)
+    gram = (x - center).T @ (x - center) + penalty * torch.eye(width)
+    weights = torch.linalg.solve(gram, (x - center).T @ (y - offset))
+    assert torch.allclose(found, (test.double() - center) @ weights + offset, atol=1e-9)
+
+
+@pytest.mark.parametrize("classifier", [ridge, linear_probe])
+def test_repeatable_and_blind_to_the_test(classifier):
+    """The same numbers each time, and a row's scores do not depend on the other rows of the test."""
+    (train, labels), (test, _) = planted(100, noise=1), planted(40, noise=1, seed=1)
+    scores = classifier(train, labels, test, num_classes=CLASSES)
+    assert torch.equal(scores, classifier(train, labels, test, num_classes=CLASSES))
+    others = torch.cat([test[:1], 1000 * test])
+    alone = classifier(train, labels, others, num_classes=CLASSES)[:1]
+    assert torch.allclose(alone, scores[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_penalty_comes_from_a_part_of_the_training_labels(monkeypatch):
+    """Of noise the heaviest penalty is best, of a clear signal a light one; the part is a fifth, not the test."""
+    seen, plain = [], linear_module._solve
+
+    def spy(x, y, rows, penalties):
+        seen.append((len(x), len(rows), list(penalties)))
+        return plain(x, y, rows, penalties)
+
+    monkeypatch.setattr(linear_module, "_solve", spy)
+    train, labels = planted(100, noise=0.05)
+    ridge(train, labels, train[:7], num_classes=CLASSES)
+    shuffled = labels[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    ridge(train, shuffled, train[:7], num_classes=CLASSES)
+    assert [call[:2] for call in seen] == [(80, 20), (100, 7)] * 2
+    assert seen[1][2][0] <= 0.1 and seen[3][2][0] >= 1
+
+
+def test_probe_chooses_the_rate_that_learns():
+    train, labels = planted(100)
+    test, expected = planted(40, seed=1)
+    options = dict(num_classes=CLASSES, epochs=5)
+    assert goodness(linear_probe(train, labels, test, rates=[1e-9], **options), expected) < 0.8
+    assert goodness(linear_probe(train, labels, test, rates=[1e-9, 1.0], **options), expected) == 1
+
+
+def test_classifiers_of_a_grid_do_not_touch_each_other():
+    train, labels = planted(64, noise=1)
+    options = dict(num_classes=CLASSES, seed=0, epochs=3, batch_size=16)
+    both = linear_module._train(train, labels, train, rates=[0.01, 1.0], **options)
+    alone = linear_module._train(train, labels, train, rates=[1.0], **options)
+    assert torch.allclose(both[1], alone[0], rtol=1e-4, atol=1e-5) and not torch.allclose(both[0], both[1])
+
+
+# ------------------------------------------------------------------------------------------------------ rank, metrics
+
+
+def test_rank_counts_directions():
+    assert rankme(torch.eye(8)) == pytest.approx(8)
+    assert rankme(torch.ones(50, 1) * torch.randn(1, 12)) == pytest.approx(1, abs=1e-4)
+    assert rankme(torch.zeros(4, 3)) == 0
+    x = torch.randn(30, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    share = torch.linalg.svdvals(x) / torch.linalg.svdvals(x).sum()
+    expected = float((-(share * share.log()).sum()).exp())
+    assert rankme(x) == pytest.approx(expected) and rankme(x.T) == pytest.approx(expected)
+
+
+def test_mean_average_precision_by_hand():
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]])
+    labels = torch.tensor([[1, 0], [0, 0], [1, 0]])  # the second class has no image and does not count
+    assert goodness(scores, labels) == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_interval_is_that_of_a_share():
+    """95 % of the bootstrap of a mean of 0 and 1: about 1.96 standard errors to each side."""
+    right = torch.arange(400) % 4 != 0
+    found = bootstrap(F.one_hot(right.long()).float(), torch.ones(400, dtype=torch.long))
+    assert found.value == 0.75
+    assert found.low == pytest.approx(0.75 - 0.0424, abs=0.008) and found.high == pytest.approx(0.7924, abs=0.008)
+
+
+NAN = torch.full((4, 3), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, y: rankme(NAN), "features of 4 of 4 images have NaN"),
+        (lambda x, y: rankme(torch.ones(3)), r"are \[3\], expected \[N, D\]"),
+        (lambda x, y: knn(x, y, NAN, 1), "test features of 4 of 4"),
+        (lambda x, y: ridge(NAN, y[:4], x, num_classes=2), "training features of 4 of 4"),
+        (lambda x, y: linear_probe(x, y, NAN, num_classes=2), "test features of 4 of 4"),
+        (lambda x, y: knn(x, y[:3], x, 1), "do not fit"),
+        (lambda x, y: ridge(x, y, x[:, :2], num_classes=2), "do not fit"),
+        (lambda x, y: ridge(x, y, x, num_classes=1), "1 class, expected at least 2"),
+        (lambda x, y: knn(x, y, x, 0), r"k is \[0\]"),
+        (lambda x, y: knn(x, y, x, 1, temperature=0), "temperature is 0"),
+    ],
+)
+def test_what_cannot_be_measured(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(6, 3), torch.arange(6) % 2)
