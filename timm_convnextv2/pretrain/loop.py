@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoint import export_encoder
 from ..memory import peak_memory
-from ..report import ProgressBar, Stopwatch, save_loss_curve
+from ..report import ProgressBar, Stopwatch, save_loss_curve, write_report
 from .batches import Bad, Batches
 from .distributed import World
 from .measures import Measure, attempt, measure_epoch
@@ -182,5 +182,6 @@ def write(run: Run, milestone: bool) -> None:
     if folder.summary.exists():
         attempt("the loss curve", lambda: save_loss_curve(folder.summary, folder.path / "loss.png"), run.bar.note)
     folder.save(state, settings, run.progress, milestone)
+    attempt("the report", lambda: write_report([folder.path], folder.path / "report.html"), run.bar.note)
     if failed and run.progress.epoch >= run.plan.epochs:
         raise NotSavedError(f"The encoder was not exported. {folder.last_whole}")

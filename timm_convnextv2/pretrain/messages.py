@@ -10,8 +10,9 @@ import torch
 
 import timm_convnextv2
 
-from ..command import interpreter, invocation
+from ..command import invocation
 from ..models import FCMAE
+from ..report.next_steps import next_commands
 from .plan import Plan
 from .run_folder import Progress
 from .start import short_name
@@ -26,6 +27,7 @@ __all__ = [
     "not_finite",
     "resume_command",
     "resume_hint",
+    "start_command",
     "stopped",
 ]
 
@@ -91,41 +93,33 @@ def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[s
     }
 
 
-def next_commands(settings: dict[str, Any], folder: Path, last_epoch: int) -> str:
-    """What to do with the result, ready to paste."""
-    encoder, (chans, height, width) = folder.resolve() / "encoder", settings["input_size"]
-    size = f"--img-size {height}" if chans == 3 and height == width else f"--input-size {chans} {height} {width}"
-    own_images = settings["data_dir"] or settings["dataset"] not in ("", "embedded")
-    finetune = shlex.join([*invocation("finetune"), "--recipe", "small-data" if own_images else "smoke"])
-    publish = shlex.join([*invocation("publish"), str(folder), "USER/NAME"])
-    publish += "" if settings["license"] or settings["pretrained"] else " --license ID"
-    images = [folder.resolve() / "loss.png", folder.resolve() / "reconstructions" / f"epoch-{last_epoch:04d}.png"]
-    shown = "".join(f"\n  {path}" for path in images if path.exists())  # a run that had ended draws nothing
-    look = f"Look at the loss and at what it predicts:{shown}\n" if shown else ""
-    python = shlex.quote(interpreter())
-    return f"""\
-Load it in Python, with timm alone:
-  {python} -c "import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
-Finetune it with timm's train.py and a recipe, on a folder with train/ and validation/:
-  {finetune} --model "local-dir:{encoder}" {size} --data-dir DATA
-{look}See what publishing would send:
-  {publish} --dry-run"""
+def start_command(words: list[str] | None = None) -> str:
+    """The command that starts a run as this process does, ready to paste.
+
+    Args:
+        words: Its options; those of the process if None.
+    """
+    return shlex.join([*invocation("pretrain", distributed=True), *(_own_words() if words is None else words)])
+
+
+def _own_words() -> list[str]:
+    """The options of this process."""
+    if sys.argv[1:2] == ["pretrain"] and Path(sys.argv[0]).name != "pretrain.py":  # of the console command
+        return sys.argv[2:]
+    return sys.argv[1:]
 
 
 def resume_command(experiment: str) -> str:
     """The command that resumes this run."""
     words, skip = [], False
-    for word in sys.argv[1:]:
+    for word in _own_words():
         if skip or word == "--overwrite":
             skip = False
         elif word in ("--resume", "--experiment"):
             skip = True
         elif not word.startswith(("--resume=", "--experiment=")):
             words.append(word)
-    if sys.argv[1:2] == ["pretrain"] and Path(sys.argv[0]).name != "pretrain.py":  # of the console command
-        words = words[1:]
-    start = invocation("pretrain", distributed=True)
-    return shlex.join([*start, *words, "--experiment", experiment, "--resume", "auto"])
+    return start_command([*words, "--experiment", experiment, "--resume", "auto"])
 
 
 def resume_hint(experiment: str) -> str:

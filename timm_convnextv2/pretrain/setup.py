@@ -33,13 +33,14 @@ from .trainer import Trainer, check_compile_backend
 __all__ = ["create_model", "open_data", "set_up"]
 
 
-def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run | None:
+def set_up(args: argparse.Namespace, start: Start | None, world: World, command: str = "") -> Run | None:
     """Opens and checks everything; only then is anything written.
 
     Args:
         args: The options, see `options.parse_options`.
         start: The timm folder to start from.
         world: The processes of the run.
+        command: That started it, for its args.yaml and its report.
 
     Returns:
         The run, in its folder and with the state of its checkpoint; None after --dry-run.
@@ -80,7 +81,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
         about += f"\nResumed from {folder.resumed_from}: epoch {progress.epoch + 1}, update {progress.update + 1}"
     world.wait()  # no process may find the folder already claimed
     if world.primary:
-        folder.claim(settings, VERSIONS, progress.epoch)
+        folder.claim(settings, VERSIONS, progress.epoch, command)
         logs = open_logs(folder.path, settings, args.log_wandb, args.wandb_project, args.log_tensorboard)
     world.wait()  # nor train where the first could not claim it
     world.training = True
