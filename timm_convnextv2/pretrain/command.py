@@ -20,6 +20,7 @@ from .messages import (
     next_commands,
     not_finite,
     resume_hint,
+    start_command,
     stopped,
 )
 from .options import parse_options
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.replay:
             return replay_bad_step(args, argv)
         world = World(args.device)
-        run = set_up(args, start, world)
+        run = set_up(args, start, world, start_command(argv))
         if run is None:
             return 0
         train(run, world)

@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpoint import export_encoder
 from ..memory import peak_memory
 from ..models import FCMAE
-from ..report import ProgressBar, Stopwatch, save_loss_curve
+from ..report import ProgressBar, Stopwatch, save_loss_curve, write_report
 from .batches import Bad, Batches
 from .best import Best
 from .distributed import World
@@ -149,9 +149,8 @@ def finish_epoch(run: Run, world: World, clock: Stopwatch) -> None:
     if world.primary:
         measured = measure_epoch(run.measures, progress.epoch, plan.epochs, trainer.exported.encoder, run.bar.note)
         if run.best is not None and run.best.improves(measured):
-            attempt(
-                "the export of the best encoder", lambda: export(run, trainer.exported, run.folder.best), run.bar.note
-            )
+            act = partial(export, run, trainer.exported, run.folder.best)
+            attempt("the export of the best encoder", act, run.bar.note)
         attempt("a row of summary.csv", lambda: run.folder.add_row(epoch, metrics, measured, trainer.lr), run.bar.note)
         found = {f"eval_{name}": value for name, value in measured.items() if value != ""}
         for log in run.logs:
@@ -190,5 +189,6 @@ def write(run: Run, milestone: bool) -> None:
     if folder.summary.exists():
         attempt("the loss curve", lambda: save_loss_curve(folder.summary, folder.path / "loss.png"), run.bar.note)
     folder.save(state, settings, run.progress, milestone)
+    attempt("the report", lambda: write_report([folder.path], folder.path / "report.html"), run.bar.note)
     if failed and run.progress.epoch >= run.plan.epochs:
         raise NotSavedError(f"The encoder was not exported. {folder.last_whole}")

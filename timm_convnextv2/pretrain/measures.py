@@ -19,6 +19,7 @@ from ..evaluate import collapse
 from ..files import system_reason, whole_file
 from ..models import FCMAE, ConvNeXtV2
 from ..report import save_reconstructions
+from ..report.summary import read_rows
 
 __all__ = ["Measure", "attempt", "collapse_of_blocks", "held_out_loss", "measure_epoch", "reconstructions"]
 
@@ -142,10 +143,8 @@ def collapse_of_blocks(path: Path, watched: list) -> Callable[[int, ConvNeXtV2],
     def measure(epoch: int, encoder: ConvNeXtV2) -> dict[str, float]:
         batch: Any = collate(watched)
         found = collapse(encoder, batch[0])
-        before: list[dict[str, Any]] = []
-        if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:  # without what a resumed run measures again
-                before = [row for row in csv.DictReader(file) if row["epoch"].isdecimal() and int(row["epoch"]) < epoch]
+        rows, _ = read_rows(path)  # without what a resumed run measures again
+        before = [row for row in rows if int(str(row["epoch"])) < epoch]
         with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(columns)

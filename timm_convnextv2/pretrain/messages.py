@@ -11,8 +11,9 @@ import torch
 
 import timm_convnextv2
 
-from ..command import interpreter, invocation
+from ..command import invocation
 from ..models import FCMAE
+from ..report.next_steps import next_commands
 from . import summary
 from .plan import Plan
 from .run_folder import Progress
@@ -29,6 +30,7 @@ __all__ = [
     "not_finite",
     "resume_command",
     "resume_hint",
+    "start_command",
     "stopped",
 ]
 
@@ -102,51 +104,43 @@ def how_measured(folder: Path) -> dict[str, str]:
         about["Held-out loss"] = f"{loss:.4f} (epoch {epoch})"
     if "knn" in found and (folder / "probe.json").is_file():
         probe = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
-        epoch = found["knn"][0]
+        values = {"": {name: found[name][1] for name in ("knn", "ridge")}}
+        values |= {"random weights ": probe["baselines"]["random"], "8 x 8 pixels ": probe["baselines"]["pixels"]}
         about["Frozen features"] = (
-            f"{probe['k']}-NN {found['knn'][1]:.1f} %, ridge {found['ridge'][1]:.1f} % {probe['unit']} on "
-            f"{probe['test']} images of {len(probe['classes'])} classes in {Path(probe['data_dir']).name} (epoch {epoch}; "
-            f"random weights {probe['baselines']['random']['knn']:.1f} and {probe['baselines']['random']['ridge']:.1f}, "
-            f"8 x 8 pixels {probe['baselines']['pixels']['knn']:.1f} and {probe['baselines']['pixels']['ridge']:.1f})"
+            "; ".join(f"{who}{probe['k']}-NN {v['knn']:.1f} %, ridge {v['ridge']:.1f} %" for who, v in values.items())
+            + f" ({probe['unit']} on {probe['test']} images of {len(probe['classes'])} classes in "
+            f"{Path(probe['data_dir']).name}, epoch {found['knn'][0]})"
         )
     return about
 
 
-def next_commands(settings: dict[str, Any], folder: Path, last_epoch: int) -> str:
-    """What to do with the result, ready to paste."""
-    encoder, (chans, height, width) = folder.resolve() / "encoder", settings["input_size"]
-    size = f"--img-size {height}" if chans == 3 and height == width else f"--input-size {chans} {height} {width}"
-    own_images = settings["data_dir"] or settings["dataset"] not in ("", "embedded")
-    finetune = shlex.join([*invocation("finetune"), "--recipe", "small-data" if own_images else "smoke"])
-    publish = shlex.join([*invocation("publish"), str(folder), "USER/NAME"])
-    publish += "" if settings["license"] or settings["pretrained"] else " --license ID"
-    images = [folder.resolve() / "loss.png", folder.resolve() / "reconstructions" / f"epoch-{last_epoch:04d}.png"]
-    shown = "".join(f"\n  {path}" for path in images if path.exists())  # a run that had ended draws nothing
-    look = f"Look at the loss and at what it predicts:{shown}\n" if shown else ""
-    python = shlex.quote(interpreter())
-    return f"""\
-Load it in Python, with timm alone:
-  {python} -c "import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
-Finetune it with timm's train.py and a recipe, on a folder with train/ and validation/:
-  {finetune} --model "local-dir:{encoder}" {size} --data-dir DATA
-{look}See what publishing would send:
-  {publish} --dry-run"""
+def start_command(words: list[str] | None = None) -> str:
+    """The command that starts a run as this process does, ready to paste.
+
+    Args:
+        words: Its options; those of the process if None.
+    """
+    return shlex.join([*invocation("pretrain", distributed=True), *(_own_words() if words is None else words)])
+
+
+def _own_words() -> list[str]:
+    """The options of this process."""
+    if sys.argv[1:2] == ["pretrain"] and Path(sys.argv[0]).name != "pretrain.py":  # of the console command
+        return sys.argv[2:]
+    return sys.argv[1:]
 
 
 def resume_command(experiment: str) -> str:
     """The command that resumes this run."""
     words, skip = [], False
-    for word in sys.argv[1:]:
+    for word in _own_words():
         if skip or word == "--overwrite":
             skip = False
         elif word in ("--resume", "--experiment"):
             skip = True
         elif not word.startswith(("--resume=", "--experiment=")):
             words.append(word)
-    if sys.argv[1:2] == ["pretrain"] and Path(sys.argv[0]).name != "pretrain.py":  # of the console command
-        words = words[1:]
-    start = invocation("pretrain", distributed=True)
-    return shlex.join([*start, *words, "--experiment", experiment, "--resume", "auto"])
+    return start_command([*words, "--experiment", experiment, "--resume", "auto"])
 
 
 def resume_hint(experiment: str) -> str:

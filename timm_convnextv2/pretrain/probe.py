@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..evaluate import Labelled, features, image_batches, judge, nearest, pixels
+from ..evaluate import Labelled, features, image_batches, judge, pixels
+from ..evaluate.knn import nearest
 from ..files import whole_file
 from ..models import ConvNeXtV2
 from ..report import save_neighbours
 
 __all__ = ["Probe"]
 
+Run = Callable[[int, ConvNeXtV2], dict[str, float]]
 NEIGHBOURS = 20
 SHOWN_QUERIES, SHOWN_NEIGHBOURS = 6, 5
 
@@ -99,9 +101,7 @@ class Probe:
             part.write_text(json.dumps({**about, "baselines": found}, indent=2, ensure_ascii=False) + "\n", "utf-8")
         return found
 
-    def measure(
-        self, folder: Path, mean: list[float], std: list[float]
-    ) -> Callable[[int, ConvNeXtV2], dict[str, float]]:
+    def measure(self, folder: Path, mean: list[float], std: list[float]) -> Run:
         """The measure `knn`, `ridge`, `rank`, which also draws the nearest neighbours of a few test images.
 
         Args:

@@ -14,6 +14,7 @@ import yaml
 from ..checkpoint import CheckpointError
 from ..files import WriteError, remove_leftovers, save_torch, whole_file
 from ..models.weights import first_not_finite
+from ..report.run import head_comment
 from . import summary
 from .contents import check_fits, load_run_checkpoint
 from .distributed import World
@@ -31,7 +32,8 @@ ARCHITECTURE += ("weights",)
 DATA_ORDER = ("seed", "batch_size", "grad_accum_steps")
 # What a run writes into its folder: --overwrite removes these, and nothing else.
 WRITTEN = ("args.yaml", "summary.csv", "loss.png", "*.pth.tar", "encoder", "reconstructions")
-WRITTEN += ("collapse.csv", "probe.json", "neighbours", "encoder-best", "events.out.tfevents.*", "wandb", "bad-step-*")
+WRITTEN += ("report.html", "collapse.csv", "probe.json", "neighbours", "encoder-best")
+WRITTEN += ("events.out.tfevents.*", "wandb", "bad-step-*")
 # What version 0.1 left of files that it was writing when it was killed.
 LEFT_BY_0_1 = ("*.pth.part", "*.png.part", "reconstructions/*.png.part", ".encoder.[0-9]*.tmp")
 
@@ -236,13 +238,14 @@ class RunFolder:
         trainer.load_state_dict(self.checkpoint, progress.loss_sum, progress.skipped)
         self.checkpoint = None
 
-    def claim(self, settings: dict[str, Any], versions: str, epoch: int) -> None:
+    def claim(self, settings: dict[str, Any], versions: str, epoch: int, command: str = "") -> None:
         """Makes the folder, locks it, removes what a killed process left, and writes args.yaml.
 
         Args:
             settings: Of the run.
             versions: Of the packages.
             epoch: Epochs that are complete; the summary forgets what came after.
+            command: That started the run, for the head of args.yaml.
 
         Raises:
             ValueError: The folder cannot be written, or another run has it.
@@ -255,7 +258,7 @@ class RunFolder:
                 self._remove_run()
             self._remove_leftovers()
             with whole_file(self.path / "args.yaml") as part:
-                part.write_text(f"# {versions}\n" + yaml.safe_dump(settings, sort_keys=False))
+                part.write_text(head_comment(versions, command) + yaml.safe_dump(settings, sort_keys=False))
             self._note_damaged(summary.trim(self.summary, epoch))
         except BaseException as e:
             self.release()

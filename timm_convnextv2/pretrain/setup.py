@@ -18,7 +18,7 @@ from ..memory import memory_estimate
 from ..models import FCMAE
 from ..provenance import resolve_license
 from ..report import ProgressBar, check_logs, open_logs
-from . import summary
+from ..report.summary import read_rows
 from .batches import Batches, leave_signals_to_parent, open_batches
 from .best import Best
 from .distributed import Seat, World
@@ -41,13 +41,14 @@ from .trainer import Trainer, check_compile_backend
 __all__ = ["create_model", "open_data", "set_up"]
 
 
-def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run | None:
+def set_up(args: argparse.Namespace, start: Start | None, world: World, command: str = "") -> Run | None:
     """Opens and checks everything; only then is anything written.
 
     Args:
         args: The options, see `options.parse_options`.
         start: The timm folder to start from.
         world: The processes of the run.
+        command: That started it, for its args.yaml and its report.
 
     Returns:
         The run, in its folder and with the state of its checkpoint; None after --dry-run.
@@ -91,7 +92,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
         about += f"\nResumed from {folder.resumed_from}: epoch {progress.epoch + 1}, update {progress.update + 1}"
     world.wait()  # no process may find the folder already claimed
     if world.primary:
-        folder.claim(settings, VERSIONS, progress.epoch)
+        folder.claim(settings, VERSIONS, progress.epoch, command)
         logs = open_logs(folder.path, settings, args.log_wandb, args.wandb_project, args.log_tensorboard)
     world.wait()  # nor train where the first could not claim it
     world.training = True
@@ -102,7 +103,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
     measures = create_measures(args, trainer, batches, folder)
     if probe is not None:
         measures.append(probe_measure(args, probe, trainer.model.encoder, folder, bar.note))
-    best = Best(args.keep_best, summary.read_rows(folder.summary)) if args.keep_best and world.primary else None
+    best = Best(args.keep_best, read_rows(folder.summary)[0]) if args.keep_best and world.primary else None
     return Run(settings, trainer, batches, plan, folder, progress, measures, logs if world.primary else [], bar, best)
 
 

@@ -8,8 +8,9 @@ import csv
 from pathlib import Path
 
 from ..files import whole_file
+from ..report.summary import read_rows
 
-__all__ = ["add_row", "latest", "read_rows", "trim"]
+__all__ = ["add_row", "latest", "trim"]
 
 _Row = dict[str, object]
 
@@ -36,7 +37,7 @@ def add_row(
     row |= {f"train_{name}": value for name, value in metrics.items()}
     row |= {f"eval_{name}": value for name, value in measured.items()}
     row["lr"] = lr
-    rows, damaged = _read(path)
+    rows, damaged = read_rows(path)
     _write(path, [*rows, row])
     return damaged
 
@@ -50,45 +51,21 @@ def trim(path: Path, epoch: int) -> list[str]:
     Raises:
         WriteError: (an OSError) See `add_row`.
     """
-    rows, damaged = _read(path)
+    rows, damaged = read_rows(path)
     keep = [row for row in rows if int(str(row["epoch"])) < epoch]
     if len(keep) < len(rows) or damaged:
         _write(path, keep)
     return damaged
 
 
-def read_rows(path: Path) -> list[dict[str, object]]:
-    """The rows that are whole, each a dict by column; none where there is no file."""
-    return _read(path)[0]
-
-
 def latest(path: Path) -> dict[str, tuple[int, float]]:
     """The newest number of each measure, as `{name: (epoch, number)}`; epochs count from 1."""
     found: dict[str, tuple[int, float]] = {}
-    for row in read_rows(path):
+    for row in read_rows(path)[0]:
         for column, value in row.items():
             if column.startswith("eval_") and value != "":
                 found[column.removeprefix("eval_")] = (int(str(row["epoch"])) + 1, float(str(value)))
     return found
-
-
-def _read(path: Path) -> tuple[list[_Row], list[str]]:
-    """The rows, and the lines that are none."""
-    if not path.exists():
-        return [], []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    rows, damaged = [], []
-    header = next(csv.reader(lines[:1]), [])
-    for line in lines[1:]:
-        cells = next(csv.reader([line]), [])
-        if cells == header:  # of a run that was resumed by an earlier version
-            continue
-        whole = line.endswith("\n") and len(cells) == len(header) and header[:1] == ["epoch"] and cells[0].isdecimal()
-        if whole:
-            rows.append(dict(zip(header, cells, strict=True)))
-        elif line.strip():
-            damaged.append(line.strip())
-    return rows, damaged
 
 
 def _write(path: Path, rows: list[_Row]) -> None:

@@ -1,4 +1,4 @@
-"""The images that a run draws: its loss curve, and what the model predicts."""
+"""The images that a run draws: its curves, what the model predicts, and which images are alike to it."""
 
 import csv
 from collections.abc import Sequence
@@ -8,8 +8,10 @@ import torch
 
 from ..files import whole_file
 from ..models.fcmae import FCMAE, normalize_target, patchify, unpatchify
+from .charts import draw_collapse, spread
+from .summary import read_rows
 
-__all__ = ["save_loss_curve", "save_reconstructions"]
+__all__ = ["save_collapse_curves", "save_loss_curve", "save_neighbours", "save_reconstructions"]
 
 
 def _save(figure, path: str | Path) -> None:
@@ -51,6 +53,81 @@ def save_loss_curve(summary: str | Path, path: str | Path) -> None:
     rate.set_ylim(bottom=0)
     for side in (axis, rate):
         side.spines["top"].set_visible(False)
+    _save(figure, path)
+
+
+def save_collapse_curves(table: str | Path, path: str | Path) -> None:
+    """Draws the distances of a `collapse.csv` over depth as a PNG, a line an epoch, at most twelve of them.
+
+    Args:
+        table: CSV with the columns `epoch`, `depth` (0 to 1) and `distance`; others are not read.
+        path: PNG to write.
+
+    Raises:
+        ValueError: The table has no such rows.
+        OSError: The table cannot be read, or the image not written.
+    """
+    from matplotlib.figure import Figure
+
+    rows, _ = read_rows(Path(table))
+    curves: dict[int, list[dict[str, float]]] = {}
+    for row in rows:
+        if row.get("depth") and row.get("distance"):
+            numbers = {name: float(str(row[name])) for name in ("depth", "distance")}
+            curves.setdefault(int(str(row["epoch"])), []).append(numbers)
+    if not curves:
+        raise ValueError(f"'{table}' has no rows with epoch, depth and distance.")
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axis = figure.add_subplot()
+    draw_collapse(axis, {epoch: sorted(curves[epoch], key=lambda r: r["depth"]) for epoch in spread(curves, 12)})
+    axis.set_ylabel("mean cosine distance of channels")
+    axis.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def save_neighbours(
+    path: str | Path,
+    images: torch.Tensor,
+    neighbours: Sequence[tuple[int, Sequence[int]]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    title: str = "",
+) -> None:
+    """Draws images and those that are nearest to them as a PNG, a row an image.
+
+    Args:
+        path: PNG to write.
+        images: Normalised images `[N, C, H, W]`.
+        neighbours: For each row, the index of its image, and those of its neighbours, the nearest first.
+        mean: Mean per channel that the images were normalised with.
+        std: Standard deviation likewise.
+        title: Line above the images.
+
+    Raises:
+        ValueError: There is no row.
+        WriteError: (an OSError) It cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    if not neighbours:
+        raise ValueError("neighbours is empty, expected a row (index, [indices of its neighbours]) at least.")
+    shown = _displayable(images.float().cpu(), torch.tensor(mean), torch.tensor(std)).clamp(0, 1)
+    columns, aspect = 1 + max(len(near) for _, near in neighbours), images.shape[2] / images.shape[3]
+    figure = Figure(figsize=(8, 0.4 + 8 / columns * aspect * len(neighbours)), dpi=120, layout="constrained")
+    axes = figure.subplots(len(neighbours), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (query, near) in zip(axes, neighbours, strict=True):
+        for axis, index in zip(row, (query, *near), strict=False):
+            axis.imshow(shown[index].numpy(), interpolation="nearest")
+    axes[0][0].set_title("image", fontsize=9)
+    if columns > 1:
+        axes[0][1].set_title("nearest", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=9, parse_math=False)
     _save(figure, path)
 
 

@@ -1,0 +1,142 @@
+"""Charts of a run as SVG that stands in an HTML page and takes its colours, and as PNG."""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Line", "collapse_chart", "draw_collapse", "epoch_colours", "line_chart", "spread"]
+
+# Colours that no chart has otherwise: in the SVG they become variables of the page, which knows light and dark.
+_INK, _GRID, _MUTED = "#fe0001", "#fe0002", "#fe0003"
+SERIES = 8
+_VARIABLES = {_INK: "var(--ink)", _GRID: "var(--line)", _MUTED: "var(--muted)"}
+_VARIABLES |= {f"#fe01{i:02x}": f"var(--series-{i})" for i in range(SERIES)}
+_SIZE = (4.6, 2.9)  # inches; 331 x 209 units of the SVG, which is the size of a small telephone
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve over epochs.
+
+    Attributes:
+        values: By epoch, from 1.
+        series: Which colour of the page it has, from 0.
+        dashed: Whether it is dashed.
+    """
+
+    values: Mapping[int, float]
+    series: int = 0
+    dashed: bool = False
+
+
+def spread(epochs: Iterable[int], count: int) -> list[int]:
+    """At most so many of the epochs, evenly, always with the first and the last."""
+    every = sorted(epochs)
+    if len(every) <= count:
+        return every
+    return sorted({every[round(i * (len(every) - 1) / (count - 1))] for i in range(count)})
+
+
+def epoch_colours(epochs: Sequence[int]) -> dict[int, str]:
+    """A colour an epoch, from grey to a strong red; they show on white and on black."""
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    scale = LinearSegmentedColormap.from_list("epochs", ["#94a3b8", "#7c6fdc", "#e5484d"])
+    last = max(len(epochs) - 1, 1)
+    return {epoch: to_hex(scale(i / last if len(epochs) > 1 else 1.0)) for i, epoch in enumerate(epochs)}
+
+
+def line_chart(name: str, lines: Sequence[Line], baselines: Mapping[str, float] = {}, about: str = "") -> str:  # noqa: B006
+    """Curves over epochs as an SVG element.
+
+    Args:
+        name: Of the chart, unique on its page.
+        lines: At least one with a value.
+        baselines: Horizontal lines, by what stands on them.
+        about: Text for those who do not see it; plain, it is escaped here.
+    """
+    figure, axis = _figure()
+    longest = max(len(line.values) for line in lines)
+    for line in lines:
+        axis.plot(
+            [*line.values], [*line.values.values()], color=f"#fe01{line.series % SERIES:02x}", linewidth=1.8,
+            linestyle=(0, (3, 2)) if line.dashed else "-", marker="o" if longest < 30 else None, markersize=3.2,
+        )  # fmt: skip
+    for text, value in baselines.items():
+        axis.axhline(value, color=_MUTED, linewidth=1, linestyle=(0, (1, 2)))
+        axis.annotate(
+            text, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points",
+            ha="right", color=_MUTED, fontsize=8.5,
+        )  # fmt: skip
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportAttributeAccessIssue]
+    axis.margins(x=0.03, y=0.12)
+    return _svg(figure, name, about)
+
+
+def draw_collapse(axis: Any, curves: Mapping[int, Sequence[Mapping[str, float]]], column: str = "distance") -> None:
+    """Draws a column over depth, a line an epoch, on an axis of matplotlib."""
+    for epoch, colour in epoch_colours([*curves]).items():
+        rows = [row for row in curves[epoch] if column in row]
+        axis.plot(
+            [row["depth"] for row in rows], [row[column] for row in rows], color=colour, linewidth=1.6, marker="o",
+            markersize=2.4, label=f"epoch {epoch}",
+        )  # fmt: skip
+    axis.set_xlabel("depth (0: first block, 1: last)")
+    axis.set_ylim(bottom=0)
+
+
+def collapse_chart(
+    name: str, curves: Mapping[int, Sequence[Mapping[str, float]]], column: str = "distance", about: str = ""
+) -> str:
+    """The collapse figure as an SVG element; see `draw_collapse` and `line_chart`."""
+    figure, axis = _figure()
+    draw_collapse(axis, curves, column)
+    return _svg(figure, name, about)
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    figure.patch.set_visible(False)
+    axis = figure.add_subplot()
+    axis.patch.set_visible(False)
+    axis.grid(color=_GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color(_GRID)
+    axis.tick_params(colors=_MUTED, labelcolor=_INK, labelsize=9.5, length=3)
+    axis.xaxis.label.set(color=_MUTED, fontsize=9.5)
+    return figure, axis
+
+
+def _svg(figure: Any, name: str, about: str) -> str:
+    """The figure as an element: text as text, colours as variables of the page, names of its own, nothing else."""
+    from html import escape
+
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    FigureCanvasSVG(figure)
+    written = io.StringIO()
+    key = hashlib.sha1(name.encode()).hexdigest()[:8]
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": key, "font.family": "sans-serif", "text.parse_math": False}
+    with matplotlib.rc_context(settings):
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    text = written.getvalue()
+    box = re.search(r'viewBox="([\d. ]+)"', text)
+    body = text[text.index(">", text.index("<svg")) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.S)
+    # ids are those of the whole page
+    body = re.sub(r'\bid="', f'id="{key}-', body)
+    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", body)
+    body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
+    body = re.sub(r"#fe0[01][0-9a-f]{2}\b", lambda found: _VARIABLES[found[0]], body)
+    return f'<svg viewBox="{box[1] if box else ""}" role="img" aria-label="{escape(about)}">{body}'

@@ -1,0 +1,206 @@
+"""Reading the folder of a run of pretraining for its report: what is there, and what is damaged."""
+
+import json
+import math
+import pickle
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .summary import read_rows
+
+__all__ = ["Row", "RunRecord", "head_comment", "read_run"]
+
+Row = dict[str, float]
+
+# What a report needs of the settings. `mask_ratio` tells a run of pretraining from one of timm's train.py.
+_SETTINGS: dict[str, type | tuple[type, ...]] = {
+    "model": str, "epochs": int, "mask_ratio": (int, float), "batch_size": int, "grad_accum_steps": int,
+    "decoder_depth": int, "decoder_dim": int, "patch_size": int, "input_size": list, "seed": int,
+    "data_dir": (str, type(None)), "dataset": (str, type(None)), "license": (str, type(None)), "pretrained": bool,
+}  # fmt: skip
+
+
+@dataclass
+class RunRecord:
+    """What the folder of a run tells. What is not there is empty.
+
+    Attributes:
+        path: The folder.
+        label: What it is called beside other runs.
+        settings: Of args.yaml.
+        versions: Of the packages that trained.
+        command: That started it.
+        rows: Of summary.csv, by epoch from 0: numbers by column, without empty cells.
+        collapse: Of collapse.csv, by epoch from 1: rows of numbers, in order of depth.
+        probe: Content of probe.json.
+        reconstructions: PNG by epoch, from 1.
+        neighbours: Likewise.
+        progress: Of the last checkpoint, see `pretrain.run_folder.Progress`.
+        notes: What was left out and why.
+    """
+
+    path: Path
+    label: str
+    settings: dict[str, Any]
+    versions: str = ""
+    command: str = ""
+    rows: dict[int, Row] = field(default_factory=dict)
+    collapse: dict[int, list[Row]] = field(default_factory=dict)
+    probe: dict[str, Any] = field(default_factory=dict)
+    reconstructions: dict[int, Path] = field(default_factory=dict)
+    neighbours: dict[int, Path] = field(default_factory=dict)
+    progress: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def column(self, name: str) -> dict[int, float]:
+        """A column of summary.csv by epoch, from 1; epochs in which it was not measured are left out."""
+        return {epoch + 1: row[name] for epoch, row in self.rows.items() if name in row}
+
+
+def head_comment(versions: str, command: str = "") -> str:
+    """The comment lines above the settings in args.yaml; `read_run` reads them.
+
+    The command is quoted as JSON does it, so that it stays a line, whatever a path in it holds.
+    """
+    return f"# {versions}\n" + (f"# command: {json.dumps(command)}\n" if command else "")
+
+
+def read_run(folder: Path, label: str = "") -> RunRecord:
+    """Reads what the folder of a run tells; what is damaged is left out, and named in `notes`.
+
+    Args:
+        folder: Of the run.
+        label: What to call it; the folder's name if ''.
+
+    Raises:
+        ValueError: It is not the folder of a run of pretraining, or its args.yaml is damaged.
+    """
+    head, settings = _read_settings(folder)
+    run = RunRecord(folder, label or folder.resolve().name, settings)
+    run.versions = head[0] if head and not head[0].startswith("command: ") else ""
+    for line in head:
+        if line.startswith("command: "):
+            run.command = _decoded(line.removeprefix("command: "))
+    run.rows = {int(row["epoch"]): row for row in _read_table(run, "summary.csv")}
+    for row in _read_table(run, "collapse.csv", needed=("depth", "distance")):
+        run.collapse.setdefault(int(row["epoch"]), []).append(row)
+    for rows in run.collapse.values():
+        rows.sort(key=lambda row: row["depth"])
+    run.probe = _read_probe(run)
+    run.progress = _read_progress(run)
+    run.reconstructions = _epochs_of(folder / "reconstructions")
+    run.neighbours = _epochs_of(folder / "neighbours")
+    return run
+
+
+def _read_settings(folder: Path) -> tuple[list[str], dict[str, Any]]:
+    """Lines of the head comment, and the settings."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"'{folder}' {what}, expected the folder of a run of pretraining, such as output/NAME.")
+    path = folder / "args.yaml"
+    if not path.is_file():
+        below = sorted(p.parent.name for p in folder.glob("*/args.yaml"))[:5]
+        hint = f" Runs below it: {', '.join(below)}." if below else ""
+        raise ValueError(f"'{folder}' is not the folder of a run of pretraining: it has no args.yaml.{hint}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ValueError(f"'{path}' cannot be read: {e}") from e
+    wrong = [
+        name for name, kind in _SETTINGS.items() if not isinstance(settings, dict) or not _fits(settings, name, kind)
+    ]
+    if wrong:
+        raise ValueError(
+            f"'{path}' does not hold the settings of a run of pretraining: {', '.join(wrong[:3])} missing or of "
+            "another type. Give the folder that `timm-convnextv2 pretrain` wrote."
+        )
+    head = [line.removeprefix("#").strip() for line in text.splitlines()[:2] if line.startswith("#")]
+    return head, settings
+
+
+def _fits(settings: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> bool:
+    value = settings.get(name)
+    if name == "input_size":
+        return isinstance(value, list) and len(value) == 3 and all(isinstance(n, int) for n in value)
+    return name in settings and isinstance(value, kind)
+
+
+def _decoded(text: str) -> str:
+    """What `head_comment` quoted; '' where somebody has changed the line."""
+    try:
+        command = json.loads(text)
+    except ValueError:
+        return ""
+    return command if isinstance(command, str) else ""
+
+
+def _read_table(run: RunRecord, name: str, needed: tuple[str, ...] = ()) -> list[Row]:
+    """The rows of a CSV as finite numbers; a line that is torn, or lacks what is needed, is noted."""
+    path = run.path / name
+    try:
+        rows, damaged = read_rows(path)
+    except OSError as e:
+        run.notes.append(f"{name} cannot be read ({e.strerror}).")
+        return []
+    found = []
+    for row in rows:
+        try:
+            numbers = {key: float(str(cell)) for key, cell in row.items() if cell != ""}
+        except ValueError:
+            damaged.append(",".join(map(str, row.values())))
+            continue
+        # a loss that is not finite is a gap in the curve
+        numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}
+        if all(key in numbers for key in needed):
+            found.append(numbers)
+    if damaged:
+        first = damaged[0] if len(damaged[0]) <= 60 else f"{damaged[0][:60]}..."
+        count = "1 line is" if len(damaged) == 1 else f"{len(damaged)} lines are"
+        run.notes.append(f"{name}: {count} damaged and left out, the first: '{first}'.")
+    return found
+
+
+def _read_probe(run: RunRecord) -> dict[str, Any]:
+    path = run.path / "probe.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        run.notes.append(f"probe.json cannot be read ({e}).")
+        return {}
+    baselines = content.get("baselines", {}) if isinstance(content, dict) else None
+    if not isinstance(baselines, dict) or not all(isinstance(of, dict) for of in baselines.values()):
+        run.notes.append("probe.json holds something else than a probe, and is left out.")
+        return {}
+    content["baselines"] = {
+        name: {k: float(v) for k, v in of.items() if isinstance(v, int | float) and math.isfinite(v)}
+        for name, of in baselines.items()
+    }
+    return content
+
+
+def _read_progress(run: RunRecord) -> dict[str, Any]:
+    """Of the last checkpoint, whose tensors are not read."""
+    path = run.path / "last.pth.tar"
+    if not path.exists():
+        return {}
+    try:
+        progress = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["progress"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as e:
+        run.notes.append(f"last.pth.tar cannot be read ({type(e).__name__}): bad images and updates are not known.")
+        return {}
+    return progress if isinstance(progress, dict) else {}
+
+
+def _epochs_of(folder: Path) -> dict[int, Path]:
+    """The images of a folder by their epoch, in order."""
+    found = {re.fullmatch(r"epoch-(\d+)\.png", path.name): path for path in folder.glob("epoch-*.png")}
+    return dict(sorted((int(match[1]), path) for match, path in found.items() if match))

@@ -1,0 +1,17 @@
+"use strict";
+// A slider shows one image of its row.
+for (const viewer of document.querySelectorAll(".viewer")) {
+  const slider = viewer.querySelector("input[type=range]");
+  const output = viewer.querySelector("output");
+  const images = [...viewer.querySelectorAll("img")];
+  if (!slider) continue;
+  const show = () => {
+    const chosen = images[Number(slider.value)];
+    images.forEach((image) => { image.hidden = image !== chosen; });
+    output.textContent = chosen.dataset.epoch;
+    slider.setAttribute("aria-valuetext", "epoch " + chosen.dataset.epoch);
+  };
+  slider.addEventListener("input", show);
+  slider.closest(".slider").hidden = false;
+  show();
+}
