@@ -259,7 +259,7 @@ def _tail(path: Path, lines: int) -> str:
 def _accuracies(run: Path) -> list[float]:
     """Validation accuracy in % after each epoch, from train.py's summary.csv."""
     with open(run / "summary.csv", newline="", encoding="utf-8") as file:
-        return [float(row["eval_top1"]) for row in csv.DictReader(file)]
+        return [float(row["eval_top1"]) for row in csv.DictReader(file) if row.get("eval_top1")]
 
 
 def table(curves: Sequence[Curve]) -> str:
