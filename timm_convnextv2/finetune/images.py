@@ -35,7 +35,7 @@ from ..data.decode import from_pil, is_8_bit, printable, to_mode
 from ..data.sources import decode_any
 from .folders import FolderReader, is_opaque, split_folder
 
-__all__ = ["ByKind", "Images", "collate", "create_dataset", "create_loader", "feed", "probe"]
+__all__ = ["ByKind", "Images", "collate", "create_dataset", "create_loader", "feed", "probe", "refuse_for_tensors"]
 
 _logger = logging.getLogger(__name__)
 
@@ -62,15 +62,16 @@ class Images(ImageDataset):
         reader: One of timm's, or a `FolderReader`.
         in_chans: Channels that images are converted to.
         strict: An image that cannot be decoded is an error.
+        nodata: Stored value of pixels that are no data, see `timm_convnextv2.data.load_image`.
 
     Raises:
         ValueError: By a sample: a package is missing; or, where it is strict, the image cannot be decoded.
         RuntimeError: By a sample: it and those that follow cannot be decoded.
     """
 
-    def __init__(self, reader: Any, in_chans: int = 3, strict: bool = False) -> None:
+    def __init__(self, reader: Any, in_chans: int = 3, strict: bool = False, nodata: float | None = None) -> None:
         super().__init__(None, reader=reader)
-        self.in_chans, self.strict = in_chans, strict
+        self.in_chans, self.strict, self.nodata = in_chans, strict, nodata
 
     def load(self, index: int) -> tuple[Any, ...]:
         """Image, target and what else timm's reader gives, before any transform.
@@ -80,7 +81,7 @@ class Images(ImageDataset):
         """
         reader: Any = self.reader
         picture, *rest = reader[index]
-        image = decode_any(picture, self.name(index), self.in_chans, convert=_keep_8_bit)
+        image = decode_any(picture, self.name(index), self.in_chans, nodata=self.nodata, convert=_keep_8_bit)
         if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and self.in_chans in (1, 3):
             image = to_pil_image(image)  # from .npy or tifffile
         return image, *rest
@@ -128,6 +129,29 @@ def probe(dataset: Images, tries: int = 32) -> str:
     if len(bad) == n:
         raise ValueError(f"None of {n} images tried (of {len(dataset)}) can be read, for example: {bad[0]}")
     return ", ".join(kinds)
+
+
+def refuse_for_tensors(kinds: str, options: dict[str, Any], crop_mode: str | None) -> None:
+    """Refuses what timm has for 8-bit images only, and what would stop the script at some image.
+
+    Args:
+        kinds: What is not 8-bit RGB or grey about the images, see `probe`; empty where all are.
+        options: Of a script of timm.
+        crop_mode: For evaluation, as timm resolves it.
+
+    Raises:
+        ValueError: Names the option and what to use instead.
+    """
+    mixes = options.get("mixup") or options.get("cutmix") or options.get("cutmix_minmax")
+    wrong = {
+        "--crop-mode border": (crop_mode == "border", "use --crop-mode center or squash"),
+        "--mixup-mode half": (mixes and options.get("mixup_mode") == "half", "use batch, pair or elem"),
+        "--naflex-loader": (options.get("naflex_loader"), "leave it out"),
+        "--tf-preprocessing": (options.get("tf_preprocessing"), "leave it out"),
+    }
+    for option, (there, remedy) in wrong.items():
+        if kinds and there:
+            raise ValueError(f"{option} is for 8-bit RGB or grey, and there are images {kinds}: {remedy}.")
 
 
 # --------------------------------------------------------------------------------------------------------- transforms
@@ -223,6 +247,7 @@ def create_dataset(
     *,
     in_chans: int,
     strict: bool = False,
+    nodata: float | None = None,
     class_to_idx: Mapping[str, int] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -230,17 +255,18 @@ def create_dataset(
 
     Args:
         name, root, split, class_map, load_bytes, input_key, kwargs: timm's.
-        in_chans, strict: See `Images`.
+        in_chans, strict, nodata: See `Images`.
         class_to_idx: Class by the name of its folder, instead of `class_map`.
     """
     if root is not None and os.path.isdir(root) and not is_opaque(name) and not load_bytes:
-        return Images(FolderReader(split_folder(root, split), class_to_idx or class_map, input_key), in_chans, strict)
+        reader = FolderReader(split_folder(root, split), class_to_idx or class_map, input_key)
+        return Images(reader, in_chans, strict, nodata)
     dataset = timm.data.create_dataset(
         name, root=root, split=split, class_map=class_map, load_bytes=load_bytes, input_key=input_key, **kwargs
     )
     if type(dataset) is not ImageDataset or load_bytes:
         return dataset  # a stream, or torchvision's: timm or torchvision has decoded its images
-    images = Images(dataset.reader, in_chans, strict)
+    images = Images(dataset.reader, in_chans, strict, nodata)
     images.additional_features = dataset.additional_features
     return images
 
@@ -260,13 +286,19 @@ def create_loader(dataset: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def feed(
-    script: ModuleType, *, in_chans: int, strict: bool = False, class_to_idx: Mapping[str, int] | None = None
+    script: ModuleType,
+    *,
+    in_chans: int,
+    strict: bool = False,
+    nodata: float | None = None,
+    class_to_idx: Mapping[str, int] | None = None,
 ) -> None:
     """Lets one of timm's scripts, imported, read its images by this package's decoder.
 
     Args:
         script: train.py, validate.py or inference.py.
-        in_chans, strict, class_to_idx: See `create_dataset`.
+        in_chans, strict, nodata, class_to_idx: See `create_dataset`.
     """
-    opened = partial(create_dataset, in_chans=in_chans, strict=strict, class_to_idx=class_to_idx)
+    reading: dict[str, Any] = dict(in_chans=in_chans, strict=strict, nodata=nodata, class_to_idx=class_to_idx)
+    opened = partial(create_dataset, **reading)
     vars(script).update(create_dataset=opened, create_loader=create_loader, FastCollateMixup=CollateMixup)

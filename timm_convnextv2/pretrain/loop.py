@@ -177,6 +177,7 @@ def write(run: Run, milestone: bool) -> None:
         std=settings["std"],
         license=settings["license"] or None,
         info=how_made(settings, run.progress, run.plan),
+        nodata=settings["nodata"],
     )
     failed = attempt("the export of the encoder", export, run.bar.note)
     if folder.summary.exists():
