@@ -360,16 +360,10 @@ class TimmStream(IterableDataset):
         Raises:
             ValueError: The reader yields nothing, most likely because there are fewer shards than workers.
         """
-        if self.kind in ("wds", "hfids") and self.reader.ds is None:
-            try:
-                self._leave_undecoded()
-            except RuntimeError as error:  # how timm says that there are fewer shards than workers
-                raise ValueError(f"Data set '{self.dataset_name}': {error}") from error
+        leave_undecoded(self.reader, self.dataset_name, self.input_key)
         count = 0
         for item, _ in self.dataset:
-            name, picture = f"{self.dataset_name} sample {count}", item
-            if isinstance(item, dict):
-                name, picture = item["path"] or name, item["path"] if item["bytes"] is None else item["bytes"]
+            name, picture = undecoded_picture(item, f"{self.dataset_name} sample {count}")
             yield name, partial(self._load, picture, name)
             count += 1
         if not count:
@@ -381,40 +375,94 @@ class TimmStream(IterableDataset):
             )
 
     def _load(self, picture: Any, name: str, choose: Choose | None = None) -> torch.Tensor | Reduced:
-        if isinstance(picture, bytes) and not picture:
-            raise ImageError(f"{name}: has no picture under the input key {self.input_key}")
-        return decode_any(picture, name, self.in_chans, choose, self.nodata)
+        return decode_undecoded(picture, name, self.input_key, self.in_chans, choose, self.nodata)
 
-    def _leave_undecoded(self) -> None:
-        """Makes timm's reader pass the bytes on, in the process that reads them.
 
-        It would convert 16-bit pictures to 8-bit, drop samples without label (`wds/`), and end at the first picture
-        that cannot be decoded (`hfids/`). The reader builds its pipeline late, in the worker, and so must we.
-        """
-        self.reader._lazy_init()
-        if self.kind == "hfids":
-            import datasets
+def undecoded_picture(item: Any, name: str) -> tuple[str, Any]:
+    """Name and picture, for `decode_any`, of what a reader gives after `leave_undecoded`.
 
-            self.reader.ds = self.reader.ds.cast_column(self.input_key, datasets.Image(decode=False))
-            return
-        import webdataset
-        from timm.data.readers.reader_wds import detshuffle2
+    Args:
+        item: From the reader.
+        name: Of a sample that has none.
+    """
+    if not isinstance(item, dict):
+        return name, item
+    return item["path"] or name, item["path"] if item["bytes"] is None else item["bytes"]
 
-        keys, reader = self.input_key.split(";"), self.reader
 
-        def pick(sample: dict[str, Any]) -> dict[str, Any]:
-            key = next((key for key in keys if key in sample), None)
-            path = f"{sample.get('__url__', self.dataset_name)}/{sample['__key__']}" + (f".{key}" if key else "")
-            return dict(image=dict(path=path, bytes=sample[key] if key else b""), target=None)
+def decode_undecoded(picture: Any, name: str, input_key: str, *args: Any, **kwargs: Any) -> Any:
+    """`decode_any` for a sample of a stream, which may lack the picture."""
+    if isinstance(picture, bytes) and not picture:
+        raise ImageError(f"{name}: has no picture under the input key {input_key}")
+    return decode_any(picture, name, *args, **kwargs)
 
-        # timm's last two stages decode and rename
-        reader.ds.pipeline[-2:] = [webdataset.map(pick)]  # pyright: ignore[reportAttributeAccessIssue]
-        if reader.is_training:
-            # the one before shuffles with a generator that goes on from epoch to epoch, which no resumed run could
-            # repeat; here its seed follows the epoch, as that of the shards does
-            seed = reader.common_seed + ((1 + reader.global_worker_id) << 32)
-            sizes = reader.sample_shuffle_size, reader.sample_initial_size
-            reader.ds.pipeline[-2] = detshuffle2(*sizes, seed=seed, epoch=reader.epoch_count)
+
+def leave_undecoded(reader: Any, name: str, input_key: str, labelled: bool = False) -> None:
+    """Makes timm's reader of a stream pass the bytes on; call it in the process that reads them, before the first.
+
+    It would convert 16-bit pictures to 8-bit, drop samples without label (`wds/`), and end at the first picture that
+    cannot be decoded (`hfids/`). The reader builds its pipeline late, in the worker, and so must we. `tfds/` stays.
+
+    Args:
+        reader: timm's.
+        name: Of the data set, `wds/...` or `hfids/...`.
+        input_key: As of `TimmStream`.
+        labelled: Targets are timm's, and so is the shuffling. Else there are none, and the shuffle follows the epoch.
+
+    Raises:
+        ValueError: There are fewer shards than workers.
+    """
+    kind, built = _prefix(name), getattr(reader, "ds", None) is not None
+    if kind not in ("wds", "hfids") or built:
+        return
+    try:
+        reader._lazy_init()  # sets reader.ds
+    except RuntimeError as error:  # how timm says that there are fewer shards than workers
+        raise ValueError(f"Data set '{name}': {error}") from error
+    if kind == "hfids":
+        import datasets
+
+        reader.ds = reader.ds.cast_column(input_key, datasets.Image(decode=False))
+        return
+    import webdataset.filters
+    import webdataset.handlers
+    from timm.data.readers.reader_wds import detshuffle2, log_and_continue
+
+    # timm's last two stages decode and rename
+    pick = partial(_pick, name=name, keys=input_key.split(";"), target=partial(_target, reader) if labelled else None)
+    last = webdataset.filters.map(pick, handler=log_and_continue if labelled else webdataset.handlers.reraise_exception)
+    reader.ds.pipeline[-2:] = [last]
+    if reader.is_training and not labelled:
+        # the one before shuffles with a generator that goes on from epoch to epoch, which no resumed run could
+        # repeat; here its seed follows the epoch, as that of the shards does
+        seed = reader.common_seed + ((1 + reader.global_worker_id) << 32)
+        sizes = reader.sample_shuffle_size, reader.sample_initial_size
+        reader.ds.pipeline[-2] = detshuffle2(*sizes, seed=seed, epoch=reader.epoch_count)
+
+
+def _pick(
+    sample: dict[str, Any], name: str, keys: list[str], target: Callable[[dict[str, Any]], Any] | None
+) -> dict[str, Any] | None:
+    """The picture's bytes and the target of a sample of `wds/`; None leaves it out, as timm does negative labels."""
+    label = None if target is None else target(sample)
+    if target is not None and label is None:
+        return None
+    key = next((key for key in keys if key in sample), None)
+    path = f"{sample.get('__url__', name)}/{sample['__key__']}" + (f".{key}" if key else "")
+    return dict(image=dict(path=path, bytes=sample[key] if key else b""), target=label)
+
+
+_PIXEL = b"P5 1 1 255 0"  # the smallest image
+
+
+def _target(reader: Any, sample: dict[str, Any]) -> Any:
+    """The target as timm reads it, which decodes an image on the way."""
+    from timm.data.readers.reader_wds import _decode
+
+    keys = reader.target_keys or reader.target_key
+    rest = {key: value for key, value in sample.items() if key in ("cls", "json", "__key__")}
+    found = _decode({**rest, "pgm": _PIXEL}, "pgm", "", keys, reader.split_info.alt_label)
+    return None if found is None else found["target"]
 
 
 def create_source(
