@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: on a shared mach
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from encoders import exported, root, small  # noqa: E402, F401  fixtures
 
 torch.set_num_threads(1)
 

@@ -1,5 +1,6 @@
-"""A small encoder on the disk, for what reads one."""
+"""Small encoders on the disk, for what reads one, and fixtures, which `conftest` makes known to all tests."""
 
+import pytest
 import timm
 import torch
 
@@ -19,3 +20,26 @@ def make_encoder(folder, patch_size=1, **kwargs):
             value += torch.randn_like(value) * (0.1 if value.ndim == 1 else 1.5 / value[0].numel() ** 0.5)
     export_encoder(model, folder, mean=[0.4] * model.in_chans, std=[0.3] * model.in_chans)
     return model.encoder.eval()
+
+
+@torch.no_grad()
+def maps_of(model, images):
+    return model.forward_intermediates(images, intermediates_only=True)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("encoders")
+
+
+@pytest.fixture(scope="module", params=[1, 4], ids=["patch 1", "patch 4"])
+def exported(request, root):
+    """(name for timm, the encoder itself, stride of its first map)."""
+    folder = root / f"patch{request.param}"
+    return f"local-dir:{folder}", make_encoder(folder, patch_size=request.param), request.param
+
+
+@pytest.fixture(scope="module")
+def small(root):
+    make_encoder(root / "small")
+    return f"local-dir:{root / 'small'}"

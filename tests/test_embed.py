@@ -32,17 +32,6 @@ from timm_convnextv2.embed.progress import ImageProgress
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("encoders")
-
-
-@pytest.fixture(scope="module")
-def small(root):
-    make_encoder(root / "small")
-    return f"local-dir:{root / 'small'}"
-
-
-@pytest.fixture(scope="module")
 def images_dir(tmp_path_factory):
     """Five images in nested folders, larger and smaller than the model's 32 pixels, some not square."""
     folder, source = tmp_path_factory.mktemp("images"), EmbeddedSource(5, size=48)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from encoders import make_encoder
+from encoders import make_encoder, maps_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as when one of them is started
@@ -26,32 +26,9 @@ def backbone_of(name):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("encoders")
-
-
-@pytest.fixture(scope="module", params=[1, 4], ids=["patch 1", "patch 4"])
-def exported(request, root):
-    """(name for timm, the encoder itself, stride of its first map)."""
-    folder = root / f"patch{request.param}"
-    return f"local-dir:{folder}", make_encoder(folder, patch_size=request.param), request.param
-
-
-@pytest.fixture(scope="module")
-def small(root):
-    make_encoder(root / "small")
-    return f"local-dir:{root / 'small'}"
-
-
-@pytest.fixture(scope="module")
 def two_channels(root):
     make_encoder(root / "two", in_chans=2)
     return f"local-dir:{root / 'two'}"
-
-
-@torch.no_grad()
-def maps_of(model, images):
-    return model.forward_intermediates(images, intermediates_only=True)
 
 
 STOCK = """

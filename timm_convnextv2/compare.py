@@ -174,7 +174,8 @@ def _untrained(args: argparse.Namespace, output: Path) -> str:
     options, start = parse_options(words)
     folder = output / "untrained"
     model = create_model(options, start)
-    export_encoder(model, folder, mean=options.mean, std=options.std, license=options.license or None)
+    about = dict(mean=options.mean, std=options.std, license=options.license or None, nodata=options.nodata)
+    export_encoder(model, folder, **about)
     return f"local-dir:{folder.resolve()}"
 
 

@@ -6,6 +6,7 @@ timm has no field for is in the section `training` of that file, which timm igno
 
 import difflib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,20 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 
 from .schema import ConfigError, check_config
 
-__all__ = ["Origin", "config_beside", "is_ours", "origin_of_config", "read_config", "resolve_license"]
+__all__ = [
+    "OFFICIAL_LICENSE",
+    "Origin",
+    "config_beside",
+    "is_ours",
+    "nodata_of",
+    "origin_of_config",
+    "origin_of_file",
+    "read_config",
+    "resolve_license",
+]
 
 WEIGHTS = "model.safetensors"
+OFFICIAL_LICENSE = "cc-by-nc-4.0"  # of all weights that the authors published
 _HTTP_ERRORS: Any = HfHubHTTPError.__bases__
 
 # Ids of licences that the Hub knows: https://huggingface.co/docs/hub/repositories-licenses, as of June 2026
@@ -43,11 +55,13 @@ class Origin(NamedTuple):
         license: Licence by its id on the Hub; None where nothing states one.
         base_model: The model on the Hub that training started from, `user/name`; None where there is none.
         url: Home of the code that made the published weights, where they are the origin.
+        unstated: File of weights that others may have made, where nothing states its licence; None where there is none.
     """
 
     license: str | None = None
     base_model: str | None = None
     url: str | None = None
+    unstated: str | None = None
 
 
 def is_ours(architecture: object) -> bool:
@@ -138,18 +152,65 @@ def origin_of_config(config: dict[str, Any], hub_id: str | None = None) -> Origi
     return Origin(license, hub_id or training_of(config).get("base_model"), url)
 
 
+def origin_of_file(path: Path, names: Iterable[str], run: Mapping[str, Any] | None = None) -> Origin:
+    """What the weights in a file hand on.
+
+    The licence is the one in the `config.json` that belongs to the file. Without one, weights under the official names
+    have that of the published ones, and what a pretraining run of this package made from random weights is its own. Of
+    all others it is unstated.
+
+    Args:
+        path: Of the file; its `config.json` lies beside it, that of a pretraining run in its `encoder/`.
+        names: Of the tensors in it.
+        run: Settings of the pretraining run that it is a checkpoint of; None for other files.
+
+    Raises:
+        ConfigError: (a ValueError) The `config.json` has a value of another type than its key wants.
+    """
+    folder = path.parent if run is None else path.parent / "encoder"
+    config = config_beside({"file": folder / WEIGHTS})
+    origin = origin_of_config(config) if config else Origin()
+    if origin.license:
+        return origin
+    if any(name.removeprefix("module.").removeprefix("encoder.").startswith("downsample_layers.") for name in names):
+        return origin._replace(license=OFFICIAL_LICENSE)
+    if run is not None and (run.get("license") or not run.get("pretrained")):
+        return origin._replace(license=run.get("license") or None)
+    if run is None and config and training_of(config):  # made by this package, from weights that had no licence either
+        return origin
+    return origin._replace(unstated=str(path))
+
+
+def nodata_of(config: dict[str, Any]) -> float | None:
+    """Stored value of the pixels without data in the images that weights were made of; None where none is named."""
+    value = training_of(config).get("nodata")
+    return None if value is None else float(value)
+
+
 def training_of(config: dict[str, Any]) -> dict[str, Any]:
     """The section `training` of a `config.json`, empty where this package did not write it."""
     training = config.get("training")
     return training if isinstance(training, dict) else {}
 
 
-def resolve_license(asked: str | None, inherited: str | None) -> str | None:
+def resolve_license(asked: str | None, inherited: str | None, unstated: str | None = None) -> str | None:
     """The licence of weights: the one that they inherited stays, else the one asked for.
 
+    Args:
+        asked: What the user names.
+        inherited: That of the weights training started from, see `Origin`.
+        unstated: The file that they came from, where nothing states its licence; then one must be asked for.
+
     Raises:
-        ValueError: Another licence than the inherited one is asked for, or something that is no licence's id.
+        ValueError: Another licence than the inherited one is asked for, or something that is no licence's id; or none
+            is known.
     """
+    if unstated and not inherited and not asked:
+        raise ValueError(
+            f"'{unstated}' has no config.json beside it that states the licence of these weights, which stays with "
+            f"what is trained from them. State it: --license ID, which is {OFFICIAL_LICENSE} for the published "
+            "ConvNeXt V2 weights."
+        )
     if asked == "other" and inherited != "other":
         raise ValueError(
             "license='other' says nothing by itself: the Hub wants a name and the text with it. Export without a "

@@ -63,6 +63,13 @@ def _texts(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_text, value.values()))
 
 
+def _is_pixel(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and isinstance(float(value), float)
+    except ValueError:
+        return False
+
+
 _Keys = dict[str, _Kind]
 
 _TOP: _Keys = {
@@ -117,6 +124,7 @@ _TRAINING: _Keys = {  # see `checkpoint.card`
     "datasets": _NAME_LIST,
     "metrics": _TABLE,
     "inherited_license": _NAME,
+    "nodata": _Kind("a number in quotes, such as '-9999' or 'nan'", _is_pixel),
 }
 _METRICS: _Keys = {
     **dict.fromkeys(("top1", "top5", "loss"), _Kind("a number", _is_number)),

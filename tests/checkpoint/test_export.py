@@ -17,8 +17,9 @@ from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, update_summary
 from torch import nn
 
-import timm_convnextv2  # noqa: F401  registers the models
-from timm_convnextv2.checkpoint import export_encoder, export_fcmae, export_finetuned, load_checkpoint
+import timm_convnextv2
+from timm_convnextv2 import publish
+from timm_convnextv2.checkpoint import export_encoder, export_fcmae, export_finetuned, load_checkpoint, to_official
 from timm_convnextv2.models import ConvNeXtV2
 from timm_convnextv2.provenance import Origin, origin_of_config, read_config, resolve_license
 
@@ -425,7 +426,7 @@ def test_the_licence_goes_along_the_whole_chain(published, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["registered", "weights_of_a_folder", "renamed_weights", "unknown_file", "resumed_with_itself", "moved"]
+    "path", ["registered", "weights_of_a_folder", "renamed_weights", "resumed_with_itself", "moved"]
 )
 def test_origins_of_a_run(path, published, tmp_path):
     run, _ = make_run(tmp_path / "run", "convnextv2_atto.fcmae", epochs=1)
@@ -442,13 +443,47 @@ def test_origins_of_a_run(path, published, tmp_path):
         args.pretrained_path, expected = str(folder / "mine.safetensors"), ("mit", None)
     elif path == "moved":
         args.resume = "gone/run/last.pth.tar"  # its own, under the name that the folder had
-    elif path == "unknown_file":
-        args.pretrained_path, expected = str(published), (None, None)
     elif path == "resumed_with_itself":
         args.resume = str(run / "last.pth.tar")
     torch.save(checkpoint, run / "last.pth.tar")
     config = config_of(export_finetuned(run / "last.pth.tar", tmp_path / "out"))
     assert (config["pretrained_cfg"].get("license"), config["training"]["base_model"]) == expected
+
+
+@pytest.mark.parametrize("key", ["resume", "initial_checkpoint", "pretrained_path"])
+@pytest.mark.parametrize("kind", ["timm", "official", "from random weights", "from others", "from others, stated"])
+def test_files_without_a_config_hand_on_a_licence_or_it_is_asked_for(kind, key, published, tmp_path, capsys):
+    """By every road into the run, on export and on publishing."""
+    file, expected = published, None
+    if kind == "official":
+        weights = timm.create_model("convnextv2_atto", num_classes=0, **BODY).state_dict()
+        file, expected = tmp_path / "official.pth", NC
+        torch.save({"model": to_official(weights)}, file)
+    elif kind.startswith("from"):  # a checkpoint of pretraining without the encoder beside it
+        settings = {"mask_ratio": 0.6, "pretrained": "others" in kind, "license": "mit" if "stated" in kind else ""}
+        file, expected = tmp_path / "moved.pth.tar", settings["license"] or None
+        torch.save({"state_dict": {"encoder.stem.0.weight": torch.zeros(1)}, "args": settings}, file)
+    run, _ = make_run(tmp_path / "run", "convnextv2_atto.fcmae", epochs=1)
+    for path in run.glob("*.pth.tar"):
+        checkpoint = load_checkpoint(path)
+        checkpoint["args"].pretrained = True
+        setattr(checkpoint["args"], key, str(file))
+        torch.save(checkpoint, path)
+    target = ["--output", str(tmp_path / "staged")]
+    if kind in ("timm", "from others"):
+        with pytest.raises(ValueError, match=f"'{file}' has no config.json .*--license ID"):
+            export_finetuned(run, tmp_path / "out")
+        assert publish.main([str(run), "me/x", "--dry-run", *target]) == 2
+        assert "--license ID" in capsys.readouterr().err
+        expected = "apache-2.0"
+        assert publish.main([str(run), "me/x", "--license", expected, "--dry-run", *target]) == 0
+        config = config_of(tmp_path / "staged")
+    else:
+        config = config_of(export_finetuned(run, tmp_path / "out"))
+        if expected:
+            with pytest.raises(ValueError, match=f"{expected}, which stays"):
+                export_finetuned(run, tmp_path / "out", license="apache-2.0")
+    assert config["pretrained_cfg"].get("license") == expected
 
 
 @pytest.mark.parametrize("key", ["resume", "initial_checkpoint", "pretrained_path"])

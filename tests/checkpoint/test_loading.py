@@ -7,32 +7,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from encoders import DIMS, make_encoder
+from encoders import DIMS, make_encoder, maps_of
 
 from timm_convnextv2.checkpoint import export_fcmae, load_model
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("encoders")
-
-
-@pytest.fixture(scope="module", params=[1, 4], ids=["patch 1", "patch 4"])
-def exported(request, root):
-    """(name for timm, the encoder itself, stride of its first map)."""
-    folder = root / f"patch{request.param}"
-    return f"local-dir:{folder}", make_encoder(folder, patch_size=request.param), request.param
-
-
-@pytest.fixture(scope="module")
-def small(root):
-    make_encoder(root / "small")
-    return f"local-dir:{root / 'small'}"
-
-
-@torch.no_grad()
-def maps_of(model, images):
-    return model.forward_intermediates(images, intermediates_only=True)
 
 
 def test_features_only_has_the_exported_weights(exported):

@@ -68,7 +68,7 @@ def test_other_files_are_counted(tmp_path):
         (tmp_path / f"{i}.DCM").touch()
         (tmp_path / f"{i}.heic").touch()
     source = FolderSource(tmp_path)
-    assert source.ignored == {".dcm": 24, ".heic": 24}
+    assert source.left.ignored == {".dcm": 24, ".heic": 24}
     assert left_out(source) == "48 other files ignored: 24 .dcm, 24 .heic"
     (tmp_path / "LICENSE").touch()
     assert left_out(FolderSource(tmp_path)).endswith("24 .heic, 1 without extension")
@@ -134,8 +134,8 @@ def test_special_files_are_skipped_counted_and_named(tmp_path, kind, name):
     with no_hang():
         source = FolderSource(folder)
         assert len(source) == 2 and check_readable(source) == []
-        assert (source.special, source.num_special) == ({str(folder / name): SPECIAL[kind]}, 1)
-        assert source.ignored == {}
+        assert (source.left.special, source.left.num_special) == ({str(folder / name): SPECIAL[kind]}, 1)
+        assert source.left.ignored == {}
         # as one that came after the scan
         with pytest.raises(ImageError, match=f"{name}: .*(is a {SPECIAL[kind]}, expected a regular|No such|Too many)"):
             load_image(folder / name)
@@ -165,12 +165,12 @@ def test_links_to_images_and_folders_are_followed(tmp_path):
 
 
 def test_many_special_files_are_counted_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.sources, "_NAMED_SPECIAL", 6)
+    monkeypatch.setattr(data.listing, "_NAMED_SPECIAL", 6)
     images(tmp_path, 1)
     for i in range(9):
         (tmp_path / f"link{i}.png").symlink_to("gone")
     source = FolderSource(tmp_path)
-    assert len(source.special) == 6 and source.num_special == 9
+    assert len(source.left.special) == 6 and source.left.num_special == 9
     assert re.match(r"9 not opened, .*\(broken link\), 4 more$", left_out(source))
 
 

@@ -50,12 +50,10 @@ def embed(folder, in_chans, nodata):
 
 def finetune(folder, in_chans, nodata):
     """What finetune, validate and predict hand to timm's scripts, through its loader and evaluation transform."""
-    if nodata is not None:
-        pytest.skip("finetuning, validation and prediction have no --nodata")
     (file,) = folder.iterdir()
     (folder / "class").mkdir()
     file.rename(folder / "class" / file.name)
-    dataset = images.Images(FolderReader(folder), in_chans, strict=True)
+    dataset = images.Images(FolderReader(folder), in_chans, strict=True, nodata=nodata)
     loader = images.create_loader(
         dataset, (in_chans, S, S), 1, mean=(0.0,) * in_chans, std=(1.0,) * in_chans, interpolation="bicubic",
         crop_pct=1.0, num_workers=0, persistent_workers=False, device=torch.device("cpu"),

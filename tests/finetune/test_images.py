@@ -1,7 +1,11 @@
 """Images of every kind as timm's scripts get them: what reaches the network, against the truth made in numpy."""
 
+import io
 import logging
+import tarfile
+import tempfile
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,11 +73,13 @@ def rgb(ending, path):
     return x.transpose(2, 0, 1) / 255
 
 
+rgb_png = partial(rgb, ".png")
+
 KINDS = {
     "16-bit grey png": (grey16_png, 1), "16-bit grey png as 3": (grey16_png, 3), "16-bit grey tiff": (grey16_tiff, 1),
     "float tiff": (float_tiff, 1), "16-bit bands tiff": (bands_tiff, 5), "8-bit bands npy": (bands_npy, 5),
     "8-bit rgb npy": (rgb_npy, 3), "rgba png": (rgba_png, 4), "rgb bmp": (partial(rgb, ".bmp"), 3),
-    "rgb webp": (partial(rgb, ".webp"), 3), "rgb tiff": (partial(rgb, ".tif"), 3), "rgb png": (partial(rgb, ".png"), 3),
+    "rgb webp": (partial(rgb, ".webp"), 3), "rgb tiff": (partial(rgb, ".tif"), 3), "rgb png": (rgb_png, 3),
 }  # fmt: skip
 
 
@@ -215,8 +221,6 @@ def test_border_crop_is_refused_for_tensors(mixed):
 
 
 def test_tar_is_read_alike(mixed):
-    import tarfile
-
     with tarfile.open(mixed / "x.tar", "w") as tar:
         tar.add(mixed / "train" / "a", "a")
     fed = script()
@@ -224,3 +228,101 @@ def test_tar_is_read_alike(mixed):
     data = fed.create_dataset("", root=str(mixed / "x.tar"))
     assert isinstance(data, images.Images) and len(data) > 0
     assert images.Images(data.reader, strict=True)[0][0].size == (24, 20)
+
+
+# ------------------------------------------------------------------------------- tars, torchvision's, streams: labelled
+
+
+def samples(kinds, n):
+    """(file name, content, class, truth) of images of the same channels, in turns."""
+    for i in range(n):
+        with tempfile.TemporaryDirectory() as folder:
+            truth = kinds[i % len(kinds)](Path(folder) / f"{i:04d}")
+            (path,) = Path(folder).iterdir()
+            yield path.name, path.read_bytes(), i % 2, truth
+
+
+def add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def write_wds(root, found):
+    with tarfile.open(root / "train-0000.tar", "w") as tar:
+        for name, content, label, _ in found:
+            add(tar, name, content)
+            add(tar, f"{name.partition('.')[0]}.cls", str(label).encode())
+    return "wds/", root, "train-0000.tar"
+
+
+def write_tar(root, found):
+    with tarfile.open(root / "x.tar", "w") as tar:
+        for name, content, label, _ in found:
+            add(tar, f"{'ab'[label]}/{name}", content)
+        add(tar, "a/readme.txt", b"x")
+    return "", root / "x.tar", "train"
+
+
+def write_torch(root, found):
+    for name, content, label, _ in found:
+        (root / "train" / "ab"[label]).mkdir(parents=True, exist_ok=True)
+        (root / "train" / "ab"[label] / name).write_bytes(content)
+    return "torch/image_folder", root, "train"
+
+
+def write_hfids(root, found):
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    table = dict(
+        image=[dict(path=name, bytes=content) for name, content, *_ in found], label=[label for _, _, label, _ in found]
+    )
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    (root / "set").mkdir()
+    datasets.Dataset.from_dict(table, features=features).to_parquet(root / "set" / "train-0.parquet")
+    return f"hfids/{root / 'set'}", root / "cache", "train"
+
+
+PLACES = {"wds": write_wds, "tar": write_tar, "torch": write_torch, "hfids": write_hfids}
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("place", PLACES)
+def test_labelled_data_sets_are_decoded_alike(place, in_chans, tmp_path, capsys, monkeypatch):
+    """16 bits are not clipped, TIFF is not dropped, and labels stay with their images."""
+    if place == "wds":
+        pytest.importorskip("webdataset", reason="the package webdataset is not installed")
+    kinds = [grey16_png, grey16_tiff, float_tiff] if in_chans == 1 else [rgb_png, grey16_tiff]
+    found = list(samples(kinds, 6))
+    name, root, split = PLACES[place](tmp_path, found)
+    fed = script()
+    images.feed(fed, in_chans=in_chans)
+    data = fed.create_dataset(
+        name, root=str(root), split=split, input_img_mode="RGB", num_samples=6, batch_size=6, is_training=False
+    )
+    loader = fed.create_loader(
+        data, (in_chans, SIZE, SIZE), 6, mean=(0.0,) * in_chans, std=(1.0,) * in_chans, crop_pct=1.0, num_workers=0,
+        device=torch.device("cpu"), persistent_workers=False,
+    )  # fmt: skip
+    x, y = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    assert len(x) == 6
+    for _, _, label, truth in found:
+        expected = torch.as_tensor(np.broadcast_to(truth, (in_chans, SIZE, SIZE)).astype(np.float32))
+        (match,) = [i for i in range(6) if torch.allclose(x[i], expected, atol=2e-6)]
+        assert y[match] == label
+    if place == "tar":
+        assert "x.tar: 1 other file ignored: 1 .txt" in capsys.readouterr().out
+
+
+def test_bad_images_of_a_stream_are_left_out_or_an_error(tmp_path, caplog):
+    pytest.importorskip("webdataset", reason="the package webdataset is not installed")
+    found = [(name, b"junk" if i == 1 else c, *rest) for i, (name, c, *rest) in enumerate(samples([grey16_png], 4))]
+    name, root, split = write_wds(tmp_path, found)
+    open_ = partial(images.create_dataset, name, root=str(root), split=split, num_samples=4, in_chans=1)
+    assert len(list(open_())) == 3 and "0001.png" in caplog.text
+    with pytest.raises(ImageError, match="0001.png"):
+        list(open_(strict=True))
+
+
+def test_tfds_gives_1_or_3_channels():
+    with pytest.raises(ValueError, match="1 or 3 channels, got 5"):
+        images.create_dataset("tfds/x", in_chans=5)

@@ -1,5 +1,6 @@
 """Options resolved, batch, learning rate, layers and folder of a run."""
 
+import argparse
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import timm
+import torch
 
 from timm_convnextv2.finetune import main
 from timm_convnextv2.finetune.recipe import load_recipe
@@ -138,10 +140,14 @@ def test_run_folder_is_named_as_by_timm(command, tmp_path, encoder):
     assert (folder / "model").is_dir()
 
 
-def test_folder_of_another_run(run, refused, tmp_path):
+def test_folder_of_another_run(run, refused, encoder, tmp_path):
     run()
     message = refused()
     assert f"Resume it: --resume {tmp_path}/out/x/last.pth.tar" in message and "--experiment" in message
     assert "no such file" in refused("--resume", str(tmp_path / "none.pth.tar"))
     shutil.rmtree(tmp_path / "out" / "x" / "model")
-    run("--resume", str(tmp_path / "out" / "x" / "last.pth.tar"))
+    last = tmp_path / "out" / "x" / "last.pth.tar"
+    assert "0 bytes" in refused("--resume", str(last))
+    weights = timm.create_model(f"local-dir:{encoder}", num_classes=3).state_dict()
+    torch.save({"state_dict": weights, "args": argparse.Namespace(model=f"local-dir:{encoder}")}, last)
+    run("--resume", str(last))

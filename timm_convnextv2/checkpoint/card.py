@@ -8,6 +8,7 @@ What the card says and timm's format has no field for is in the section `trainin
     datasets            Hub ids of data sets, for links
     metrics             {"top1": 81.2, "top5": ..., "dataset": name, "split": name}, or null
     inherited_license   the licence that came with the weights training started from, or null
+    nodata              stored value of pixels without data in the images, as text ('-9999', 'nan'), or null
 """
 
 from collections.abc import Sequence

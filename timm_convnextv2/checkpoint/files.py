@@ -11,7 +11,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
-__all__ = ["CheckpointError", "load_checkpoint"]
+__all__ = ["CheckpointError", "load_checkpoint", "weights_in"]
+
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: the moving average first
 
 
 class CheckpointError(ValueError):
@@ -60,6 +62,15 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             f"Checkpoint '{path}' holds a {type(content).__name__}; a dictionary of weights was expected."
         )
     return content
+
+
+def weights_in(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors by name in what `load_checkpoint` gave, those that timm takes: the moving average where there is one.
+
+    Names are as in the file; prefixes of DDP and torch.compile stay.
+    """
+    weights = next((content[key] for key in _NESTED if isinstance(content.get(key), dict)), content)
+    return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
 
 
 def _read(path: Path) -> Any:

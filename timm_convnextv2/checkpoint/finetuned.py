@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..models import ConvNeXtV2
 from ..models.weights import check_weights
-from ..provenance import WEIGHTS, Origin, config_beside, origin_of_config, read_config, resolve_license
+from ..provenance import Origin, origin_of_config, origin_of_file, read_config, resolve_license
 from .export import KEEP, PAPER, write_folder
-from .files import load_checkpoint
+from .files import load_checkpoint, weights_in
 
-__all__ = ["LABEL_NAMES", "export_finetuned", "find_checkpoint"]
+__all__ = ["LABEL_NAMES", "export_finetuned", "find_checkpoint", "origin_of_run"]
 
 LABEL_NAMES = "label_names.json"  # in a run's folder: a list of the classes in the order of their index
 
@@ -77,22 +77,28 @@ def _model_name(args: dict[str, Any], folder: Path) -> str:
     return name
 
 
-def _origin(args: dict[str, Any], name: str, cfg: dict[str, Any], seen: tuple[Path, ...]) -> Origin:
+def origin_of_run(
+    args: dict[str, Any], name: str, cfg: dict[str, Any], folder: Path, seen: tuple[Path, ...] = ()
+) -> Origin:
     """What the weights that a run of train.py started from hand on; nothing where it started from scratch.
 
     Args:
         args: The run's options.
-        name: Its model's name, see `_model_name`.
+        name: Its model's name for timm's factory, where its folder is now.
         cfg: `pretrained_cfg` of the model made under that name.
+        folder: The run's, where files are looked for that are not where `args` say.
         seen: Checkpoints that have been followed.
+
+    Raises:
+        ValueError: A file that it started from is not there, or cannot be read.
     """
     keys = ("resume", "initial_checkpoint", *(("pretrained_path",) if args.get("pretrained") else ()))
     for key in keys:  # what is loaded last replaces what was there
         if not args.get(key):
             continue
         path = Path(args[key])
-        if not path.is_file() and (seen[0].parent / path.name).is_file():  # the run has moved, and its files with it
-            path = seen[0].parent / path.name
+        if not path.is_file() and (folder / path.name).is_file():  # the run has moved, and its files with it
+            path = folder / path.name
         if path.resolve() in seen:
             continue  # it resumed itself
         if not path.is_file():
@@ -100,7 +106,7 @@ def _origin(args: dict[str, Any], name: str, cfg: dict[str, Any], seen: tuple[Pa
                 f"Training went on from '{path}' (--{key.replace('_', '-')}), which is not there: the licence of the "
                 "weights cannot be told. Put it back, or call this from where training was started."
             )
-        return _origin_of_file(path, seen)
+        return _origin_of_file(path, folder, seen)
     if not args.get("pretrained"):
         return Origin()
     if name.startswith("local-dir:"):
@@ -109,21 +115,19 @@ def _origin(args: dict[str, Any], name: str, cfg: dict[str, Any], seen: tuple[Pa
     return origin_of_config(cfg, cfg.get("hf_hub_id"))
 
 
-def _origin_of_file(path: Path, seen: tuple[Path, ...]) -> Origin:
-    """What the weights of a file hand on: by the `config.json` beside safetensors, by the options in a checkpoint."""
-    if path.suffix == ".safetensors":
-        config = config_beside({"file": path.with_name(WEIGHTS)})
-        return origin_of_config(config) if config else Origin()
-    before = load_checkpoint(path).get("args")
-    if isinstance(before, dict) and "mask_ratio" in before:  # of a pretraining run, which keeps its encoder beside it
-        config = config_beside({"file": path.parent / "encoder" / WEIGHTS})
-        return origin_of_config(config) if config else Origin()
-    if not isinstance(before, argparse.Namespace):
-        return Origin()
-    before = vars(before)
-    name = _model_name(before, path.parent)
-    model: Any = timm.create_model(name, pretrained=False, device="meta")
-    return _origin(before, name, model.pretrained_cfg, (*seen, path.resolve()))
+def _origin_of_file(path: Path, folder: Path, seen: tuple[Path, ...]) -> Origin:
+    """What the weights of a file hand on: by the options in a checkpoint of train.py, else by the file itself."""
+    content = load_checkpoint(path)
+    before = content.get("args")
+    if isinstance(before, argparse.Namespace) and hasattr(before, "model") and "state_dict" in content:
+        before = vars(before)
+        name = _model_name(before, path.parent)
+        model: Any = timm.create_model(name, pretrained=False, device="meta")
+        origin = origin_of_run(before, name, model.pretrained_cfg, folder, (*seen, path.resolve()))
+        stated = before.get("license")  # by whoever ran it
+        return origin if origin.license or not stated else origin._replace(license=stated, unstated=None)
+    run = before if isinstance(before, dict) and "mask_ratio" in before else None
+    return origin_of_file(path, weights_in(content), run)
 
 
 def _metrics(summary: Path, checkpoint: dict[str, Any], args: dict[str, Any], ema: bool) -> dict[str, Any] | None:
@@ -244,6 +248,7 @@ def _training(
         "datasets": [hub_dataset] if hub_dataset else [],
         "metrics": {**metrics, "dataset_id": hub_dataset} if metrics else None,
         "inherited_license": origin.license,
+        **({"nodata": str(args["nodata"])} if args.get("nodata") is not None else {}),  # JSON has no NaN
     }
 
 
@@ -286,8 +291,9 @@ def export_finetuned(
         checkpoint: A checkpoint file of train.py, or its output folder (model_best.pth.tar, else last.pth.tar).
         folder: Where to; it and its parents are made if needed.
         ema: Export the moving average of the weights. None: where there is one, as that is what train.py evaluated.
-        license: Licence of the weights, by its id on the Hugging Face Hub. None states none. Weights that started from
-            others under a stated licence (the published ones: cc-by-nc-4.0) keep it.
+        license: Licence of the weights, by its id on the Hugging Face Hub. None: the one that `finetune --license`
+            named, else none. Weights that started from others under a stated licence (the published ones:
+            cc-by-nc-4.0) keep it.
         info: More rows for the table in the README, or other values for its own.
         label_names: Names of the classes in the order of their index, for `inference.py --label-type name` and the
             Hub's widget. None: those in `label_names.json` beside the checkpoint, which `finetune` writes.
@@ -299,7 +305,7 @@ def export_finetuned(
         ValueError: No such checkpoint, one that is damaged, asks for code, or is not of train.py; a model that is no
             ConvNeXt V2, or whose start folder is not there; weights that do not fit; `ema=True` without an average; a
             licence that contradicts the one the weights started from.
-            Or there are not as many names as classes.
+            Or there are not as many names as classes; or nothing states the licence of the file it started from.
         RuntimeError: The `config.json` of an `hf-hub:` model cannot be had.
     """
     path = find_checkpoint(checkpoint)
@@ -310,8 +316,8 @@ def export_finetuned(
     model = _create_model(args, name, path)
     check_weights(weights, model.state_dict(), f"'{path}' does not hold weights of '{args['model']}'")
 
-    origin = _origin(args, name, model.pretrained_cfg, (path.resolve(),))
-    license = resolve_license(license, origin.license)
+    origin = origin_of_run(args, name, model.pretrained_cfg, path.resolve().parent, (path.resolve(),))
+    license = resolve_license(license or args.get("license"), origin.license, origin.unstated)
     data = resolve_data_config(args, model=model)
     cfg = model.pretrained_cfg
     model.pretrained_cfg = {

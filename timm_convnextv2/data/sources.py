@@ -2,14 +2,14 @@
 
 import os
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import ImageDataset
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .decode import (
@@ -26,7 +26,7 @@ from .decode import (
     printable,
 )
 from .embedded import EmbeddedSource
-from .files import kind_of_file
+from .listing import LeftOut, open_tar, walk
 
 __all__ = ["FolderSource", "TimmSource", "TimmStream", "create_source", "left_out"]
 
@@ -48,9 +48,7 @@ class FolderSource(Dataset):
         nodata: Stored value of pixels that are no data, see `load_image`.
 
     Attributes:
-        ignored: Number of files that are no pictures, by their lower-case extension, '' for none.
-        special: Kind of what is no regular file, such as 'FIFO' or 'broken link', by its path; the first hundred.
-        num_special: How many those are in all.
+        left: What is there besides the pictures.
 
     Raises:
         ValueError: The folder is missing, is no folder, cannot be listed, or has no picture below it.
@@ -65,7 +63,13 @@ class FolderSource(Dataset):
         if not os.path.isdir(self.root):
             raise ValueError(f"{shown} is a file, expected a folder with images below it. Give the folder it is in.")
         extensions = image_extensions()
-        self._names, self._ends, self.ignored, self.special, self.num_special = _scan(self.root, frozenset(extensions))
+        self.left = LeftOut()
+        names, ends = bytearray(), array("q", [0])
+        for folder, pictures, _ in walk(self.root, frozenset(extensions), self.left):
+            for name in pictures:
+                names += os.fsencode(os.path.join(folder, name))
+                ends.append(len(names))
+        self._names, self._ends = names, np.frombuffer(ends, dtype=np.int64)
         if not len(self):
             raise ValueError(
                 f"No image below {shown}: {left_out(self) or '0 other files seen'}. Looked for the extensions "
@@ -94,84 +98,8 @@ class FolderSource(Dataset):
 
 
 def left_out(source: Any) -> str:
-    """What a folder holds besides the pictures, in one line; '' where that is nothing or the source is no folder.
-
-    For example '48 other files ignored: 24 .dcm, 24 .heic; 1 not opened: root/x.jpg (FIFO)'.
-    """
-    if not isinstance(source, FolderSource):
-        return ""
-    parts = []
-    if source.ignored:
-        kinds = sorted(source.ignored.items(), key=lambda item: (-item[1], item[0]))
-        shown = [f"{count} {extension or 'without extension'}" for extension, count in kinds[:8]]
-        shown += [f"{sum(count for _, count in kinds[8:])} of {len(kinds) - 8} more kinds"] if len(kinds) > 8 else []
-        count = sum(source.ignored.values())
-        parts.append(f"{count} other file{'s' * (count != 1)} ignored: {', '.join(shown)}")
-    if source.special:
-        shown = [f"{path} ({kind})" for path, kind in [*source.special.items()][:5]]
-        shown += [f"{source.num_special - 5} more"] if source.num_special > 5 else []
-        parts.append(f"{source.num_special} not opened, no regular file: {', '.join(shown)}")
-    return "; ".join(parts)
-
-
-_NAMED_SPECIAL = 100
-
-
-class _Scan(NamedTuple):
-    """What `_scan` finds: the pictures' names as bytes, their offsets `[n + 1]`, and the attributes of the source."""
-
-    names: bytearray
-    ends: np.ndarray
-    ignored: dict[str, int]
-    special: dict[str, str]
-    num_special: int
-
-
-def _scan(root: str, extensions: frozenset[str]) -> _Scan:
-    """Names of all pictures below `root`, and what else is there."""
-    names, ends, ignored, special, num_special = bytearray(), array("q", [0]), Counter(), {}, 0
-    seen = set()
-    folders = [""]
-    while folders:
-        folder = folders.pop()
-        try:
-            info = os.stat(os.path.join(root, folder))
-            if (info.st_dev, info.st_ino) in seen:
-                continue
-            seen.add((info.st_dev, info.st_ino))
-            below, pictures = [], []
-            with os.scandir(os.path.join(root, folder)) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    extension = os.path.splitext(entry.name)[1].lower()
-                    kind = _kind_of_entry(entry)
-                    if kind == "folder":
-                        below.append(entry.name)
-                    elif kind:
-                        num_special += 1
-                        if len(special) < _NAMED_SPECIAL:
-                            special[printable(entry.path)] = kind
-                    elif extension in extensions:
-                        pictures.append(entry.name)
-                    else:
-                        ignored[printable(extension)] += 1
-        except OSError as error:
-            raise ValueError(f"Cannot list the folder {printable(os.path.join(root, folder))}: {error}") from error
-        for name in sorted(pictures):
-            names += os.fsencode(os.path.join(folder, name))
-            ends.append(len(names))
-        folders.extend(os.path.join(folder, name) for name in sorted(below, reverse=True))
-    return _Scan(names, np.frombuffer(ends, dtype=np.int64), dict(ignored), special, num_special)
-
-
-def _kind_of_entry(entry: os.DirEntry) -> str:
-    """As `kind_of_file`; most file systems tell it without another look."""
-    if entry.is_file(follow_symlinks=False):
-        return ""
-    if entry.is_dir(follow_symlinks=False):
-        return "folder"
-    return kind_of_file(entry.path)
+    """What a folder or tar holds besides the pictures, in one line, see `listing.LeftOut`; '' for other sources."""
+    return str(getattr(source, "left", None) or "")
 
 
 class TimmSource(Dataset):
@@ -218,7 +146,13 @@ class TimmSource(Dataset):
             kwargs["target_key"] = input_key or "image"
         if prefix not in _MAP_PREFIXES and (root is None or not os.path.exists(root)):
             raise ValueError(f"Data set folder {root} does not exist. Check --data-dir.")
-        self.dataset = _create_timm_dataset(name, root, split, download=download, **kwargs)
+        self.left = LeftOut()
+        if not name and root is not None and os.fspath(root).lower().endswith(".tar") and os.path.isfile(root):
+            extensions = input_key.lower().split(";") if input_key else None
+            reader, self.left = open_tar(os.fspath(root), extensions=extensions)
+            self.dataset: Any = ImageDataset(None, reader=reader)  # type: ignore[arg-type]  # it takes a reader, too
+        else:
+            self.dataset = _create_timm_dataset(name, root, split, download=download, **kwargs)
         self.reader: Any = getattr(self.dataset, "reader", None)
         if not len(self.dataset):
             raise ValueError(f"Split '{split}' of data set '{self.dataset_name}' has no sample. Choose another split.")
@@ -231,9 +165,6 @@ class TimmSource(Dataset):
                 raise ValueError(
                     f"Data set '{name}' has no picture in column '{key}'; set input_key to one of: {others}."
                 )
-        if hasattr(self.reader, "cache_tarfiles"):
-            # an open tar file that forked workers inherit has one read position for all of them
-            self.reader.cache_tarfiles = False
         if self.reader is None and hasattr(self.dataset, "loader"):
             self.dataset.loader = os.fspath  # torchvision would convert to 8-bit RGB; load_image takes the path
 
@@ -429,16 +360,10 @@ class TimmStream(IterableDataset):
         Raises:
             ValueError: The reader yields nothing, most likely because there are fewer shards than workers.
         """
-        if self.kind in ("wds", "hfids") and self.reader.ds is None:
-            try:
-                self._leave_undecoded()
-            except RuntimeError as error:  # how timm says that there are fewer shards than workers
-                raise ValueError(f"Data set '{self.dataset_name}': {error}") from error
+        leave_undecoded(self.reader, self.dataset_name, self.input_key)
         count = 0
         for item, _ in self.dataset:
-            name, picture = f"{self.dataset_name} sample {count}", item
-            if isinstance(item, dict):
-                name, picture = item["path"] or name, item["path"] if item["bytes"] is None else item["bytes"]
+            name, picture = undecoded_picture(item, f"{self.dataset_name} sample {count}")
             yield name, partial(self._load, picture, name)
             count += 1
         if not count:
@@ -450,40 +375,94 @@ class TimmStream(IterableDataset):
             )
 
     def _load(self, picture: Any, name: str, choose: Choose | None = None) -> torch.Tensor | Reduced:
-        if isinstance(picture, bytes) and not picture:
-            raise ImageError(f"{name}: has no picture under the input key {self.input_key}")
-        return decode_any(picture, name, self.in_chans, choose, self.nodata)
+        return decode_undecoded(picture, name, self.input_key, self.in_chans, choose, self.nodata)
 
-    def _leave_undecoded(self) -> None:
-        """Makes timm's reader pass the bytes on, in the process that reads them.
 
-        It would convert 16-bit pictures to 8-bit, drop samples without label (`wds/`), and end at the first picture
-        that cannot be decoded (`hfids/`). The reader builds its pipeline late, in the worker, and so must we.
-        """
-        self.reader._lazy_init()
-        if self.kind == "hfids":
-            import datasets
+def undecoded_picture(item: Any, name: str) -> tuple[str, Any]:
+    """Name and picture, for `decode_any`, of what a reader gives after `leave_undecoded`.
 
-            self.reader.ds = self.reader.ds.cast_column(self.input_key, datasets.Image(decode=False))
-            return
-        import webdataset
-        from timm.data.readers.reader_wds import detshuffle2
+    Args:
+        item: From the reader.
+        name: Of a sample that has none.
+    """
+    if not isinstance(item, dict):
+        return name, item
+    return item["path"] or name, item["path"] if item["bytes"] is None else item["bytes"]
 
-        keys, reader = self.input_key.split(";"), self.reader
 
-        def pick(sample: dict[str, Any]) -> dict[str, Any]:
-            key = next((key for key in keys if key in sample), None)
-            path = f"{sample.get('__url__', self.dataset_name)}/{sample['__key__']}" + (f".{key}" if key else "")
-            return dict(image=dict(path=path, bytes=sample[key] if key else b""), target=None)
+def decode_undecoded(picture: Any, name: str, input_key: str, *args: Any, **kwargs: Any) -> Any:
+    """`decode_any` for a sample of a stream, which may lack the picture."""
+    if isinstance(picture, bytes) and not picture:
+        raise ImageError(f"{name}: has no picture under the input key {input_key}")
+    return decode_any(picture, name, *args, **kwargs)
 
-        # timm's last two stages decode and rename
-        reader.ds.pipeline[-2:] = [webdataset.map(pick)]  # pyright: ignore[reportAttributeAccessIssue]
-        if reader.is_training:
-            # the one before shuffles with a generator that goes on from epoch to epoch, which no resumed run could
-            # repeat; here its seed follows the epoch, as that of the shards does
-            seed = reader.common_seed + ((1 + reader.global_worker_id) << 32)
-            sizes = reader.sample_shuffle_size, reader.sample_initial_size
-            reader.ds.pipeline[-2] = detshuffle2(*sizes, seed=seed, epoch=reader.epoch_count)
+
+def leave_undecoded(reader: Any, name: str, input_key: str, labelled: bool = False) -> None:
+    """Makes timm's reader of a stream pass the bytes on; call it in the process that reads them, before the first.
+
+    It would convert 16-bit pictures to 8-bit, drop samples without label (`wds/`), and end at the first picture that
+    cannot be decoded (`hfids/`). The reader builds its pipeline late, in the worker, and so must we. `tfds/` stays.
+
+    Args:
+        reader: timm's.
+        name: Of the data set, `wds/...` or `hfids/...`.
+        input_key: As of `TimmStream`.
+        labelled: Targets are timm's, and so is the shuffling. Else there are none, and the shuffle follows the epoch.
+
+    Raises:
+        ValueError: There are fewer shards than workers.
+    """
+    kind, built = _prefix(name), getattr(reader, "ds", None) is not None
+    if kind not in ("wds", "hfids") or built:
+        return
+    try:
+        reader._lazy_init()  # sets reader.ds
+    except RuntimeError as error:  # how timm says that there are fewer shards than workers
+        raise ValueError(f"Data set '{name}': {error}") from error
+    if kind == "hfids":
+        import datasets
+
+        reader.ds = reader.ds.cast_column(input_key, datasets.Image(decode=False))
+        return
+    import webdataset.filters
+    import webdataset.handlers
+    from timm.data.readers.reader_wds import detshuffle2, log_and_continue
+
+    # timm's last two stages decode and rename
+    pick = partial(_pick, name=name, keys=input_key.split(";"), target=partial(_target, reader) if labelled else None)
+    last = webdataset.filters.map(pick, handler=log_and_continue if labelled else webdataset.handlers.reraise_exception)
+    reader.ds.pipeline[-2:] = [last]
+    if reader.is_training and not labelled:
+        # the one before shuffles with a generator that goes on from epoch to epoch, which no resumed run could
+        # repeat; here its seed follows the epoch, as that of the shards does
+        seed = reader.common_seed + ((1 + reader.global_worker_id) << 32)
+        sizes = reader.sample_shuffle_size, reader.sample_initial_size
+        reader.ds.pipeline[-2] = detshuffle2(*sizes, seed=seed, epoch=reader.epoch_count)
+
+
+def _pick(
+    sample: dict[str, Any], name: str, keys: list[str], target: Callable[[dict[str, Any]], Any] | None
+) -> dict[str, Any] | None:
+    """The picture's bytes and the target of a sample of `wds/`; None leaves it out, as timm does negative labels."""
+    label = None if target is None else target(sample)
+    if target is not None and label is None:
+        return None
+    key = next((key for key in keys if key in sample), None)
+    path = f"{sample.get('__url__', name)}/{sample['__key__']}" + (f".{key}" if key else "")
+    return dict(image=dict(path=path, bytes=sample[key] if key else b""), target=label)
+
+
+_PIXEL = b"P5 1 1 255 0"  # the smallest image
+
+
+def _target(reader: Any, sample: dict[str, Any]) -> Any:
+    """The target as timm reads it, which decodes an image on the way."""
+    from timm.data.readers.reader_wds import _decode
+
+    keys = reader.target_keys or reader.target_key
+    rest = {key: value for key, value in sample.items() if key in ("cls", "json", "__key__")}
+    found = _decode({**rest, "pgm": _PIXEL}, "pgm", "", keys, reader.split_info.alt_label)
+    return None if found is None else found["target"]
 
 
 def create_source(

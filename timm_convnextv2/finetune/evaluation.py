@@ -6,15 +6,17 @@ from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any
 
+from timm.data import resolve_data_config
 from timm.models import parse_model_name
 from torch import nn
 
 from ..command import PROGRAM, CommandParser, refused, say
 from ..data import ImageError
 from . import folders
-from .images import Images, feed, probe
+from .images import Images, feed, probe, refuse_for_tensors
 from .plan import channel_words, channels, check_input_mode, fit_channels
 from .preflight import Split, check_device, check_folder_weights, create_meta_model, open_split
+from .start import check_start_file, choose_nodata
 from .train_script import find_script, load_script, script_path
 
 __all__ = ["run_script"]
@@ -36,7 +38,7 @@ def run_script(command: str, script_name: str, description: str, argv: list[str]
     try:
         own, rest = _own_parser(command, description).parse_known_args(argv)
         script = load_script(find_script(script_name, own.timm_train), script_name)
-        words = _prepare(script, _with_model(rest), labelled)
+        words = _prepare(script, _with_model(rest), labelled, own.nodata)
     except ValueError as e:
         return refused(command, e)
     before = sys.argv
@@ -50,8 +52,14 @@ def run_script(command: str, script_name: str, description: str, argv: list[str]
     return 0
 
 
-def _prepare(script: ModuleType, words: list[str], labelled: bool) -> list[str]:
+def _prepare(script: ModuleType, words: list[str], labelled: bool, nodata: float | None) -> list[str]:
     """Checks options, model and images, and lets the script read them; returns the words for the script.
+
+    Args:
+        script: validate.py or inference.py.
+        words: Its options.
+        labelled: See `run_script`.
+        nodata: Value of pixels without data; None for the model's own.
 
     Raises:
         ValueError: A user's mistake, in one message.
@@ -70,8 +78,11 @@ def _prepare(script: ModuleType, words: list[str], labelled: bool) -> list[str]:
         if source == "local-dir" and not args.checkpoint:
             check_folder_weights(Path(place), model)
         words = words + _fit(args, model)
-        class_to_idx = _check_images(args, model, labelled)
-    feed(script, in_chans=channels(args), strict=not labelled, class_to_idx=class_to_idx)
+        if args.checkpoint:
+            check_start_file("--checkpoint", args.checkpoint, model)
+        nodata = choose_nodata(nodata, args.model)
+        class_to_idx = _check_images(args, model, labelled, nodata)
+    feed(script, in_chans=channels(args), strict=not labelled, nodata=nodata, class_to_idx=class_to_idx)
     return words
 
 
@@ -95,6 +106,10 @@ def _own_parser(command: str, description: str) -> CommandParser:
     parser.add_argument(
         "--timm-train", metavar="PATH", help="a script of timm or the folder of a clone (else TIMM_TRAIN)"
     )
+    parser.add_argument(
+        "--nodata", type=float, metavar="V",
+        help="stored value of pixels without data, which get the others' mean (default: the model's; nan: none)",
+    )  # fmt: skip
     return parser
 
 
@@ -134,7 +149,9 @@ def _label_names(cfg: dict[str, Any]) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list | tuple) else None
 
 
-def _check_images(args: argparse.Namespace, model: nn.Module, labelled: bool) -> dict[str, int] | None:
+def _check_images(
+    args: argparse.Namespace, model: nn.Module, labelled: bool, nodata: float | None
+) -> dict[str, int] | None:
     """Says what the folder has, and compares its classes with the model's.
 
     Returns:
@@ -162,7 +179,8 @@ def _check_images(args: argparse.Namespace, model: nn.Module, labelled: bool) ->
         say(line)
     if class_to_idx is not None and len(reader.class_to_idx) < len(class_to_idx):
         say(f"{len(reader.class_to_idx)} of the model's {len(class_to_idx)} classes are there; matched by their names.")
-    probe(Images(reader, channels(args)))
+    kinds = probe(Images(reader, channels(args), nodata=nodata))
+    refuse_for_tensors(kinds, vars(args), resolve_data_config(vars(args), model=model)["crop_mode"])
     return class_to_idx
 
 

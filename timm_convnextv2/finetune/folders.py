@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
-from ..data import image_extensions
+from ..data import image_extensions, left_out
 from ..data.files import TRAIN_FOLDERS, VALIDATION_FOLDERS
+from ..data.listing import LeftOut, walk
 
-__all__ = ["FolderReader", "describe", "describe_others", "imbalance", "is_opaque", "split_folder"]
+__all__ = ["FolderReader", "describe", "imbalance", "is_opaque", "split_folder"]
 
 # Data sets whose classes can only be known by opening them; everything else is a folder (or tar) of images.
 OPAQUE_DATASETS = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -50,7 +51,7 @@ class FolderReader(ReaderImageFolder):
     Attributes:
         samples: `(path, class)` of each image.
         class_to_idx: Class by name.
-        others: Number of files that are no images, by their extension in lower case.
+        left: What is there besides the images.
         unlabelled: Number of images by the name of their folder, where the class map does not have it.
         barren: Names of folders that have files and none that is an image.
 
@@ -64,18 +65,16 @@ class FolderReader(ReaderImageFolder):
         self.root = os.fspath(root)
         extensions = tuple(input_key.lower().split(";")) if input_key else image_extensions()
         found: list[tuple[str, str]] = []  # path, class
-        self.others: Counter[str] = Counter()
+        self.left = LeftOut()
         self.barren: list[str] = []
-        for folder, files in _visible_files(self.root):
-            label = "" if folder == self.root else os.path.basename(folder)
-            images = [name for name in files if os.path.splitext(name)[1].lower() in extensions]
-            found += [(os.path.join(folder, name), label) for name in images]
-            self.others += _extensions(files) - _extensions(images)
-            if files and not images and label:
+        for folder, images, others in walk(self.root, extensions, self.left):
+            label = os.path.basename(folder)
+            found += [(os.path.join(self.root, folder, name), label) for name in images]
+            if others and not images and label:
                 self.barren.append(label)
         if not found:
             raise ValueError(
-                f"0 images in {self.root}: {describe_others(self.others) or 'it has no files'} (hidden files and "
+                f"0 images in {self.root}: {self.left or 'it has no files'} (hidden files and "
                 f"folders are skipped). Images are {input_key or 'all that Pillow opens, and .npy'}."
             )
         names = sorted({label for _, label in found}, key=natural_key)
@@ -95,29 +94,6 @@ class FolderReader(ReaderImageFolder):
         return {name: counted[i] for name, i in sorted(self.class_to_idx.items(), key=lambda item: item[1])}
 
 
-def _extensions(names: list[str]) -> Counter[str]:
-    """How many names have which extension."""
-    return Counter(os.path.splitext(name)[1].lower() for name in names)
-
-
-def _visible_files(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Each folder from `root` down, followed once, and the names of its regular files; without hidden ones."""
-    seen, folders = set(), [root]
-    while folders:
-        folder = folders.pop()
-        try:
-            info = os.stat(folder)
-            if (info.st_dev, info.st_ino) in seen:  # a link that leads back
-                continue
-            seen.add((info.st_dev, info.st_ino))
-            with os.scandir(folder) as entries:
-                visible = [entry for entry in entries if not entry.name.startswith(".")]
-            folders += sorted((entry.path for entry in visible if entry.is_dir()), reverse=True)
-            yield folder, sorted(entry.name for entry in visible if entry.is_file())
-        except OSError as e:
-            raise ValueError(f"Cannot list the folder {folder}: {e}") from e
-
-
 def _load_class_map(class_map: str | Mapping[str, int], root: str) -> dict[str, int]:
     if isinstance(class_map, Mapping):
         return dict(class_map)
@@ -128,16 +104,6 @@ def _load_class_map(class_map: str | Mapping[str, int], root: str) -> dict[str, 
 
 
 # ------------------------------------------------------------------------------------------------------ what is said
-
-
-def describe_others(others: Mapping[str, int]) -> str:
-    """'48 other files ignored: 24 .dcm, 24 .heic'; empty where there are none."""
-    total = sum(others.values())
-    if not total:
-        return ""
-    named = [f"{n} {ext or 'without extension'}" for ext, n in Counter(others).most_common(5)]
-    more = ", ..." if len(others) > 5 else ""
-    return f"{total} other file{'s' * (total != 1)} ignored: {', '.join(named)}{more}"
 
 
 def describe_classes(counts: Mapping[str, int]) -> str:
@@ -154,8 +120,8 @@ def describe(reader: FolderReader) -> list[str]:
     lines = [f"{reader.root}: {len(reader)} images"]
     if set(counts) != {""}:
         lines[0] += f" of {len(counts)} class{'es' * (len(counts) != 1)}: {describe_classes(counts)}"
-    if reader.others:
-        lines.append(f"{reader.root}: {describe_others(reader.others)}")
+    if left_out(reader):
+        lines.append(f"{reader.root}: {left_out(reader)}")
     if reader.barren:
         lines.append(f"{reader.root}: no image in {', '.join(reader.barren[:5])}{', ...' * (len(reader.barren) > 5)}")
     if reader.unlabelled:

@@ -13,7 +13,7 @@ timm ignores). All others, 16-bit, float and with other numbers of channels, are
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -21,8 +21,9 @@ from typing import Any
 import timm.data
 import torch
 from PIL import Image
-from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, Mixup
+from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, IterableImageDataset, Mixup
 from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
+from timm.data.dataset import _ERROR_RETRY
 from timm.data.loader import fast_collate
 from timm.data.scheduled_sampler import ScheduledTransformDataset
 from timm.data.transforms import CenterCropOrPad, MaybePILToTensor, MaybeToTensor
@@ -30,12 +31,25 @@ from torch.utils.data import default_collate, get_worker_info
 from torchvision.transforms import ColorJitter, Compose, RandomApply, RandomGrayscale, v2
 from torchvision.transforms.v2.functional import to_pil_image
 
-from ..data import ImageError
+from ..command import say
+from ..data import ImageError, image_extensions
 from ..data.decode import from_pil, is_8_bit, printable, to_mode
-from ..data.sources import decode_any
+from ..data.listing import open_tar
+from ..data.sources import decode_any, decode_undecoded, leave_undecoded, undecoded_picture
 from .folders import FolderReader, is_opaque, split_folder
 
-__all__ = ["ByKind", "Images", "collate", "create_dataset", "create_loader", "feed", "probe"]
+__all__ = [
+    "ByKind",
+    "ImageStream",
+    "Images",
+    "TorchReader",
+    "collate",
+    "create_dataset",
+    "create_loader",
+    "feed",
+    "probe",
+    "refuse_for_tensors",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -51,6 +65,12 @@ def _keep_8_bit(image: Image.Image, in_chans: int) -> Image.Image | torch.Tensor
     return to_mode(image, in_chans) if in_chans in (1, 3) and is_8_bit(image) else from_pil(image, in_chans)
 
 
+def _pil_if_8_bit(image: Image.Image | torch.Tensor, in_chans: int) -> Image.Image | torch.Tensor:
+    """What came as a tensor, from `.npy` or tifffile, as a Pillow image where timm's transforms are for it."""
+    as_tensor = isinstance(image, torch.Tensor)
+    return to_pil_image(image) if as_tensor and image.dtype == torch.uint8 and in_chans in (1, 3) else image
+
+
 class Images(ImageDataset):
     """timm's `ImageDataset`, whose images are decoded as for pretraining.
 
@@ -62,15 +82,16 @@ class Images(ImageDataset):
         reader: One of timm's, or a `FolderReader`.
         in_chans: Channels that images are converted to.
         strict: An image that cannot be decoded is an error.
+        nodata: Stored value of pixels that are no data, see `timm_convnextv2.data.load_image`.
 
     Raises:
         ValueError: By a sample: a package is missing; or, where it is strict, the image cannot be decoded.
         RuntimeError: By a sample: it and those that follow cannot be decoded.
     """
 
-    def __init__(self, reader: Any, in_chans: int = 3, strict: bool = False) -> None:
+    def __init__(self, reader: Any, in_chans: int = 3, strict: bool = False, nodata: float | None = None) -> None:
         super().__init__(None, reader=reader)
-        self.in_chans, self.strict = in_chans, strict
+        self.in_chans, self.strict, self.nodata = in_chans, strict, nodata
 
     def load(self, index: int) -> tuple[Any, ...]:
         """Image, target and what else timm's reader gives, before any transform.
@@ -80,10 +101,8 @@ class Images(ImageDataset):
         """
         reader: Any = self.reader
         picture, *rest = reader[index]
-        image = decode_any(picture, self.name(index), self.in_chans, convert=_keep_8_bit)
-        if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and self.in_chans in (1, 3):
-            image = to_pil_image(image)  # from .npy or tifffile
-        return image, *rest
+        image = decode_any(picture, self.name(index), self.in_chans, nodata=self.nodata, convert=_keep_8_bit)
+        return _pil_if_8_bit(image, self.in_chans), *rest
 
     def name(self, index: int) -> str:
         """File name of a sample, or its number where only reading the sample tells it."""
@@ -107,6 +126,72 @@ class Images(ImageDataset):
         return (image, target, *features) if self.additional_features is not None else (image, target)
 
 
+class TorchReader:
+    """A map-style data set of torchvision as a reader for `Images`: what it finds, not decoded where that is a file."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        if hasattr(dataset, "loader"):
+            dataset.loader = os.fspath  # torchvision's would convert to 8-bit RGB
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.dataset[index]
+
+
+class ImageStream(IterableImageDataset):
+    """timm's `IterableImageDataset` for `wds/`, `hfids/` and `tfds/`, whose images are decoded as those of `Images`.
+
+    Order and targets are timm's. An image that cannot be decoded is left out with a warning that names it. TensorFlow
+    decodes those of `tfds/`, as 8 bits.
+
+    Args:
+        reader: timm's.
+        name: Of the data set.
+        input_key: Field that holds the image; of `wds/` several, separated by `;`.
+        in_chans, strict, nodata: See `Images`.
+
+    Raises:
+        ValueError: By iteration: see `Images`; there are fewer shards than workers; or as many images in a row as timm
+            retries cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        reader: Any,
+        name: str,
+        input_key: str,
+        in_chans: int = 3,
+        strict: bool = False,
+        nodata: float | None = None,
+    ) -> None:
+        super().__init__(None, reader=reader)
+        self.dataset_name, self.input_key = name, input_key
+        self.in_chans, self.strict, self.nodata = in_chans, strict, nodata
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        leave_undecoded(self.reader, self.dataset_name, self.input_key, labelled=True)
+        bad, reader = 0, iter(self.reader)  # type: ignore[arg-type]  # one of a stream
+        for number, (item, target) in enumerate(reader):
+            name, picture = undecoded_picture(item, f"{self.dataset_name} sample {number}")
+            try:
+                image = decode_undecoded(
+                    picture, name, self.input_key, self.in_chans, nodata=self.nodata, convert=_keep_8_bit
+                )
+            except (ImageError, OSError) as e:
+                bad += 1
+                if self.strict or bad >= _ERROR_RETRY:
+                    raise
+                _logger.warning(f"Skipped: {e}")
+                continue
+            bad = 0
+            image = _pil_if_8_bit(image, self.in_chans)
+            image = image if self.transform is None else self.transform(image)
+            yield image, target if self.target_transform is None else self.target_transform(target)
+
+
 def probe(dataset: Images, tries: int = 32) -> str:
     """Decodes images spread over a data set before a script is started on it.
 
@@ -128,6 +213,29 @@ def probe(dataset: Images, tries: int = 32) -> str:
     if len(bad) == n:
         raise ValueError(f"None of {n} images tried (of {len(dataset)}) can be read, for example: {bad[0]}")
     return ", ".join(kinds)
+
+
+def refuse_for_tensors(kinds: str, options: dict[str, Any], crop_mode: str | None) -> None:
+    """Refuses what timm has for 8-bit images only, and what would stop the script at some image.
+
+    Args:
+        kinds: What is not 8-bit RGB or grey about the images, see `probe`; empty where all are.
+        options: Of a script of timm.
+        crop_mode: For evaluation, as timm resolves it.
+
+    Raises:
+        ValueError: Names the option and what to use instead.
+    """
+    mixes = options.get("mixup") or options.get("cutmix") or options.get("cutmix_minmax")
+    wrong = {
+        "--crop-mode border": (crop_mode == "border", "use --crop-mode center or squash"),
+        "--mixup-mode half": (mixes and options.get("mixup_mode") == "half", "use batch, pair or elem"),
+        "--naflex-loader": (options.get("naflex_loader"), "leave it out"),
+        "--tf-preprocessing": (options.get("tf_preprocessing"), "leave it out"),
+    }
+    for option, (there, remedy) in wrong.items():
+        if kinds and there:
+            raise ValueError(f"{option} is for 8-bit RGB or grey, and there are images {kinds}: {remedy}.")
 
 
 # --------------------------------------------------------------------------------------------------------- transforms
@@ -223,34 +331,57 @@ def create_dataset(
     *,
     in_chans: int,
     strict: bool = False,
+    nodata: float | None = None,
     class_to_idx: Mapping[str, int] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """timm's `create_dataset`; folders, tars and `hfds/` give `Images`.
+    """timm's `create_dataset`; folders, tars, `hfds/` and `torch/` give `Images`, streams `ImageStream`.
 
     Args:
         name, root, split, class_map, load_bytes, input_key, kwargs: timm's.
-        in_chans, strict: See `Images`.
+        in_chans, strict, nodata: See `Images`.
         class_to_idx: Class by the name of its folder, instead of `class_map`.
+
+    Raises:
+        ValueError: A folder or tar has no image, or the data set has not as many channels.
     """
+    prefix = name.partition("/")[0].lower() if is_opaque(name) else ""
     if root is not None and os.path.isdir(root) and not is_opaque(name) and not load_bytes:
-        return Images(FolderReader(split_folder(root, split), class_to_idx or class_map, input_key), in_chans, strict)
+        reader = FolderReader(split_folder(root, split), class_to_idx or class_map, input_key)
+        return Images(reader, in_chans, strict, nodata)
+    if root is not None and root.lower().endswith(".tar") and os.path.isfile(root) and not prefix and not load_bytes:
+        tar, left = open_tar(root, class_map, input_key.lower().split(";") if input_key else None)
+        if str(left):
+            say(f"{root}: {left}")
+        return Images(tar, in_chans, strict, nodata)
+    if prefix == "tfds" and in_chans not in (1, 3):
+        raise ValueError(f"Data set '{name}' gives images with 1 or 3 channels, got {in_chans}.")
+    if prefix == "wds":
+        input_key = input_key or ";".join(extension[1:] for extension in image_extensions())
+    if prefix in ("wds", "hfids"):
+        kwargs["input_img_mode"] = ""
     dataset = timm.data.create_dataset(
         name, root=root, split=split, class_map=class_map, load_bytes=load_bytes, input_key=input_key, **kwargs
     )
-    if type(dataset) is not ImageDataset or load_bytes:
-        return dataset  # a stream, or torchvision's: timm or torchvision has decoded its images
-    images = Images(dataset.reader, in_chans, strict)
+    if load_bytes:
+        return dataset
+    if isinstance(dataset, IterableImageDataset):
+        return ImageStream(dataset.reader, name, input_key or "image", in_chans, strict, nodata)
+    if prefix == "torch":
+        return Images(TorchReader(dataset), in_chans, strict, nodata)
+    if type(dataset) is not ImageDataset:
+        return dataset
+    images = Images(dataset.reader, in_chans, strict, nodata)
     images.additional_features = dataset.additional_features
     return images
 
 
 def create_loader(dataset: Any, *args: Any, **kwargs: Any) -> Any:
-    """timm's `create_loader`, for the images of `Images`."""
+    """timm's `create_loader`, for the images of `Images` and `ImageStream`."""
     base = dataset
-    while not isinstance(base, Images) and hasattr(base, "dataset"):
+    while not isinstance(base, Images | ImageStream) and hasattr(base, "dataset"):
         base = base.dataset
-    if not isinstance(base, Images):
+    if not isinstance(base, Images | ImageStream):
         return timm.data.create_loader(dataset, *args, **kwargs)
     if kwargs.get("use_prefetcher", True) and kwargs.get("collate_fn") is None:
         kwargs["collate_fn"] = collate
@@ -260,13 +391,19 @@ def create_loader(dataset: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def feed(
-    script: ModuleType, *, in_chans: int, strict: bool = False, class_to_idx: Mapping[str, int] | None = None
+    script: ModuleType,
+    *,
+    in_chans: int,
+    strict: bool = False,
+    nodata: float | None = None,
+    class_to_idx: Mapping[str, int] | None = None,
 ) -> None:
     """Lets one of timm's scripts, imported, read its images by this package's decoder.
 
     Args:
         script: train.py, validate.py or inference.py.
-        in_chans, strict, class_to_idx: See `create_dataset`.
+        in_chans, strict, nodata, class_to_idx: See `create_dataset`.
     """
-    opened = partial(create_dataset, in_chans=in_chans, strict=strict, class_to_idx=class_to_idx)
+    reading: dict[str, Any] = dict(in_chans=in_chans, strict=strict, nodata=nodata, class_to_idx=class_to_idx)
+    opened = partial(create_dataset, **reading)
     vars(script).update(create_dataset=opened, create_loader=create_loader, FastCollateMixup=CollateMixup)

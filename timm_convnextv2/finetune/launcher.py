@@ -28,7 +28,7 @@ from ..checkpoint import export_finetuned
 from ..checkpoint.finetuned import LABEL_NAMES
 from ..command import PROGRAM, CommandParser, invocation, refused, say
 from .images import feed
-from .plan import Options, Plan, channels, count, describe, make_plan, resolve_options, warnings
+from .plan import ADDED_OPTIONS, Options, Plan, channels, count, describe, make_plan, resolve_options, warnings
 from .preflight import check_augmentation, check_device
 from .recipe import RECIPES, list_recipes, load_recipe, recipe_names
 from .train_script import find_train_script, load_train_script, script_path
@@ -39,6 +39,7 @@ __all__ = ["main"]
 EVALUATION_OPTIONS = ("dataset", "class_map", "input_img_mode", "input_key", "target_key", "device")
 
 
+# fmt: off
 def build_parser() -> CommandParser:
     """The launcher's own options."""
     parser = CommandParser(
@@ -53,8 +54,12 @@ def build_parser() -> CommandParser:
     add("--timm-train", metavar="PATH", help="timm's train.py (else: TIMM_TRAIN, a clone of timm, a download)")
     add("--global-batch-size", type=int, metavar="N", help="images per update over all processes")
     add("--from-scratch", action="store_true", help="the same recipe from random weights")
+    add("--nodata", type=float, metavar="V",
+        help="stored value of pixels without data, which get the others' mean (default: the encoder's; nan: none)")
+    add("--license", metavar="ID", help="licence of the weights, e.g. mit; those started from keep theirs")
     add("--dry-run", action="store_true", help="check everything, print what would run, then stop")
     return parser
+# fmt: on
 
 
 def prepare(argv: list[str]) -> Plan | None:
@@ -67,6 +72,7 @@ def prepare(argv: list[str]) -> Plan | None:
         ValueError: A user's mistake, in one message.
     """
     own, rest = build_parser().parse_known_args(argv)
+    rest += [f"--{name}={getattr(own, name)}" for name in ADDED_OPTIONS if getattr(own, name) is not None]
     if own.list_recipes:
         say(list_recipes())
         return None
@@ -214,7 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     if plan is None:
         return 0
     keep_label_names(plan)
-    feed(plan.script, in_chans=channels(plan.options.values))
+    args = plan.options.values
+    feed(plan.script, in_chans=channels(args), nodata=args.nodata)
     with arguments(plan):
         plan.script.main()
     return finish(plan) if world_info_from_env()[1] == 0 else 0

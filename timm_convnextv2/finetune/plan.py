@@ -18,14 +18,27 @@ from timm.utils.distributed import world_info_from_env
 from ..command import CommandParser, closest, say
 from ..models import ConvNeXtV2
 from . import folders
-from .images import Images, probe
+from .images import Images, probe, refuse_for_tensors
 from .preflight import Split, check_data, check_folder_weights, create_meta_model
 from .recipe import Recipe
+from .start import check_start_file, choose_nodata, settle_license
 from .train_script import allow_processes_on_cpu, matching_script, script_path, script_version
 
-__all__ = ["Options", "Plan", "count", "describe", "learning_rate", "make_plan", "resolve_options", "warnings"]
+__all__ = [
+    "ADDED_OPTIONS",
+    "Options",
+    "Plan",
+    "count",
+    "describe",
+    "learning_rate",
+    "make_plan",
+    "resolve_options",
+    "warnings",
+]
 
 PLUGIN = "timm_convnextv2"  # for train.py's --device-modules
+# Ours, which train.py's parser takes, too: so they stand in its args.yaml and checkpoints, and recipes may set them.
+ADDED_OPTIONS = {"nodata": float, "license": str}
 SMALL_SCALE = 1e-3  # a layer that learns a thousand times slower than the head does not learn
 
 
@@ -74,6 +87,8 @@ def resolve_options(script: ModuleType, recipe: Recipe, rest: list[str]) -> Opti
     """
     # one message, without the usage of some 150 options
     script.parser.error = MethodType(CommandParser.error, script.parser)
+    for name, kind in ADDED_OPTIONS.items():
+        script.parser.add_argument(f"--{name}", type=kind)
     defaults = vars(script.parser.parse_args([]))
     path = script_path(script)
     if "device_modules" not in defaults:
@@ -144,6 +159,9 @@ class Plan:
         args = self.options.values
         words = ["--device-modules", *args.device_modules, "--output", args.output, "--experiment", args.experiment]
         words += channel_words(args, self.options.given)
+        for name in ADDED_OPTIONS:
+            if getattr(args, name) is not None and name not in self.options.given:
+                words.append(f"--{name}={getattr(args, name)}")
         words += ["--num-classes", str(args.num_classes), "--grad-accum-steps", str(args.grad_accum_steps)]
         return [*self.rest, *words]
 
@@ -173,8 +191,15 @@ def make_plan(
     if source == "local-dir" and args.pretrained and not args.pretrained_path:
         check_folder_weights(Path(name), model)
     folder = _choose_folder(options, model)
+    for name in ("resume", "initial_checkpoint", "pretrained_path"):
+        if getattr(args, name) and (args.pretrained or name != "pretrained_path"):
+            check_start_file(f"--{name.replace('_', '-')}", getattr(args, name), model)
+    settle_license(args, model, folder)
     args.device_modules = list(dict.fromkeys([*(args.device_modules or []), PLUGIN]))
-    kinds = ", ".join(dict.fromkeys(filter(None, (probe(Images(s.reader, channels(args))) for s in splits))))
+    args.nodata = choose_nodata(args.nodata, args.model)
+    opened = (Images(split.reader, channels(args), nodata=args.nodata) for split in splits)
+    kinds = ", ".join(dict.fromkeys(filter(None, map(probe, opened))))
+    refuse_for_tensors(kinds, vars(args), resolve_data_config(vars(args), model=model)["crop_mode"])
     return Plan(script, recipe, options, rest, splits, world_size, global_batch, updates, model, folder, kinds)
 
 

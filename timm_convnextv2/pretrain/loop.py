@@ -168,7 +168,7 @@ def export(run: Run, model: FCMAE, folder: Path, state_dict: dict[str, Any] | No
     info = {**how_made(settings, run.progress, run.plan), **how_measured(run.folder.path)}
     export_encoder(
         model, folder, state_dict=state_dict, mean=settings["mean"], std=settings["std"],
-        license=settings["license"] or None, info=info,
+        license=settings["license"] or None, info=info, nodata=settings["nodata"],
     )  # fmt: skip
 
 

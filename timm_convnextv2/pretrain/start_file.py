@@ -7,22 +7,18 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from ..checkpoint import convert_official, load_checkpoint
+from ..checkpoint.files import weights_in
 from ..models.registry import VARIANTS
-from ..provenance import origin_of_config, read_config
+from ..provenance import WEIGHTS, config_beside, origin_of_file, resolve_license
 from .start import Start
 
 __all__ = ["open_weights"]
-
-OFFICIAL_LICENSE = "cc-by-nc-4.0"  # of all weights that the authors published
-NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: the moving average first
 
 
 def open_weights(path: str, model: str, model_kwargs: dict[str, Any], license: str) -> Start:
     """Reads weights in the official format (sparse, or dense with or without a classifier), timm's, or an FCMAE's.
 
-    Their licence is the one in the config.json beside the file, or beside the encoder of the run that a checkpoint is
-    of. Without one, weights in the official format have that of the published ones, and a run of this package that
-    began at random may have any. Of all others it must be given.
+    For their licence see `provenance.origin_of_file`; where that is unstated it must be given.
 
     Args:
         path: `.pt`, `.pth`, `.pth.tar` or `.safetensors`.
@@ -36,28 +32,22 @@ def open_weights(path: str, model: str, model_kwargs: dict[str, Any], license: s
     if ":" in model:
         raise ValueError(f"--weights {path} needs a variant as --model, such as fcmae_convnextv2_tiny; got {model}.")
     content = load_checkpoint(path)
-    weights = next((content[key] for key in NESTED if isinstance(content.get(key), dict)), content)
-    weights = clean_state_dict({name: value for name, value in weights.items() if isinstance(value, Tensor)})
+    weights = clean_state_dict(weights_in(content))
+    run = _run_of(content)
+    origin = origin_of_file(Path(path), weights, run or None)
     official = any(name.removeprefix("encoder.").startswith("downsample_layers.") for name in weights)
     if official:
         try:
             weights = convert_official(weights, model_kwargs.get("conv_mlp", _variant(model).get("conv_mlp", False)))
         except ValueError as e:
             raise ValueError(f"--weights {path}: {e}") from e
-    run = _run_of(content)
     config = _config(Path(path), model, run, weights)
     found = _published(weights) or config["architecture"].removeprefix("fcmae_convnextv2_").removeprefix("convnextv2_")
     if _variant(model) and VARIANTS[found] != _variant(model):
         raise ValueError(f"--weights {path} is of a {found}, not of a {model}: --model fcmae_convnextv2_{found}.")
-    if official and not origin_of_config(config).license:
-        config["pretrained_cfg"]["license"] = OFFICIAL_LICENSE
-    from_random = bool(run) and not run.get("pretrained")
-    if not origin_of_config(config).license and not license and not from_random:
-        raise ValueError(
-            f"--weights {path} has no config.json beside it that states the licence of these weights, which stays "
-            f"with what is trained from them. State it: --license ID, which is {OFFICIAL_LICENSE} for the published "
-            "ConvNeXt V2 weights."
-        )
+    resolve_license(license or None, origin.license, origin.unstated)
+    if origin.license:
+        config["pretrained_cfg"]["license"] = origin.license
     return Start({"state_dict": weights}, config)
 
 
@@ -97,11 +87,10 @@ def _config(path: Path, model: str, run: dict[str, Any], weights: dict[str, Tens
     """
     stem = _stem(weights)
     chans, patch = (stem.shape[1], stem.shape[-1]) if stem is not None else (3, 4)
-    known = {"input_size": [chans, 224, 224], "license": run.get("license") or None}
+    known = {"input_size": [chans, 224, 224]}
     config: dict[str, Any] = {"architecture": model.partition(".")[0], "pretrained_cfg": known}
-    place = path.parent / "encoder" / "config.json" if run else path.parent / "config.json"  # a run keeps its encoder
-    if place.is_file():
-        config = read_config(place)
+    place = path.parent / "encoder" if run else path.parent  # a run keeps its encoder
+    config = config_beside({"file": place / WEIGHTS}) or config
     shown = {"in_chans": chans, "patch_size": patch}
     if "mask_token" in weights:
         decoder = {name.split(".")[1] for name in weights if name.startswith("decoder.")}

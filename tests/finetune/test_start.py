@@ -1,0 +1,155 @@
+"""What a run starts from: files of weights and their licence, and the value of pixels without data."""
+
+import argparse
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tifffile
+import timm
+import torch
+from test_foreign_names import HUGGING_FACE, MMPRETRAIN, renamed
+
+from timm_convnextv2.checkpoint import to_official
+from timm_convnextv2.finetune import images
+
+SHAPE = dict(patch_size=1, depths=(1, 1, 2, 1), dims=(8, 8, 16, 16))
+FORMATS = ["timm", "encoder", "official", "transformers", "mmpretrain", "pretraining"]
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return timm.create_model("convnextv2_atto", num_classes=3, **SHAPE)
+
+
+def write(folder, model, kind):
+    """A classifier's weights alone in a folder, as they are found in the wild."""
+    folder.mkdir(exist_ok=True)
+    path, weights = folder / f"{kind}.pth", model.state_dict()
+    if kind == "pretraining":
+        encoder = {f"encoder.{k}": v for k, v in weights.items() if not k.startswith("head.fc")}
+        content = {"state_dict": encoder, "args": {"mask_ratio": 0.6, "pretrained": True, "license": ""}}
+    elif kind == "official":
+        content = {"model": to_official(weights)}
+    elif kind in ("transformers", "mmpretrain"):
+        content = {"state_dict": renamed(model, HUGGING_FACE if kind == "transformers" else MMPRETRAIN)}
+    else:
+        content = {k: v for k, v in weights.items() if kind == "timm" or not k.startswith("head.")}
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_as_pretrained_path_with_its_licence(run, refused, classifier, tmp_path, kind):
+    words = ["--pretrained-path", str(write(tmp_path / "there", classifier, kind))]
+    if kind == "official":
+        assert "cc-by-nc-4.0, which stays" in refused(*words, "--license", "mit")
+        assert run(*words)["args"]["license"] == "cc-by-nc-4.0"
+        return
+    message = refused(*words)
+    assert words[1] in message and "--license ID, which is cc-by-nc-4.0 for the published" in message
+    assert run(*words, "--license", "mit")["args"]["license"] == "mit"
+
+
+@pytest.mark.parametrize("option", ["--initial-checkpoint", "--resume"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_weights_that_timm_loads_as_they_are(run, refused, classifier, tmp_path, kind, option):
+    words = [option, str(write(tmp_path / "there", classifier, kind)), "--license", "mit"]
+    if kind == "timm":
+        assert run(*words)["args"]["license"] == "mit"
+        return
+    message = refused(*words)
+    assert (
+        f"{option} {words[1]} is loaded as it is" in message and f"--pretrained --pretrained-path {words[1]}" in message
+    )
+
+
+@pytest.mark.parametrize("option", ["--initial-checkpoint", "--pretrained-path"])
+def test_files_that_are_missing_or_of_another_model(refused, tmp_path, option):
+    assert "'gone.pth' does not exist" in refused(option, "gone.pth")
+    torch.save({"layer1.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    assert "layer1.weight" in refused(option, str(tmp_path / "other.pth"), "--license", "mit")
+
+
+def test_the_licence_of_a_resumed_run_is_found_where_its_options_are_not_repeated(run, classifier, tmp_path):
+    official = write(tmp_path / "there", classifier, "official")
+    args = run("--pretrained-path", str(official))["args"]
+    last = tmp_path / "out" / "x" / "last.pth.tar"
+    torch.save({"state_dict": classifier.state_dict(), "args": argparse.Namespace(**args)}, last)
+    shutil.rmtree(last.parent / "model")
+    assert run("--resume", str(last))["args"]["license"] == "cc-by-nc-4.0"
+
+
+# ------------------------------------------------------------------------------------------------- pixels without data
+
+
+@pytest.fixture
+def with_nodata(encoder, tmp_path):
+    """An encoder that was pretrained with --nodata=-9999."""
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "training": {"nodata": "-9999.0"}}))
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture
+def holed(tmp_path):
+    """Float images with a hole of -9999 in each."""
+    x = np.random.default_rng(0).random((32, 32)).astype(np.float32)
+    x[:8] = -9999
+    for split in ("train", "validation"):
+        for label in ("a", "b"):
+            (tmp_path / "holed" / split / label).mkdir(parents=True)
+            for i in range(4):
+                tifffile.imwrite(tmp_path / "holed" / split / label / f"{i}.tif", x, photometric="minisblack")
+    return tmp_path / "holed"
+
+
+def test_nodata_reaches_the_data_set_and_the_record(run, refused, holed, monkeypatch):
+    assert "--nodata=-9999" in refused(data=holed)
+    fed = []
+    monkeypatch.setattr("timm_convnextv2.finetune.launcher.feed", lambda script, **more: fed.append(more))
+    assert run("--nodata=-9999", data=holed)["args"]["nodata"] == -9999
+    assert fed[0]["nodata"] == -9999
+    data = images.create_dataset("", root=str(holed), split="train", **fed[0])
+    assert 0 <= data[0][0].min() and data[0][0].max() <= 1
+
+
+def test_nodata_is_that_of_the_encoder_by_default(run, holed, with_nodata, capsys):
+    seen = run(model=with_nodata, data=holed)
+    assert seen["args"]["nodata"] == -9999 and "--nodata=-9999.0" in seen["argv"]
+    assert f"--nodata=-9999, as of the images that {with_nodata} was trained on" in capsys.readouterr().out
+    seen = run("--nodata", "7", model=with_nodata, experiment="y")
+    assert seen["args"]["nodata"] == 7 and seen["argv"].count("--nodata=7.0") == 1
+
+
+# -------------------------------------------------------------------------------------- what tensors are not taken for
+
+
+@pytest.mark.parametrize(
+    "options, crop_mode, word",
+    [
+        ({}, "border", "--crop-mode border"),
+        ({"mixup": 0.8, "mixup_mode": "half"}, "center", "--mixup-mode half"),
+        ({"cutmix": 1.0, "mixup_mode": "half"}, "center", "--mixup-mode half"),
+        ({"naflex_loader": True}, "center", "--naflex-loader"),
+        ({"tf_preprocessing": True}, "center", "--tf-preprocessing"),
+    ],
+)
+def test_what_is_for_8_bit_images_is_refused_before_the_start(options, crop_mode, word):
+    images.refuse_for_tensors("", options, crop_mode)
+    images.refuse_for_tensors("not 8-bit with 1 channels", {"mixup_mode": "half"}, "center")
+    with pytest.raises(ValueError, match=f"{word} is for 8-bit RGB or grey, and there are images not 8-bit with 1"):
+        images.refuse_for_tensors("not 8-bit with 1 channels", options, crop_mode)
+
+
+def test_border_crop_of_the_model_is_refused_before_the_start(refused, holed, encoder, tmp_path):
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["crop_mode"] = "border"
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refused("--nodata=-9999", model=f"local-dir:{folder}", data=holed)
+    assert "--crop-mode border is for 8-bit RGB or grey" in message
