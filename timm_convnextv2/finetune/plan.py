@@ -313,8 +313,7 @@ def _choose_folder(options: Options, model: torch.nn.Module) -> Path:
         found = newest_whole(folder)
         resume = f"Resume it: --resume {found[0]}." if found else "None of them is whole."
         raise ValueError(
-            f"{folder} holds the checkpoints of another run. {resume} "
-            "Or choose another --experiment or --output."
+            f"{folder} holds the checkpoints of another run. {resume} Or choose another --experiment or --output."
         )
     return folder
 
