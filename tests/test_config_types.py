@@ -18,7 +18,7 @@ from timm_convnextv2.pretrain.start import create_fcmae
 from timm_convnextv2.provenance import config_beside, read_config
 from timm_convnextv2.schema import ConfigError
 
-SIZES = [pytest.param(100, id="100"), pytest.param(500, id="500", marks=pytest.mark.slow)]
+SIZES = [pytest.param(50, id="50"), pytest.param(500, id="500", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from huggingface_hub.utils import _http
 
 import timm_convnextv2
 from timm_convnextv2 import checkpoint, pretrain, publish
+from timm_convnextv2.checkpoint.hub import check_folder
 
 # huggingface_hub calls its HTTP library in a way that is on its way out
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
@@ -111,6 +112,16 @@ def folder(exported, tmp_path):
     for name, content in exported["encoder"].items():
         (path / name).write_bytes(content)
     return path
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_published(folder, value):
+    weights = safetensors.torch.load_file(folder / WEIGHTS)
+    name = sorted(weights)[3]
+    weights[name].view(-1)[-1] = value
+    safetensors.torch.save_file(weights, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=f"'{name}' has values that are not finite"):
+        check_folder(folder)
 
 
 def files_of(folder):

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from timm.utils import ParseKwargs
 
@@ -113,7 +114,11 @@ def main():
         seen = dict(args=vars(args), argv=sys.argv, config=Path(config.config).name)
         (folder / "seen.json").write_text(json.dumps(seen))
         if args.seed != 16:
-            (folder / "last.pth.tar").write_bytes(b"")
+            state = {"epoch": 2, "state_dict": {"x": torch.zeros(3)}, "optimizer": {}, "args": args}
+            torch.save(state, folder / "last.pth.tar")
+        if args.seed == 17:  # the disk is full in the middle of the next checkpoint
+            (folder / "tmp.pth.tar").write_bytes((folder / "last.pth.tar").read_bytes()[:-100])
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0")
 
 
 if __name__ == "__main__":

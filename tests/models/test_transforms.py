@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, jvp, vmap
 
 from timm_convnextv2 import FCMAE, random_mask
 from timm_convnextv2.ops import use_backend
@@ -44,3 +44,18 @@ def test_no_images():
     model = FCMAE(img_size=32, patch_size=1, depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), decoder_dim=8)
     with pytest.raises(ValueError, match="no images in this batch"):
         model(torch.zeros(0, 3, 32, 32))
+
+
+def test_forward_mode_and_vmap():
+    """`jvp` is the derivative along a direction, and `vmap` with one mask a loop over the images."""
+    model = FCMAE(img_size=32, patch_size=1, depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), decoder_dim=8).double()
+    images, mask = torch.randn(3, 3, 32, 32, dtype=torch.float64), random_mask(1, (4, 4), 0.5)
+
+    def loss(image):
+        return model(image[None], mask, return_pred=False).loss
+
+    direction = torch.randn_like(images[0])
+    gradient = grad(loss)(images[0])
+    torch.testing.assert_close(jvp(loss, (images[0],), (direction,))[1], (gradient * direction).sum())
+    torch.testing.assert_close(vmap(loss)(images), torch.stack([loss(image) for image in images]))
+    torch.testing.assert_close(vmap(grad(loss))(images)[0], gradient)

@@ -267,3 +267,18 @@ def test_all_processes_get_what_the_first_measured(monkeypatch):
     assert isinstance(opened, Batches) and opened.inputs is found
     with pytest.raises(ValueError, match="all pixels have one value"):
         inputs.check_input(opened.inputs)
+
+
+@pytest.mark.parametrize("options", [["--pin-mem"], []])
+def test_pinned_memory_reaches_the_loader(tmp_path, no_images, monkeypatch, options):
+    seen = []
+    from timm_convnextv2.pretrain import batches
+
+    class Loader(batches.DataLoader):
+        def __init__(self, *args, **kwargs):
+            seen.append(kwargs["pin_memory"])
+            super().__init__(*args, **{**kwargs, "pin_memory": False})  # which needs a GPU
+
+    monkeypatch.setattr(batches, "DataLoader", Loader)
+    assert main([*command(tmp_path / "r"), *options]) == 0
+    assert set(seen) == {bool(options)}

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import assert_same, environment, shell
+from helpers import assert_same, environment, quick_python, shell
 from PIL import Image
 from runs import (
     BANDS,
@@ -75,7 +75,7 @@ own = {k: v for k, v in model.state_dict().items() if not k.startswith("head.fc"
 assert len(own) > 100 and all(torch.equal(v, trained["encoder." + k]) for k, v in own.items())
 print(timm.data.resolve_model_data_config(model)["input_size"])
 """
-    result = subprocess.run([sys.executable, "-c", code, atto[0]], capture_output=True, text=True, env=environment())
+    result = subprocess.run([quick_python(), "-c", code, atto[0]], capture_output=True, text=True, env=environment())
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "(3, 64, 64)"
 

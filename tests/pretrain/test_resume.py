@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from helpers import assert_same, environment, shell, torchrun
+from helpers import assert_same, environment, quick_python, shell, torchrun
 from runs import (
     SCRIPT,
     at_update,
@@ -125,7 +125,7 @@ def test_second_signal_ends_at_once_where_python_does_not_run(tmp_path):
         "lock, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)\n"
         f"print('ready', flush=True)\n{wait}\n"
     )
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen([quick_python(), script], stdout=subprocess.PIPE, text=True, env=environment())
     assert process.stdout.readline() == "ready\n"
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
@@ -211,8 +211,9 @@ def test_all_processes_stop_where_one_is_asked(tmp_path):
     script = tmp_path / "one.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from timm_convnextv2.pretrain import main\n"
+        "from timm_convnextv2.pretrain import loop, main, measures\n"
         "from timm_convnextv2.pretrain.trainer import Trainer\n"
+        "loop.save_loss_curve = measures.save_reconstructions = lambda *_, **__: None\n"
         "update = Trainer.update\n"
         "def wrapped(self, batches, number):\n"
         "    if number == 1 and self.world.rank == 1: os.kill(os.getpid(), signal.SIGTERM)\n"

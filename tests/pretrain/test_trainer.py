@@ -6,6 +6,7 @@ import re
 import pytest
 from helpers import assert_same, torchrun
 from runs import (
+    BARE,
     SCRIPT,
     SGD,
     command,
@@ -42,9 +43,7 @@ def test_accumulated_batches_equal_the_joint_one(tmp_path, no_images):
 
 
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path, no_images):
-    result = torchrun(
-        SCRIPT, *command(tmp_path / "two", *SGD, "--batch-size", "4", "--model-ema", "--log-interval", "1")
-    )
+    result = torchrun(BARE, *command(tmp_path / "two", *SGD, "--batch-size", "4", "--model-ema", "--log-interval", "1"))
     assert result.returncode == 0, result.stderr
     for line in ("Done: the encoder", "Writing to", "epoch 1/1  loss", "step 3/4"):
         assert result.stdout.count(line) == 1
@@ -57,7 +56,7 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path, no_images):
 
 
 def test_what_only_the_first_process_notices_is_one_message(tmp_path):
-    result = torchrun(SCRIPT, *command(tmp_path / "r", "--output", str(SCRIPT)))
+    result = torchrun(BARE, *command(tmp_path / "r", "--output", str(SCRIPT)))
     assert result.returncode and result.stderr.count("Traceback") <= 1  # torchrun's own
     (message,) = re.findall(r"timm-convnextv2 pretrain: error: .*", result.stderr)
     assert "cannot be written" in message and "Writing to" not in result.stdout

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_same, environment
+from helpers import assert_same, environment, quick_python
 from runs import (
     at_update,
     command,
@@ -147,7 +147,8 @@ def test_ends_with_workers(tmp_path, fault):
         "Trainer.update = wrapped\n"
         "if __name__ == '__main__': sys.exit(main())\n"
     )
-    words = [sys.executable, script, *command(tmp_path / "r", "--workers", "2", epochs=99)]
+    python = quick_python() if "exception" in fault else sys.executable
+    words = [python, script, *command(tmp_path / "r", "--workers", "2", epochs=99)]
     result = subprocess.run(words, capture_output=True, text=True, timeout=90, env=environment())
     assert result.returncode not in (0, None)
     assert "a bug" in result.stderr or "worker" in result.stderr

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..models.weights import check_weights
+from ..models.weights import check_weights, first_not_finite
 from ..provenance import WEIGHTS, origin_of_config, read_config, training_of
 from .card import IMAGES, card_for_repo, render_card
 
@@ -24,11 +24,13 @@ _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
 
 
 def _check_folder_weights(folder: Path) -> None:
-    """The weights are those of the architecture that config.json names, tensor by tensor."""
+    """The weights are those of the architecture that config.json names, tensor by tensor, and all are finite."""
     path = folder / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            bad = next((name for name in names if first_not_finite({name: file.get_tensor(name)})), None)
     except (SafetensorError, OSError) as e:
         raise ValueError(f"'{path}' cannot be read as safetensors: it is truncated, or in another format ({e}).") from e
     try:
@@ -37,6 +39,8 @@ def _check_folder_weights(folder: Path) -> None:
         raise ValueError(f"'{folder / 'config.json'}' does not describe a model that can be built: {e}") from e
     what = f"'{path}' does not hold the weights of the model that config.json describes"
     check_weights(found, model.state_dict(), what, remedy="Export the model again.")
+    if bad:
+        raise ValueError(f"'{path}' is not published: '{bad}' has values that are not finite. Export the model again.")
 
 
 def _check_licence(folder: Path, config: dict[str, Any], card: str) -> None:

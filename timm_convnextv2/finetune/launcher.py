@@ -28,6 +28,7 @@ from ..checkpoint import export_finetuned
 from ..checkpoint.finetuned import LABEL_NAMES
 from ..command import PROGRAM, CommandParser, invocation, refused, say
 from .images import feed
+from .left_behind import tell
 from .plan import ADDED_OPTIONS, Options, Plan, channels, count, describe, make_plan, resolve_options, warnings
 from .preflight import check_augmentation, check_device
 from .recipe import RECIPES, list_recipes, load_recipe, recipe_names
@@ -135,6 +136,19 @@ def arguments(plan: Plan) -> Iterator[None]:
             sys.argv = before
 
 
+@contextmanager
+def telling(plan: Plan) -> Iterator[None]:
+    """Says what is whole and how to resume, where train.py fails."""
+    try:
+        yield
+    except BaseException as e:
+        failed = not isinstance(e, SystemExit) or e.code not in (None, 0)
+        if failed and world_info_from_env()[1] == 0:
+            left = tell(plan.folder, plan.epochs, plan.options.values.experiment)
+            say(f"train.py failed ({type(e).__name__}). {left}", error=True)
+        raise
+
+
 def next_commands(plan: Plan, model: Path) -> list[str]:
     """Commands that evaluate the result, and show what publishing would send."""
     args = plan.options.values
@@ -208,7 +222,8 @@ def finish(plan: Plan) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the launcher; returns its exit status. What train.py raises passes through.
+    """Runs the launcher; returns its exit status. What train.py raises passes through, after a message that says what
+    it left behind.
 
     Args:
         argv: Options; None for the process's own.
@@ -222,6 +237,6 @@ def main(argv: list[str] | None = None) -> int:
     keep_label_names(plan)
     args = plan.options.values
     feed(plan.script, in_chans=channels(args), nodata=args.nodata)
-    with arguments(plan):
+    with arguments(plan), telling(plan):
         plan.script.main()
     return finish(plan) if world_info_from_env()[1] == 0 else 0

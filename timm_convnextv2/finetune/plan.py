@@ -19,6 +19,7 @@ from ..command import CommandParser, closest, say
 from ..models import ConvNeXtV2
 from . import folders
 from .images import Images, probe, refuse_for_tensors
+from .left_behind import check_resume, newest_whole
 from .preflight import Split, check_data, check_folder_weights, create_meta_model
 from .recipe import Recipe
 from .start import check_start_file, choose_nodata, settle_license
@@ -330,11 +331,14 @@ def _choose_folder(options: Options, model: torch.nn.Module) -> Path:
     last = folder / "last.pth.tar"
     if args.resume and not Path(args.resume).is_file():
         raise ValueError(f"--resume {args.resume}: there is no such file. Give a checkpoint, such as {last}.")
+    if args.resume:
+        check_resume(Path(args.resume))
     # only the first process writes there, and may have begun to when another looks
     if world_info_from_env()[1] == 0 and not args.resume and any(folder.glob("*.pth.tar")):
+        found = newest_whole(folder)
+        resume = f"Resume it: --resume {found[0]}." if found else "None of them is whole."
         raise ValueError(
-            f"{folder} holds the checkpoints of another run. Resume it: --resume {last}. "
-            "Or choose another --experiment or --output."
+            f"{folder} holds the checkpoints of another run. {resume} Or choose another --experiment or --output."
         )
     return folder
 

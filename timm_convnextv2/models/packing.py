@@ -14,9 +14,17 @@ from torch import nn
 
 from ..layers import is_plain_depthwise
 from ..ops import window_depthwise
-from ..ops.dispatch import backend, why_eager
+from ..ops.dispatch import backend, transformed, why_eager
 
 __all__ = ["PackedLayout"]
+
+
+def _gather(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return x.index_select(0, rows)
+
+
+def _scatter(x: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    return x.new_zeros(num_rows, *x.shape[1:]).index_copy(0, rows, x)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -24,7 +32,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return x.index_select(0, rows)
+        return _gather(x, rows)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -43,7 +51,7 @@ class _ScatterRows(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)
+        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)  # in place: no second copy
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -136,9 +144,12 @@ class PackedLayout:
             out = window_depthwise(patches, conv.weight, conv.bias, self.windows(p, int(conv.padding[0])))
             return out.reshape(B, -1, p, C).permute(0, 3, 1, 2)
         rows = self.rows(p)
-        dense = _ScatterRows.apply(_nhwc(x).view(-1, p * C), rows, B * h * p * w)
+        # their vmap and jvp are those of plain operations, which a compiler would not follow in them
+        plain = transformed()
+        gather, scatter = (_gather, _scatter) if plain else (_GatherRows.apply, _ScatterRows.apply)
+        dense = scatter(_nhwc(x).view(-1, p * C), rows, B * h * p * w)
         dense = conv(dense.view(B, h * p, w * p, C).permute(0, 3, 1, 2))
-        out = _GatherRows.apply(_nhwc(dense).view(B * h * p * w, -1), rows)
+        out = gather(_nhwc(dense).view(B * h * p * w, -1), rows)
         return out.view(B, -1, p, dense.shape[1]).permute(0, 3, 1, 2)
 
     def why_eager(self, x: torch.Tensor, conv: Any) -> str:

@@ -30,6 +30,7 @@ __all__ = [
     "kernels",
     "kernels_name",
     "set_backend",
+    "transformed",
     "use_backend",
     "why_eager",
 ]
@@ -133,6 +134,11 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 def dispatch_mode_active() -> bool:
     """Whether something looks at the operations that run, as `FlopCounterMode` does; a compiler does not count."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation looks at the operations that run."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _onlooker() -> str:
