@@ -10,7 +10,6 @@ import yaml
 from PIL import Image
 
 from timm_convnextv2.pretrain.options import parse_options, settings_of
-from timm_convnextv2.report import save_neighbours
 from timm_convnextv2.report.run import head_comment
 
 EVIL = "<script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">"
@@ -55,11 +54,7 @@ def plant_measures(folder: Path, epochs: int) -> None:
     probe = {"data_dir": "/labelled", "classes": ["a", "b"], "train": 80, "test": 20, "k": 20}
     probe["baselines"] = {"random": {"knn": 49.0, "ridge": 52.0, "rank": 9.0}, "pixels": {"knn": 60.0, "ridge": 33.0}}
     (folder / "probe.json").write_text(json.dumps(probe))
-    (folder / "neighbours").mkdir()
-    images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for epoch in (1, 3, epochs):
-        rows = [(0, [1, 2, 3, 4, 5]), (7, [6, 5, 4, 3, 2])]
-        save_neighbours(folder / "neighbours" / f"epoch-{epoch:04d}.png", images, rows, [0.5] * 3, [0.25] * 3)
+    draw(folder / "neighbours", {1, (epochs + 1) // 2, epochs})
 
 
 def table(path: Path, rows: list[dict]) -> None:

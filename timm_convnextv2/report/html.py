@@ -77,7 +77,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     import jinja2
     from markupsafe import Markup
 
-    folder = resources.files(__package__) / "templates"
+    folder = resources.files("timm_convnextv2.report") / "templates"
     script, style, page = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css", "html"))
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -235,7 +235,7 @@ def _baselines(runs: Sequence[RunRecord], measure: str) -> dict[str, float]:
     for i, run in enumerate(runs, 1):
         for name, of in run.probe.get("baselines", {}).items():
             if measure in of:
-                found.setdefault(BASELINES.get(name, name), {})[i] = of[measure]
+                found.setdefault(str(BASELINES.get(name, name)), {})[i] = of[measure]
     lines: dict[str, float] = {}
     for text, values in found.items():
         same = len({*values.values()}) == 1
