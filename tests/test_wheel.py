@@ -27,6 +27,7 @@ installed = Path(sys.prefix).resolve()
 assert installed in Path(timm_convnextv2.__file__).resolve().parents, timm_convnextv2.__file__
 for words in (
     ["finetune", "--list-recipes"],
+    ["report", "runs/first", "--output", "report.html"],
     ["publish", "runs/first", "USER/NAME", "--license", "mit", "--dry-run"],
     ["embed", "--model", "local-dir:runs/first/encoder", "--dataset", "embedded", "--num-samples", "9",
      "--output", "rows.npy", "--workers", "0", "--device", "cpu"],
@@ -81,4 +82,5 @@ def test_the_commands_work_without_a_clone(installed, tmp_path):
     assert "Dry run, nothing was sent." in out and "rows.npy: 9 rows; 0 images skipped" in out
     card = (tmp_path / "runs" / "first-publish" / "README.md").read_text()
     assert '"hf-hub:USER/NAME"' in card and "train_scripts" not in card
+    assert "</html>" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert (tmp_path / "rows.npy").stat().st_size > 9 * 320 * 4

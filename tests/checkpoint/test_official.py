@@ -5,13 +5,13 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import quick_python
 from torch import nn
 
 import timm_convnextv2  # noqa: F401  registers the models
@@ -396,7 +396,7 @@ def test_stock_timm_opens_the_folder(tmp_path):
     torch.save(cases, tmp_path / "cases.pt")
     (tmp_path / "stock.py").write_text(STOCK)
     run = subprocess.run(
-        [quick_python(), "stock.py", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [sys.executable, "stock.py", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
     assert "stock timm" in run.stdout

@@ -1,12 +1,12 @@
 """The embedded pictures as a labelled image folder."""
 
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import quick_python
 from PIL import Image
 from timm.data import create_dataset
 
@@ -110,7 +110,7 @@ def test_a_run_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_shell(tmp_path):
-    command = [quick_python(), "-m", "timm_convnextv2.data.embedded", "data"]
+    command = [sys.executable, "-m", "timm_convnextv2.data.embedded", "data"]
     command += ["--size", "16", "--train", "8", "--validation", "16"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")

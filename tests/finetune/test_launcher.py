@@ -16,7 +16,7 @@ import timm
 import torch
 import yaml
 from folders import write_images
-from helpers import RECIPES, ROOT, SCRIPTS, quick_python
+from helpers import RECIPES, ROOT, SCRIPTS
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -151,7 +151,7 @@ WAYS = {"script": [SCRIPT], "module": ["-m", "timm_convnextv2.finetune"]}
 
 @pytest.mark.parametrize("way", WAYS)
 def test_as_a_process(command, tmp_path, way):
-    words = [sys.executable if way == "module" else quick_python(), *map(str, WAYS[way]), *command("--no-such-option")]
+    words = [sys.executable, *map(str, WAYS[way]), *command("--no-such-option")]
     result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 2, result.stderr
     assert result.stderr.endswith("timm-convnextv2 finetune: error: unrecognized arguments: --no-such-option\n")
@@ -194,8 +194,8 @@ def alone(timm_train, tmp_path_factory):
 
 
 def python(*words, cwd):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON_EXEC": quick_python()}
-    result = subprocess.run([quick_python(), *map(str, words)], capture_output=True, text=True, cwd=cwd, env=env)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=env)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
 

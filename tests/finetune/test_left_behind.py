@@ -5,11 +5,12 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from helpers import environment, quick_python
+from helpers import environment
 
 from timm_convnextv2.finetune import main
 from timm_convnextv2.finetune.left_behind import newest_whole, tell
@@ -83,7 +84,7 @@ def words(encoder, data, tmp_path):
     given = ["-m", "timm_convnextv2.finetune", "--recipe", "smoke", "--model", f"local-dir:{encoder}"]
     given += ["--data-dir", str(data), "--output", str(tmp_path), "--experiment", "r", "--timm-train", path]
     given += "--epochs 4 --warmup-epochs 0 --batch-size 8 --workers 0 --device cpu".split()
-    return [quick_python(), *given]
+    return [sys.executable, *given]
 
 
 def finish(words, folder, *more):

@@ -5,13 +5,13 @@ import os
 import pickle
 import re
 import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import quick_python
 from torch import nn
 
 import timm_convnextv2
@@ -571,7 +571,7 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     package = os.path.dirname(os.path.dirname(timm_convnextv2.__file__))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
-    command = [quick_python(), str(tmp_path / "worker.py"), str(tmp_path)]
+    command = [sys.executable, str(tmp_path / "worker.py"), str(tmp_path)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     workers = [subprocess.Popen([*command, str(rank)], env=env, **pipes) for rank in (0, 1)]
     try:

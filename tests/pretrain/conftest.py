@@ -25,6 +25,7 @@ def _signals():
 def no_images(monkeypatch):
     """Drawing takes longer than training here."""
     monkeypatch.setattr(loop, "save_loss_curve", lambda *_: None)
+    monkeypatch.setattr(loop, "write_report", lambda *_: None)
     monkeypatch.setattr(measures, "save_reconstructions", lambda *_: None)
 
 

@@ -132,11 +132,15 @@ def refuse(*_, **__):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("what", ["loss curve", "reconstruction", "summary row", "TensorBoard", "encoder in mid-run"])
+@pytest.mark.parametrize(
+    "what", ["loss curve", "report", "reconstruction", "summary row", "TensorBoard", "encoder in mid-run"]
+)
 def test_what_a_run_can_do_without_is_a_warning(tmp_path, no_images, monkeypatch, capsys, what):
     calls = iter(range(99))
     if what == "loss curve":
         monkeypatch.setattr(loop, "save_loss_curve", refuse)
+    elif what == "report":
+        monkeypatch.setattr(loop, "write_report", refuse)
     elif what == "reconstruction":
         monkeypatch.setattr(measures, "save_reconstructions", refuse)
     elif what == "summary row":

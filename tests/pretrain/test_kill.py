@@ -2,10 +2,11 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import environment, quick_python
+from helpers import environment
 
 from timm_convnextv2.pretrain.run_folder import WRITTEN
 
@@ -17,7 +18,7 @@ OPTIONS += ["--epochs", "2", "--model-ema", "--device", "cpu", "--lr", "1e-2"]
 
 @pytest.mark.parametrize("tries, seed", [(6, 0), pytest.param(25, 1, marks=pytest.mark.slow)])
 def test_killed_runs_end_as_one_that_was_not(tmp_path, tries, seed):
-    words = [quick_python(), KILLER, tmp_path, tries, seed, *OPTIONS]
+    words = [sys.executable, KILLER, tmp_path, tries, seed, *OPTIONS]
     result = subprocess.run(
         [*map(str, words)], capture_output=True, text=True, timeout=60 + 60 * tries, env=environment()
     )

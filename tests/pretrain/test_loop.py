@@ -4,22 +4,25 @@ import io
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
-from helpers import assert_same, environment, quick_python, shell
+from helpers import assert_same, environment, shell
 from PIL import Image
 from runs import (
     BANDS,
     DATA,
     TIMES,
     at_update,
+    command,
     image_folder,
     load,
     rows,
@@ -30,6 +33,7 @@ from safetensors.torch import load_file
 
 from timm_convnextv2.pretrain import loop, main, measures
 from timm_convnextv2.pretrain.trainer import Trainer
+from timm_convnextv2.report.run import read_run
 
 
 def test_files_of_a_run(atto):
@@ -37,7 +41,8 @@ def test_files_of_a_run(atto):
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     encoder = {f"encoder/{name}" for name in ("config.json", "model.safetensors", "README.md")}
     assert files == encoder | {
-        "args.yaml", "summary.csv", "last.pth.tar", "milestone-1.pth.tar", "loss.png", "reconstructions/epoch-0001.png"
+        "args.yaml", "summary.csv", "last.pth.tar", "milestone-1.pth.tar", "loss.png", "reconstructions/epoch-0001.png",
+        "report.html",
     }  # fmt: skip
     assert not list(out.rglob("*.part")) and not list(out.rglob(".*"))
     assert f"Writing to {out}" in printed and "Done: the encoder is in" in printed
@@ -75,7 +80,7 @@ own = {k: v for k, v in model.state_dict().items() if not k.startswith("head.fc"
 assert len(own) > 100 and all(torch.equal(v, trained["encoder." + k]) for k, v in own.items())
 print(timm.data.resolve_model_data_config(model)["input_size"])
 """
-    result = subprocess.run([quick_python(), "-c", code, atto[0]], capture_output=True, text=True, env=environment())
+    result = subprocess.run([sys.executable, "-c", code, atto[0]], capture_output=True, text=True, env=environment())
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "(3, 64, 64)"
 
@@ -229,3 +234,36 @@ def test_too_many_bad_images_at_the_last_update(tmp_path, capsys):
     assert main([*line, "--experiment", "x"]) == 1
     assert "after epoch 1 of 1" in capsys.readouterr().out
     assert (tmp_path / "out/x/encoder/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("pause", "expected"), [(0, [1, 2, 3]), (1e9, [1, 3])])
+def test_report_is_refreshed_as_often_as_it_is_cheap(tmp_path, no_images, monkeypatch, pause, expected):
+    """At every checkpoint where it costs little, and always at the end; by then the checkpoint is there."""
+    seen = []
+
+    def write(runs, path):
+        time.sleep(0.001)
+        seen.append(load(runs[0])["progress"]["epoch"])
+        assert path == tmp_path / "r/report.html"
+
+    monkeypatch.setattr(loop, "REPORT_PAUSE", pause)
+    monkeypatch.setattr(loop, "write_report", write)
+    run(tmp_path / "r", epochs=3)
+    assert seen == expected
+
+
+def test_run_survives_a_report_that_cannot_be_made(tmp_path, no_images, monkeypatch, capsys):
+    def damaged(*_):
+        raise ValueError("args.yaml is damaged")
+
+    monkeypatch.setattr(loop, "write_report", damaged)
+    run(tmp_path / "r")
+    printed = capsys.readouterr().out
+    assert "Warning: the report failed (args.yaml is damaged)" in printed and "Done" in printed
+
+
+def test_args_yaml_records_the_command(tmp_path, no_images):
+    run(tmp_path / "a run", "--seed", "7")
+    record, expected = read_run(tmp_path / "a run"), command(tmp_path / "a run", "--seed", "7")
+    assert shlex.split(record.command)[-len(expected) :] == expected
+    assert "pretrain" in record.command and "timm_convnextv2 " in record.versions

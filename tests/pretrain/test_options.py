@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import yaml
-from helpers import quick_python
 from runs import (
     DATA,
     ERROR,
@@ -179,7 +178,7 @@ def test_help(capsys):
 
 def test_program_refuses(tmp_path):
     """As a program: status 2 and a message, no traceback."""
-    result = subprocess.run([quick_python(), SCRIPT, "--epochs", "0"], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run([sys.executable, SCRIPT, "--epochs", "0"], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2 and result.stderr == f"{ERROR}--epochs must be at least 1, got 0.\n"
     assert not list(tmp_path.iterdir())
 

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from helpers import assert_same, environment, quick_python, shell, torchrun
+from helpers import assert_same, environment, shell, torchrun
 from runs import (
     SCRIPT,
     at_update,
@@ -125,7 +125,7 @@ def test_second_signal_ends_at_once_where_python_does_not_run(tmp_path):
         "lock, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)\n"
         f"print('ready', flush=True)\n{wait}\n"
     )
-    process = subprocess.Popen([quick_python(), script], stdout=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment())
     assert process.stdout.readline() == "ready\n"
     for _ in range(2):
         process.send_signal(signal.SIGTERM)

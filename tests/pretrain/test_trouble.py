@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_same, environment, quick_python
+from helpers import assert_same, environment
 from runs import (
     at_update,
     command,
@@ -147,7 +147,7 @@ def test_ends_with_workers(tmp_path, fault):
         "Trainer.update = wrapped\n"
         "if __name__ == '__main__': sys.exit(main())\n"
     )
-    python = quick_python() if "exception" in fault else sys.executable
+    python = sys.executable
     words = [python, script, *command(tmp_path / "r", "--workers", "2", epochs=99)]
     result = subprocess.run(words, capture_output=True, text=True, timeout=90, env=environment())
     assert result.returncode not in (0, None)

@@ -28,6 +28,8 @@ from .trainer import NotFiniteError, Trainer
 
 __all__ = ["Run", "keep_bad_step", "train"]
 
+REPORT_PAUSE = 100  # times what a report took passes before the next one
+
 
 @dataclass
 class Run:
@@ -45,6 +47,7 @@ class Run:
     best: Best | None = None
     stop: str = ""  # why it ends before its end
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was
+    next_report: float = 0.0  # when the report may be written again
 
 
 def train(run: Run, world: World) -> None:
@@ -189,6 +192,20 @@ def write(run: Run, milestone: bool) -> None:
     if folder.summary.exists():
         attempt("the loss curve", lambda: save_loss_curve(folder.summary, folder.path / "loss.png"), run.bar.note)
     folder.save(state, settings, run.progress, milestone)
-    attempt("the report", lambda: write_report([folder.path], folder.path / "report.html"), run.bar.note)
+    refresh_report(run)
     if failed and run.progress.epoch >= run.plan.epochs:
         raise NotSavedError(f"The encoder was not exported. {folder.last_whole}")
+
+
+def refresh_report(run: Run) -> None:
+    """Writes the report of the run: at the end, and as often before as that takes a hundredth of the time."""
+    start, ended = time.monotonic(), run.stop or run.progress.epoch >= run.plan.epochs
+    if not ended and start < run.next_report:
+        return
+    path = run.folder.path
+    try:
+        attempt("the report", lambda: write_report([path], path / "report.html"), run.bar.note)
+    except ValueError as e:  # somebody has changed the folder's files
+        run.bar.note(f"Warning: the report failed ({e}). Training continues without it.")
+    now = time.monotonic()
+    run.next_report = now + REPORT_PAUSE * (now - start)

@@ -49,7 +49,7 @@ def epoch_colours(epochs: Sequence[int]) -> dict[int, str]:
     return {epoch: to_hex(scale(i / last if len(epochs) > 1 else 1.0)) for i, epoch in enumerate(epochs)}
 
 
-def line_chart(name: str, lines: Sequence[Line], baselines: Mapping[str, float] = {}, about: str = "") -> str:  # noqa: B006
+def line_chart(name: str, lines: Sequence[Line], baselines: Mapping[str, float], about: str, zero: bool = False) -> str:
     """Curves over epochs as an SVG element.
 
     Args:
@@ -57,6 +57,7 @@ def line_chart(name: str, lines: Sequence[Line], baselines: Mapping[str, float] 
         lines: At least one with a value.
         baselines: Horizontal lines, by what stands on them.
         about: Text for those who do not see it; plain, it is escaped here.
+        zero: Whether the axis begins at 0.
     """
     figure, axis = _figure()
     longest = max(len(line.values) for line in lines)
@@ -74,6 +75,8 @@ def line_chart(name: str, lines: Sequence[Line], baselines: Mapping[str, float] 
     axis.set_xlabel("epoch")
     axis.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportAttributeAccessIssue]
     axis.margins(x=0.03, y=0.12)
+    if zero:
+        axis.set_ylim(bottom=0)
     return _svg(figure, name, about)
 
 
@@ -101,9 +104,9 @@ def collapse_chart(
 def _figure() -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_SIZE, layout="constrained")
+    figure = Figure(figsize=_SIZE)
     figure.patch.set_visible(False)
-    axis = figure.add_subplot()
+    axis = figure.add_axes((0.125, 0.17, 0.86, 0.77))  # a layout that is computed would double the time
     axis.patch.set_visible(False)
     axis.grid(color=_GRID, linewidth=0.8)
     axis.set_axisbelow(True)
@@ -112,6 +115,8 @@ def _figure() -> tuple[Any, Any]:
     for side in ("left", "bottom"):
         axis.spines[side].set_color(_GRID)
     axis.tick_params(colors=_MUTED, labelcolor=_INK, labelsize=9.5, length=3)
+    axis.ticklabel_format(scilimits=(-3, 5))
+    axis.yaxis.offsetText.set(color=_MUTED, fontsize=8.5)
     axis.xaxis.label.set(color=_MUTED, fontsize=9.5)
     return figure, axis
 

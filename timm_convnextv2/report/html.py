@@ -77,7 +77,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     import jinja2
     from markupsafe import Markup
 
-    folder = resources.files(__package__) / "templates"
+    folder = resources.files("timm_convnextv2.report") / "templates"
     script, style, page = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css", "html"))
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -143,6 +143,14 @@ def _facts(run: RunRecord) -> dict[str, str]:
     }
 
 
+def _about(run: RunRecord) -> str:
+    """The run in a line."""
+    facts = _facts(run)
+    images = f"{facts['Images']} images" if facts["Images"] else "images"
+    size = " x ".join(map(str, run.settings["input_size"]))
+    return f"{facts['Model']} on {facts['Data']}, {images} of {size}, {facts['Epochs']} epochs"
+
+
 def _numbers(run: RunRecord) -> dict[str, str]:
     """How it went, in the last numbers that were measured."""
     rows = run.rows.values()
@@ -155,14 +163,14 @@ def _numbers(run: RunRecord) -> dict[str, str]:
     return {
         "Loss": _last(run, "train_loss", "{:.4f}"),
         "Held-out loss": _last(run, "eval_loss", "{:.4f}"),
-        "kNN": _last(run, "eval_knn", "{:.1f} %"),
-        "Ridge": _last(run, "eval_ridge", "{:.1f} %"),
+        "kNN": _last(run, "eval_knn", "{:.1f}%"),
+        "Ridge": _last(run, "eval_ridge", "{:.1f}%"),
         "RankMe": _last(run, "eval_rank", "{:.1f}"),
         "Distance of channels": _last(run, "eval_distance", "{:.3f}"),
-        "Dead channels": _last(run, "eval_dead", "{:.1%}"),
+        "Dead channels": _last(run, "eval_dead", "{:.2%}"),
         "Training time": _duration(seconds) if seconds else "",
         "Speed": f"{median(speeds):.1f} images/s" if speeds else "",
-        "Waiting for data": f"{median(waits):.0%} of the time" if waits else "",
+        "Waiting for data": f"{100 * median(waits):.0f} % of the time" if waits else "",
         "Peak memory": f"{max(memory):.2f} GiB" if memory else "",
         "Images that cannot be decoded": str(len(bad)) if bad else last_bad,
         "Skipped updates": str(run.progress["bad_steps"]) if "bad_steps" in run.progress else "",
@@ -171,7 +179,7 @@ def _numbers(run: RunRecord) -> dict[str, str]:
 
 def _last(run: RunRecord, column: str, form: str) -> str:
     values = run.column(column)
-    return form.format(values[max(values)]) if values else ""
+    return form.format(values[max(values)]).replace("%", " %") if values else ""
 
 
 def _duration(seconds: float) -> str:
@@ -194,9 +202,10 @@ def _charts(runs: Sequence[RunRecord]) -> list[tuple[str, str, str]]:
     """Title, note and SVG of what runs have in common; none of what was not measured."""
     made = []
 
-    def add(title: str, columns: dict[str, bool], note: str = "", scale: float = 1, baseline: str = "") -> None:
+    def add(title: str, columns: dict[str, bool], note: str = "", scale: float = 0, baseline: str = "") -> None:
+        """A chart of columns, dashed or not; a scale is for shares, and lets the axis begin at 0."""
         lines = [
-            Line({epoch: value * scale for epoch, value in values.items()}, i, dashed)
+            Line({epoch: value * (scale or 1) for epoch, value in values.items()}, i, dashed)
             for column, dashed in columns.items()
             for i, run in enumerate(runs)
             if (values := run.column(column))
@@ -204,7 +213,7 @@ def _charts(runs: Sequence[RunRecord]) -> list[tuple[str, str, str]]:
         if lines:
             lows = _baselines(runs, baseline) if baseline else {}
             name = "-".join(columns)
-            made.append((title, note, line_chart(name, lines, lows, _in_words(title, lines, lows))))
+            made.append((title, note, line_chart(name, lines, lows, _in_words(title, lines, lows), bool(scale))))
 
     held_out = any(run.column("eval_loss") for run in runs)
     note = "Solid: training. Dashed: held-out images." if held_out else "On masked patches of the training images."
@@ -214,23 +223,24 @@ def _charts(runs: Sequence[RunRecord]) -> list[tuple[str, str, str]]:
     add("RankMe", {"eval_rank": False}, "Compares runs of one method only.", baseline="rank")
     add("Mean distance of channels", {"eval_distance": False}, "0: collapsed. About 0.5: independent.")
     add("Dead channels, %", {"eval_dead": False}, "Channels whose norm is next to nothing.", 100)
-    add("Speed, images/s", {"train_images_per_s": False})
+    add("Speed, images/s", {"train_images_per_s": False}, scale=1)
     add("Waiting for data, % of the time", {"train_data_wait": False}, "More than a few %: add data workers.", 100)
     add("Learning rate", {"lr": False})
     return made
 
 
 def _baselines(runs: Sequence[RunRecord], measure: str) -> dict[str, float]:
-    """Value by what stands on its line; where runs have others, by the run's number too."""
-    found: dict[str, float] = {}
-    for i, run in enumerate(runs):
+    """Value by what stands on its line, with the number of the run where runs have others."""
+    found: dict[str, dict[int, float]] = {}
+    for i, run in enumerate(runs, 1):
         for name, of in run.probe.get("baselines", {}).items():
             if measure in of:
-                text = BASELINES.get(name, name)
-                if found.get(text, of[measure]) != of[measure]:
-                    text = f"{text}, run {i + 1}"
-                found[text] = of[measure]
-    return found
+                found.setdefault(str(BASELINES.get(name, name)), {})[i] = of[measure]
+    lines: dict[str, float] = {}
+    for text, values in found.items():
+        same = len({*values.values()}) == 1
+        lines |= {text if same else f"{text}, run {i}": value for i, value in values.items()}
+    return lines
 
 
 def _in_words(title: str, lines: Sequence[Line], baselines: dict[str, float]) -> str:
@@ -258,6 +268,7 @@ def _view(run: RunRecord, number: int, max_images: int) -> dict[str, Any]:
         "id": f"run-{number}",
         "number": number,
         "label": run.label,
+        "about": _about(run),
         "findings": _findings(run),
         "reconstructions": reconstructions,
         "left_out": len(run.reconstructions) - len(reconstructions),
