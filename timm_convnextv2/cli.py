@@ -29,6 +29,8 @@ COMMANDS = {
     "predict": Command("timm_convnextv2.predict", "classify images with timm's inference.py"),
     "publish": Command("timm_convnextv2.publish", "publish weights and a model card on the Hugging Face Hub"),
     "embed": Command("timm_convnextv2.embed", "write one row of features for each image"),
+    "evaluate": Command("timm_convnextv2.evaluate", "compare frozen features: kNN, ridge, linear probe, rank"),
+    "collapse": Command("timm_convnextv2.collapse", "compare how alike the channels of models are"),
 }
 
 

@@ -9,10 +9,10 @@ import torch
 from ..files import whole_file
 from ..models.fcmae import FCMAE, normalize_target, patchify, unpatchify
 
-__all__ = ["save_loss_curve", "save_reconstructions"]
+__all__ = ["displayable", "save_figure", "save_loss_curve", "save_reconstructions"]
 
 
-def _save(figure, path: str | Path) -> None:
+def save_figure(figure, path: str | Path) -> None:
     """Writes a figure so that a viewer never sees half of it.
 
     Raises:
@@ -51,10 +51,10 @@ def save_loss_curve(summary: str | Path, path: str | Path) -> None:
     rate.set_ylim(bottom=0)
     for side in (axis, rate):
         side.spines["top"].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _displayable(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def displayable(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """Normalised `[B, C, H, W]` as RGB `[B, H, W, 3]` in [0, 1]: the first three channels, or the first as grey."""
     x = images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
     x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
@@ -100,13 +100,13 @@ def save_reconstructions(
     gap = masks.repeat_interleave(stride, 1).repeat_interleave(stride, 2).unsqueeze(1)
 
     means, stds = torch.tensor(mean), torch.tensor(std)
-    shown = _displayable(images, means, stds)
+    shown = displayable(images, means, stds)
     low, high = (0.0, 1.0) if -0.1 <= shown.min() and shown.max() <= 1.5 else (shown.min(), shown.max())
     columns = {
         "original": shown,
         "masked input": torch.where(gap.permute(0, 2, 3, 1), low + 0.5 * (high - low), shown),
-        "prediction": torch.where(gap.permute(0, 2, 3, 1), _displayable(pred, means, stds), high),
-        "prediction + visible": _displayable(torch.where(gap, pred, images), means, stds),
+        "prediction": torch.where(gap.permute(0, 2, 3, 1), displayable(pred, means, stds), high),
+        "prediction + visible": displayable(torch.where(gap, pred, images), means, stds),
     }
     count, aspect = images.shape[0], images.shape[2] / images.shape[3]
     figure = Figure(figsize=(8, 0.3 + 2 * count * aspect), dpi=120, layout="constrained")
@@ -119,4 +119,4 @@ def save_reconstructions(
         axes[0][column].set_title(name, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
