@@ -13,6 +13,7 @@ import csv
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         options = vars(build_parser().parse_args(argv))
         folder = claim(options.pop("output"), FILES, options.pop("overwrite"))
         names = list(dict.fromkeys(options.pop("models")))
-        found, shown, maps = collapse_of_models(names, **options, tell=lambda line: say(line, error=True))
+        found, shown, maps = collapse_of_models(names, **options, progress=True)
         with whole_file(folder / FILES[0]) as part, open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["model", *BlockCollapse._fields])
@@ -102,7 +103,7 @@ def collapse_of_models(
     amp: bool = False,
     seed: int = 0,
     batch_size: int = 8,
-    tell: Callable[[str], Any] = lambda line: None,
+    progress: bool = False,
 ) -> tuple[dict[str, list[BlockCollapse]], list[Tensor], Maps]:
     """Collapse of several models on the same images.
 
@@ -119,7 +120,7 @@ def collapse_of_models(
         amp: Compute in bfloat16.
         seed: Of the choice of images.
         batch_size: Images at a time.
-        tell: Called with lines on what is done.
+        progress: Tell on stderr what is done.
 
     Returns:
         By model what `collapse` gives; the images of the figure of channels, `[h, w, 3]`; by model the block and the
@@ -130,6 +131,7 @@ def collapse_of_models(
     """
     if num_images < 1 or batch_size < 1:
         raise ValueError(f"num_images and batch_size are at least 1, got {num_images} and {batch_size}.")
+    tell = partial(say, error=True) if progress else lambda line: None
     check_devices([device])
     networks = {name: load_network(name_of_model(name), img_size, device) for name in models}
     for name, (network, _) in networks.items():

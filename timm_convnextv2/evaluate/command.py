@@ -9,7 +9,6 @@ import torch
 
 from ..command import PROGRAM, CommandParser, refused, say
 from ..files import whole_file
-from ..report.image_progress import ImageProgress
 from .figures import save_measures
 from .knn import NEIGHBOURS, TEMPERATURE
 from .run import evaluate_models
@@ -63,17 +62,12 @@ def build_parser() -> CommandParser:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; whatever is wrong is one message and exit status 2."""
-    bar = None
     try:
         options = vars(build_parser().parse_args(argv))
         output, overwrite = options.pop("output"), options.pop("overwrite")
         folder = None if output is None else claim(output, FILES, overwrite)
         devices = [device.strip() for device in options.pop("device").split(",")]
-        bar = ImageProgress(None)
-        found = evaluate_models(
-            **options, devices=devices, tell=lambda line: say(line, error=True), progress=bar.update
-        )  # fmt: skip
-        bar.close()
+        found = evaluate_models(**options, devices=devices, progress=True)
         say(table(found))
         if folder is not None:
             with whole_file(folder / FILES[0]) as part:
@@ -85,9 +79,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("Stopped; nothing was written.", error=True)
         return 130
-    finally:
-        if bar is not None:
-            bar.close()
     return 0
 
 

@@ -86,7 +86,8 @@ def save_distances(found: Mapping[str, Sequence[BlockCollapse]], path: str | Pat
             markersize=3.5, label=short(name) + (f" ({dead:.2g} % of channels dead)" if dead else ""),
         )  # fmt: skip
     axis.set(xlabel="depth (0: first block, 1: last)", ylabel="mean cosine distance of channels")
-    axis.set_ylim(bottom=0)
+    axis.axhline(0.5, color="#bbbbbb", linewidth=1, linestyle="--", label="independent channels, 0.5", zorder=0)
+    axis.set_ylim(0, 1.05 * max([0.5, *(block.distance for blocks in found.values() for block in blocks)]))
     axis.grid(alpha=0.25)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)

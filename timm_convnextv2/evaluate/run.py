@@ -3,13 +3,15 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..command import say
 from ..data.batches import preprocessing
+from ..report.image_progress import ImageProgress
 from .features import features, image_batches, pixels
 from .judge import judge
 from .knn import NEIGHBOURS, TEMPERATURE, capped
@@ -39,8 +41,7 @@ def evaluate_models(
     workers: int = 0,
     devices: Sequence[str] = ("cpu",),
     amp: bool = False,
-    tell: Callable[[str], Any] = lambda line: None,
-    progress: Callable[[int], Any] | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Frozen features of each model, judged on the same images.
 
@@ -60,8 +61,7 @@ def evaluate_models(
         workers: Processes that decode; 0: this one.
         devices: Batches go to these in turn.
         amp: Compute features in bfloat16.
-        tell: Called with lines on what is done.
-        progress: Called with the number of images of each batch.
+        progress: Tell on stderr what is done, with images/s.
 
     Returns:
         What can be written as JSON: `data`, `settings` and `results`, a list with `model`, `measures` (by name,
@@ -75,6 +75,7 @@ def evaluate_models(
         raise ValueError("There are no models to evaluate.")
     if batch_size < 1 or workers < 0:
         raise ValueError(f"batch_size is at least 1 and workers at least 0, got {batch_size} and {workers}.")
+    tell = partial(say, error=True) if progress else lambda line: None
     check_devices(devices)
     names = [name_of_model(name) for name in models]
     capped(k, 1)  # complains of numbers that are none
@@ -99,17 +100,22 @@ def evaluate_models(
     results: list[dict[str, Any]] = []
 
     def add(name: str, network: nn.Module | None, config: dict[str, Any]) -> None:
-        tell(f"{name}: features")
-        data, transform, start = labelled(config["input_size"][0]), preprocessing(config), time.perf_counter()
+        data, transform = labelled(config["input_size"][0]), preprocessing(config)
+        total = len(data.train.labels) + len(data.test.labels)
+        tell(f"{name}: features of {total} images")
+        bar, start = ImageProgress(total, enabled=progress), time.perf_counter()
 
         def rows(source: Any) -> Tensor:
             batches = image_batches(source, transform, batch_size, workers)
             if network is None:
-                return pixels(_counted(batches, progress), PIXELS)
-            return features(network, batches, devices=devices, amp=amp, progress=progress)
+                return pixels(_counted(batches, bar.update), PIXELS)
+            return features(network, batches, devices=devices, amp=amp, progress=bar.update)
 
-        train, test = rows(data.train.source), rows(data.test.source)
-        rate = (len(train) + len(test)) / (time.perf_counter() - start)
+        try:
+            train, test = rows(data.train.source), rows(data.test.source)
+        finally:
+            bar.close()
+        rate = total / (time.perf_counter() - start)
         try:
             found = judge(train, data.train.labels, test, data.test.labels, **measure)
         except ValueError as e:
@@ -173,8 +179,7 @@ def describe(data: Labelled, place: str | os.PathLike) -> str:
     )
 
 
-def _counted(batches: Iterable[Tensor], progress: Callable[[int], Any] | None) -> Iterator[Tensor]:
+def _counted(batches: Iterable[Tensor], progress: Callable[[int], Any]) -> Iterator[Tensor]:
     for batch in batches:
         yield batch
-        if progress is not None:
-            progress(len(batch))
+        progress(len(batch))
