@@ -73,6 +73,15 @@ def test_memory_stays_in_bounds(monkeypatch):
     assert made and max(product.numel() for product in made) <= 32 * 32
 
 
+def test_several_labels_in_small_parts(monkeypatch):
+    labels = (torch.rand(60, 3, generator=torch.Generator().manual_seed(0)) < 0.5).long()
+    train = planted(60, noise=1)[0]
+    whole = knn_scores(train, labels, train, [5])[5]
+    monkeypatch.setitem(knn_scores.__globals__, "LOOKED_AT", 4 * 5 * 3)  # the module is hidden by its function
+    assert torch.allclose(knn_scores(train, labels, train, [5])[5], whole, atol=1e-6)
+    assert torch.allclose(whole[:, 0], knn_scores(train, labels[:, 0], train, [5])[5][:, 1], atol=1e-6)
+
+
 def test_votes_are_weighted():
     """Two far neighbours of one class against one near of the other: the temperature decides."""
     train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
