@@ -13,7 +13,7 @@ from helpers import SCRIPTS
 import timm_convnextv2
 from timm_convnextv2 import cli, command
 
-NAMES = ("pretrain", "finetune", "validate", "predict", "report", "publish", "compare", "embed")
+NAMES = ("pretrain", "finetune", "validate", "predict", "report", "publish", "compare", "embed", "evaluate", "collapse")
 
 
 def test_help_names_every_command(capsys):

@@ -25,10 +25,10 @@ from timm.data import create_transform, resolve_model_data_config
 from timm_convnextv2.checkpoint import load_model
 from timm_convnextv2.data import EmbeddedSource, MissingPackageError, load_image
 from timm_convnextv2.embed import embed, main, run
-from timm_convnextv2.embed import model as embed_model
 from timm_convnextv2.embed import output as writing
 from timm_convnextv2.embed.parts import Parts
-from timm_convnextv2.embed.progress import ImageProgress
+from timm_convnextv2.evaluate import models as network_models
+from timm_convnextv2.report.image_progress import ImageProgress
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_embeddings_at_another_size(small, images_dir, tmp_path, monkeypatch):
         model.register_forward_pre_hook(lambda module, inputs: seen.add((*inputs[0].shape[1:], module.training)))
         return model
 
-    monkeypatch.setattr(embed_model, "load_model", spy)
+    monkeypatch.setattr(network_models, "load_model", spy)
     embed(small, images_dir, tmp_path / "out.npy", img_size=40)
     assert seen == {(3, 40, 40, False)}
 

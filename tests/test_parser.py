@@ -2,8 +2,10 @@
 
 import pytest
 
+from timm_convnextv2.collapse import build_parser as collapse
 from timm_convnextv2.command import CommandParser
 from timm_convnextv2.embed.command import build_parser as embed
+from timm_convnextv2.evaluate.command import build_parser as evaluate
 from timm_convnextv2.finetune.launcher import build_parser as finetune
 from timm_convnextv2.pretrain.options import build_parser as pretrain
 from timm_convnextv2.publish import build_parser as publish
@@ -20,7 +22,7 @@ def test_negative_numbers_are_values(word, number):
     assert args.mean == [number, 0.5, number] and args.batch_size == 4 and args.std == [1, 2, 3]
 
 
-@pytest.mark.parametrize("build", [pretrain, embed, finetune, publish])
+@pytest.mark.parametrize("build", [pretrain, embed, finetune, publish, evaluate, collapse])
 def test_every_command_has_this_parser(build):
     parser = build()
     assert isinstance(parser, CommandParser)

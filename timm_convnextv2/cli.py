@@ -31,6 +31,8 @@ COMMANDS = {
     "publish": Command("timm_convnextv2.publish", "publish weights and a model card on the Hugging Face Hub"),
     "compare": Command("timm_convnextv2.compare", "finetune from scratch, from your encoder and from named weights"),
     "embed": Command("timm_convnextv2.embed", "write one row of features for each image"),
+    "evaluate": Command("timm_convnextv2.evaluate", "compare frozen features: kNN, ridge, linear probe, rank"),
+    "collapse": Command("timm_convnextv2.collapse", "compare how alike the channels of models are"),
 }
 
 

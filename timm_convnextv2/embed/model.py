@@ -1,40 +1,12 @@
-"""The model that gives the rows."""
+"""The rows that a model gives."""
 
 import hashlib
-import os
-from typing import Any
 
 import numpy as np
 import torch
-from timm.data import resolve_model_data_config
 from torch import nn
 
-from ..checkpoint.loading import load_model
-
-__all__ = ["digest", "features", "load_network"]
-
-
-def load_network(name: str, img_size: int | None, device: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model without classifier on its device, and timm's data config of the images that it takes.
-
-    Raises:
-        ValueError: The model, the size or the device cannot be used.
-    """
-    network = load_model(name, num_classes=0).eval()
-    cfg: Any = network.pretrained_cfg
-    config = resolve_model_data_config(network, args={"in_chans": cfg["input_size"][0], "img_size": img_size})
-    (height, width), size = cfg["input_size"][1:], tuple(config["input_size"][1:])
-    if cfg.get("fixed_input_size") and size != (height, width):
-        raise ValueError(f"--img-size {img_size}: '{name}' takes images of {height} x {width} only. Leave it out.")
-    info: Any = getattr(network, "feature_info", None)
-    stride = info[-1]["reduction"] if info else 1
-    if min(size) < stride:
-        raise ValueError(f"--img-size {img_size} is smaller than the model's stride, {stride} pixels.")
-    place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
-    try:
-        return network.to(place), config
-    except (AssertionError, RuntimeError) as e:
-        raise ValueError(f"--device {device} cannot be used: {e}") from e
+__all__ = ["digest", "features"]
 
 
 @torch.inference_mode()

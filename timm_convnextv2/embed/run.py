@@ -14,11 +14,12 @@ import torch
 from ..command import say
 from ..data import FolderSource, MissingPackageError, TimmStream, check_readable, create_source, left_out
 from ..data.batches import Batch, map_batches, preprocessing, stream_batches
-from .model import digest, features, load_network
+from ..evaluate.models import load_network
+from ..report.image_progress import ImageProgress
+from .model import digest, features
 from .output import check_output, write_output
 from .parts import Part, Parts
 from .processes import processes
-from .progress import ImageProgress
 
 __all__ = ["embed"]
 

@@ -1,11 +1,19 @@
-"""Whether features serve, and whether they collapse: functions first, a command on top.
+"""Whether features serve, and whether they collapse: functions, and the command `evaluate`.
 
-rows = features(model, batches)                          one row for each image
-judge(rows, labels, test_rows, test_labels)              kNN, ridge, linear probe and rank of them
-collapse(model, images)                                  mean cosine distance of the channels of each block
+    timm-convnextv2 evaluate runs/mine convnextv2_atto.fcmae --data-dir LABELLED --output results
+
+    rows = features(model, batches)                          one row for each image
+    judge(rows, labels, test_rows, test_labels)              kNN, ridge, linear probe and rank of them
+    collapse(model, images)                                  mean cosine distance of the channels of each block
+
+The command writes to `--output`, if given:
+
+    evaluation.json  every number with its 95 % interval, the data and the settings
+    evaluation.png   the same as a figure
 """
 
 from .collapse import BlockCollapse, blocks_of, channel_distance, channel_maps, collapse
+from .command import main
 from .features import features, image_batches, pixels
 from .judge import judge
 from .knn import knn, knn_scores
@@ -13,6 +21,7 @@ from .labelled import Labelled, open_labelled
 from .linear import linear_probe, ridge
 from .metrics import Estimate, bootstrap, goodness
 from .rank import rankme
+from .run import evaluate_models
 
 __all__ = [
     "BlockCollapse",
@@ -23,6 +32,7 @@ __all__ = [
     "channel_distance",
     "channel_maps",
     "collapse",
+    "evaluate_models",
     "features",
     "goodness",
     "image_batches",
@@ -30,6 +40,7 @@ __all__ = [
     "knn",
     "knn_scores",
     "linear_probe",
+    "main",
     "open_labelled",
     "pixels",
     "rankme",

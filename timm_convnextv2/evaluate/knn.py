@@ -13,6 +13,8 @@ __all__ = ["NEIGHBOURS", "capped", "knn", "knn_scores", "nearest"]
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
+QUERIES = 1024  # rows of the test at a time
+LOOKED_AT = 2**24
 
 
 def capped(k: Iterable[int], images: int) -> list[int]:
@@ -98,7 +100,10 @@ def knn_scores(
     classes = num_classes or (labels.shape[1] if several else int(labels.max()) + 1)
     counts = capped(k, len(train))
     scores: dict[int, list[Tensor]] = {count: [] for count in counts}
-    for part in test.to(train.device).split(min(chunk, 1024)):
+    rows = min(chunk, QUERIES)
+    if several:  # the labels of all neighbours are looked at together
+        rows = max(1, min(rows, LOOKED_AT // (counts[-1] * classes)))
+    for part in test.to(train.device).split(rows):
         similar, indices = nearest(train, part, counts[-1], chunk=chunk)
         weights = ((similar - 1) / temperature).exp()  # of the same proportions, and never too large
         for count in counts:

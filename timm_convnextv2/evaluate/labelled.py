@@ -126,6 +126,7 @@ def open_labelled(
         train, test = _folder(parts[0], in_chans, nodata), _folder(parts[1], in_chans, nodata)
         _check_same(train, test, parts)
         classes = _names(train)
+        _check_classes(classes, path)
         (train_files, train_labels), (test_files, test_labels) = train, test
     else:
         files, labels = _table(path) if path.is_file() else _folder(path, in_chans, nodata)
@@ -134,7 +135,6 @@ def open_labelled(
         chosen = _held(labels, validation_share, seed)
         train_files, train_labels = _pick(files, labels, [i for i in range(len(files)) if i not in chosen])
         test_files, test_labels = _pick(files, labels, sorted(chosen))
-    _check_classes(classes, path)
     several = any(len(label) > 1 for label in train_labels + test_labels)
     train_split = Split(ImageFiles(train_files, in_chans, nodata), _numbers(train_labels, classes, several))
     test_split = Split(ImageFiles(test_files, in_chans, nodata), _numbers(test_labels, classes, several))

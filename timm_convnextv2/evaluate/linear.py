@@ -109,9 +109,11 @@ def linear_probe(
     """Scores of a linear classifier behind a BatchNorm without parameters, trained by SGD on frozen features.
 
     One classifier for each learning rate is trained at once, on four fifths of the training images; the rate that is
-    best on the other fifth (accuracy, or mean average precision of several labels) then trains on all of them. The
-    protocol is that of MAE's linear probing (https://arxiv.org/abs/2111.06377, appendix A.1) with SGD, momentum 0.9, a
-    cosine schedule and no weight decay, without augmentation. Test images decide nothing.
+    best on the other fifth (accuracy, or mean average precision of several labels) then trains on all of them: SGD with
+    momentum 0.9, a cosine schedule, no weight decay, no augmentation. Test images decide nothing.
+
+    Source: BatchNorm without parameters as in MAE (https://arxiv.org/abs/2111.06377, appendix A.1), a grid of learning
+    rates at once as in DINOv2 (https://arxiv.org/abs/2304.07193).
 
     Args:
         train: Features `[N, D]`.

@@ -11,10 +11,17 @@ from ..models.fcmae import FCMAE, normalize_target, patchify, unpatchify
 from .charts import draw_collapse, spread
 from .summary import read_rows
 
-__all__ = ["save_collapse_curves", "save_loss_curve", "save_neighbours", "save_reconstructions"]
+__all__ = [
+    "displayable",
+    "save_collapse_curves",
+    "save_figure",
+    "save_loss_curve",
+    "save_neighbours",
+    "save_reconstructions",
+]
 
 
-def _save(figure, path: str | Path) -> None:
+def save_figure(figure, path: str | Path) -> None:
     """Writes a figure so that a viewer never sees half of it.
 
     Raises:
@@ -53,7 +60,7 @@ def save_loss_curve(summary: str | Path, path: str | Path) -> None:
     rate.set_ylim(bottom=0)
     for side in (axis, rate):
         side.spines["top"].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_collapse_curves(table: str | Path, path: str | Path) -> None:
@@ -85,7 +92,7 @@ def save_collapse_curves(table: str | Path, path: str | Path) -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_neighbours(
@@ -114,7 +121,7 @@ def save_neighbours(
 
     if not neighbours:
         raise ValueError("neighbours is empty, expected a row (index, [indices of its neighbours]) at least.")
-    shown = _displayable(images.float().cpu(), torch.tensor(mean), torch.tensor(std)).clamp(0, 1)
+    shown = displayable(images.float().cpu(), torch.tensor(mean), torch.tensor(std)).clamp(0, 1)
     columns, aspect = 1 + max(len(near) for _, near in neighbours), images.shape[2] / images.shape[3]
     figure = Figure(figsize=(8, 0.4 + 8 / columns * aspect * len(neighbours)), dpi=120, layout="constrained")
     axes = figure.subplots(len(neighbours), columns, squeeze=False)
@@ -128,10 +135,10 @@ def save_neighbours(
         axes[0][1].set_title("nearest", fontsize=9)
     if title:
         figure.suptitle(title, fontsize=9, parse_math=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _displayable(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def displayable(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """Normalised `[B, C, H, W]` as RGB `[B, H, W, 3]` in [0, 1]: the first three channels, or the first as grey."""
     x = images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
     x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
@@ -177,13 +184,13 @@ def save_reconstructions(
     gap = masks.repeat_interleave(stride, 1).repeat_interleave(stride, 2).unsqueeze(1)
 
     means, stds = torch.tensor(mean), torch.tensor(std)
-    shown = _displayable(images, means, stds)
+    shown = displayable(images, means, stds)
     low, high = (0.0, 1.0) if -0.1 <= shown.min() and shown.max() <= 1.5 else (shown.min(), shown.max())
     columns = {
         "original": shown,
         "masked input": torch.where(gap.permute(0, 2, 3, 1), low + 0.5 * (high - low), shown),
-        "prediction": torch.where(gap.permute(0, 2, 3, 1), _displayable(pred, means, stds), high),
-        "prediction + visible": _displayable(torch.where(gap, pred, images), means, stds),
+        "prediction": torch.where(gap.permute(0, 2, 3, 1), displayable(pred, means, stds), high),
+        "prediction + visible": displayable(torch.where(gap, pred, images), means, stds),
     }
     count, aspect = images.shape[0], images.shape[2] / images.shape[3]
     figure = Figure(figsize=(8, 0.3 + 2 * count * aspect), dpi=120, layout="constrained")
@@ -196,4 +203,4 @@ def save_reconstructions(
         axes[0][column].set_title(name, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -1,0 +1,196 @@
+"""The commands evaluate and collapse, from models and images to table, files and messages."""
+
+import csv
+import json
+
+import pytest
+import timm
+import torch
+from encoders import make_encoder
+from PIL import Image
+
+from timm_convnextv2 import collapse as collapse_command
+from timm_convnextv2.data import EmbeddedSource
+from timm_convnextv2.data.batches import preprocessing
+from timm_convnextv2.evaluate import collapse, evaluate_models, main
+from timm_convnextv2.evaluate.models import load_network, name_of_model, random_network
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run, as far as it has an encoder."""
+    folder = tmp_path_factory.mktemp("run")
+    make_encoder(folder / "encoder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Two classes, by colour, as textured images of 40 x 36 pixels."""
+    folder = tmp_path_factory.mktemp("labelled")
+    source = EmbeddedSource(40, size=32)
+    for part, numbers in (("train", range(24)), ("validation", range(24, 40))):
+        for i in numbers:
+            image = source[i].float() * torch.tensor([1.0, 0.2] if i % 2 else [0.2, 1.0]).repeat(2)[:3].view(3, 1, 1)
+            place = folder / part / ("odd" if i % 2 else "even")
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.byte().permute(1, 2, 0).numpy()).resize((40, 36)).save(place / f"{i}.png")
+    return folder
+
+
+def test_models_beside_baselines(run, labelled, tmp_path, capsys):
+    make_encoder(tmp_path / "other", patch_size=2)  # 64 pixels, where the first has 32
+    models = [str(run), f"local-dir:{tmp_path / 'other'}"]
+    words = [*models, "--data-dir", str(labelled), "--output", str(tmp_path / "out"), "-k", "3", "50", "-j", "0"]
+    assert main([*words, "-b", "7", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    results = {result["model"]: result for result in found["results"]}
+    assert list(results) == ["8x8 pixels", "convnextv2_atto, random weights", *models]
+    assert found["data"]["classes"] == ["even", "odd"] and found["data"]["chance"] == 0.5
+    assert (found["data"]["train_images"], found["data"]["test_images"]) == (24, 16)
+    assert [result["preprocessing"]["input_size"][1] for result in results.values()] == [32, 32, 32, 64]
+    for result in results.values():
+        assert list(result["measures"]) == ["knn_3", "knn_24", "ridge", "probe", "rank"]
+        assert all(m["low"] <= m["value"] <= m["high"] for m in result["measures"].values())
+    assert results["8x8 pixels"]["measures"]["ridge"]["value"] > 0.85  # colours tell the classes apart
+    lines = out.splitlines()
+    assert lines[0].split() == ["model", "kNN", "3", "kNN", "24", "ridge", "probe", "rank", "images/s"]
+    assert [line.split("  ")[0] for line in lines[1:5]] == list(results)
+    assert "bootstrap over 16 test images); chance is 50.0" in lines[5]
+    assert "24 images to train on and 16 to test on, 2 classes; chance is 50.0 %" in err
+    assert "at most 24 neighbours, as many as there are training images (asked for 50)" in err
+    assert Image.open(tmp_path / "out" / "evaluation.png").size[0] > 500
+
+    assert main(words) == 2
+    assert "evaluation.json, evaluation.png already. Pass --overwrite" in capsys.readouterr().err
+
+
+def test_repeatable_and_only_what_is_asked_for(run, labelled):
+    options = dict(k=[1], probe=False, baselines=False, draws=20)
+    first, again = (evaluate_models([str(run)], labelled, **options)["results"] for _ in range(2))
+    assert [result["model"] for result in first] == [str(run)]
+    assert list(first[0]["measures"]) == ["knn_1", "ridge", "rank"]
+    assert first[0]["measures"] == again[0]["measures"]
+
+
+def test_random_weights_are_of_the_architecture_and_the_seed(run):
+    name = name_of_model(str(run))
+    trained, _ = load_network(name, None, "cpu")
+    state = torch.random.get_rng_state()
+    one, same, other = random_network(name, 0), random_network(name, 0), random_network(name, 1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    key = "stages.1.blocks.0.mlp.fc1.weight"
+    weights = [model.state_dict()[key] for model in (trained, one, same, other)]
+    assert weights[0].shape == weights[1].shape and torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[3])
+
+
+def test_names_of_models(run, tmp_path):
+    assert name_of_model(str(run)) == name_of_model(str(run / "encoder")) == f"local-dir:{run / 'encoder'}"
+    assert name_of_model("convnextv2_atto.fcmae") == "convnextv2_atto.fcmae"
+    with pytest.raises(ValueError, match="no config.json in it, nor in encoder/ or model/"):
+        name_of_model(str(tmp_path))
+
+
+def test_distances_and_channels(run, labelled, tmp_path, capsys):
+    torch.manual_seed(0)
+    v1 = timm.create_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 12, 16, 20), num_classes=0)
+    sizes = dict(depths=[1, 1, 2, 1], dims=[8, 12, 16, 20])
+    timm.models.save_for_hf(
+        v1, tmp_path / "v1", model_config={"num_classes": 0}, model_args=sizes, safe_serialization=True
+    )
+    models, out = [str(run), str(tmp_path / "v1")], tmp_path / "out"
+    words = [*models, "--data-dir", str(labelled), "--output", str(out), "--num-images", "5", "--device", "cpu"]
+    assert collapse_command.main([*words, "--img-size", "32", "-b", "2"]) == 0
+    said, err = capsys.readouterr()
+    rows = list(csv.DictReader((out / "collapse.csv").open(newline="")))
+    assert [row["model"] for row in rows] == [models[0]] * 4 + [models[1]] * 5
+    assert [float(row["depth"]) for row in rows] == [0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1] + [
+        0, 0.25, 0.5, 0.75, 1,
+    ]  # fmt: skip
+    network, config = load_network(name_of_model(str(run)), 32, "cpu")
+    source = collapse_command.create_source(labelled)
+    images = collapse_command._draw(source, 5, preprocessing(config), 0, print)
+    expected = [block.distance for block in collapse(network, images)]
+    assert [float(row["distance"]) for row in rows[:4]] == pytest.approx(expected, rel=1e-4)
+    assert all(Image.open(out / name).size[0] > 500 for name in ("collapse.png", "channels.png"))
+    assert said.count("mean cosine distance") == 2 and "5 images of 32 x 32" in err
+
+    assert collapse_command.main(words) == 2
+    assert "collapse.csv, collapse.png, channels.png already" in capsys.readouterr().err
+    assert collapse_command.main([*words, "--overwrite", "--layer", "stages.2.blocks.1"]) == 2
+    assert f"'{models[0]}' has no block 'stages.2.blocks.1' (--layer); there are: stages.0" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_decoded_are_replaced(labelled, tmp_path):
+    for i, path in enumerate(sorted(labelled.rglob("*.png"))[:6]):
+        (tmp_path / f"{i}.png").write_bytes(path.read_bytes() if i % 3 else b"no image")
+    said = []
+    images = collapse_command._draw(
+        collapse_command.create_source(tmp_path), 4, lambda image: image[:, :32, :32], 0, said.append
+    )
+    assert len(images) == 4 and "2 images that cannot be decoded are left out" in said[0]
+    assert len(collapse_command._draw(collapse_command.create_source(tmp_path), 9, lambda x: x, 0, said.append)) == 4
+    assert said[-1] == "There are 4 images, fewer than the 9 asked for."
+
+
+def one_class(folder):
+    (folder / "only").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "only" / "x.png")
+    return folder
+
+
+EVALUATE = {
+    "The model is 'convnextv2_atoo'": lambda run, data, new: ["convnextv2_atoo", "--data-dir", str(data)],
+    "has no model: there is no config.json": lambda run, data, new: [str(new), "--data-dir", str(data)],
+    "has one class, only": lambda run, data, new: [str(run), "--data-dir", str(one_class(new))],
+    "k is [0]": lambda run, data, new: [str(run), "--data-dir", str(data), "-k", "0"],
+    "--device nowhere cannot be used": lambda run, data, new: [
+        str(run),
+        "--data-dir",
+        str(data),
+        "--device",
+        "cpu,nowhere",
+    ],  # fmt: skip
+    "batch_size is at least 1": lambda run, data, new: [str(run), "--data-dir", str(data), "-b", "0"],
+    "is a file, expected a folder": lambda run, data, new: [str(run), "--data-dir", "x", "--output", __file__],
+}
+
+
+@pytest.mark.parametrize("message", EVALUATE)
+def test_evaluate_refuses_in_one_message(message, run, labelled, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("timm_convnextv2.evaluate.run.features", None)  # nothing is computed before
+    assert main(EVALUATE[message](run, labelled, tmp_path)) == 2
+    out, err = capsys.readouterr()
+    assert not out and message in err and err.count("error:") == 1 and "Traceback" not in err
+
+
+COLLAPSE = {
+    "no image": lambda run, data, new: [str(run), "--data-dir", str(new)],
+    "No images named": lambda run, data, new: [str(run)],
+    "num_images and batch_size are at least 1": lambda run, data, new: [
+        str(run),
+        "--data-dir",
+        str(data),
+        "--num-images",
+        "0",
+    ],  # fmt: skip
+}
+
+
+@pytest.mark.parametrize("message", COLLAPSE)
+def test_collapse_refuses_in_one_message(message, run, labelled, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    words = [*COLLAPSE[message](run, labelled, tmp_path / "images"), "--output", str(tmp_path / "out")]
+    assert collapse_command.main(words) == 2
+    out, err = capsys.readouterr()
+    assert not out and message.lower() in err.lower() and err.count("error:") == 1
+
+
+def test_collapse_names_what_a_model_has(labelled, tmp_path, capsys):
+    model = timm.create_model("resnet10t", num_classes=0)
+    timm.models.save_for_hf(model, tmp_path / "resnet", model_config={"num_classes": 0}, safe_serialization=True)
+    words = [str(tmp_path / "resnet"), "--data-dir", str(labelled), "--output", str(tmp_path / "out")]
+    assert collapse_command.main(words) == 2
+    assert "ResNet has 4 BasicBlock, expected the blocks of ConvNeXt V1 or V2" in capsys.readouterr().err
