@@ -100,7 +100,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World, command:
     world.say("\n".join([*folder.notes, about, f"Writing to {folder.path}"]))
     done = progress.epoch * plan.updates_per_epoch + progress.update
     bar = ProgressBar(plan.updates, done, plan.epochs, args.log_interval, world.primary)
-    measures = create_measures(args, trainer, batches, folder)
+    measures = create_measures(args, trainer, batches, folder, plan)
     if probe is not None:
         measures.append(probe_measure(args, probe, trainer.model.encoder, folder, bar.note))
     best = Best(args.keep_best, read_rows(folder.summary)[0]) if args.keep_best and world.primary else None
@@ -196,7 +196,9 @@ def create_trainer(args: argparse.Namespace, model: FCMAE, plan: Plan, world: Wo
     )
 
 
-def create_measures(args: argparse.Namespace, trainer: Trainer, batches: Batches, folder: RunFolder) -> list[Measure]:
+def create_measures(
+    args: argparse.Namespace, trainer: Trainer, batches: Batches, folder: RunFolder, plan: Plan
+) -> list[Measure]:
     """What is looked at between epochs; add yours here."""
 
     def title(epoch: int) -> str:
@@ -207,8 +209,22 @@ def create_measures(args: argparse.Namespace, trainer: Trainer, batches: Batches
     if batches.held_out is not None:
         loader = held_out_loader(batches.held_out, args.batch_size, args.workers)
         measures.append(Measure(held_out_loss(lambda: trainer.exported, loader, trainer.amp_dtype), 1, ("loss",)))
-    collapse = collapse_of_blocks(folder.path / "collapse.csv", batches.watched)
+    runs = 2 + plan.epochs // args.recon_interval
+    watched = affordable(batches.watched, plan.updates * plan.images_per_update, runs)
+    collapse = collapse_of_blocks(folder.path / "collapse.csv", watched)
     return [*measures, Measure(collapse, args.recon_interval, ("distance", "dead"))]
+
+
+def affordable(images: list, images_seen: int, runs: int) -> list:
+    """As many of the images that a measure looks at as cost about a hundredth of the run; at least eight.
+
+    Args:
+        images: All of them.
+        images_seen: By the training; an update of FCMAE costs about as much per image as the forward of a whole one.
+        runs: Of the measure.
+    """
+    count = min(len(images), max(8, images_seen // (100 * runs)))
+    return [images[i * len(images) // count] for i in range(count)]
 
 
 def held_out_loader(images: Dataset, batch_size: int, workers: int) -> DataLoader:
