@@ -25,14 +25,14 @@ from timm_convnextv2.data.batches import preprocessing
 from timm_convnextv2.evaluate import collapse, image_batches
 
 ROOT = Path(__file__).parents[1]
-SHAPE = ["depths=(2,2,6,2)", "dims=(24,48,96,192)"]
+SHAPE = ["depths=(2,2,6,2)", "dims=(16,32,64,128)"]
 FCMAE_V2, FCMAE_V1, LABELS = "FCMAE, V2", "FCMAE, V1 (no GRN)", "labels, V2"
 BATCH = 32
 
 
 def pretrain(images: Path, output: Path, name: str, epochs: int, seed: int, shape: list[str]) -> Path:
     """Pretrains an encoder, or finds it finished."""
-    words = ["--data-dir", images, "--epochs", epochs, "--model-kwargs", *shape, "--patch-size", 1, "--img-size", 40]
+    words = ["--data-dir", images, "--epochs", epochs, "--model-kwargs", *shape, "--patch-size", 1, "--img-size", 32]
     words += ["--decoder-dim", 128, "--batch-size", BATCH, "--lr", 2e-3, "--scale", 0.5, 1, "--hflip", 0]
     words += ["--workers", 0, "--seed", seed, "--checkpoint-interval", epochs, "--recon-interval", epochs]
     words += ["--output", output, "--experiment", name, "--resume", "auto"]
@@ -119,7 +119,7 @@ def main() -> None:
                 middle = statistics.mean(row["distance"] for row in found)
                 print(f"seed {seed}: {name:20} mean distance {middle:.3f}", flush=True)
         about = conditions(torch.device("cpu"), args.threads)
-        about["sets"] = f"{count} glyphs of fonts, 40 px, {epochs} epochs; measured on {args.images} of other families"
+        about["sets"] = f"{count} glyphs of fonts, 32 px, {epochs} epochs; measured on {args.images} of other families"
         print(write_csv("collapse_curve", rows, about))
         plot(rows, ROOT / "docs" / "collapse_curve.png")
 

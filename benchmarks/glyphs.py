@@ -75,7 +75,7 @@ def write_glyphs(
     unlabelled: int,
     train: int,
     validation: int,
-    size: int = 40,
+    size: int = 32,
     seed: int = 0,
 ) -> None:
     """Writes the three sets; the first N images of a set are those of a smaller one."""
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--unlabelled", type=int, default=8000)
     parser.add_argument("--train", type=int, default=1600)
     parser.add_argument("--validation", type=int, default=1000)
-    parser.add_argument("--size", type=int, default=40)
+    parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     fonts = find_fonts(args.fonts)

@@ -8,7 +8,7 @@ import pytest
 from helpers import environment
 from runs import CASES, DATA, SCRIPT, run
 
-from timm_convnextv2.pretrain import loop, measures
+from timm_convnextv2.pretrain import loop, measures, probe
 from timm_convnextv2.pretrain.trainer import Trainer
 
 
@@ -27,6 +27,7 @@ def no_images(monkeypatch):
     monkeypatch.setattr(loop, "save_loss_curve", lambda *_: None)
     monkeypatch.setattr(loop, "write_report", lambda *_: None)
     monkeypatch.setattr(measures, "save_reconstructions", lambda *_: None)
+    monkeypatch.setattr(probe, "save_neighbours", lambda *_: None)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -135,6 +136,16 @@ def test_the_moving_average_is_what_is_measured(tmp_path, no_images, monkeypatch
     assert all(torch.equal(v, exported[k]) for k, v in weights.items() if not k.startswith("head."))
     last = load(out)["state_dict"]
     assert not torch.equal(weights["stem.0.weight"], last["encoder.stem.0.weight"])
+
+
+def test_labelled_images_that_go_are_a_warning(labelled, tmp_path, no_images, capsys, monkeypatch):
+    folder = tmp_path / "labelled"
+    shutil.copytree(labelled, folder)
+    at_update(monkeypatch, 0, lambda: next((folder / "train").rglob("*.png")).write_bytes(b"no image"))
+    out = run(tmp_path / "r", "--probe-dir", str(folder), epochs=2)
+    printed = capsys.readouterr().out
+    assert "Warning: a measure failed (Images cannot be decoded" in printed and "Done" in printed
+    assert [row["eval_knn"] for row in rows(out)] == ["", ""] and float(rows(out)[1]["eval_distance"]) > 0
 
 
 @pytest.mark.parametrize(

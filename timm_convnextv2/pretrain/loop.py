@@ -202,10 +202,8 @@ def refresh_report(run: Run) -> None:
     start, ended = time.monotonic(), run.stop or run.progress.epoch >= run.plan.epochs
     if not ended and start < run.next_report:
         return
-    path = run.folder.path
-    try:
-        attempt("the report", lambda: write_report([path], path / "report.html"), run.bar.note)
-    except ValueError as e:  # somebody has changed the folder's files
-        run.bar.note(f"Warning: the report failed ({e}). Training continues without it.")
+    path = run.folder.path  # whose files somebody may have changed: ValueError
+    act = partial(write_report, [path], path / "report.html")
+    attempt("the report", act, run.bar.note, (OSError, ValueError))
     now = time.monotonic()
     run.next_report = now + REPORT_PAUSE * (now - start)

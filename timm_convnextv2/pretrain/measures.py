@@ -9,6 +9,7 @@ summary.csv, which need their names beforehand: they are empty where nothing was
 import csv
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,28 @@ class Measure:
         return epoch in (1, epochs) or epoch % self.interval == 0
 
 
-def attempt(what: str, act: Callable[[], Any], note: Callable[[str], Any]) -> str:
+def attempt(
+    what: str,
+    act: Callable[[], Any],
+    note: Callable[[str], Any],
+    errors: type[Exception] | tuple[type[Exception], ...] = OSError,
+) -> str:
     """Does something that a run can do without; where the disk refuses, that is a warning.
 
     Args:
         what: Its name.
         act: Does it.
         note: Prints a line.
+        errors: What is a warning.
 
     Returns:
         The warning, '' where all went well.
     """
     try:
         act()
-    except OSError as e:
-        warning = f"Warning: {what} failed ({system_reason(e)}). Training continues without it."
+    except errors as e:
+        reason = system_reason(e) if isinstance(e, OSError) else str(e)
+        warning = f"Warning: {what} failed ({reason}). Training continues without it."
         note(warning)
         return warning
     return ""
@@ -68,16 +76,21 @@ def measure_epoch(
 ) -> dict[str, float | str]:
     """Runs what is due after an epoch; every column of every measure, '' where it was not.
 
-    A measure that cannot write or read its files is a warning, printed by `note`.
+    A measure that cannot write or read its files, or its labelled images, is a warning, printed by `note`.
     """
     numbers: dict[str, float | str] = {}
     for measure in measures:
         numbers |= dict.fromkeys(measure.columns, "")
         if measure.due(epoch, epochs):
             found: dict[str, float] = {}
-            attempt("a measure", lambda run=measure.run, found=found: found.update(run(epoch, encoder)), note)
+            act = partial(_fill, found, measure.run, epoch, encoder)
+            attempt("a measure", act, note, (OSError, ValueError))
             numbers |= found
     return numbers
+
+
+def _fill(found: dict[str, float], run: Callable, epoch: int, encoder: ConvNeXtV2) -> None:
+    found.update(run(epoch, encoder))
 
 
 def reconstructions(
