@@ -28,7 +28,7 @@ from timm_convnextv2.embed import embed, main, run
 from timm_convnextv2.embed import model as embed_model
 from timm_convnextv2.embed import output as writing
 from timm_convnextv2.embed.parts import Parts
-from timm_convnextv2.embed.progress import ImageProgress
+from timm_convnextv2.report import ImageProgress
 
 
 @pytest.fixture(scope="module")

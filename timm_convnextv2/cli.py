@@ -29,6 +29,7 @@ COMMANDS = {
     "predict": Command("timm_convnextv2.predict", "classify images with timm's inference.py"),
     "publish": Command("timm_convnextv2.publish", "publish weights and a model card on the Hugging Face Hub"),
     "embed": Command("timm_convnextv2.embed", "write one row of features for each image"),
+    "stats": Command("timm_convnextv2.stats", "measure the pixels of a data set: mean, std, percentiles, histogram"),
 }
 
 

@@ -23,6 +23,7 @@ Streams (`wds/`, `hfids/`, `tfds/`) have no index: see `TimmStream` and `Pretrai
 
 from .decode import ImageError, MissingPackageError, image_extensions, load_image
 from .embedded import EmbeddedSource
+from .pixels import Pixels
 from .samples import (
     EpochBatchSampler,
     PretrainDataset,
@@ -42,6 +43,7 @@ __all__ = [
     "ImageError",
     "InputStatistics",
     "MissingPackageError",
+    "Pixels",
     "PretrainDataset",
     "PretrainStream",
     "PretrainTransform",

@@ -13,12 +13,12 @@ import torch
 
 from ..command import say
 from ..data import FolderSource, MissingPackageError, TimmStream, check_readable, create_source, left_out
+from ..report import ImageProgress
 from .images import Batch, map_batches, preprocessing, stream_batches
 from .model import digest, features, load_network
 from .output import check_output, write_output
 from .parts import Part, Parts
 from .processes import processes
-from .progress import ImageProgress
 
 __all__ = ["embed"]
 

@@ -9,10 +9,10 @@ import torch
 from ..files import whole_file
 from ..models.fcmae import FCMAE, normalize_target, patchify, unpatchify
 
-__all__ = ["save_loss_curve", "save_reconstructions"]
+__all__ = ["save_figure", "save_loss_curve", "save_reconstructions"]
 
 
-def _save(figure, path: str | Path) -> None:
+def save_figure(figure, path: str | Path) -> None:
     """Writes a figure so that a viewer never sees half of it.
 
     Raises:
@@ -51,7 +51,7 @@ def save_loss_curve(summary: str | Path, path: str | Path) -> None:
     rate.set_ylim(bottom=0)
     for side in (axis, rate):
         side.spines["top"].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _displayable(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -119,4 +119,4 @@ def save_reconstructions(
         axes[0][column].set_title(name, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
