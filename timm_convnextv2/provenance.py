@@ -15,7 +15,15 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 
 from .schema import ConfigError, check_config
 
-__all__ = ["Origin", "config_beside", "is_ours", "origin_of_config", "read_config", "resolve_license"]
+__all__ = [
+    "Origin",
+    "config_beside",
+    "is_ours",
+    "origin_of_config",
+    "pixels_of_model",
+    "read_config",
+    "resolve_license",
+]
 
 WEIGHTS = "model.safetensors"
 _HTTP_ERRORS: Any = HfHubHTTPError.__bases__
@@ -136,6 +144,22 @@ def origin_of_config(config: dict[str, Any], hub_id: str | None = None) -> Origi
             known: Any = timm.get_pretrained_cfg(published)
             license, url = known.license, known.origin_url
     return Origin(license, hub_id or training_of(config).get("base_model"), url)
+
+
+def pixels_of_model(name: str) -> dict[str, Any]:
+    """The record of how stored values became pixels, see `data.Pixels`; empty where they did so in the usual way.
+
+    Args:
+        name: Of a model for timm's factory; a folder or a repository of the Hub has a record, others have none.
+
+    Raises:
+        ConfigError, OSError, huggingface_hub.errors.HfHubHTTPError: See `config_beside`.
+    """
+    source, _, place = name.partition(":")
+    if source not in ("local-dir", "hf-hub", "hf_hub"):
+        return {}
+    config = config_beside({"file": place} if source == "local-dir" else {"hf_hub_id": place})
+    return training_of(config or {}).get("pixels") or {}
 
 
 def training_of(config: dict[str, Any]) -> dict[str, Any]:

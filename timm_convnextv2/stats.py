@@ -9,7 +9,6 @@ counts the same; the sample is drawn by --seed and as large as --error asks for.
 
 import argparse
 import json
-import math
 import sys
 from functools import partial
 from pathlib import Path

@@ -244,6 +244,7 @@ def _training(
         "datasets": [hub_dataset] if hub_dataset else [],
         "metrics": {**metrics, "dataset_id": hub_dataset} if metrics else None,
         "inherited_license": origin.license,
+        **({"pixels": args["pixels"]} if args.get("pixels") else {}),
     }
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -130,7 +129,7 @@ def measure(
     kinds: dict[str, list[Any]] = {}
     bad: list[str] = []
     found: PixelStatistics | None = None
-    unit, reached = 1.0, np.inf
+    unit = 1.0
     for number, look in enumerate(_looks(source, seed, max_images, workers), 1):
         if tick is not None:
             tick(1)
@@ -143,7 +142,7 @@ def measure(
             found = found or PixelStatistics(look.pixels.channels)
             found.merge(look.pixels)
         if number >= _LEAST and number % _CHUNK == 0 or number == total:
-            if found is not None and (reached := _error(found, total)) <= error and number != total:
+            if found is not None and _error(found, total) <= error and number != total:
                 break
     if found is None:
         reasons = "\n".join(bad[:_NAMED])
@@ -257,9 +256,9 @@ def _limits(found: PixelStatistics, c: int, percentiles: tuple[float, float]) ->
     if not low < high:
         if found.high[c] > found.low[c]:
             raise ValueError(
-                f"--clip-percentiles {percentiles[0]:g} {percentiles[1]:g} leave one value in channel {c + 1}, {low:g}, "
-                f"and pixels range from {found.low[c]:g} to {found.high[c]:g}: choose wider ones, such as 0 99.9, or "
-                "name the value with --nodata if it is none."
+                f"--clip-percentiles {percentiles[0]:g} {percentiles[1]:g} leave one value in channel {c + 1}, "
+                f"{low:g}, and pixels range from {found.low[c]:g} to {found.high[c]:g}: choose wider ones, "
+                "such as 0 99.9, or name the value with --nodata if it is none."
             )
         high = low + 1  # a constant channel
     return low, high

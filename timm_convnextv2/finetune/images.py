@@ -30,7 +30,7 @@ from torch.utils.data import default_collate, get_worker_info
 from torchvision.transforms import ColorJitter, Compose, RandomApply, RandomGrayscale, v2
 from torchvision.transforms.v2.functional import to_pil_image
 
-from ..data import ImageError
+from ..data import ImageError, Pixels
 from ..data.decode import from_pil, is_8_bit, printable, to_mode
 from ..data.sources import decode_any
 from .folders import FolderReader, is_opaque, split_folder
@@ -62,15 +62,18 @@ class Images(ImageDataset):
         reader: One of timm's, or a `FolderReader`.
         in_chans: Channels that images are converted to.
         strict: An image that cannot be decoded is an error.
+        nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `timm_convnextv2.data.load_image`.
 
     Raises:
         ValueError: By a sample: a package is missing; or, where it is strict, the image cannot be decoded.
         RuntimeError: By a sample: it and those that follow cannot be decoded.
     """
 
-    def __init__(self, reader: Any, in_chans: int = 3, strict: bool = False) -> None:
+    def __init__(
+        self, reader: Any, in_chans: int = 3, strict: bool = False, nodata: float | Pixels | None = None
+    ) -> None:
         super().__init__(None, reader=reader)
-        self.in_chans, self.strict = in_chans, strict
+        self.in_chans, self.strict, self.nodata = in_chans, strict, nodata
 
     def load(self, index: int) -> tuple[Any, ...]:
         """Image, target and what else timm's reader gives, before any transform.
@@ -80,7 +83,7 @@ class Images(ImageDataset):
         """
         reader: Any = self.reader
         picture, *rest = reader[index]
-        image = decode_any(picture, self.name(index), self.in_chans, convert=_keep_8_bit)
+        image = decode_any(picture, self.name(index), self.in_chans, nodata=self.nodata, convert=_keep_8_bit)
         if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and self.in_chans in (1, 3):
             image = to_pil_image(image)  # from .npy or tifffile
         return image, *rest
@@ -223,6 +226,7 @@ def create_dataset(
     *,
     in_chans: int,
     strict: bool = False,
+    nodata: float | Pixels | None = None,
     class_to_idx: Mapping[str, int] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -230,17 +234,18 @@ def create_dataset(
 
     Args:
         name, root, split, class_map, load_bytes, input_key, kwargs: timm's.
-        in_chans, strict: See `Images`.
+        in_chans, strict, nodata: See `Images`.
         class_to_idx: Class by the name of its folder, instead of `class_map`.
     """
     if root is not None and os.path.isdir(root) and not is_opaque(name) and not load_bytes:
-        return Images(FolderReader(split_folder(root, split), class_to_idx or class_map, input_key), in_chans, strict)
+        reader = FolderReader(split_folder(root, split), class_to_idx or class_map, input_key)
+        return Images(reader, in_chans, strict, nodata)
     dataset = timm.data.create_dataset(
         name, root=root, split=split, class_map=class_map, load_bytes=load_bytes, input_key=input_key, **kwargs
     )
     if type(dataset) is not ImageDataset or load_bytes:
         return dataset  # a stream, or torchvision's: timm or torchvision has decoded its images
-    images = Images(dataset.reader, in_chans, strict)
+    images = Images(dataset.reader, in_chans, strict, nodata)
     images.additional_features = dataset.additional_features
     return images
 
@@ -260,13 +265,19 @@ def create_loader(dataset: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def feed(
-    script: ModuleType, *, in_chans: int, strict: bool = False, class_to_idx: Mapping[str, int] | None = None
+    script: ModuleType,
+    *,
+    in_chans: int,
+    strict: bool = False,
+    nodata: float | Pixels | None = None,
+    class_to_idx: Mapping[str, int] | None = None,
 ) -> None:
     """Lets one of timm's scripts, imported, read its images by this package's decoder.
 
     Args:
         script: train.py, validate.py or inference.py.
-        in_chans, strict, class_to_idx: See `create_dataset`.
+        in_chans, strict, nodata, class_to_idx: See `create_dataset`.
     """
-    opened = partial(create_dataset, in_chans=in_chans, strict=strict, class_to_idx=class_to_idx)
+    reading: dict[str, Any] = dict(in_chans=in_chans, strict=strict, nodata=nodata, class_to_idx=class_to_idx)
+    opened = partial(create_dataset, **reading)
     vars(script).update(create_dataset=opened, create_loader=create_loader, FastCollateMixup=CollateMixup)

@@ -27,6 +27,7 @@ from timm.utils.distributed import world_info_from_env
 from ..checkpoint import export_finetuned
 from ..checkpoint.finetuned import LABEL_NAMES
 from ..command import PROGRAM, CommandParser, invocation, refused, say
+from ..data import Pixels
 from .images import feed
 from .plan import Options, Plan, channels, count, describe, make_plan, resolve_options, warnings
 from .preflight import check_augmentation, check_device
@@ -214,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     if plan is None:
         return 0
     keep_label_names(plan)
-    feed(plan.script, in_chans=channels(plan.options.values))
+    args = plan.options.values
+    feed(plan.script, in_chans=channels(args), nodata=Pixels.from_record(args.pixels))
     with arguments(plan):
         plan.script.main()
     return finish(plan) if world_info_from_env()[1] == 0 else 0

@@ -1,6 +1,7 @@
 """The plan of a run: train.py's options resolved, batch, learning rate, length, folder, and how it is told."""
 
 import argparse
+import json
 import os
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +17,9 @@ from timm.optim import param_groups_layer_decay
 from timm.utils.distributed import world_info_from_env
 
 from ..command import CommandParser, closest, say
+from ..data import Pixels
 from ..models import ConvNeXtV2
+from ..provenance import pixels_of_model
 from . import folders
 from .images import Images, probe
 from .preflight import Split, check_data, check_folder_weights, create_meta_model
@@ -74,6 +77,8 @@ def resolve_options(script: ModuleType, recipe: Recipe, rest: list[str]) -> Opti
     """
     # one message, without the usage of some 150 options
     script.parser.error = MethodType(CommandParser.error, script.parser)
+    # ours, which train.py's parser takes, too: so it stands in its args.yaml and checkpoints
+    script.parser.add_argument("--pixels", type=json.loads)
     defaults = vars(script.parser.parse_args([]))
     path = script_path(script)
     if "device_modules" not in defaults:
@@ -144,6 +149,7 @@ class Plan:
         args = self.options.values
         words = ["--device-modules", *args.device_modules, "--output", args.output, "--experiment", args.experiment]
         words += channel_words(args, self.options.given)
+        words += ["--pixels", json.dumps(args.pixels)] if args.pixels and "pixels" not in self.options.given else []
         words += ["--num-classes", str(args.num_classes), "--grad-accum-steps", str(args.grad_accum_steps)]
         return [*self.rest, *words]
 
@@ -174,8 +180,31 @@ def make_plan(
         check_folder_weights(Path(name), model)
     folder = _choose_folder(options, model)
     args.device_modules = list(dict.fromkeys([*(args.device_modules or []), PLUGIN]))
-    kinds = ", ".join(dict.fromkeys(filter(None, (probe(Images(s.reader, channels(args))) for s in splits))))
+    args.pixels = args.pixels or choose_pixels(args.model, channels(args)).record()
+    pixels = Pixels.from_record(args.pixels)
+    opened = (Images(split.reader, channels(args), nodata=pixels) for split in splits)
+    kinds = ", ".join(dict.fromkeys(filter(None, map(probe, opened))))
     return Plan(script, recipe, options, rest, splits, world_size, global_batch, updates, model, folder, kinds)
+
+
+def choose_pixels(name: str, in_chans: int) -> Pixels:
+    """How stored values become pixels: as for the images that the model was trained on.
+
+    Args:
+        name: Of the model.
+        in_chans: Channels of the images.
+
+    Raises:
+        ValueError: Its limits are of another number of channels.
+    """
+    pixels = Pixels.from_record(pixels_of_model(name))
+    try:
+        pixels.check(in_chans)
+    except ValueError as e:
+        raise ValueError(f"--model {name} was trained on pixels of other channels: {e}") from e
+    if not pixels.plain:
+        say(f"Pixels as of the images that {name} was trained on: {pixels}.")
+    return pixels
 
 
 def _open_data(options: Options) -> list[Split]:

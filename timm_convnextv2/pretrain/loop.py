@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from ..checkpoint import export_encoder
+from ..data import Pixels
 from ..memory import peak_memory
 from ..report import ProgressBar, Stopwatch, save_loss_curve
 from .batches import Bad, Batches
@@ -177,6 +178,7 @@ def write(run: Run, milestone: bool) -> None:
         std=settings["std"],
         license=settings["license"] or None,
         info=how_made(settings, run.progress, run.plan),
+        pixels=Pixels.from_record(settings),
     )
     failed = attempt("the export of the encoder", export, run.bar.note)
     if folder.summary.exists():

@@ -8,11 +8,13 @@ import torch
 import yaml
 
 from ..command import say
-from ..data import PretrainTransform, create_source
+from ..data import Pixels, PretrainTransform, create_source
 from ..memory import memory_estimate
 from ..models import FCMAE
 from ..provenance import resolve_license
 from ..report import ProgressBar, check_logs, open_logs
+from ..source_options import pixels_of
+from .auto import resolve_auto
 from .batches import Batches, open_batches
 from .distributed import Seat, World
 from .inputs import check_input, input_line, input_warnings
@@ -48,16 +50,11 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
         ValueError: A mistake in settings, data or folder.
     """
     model = create_model(args, start)
+    folder = open_folder(args, start, world)
+    measured = resolve_auto(args, (folder.checkpoint or {}).get("args"), partial(open_source, args), world)
     batches = open_data(args, model, world)
     check_input(batches.inputs)
     plan = plan_of(args, batches, world)
-    if not args.experiment:
-        if args.resume == "auto":
-            raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
-        args.experiment = experiment_name(args.model, args.input_size, world)
-    model_folder = args.model.removeprefix("local-dir:") if start else None
-    sources = [place for place in (args.data_dir, args.weights, None if args.weights else model_folder) if place]
-    folder = RunFolder(args.output, args.experiment, args.resume, args.overwrite, sources)
     settings = settings_of(inherit(args, folder.checkpoint))
     progress = folder.progress(settings, world.size, batches.num_images)
     batches.check_resume(progress.stream_workers, progress.update)
@@ -66,6 +63,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
     check_logs(args.log_wandb, args.log_tensorboard)
     check_compile_backend(args.torchcompile)
     about = about_run(args.model, model, plan, batches.num_images, args.input_size, world.size, world.device)
+    about += f"\n{measured}" if measured else ""
     about += f"\n{input_line(batches.inputs)}"
     for warning in [*input_warnings(batches.inputs), *ema_warnings(settings, plan.updates)]:
         say(f"warning: {warning}", error=True)
@@ -90,6 +88,17 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World) -> Run |
     bar = ProgressBar(plan.updates, done, plan.epochs, args.log_interval, world.primary)
     measures = create_measures(args, trainer, batches, folder)
     return Run(settings, trainer, batches, plan, folder, progress, measures, logs if world.primary else [], bar)
+
+
+def open_folder(args: argparse.Namespace, start: Start | None, world: World) -> RunFolder:
+    """The run's folder, with the checkpoint to resume from; names the run where --experiment does not."""
+    if not args.experiment:
+        if args.resume == "auto":
+            raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
+        args.experiment = experiment_name(args.model, args.input_size, world)
+    model_folder = args.model.removeprefix("local-dir:") if start else None
+    sources = [place for place in (args.data_dir, args.weights, None if args.weights else model_folder) if place]
+    return RunFolder(args.output, args.experiment, args.resume, args.overwrite, sources)
 
 
 def shared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -124,13 +133,8 @@ def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat) -> Ba
         tuple(args.input_size[1:]), tuple(args.scale), tuple(args.ratio), args.hflip, args.vflip,
         args.train_interpolation, tuple(args.mean), tuple(args.std),
     )  # fmt: skip
-    source = partial(
-        create_source, args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key,
-        args.dataset_download, args.train_num_samples, args.batch_size, args.seed,
-        nodata=args.nodata,
-    )  # fmt: skip
     return open_batches(
-        source,
+        partial(open_source, args, pixels_of(args)),
         transform,
         grid=model.grid(*args.input_size[1:]),
         mask_ratio=args.mask_ratio,
@@ -140,6 +144,14 @@ def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat) -> Ba
         pin_mem=args.pin_mem,
         world=world,
     )
+
+
+def open_source(args: argparse.Namespace, pixels: Pixels) -> Any:
+    """The images that the options name."""
+    return create_source(
+        args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key, args.dataset_download,
+        args.train_num_samples, args.batch_size, args.seed, nodata=pixels,
+    )  # fmt: skip
 
 
 def plan_of(args: argparse.Namespace, batches: Batches, world: World) -> Plan:
