@@ -177,7 +177,7 @@ def _mixed(kinds: dict[str, list[Any]]) -> ValueError:
     shown = "; ".join(f"{count} of {kind} ({name})" for kind, (count, name) in groups)
     return ValueError(
         f"The images are of {len(kinds)} types, and one mean and one scale do not fit them: {shown}. Convert them to "
-        "one, or keep each type in a folder of its own."
+        "one, or keep each type in a folder of its own; to train on the mixture all the same, give --mean and --std."
     )
 
 

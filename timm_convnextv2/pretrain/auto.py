@@ -49,8 +49,7 @@ def resolve_auto(
             error = str(e)
     found, error = world.share((found, error))
     if found is None:
-        options = "--mean and --std" if not limits else "--mean, --std and no --clip-percentiles"
-        raise ValueError(f"The pixels cannot be measured: {error} Or give {options}.")
+        raise ValueError(error)
     values, source = found
     for name, value in values.items():
         if name in wanted or limits and name.startswith("clip"):

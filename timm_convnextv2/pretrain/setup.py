@@ -103,7 +103,9 @@ def open_folder(args: argparse.Namespace, start: Start | None, world: World) -> 
 
 def shared(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that all processes must have; places and devices may be others on another machine."""
-    return {f"--{k.replace('_', '-')}": v for k, v in settings.items() if k not in ("data_dir", "output", "device")}
+    own = ("data_dir", "output", "device")
+    # NaN as text: it differs from itself
+    return {f"--{k.replace('_', '-')}": v if v == v else str(v) for k, v in settings.items() if k not in own}
 
 
 def create_model(args: argparse.Namespace, start: Start | None) -> FCMAE:

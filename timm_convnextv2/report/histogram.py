@@ -1,18 +1,21 @@
 """The histograms of the channels of a data set, as a PNG."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data.pixel_statistics import PixelStatistics
 from .images import save_figure
+
+if TYPE_CHECKING:
+    from ..data.pixel_statistics import PixelStatistics
 
 __all__ = ["save_histograms"]
 
 _COLUMNS = 4
 
 
-def save_histograms(found: PixelStatistics, path: str | Path, title: str = "") -> None:
+def save_histograms(found: "PixelStatistics", path: str | Path, title: str = "") -> None:
     """Draws the histogram of each channel with its mean, and its 1st and 99th percentile.
 
     Args:
