@@ -13,7 +13,7 @@ from helpers import SCRIPTS
 import timm_convnextv2
 from timm_convnextv2 import cli, command
 
-NAMES = ("pretrain", "finetune", "validate", "predict", "publish", "embed", "stats")
+NAMES = ("pretrain", "finetune", "validate", "predict", "publish", "embed", "stats", "check")
 
 
 def test_help_names_every_command(capsys):

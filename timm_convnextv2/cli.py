@@ -30,6 +30,7 @@ COMMANDS = {
     "publish": Command("timm_convnextv2.publish", "publish weights and a model card on the Hugging Face Hub"),
     "embed": Command("timm_convnextv2.embed", "write one row of features for each image"),
     "stats": Command("timm_convnextv2.stats", "measure the pixels of a data set: mean, std, percentiles, histogram"),
+    "check": Command("timm_convnextv2.check", "look for files of a folder that are unreadable, flat, double or odd"),
 }
 
 

@@ -33,8 +33,8 @@ def add_source_options(add: Callable[..., Any]) -> None:
 
 def pixels_of(args: argparse.Namespace) -> Pixels:
     """The record that the options of `add_source_options` give, without limits that are to be measured."""
-    limits = (None if values is None else tuple(values) for values in (args.clip_low, args.clip_high))
-    return Pixels(args.nodata, args.divide, *limits)
+    low, high = (None if values is None else tuple(values) for values in (args.clip_low, args.clip_high))
+    return Pixels(args.nodata, args.divide, low, high)
 
 
 def check_percentiles(pair: Sequence[float] | None) -> None:

@@ -77,7 +77,7 @@ class _Looks(Dataset):
         return _look(lambda: self.source[i], lambda: self.source.name(i), self.source)
 
 
-def _look(load: Callable[[], torch.Tensor], name: Callable[[], str], source: Any) -> _Look:
+def _look(load: Callable[[], Any], name: Callable[[], str], source: Any) -> _Look:
     stored: Stored | None = Pixels.of(getattr(source, "nodata", None)).stored
     try:
         image = load()

@@ -13,8 +13,6 @@ from .options import AUTO
 
 __all__ = ["resolve_auto"]
 
-_NAMES = ("mean", "std", "clip_low", "clip_high")
-
 
 def resolve_auto(
     args: argparse.Namespace, before: dict[str, Any] | None, open_source: Callable[[Pixels], Any], world: World
@@ -88,7 +86,8 @@ def _measure(
         bar.close()
     _check_share(found, args.max_bad_images)
     low, high = (None if values is None else list(values) for values in (pixels.clip_low, pixels.clip_high))
-    values = dict(zip(_NAMES, (*measured_options(found.pixels), low, high), strict=True))
+    mean, std = measured_options(found.pixels)
+    values = {"mean": mean, "std": std, "clip_low": low, "clip_high": high}
     return values, found.source + (f"; {len(found.bad)} left out, the first: {found.bad[0]}" if found.bad else "")
 
 

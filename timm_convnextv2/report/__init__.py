@@ -1,5 +1,6 @@
 """What a run shows: progress, logs, the loss curve, and images of what the model predicts."""
 
+from .contact_sheet import save_contact_sheet
 from .histogram import save_histograms
 from .image_progress import ImageProgress
 from .images import save_loss_curve, save_reconstructions
@@ -12,6 +13,7 @@ __all__ = [
     "Stopwatch",
     "check_logs",
     "open_logs",
+    "save_contact_sheet",
     "save_histograms",
     "save_loss_curve",
     "save_reconstructions",
