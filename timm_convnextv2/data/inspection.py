@@ -63,8 +63,7 @@ class _Files(Dataset):
         source = self.source
         path, name = source.path(i), source.name(i)
         try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "blake2b").digest()[:16]
+            digest = _digest(path)
         except OSError as error:
             return Look(name, None, str(error))
         try:
@@ -78,6 +77,14 @@ class _Files(Dataset):
         flat = bool((image.amin((1, 2)) == image.amax((1, 2))).all())
         near = self.near(thumbnail(image)) if self.near and not flat else None
         return Look(name, header, "", flat, digest, near)
+
+
+def _digest(path: str) -> bytes:
+    state = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            state.update(part)
+    return state.digest()
 
 
 def inspect_folder(
