@@ -10,7 +10,7 @@ from timm_convnextv2 import cli
 
 PAGE = Path(__file__).parents[1] / "docs" / "data.md"
 # of the same run, in seconds
-SMALLER = "--decoder-dim 8 --model-kwargs depths=[1,1,1,1] dims=[8,12,16,20] --device cpu".split()
+SMALLER = "--epochs 1 --decoder-dim 8 --model-kwargs depths=[1,1,1,1] dims=[8,12,16,20] --device cpu".split()
 
 
 def test_from_raw_scenes_to_an_encoder(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,9 @@
 """--mean auto, --std auto, --clip-percentiles, --divide: measured once, kept, and applied by every other command."""
 
+import argparse
 import json
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +12,17 @@ import torch
 import yaml
 from runs import SMALL, load, refused, run
 
+from timm_convnextv2.collapse import collapse_of_models
 from timm_convnextv2.data import FolderSource, load_image
 from timm_convnextv2.data.pixels import Pixels
 from timm_convnextv2.embed import embed
+from timm_convnextv2.evaluate.labelled import ImageFiles
+from timm_convnextv2.evaluate.run import evaluate_models
 from timm_convnextv2.finetune import images
 from timm_convnextv2.finetune.start import choose_pixels
 from timm_convnextv2.pretrain import auto, main
 from timm_convnextv2.pretrain.options import parse_options
+from timm_convnextv2.pretrain.setup import open_probe
 from timm_convnextv2.provenance import ConfigError, read_config
 
 CHANS = 5
@@ -58,20 +65,21 @@ def test_what_was_measured_is_in_every_record(bands, made):
     assert f"stored values are prepared: {pixels}." in (made / "encoder" / "README.md").read_text()
 
 
-def test_a_resumed_run_keeps_what_was_measured(bands, made, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("from_args_yaml", [False, True])
+def test_a_resumed_run_keeps_what_was_measured(bands, made, monkeypatch, capsys, tmp_path, from_args_yaml):
     def fail(*_, **__):
         raise AssertionError("measured again")
 
     data = ["--data-dir", str(bands), "--in-chans", str(CHANS), *PIXELS, *TINY]
     monkeypatch.setattr(auto, "measure_pixels", fail)
-    run(tmp_path / "b", "--resume", str(made / "last.pth.tar"), data=data, epochs=2)
-    assert "as measured when the run began" in capsys.readouterr().out
+    if from_args_yaml:
+        assert main(["--config", str(made / "args.yaml"), "--output", str(tmp_path), "--dry-run"]) == 0
+    else:
+        run(tmp_path / "b", "--resume", str(made / "last.pth.tar"), "--dry-run", data=data, epochs=2)
+    out = capsys.readouterr().out
+    assert ("as measured when the run began" in out) is not from_args_yaml
     for name in ("mean", "std", "clip_low", "clip_high"):
-        assert load(tmp_path / "b")["args"][name] == load(made)["args"][name]
-    # and a run from its args.yaml, too
-    given = ["--config", str(made / "args.yaml"), "--output", str(tmp_path), "--experiment", "c", "--epochs", "1"]
-    assert main(given) == 0
-    assert load(tmp_path / "c")["args"]["mean"] == load(made)["args"]["mean"]
+        assert yaml.safe_dump({name: load(made)["args"][name]}) in out
 
 
 def test_pretraining_that_continues_takes_them(made):
@@ -96,10 +104,45 @@ def test_other_commands_apply_them_without_being_told(bands, made, monkeypatch, 
     folder.mkdir(parents=True)
     (folder / "00.tif").symlink_to(bands / "00.tif")
     pixels = choose_pixels(None, model, CHANS)
-    dataset = images.create_dataset(root=str(folder.parent), in_chans=CHANS, nodata=pixels, split="")
-    assert torch.equal(dataset.load(0)[0], wanted)
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(bands / "00.tif", "one/00.tif")
+    for root in (folder.parent, tmp_path / "data.tar"):
+        dataset = images.create_dataset(root=str(root), in_chans=CHANS, nodata=pixels, split="")
+        assert torch.equal(dataset.load(0)[0], wanted)
     with pytest.raises(ValueError, match="pixels of other channels"):
         choose_pixels(None, model, 3)
+
+
+def test_what_judges_an_encoder_applies_them(bands, made, monkeypatch, tmp_path):
+    """Labelled images, the images of collapse, and those of the probe of pretraining."""
+    settings = load(made)["args"]
+    wanted = {i: load_image(bands / f"{i:02d}.tif", CHANS, Pixels.from_record(settings)) for i in range(4)}
+    for i in range(4):
+        folder = tmp_path / "labelled" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.tif").symlink_to(bands / f"{i:02d}.tif")
+    seen = {}
+
+    def noting(get):
+        return lambda source, i: seen.setdefault(Path(source.path(i)).name, get(source, i))
+
+    for source in (FolderSource, ImageFiles):
+        monkeypatch.setattr(source, "__getitem__", noting(source.__getitem__))
+    judged = dict(k=(1,), probe=False, baselines=False, draws=1, batch_size=4)
+    found = evaluate_models([str(made)], tmp_path / "labelled", validation_share=0.5, **judged)
+    assert all(torch.equal(seen[f"{i}.tif"], x) for i, x in wanted.items())
+    assert found["results"][0]["preprocessing"]["pixels"] == Pixels.from_record(settings).record()
+    seen.clear()
+    collapse_of_models([str(made)], tmp_path / "labelled", num_images=4)
+    assert all(torch.equal(seen[f"{i}.tif"], x) for i, x in wanted.items())
+    seen.clear()
+    collapse_of_models([str(made)], tmp_path / "labelled", num_images=4, nodata=1.0)  # said otherwise: 0 is data
+    assert not torch.equal(seen["0.tif"], wanted[0])
+    seen.clear()
+    args = argparse.Namespace(**settings | {"probe_dir": str(tmp_path / "labelled")})
+    labelled = open_probe(args, torch.device("cpu")).labelled
+    assert len([split.source[i] for split in labelled[1:] for i in range(len(split.source))]) == len(wanted)
+    assert all(torch.equal(seen[f"{i}.tif"], x) for i, x in wanted.items())
 
 
 @pytest.mark.parametrize(
