@@ -95,15 +95,20 @@ def test_resume_keeps_what_is_finished(tmp_path, calls, encoder):
     assert [c for c in calls if c[0] == "finetune"] == before[-1:]
 
 
-def test_pretrains_first_and_checks_with_the_untrained_encoder(tmp_path, calls):
-    small = "--img-size 32 --patch-size 1 --decoder-dim 8 --model-kwargs depths=[1,1,1,1] dims=[8,8,8,8]"
+@pytest.mark.parametrize("mean", ["", " --mean auto --std auto --clip-percentiles 1 99"])
+def test_pretrains_first_and_checks_with_the_untrained_encoder(tmp_path, calls, mean):
+    small = (
+        "--img-size 32 --patch-size 1 --decoder-dim 8 --model-kwargs depths=[1,1,1,1] dims=[8,8,8,8] --divide 100"
+        + mean
+    )
     options = words(tmp_path, "--unlabelled", str(tmp_path / "images"), "--pretrain", small, "--seeds", "0")
     assert compare.main(options) == 0
     kinds = [c[0] for c in calls]
     assert kinds == ["pretrain", "check", "check", "pretrain", "finetune", "finetune"]
     assert calls[0] == [*calls[3], "--dry-run"] and "--resume" in calls[3] and "depths=[1,1,1,1]" in calls[3]
     untrained, trained = tmp_path / "out/untrained", tmp_path / "out/pretrain/encoder"
-    assert calls[1][2] == f"local-dir:{untrained}" and json.loads((untrained / "config.json").read_text())
+    assert calls[1][2] == f"local-dir:{untrained}"
+    assert json.loads((untrained / "config.json").read_text())["training"]["pixels"] == {"divide": 100}
     assert calls[4][2] == f"local-dir:{trained}"
 
 

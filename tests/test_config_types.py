@@ -28,7 +28,8 @@ def folder(tmp_path_factory):
     make_encoder(folder)
     config = json.loads((folder / "config.json").read_text())
     config["training"] |= {"datasets": ["a/b"], "metrics": {"top1": 81.0, "top5": 95.0, "dataset": "d", "split": "v"}}
-    config["training"] |= {"base_model": "me/base", "inherited_license": "mit", "nodata": "nan"}
+    pixels = {"nodata": "nan", "divide": 255.0, "clip_low": [0.0], "clip_high": [1.0]}
+    config["training"] |= {"base_model": "me/base", "inherited_license": "mit", "pixels": pixels}
     config["pretrained_cfg"] |= {"license": "mit", "test_input_size": [3, 64, 64], "paper_ids": ["1"], "tag": "t"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "README.md").write_text(render_card(config))

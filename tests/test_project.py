@@ -25,7 +25,7 @@ FOREIGN_OPTIONS = {
     "--signal",  # SLURM's
     # timm's train.py, validate.py and inference.py
     *("--num-classes", "--device-modules", "--warmup-prefix", "--crop-mode", "--include-index", "--results-file"),
-    *("--label-type", "--pretrained-path"),
+    *("--label-type", "--pretrained-path", "--mixup-mode"),
 }
 COLUMNS = {"atto:16": "atto, batch 16", "tiny:8": "tiny, batch 8"}
 

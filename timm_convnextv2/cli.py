@@ -33,6 +33,8 @@ COMMANDS = {
     "embed": Command("timm_convnextv2.embed", "write one row of features for each image"),
     "evaluate": Command("timm_convnextv2.evaluate", "compare frozen features: kNN, ridge, linear probe, rank"),
     "collapse": Command("timm_convnextv2.collapse", "compare how alike the channels of models are"),
+    "stats": Command("timm_convnextv2.stats", "measure the pixels of a data set: mean, std, percentiles, histogram"),
+    "check": Command("timm_convnextv2.check", "look for files of a folder that are unreadable, flat, double or odd"),
 }
 
 

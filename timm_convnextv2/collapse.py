@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint.loading import model_pixels
 from .command import PROGRAM, CommandParser, refused, say
 from .data import ImageError, TimmStream, check_readable, create_source, left_out
 from .data.batches import preprocessing
@@ -115,7 +116,7 @@ def collapse_of_models(
         num_images: How many images, drawn by `seed`; those that cannot be decoded are replaced by others.
         layer: Block whose channels are shown, see `channel_maps`.
         img_size: Side of the square crops in pixels; each model's own if None.
-        nodata: See `timm_convnextv2.data.load_image`.
+        nodata: See `timm_convnextv2.data.load_image`; that of each model's own images if None.
         device: Where the models run.
         amp: Compute in bfloat16.
         seed: Of the choice of images.
@@ -142,7 +143,9 @@ def collapse_of_models(
     shown: list[Tensor] = []
     maps: Maps = {}
     for name, (network, config) in networks.items():
-        source = create_source(data_dir, dataset, split, in_chans=config["input_size"][0], nodata=nodata)
+        in_chans = config["input_size"][0]
+        scale = model_pixels(name_of_model(name), in_chans, nodata)
+        source = create_source(data_dir, dataset, split, in_chans=in_chans, nodata=scale)
         if isinstance(source, TimmStream):
             raise ValueError(f"--dataset {dataset} is a stream, from which images cannot be drawn. Give a folder.")
         images = _draw(source, num_images, preprocessing(config), seed, tell if not found else lambda line: None)

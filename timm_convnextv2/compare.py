@@ -162,8 +162,9 @@ def _pretrain_words(args: argparse.Namespace, output: Path) -> list[str]:
 def _untrained(args: argparse.Namespace, output: Path) -> str:
     """The encoder that would be pretrained, with random weights, so that all finetunings can be checked first."""
     from .checkpoint import export_encoder
-    from .pretrain.options import parse_options
+    from .pretrain.options import AUTO, parse_options
     from .pretrain.setup import create_model
+    from .source_options import pixels_of
 
     words = _pretrain_words(args, output)
     log = output / "dry-run.log"
@@ -174,8 +175,10 @@ def _untrained(args: argparse.Namespace, output: Path) -> str:
     options, start = parse_options(words)
     folder = output / "untrained"
     model = create_model(options, start)
-    about = dict(mean=options.mean, std=options.std, license=options.license or None, nodata=options.nodata)
-    export_encoder(model, folder, **about)
+    # nothing is trained with what is still to be measured
+    mean, std = ([0.5] * options.in_chans if x == AUTO else x for x in (options.mean, options.std))
+    license = options.license or None
+    export_encoder(model, folder, mean=mean, std=std, license=license, pixels=pixels_of(options))
     return f"local-dir:{folder.resolve()}"
 
 

@@ -21,9 +21,9 @@ __all__ = [
     "Origin",
     "config_beside",
     "is_ours",
-    "nodata_of",
     "origin_of_config",
     "origin_of_file",
+    "pixels_of_model",
     "read_config",
     "resolve_license",
 ]
@@ -181,10 +181,20 @@ def origin_of_file(path: Path, names: Iterable[str], run: Mapping[str, Any] | No
     return origin._replace(unstated=str(path))
 
 
-def nodata_of(config: dict[str, Any]) -> float | None:
-    """Stored value of the pixels without data in the images that weights were made of; None where none is named."""
-    value = training_of(config).get("nodata")
-    return None if value is None else float(value)
+def pixels_of_model(name: str) -> dict[str, Any]:
+    """The record of how stored values became pixels, see `data.Pixels`; empty where they did so in the usual way.
+
+    Args:
+        name: Of a model for timm's factory; a folder or a repository of the Hub has a record, others have none.
+
+    Raises:
+        ConfigError, OSError, huggingface_hub.errors.HfHubHTTPError: See `config_beside`.
+    """
+    source, _, place = name.partition(":")
+    if source not in ("local-dir", "hf-hub", "hf_hub"):
+        return {}
+    config = config_beside({"file": place} if source == "local-dir" else {"hf_hub_id": place})
+    return training_of(config or {}).get("pixels") or {}
 
 
 def training_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -63,13 +63,6 @@ def _texts(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_text, value.values()))
 
 
-def _is_pixel(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and isinstance(float(value), float)
-    except ValueError:
-        return False
-
-
 _Keys = dict[str, _Kind]
 
 _TOP: _Keys = {
@@ -124,7 +117,13 @@ _TRAINING: _Keys = {  # see `checkpoint.card`
     "datasets": _NAME_LIST,
     "metrics": _TABLE,
     "inherited_license": _NAME,
-    "nodata": _Kind("a number in quotes, such as '-9999' or 'nan'", _is_pixel),
+    "pixels": _TABLE,
+}
+_PIXELS: _Keys = {  # see `data.Pixels`
+    "nodata": _Kind("a number, or 'nan', 'inf' or '-inf'", lambda v: _is_number(v) or v in ("nan", "inf", "-inf")),
+    "divide": _POSITIVE,
+    "clip_low": _MEAN,
+    "clip_high": _MEAN,
 }
 _METRICS: _Keys = {
     **dict.fromkeys(("top1", "top5", "loss"), _Kind("a number", _is_number)),
@@ -161,6 +160,7 @@ def check_config(config: dict[str, Any], where: str, ours: bool) -> None:
     if isinstance(training, dict):  # anything else is not of this package, see `provenance.training_of`
         _check(training, _TRAINING, "training.", where)
         _check(training.get("metrics") or {}, _METRICS, "training.metrics.", where)
+        _check_pixels(training.get("pixels") or {}, config.get("pretrained_cfg", config), where)
     _check_channels(config.get("pretrained_cfg", config), where)
 
 
@@ -179,6 +179,21 @@ def _check_channels(cfg: dict[str, Any], where: str) -> None:
         values = cfg.get(key)
         if values is not None and chans is not None and len(values) not in (1, 3, chans):
             _refuse(where, f"pretrained_cfg.{key}", values, f"one number, or {chans}, one a channel")
+
+
+def _check_pixels(pixels: dict[str, Any], cfg: dict[str, Any], where: str) -> None:
+    """Limits come in pairs, in order, and are of the channels of the image; what is not known is not left out."""
+    _check(pixels, _PIXELS, "training.pixels.", where)
+    for key in pixels.keys() - _PIXELS.keys():
+        _refuse(where, f"training.pixels.{key}", pixels[key], f"one of {', '.join(_PIXELS)}")
+    chans = (cfg.get("input_size") or [None])[0]
+    low, high = (pixels.get(key) for key in ("clip_low", "clip_high"))
+    if low is None and high is None:
+        return
+    if low is None or high is None or len(low) != len(high) or not all(a < b for a, b in zip(low, high, strict=True)):
+        _refuse(where, "training.pixels.clip_high", high, f"a number above each of clip_low = {low}")
+    elif chans is not None and len(low) not in (1, chans):
+        _refuse(where, "training.pixels.clip_low", low, f"one number, or {chans}, one a channel")
 
 
 def _refuse(where: str, key: str, value: Any, expected: str) -> None:

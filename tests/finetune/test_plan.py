@@ -149,5 +149,5 @@ def test_folder_of_another_run(run, refused, encoder, tmp_path):
     last = tmp_path / "out" / "x" / "last.pth.tar"
     assert "is not of this model" in refused("--resume", str(last))  # the stand-in trains none
     weights = timm.create_model(f"local-dir:{encoder}", num_classes=3).state_dict()
-    torch.save({"state_dict": weights, "args": argparse.Namespace(model=f"local-dir:{encoder}")}, last)
+    torch.save({"epoch": 0, "state_dict": weights, "args": argparse.Namespace(model=f"local-dir:{encoder}")}, last)
     run("--resume", str(last))

@@ -1,4 +1,4 @@
-"""What a run starts from: files of weights and their licence, and the value of pixels without data."""
+"""What a run starts from: files of weights and their licence, and how stored values become pixels."""
 
 import argparse
 import json
@@ -12,7 +12,8 @@ import torch
 from test_foreign_names import HUGGING_FACE, MMPRETRAIN, renamed
 
 from timm_convnextv2.checkpoint import to_official
-from timm_convnextv2.finetune import images
+from timm_convnextv2.data import Pixels
+from timm_convnextv2.finetune import images, launcher
 
 SHAPE = dict(patch_size=1, depths=(1, 1, 2, 1), dims=(8, 8, 16, 16))
 FORMATS = ["timm", "encoder", "official", "transformers", "mmpretrain", "pretraining"]
@@ -56,13 +57,12 @@ def test_every_format_as_pretrained_path_with_its_licence(run, refused, classifi
 @pytest.mark.parametrize("kind", FORMATS)
 def test_weights_that_timm_loads_as_they_are(run, refused, classifier, tmp_path, kind, option):
     words = [option, str(write(tmp_path / "there", classifier, kind)), "--license", "mit"]
-    if kind == "timm":
+    if kind == "timm" and option == "--initial-checkpoint":
         assert run(*words)["args"]["license"] == "mit"
         return
     message = refused(*words)
-    assert (
-        f"{option} {words[1]} is loaded as it is" in message and f"--pretrained --pretrained-path {words[1]}" in message
-    )
+    what = "is loaded as it is" if option == "--initial-checkpoint" else "is not a checkpoint of train.py"
+    assert what in message and f"--pretrained --pretrained-path {words[1]}" in message
 
 
 @pytest.mark.parametrize("option", ["--initial-checkpoint", "--pretrained-path"])
@@ -76,7 +76,7 @@ def test_the_licence_of_a_resumed_run_is_found_where_its_options_are_not_repeate
     official = write(tmp_path / "there", classifier, "official")
     args = run("--pretrained-path", str(official))["args"]
     last = tmp_path / "out" / "x" / "last.pth.tar"
-    torch.save({"state_dict": classifier.state_dict(), "args": argparse.Namespace(**args)}, last)
+    torch.save({"epoch": 0, "state_dict": classifier.state_dict(), "args": argparse.Namespace(**args)}, last)
     shutil.rmtree(last.parent / "model")
     assert run("--resume", str(last))["args"]["license"] == "cc-by-nc-4.0"
 
@@ -86,11 +86,13 @@ def test_the_licence_of_a_resumed_run_is_found_where_its_options_are_not_repeate
 
 @pytest.fixture
 def with_nodata(encoder, tmp_path):
-    """An encoder that was pretrained with --nodata=-9999."""
+    """An encoder that was pretrained with --nodata=-9999 --divide 2."""
     folder = tmp_path / "encoder"
     shutil.copytree(encoder, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "training": {"nodata": "-9999.0"}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "training": {"pixels": {"nodata": -9999.0, "divide": 2.0}}})
+    )
     return f"local-dir:{folder}"
 
 
@@ -110,19 +112,22 @@ def holed(tmp_path):
 def test_nodata_reaches_the_data_set_and_the_record(run, refused, holed, monkeypatch):
     assert "--nodata=-9999" in refused(data=holed)
     fed = []
-    monkeypatch.setattr("timm_convnextv2.finetune.launcher.feed", lambda script, **more: fed.append(more))
-    assert run("--nodata=-9999", data=holed)["args"]["nodata"] == -9999
-    assert fed[0]["nodata"] == -9999
+    monkeypatch.setattr(launcher, "feed", lambda script, **more: fed.append(more))
+    assert run("--nodata=-9999", data=holed)["args"]["pixels"] == {"nodata": -9999}
+    assert fed[0]["nodata"] == Pixels(nodata=-9999)
     data = images.create_dataset("", root=str(holed), split="train", **fed[0])
     assert 0 <= data[0][0].min() and data[0][0].max() <= 1
 
 
-def test_nodata_is_that_of_the_encoder_by_default(run, holed, with_nodata, capsys):
+def test_pixels_are_those_of_the_encoder_by_default(run, holed, with_nodata, capsys):
+    record = {"nodata": -9999, "divide": 2}
     seen = run(model=with_nodata, data=holed)
-    assert seen["args"]["nodata"] == -9999 and "--nodata=-9999.0" in seen["argv"]
-    assert f"--nodata=-9999, as of the images that {with_nodata} was trained on" in capsys.readouterr().out
+    assert seen["args"]["pixels"] == record and f"--pixels={json.dumps(seen['args']['pixels'])}" in seen["argv"]
+    told = f"Pixels as of the images that {with_nodata} was trained on: -9999 is nodata, divided by 2"
+    assert f"{told}; --nodata=nan: none." in capsys.readouterr().out
     seen = run("--nodata", "7", model=with_nodata, experiment="y")
-    assert seen["args"]["nodata"] == 7 and seen["argv"].count("--nodata=7.0") == 1
+    assert seen["args"]["pixels"] == {**record, "nodata": 7} and seen["argv"].count("--nodata=7.0") == 1
+    assert f"{told}; --nodata=7 replaces that." in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------- what tensors are not taken for

@@ -8,7 +8,7 @@ What the card says and timm's format has no field for is in the section `trainin
     datasets            Hub ids of data sets, for links
     metrics             {"top1": 81.2, "top5": ..., "dataset": name, "split": name}, or null
     inherited_license   the licence that came with the weights training started from, or null
-    nodata              stored value of pixels without data in the images, as text ('-9999', 'nan'), or null
+    pixels              how stored values become pixels, before mean and std, see `data.Pixels`; null in the usual way
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..data import Pixels
 from ..provenance import is_ours, training_of
 
 __all__ = ["IMAGES", "card_for_repo", "render_card"]
@@ -54,6 +55,8 @@ A whole [FCMAE](https://arxiv.org/abs/2301.00808), encoder and decoder, to conti
 It was made with `timm_convnextv2` {version} and needs that package.""",
 }
 _FEATURES = "`num_classes=0` gives features `[B, {num_features}]`, `features_only=True` the maps of the four stages."
+_PIXELS = """Before mean and standard deviation, stored values are prepared: {pixels}. `timm_convnextv2` does it by
+itself in finetuning, validation, prediction, embedding and evaluation; with timm alone, do the same to your images."""
 _USE = {
     "encoder": _FEATURES,
     "classifier": _FEATURES,
@@ -140,6 +143,8 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
         f"```python\n{_CODE[kind].format(**fields)}\n```",
         _USE[kind].format(**fields),
     ]
+    if training.get("pixels"):
+        parts.append(_PIXELS.format(pixels=Pixels.from_record(training["pixels"])))
     if training.get("table"):
         cells = [
             [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in training["table"].items()

@@ -15,6 +15,7 @@ from timm.models import clean_state_dict
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from ..data import Pixels
 from ..files import WriteError, new_part, remove_leftovers, sync, system_reason
 from ..models import FCMAE
 from ..models.weights import check_weights, first_not_finite
@@ -149,11 +150,12 @@ def _encoder_cfg(model: FCMAE) -> dict[str, Any]:
 
 
 def _pretraining(
-    model: FCMAE, inherited: str | None, info: dict[str, Any] | None, nodata: float | None
+    model: FCMAE, inherited: str | None, info: dict[str, Any] | None, pixels: Pixels | None
 ) -> dict[str, Any]:
     """The section `training` of config.json, see `card`."""
     training = {"table": info, "base_model": model.base_model, "inherited_license": inherited}
-    return training if nodata is None else {**training, "nodata": str(nodata)}  # JSON has no NaN
+    record = pixels.check(model.in_chans).record() if pixels else {}
+    return {**training, "pixels": record} if record else training
 
 
 def export_encoder(
@@ -166,7 +168,7 @@ def export_encoder(
     img_size: tuple[int, int] | None = None,
     license: str | None = None,
     info: dict[str, Any] | None = None,
-    nodata: float | None = None,
+    pixels: Pixels | None = None,
 ) -> Path:
     """Writes the encoder as a timm folder: `config.json`, `model.safetensors`, `README.md`.
 
@@ -185,7 +187,7 @@ def export_encoder(
         license: Licence of the weights, by its id on the Hugging Face Hub. None states none. Weights that started from
             others under a stated licence (the published ones: cc-by-nc-4.0) keep it.
         info: How the weights were made (data, epochs, settings), for a table in the README.
-        nodata: Stored value of pixels without data in the images (`--nodata`), which finetuning then takes, too.
+        pixels: How stored values became pixels, where that was not the usual way; all commands then do the same.
 
     Returns:
         The folder.
@@ -205,7 +207,7 @@ def export_encoder(
         weights = {k[len("encoder.") :]: v for k, v in state_dict.items() if k.startswith("encoder.")}
         check_weights(weights, own, "Not weights of this FCMAE's encoder")
     data = _pretraining_data(model, mean, std, img_size)
-    training = _pretraining(model, inherited, info, nodata)
+    training = _pretraining(model, inherited, info, pixels)
     return write_folder(model.encoder, weights, folder, data=data, license=license, training=training)
 
 
@@ -219,7 +221,7 @@ def export_fcmae(
     img_size: tuple[int, int] | None = None,
     license: str | None = None,
     info: dict[str, Any] | None = None,
-    nodata: float | None = None,
+    pixels: Pixels | None = None,
 ) -> Path:
     """Writes the whole FCMAE, decoder too, as a timm folder, to continue the pretraining.
 
@@ -247,5 +249,5 @@ def export_fcmae(
     }
     traits: Any = model._traits
     described._traits = {**traits, "img_size": data["input_size"][1:]}
-    training = _pretraining(model, inherited, info, nodata)
+    training = _pretraining(model, inherited, info, pixels)
     return write_folder(described, weights, folder, data=data, license=license, training=training)

@@ -248,7 +248,7 @@ def _training(
         "datasets": [hub_dataset] if hub_dataset else [],
         "metrics": {**metrics, "dataset_id": hub_dataset} if metrics else None,
         "inherited_license": origin.license,
-        **({"nodata": str(args["nodata"])} if args.get("nodata") is not None else {}),  # JSON has no NaN
+        **({"pixels": args["pixels"]} if args.get("pixels") else {}),
     }
 
 

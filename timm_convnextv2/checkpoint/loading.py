@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..command import closest
+from ..data import Pixels
 from ..models import FCMAE
-from ..provenance import WEIGHTS, read_config
+from ..provenance import WEIGHTS, pixels_of_model, read_config
 
-__all__ = ["load_model"]
+__all__ = ["load_model", "model_pixels"]
 
 _PLACES = ("local-dir:", "hf-hub:")
 _EXPECTED = "a model of timm, local-dir:FOLDER or hf-hub:USER/NAME"
@@ -52,6 +53,25 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
     if stored is not None:
         _compare(name, model, stored)
     return model
+
+
+def model_pixels(name: str, in_chans: int, nodata: float | None = None) -> Pixels:
+    """How stored values become pixels: as for the images that a model was trained on.
+
+    Args:
+        name: As of `load_model`; a folder or a repository has a record, other models read pixels in the usual way.
+        in_chans: Channels of the images.
+        nodata: Value of pixels without data in the place of the record's; None keeps that.
+
+    Raises:
+        ValueError: The record is of another number of channels, or cannot be read.
+    """
+    pixels = Pixels.from_record(pixels_of_model(name))
+    try:
+        pixels.check(in_chans)
+    except ValueError as e:
+        raise ValueError(f"The model '{name}' was trained on pixels of other channels: {e}") from e
+    return pixels if nodata is None else pixels._replace(nodata=nodata)
 
 
 def _check_name(name: str) -> None:

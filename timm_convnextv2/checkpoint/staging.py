@@ -13,7 +13,8 @@ import timm
 from huggingface_hub import ModelCard
 from timm.models import clean_state_dict
 
-from ..provenance import WEIGHTS, nodata_of, origin_of_config, read_config, resolve_license, training_of
+from ..data import Pixels
+from ..provenance import WEIGHTS, origin_of_config, read_config, resolve_license, training_of
 from .card import IMAGES, render_card
 from .export import export_fcmae
 from .files import load_checkpoint
@@ -200,7 +201,7 @@ def _stage_fcmae(run: Path, target: Path, stated: Stated) -> None:
         std=settings["std"],
         license=cfg["license"],
         info={k: v for k, v in (training.get("table") or {}).items() if k != "Parameters"},
-        nodata=nodata_of(encoder),
+        pixels=Pixels.from_record(settings),
     )
     config = _with_loss(_describe(run, read_config(target / "config.json"), stated), run)
     _write_description(target, config, render_card(config, list(_images_in(target))))

@@ -24,6 +24,7 @@ Streams (`wds/`, `hfids/`, `tfds/`) have no index: see `TimmStream` and `Pretrai
 from .decode import ImageError, MissingPackageError, image_extensions, load_image
 from .embedded import EmbeddedSource
 from .parts import Part, hold_out
+from .pixels import Pixels
 from .samples import (
     EpochBatchSampler,
     PretrainDataset,
@@ -44,6 +45,7 @@ __all__ = [
     "InputStatistics",
     "MissingPackageError",
     "Part",
+    "Pixels",
     "PretrainDataset",
     "PretrainStream",
     "PretrainTransform",

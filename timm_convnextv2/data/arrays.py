@@ -7,7 +7,7 @@ import torch
 
 from .errors import ImageError, wrong_channels
 from .files import check_size
-from .nodata import Nodata, fill_nodata, refuse_nodata
+from .nodata import Nodata, fill_nodata, find_nodata, refuse_nodata
 
 __all__ = ["load_npy", "scaled"]
 
@@ -15,9 +15,11 @@ __all__ = ["load_npy", "scaled"]
 def scaled(x: np.ndarray, nodata: Nodata, bits: int | None = None) -> torch.Tensor:
     """uint8 as it is, other numbers as float32 in the units that `load_image` promises; nodata replaced.
 
+    With a divisor, or where stored values are asked for, uint8 is float32, too.
+
     Args:
         x: `[C, H, W]` as stored.
-        nodata: What to replace.
+        nodata: What to replace, and the divisor.
         bits: Of unsigned integers, those in use; all by default.
 
     Raises:
@@ -25,28 +27,49 @@ def scaled(x: np.ndarray, nodata: Nodata, bits: int | None = None) -> torch.Tens
     """
     if 0 in x.shape:
         raise ImageError(f"is empty, shape {x.shape}")
-    check_dtype(x.dtype)
+    check_dtype(x.dtype, nodata.divide)
+    gone = find_nodata(x, nodata) if nodata.stored is not None else None
     x = fill_nodata(x, nodata)
     if x.dtype.kind == "f" or x.dtype.kind == "i":
         refuse_nodata(x, nodata)
-    if x.dtype.kind in "bf":
-        return torch.from_numpy(x.astype(np.float32))
-    if x.dtype == np.uint8 and bits in (None, 8):
+    plain = nodata.divide is None and gone is None
+    if x.dtype == np.uint8 and bits in (None, 8) and plain:
         return torch.from_numpy(np.array(x))
-    largest = np.iinfo(x.dtype).max if bits is None else 2**bits - 1
-    return torch.from_numpy(x.astype(np.float32) / np.float32(largest))
+    largest = largest_value(x.dtype, bits)
+    unit = nodata.divide or largest or 1
+    pixels = torch.from_numpy(_divided(x, unit))
+    if nodata.stored is not None and gone is not None:
+        kind = str(x.dtype) if bits in (None, 8 * x.dtype.itemsize) else f"{x.dtype} ({bits} bits)"
+        nodata.stored.note(kind, unit, None if largest is None else largest / unit)
+        pixels[torch.from_numpy(gone)] = torch.nan
+    return pixels
 
 
-def check_dtype(dtype: np.dtype) -> None:
+def _divided(x: np.ndarray, unit: float) -> np.ndarray:
+    """As float32; 32-bit integers and more are divided before, which keeps their last digits."""
+    if x.dtype.kind in "iu" and x.dtype.itemsize > 2 or x.dtype == np.float64 and unit != 1:
+        return (x / unit).astype(np.float32)
+    x = x.astype(np.float32)
+    return x if unit == 1 else x / np.float32(unit)
+
+
+def largest_value(dtype: np.dtype, bits: int | None = None) -> int | None:
+    """The largest value of an integer type, or of so many bits of it; 1 of bool, None of floats."""
+    if dtype.kind in "bf":
+        return 1 if dtype.kind == "b" else None
+    return int(np.iinfo(dtype).max) if bits is None else 2**bits - 1
+
+
+def check_dtype(dtype: np.dtype, divide: float | None = None) -> None:
     """Refuses types without scale: 32 and 64-bit integers rarely use their range, and divided by it they are black.
 
     Raises:
         ImageError: (a ValueError) It is none of uint8, int8, uint16, int16, bool and float types.
     """
-    if dtype.kind not in "bf" and not (dtype.kind in "iu" and dtype.itemsize <= 2):
+    if dtype.kind not in "bf" and not (dtype.kind in "iu" and (dtype.itemsize <= 2 or divide is not None)):
         raise ImageError(
-            f"holds {dtype}, expected uint8, int16, uint16, bool or a float type; divide by the largest value of "
-            "your data and save as float32"
+            f"holds {dtype}, expected uint8, int16, uint16, bool or a float type; name the largest value of your data "
+            "with --divide, or divide by it and save as float32"
         )
 
 
@@ -65,7 +88,7 @@ def load_npy(file: BinaryIO, in_chans: int, nodata: Nodata) -> torch.Tensor:
     channels_last = len(shape) == 3 and shape[2] == in_chans
     if not channels_last and not (len(shape) == 3 and shape[0] == in_chans) and not (len(shape) == 2 and in_chans == 1):
         raise wrong_channels(f"shape {shape}", in_chans)
-    check_dtype(dtype)
+    check_dtype(dtype, nodata.divide)
     height, width = shape[:2] if channels_last else shape[-2:]
     check_size(height, width)
     file.seek(0)

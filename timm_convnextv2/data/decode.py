@@ -13,7 +13,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from .arrays import load_npy, scaled
 from .errors import ImageError, MissingPackageError, wrong_channels
 from .files import open_image_file
-from .nodata import NO_NODATA, Nodata, fill_nodata, parse_tag
+from .nodata import Nodata, fill_nodata, parse_tag
+from .pixels import Pixels
 from .tiff import NODATA_TAG, is_tiff, pillow_keeps_all, read_tiff
 
 __all__ = ["ImageError", "MissingPackageError", "image_extensions", "load_image"]
@@ -53,7 +54,7 @@ def image_extensions() -> tuple[str, ...]:
     return tuple(sorted(found | {".npy"}))
 
 
-def load_image(path: str | os.PathLike, in_chans: int = 3, nodata: float | None = None) -> torch.Tensor:
+def load_image(path: str | os.PathLike, in_chans: int = 3, nodata: float | Pixels | None = None) -> torch.Tensor:
     """Decodes one picture file to exactly `in_chans` channels.
 
     With 1 or 3 channels any Pillow mode is converted as timm does it: grey to RGB and back, palettes and CMYK to
@@ -68,11 +69,12 @@ def load_image(path: str | os.PathLike, in_chans: int = 3, nodata: float | None 
         in_chans: Number of channels wanted.
         nodata: Stored value of pixels that are no data, replaced by their channel's mean over the other pixels of the
             picture; then NaN and infinity are, too. So is, in any case, the value of a TIFF's tag 42113 (GDAL_NODATA).
+            Or a whole `Pixels`: that value, another divisor, and limits.
 
     Returns:
         `[C, H, W]`: uint8 for 8-bit pictures; otherwise float32, where integers are divided by the largest value of
         their type (16-bit by 65535: never clipped to 8 bits) and floats are kept as stored. 16-bit colour PNG comes
-        as 8-bit, which is all that Pillow gives.
+        as 8-bit, which is all that Pillow gives. With a divisor or limits, always float32.
 
     Raises:
         ImageError: (a ValueError) The file cannot be decoded, is truncated, is no regular file, has another number of
@@ -93,7 +95,7 @@ def decode(
     in_chans: int,
     name: str,
     choose: Choose | None = None,
-    nodata: float | None = None,
+    nodata: float | Pixels | None = None,
     convert: Callable[[Image.Image, int], Any] | None = None,
 ) -> Any:
     """Decodes a file (its path, or its content as bytes); every fault becomes an error that starts with `name`.
@@ -101,19 +103,20 @@ def decode(
     Grey and RGB JPEGs are asked about by `choose`, if given, and come as `Reduced` where it says more than 1. `convert`
     makes of `(image, in_chans)` what is returned for what Pillow reads whole, but TIFF; without, it is a tensor.
     """
+    pixels = Pixels.of(nodata)
     try:
         with open_image_file(file) as opened:
             if name.lower().endswith(".npy"):
-                return load_npy(opened, in_chans, Nodata.of(nodata))
+                return pixels.clip(load_npy(opened, in_chans, Nodata.of(pixels)))
             if is_tiff(opened):
-                return _from_tiff(opened, in_chans, Nodata.of(nodata))
+                return pixels.clip(_from_tiff(opened, in_chans, Nodata.of(pixels)))
             with Image.open(opened) as image:
                 # a reduced pixel is a mean, in which nodata would be lost
-                place = None if choose is None or nodata is not None else _reduce(image, choose)
-                if convert is not None and nodata is None:
+                place = None if choose is None or not pixels.plain else _reduce(image, choose)
+                if convert is not None and pixels.plain:
                     return convert(image, in_chans)
-                pixels = from_pil(image, in_chans, nodata)
-                return pixels if place is None else Reduced(pixels, *place)
+                decoded = from_pil(image, in_chans, pixels)
+                return decoded if place is None else Reduced(decoded, *place)
     except MissingPackageError as error:
         raise MissingPackageError(f"{name}: {error}") from error
     except ImageError as error:
@@ -181,9 +184,9 @@ def _reduce(image: Image.Image, choose: Choose) -> tuple[tuple[int, int], tuple[
     return size, (top, left, frame_height, frame_width)
 
 
-def from_pil(image: Image.Image, in_chans: int, nodata: float | None = None) -> torch.Tensor:
+def from_pil(image: Image.Image, in_chans: int, nodata: float | Pixels | None = None) -> torch.Tensor:
     """A Pillow image, upright, with the channels asked for, see `load_image`."""
-    return _convert(image, in_chans, Nodata.of(nodata))
+    return Pixels.of(nodata).clip(_convert(image, in_chans, Nodata.of(nodata)))
 
 
 def is_8_bit(image: Image.Image) -> bool:
@@ -209,7 +212,7 @@ def _convert(image: Image.Image, in_chans: int, nodata: Nodata) -> torch.Tensor:
     if nodata.values and in_chans == 1 and is_8_bit(image) and image.mode not in ("1", "L", "LA", "La"):
         image = to_mode(image, 3)  # a grey of this value may be that of another colour
         filled = fill_nodata(np.array(image).transpose(2, 0, 1), nodata)
-        image, nodata = Image.fromarray(np.ascontiguousarray(filled.transpose(1, 2, 0))), NO_NODATA
+        image, nodata = Image.fromarray(np.ascontiguousarray(filled.transpose(1, 2, 0))), nodata._replace(values=())
     image = to_mode(image, in_chans)
     if not is_8_bit(image):
         x = np.asarray(image)
@@ -220,7 +223,8 @@ def _convert(image: Image.Image, in_chans: int, nodata: Nodata) -> torch.Tensor:
         return scaled(x[None], nodata).repeat(in_chans, 1, 1)
     x = np.array(image)
     x = x[None] if in_chans == 1 else x.transpose(2, 0, 1)
-    return torch.from_numpy(fill_nodata(x, nodata) if nodata.values else x)
+    as_read = not nodata.values and nodata.divide is None and nodata.stored is None
+    return torch.from_numpy(x) if as_read else scaled(x, nodata)
 
 
 def check_in_chans(in_chans: int) -> int:

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import ImageError
+from .pixels import Pixels, Stored
 
-__all__ = ["NO_NODATA", "Nodata", "fill_nodata", "parse_tag", "refuse_nodata"]
+__all__ = ["Nodata", "fill_nodata", "find_nodata", "parse_tag", "refuse_nodata"]
 
 # no measured pixel: the squares of such numbers leave float32
 _HUGE = 1e18
@@ -20,18 +21,21 @@ class Nodata(NamedTuple):
     Attributes:
         values: These do.
         given: The user has named a value: NaN and infinities are nodata, too, and none is guessed.
+        divide: What stored values are divided by, see `Pixels`.
+        stored: Asks for what was stored, see `Stored`: NaN and infinities are nodata, and nodata comes as NaN.
     """
 
     values: tuple[float, ...] = ()
     given: bool = False
+    divide: float | None = None
+    stored: Stored | None = None
 
     @classmethod
-    def of(cls, value: float | None) -> "Nodata":
-        """That of the option."""
-        return NO_NODATA if value is None else cls((float(value),), True)
-
-
-NO_NODATA = Nodata()
+    def of(cls, value: float | Pixels | None) -> "Nodata":
+        """That of the option, or of the whole record."""
+        pixels = Pixels.of(value)
+        named = () if pixels.nodata is None else (float(pixels.nodata),)
+        return cls(named, bool(named), pixels.divide, pixels.stored)
 
 
 def parse_tag(nodata: Nodata, tag: str | bytes | None) -> Nodata:
@@ -65,22 +69,28 @@ def fill_nodata(x: np.ndarray, nodata: Nodata) -> np.ndarray:
     Raises:
         ImageError: (a ValueError) A channel has nothing else.
     """
-    gone = np.zeros(x.shape, bool)
-    for value in nodata.values:
-        equal = _equals(x, value)
-        gone |= equal.all(0) if x.dtype.kind in "bu" else equal
-    if nodata.given and x.dtype.kind == "f":
-        gone |= ~np.isfinite(x)
+    gone = find_nodata(x, nodata)
     if not gone.any():
         return x
     valid = (~gone).sum((1, 2))
     if not valid.all():
         where = "is nodata everywhere" if not valid.any() else f"is nodata everywhere in channel {valid.argmin() + 1}"
-        raise ImageError(f"{where} ({' or '.join(map(_text, nodata.values))})")
+        raise ImageError(f"{where} ({' or '.join(map(_text, nodata.values)) or 'NaN'})")
     mean = np.where(gone, 0, x).sum((1, 2), dtype=np.float64) / valid
     if x.dtype.kind in "iu":
         mean = np.rint(mean)
     return np.where(gone, mean[:, None, None].astype(x.dtype), x)
+
+
+def find_nodata(x: np.ndarray, nodata: Nodata) -> np.ndarray:
+    """Which values of `x`, `[C, H, W]` as stored, are nodata: bool of the same shape; see `fill_nodata`."""
+    gone = np.zeros(x.shape, bool)
+    for value in nodata.values:
+        equal = _equals(x, value)
+        gone |= equal.all(0) if x.dtype.kind in "bu" else equal
+    if (nodata.given or nodata.stored is not None) and x.dtype.kind == "f":
+        gone |= ~np.isfinite(x)
+    return gone
 
 
 def _equals(x: np.ndarray, value: float) -> np.ndarray:

@@ -27,6 +27,7 @@ from .decode import (
 )
 from .embedded import EmbeddedSource
 from .listing import LeftOut, open_tar, walk
+from .pixels import Pixels
 
 __all__ = ["FolderSource", "TimmSource", "TimmStream", "create_source", "left_out"]
 
@@ -45,7 +46,7 @@ class FolderSource(Dataset):
     Args:
         root: The folder.
         in_chans: Channels that pictures are converted to, see `load_image`.
-        nodata: Stored value of pixels that are no data, see `load_image`.
+        nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `load_image`.
 
     Attributes:
         left: What is there besides the pictures.
@@ -54,7 +55,7 @@ class FolderSource(Dataset):
         ValueError: The folder is missing, is no folder, cannot be listed, or has no picture below it.
     """
 
-    def __init__(self, root: str | os.PathLike, in_chans: int = 3, nodata: float | None = None) -> None:
+    def __init__(self, root: str | os.PathLike, in_chans: int = 3, nodata: float | Pixels | None = None) -> None:
         self.root = os.fspath(root)
         self.in_chans, self.nodata = check_in_chans(in_chans), nodata
         shown = printable(self.root)
@@ -112,7 +113,7 @@ class TimmSource(Dataset):
         in_chans: Channels that pictures are converted to, see `load_image`.
         input_key: Column that holds the picture (`hfds/`, default 'image') or extensions (folders).
         download: Let torchvision download the data set.
-        nodata: Stored value of pixels that are no data, see `load_image`.
+        nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `load_image`.
 
     Raises:
         ValueError: timm cannot open the data set, or it is a stream.
@@ -127,7 +128,7 @@ class TimmSource(Dataset):
         in_chans: int = 3,
         input_key: str | None = None,
         download: bool = False,
-        nodata: float | None = None,
+        nodata: float | Pixels | None = None,
     ) -> None:
         self.dataset_name, self.in_chans, self.nodata = name or str(root), check_in_chans(in_chans), nodata
         self.prefix = prefix = _prefix(name)
@@ -234,7 +235,7 @@ def decode_any(
     name: str,
     in_chans: int,
     choose: Choose | None = None,
-    nodata: float | None = None,
+    nodata: float | Pixels | None = None,
     convert: Callable[[Image.Image, int], Any] | None = None,
 ) -> Any:
     """Decodes what the readers of timm and torchvision give: a path, bytes, an open file, or a Pillow image.
@@ -244,7 +245,7 @@ def decode_any(
     if isinstance(picture, Image.Image):
         try:
             picture = picture.copy()  # converting turns an image in place
-            if convert is not None and nodata is None:
+            if convert is not None and Pixels.of(nodata).plain:
                 return convert(picture, in_chans)
             return from_pil(picture, in_chans, nodata)
         except ImageError as error:
@@ -276,7 +277,7 @@ class TimmStream(IterableDataset):
         input_key: Field that holds the picture; default 'image', for `wds/` any picture extension (separated by ;).
         download: Download the data set first (`hfids/`, `tfds/`).
         whole: Every process gets all images once, unshuffled, in the order of the shards.
-        nodata: Stored value of pixels that are no data, see `load_image`.
+        nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `load_image`.
 
     Raises:
         ValueError: timm cannot open the data set, its length is not known, or it is no stream.
@@ -295,7 +296,7 @@ class TimmStream(IterableDataset):
         input_key: str | None = None,
         download: bool = False,
         whole: bool = False,
-        nodata: float | None = None,
+        nodata: float | Pixels | None = None,
     ) -> None:
         super().__init__()
         self.kind = _prefix(name)
@@ -476,7 +477,7 @@ def create_source(
     batch_size: int = 1,
     seed: int = 0,
     whole: bool = False,
-    nodata: float | None = None,
+    nodata: float | Pixels | None = None,
 ) -> FolderSource | TimmSource | EmbeddedSource | TimmStream:
     """Picks the source that the options of a script describe.
 
@@ -496,12 +497,16 @@ def create_source(
         batch_size: Images per batch (streams).
         seed: Seed of the order (streams).
         whole: All images once, in order, for every process (streams; others always are).
-        nodata: Stored value of pixels that are no data, see `load_image`; the embedded data set has none.
+        nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `load_image`; the embedded data set
+            has neither.
 
     Raises:
         ValueError: Nothing is named, the name is unknown, or the source cannot be opened.
     """
+    pixels = Pixels.of(nodata).check(in_chans)
     if dataset == "embedded":
+        if pixels.divide is not None or pixels.clip_low is not None:
+            raise ValueError("The embedded data set is 8-bit in 0..255: leave out --divide and clip limits.")
         return EmbeddedSource(num_samples or 2048, in_chans=in_chans, seed=int(split != "train"))
     if _prefix(dataset) in _STREAM_PREFIXES:
         reading = (seed, input_key, download, whole, nodata)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .arrays import scaled
+from .arrays import largest_value, scaled
 from .errors import ImageError, MissingPackageError, wrong_channels
 from .files import check_size
 from .nodata import Nodata, parse_tag
@@ -218,7 +218,7 @@ def _to_channels(x: np.ndarray, page: Any, in_chans: int, nodata: Nodata) -> tor
     pixels = scaled(_rotate(x, page.tags.valueof(274, 1)), nodata, bits)
     white = 255 if pixels.dtype == torch.uint8 else 1
     if page.photometric == _MIN_IS_WHITE:
-        pixels = white - pixels
+        pixels = ((largest_value(x.dtype, bits) or 1) / nodata.divide if nodata.divide else white) - pixels
     # the conversions that 8-bit images get
     if len(pixels) == 1 and in_chans == 3:
         pixels = pixels.repeat(3, 1, 1)

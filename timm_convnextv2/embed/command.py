@@ -23,7 +23,8 @@ def build_parser() -> CommandParser:
     add("--split", default="train", metavar="NAME", help="split of --dataset; of wds/ the names of the shards")
     add("--input-key", metavar="NAME", help="field of --dataset that holds the image")
     add("--dataset-download", action="store_true", help="let torchvision or the reader download --dataset")
-    add("--nodata", type=float, metavar="V", help="stored value of pixels without data; they get the others' mean")
+    add("--nodata", type=float, metavar="V",
+        help="stored value of pixels without data, which get the others' mean (default: the model's; nan: none)")
     add("--num-samples", type=int, metavar="N",
         help="images of --dataset embedded; of a stream those that there are, where it does not say")
     add("--output", required=True, metavar="FILE", help="file to write, .npy, .safetensors or .parquet")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..checkpoint.loading import model_pixels
 from ..command import say
 from ..data import FolderSource, MissingPackageError, TimmStream, check_readable, create_source, left_out
 from ..data.batches import Batch, map_batches, preprocessing, stream_batches
@@ -62,7 +63,7 @@ def embed(
         input_key: Field of `dataset` that holds the image.
         download: Download `dataset` first.
         num_samples: Images of the embedded data set; those of a stream, where it does not say.
-        nodata: Stored value of pixels that are no data, see `timm_convnextv2.data.load_image`.
+        nodata: Stored value of pixels that are no data, see `timm_convnextv2.data.load_image`; the model's if None.
         batch_size: Images at a time.
         img_size: Side of the square crops in pixels; the model's if None.
         device: Where the model runs; 'cuda' is the GPU of this process.
@@ -87,6 +88,7 @@ def embed(
         group.first(lambda: check_output(output, overwrite=overwrite or resume and parts.joining()))
         _check_numbers(batch_size, workers, max_bad_images)
         network, config = load_network(model, img_size, device)
+        pixels = model_pixels(model, config["input_size"][0], nodata)
         source = create_source(
             data_dir,
             dataset,
@@ -97,7 +99,7 @@ def embed(
             num_samples=num_samples,
             batch_size=batch_size,
             whole=True,
-            nodata=nodata,
+            nodata=pixels,
         )
         if progress and (note := left_out(source)):
             say(note, error=True)
@@ -112,7 +114,9 @@ def embed(
             data = {"data_dir": place, "dataset": dataset, "split": split, "input_key": input_key}
             data |= {"images": total, "names": _digest_of_names(source)}
             images = {key: config[key] for key in _PREPROCESSING}
-            images["nodata"] = None if nodata is None else str(nodata)  # NaN would differ from itself
+            record = pixels.record()
+            images["nodata"] = None if pixels.nodata is None else str(record.pop("nodata"))
+            images |= {"pixels": record} if record else {}
             computed = {"batch_size": batch_size, "device": torch.device(device).type, "amp": amp}
             run = {"model": model, "weights": digest(network), **data, **images, **computed}
             parts.claim(run, resume=resume, overwrite=overwrite)

@@ -25,7 +25,8 @@ def add_image_options(parser: CommandParser) -> None:
     add("models", nargs="+", metavar="MODEL",
         help="a model of timm, local-dir:FOLDER, hf-hub:USER/NAME, or the folder of a run")
     add("--img-size", type=int, metavar="N", help="side of the square crops in pixels (default: each model's)")
-    add("--nodata", type=float, metavar="V", help="stored value of pixels without data; they get the others' mean")
+    add("--nodata", type=float, metavar="V",
+        help="stored value of pixels without data, which get the others' mean (default: each model's; nan: none)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D",
         help="where the models run (default: cuda if there is one, else cpu)")
     add("--amp", action="store_true", help="compute in bfloat16; what is measured stays float32")

@@ -12,7 +12,7 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..data import FolderSource, check_readable, load_image
+from ..data import FolderSource, Pixels, check_readable, load_image
 from ..data.decode import printable
 from ..data.files import TRAIN_FOLDERS, VALIDATION_FOLDERS
 
@@ -30,7 +30,7 @@ class ImageFiles(Dataset):
         nodata: Likewise.
     """
 
-    def __init__(self, paths: Sequence[str], in_chans: int = 3, nodata: float | None = None) -> None:
+    def __init__(self, paths: Sequence[str], in_chans: int = 3, nodata: float | Pixels | None = None) -> None:
         self.paths, self.in_chans, self.nodata = list(paths), in_chans, nodata
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ def open_labelled(
     in_chans: int = 3,
     validation_share: float = 0.25,
     seed: int = 0,
-    nodata: float | None = None,
+    nodata: float | Pixels | None = None,
 ) -> Labelled:
     """Opens labelled images.
 
@@ -110,7 +110,7 @@ def open_labelled(
         in_chans: Channels of the images, see `timm_convnextv2.data.load_image`.
         validation_share: Share of the images that become `test` where they are split, above 0 and below 1.
         seed: Of that split.
-        nodata: Stored value of pixels without data, see `load_image`.
+        nodata: Stored value of pixels without data, or a whole `Pixels`, see `load_image`.
 
     Raises:
         ValueError: No such place, a single class, classes that differ between the parts, a row without label or file,
@@ -172,7 +172,7 @@ def _has_folders(folder: Path) -> bool:
     return folder.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir())
 
 
-def _folder(root: Path, in_chans: int, nodata: float | None) -> Files:
+def _folder(root: Path, in_chans: int, nodata: float | Pixels | None) -> Files:
     source = FolderSource(root, in_chans, nodata)
     paths = sorted((source.path(i) for i in range(len(source))), key=natural_key)
     labels = [os.path.basename(os.path.dirname(os.path.relpath(path, root))) for path in paths]

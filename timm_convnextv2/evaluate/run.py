@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.loading import model_pixels
 from ..command import say
+from ..data import Pixels
 from ..data.batches import preprocessing
 from ..report.image_progress import ImageProgress
 from .features import features, image_batches, pixels
@@ -56,7 +58,7 @@ def evaluate_models(
         seed: Of all that is drawn.
         draws: Of the bootstrap.
         img_size: Side of the square crops in pixels; each model's own if None.
-        nodata: See `timm_convnextv2.data.load_image`.
+        nodata: See `timm_convnextv2.data.load_image`; that of each model's own images if None.
         batch_size: Images at a time.
         workers: Processes that decode; 0: this one.
         devices: Batches go to these in turn.
@@ -81,15 +83,17 @@ def evaluate_models(
     capped(k, 1)  # complains of numbers that are none
 
     @cache
-    def labelled(in_chans: int) -> Labelled:
+    def labelled(in_chans: int, scale: Pixels) -> Labelled:
         return open_labelled(
-            data_dir, in_chans=in_chans, validation_share=validation_share, seed=seed, nodata=nodata
+            data_dir, in_chans=in_chans, validation_share=validation_share, seed=seed, nodata=scale
         )  # fmt: skip
 
     networks = [load_network(name, img_size, "cpu") for name in names]
-    for _, config in networks:
-        labelled(config["input_size"][0])
-    first = labelled(networks[0][1]["input_size"][0])
+    scales = [
+        model_pixels(name, config["input_size"][0], nodata) for name, (_, config) in zip(names, networks, strict=True)
+    ]
+    data = [labelled(config["input_size"][0], scale) for (_, config), scale in zip(networks, scales, strict=True)]
+    first = data[0]
     tell(describe(first, data_dir))
     ks = capped(k, len(first.train.labels))
     if max(k) > ks[-1]:
@@ -99,8 +103,8 @@ def evaluate_models(
 
     results: list[dict[str, Any]] = []
 
-    def add(name: str, network: nn.Module | None, config: dict[str, Any]) -> None:
-        data, transform = labelled(config["input_size"][0]), preprocessing(config)
+    def add(name: str, network: nn.Module | None, config: dict[str, Any], scale: Pixels) -> None:
+        data, transform = labelled(config["input_size"][0], scale), preprocessing(config)
         total = len(data.train.labels) + len(data.test.labels)
         tell(f"{name}: features of {total} images")
         bar, start = ImageProgress(total, enabled=progress), time.perf_counter()
@@ -126,17 +130,17 @@ def evaluate_models(
                 "measures": {key: value._asdict() for key, value in found.items()},
                 "features": train.shape[1],
                 "images_per_second": round(rate, 1),
-                "preprocessing": {key: config[key] for key in PREPROCESSING},
+                "preprocessing": {**{key: config[key] for key in PREPROCESSING}, "pixels": scale.record()},
             }
         )
 
     network, config = networks[0]
     if baselines:
-        add(f"{PIXELS}x{PIXELS} pixels", None, config)
+        add(f"{PIXELS}x{PIXELS} pixels", None, config, scales[0])
         architecture = getattr(network, "pretrained_cfg", {}).get("architecture", type(network).__name__)
-        add(f"{architecture}, random weights", random_network(names[0], seed), config)
-    for name, (network, config) in zip(models, networks, strict=True):
-        add(name, network, config)
+        add(f"{architecture}, random weights", random_network(names[0], seed), config, scales[0])
+    for name, (network, config), scale in zip(models, networks, scales, strict=True):
+        add(name, network, config, scale)
     return {
         "data": {
             "place": os.fspath(data_dir),

@@ -11,12 +11,12 @@ from timm.models import parse_model_name
 from torch import nn
 
 from ..command import PROGRAM, CommandParser, refused, say
-from ..data import ImageError
+from ..data import ImageError, Pixels
 from . import folders
 from .images import Images, feed, probe, refuse_for_tensors
 from .plan import channel_words, channels, check_input_mode, fit_channels
 from .preflight import Split, check_device, check_folder_weights, create_meta_model, open_split
-from .start import check_start_file, choose_nodata
+from .start import check_start_file, choose_pixels
 from .train_script import find_script, load_script, script_path
 
 __all__ = ["run_script"]
@@ -67,7 +67,7 @@ def _prepare(script: ModuleType, words: list[str], labelled: bool, nodata: float
     args = _resolve(script, words)
     check_device(args.device)
     check_input_mode(getattr(args, "input_img_mode", None))
-    class_to_idx = None
+    class_to_idx, pixels = None, Pixels.of(nodata)
     if not _names_several(args):
         model = create_meta_model(
             args.model, need_weights=not args.checkpoint, num_classes=args.num_classes, model_kwargs=args.model_kwargs
@@ -80,9 +80,9 @@ def _prepare(script: ModuleType, words: list[str], labelled: bool, nodata: float
         words = words + _fit(args, model)
         if args.checkpoint:
             check_start_file("--checkpoint", args.checkpoint, model)
-        nodata = choose_nodata(nodata, args.model)
-        class_to_idx = _check_images(args, model, labelled, nodata)
-    feed(script, in_chans=channels(args), strict=not labelled, nodata=nodata, class_to_idx=class_to_idx)
+        pixels = choose_pixels(nodata, args.model, channels(args))
+        class_to_idx = _check_images(args, model, labelled, pixels)
+    feed(script, in_chans=channels(args), strict=not labelled, nodata=pixels, class_to_idx=class_to_idx)
     return words
 
 
@@ -149,9 +149,7 @@ def _label_names(cfg: dict[str, Any]) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list | tuple) else None
 
 
-def _check_images(
-    args: argparse.Namespace, model: nn.Module, labelled: bool, nodata: float | None
-) -> dict[str, int] | None:
+def _check_images(args: argparse.Namespace, model: nn.Module, labelled: bool, pixels: Pixels) -> dict[str, int] | None:
     """Says what the folder has, and compares its classes with the model's.
 
     Returns:
@@ -179,7 +177,7 @@ def _check_images(
         say(line)
     if class_to_idx is not None and len(reader.class_to_idx) < len(class_to_idx):
         say(f"{len(reader.class_to_idx)} of the model's {len(class_to_idx)} classes are there; matched by their names.")
-    kinds = probe(Images(reader, channels(args), nodata=nodata))
+    kinds = probe(Images(reader, channels(args), nodata=pixels))
     refuse_for_tensors(kinds, vars(args), resolve_data_config(vars(args), model=model)["crop_mode"])
     return class_to_idx
 

@@ -32,7 +32,7 @@ from torchvision.transforms import ColorJitter, Compose, RandomApply, RandomGray
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ..command import say
-from ..data import ImageError, image_extensions
+from ..data import ImageError, Pixels, image_extensions
 from ..data.decode import from_pil, is_8_bit, printable, to_mode
 from ..data.listing import open_tar
 from ..data.sources import decode_any, decode_undecoded, leave_undecoded, undecoded_picture
@@ -82,14 +82,16 @@ class Images(ImageDataset):
         reader: One of timm's, or a `FolderReader`.
         in_chans: Channels that images are converted to.
         strict: An image that cannot be decoded is an error.
-        nodata: Stored value of pixels that are no data, see `timm_convnextv2.data.load_image`.
+        nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `timm_convnextv2.data.load_image`.
 
     Raises:
         ValueError: By a sample: a package is missing; or, where it is strict, the image cannot be decoded.
         RuntimeError: By a sample: it and those that follow cannot be decoded.
     """
 
-    def __init__(self, reader: Any, in_chans: int = 3, strict: bool = False, nodata: float | None = None) -> None:
+    def __init__(
+        self, reader: Any, in_chans: int = 3, strict: bool = False, nodata: float | Pixels | None = None
+    ) -> None:
         super().__init__(None, reader=reader)
         self.in_chans, self.strict, self.nodata = in_chans, strict, nodata
 
@@ -165,7 +167,7 @@ class ImageStream(IterableImageDataset):
         input_key: str,
         in_chans: int = 3,
         strict: bool = False,
-        nodata: float | None = None,
+        nodata: float | Pixels | None = None,
     ) -> None:
         super().__init__(None, reader=reader)
         self.dataset_name, self.input_key = name, input_key
@@ -331,7 +333,7 @@ def create_dataset(
     *,
     in_chans: int,
     strict: bool = False,
-    nodata: float | None = None,
+    nodata: float | Pixels | None = None,
     class_to_idx: Mapping[str, int] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -395,7 +397,7 @@ def feed(
     *,
     in_chans: int,
     strict: bool = False,
-    nodata: float | None = None,
+    nodata: float | Pixels | None = None,
     class_to_idx: Mapping[str, int] | None = None,
 ) -> None:
     """Lets one of timm's scripts, imported, read its images by this package's decoder.

@@ -27,6 +27,7 @@ from timm.utils.distributed import world_info_from_env
 from ..checkpoint import export_finetuned
 from ..checkpoint.finetuned import LABEL_NAMES
 from ..command import PROGRAM, CommandParser, invocation, refused, say
+from ..data import Pixels
 from .images import feed
 from .left_behind import tell
 from .plan import ADDED_OPTIONS, Options, Plan, channels, count, describe, make_plan, resolve_options, warnings
@@ -236,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     keep_label_names(plan)
     args = plan.options.values
-    feed(plan.script, in_chans=channels(args), nodata=args.nodata)
+    feed(plan.script, in_chans=channels(args), nodata=Pixels.from_record(args.pixels))
     with arguments(plan), telling(plan):
         plan.script.main()
     return finish(plan) if world_info_from_env()[1] == 0 else 0

@@ -44,7 +44,10 @@ def check_resume(path: Path) -> None:
         content = load_checkpoint(path)
         if "epoch" in content and "state_dict" in content:
             return
-        reason = f"--resume '{path}' is not a checkpoint of train.py: it has no epoch or no weights ('state_dict')."
+        reason = (
+            f"--resume '{path}' is not a checkpoint of train.py: it has no epoch or no weights ('state_dict'). Weights "
+            f"to start from are --pretrained --pretrained-path {path}."
+        )
     except (CheckpointError, OSError) as e:
         reason = f"--resume: {e}" if path.exists() else f"--resume '{path}' does not exist."
     found = newest_whole(path.parent)

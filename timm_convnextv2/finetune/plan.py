@@ -1,6 +1,7 @@
 """The plan of a run: train.py's options resolved, batch, learning rate, length, folder, and how it is told."""
 
 import argparse
+import json
 import os
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,7 +23,7 @@ from .images import Images, probe, refuse_for_tensors
 from .left_behind import check_resume, newest_whole
 from .preflight import Split, check_data, check_folder_weights, create_meta_model
 from .recipe import Recipe
-from .start import check_start_file, choose_nodata, settle_license
+from .start import check_start_file, choose_pixels, settle_license
 from .train_script import allow_processes_on_cpu, matching_script, script_path, script_version
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
 
 PLUGIN = "timm_convnextv2"  # for train.py's --device-modules
 # Ours, which train.py's parser takes, too: so they stand in its args.yaml and checkpoints, and recipes may set them.
+# How stored values become pixels is one of them, `--pixels`, but of the launcher: it follows from model and --nodata.
 ADDED_OPTIONS = {"nodata": float, "license": str}
 SMALL_SCALE = 1e-3  # a layer that learns a thousand times slower than the head does not learn
 
@@ -90,6 +92,7 @@ def resolve_options(script: ModuleType, recipe: Recipe, rest: list[str]) -> Opti
     script.parser.error = MethodType(CommandParser.error, script.parser)
     for name, kind in ADDED_OPTIONS.items():
         script.parser.add_argument(f"--{name}", type=kind)
+    script.parser.add_argument("--pixels", type=json.loads)
     defaults = vars(script.parser.parse_args([]))
     path = script_path(script)
     if "device_modules" not in defaults:
@@ -163,6 +166,7 @@ class Plan:
         for name in ADDED_OPTIONS:
             if getattr(args, name) is not None and name not in self.options.given:
                 words.append(f"--{name}={getattr(args, name)}")
+        words += [f"--pixels={json.dumps(args.pixels)}"] if args.pixels and "pixels" not in self.options.given else []
         words += ["--num-classes", str(args.num_classes), "--grad-accum-steps", str(args.grad_accum_steps)]
         return [*self.rest, *words]
 
@@ -197,8 +201,9 @@ def make_plan(
             check_start_file(f"--{name.replace('_', '-')}", getattr(args, name), model)
     settle_license(args, model, folder)
     args.device_modules = list(dict.fromkeys([*(args.device_modules or []), PLUGIN]))
-    args.nodata = choose_nodata(args.nodata, args.model)
-    opened = (Images(split.reader, channels(args), nodata=args.nodata) for split in splits)
+    pixels = choose_pixels(args.nodata, args.model, channels(args), args.pixels)
+    args.pixels = pixels.record()
+    opened = (Images(split.reader, channels(args), nodata=pixels) for split in splits)
     kinds = ", ".join(dict.fromkeys(filter(None, map(probe, opened))))
     refuse_for_tensors(kinds, vars(args), resolve_data_config(vars(args), model=model)["crop_mode"])
     return Plan(script, recipe, options, rest, splits, world_size, global_batch, updates, model, folder, kinds)

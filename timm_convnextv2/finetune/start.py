@@ -1,22 +1,24 @@
-"""What training or evaluation starts from: a file of weights, its licence, what the folder says of the images."""
+"""What training or evaluation starts from: a file of weights, its licence, what its folder says of the images."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import clean_state_dict, parse_model_name
+from timm.models import clean_state_dict
 
 from ..checkpoint import load_checkpoint
 from ..checkpoint.files import weights_in
 from ..checkpoint.finetuned import origin_of_run
+from ..checkpoint.loading import model_pixels
 from ..command import say
+from ..data import Pixels
 from ..models import ConvNeXtV2
 from ..models.registry import filter_weights
 from ..models.weights import check_weights
-from ..provenance import config_beside, nodata_of, resolve_license
+from ..provenance import resolve_license
 
-__all__ = ["check_start_file", "choose_nodata", "settle_license"]
+__all__ = ["check_start_file", "choose_pixels", "settle_license"]
 
 
 def check_start_file(option: str, path: str, model: torch.nn.Module) -> None:
@@ -69,28 +71,22 @@ def settle_license(args: argparse.Namespace, model: torch.nn.Module, folder: Pat
         args.license = license
 
 
-def choose_nodata(given: float | None, model: str) -> float | None:
-    """The value of pixels without data: the one given, else that of the images the model was made of.
+def choose_pixels(nodata: float | None, model: str, in_chans: int, record: dict[str, Any] | None = None) -> Pixels:
+    """How stored values become pixels: as for the images that the model was trained on, with the value given.
 
     Args:
-        given: The option.
-        model: Name for timm's factory; a folder or repository tells it.
+        nodata: Value of pixels without data, `--nodata`; None for the model's.
+        model: Name for timm's factory; a folder or repository has a record.
+        in_chans: Channels of the images.
+        record: In the place of the model's.
+
+    Raises:
+        ValueError: The record is of another number of channels.
     """
-    if given is not None:
-        return given
-    value = nodata_of(_config_of(model) or {})
-    if value is not None:
-        say(f"--nodata={value:g}, as of the images that {model} was trained on; --nodata=nan: none.")
-    return value
-
-
-def _config_of(name: str) -> dict[str, Any] | None:
-    """The `config.json` that belongs to a model of timm's factory; None where it has none.
-
-    Args:
-        name: `local-dir:FOLDER`, `hf-hub:USER/NAME`, or another name, which has none.
-    """
-    source, place = parse_model_name(name)
-    if source == "local-dir":
-        return config_beside({"file": place})
-    return config_beside({"hf_hub_id": place}) if source == "hf-hub" else None
+    inherited = Pixels.from_record(record) if record else model_pixels(model, in_chans)
+    pixels = inherited if nodata is None else inherited._replace(nodata=nodata)
+    if not inherited.plain and not record:
+        note = f"; --nodata={nodata:g} replaces that" if nodata is not None else "; --nodata=nan: none"
+        note = "" if inherited.nodata is None else note
+        say(f"Pixels as of the images that {model} was trained on: {inherited}{note}.")
+    return pixels.check(in_chans)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import export_encoder
+from ..data import Pixels
 from ..memory import peak_memory
 from ..models import FCMAE
 from ..report import ProgressBar, Stopwatch, save_loss_curve, write_report
@@ -171,7 +172,7 @@ def export(run: Run, model: FCMAE, folder: Path, state_dict: dict[str, Any] | No
     info = {**how_made(settings, run.progress, run.plan), **how_measured(run.folder.path)}
     export_encoder(
         model, folder, state_dict=state_dict, mean=settings["mean"], std=settings["std"],
-        license=settings["license"] or None, info=info, nodata=settings["nodata"],
+        license=settings["license"] or None, info=info, pixels=Pixels.from_record(settings),
     )  # fmt: skip
 
 

@@ -12,6 +12,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import ParseKwargs
 
 from ..command import PROGRAM, CommandParser
+from ..data import Pixels
+from ..provenance import training_of
+from ..source_options import add_source_options, check_percentiles, pixels_of
 from .best import KEEP_BEST
 from .start import Start, open_start
 from .start_file import open_weights
@@ -32,6 +35,7 @@ EMBEDDED_DEFAULTS = dict(
 )
 # Not settings of the run but of the call: args.yaml and checkpoints leave them out.
 CALL_ONLY = ("config", "resume", "overwrite", "dry_run", "replay")
+AUTO = "auto"  # mean or std that is to be measured
 AT_LEAST_ONE = ("in_chans", "patch_size", "decoder_dim", "batch_size", "grad_accum_steps", "epochs")
 AT_LEAST_ONE += ("checkpoint_interval", "log_interval", "lr_base_size")
 
@@ -52,22 +56,21 @@ def build_parser() -> CommandParser:
     return parser
 
 
+def _number_or_auto(word: str) -> float | str:
+    return word if word == AUTO else float(word)
+
+
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--data-dir", metavar="DIR", help="images anywhere below it; the root of --dataset where that is given")
-    add("--dataset", default="", metavar="NAME", help="timm's hfds/, hfids/, wds/, tfds/, torch/...; or 'embedded'")
-    add("--train-split", default="train", metavar="NAME", help="split of --dataset")
-    add("--train-num-samples", type=int, metavar="N", help="images per epoch, streamed or embedded")
-    add("--dataset-download", action="store_true", help="let --dataset download itself")
-    add("--input-key", metavar="NAME", help="image column of --dataset")
+    add_source_options(add)
     add("--holdout", type=float, default=0.0, metavar="X", help="share never trained on, for eval_loss, e.g. 0.01")
     add("--max-bad-images", type=float, default=0.01, metavar="X", help="stop when a larger share cannot be decoded")
     add("--img-size", type=int, default=224, metavar="N", help="side of the square crops")
     add("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="replaces --in-chans and --img-size")
     add("--in-chans", type=int, default=3, metavar="N", help="1, 3, or the number of bands of TIFF and .npy files")
-    add("--nodata", type=float, metavar="V", help="stored value of pixels without data; they get the others' mean")
-    add("--mean", type=float, nargs="+", metavar="X", help="per channel, of pixels scaled to [0, 1]")
-    add("--std", type=float, nargs="+", metavar="X", help="likewise (default: ImageNet's for 3 channels)")
+    add("--mean", type=_number_or_auto, nargs="+", metavar="X", help="per channel, of the divided pixels; or auto")
+    add("--std", type=_number_or_auto, nargs="+", metavar="X",
+        help="likewise (default: ImageNet's for 3 channels, 0.5 and 0.25 for 1, auto for others)")
     add("--scale", type=float, nargs=2, default=[0.2, 1.0], metavar="X", help="area of the random crop")
     add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar="X", help="aspect ratio of the random crop")
     add("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip")
@@ -214,6 +217,7 @@ def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, St
     for name in AT_LEAST_ONE:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    _resolve_pixels(args, start, given)
     _resolve_normalization(args, start)
     _resolve_intervals(args)
     return args, start
@@ -228,18 +232,41 @@ def _resolve_input_size(args: argparse.Namespace, given: set[str]) -> None:
     args.in_chans, args.input_size = chans, [chans, *size]
 
 
+def _resolve_pixels(args: argparse.Namespace, start: Start | None, given: set[str]) -> None:
+    """The record of how stored values become pixels: as given, or that of the model to start from."""
+    check_percentiles(args.clip_percentiles)
+    if "--clip-percentiles" in given:
+        if given & {"--clip-low", "--clip-high"}:
+            raise ValueError("--clip-percentiles measures the limits that --clip-low and --clip-high name: choose one.")
+        args.clip_low = args.clip_high = None  # of a config
+    names = ("nodata", "divide", "clip_low", "clip_high")
+    if start and args.clip_percentiles is None and all(getattr(args, name) is None for name in names):
+        record = Pixels.from_record(training_of(start.config).get("pixels"))
+        vars(args).update({name: getattr(record, name) for name in names})
+        for name in ("clip_low", "clip_high"):
+            setattr(args, name, None if getattr(args, name) is None else list(getattr(args, name)))
+    pixels_of(args).check(args.in_chans)
+
+
 def _resolve_normalization(args: argparse.Namespace, start: Start | None) -> None:
-    """`mean` and `std`: as given, those of the model to start from, or the usual ones of 1 and 3 channels."""
+    """`mean` and `std`: as given, those of the model to start from, or the usual ones of 1 and 3 channels.
+
+    What is to be measured becomes 'auto'.
+    """
     if start and args.mean is None and args.std is None:
         vars(args).update(start.normalization(args.in_chans))
     if args.mean is None and args.std is None:
-        rgb = args.in_chans == 3
-        args.mean = list(IMAGENET_DEFAULT_MEAN) if rgb else [0.5] * args.in_chans
-        args.std = list(IMAGENET_DEFAULT_STD) if rgb else [0.25] * args.in_chans
-        if args.in_chans not in (1, 3):
-            raise ValueError(f"--in-chans {args.in_chans} needs --mean and --std with {args.in_chans} values each.")
+        rgb, usual = args.in_chans == 3, args.in_chans in (1, 3)
+        args.mean = (list(IMAGENET_DEFAULT_MEAN) if rgb else [0.5]) if usual else [AUTO]
+        args.std = (list(IMAGENET_DEFAULT_STD) if rgb else [0.25]) if usual else [AUTO]
     for name in ("mean", "std"):
-        count = len(getattr(args, name) or [])
+        values = getattr(args, name) or []
+        if AUTO in values:
+            if len(values) > 1:
+                raise ValueError(f"--{name} takes {AUTO} alone, or one number per channel; got {values}.")
+            setattr(args, name, AUTO)
+            continue
+        count = len(values)
         if count != args.in_chans:
             raise ValueError(f"--{name} has {count} values for {args.in_chans} channels.")
 

@@ -11,7 +11,7 @@ import yaml
 from torch.utils.data import DataLoader, Dataset
 
 from ..command import say
-from ..data import PretrainTransform, collate, create_source
+from ..data import Pixels, PretrainTransform, collate, create_source
 from ..data.batches import preprocessing
 from ..evaluate import open_labelled
 from ..memory import memory_estimate
@@ -19,6 +19,8 @@ from ..models import FCMAE
 from ..provenance import resolve_license
 from ..report import ProgressBar, check_logs, open_logs
 from ..report.summary import read_rows
+from ..source_options import pixels_of
+from .auto import resolve_auto
 from .batches import Batches, leave_signals_to_parent, open_batches
 from .best import Best
 from .distributed import Seat, World
@@ -57,17 +59,12 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World, command:
         ValueError: A mistake in settings, data or folder.
     """
     model = create_model(args, start)
+    folder = open_folder(args, start, world)
+    measured = resolve_auto(args, (folder.checkpoint or {}).get("args"), partial(open_source, args), world)
     batches = open_data(args, model, world)
     check_input(batches.inputs)
     probe = open_probe(args, world.device) if args.probe_dir and world.primary else None
     plan = plan_of(args, batches, world)
-    if not args.experiment:
-        if args.resume == "auto":
-            raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
-        args.experiment = experiment_name(args.model, args.input_size, world)
-    model_folder = args.model.removeprefix("local-dir:") if start else None
-    sources = [place for place in (args.data_dir, args.weights, None if args.weights else model_folder) if place]
-    folder = RunFolder(args.output, args.experiment, args.resume, args.overwrite, sources)
     settings = settings_of(inherit(args, folder.checkpoint))
     progress = folder.progress(settings, world.size, batches.num_images)
     batches.check_resume(progress.stream_workers, progress.update)
@@ -78,6 +75,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World, command:
     about = about_run(args.model, model, plan, batches.num_images, args.input_size, world.size, world.device)
     if batches.held_out is not None:
         about += f"\n{len(batches.held_out)} more images are held out, for eval_loss"  # type: ignore[arg-type]
+    about += f"\n{measured}" if measured else ""
     about += f"\n{input_line(batches.inputs)}"
     for warning in [*input_warnings(batches.inputs), *ema_warnings(settings, plan.updates)]:
         say(f"warning: {warning}", error=True)
@@ -107,9 +105,22 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World, command:
     return Run(settings, trainer, batches, plan, folder, progress, measures, logs if world.primary else [], bar, best)
 
 
+def open_folder(args: argparse.Namespace, start: Start | None, world: World) -> RunFolder:
+    """The run's folder, with the checkpoint to resume from; names the run where --experiment does not."""
+    if not args.experiment:
+        if args.resume == "auto":
+            raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
+        args.experiment = experiment_name(args.model, args.input_size, world)
+    model_folder = args.model.removeprefix("local-dir:") if start else None
+    sources = [place for place in (args.data_dir, args.weights, None if args.weights else model_folder) if place]
+    return RunFolder(args.output, args.experiment, args.resume, args.overwrite, sources)
+
+
 def shared(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that all processes must have; places and devices may be others on another machine."""
-    return {f"--{k.replace('_', '-')}": v for k, v in settings.items() if k not in ("data_dir", "output", "device")}
+    own = ("data_dir", "output", "device")
+    # NaN as text: it differs from itself
+    return {f"--{k.replace('_', '-')}": v if v == v else str(v) for k, v in settings.items() if k not in own}
 
 
 def create_model(args: argparse.Namespace, start: Start | None) -> FCMAE:
@@ -139,13 +150,8 @@ def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat) -> Ba
         tuple(args.input_size[1:]), tuple(args.scale), tuple(args.ratio), args.hflip, args.vflip,
         args.train_interpolation, tuple(args.mean), tuple(args.std),
     )  # fmt: skip
-    source = partial(
-        create_source, args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key,
-        args.dataset_download, args.train_num_samples, args.batch_size, args.seed,
-        nodata=args.nodata,
-    )  # fmt: skip
     return open_batches(
-        source,
+        partial(open_source, args, pixels_of(args)),
         transform,
         grid=model.grid(*args.input_size[1:]),
         mask_ratio=args.mask_ratio,
@@ -156,6 +162,14 @@ def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat) -> Ba
         world=world,
         holdout=args.holdout,
     )
+
+
+def open_source(args: argparse.Namespace, pixels: Pixels) -> Any:
+    """The images that the options name."""
+    return create_source(
+        args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key, args.dataset_download,
+        args.train_num_samples, args.batch_size, args.seed, nodata=pixels,
+    )  # fmt: skip
 
 
 def plan_of(args: argparse.Namespace, batches: Batches, world: World) -> Plan:
@@ -238,7 +252,7 @@ def held_out_loader(images: Dataset, batch_size: int, workers: int) -> DataLoade
 
 def open_probe(args: argparse.Namespace, device: torch.device) -> Probe:
     """The labelled images that the options name, with the evaluation transform of the run's size."""
-    labelled = open_labelled(args.probe_dir, in_chans=args.in_chans, seed=args.seed, nodata=args.nodata)
+    labelled = open_labelled(args.probe_dir, in_chans=args.in_chans, seed=args.seed, nodata=pixels_of(args))
     config = dict(input_size=args.input_size, interpolation="bicubic", crop_pct=0.875, crop_mode="center")
     transform = preprocessing({**config, "mean": args.mean, "std": args.std})
     return Probe(labelled, args.probe_dir, transform, args.batch_size, args.workers, device, args.amp)

@@ -1,0 +1,128 @@
+"""`timm-convnextv2 check`: every kind of fault is found, a sound folder has none, and what is there is counted."""
+
+import json
+import re
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_convnextv2 import cli
+from timm_convnextv2.data import EmbeddedSource
+
+SIZE = 48
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    """A folder of sound images."""
+    path = tmp_path / "data"
+    path.mkdir()
+    source = EmbeddedSource(6, SIZE)
+    for i in range(6):
+        Image.fromarray(source[i].permute(1, 2, 0).numpy()).save(path / f"{i}.png")
+    return path
+
+
+def run(folder, capsys, status, *more):
+    words = [
+        str(folder),
+        "--img-size",
+        "40",
+        "-j",
+        "0",
+        "--output",
+        str(folder.parent / "c.json"),
+        "--overwrite",
+        *more,
+    ]
+    assert cli.main(["check", *words]) == status
+    printed = capsys.readouterr()
+    content = json.loads((folder.parent / "c.json").read_text()) if status < 2 else None
+    return content, printed
+
+
+def flat(folder):
+    Image.new("RGB", (SIZE, SIZE), (9, 8, 7)).save(folder / "x.png")
+
+
+def small(folder):
+    Image.open(folder / "1.png").crop((0, 0, 39, 44)).save(folder / "x.png")
+
+
+def double(folder):
+    shutil.copy(folder / "1.png", folder / "x.png")
+
+
+def cut(folder):
+    (folder / "x.png").write_bytes((folder / "1.png").read_bytes()[:700])
+
+
+def text(folder):
+    (folder / "x.png").write_text("no image")
+
+
+def nan(folder):
+    np.save(folder / "x.npy", np.full((3, SIZE, SIZE), np.nan, np.float32))
+
+
+def bands(folder):
+    np.save(folder / "x.npy", np.random.default_rng(0).random((5, SIZE, SIZE), dtype=np.float32))
+
+
+FAULTS = {
+    flat: ("flat", "same value"),
+    small: ("small", "44 x 39 pixels, crops are 40"),
+    double: ("duplicate", "the same bytes as .*1.png"),
+    cut: ("unreadable", "truncated"),
+    text: ("unreadable", "no format that Pillow reads"),
+    nan: ("unreadable", "NaN"),
+    bands: ("differs", "5 channels of float32, most files have 3 of uint8"),
+}
+
+
+@pytest.mark.parametrize("make", FAULTS)
+def test_each_fault_is_found_and_nothing_else(folder, capsys, make):
+    make(folder)
+    kind, words = FAULTS[make]
+    content, printed = run(folder, capsys, 1)
+    names = [f["file"] for f in content["findings"] if f["kind"] == kind]
+    assert [name.rpartition("/")[2].partition(".")[0] for name in names] == ["x"]
+    others = {f["kind"] for f in content["findings"]} - {kind}
+    assert others <= ({"differs"} if make is nan else set())
+    assert content["found"][kind] == 1 and content["files"] == 7
+    assert re.search(f"{kind}: .*x.*{words}", printed.out), printed.out
+    assert Image.open(folder.parent / "c.png").size[0] > 300
+
+
+def test_a_sound_folder_has_no_findings(folder, capsys):
+    (folder / "notes.txt").write_text("x")
+    content, printed = run(folder, capsys, 0, "-j", "2")
+    assert content["findings"] == [] and content["formats"] == {"PNG": 6} and content["types"] == {"uint8": 6}
+    assert content["height"] == [SIZE, SIZE, SIZE] and content["ignored"] == {".txt": 1}
+    assert "Found: none" in printed.out and not (folder.parent / "c.png").exists()
+
+
+def test_near_duplicates_where_imagehash_is_installed(folder, capsys, monkeypatch):
+    """With a stand-in for the package: a hash of the mean colour, coarse."""
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    assert "pip install imagehash" in run(folder, capsys, 0)[1].out
+    stand_in = types.SimpleNamespace(phash=lambda image: np.asarray(image).mean((0, 1)).round(-1).tolist())
+    monkeypatch.setitem(sys.modules, "imagehash", stand_in)
+    array = np.asarray(Image.open(folder / "2.png")).copy()
+    array[0, 0] ^= 1
+    Image.fromarray(array).save(folder / "x.png")
+    content, printed = run(folder, capsys, 1)
+    assert content["found"] == {"near duplicate": 1} and "looks like" in content["findings"][0]["why"]
+    assert "pip install" not in printed.out
+
+
+def test_mistakes_are_one_message(folder, capsys, tmp_path):
+    for words in (["check"], ["check", str(tmp_path / "none")], ["check", str(folder), "--output", "x.txt"]):
+        assert cli.main(words) == 2
+        assert capsys.readouterr().err.count("error:") == 1
+    assert cli.main(["check", str(folder), "--output", str(folder / "c.json")]) == 2
+    assert "would lie among the images" in capsys.readouterr().err
