@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import timm
 import torch
 from helpers import environment
 
@@ -21,7 +22,7 @@ def save(path, epoch):
     time.sleep(0.01)  # another time of change
 
 
-def test_failure_is_told_with_what_is_whole(command, tmp_path, capsys):
+def test_failure_is_told_with_what_is_whole(command, encoder, tmp_path, capsys):
     folder = tmp_path / "out" / "x"
     with pytest.raises(RuntimeError, match="failed writing"):
         main(command("--seed", "17"))
@@ -31,6 +32,9 @@ def test_failure_is_told_with_what_is_whole(command, tmp_path, capsys):
     assert "tmp.pth.tar (0.0 MiB), which was being written, is removed." in message
     assert f"The same command with --experiment x --resume {folder / 'last.pth.tar'} resumes it." in message
     assert not (folder / "tmp.pth.tar").exists()
+    content = torch.load(folder / "last.pth.tar", weights_only=False)  # the stand-in trains no model
+    content["state_dict"] = timm.create_model(f"local-dir:{encoder}", num_classes=3).state_dict()
+    torch.save(content, folder / "last.pth.tar")
     assert main(command("--resume", str(folder / "last.pth.tar"))) == 0
 
 
