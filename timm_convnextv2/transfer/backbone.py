@@ -4,6 +4,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from timm.layers import Format
 from timm.models import group_parameters, load_model_config_from_hf
 from timm.models._hub import load_model_config_from_path
@@ -130,7 +131,7 @@ def create_backbone(
             )
     except (RuntimeError, TypeError, AttributeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"The model '{name}' cannot be made with features_only ({type(e).__name__}: {e}).") from e
-    config = timm.data.resolve_model_data_config(model)
+    config = resolve_model_data_config(model)
     chans = in_chans or own_chans
     mean, std = (_spread(config[key], chans) for key in ("mean", "std"))
     return Backbone(model, spec, mean=mean, std=std, pixels=config["input_size"][-1])

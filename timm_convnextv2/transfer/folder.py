@@ -49,8 +49,8 @@ class TransferFolder:
         last = self.path / CHECKPOINT
         if resume and last.is_file():
             try:
-                self.checkpoint = torch.load(last, map_location="cpu", weights_only=True)
-                self.checkpoint["update"], self.checkpoint["settings"]  # noqa: B018
+                found = torch.load(last, map_location="cpu", weights_only=True)
+                self.checkpoint = {key: found[key] for key in ("update", "settings", "state_dict")} | found
             except Exception as e:
                 raise ValueError(f"The checkpoint '{last}' cannot be read ({type(e).__name__}: {e}).") from e
         used = self.path.is_dir() and any(not p.name.startswith(LOCK) for p in self.path.iterdir())

@@ -363,7 +363,7 @@ def finish_epoch(run: Run, world: World, bar: ProgressBar, epoch: int, updates: 
         with torch.no_grad():
             measured = run.measured = run.evaluate(epoch + 1, training.best_model.eval(), done)
     if world.primary:
-        summary.add_row(run.folder.summary, epoch, metrics, measured, training.lr)
+        summary.add_row(run.folder.summary, epoch, metrics, {**measured}, training.lr)
         for log in run.logs:
             log(epoch, {**metrics, **{f"eval_{name}": value for name, value in measured.items()}, "lr": training.lr})
     found = "".join(f"  {name} {value:.3f}" for name, value in list(measured.items())[:2])
