@@ -117,15 +117,17 @@ def build_detector(
         box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
         **options,
     )
-    if boxes_only:
-        detector = FasterRCNN(pyramid, num_classes + 1, **settings)
-    else:
-        pool = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
-        detector = MaskRCNN(pyramid, num_classes + 1, mask_roi_pool=pool, **settings)
-    detector.made_of = dict(  # pyright: ignore[reportAttributeAccessIssue]  what `open_detector` needs
+    if not boxes_only:
+        settings["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
+    try:
+        detector = (FasterRCNN if boxes_only else MaskRCNN)(pyramid, num_classes + 1, **settings)
+    except TypeError as e:  # an option that torchvision does not have
+        raise ValueError(f"The detector cannot be made: {e}.") from e
+    made_of: Any = dict(
         num_classes=num_classes, boxes_only=boxes_only, out_channels=out_channels,
         min_size=settings["min_size"], max_size=settings["max_size"], options=options,
     )  # fmt: skip
+    detector.made_of = made_of  # what `open_detector` needs
     return detector
 
 
