@@ -1,6 +1,8 @@
 """The command detect: from images and annotations to AP, resumed, measured, used; mistakes are one message."""
 
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -20,6 +22,7 @@ from timm_convnextv2.transfer.detect_options import RECIPES, add_recipe, known_o
 
 pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
 
+PAGE = (ROOT / "docs/transfer.md").read_text()
 TINY = ["--img-size", "32", "-b", "4", "--out-channels", "8", "-j", "0", "--device", "cpu", "--warmup-updates", "2"]
 TINY += ["--shown-images", "1", "--detector-kwargs", *(f"{k}={v}" for k, v in FAST.items())]
 
@@ -57,6 +60,11 @@ def test_from_images_to_average_precision(command, data, tmp_path, capsys):
         "epoch-0001.png", "epoch-0002.png", "validation.json",
     ]  # fmt: skip
     assert not list(run.glob(".*"))  # the lock is given back
+
+    (snippet,) = re.findall(r"```python\n(.*?open_detector.*?)```", PAGE, flags=re.S)
+    names = {}
+    exec(snippet.replace("output/shapes", str(run)).replace("shapes/", f"{data}/"), names)
+    assert names["found"].keys() == {"boxes", "labels", "scores", "masks"}
 
     words = ["--model", str(run / "model"), "--device", "cpu", "-j", "0"]
     assert main(["eval", *words, "--data-dir", str(data), "--output", str(tmp_path / "measured")]) == 0
@@ -187,3 +195,9 @@ def test_the_console_knows_it(capsys):
     assert cli(["detect", "train", "--list-recipes", "--data-dir", "x"]) == 0
     assert "mask-rcnn-base" in capsys.readouterr().out
     assert 'transfer/recipes/*/*.yaml"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_commands_of_the_page_are_right():
+    text = PAGE.replace("\\\n", "")
+    lines = re.findall(r"timm-convnextv2 detect ((?:train|eval|predict) [^`\n]+)", text)
+    assert {parse(shlex.split(line))[0].action for line in lines} == {"train", "eval", "predict"}

@@ -189,23 +189,22 @@ def test_a_folder_that_is_no_detector(tmp_path, small):
 
 @pytest.mark.slow
 def test_a_detector_memorises_eight_images(coco):
-    """Box AP above 0.9 on what it was trained on."""
-    torch.manual_seed(0)
-    detector = tiny_detector(out_channels=32, rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100)
-    samples = DetectionSamples(coco)
+    """Box AP above 0.9 on what it was trained on, in about a hundred steps."""
+    fast = dict(rpn_post_nms_top_n_train=60, rpn_post_nms_top_n_test=60, box_batch_size_per_image=32)
+    detector = tiny_detector(boxes_only=True, out_channels=32, **fast)
+    samples = DetectionSamples(coco, masks=False)
     batch = collate([samples[0, i] for i in range(8)])
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
-    how = dict(masks=True, device=torch.device("cpu"), in_chans=3, batch_size=8)
-    best = 0.0
-    for step in range(600):
+    reached = 0.0
+    for step in range(400):
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20) * (0.1 if step > 300 else 1)
         optimizer.zero_grad()
         sum(detector.train()(*batch).values()).backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
         optimizer.step()
-        if step % 50 == 49:
-            best = evaluate_detector(detector, coco, **how)[0]["box_ap"]
-            if best > 0.9:
+        if step % 25 == 24:
+            how = dict(masks=False, device=torch.device("cpu"), in_chans=3, batch_size=8)
+            reached = evaluate_detector(detector, coco, **how)[0]["box_ap"]
+            if reached > 0.9:
                 break
-        if step == 400:
-            optimizer.param_groups[0]["lr"] = 5e-4
-    assert best > 0.9
+    assert reached > 0.9
