@@ -76,6 +76,8 @@ def test_from_images_to_average_precision(command, data, tmp_path, capsys):
     coco = open_coco(found, data / "validation/images", in_chans=3, drop_wrong=True)  # what it writes, it reads
     assert len(coco.images) == 8 and coco.images[0].height == 32
     assert main(["predict", *words]) == 2 and "exists. Pass --overwrite" in capsys.readouterr().err
+    assert main(["predict", *words, "--overwrite", "--device", "tpu9"]) == 2
+    assert capsys.readouterr().err.startswith("timm-convnextv2 detect predict: error: ")
 
 
 def test_a_run_resumes_bit_for_bit(command, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         return train_command(args, recipe, argv)
     try:
         (evaluate_command if args.action == "eval" else predict_command)(args)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         return refused(f"detect {args.action}", e)
     return 0
 
