@@ -35,6 +35,7 @@ COMMANDS = {
     "collapse": Command("timm_convnextv2.collapse", "compare how alike the channels of models are"),
     "stats": Command("timm_convnextv2.stats", "measure the pixels of a data set: mean, std, percentiles, histogram"),
     "check": Command("timm_convnextv2.check", "look for files of a folder that are unreadable, flat, double or odd"),
+    "detect": Command("timm_convnextv2.detect", "train, measure and run a detector of objects on a backbone"),
 }
 
 

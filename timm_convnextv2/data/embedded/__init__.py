@@ -1,7 +1,8 @@
 """The embedded data set: pictures of eight kinds of objects, rendered when asked for. No files, no network.
 
 `EmbeddedSource` draws them without labels for pretraining, `write_folder` writes labelled ones for timm's `train.py`
-(from the shell: `python -m timm_convnextv2.data.embedded FOLDER`).
+(from the shell: `python -m timm_convnextv2.data.embedded FOLDER`), or with boxes and masks for detection and
+segmentation (`--coco --masks`).
 """
 
 import colorsys
@@ -17,6 +18,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..decode import check_index
+from .annotations import Annotations
 
 __all__ = ["EmbeddedSource", "write_folder"]
 
@@ -137,6 +139,10 @@ class EmbeddedSource(Dataset):
         """Class of picture `i`, an index into `classes`."""
         return check_index(i, self.length) % len(self.classes)
 
+    def mask(self, i: int) -> np.ndarray:
+        """The pixels of picture `i` that its object covers by half or more, bool `[size, size]`."""
+        return _draw(list(_SHAPES.values())[self.label(i)], _Dice(self.seed, i), self.size)[1] < 0
+
     def __getitem__(self, i: int) -> torch.Tensor:
         image = _render(list(_SHAPES.values())[self.label(i)], _Dice(self.seed, i), self.size)
         if self.in_chans == 1:
@@ -149,8 +155,19 @@ def _smoothstep(t: np.ndarray) -> np.ndarray:
     return t * t * (3 - 2 * t)
 
 
-def _render(shape: Callable[[np.ndarray, np.ndarray, float], np.ndarray], dice: _Dice, size: int) -> np.ndarray:
-    """Draws one picture, float32 `[3, size, size]` in [0, 1]. Lengths are in half widths of the picture."""
+_Shape = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+
+
+def _render(shape: _Shape, dice: _Dice, size: int) -> np.ndarray:
+    """Draws one picture, float32 `[3, size, size]` in [0, 1]."""
+    return _draw(shape, dice, size)[0]
+
+
+def _draw(shape: _Shape, dice: _Dice, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """One picture and the signed distance from its object's edge, `[size, size]`, negative inside.
+
+    Lengths are in half widths of the picture.
+    """
     axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     x, y = axis[None, :], axis[:, None]
     pixels = size / 2  # per unit of length: distance times this, cut to [0, 1], is an antialiased edge
@@ -196,7 +213,7 @@ def _render(shape: Callable[[np.ndarray, np.ndarray, float], np.ndarray], dice: 
     paint += 0.5 * np.clip(-slope - 0.9, 0, 1)
     image += (paint - image) * np.clip(0.5 - distance * pixels, 0, 1)
     image *= 1.04 - 0.12 * (x * x + y * y)
-    return np.clip(image, 0, 1, out=image)
+    return np.clip(image, 0, 1, out=image), distance
 
 
 def _background(dice: _Dice, hue: float, dark: bool, axis: np.ndarray) -> np.ndarray:
@@ -239,9 +256,19 @@ def _surface(dice: _Dice, u: np.ndarray, v: np.ndarray, pixels: float, lx: float
 
 
 def write_folder(
-    folder: str | os.PathLike, *, size: int = 56, train: int = 160, validation: int = 800, seed: int = 0
+    folder: str | os.PathLike,
+    *,
+    size: int = 56,
+    train: int = 160,
+    validation: int = 800,
+    seed: int = 0,
+    coco: bool = False,
+    masks: bool = False,
 ) -> Path:
     """Writes a labelled image folder, `FOLDER/{train,validation}/CLASS/*.png`, as timm's `train.py` reads it.
+
+    With `coco` or `masks`, the same pictures as `FOLDER/{train,validation}/images/*.png`, with what detection and
+    segmentation read.
 
     No picture is in both splits, in the folder of another seed, or among those that pretraining on `embedded` sees.
     The folder appears when it is complete: a run that is killed leaves at most a hidden one beside it.
@@ -252,6 +279,9 @@ def write_folder(
         train: Pictures of the training split, in all; a multiple of the number of classes, 8.
         validation: Likewise for the validation split.
         seed: Which pictures, at least 0.
+        coco: Write boxes and masks of the objects as `FOLDER/{train,validation}.json`, in COCO's format.
+        masks: Write the classes of the pixels as `FOLDER/{train,validation}/masks/*.png`, 0 for the background and
+            classes from 1, and their names by number as the lines of `FOLDER/classes.txt`.
 
     Returns:
         The folder.
@@ -279,14 +309,36 @@ def write_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         for split, source in sources.items():
-            for name in classes:
-                (temporary / split / name).mkdir(parents=True)
-            for i in range(len(source)):
-                image = Image.fromarray(source[i].permute(1, 2, 0).numpy())
-                image.save(temporary / split / classes[source.label(i)] / f"{i:05d}.png")
+            if coco or masks:
+                _write_annotated(source, temporary, split, coco, masks)
+            else:
+                _write_labelled(source, temporary / split)
         if folder.exists():
             folder.rmdir()  # Windows does not move a folder onto an empty one
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _write_labelled(source: EmbeddedSource, folder: Path) -> None:
+    """A folder a class."""
+    for name in source.classes:
+        (folder / name).mkdir(parents=True)
+    for i in range(len(source)):
+        _as_image(source, i).save(folder / source.classes[source.label(i)] / f"{i:05d}.png")
+
+
+def _write_annotated(source: EmbeddedSource, folder: Path, split: str, coco: bool, masks: bool) -> None:
+    """One folder of images, with their annotations beside it."""
+    (folder / split / "images").mkdir(parents=True)
+    annotations = Annotations(folder, split, source.classes, coco, masks)
+    for i in range(len(source)):
+        name = f"{i:05d}.png"
+        _as_image(source, i).save(folder / split / "images" / name)
+        annotations.add(name, source.label(i), source.mask(i))
+    annotations.write()
+
+
+def _as_image(source: EmbeddedSource, i: int) -> Image.Image:
+    return Image.fromarray(source[i].permute(1, 2, 0).numpy())

@@ -1,6 +1,6 @@
 """Writes the embedded pictures as a labelled image folder.
 
-python -m timm_convnextv2.data.embedded FOLDER [--size 56] [--train N] [--validation N] [--seed S]
+python -m timm_convnextv2.data.embedded FOLDER [--size 56] [--train N] [--validation N] [--seed S] [--coco] [--masks]
 """
 
 import argparse
@@ -20,9 +20,15 @@ def cli(argv: list[str] | None = None) -> int:
     add("--train", type=int, default=160, metavar="N", help="training pictures, a multiple of 8 (default: 160)")
     add("--validation", type=int, default=800, metavar="N", help="validation pictures, likewise (default: 800)")
     add("--seed", type=int, default=0, metavar="S", help="which pictures; none are those of pretraining (default: 0)")
+    add(
+        "--coco",
+        action="store_true",
+        help="write FOLDER/{train,validation}.json with boxes and masks, images in images/",
+    )
+    add("--masks", action="store_true", help="write {train,validation}/masks/*.png, images in images/, and classes.txt")
     args = parser.parse_args(argv)
     try:
-        folder = write_folder(args.folder, size=args.size, train=args.train, validation=args.validation, seed=args.seed)
+        folder = write_folder(**vars(args))
     except (ValueError, OSError) as e:
         print(f"{parser.prog}: error: {e}", file=sys.stderr)
         return 2

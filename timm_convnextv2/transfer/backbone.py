@@ -1,0 +1,165 @@
+"""A timm model as the backbone of detection and segmentation: the maps of its last stages, and what it was made of."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.layers import Format
+from timm.models import group_parameters, load_model_config_from_hf
+from torch import Tensor, nn
+
+from ..checkpoint import load_model
+from ..models import ConvNeXtV2
+from ..provenance import read_config
+
+__all__ = ["Backbone", "create_backbone", "open_backbone"]
+
+STAGES = 4
+
+
+class Backbone(nn.Module):
+    """The maps of the last four stages of a model of timm.
+
+    Args:
+        model: From `timm.create_model(..., features_only=True)`.
+        spec: What makes the same model again, without weights: `architecture` and `model_args`.
+        mean: Of the images in 0..1, one value a channel.
+        std: Likewise.
+        pixels: Side of the square images that the weights were trained on.
+
+    Attributes:
+        channels: Of each map.
+        strides: Pixels of the image per pixel of each map.
+
+    Raises:
+        ValueError: The maps are no stages: their strides do not grow.
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: dict[str, Any], *, mean: list[float], std: list[float], pixels: int
+    ) -> None:
+        super().__init__()
+        info: Any = model.feature_info
+        self.model, self.spec, self.mean, self.std, self.pixels = model, spec, mean, std, pixels
+        self.channels: list[int] = list(info.channels())[-STAGES:]
+        self.strides: list[int] = list(info.reduction())[-STAGES:]
+        self._channels_last = getattr(model, "output_fmt", None) == Format.NHWC
+        if sorted(set(self.strides)) != self.strides or len(self.strides) < 2:
+            raise ValueError(
+                f"The model '{spec['architecture']}' has maps of strides {self.strides}; expected stages of growing "
+                "stride, as ConvNeXt, Swin and ResNet have them."
+            )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The maps, finest first.
+
+        Args:
+            images: Float `[B, C, H, W]`, normalised with `mean` and `std`.
+
+        Returns:
+            `[B, channels[i], H / strides[i], W / strides[i]]` each.
+        """
+        maps = self.model(images)[-STAGES:]
+        return [x.permute(0, 3, 1, 2).contiguous() for x in maps] if self._channels_last else maps
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return len(self.mean)
+
+    def layer_ids(self, layer_decay_type: str = "group") -> tuple[dict[str, int], int]:
+        """The layer of each parameter for layer-wise learning rate decay, by the model's own `group_matcher`.
+
+        Args:
+            layer_decay_type: Of a ConvNeXt V2: 'group', about three blocks a layer, as the paper transfers all sizes
+                (appendix A.3 and A.4), or 'single'. Other models have one kind.
+
+        Returns:
+            The layer by the parameter's name here, and the layer above all of these, which is the heads'.
+        """
+        with torch.device("meta"):  # the whole model knows its layers, features_only does not
+            whole: Any = timm.create_model(self.spec["architecture"], pretrained=False, **self.spec["model_args"])
+        if not hasattr(whole, "group_matcher"):
+            raise ValueError(f"The model '{self.spec['architecture']}' has no layers for layer decay; pass 1 for none.")
+        if isinstance(whole, ConvNeXtV2):
+            whole.layer_decay_type = layer_decay_type
+        found: Any = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
+        # features_only makes stem_0 of stem.0
+        layers = {name.replace(".", "_"): layer for name, layer in found.items()}
+        ids = {name: layers[_whole_name(name)] for name, _ in self.named_parameters()}
+        return ids, max(max(found.values()), max(ids.values()) + 1)
+
+
+def _whole_name(name: str) -> str:
+    name = name.removeprefix("model.")
+    return name.removeprefix("model.").replace(".", "_")
+
+
+def create_backbone(
+    name: str,
+    *,
+    pretrained: bool = True,
+    in_chans: int | None = None,
+    drop_path_rate: float | None = None,
+    **kwargs: Any,
+) -> Backbone:
+    """A backbone with its weights.
+
+    Args:
+        name: A model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
+        pretrained: Load the weights; else they are random.
+        in_chans: Channels of the images; the model's own if None. For another number, timm adapts the first layer's
+            weights, and the images are normalised with the mean of the model's means.
+        drop_path_rate: Share of the residual paths that training leaves out.
+        kwargs: More of `timm.create_model`.
+
+    Raises:
+        ValueError: The name is unknown, the weights cannot be had, or the model has no stages.
+    """
+    if drop_path_rate is not None:
+        kwargs["drop_path_rate"] = drop_path_rate
+    architecture, own = _architecture(name)
+    own_chans = own.get("in_chans", 3)
+    spec = {"architecture": architecture, "model_args": {**own, **kwargs, "in_chans": in_chans or own_chans}}
+    try:
+        if pretrained and in_chans in (None, own_chans):
+            model: Any = load_model(name, features_only=True, **kwargs)
+        else:
+            model = timm.create_model(
+                name, pretrained=pretrained, features_only=True, in_chans=in_chans or own_chans, **kwargs
+            )
+    except (RuntimeError, TypeError, AttributeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"The model '{name}' cannot be made with features_only ({type(e).__name__}: {e}).") from e
+    config = resolve_model_data_config(model)
+    chans = in_chans or own_chans
+    mean, std = (_spread(config[key], chans) for key in ("mean", "std"))
+    return Backbone(model, spec, mean=mean, std=std, pixels=config["input_size"][-1])
+
+
+def open_backbone(spec: dict[str, Any], *, mean: list[float], std: list[float], pixels: int) -> Backbone:
+    """The backbone of a `Backbone.spec`, with random weights."""
+    model = timm.create_model(spec["architecture"], pretrained=False, features_only=True, **spec["model_args"])
+    return Backbone(model, spec, mean=mean, std=std, pixels=pixels)
+
+
+def _architecture(name: str) -> tuple[str, dict[str, Any]]:
+    """The name of the model in timm, and the options that its folder or repository adds."""
+    try:
+        if name.startswith("local-dir:"):
+            config = read_config(Path(name.removeprefix("local-dir:")) / "config.json", ours=False)
+            architecture, own = config["architecture"], config.get("model_args")
+        elif name.startswith("hf-hub:"):
+            _, architecture, own = load_model_config_from_hf(name.removeprefix("hf-hub:"))
+        else:
+            return name, {}
+    except Exception:
+        load_model(name)  # says what is wrong
+        raise
+    return architecture, dict(own or {})
+
+
+def _spread(values: tuple[float, ...], channels: int) -> list[float]:
+    """One value a channel."""
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
