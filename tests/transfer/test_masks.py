@@ -184,9 +184,9 @@ def test_image_and_mask_move_together(size):
         torch.manual_seed(seed)
         x, y = transform(image, mask)
         assert x.shape == (1, size, size) and x.dtype == torch.float32 and y.shape == (size, size)
-        shown, inside = (x[0] * 2.55), y != 255
-        # only at edges does the bilinear image lie between two classes
-        assert ((shown - y).abs()[inside] < 0.1).float().mean() > 0.75
+        shown, inside = x[0] * 2.55, y != 255
+        # only at edges does the bilinear image lie between two classes; of a mask that is not flipped, 0.5 is usual
+        assert (shown - y).abs()[inside].mean() < 0.15
         assert (x[0][~inside] == 0.9).all()
         seen.add(float(x.sum()))
     assert len(seen) > 8

@@ -10,7 +10,7 @@ from encoders import make_encoder, maps_of
 from helpers import assert_same
 
 from timm_convnextv2.transfer.confusion import Confusion
-from timm_convnextv2.transfer.segmentation import Segmenter, build_segmenter, load_segmenter, save_segmenter
+from timm_convnextv2.transfer.segmentation import Segmenter, build_segmenter, open_segmenter, export_segmenter
 from timm_convnextv2.transfer.upernet import FCNHead, UPerHead
 from timm_convnextv2.transfer.windows import predict, slide
 
@@ -94,8 +94,8 @@ def test_folder(tmp_path):
     model = tiny(in_chans=2, classes=["sea", "land", "sky"], ignore_index=7)
     model(torch.rand(2, 2, 64, 64), torch.randint(0, 3, (2, 64, 64)))  # batch statistics that are not the initial ones
     model.eval()
-    save_segmenter(model, tmp_path / "run/model", miou=0.5)
-    opened = load_segmenter(tmp_path / "run")
+    export_segmenter(model, tmp_path / "run/model", miou=0.5)
+    opened = open_segmenter(tmp_path / "run")
     images = torch.rand(1, 2, 40, 40)
     with torch.no_grad():
         assert torch.equal(opened(images), model(images))
@@ -105,9 +105,9 @@ def test_folder(tmp_path):
     assert config["miou"] == 0.5
     (tmp_path / "run/model/config.json").write_text(json.dumps({**config, "classes": ["sea", "land"]}))
     with pytest.raises(ValueError, match="cannot be opened .*size mismatch"):
-        load_segmenter(tmp_path / "run")
+        open_segmenter(tmp_path / "run")
     with pytest.raises(ValueError, match="no folder of a segmenter: it has no config.json"):
-        load_segmenter(tmp_path)
+        open_segmenter(tmp_path)
 
 
 def test_wrong_classes():

@@ -16,7 +16,7 @@ from ..files import whole_file
 from .backbone import Backbone, create_backbone, open_backbone
 from .upernet import FCNHead, UPerHead, resize
 
-__all__ = ["IGNORE_INDEX", "Segmenter", "build_segmenter", "load_segmenter", "save_segmenter"]
+__all__ = ["IGNORE_INDEX", "Segmenter", "build_segmenter", "open_segmenter", "export_segmenter"]
 
 IGNORE_INDEX = 255
 AUXILIARY_WEIGHT = 0.4  # of mmsegmentation's configurations of UPerNet
@@ -24,7 +24,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class Segmenter(nn.Module):
-    """UPerNet; made by `build_segmenter` and `load_segmenter`.
+    """UPerNet; made by `build_segmenter` and `open_segmenter`.
 
     Args:
         backbone: Its last four maps are read.
@@ -154,8 +154,8 @@ def build_segmenter(
     )  # fmt: skip
 
 
-def save_segmenter(model: Segmenter, folder: str | Path, **more: Any) -> Path:
-    """Writes a folder that `load_segmenter` opens: config.json and model.safetensors.
+def export_segmenter(model: Segmenter, folder: str | Path, **more: Any) -> Path:
+    """Writes a folder that `open_segmenter` opens: config.json and model.safetensors.
 
     Args:
         model: The segmenter.
@@ -186,11 +186,11 @@ def save_segmenter(model: Segmenter, folder: str | Path, **more: Any) -> Path:
     return folder
 
 
-def load_segmenter(folder: str | Path, device: str | torch.device = "cpu") -> Segmenter:
+def open_segmenter(folder: str | Path, device: str | torch.device = "cpu") -> Segmenter:
     """The segmenter of a folder, in eval mode; needs this package, and no network.
 
     Args:
-        folder: Written by `save_segmenter`, such as `model` in the folder of a run, or that of the run.
+        folder: Written by `export_segmenter`, such as `model` in the folder of a run, or that of the run.
         device: Where it goes.
 
     Raises:
