@@ -1,0 +1,221 @@
+"""Detectors: torchvision's Mask R-CNN and Faster R-CNN with a feature pyramid on the stages of any timm model.
+
+detector = build_detector("local-dir:runs/mine/encoder", num_classes=20)
+losses = detector(images, targets)       in train mode, as torchvision's detectors
+
+detector = open_detector("output/run/model")      what `timm-convnextv2 detect train` exports
+"""
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from ..files import whole_file
+from .backbone import Backbone, create_backbone, open_backbone
+
+__all__ = ["Pyramid", "build_detector", "classes_of", "export_detector", "open_detector"]
+
+FORMAT = "timm_convnextv2 detector 1"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class Pyramid(nn.Module):
+    """A feature pyramid on the maps of a backbone, and one coarser map.
+
+    Args:
+        backbone: See there.
+        out_channels: Channels of all maps.
+    """
+
+    def __init__(self, backbone: Backbone, out_channels: int) -> None:
+        super().__init__()
+        self.body, self.out_channels = backbone, out_channels
+        # a ConvNeXt's maps come without a norm, hence one in the pyramid; LayerNorm does not mind small batches
+        self.fpn = FeaturePyramidNetwork(
+            backbone.channels, out_channels, extra_blocks=LastLevelMaxPool(), norm_layer=LayerNorm2d
+        )
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps by name, '0' the finest: `[B, out_channels, h, w]` each."""
+        return self.fpn(OrderedDict((str(i), x) for i, x in enumerate(self.body(images))))
+
+
+def build_detector(
+    backbone: str | Backbone,
+    num_classes: int,
+    *,
+    boxes_only: bool = False,
+    img_size: int | None = None,
+    in_chans: int | None = None,
+    pretrained: bool = True,
+    drop_path_rate: float | None = None,
+    frozen: bool = False,
+    out_channels: int = 256,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    **options: Any,
+) -> FasterRCNN:
+    """Mask R-CNN, or Faster R-CNN, with a feature pyramid on the last four stages of a backbone.
+
+    It is called as torchvision's are: images are a list of float `[C, H, W]` in 0..1 of any sizes, C the backbone's; it
+    normalises them as in pretraining and resizes them. Labels are 1..num_classes, 0 is the background.
+
+    Args:
+        backbone: A model of timm, `local-dir:FOLDER`, `hf-hub:USER/NAME`; or a `Backbone`.
+        num_classes: Classes of objects.
+        boxes_only: Faster R-CNN, which finds boxes and no masks.
+        img_size: Pixels that the longer side is resized to, in place of `min_size` and `max_size`.
+        in_chans: Channels of the images; the model's own if None.
+        pretrained: Load the backbone's weights.
+        drop_path_rate: Of the backbone in training.
+        frozen: Train the pyramid and the heads only.
+        out_channels: Channels of the pyramid.
+        min_size: Pixels that the shorter side is resized to; 25 times the backbone's stride if None (800 for 32).
+        max_size: Limit for the longer side; 42 times the stride if None.
+        options: More of torchvision's `MaskRCNN` or `FasterRCNN` (`box_score_thresh`, ...).
+
+    Raises:
+        ValueError: The model cannot be had, or has strides that RoIAlign cannot take.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}, expected at least 1.")
+    if isinstance(backbone, str):
+        backbone = create_backbone(backbone, pretrained=pretrained, in_chans=in_chans, drop_path_rate=drop_path_rate)
+    elif in_chans not in (None, backbone.in_chans) or drop_path_rate is not None:
+        raise ValueError("in_chans and drop_path_rate are those of the Backbone: give them to create_backbone.")
+    backbone.requires_grad_(not frozen)
+    strides = backbone.strides  # [4, 8, 16, 32]; with patch_size=1 [1, 2, 4, 8]
+    if any(stride & (stride - 1) for stride in strides):
+        raise ValueError(
+            f"The backbone has strides {strides}; torchvision's RoIAlign takes powers of two only. Take an encoder "
+            "with another --patch-size."
+        )
+    if img_size is not None:
+        min_size = max_size = img_size
+    pyramid = Pyramid(backbone, out_channels)
+    sizes = [8 * stride for stride in (*strides, 2 * strides[-1])]  # the pyramid adds a map of twice the stride
+    names = [str(i) for i in range(len(strides))]
+    settings: dict[str, Any] = dict(
+        min_size=min_size or 25 * strides[-1],
+        max_size=max_size or 42 * strides[-1],
+        size_divisible=strides[-1],
+        image_mean=backbone.mean,
+        image_std=backbone.std,
+        rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in sizes), ((0.5, 1.0, 2.0),) * len(sizes)),
+        box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
+        **options,
+    )
+    if boxes_only:
+        detector = FasterRCNN(pyramid, num_classes + 1, **settings)
+    else:
+        pool = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
+        detector = MaskRCNN(pyramid, num_classes + 1, mask_roi_pool=pool, **settings)
+    detector.made_of = dict(  # pyright: ignore[reportAttributeAccessIssue]  what `open_detector` needs
+        num_classes=num_classes, boxes_only=boxes_only, out_channels=out_channels,
+        min_size=settings["min_size"], max_size=settings["max_size"], options=options,
+    )  # fmt: skip
+    return detector
+
+
+def export_detector(
+    detector: FasterRCNN, folder: str | os.PathLike, *, classes: Sequence[str], metrics: dict[str, float] | None = None
+) -> Path:
+    """Writes a detector as a folder that `open_detector` reads: `config.json`, `model.safetensors`, `README.md`.
+
+    Args:
+        detector: From `build_detector`.
+        folder: Where to; it is made if needed.
+        classes: Names of the labels 1, 2, ...
+        metrics: Stated in the README.
+
+    Raises:
+        ValueError: The names are not as many as the classes.
+        WriteError: (an OSError) A file cannot be written.
+    """
+    pyramid: Any = detector.backbone
+    backbone: Backbone = pyramid.body
+    made_of: dict[str, Any] = {**detector.made_of}  # pyright: ignore
+    if len(classes) != made_of["num_classes"]:
+        raise ValueError(f"{len(classes)} names of classes for a detector of {made_of['num_classes']}.")
+    config = dict(
+        format=FORMAT,
+        classes=list(classes),
+        backbone=dict(spec=backbone.spec, mean=backbone.mean, std=backbone.std, pixels=backbone.pixels),
+        detector=made_of,
+        metrics=metrics or {},
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().cpu().contiguous() for k, v in detector.state_dict().items()}
+    with whole_file(folder / WEIGHTS) as part:
+        save_file(weights, part, metadata={"format": "pt"})
+    with whole_file(folder / CONFIG) as part:
+        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / "README.md") as part:
+        part.write_text(_card(config), encoding="utf-8")
+    return folder
+
+
+def _card(config: dict[str, Any]) -> str:
+    kind = "Faster R-CNN" if config["detector"]["boxes_only"] else "Mask R-CNN"
+    rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in config["metrics"].items())
+    return (
+        f"# {kind} on {config['backbone']['spec']['architecture']}\n\nClasses: {', '.join(config['classes'])}.\n\n"
+        "```python\nimport torch\nfrom timm_convnextv2.data import load_image\n"
+        "from timm_convnextv2.transfer import open_detector\n\n"
+        f'detector = open_detector("FOLDER")\nimage = load_image("IMAGE", {len(config["backbone"]["mean"])})\n'
+        "found = detector([image / 255 if image.dtype == torch.uint8 else image])[0]  # boxes, labels, scores\n```\n"
+        + (f"\n| metric on the validation images | |\n| --- | --- |\n{rows}" if rows else "")
+    )
+
+
+def open_detector(folder: str | os.PathLike) -> FasterRCNN:
+    """A detector that `export_detector` wrote, in eval mode on the CPU.
+
+    Raises:
+        ValueError: The folder has none, or its files do not fit each other.
+    """
+    config = _config(folder)
+    made_of = dict(config["detector"])
+    options = made_of.pop("options")
+    detector = build_detector(open_backbone(**config["backbone"]), **made_of, **options)
+    try:
+        detector.load_state_dict(load_file(Path(folder) / WEIGHTS))
+    except (OSError, RuntimeError, SafetensorError) as e:
+        raise ValueError(f"The weights '{Path(folder) / WEIGHTS}' cannot be loaded ({e}).") from e
+    return detector.eval()
+
+
+def classes_of(folder: str | os.PathLike) -> list[str]:
+    """Names of the labels 1, 2, ... of a detector that `export_detector` wrote.
+
+    Raises:
+        ValueError: The folder has none.
+    """
+    return list(_config(folder)["classes"])
+
+
+def _config(folder: str | os.PathLike) -> dict[str, Any]:
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"'{folder}' is no detector that detect train exported: {path.name}: {e}") from e
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(
+            f"'{folder}' is no detector that detect train exported (RUN/model): its config.json has no "
+            f"format '{FORMAT}'."
+        )
+    return config
