@@ -38,19 +38,23 @@ class Recipe:
         return replace(self, values={**self.values, "pretrained": False})
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with this package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def recipe_names(folder: Path = RECIPES) -> list[str]:
+    """Names of the recipes that come with this package, in its folder of them for a command."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def load_recipe(name: str) -> Recipe:
+def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
     """Reads a recipe by its name, or by the path of a YAML file.
+
+    Args:
+        name: See above.
+        folder: Where the named ones lie.
 
     Raises:
         ValueError: No such recipe, or the file is not a mapping.
     """
-    known = recipe_names()
-    path = RECIPES / f"{name}.yaml" if name in known else Path(name)
+    known = recipe_names(folder)
+    path = folder / f"{name}.yaml" if name in known else Path(name)
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(
             f"--recipe {name} is unknown.{closest(name, known)} There are: {', '.join(known)}; "
@@ -80,8 +84,8 @@ def _header(text: str) -> list[str]:
     return [line[1:].strip() for line in comment[0].splitlines()] if comment else []
 
 
-def list_recipes() -> str:
-    """One line a recipe: its name and what it is for."""
-    recipes = [load_recipe(name) for name in recipe_names()]
+def list_recipes(folder: Path = RECIPES) -> str:
+    """One line a recipe of a folder: its name and what it is for."""
+    recipes = [load_recipe(name, folder) for name in recipe_names(folder)]
     width = max(len(recipe.name) for recipe in recipes)
     return "\n".join(f"{recipe.name:{width}}  {recipe.description}" for recipe in recipes)
