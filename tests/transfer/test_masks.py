@@ -109,7 +109,9 @@ def test_zero_label_of_ade20k(tmp_path):
     target = data[0][1].numpy()
     assert data.check().tolist() == [(mask == i).sum() for i in (1, 2, 3)]
     assert (target[mask == 0] == 255).all() and target[0, 0] == 255 and (target[mask == 3] == 2).all()
-    with pytest.raises(ValueError, match=r"indices of no class \(there are 3, 0 to 2, and 255 for none\): .*a.png has 3"):
+    with pytest.raises(
+        ValueError, match=r"indices of no class \(there are 3, 0 to 2, and 255 for none\): .*a.png has 3"
+    ):
         opened(tmp_path).check()
 
 

@@ -10,7 +10,7 @@ from encoders import make_encoder, maps_of
 from helpers import assert_same
 
 from timm_convnextv2.transfer.confusion import Confusion
-from timm_convnextv2.transfer.segmentation import Segmenter, build_segmenter, open_segmenter, export_segmenter
+from timm_convnextv2.transfer.segmentation import Segmenter, build_segmenter, export_segmenter, open_segmenter
 from timm_convnextv2.transfer.upernet import FCNHead, UPerHead
 from timm_convnextv2.transfer.windows import predict, slide
 
@@ -94,7 +94,7 @@ def test_folder(tmp_path):
     model = tiny(in_chans=2, classes=["sea", "land", "sky"], ignore_index=7)
     model(torch.rand(2, 2, 64, 64), torch.randint(0, 3, (2, 64, 64)))  # batch statistics that are not the initial ones
     model.eval()
-    export_segmenter(model, tmp_path / "run/model", miou=0.5)
+    export_segmenter(model, tmp_path / "run/model", metrics=dict(miou=0.5))
     opened = open_segmenter(tmp_path / "run")
     images = torch.rand(1, 2, 40, 40)
     with torch.no_grad():
@@ -102,9 +102,9 @@ def test_folder(tmp_path):
     assert (opened.classes, opened.ignore_index) == (["sea", "land", "sky"], 7)
     assert_same(opened.state_dict(), model.state_dict())
     config = json.loads((tmp_path / "run/model/config.json").read_text())
-    assert config["miou"] == 0.5
+    assert config["metrics"]["miou"] == 0.5 and "| miou | 0.5000 |" in (tmp_path / "run/model/README.md").read_text()
     (tmp_path / "run/model/config.json").write_text(json.dumps({**config, "classes": ["sea", "land"]}))
-    with pytest.raises(ValueError, match="cannot be opened .*size mismatch"):
+    with pytest.raises(ValueError, match="cannot be opened .* size mismatch"):
         open_segmenter(tmp_path / "run")
     with pytest.raises(ValueError, match="no folder of a segmenter: it has no config.json"):
         open_segmenter(tmp_path)

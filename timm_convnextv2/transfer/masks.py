@@ -20,7 +20,15 @@ from ..data.decode import printable
 from ..data.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file
 from ..evaluate.labelled import ImageFiles
 
-__all__ = ["MaskedImages", "TrainSamples", "TrainTransform", "load_mask", "open_split", "read_classes"]
+__all__ = [
+    "MaskedImages",
+    "TrainSamples",
+    "TrainTransform",
+    "load_mask",
+    "open_split",
+    "paths_by_stem",
+    "read_classes",
+]
 
 MASK_FOLDERS = ("masks", "annotations", "labels")
 SPLITS = {"train": TRAIN_FOLDERS, "validation": VALIDATION_FOLDERS, "test": ("test", "testing")}
@@ -106,7 +114,7 @@ class MaskedImages(Dataset):
                 f"The ignore index {ignore_index} is the index of the class '{self.classes[ignore_index]}'. Choose one "
                 f"outside of 0..{len(self.classes) - 1}, or reduce_zero_label if 0 means no class."
             )
-        found, there = _by_stem(images), _by_stem(masks)
+        found, there = paths_by_stem(images), paths_by_stem(masks)
         lost = [path for stem, path in found.items() if stem not in there]
         if lost:
             raise ValueError(
@@ -208,7 +216,7 @@ def _image_size(source: ImageFiles, i: int) -> tuple[int, int]:
     return height, width
 
 
-def _by_stem(root: str | os.PathLike) -> dict[str, str]:
+def paths_by_stem(root: str | os.PathLike) -> dict[str, str]:
     """The images below a folder by their path in it without ending, in order."""
     source = FolderSource(root)
     paths = sorted(source.path(i) for i in range(len(source)))

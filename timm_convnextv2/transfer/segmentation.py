@@ -59,9 +59,7 @@ class Segmenter(nn.Module):
         # a ConvNeXt's maps come without a norm; the official segmentation code adds the same ones
         self.norms = nn.ModuleList(LayerNorm2d(n) for n in backbone.channels)
         self.head = UPerHead(backbone.channels, num_classes, channels)
-        self.auxiliary = (
-            FCNHead(backbone.channels[-2], num_classes, auxiliary_channels) if auxiliary_channels else None
-        )
+        self.auxiliary = FCNHead(backbone.channels[-2], num_classes, auxiliary_channels) if auxiliary_channels else None
         for name, values in (("mean", backbone.mean), ("std", backbone.std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
@@ -144,9 +142,7 @@ def build_segmenter(
     Raises:
         ValueError: See `create_backbone` and `Segmenter`.
     """
-    backbone = create_backbone(
-        name, pretrained=pretrained, in_chans=in_chans, drop_path_rate=drop_path_rate, **kwargs
-    )
+    backbone = create_backbone(name, pretrained=pretrained, in_chans=in_chans, drop_path_rate=drop_path_rate, **kwargs)
     backbone.requires_grad_(not frozen)
     return Segmenter(
         backbone, num_classes, channels=channels, auxiliary_channels=auxiliary_channels, ignore_index=ignore_index,
@@ -154,16 +150,19 @@ def build_segmenter(
     )  # fmt: skip
 
 
-def export_segmenter(model: Segmenter, folder: str | Path, **more: Any) -> Path:
-    """Writes a folder that `open_segmenter` opens: config.json and model.safetensors.
+def export_segmenter(model: Segmenter, folder: str | Path, *, metrics: dict[str, Any] | None = None) -> Path:
+    """Writes a folder that `open_segmenter` opens: config.json, model.safetensors and README.md.
 
     Args:
         model: The segmenter.
         folder: Made where it is missing; files of these names are replaced.
-        more: Plain values for config.json beside what makes the model, such as metrics.
+        metrics: Plain values, stated in config.json and README.md.
 
     Returns:
         The folder.
+
+    Raises:
+        WriteError: (an OSError) A file cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -177,13 +176,27 @@ def export_segmenter(model: Segmenter, folder: str | Path, **more: Any) -> Path:
         "classes": model.classes,
         "ignore_index": model.ignore_index,
         **model.sizes,
-        **more,
+        "metrics": metrics or {},
     }
     with whole_file(folder / WEIGHTS) as part:
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, part)
+        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, part)
     with whole_file(folder / CONFIG) as part:
         part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / "README.md") as part:
+        part.write_text(_card(config), encoding="utf-8")
     return folder
+
+
+def _card(config: dict[str, Any]) -> str:
+    rows = "".join(f"| {k} | {v:.4f} |\n" for k, v in config["metrics"].items() if isinstance(v, float))
+    return (
+        f"# UPerNet on {config['backbone']['architecture']}\n\nClasses, from index 0: {', '.join(config['classes'])}.\n\n"
+        "```python\nfrom timm_convnextv2.data import load_image\n"
+        "from timm_convnextv2.transfer import find_classes, open_segmenter\n\n"
+        f'segmenter = open_segmenter("FOLDER")\nimage = load_image("IMAGE", {len(config["mean"])})\n'
+        "classes = find_classes(segmenter, image)  # [H, W]\n```\n"
+        + (f"\n| metric on the validation images | |\n| --- | --- |\n{rows}" if rows else "")
+    )
 
 
 def open_segmenter(folder: str | Path, device: str | torch.device = "cpu") -> Segmenter:
@@ -207,9 +220,7 @@ def open_segmenter(folder: str | Path, device: str | torch.device = "cpu") -> Se
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if config.get("task") != "segmentation":
             raise ValueError(f"the task is {config.get('task')!r}, expected 'segmentation'")
-        backbone = open_backbone(
-            config["backbone"], mean=config["mean"], std=config["std"], pixels=config["pixels"]
-        )
+        backbone = open_backbone(config["backbone"], mean=config["mean"], std=config["std"], pixels=config["pixels"])
         sizes = {key: config[key] for key in ("channels", "auxiliary_channels", "ignore_index", "classes")}
         model = Segmenter(backbone, len(config["classes"]), **sizes)
         model.load_state_dict(load_file(folder / WEIGHTS))

@@ -77,9 +77,7 @@ class FCNHead(nn.Sequential):
     """One convolution and a classifier on one map `[B, in_channels, h, w]`: logits `[B, num_classes, h, w]`."""
 
     def __init__(self, in_channels: int, num_classes: int, channels: int = 256, dropout: float = 0.1) -> None:
-        super().__init__(
-            Conv2dNormActivation(in_channels, channels, 3), *_classifier(channels, num_classes, dropout)
-        )
+        super().__init__(Conv2dNormActivation(in_channels, channels, 3), *_classifier(channels, num_classes, dropout))
 
 
 def _classifier(channels: int, num_classes: int, dropout: float) -> nn.Sequential:

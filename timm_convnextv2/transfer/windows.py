@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from .upernet import resize
@@ -87,7 +86,9 @@ def predict(
             x = scaled.flip(-1) if mirrored else scaled
             logits = model(x) if window is None else slide(model, x, window, stride)
             logits = logits.flip(-1) if mirrored else logits
-            logits = resize(logits, size or (height, width)) if logits.shape[-2:] != (size or (height, width)) else logits
+            logits = (
+                resize(logits, size or (height, width)) if logits.shape[-2:] != (size or (height, width)) else logits
+            )
             part = logits.softmax(1)
             total = part if total is None else total + part
     assert total is not None
