@@ -12,10 +12,10 @@ from timm_convnextv2.cli import main
 from timm_convnextv2.data.embedded import write_folder
 from timm_convnextv2.finetune.recipe import load_recipe, recipe_names
 from timm_convnextv2.report.summary import read_rows
-from timm_convnextv2.transfer import find_classes, open_segmenter
+from timm_convnextv2.transfer import find_classes, open_segmenter, segment_command
 from timm_convnextv2.transfer.masks import MaskedImages, open_split, read_classes
 from timm_convnextv2.transfer.segment_options import RECIPES, parse
-from timm_convnextv2.transfer.segmentation_metrics import Testing, evaluate_segmenter
+from timm_convnextv2.transfer.segmentation_metrics import Inference, evaluate_segmenter
 
 SMALL = ["--model", "convnextv2_atto", "--from-scratch", "--model-kwargs", "depths=(1,1,1,1)", "dims=(8,12,16,20)"]
 SMALL += ["--channels", "8", "--auxiliary-channels", "4", "--img-size", "32", "-b", "4", "-j", "0", "--device", "cpu"]
@@ -69,7 +69,7 @@ def test_eval_and_predict_agree(run, data, tmp_path, capsys):
     measures = json.loads((tmp_path / "eval/metrics.json").read_text())
     images = data / "validation/images"
     assert main(["segment", "predict", *common, "--images", str(images), "--output", str(tmp_path / "masks")]) == 0
-    model, testing = open_segmenter(run), Testing(window=24, flip=True)
+    model, testing = open_segmenter(run), Inference(window=24, flip=True)
     hits = pixels = 0
     for path in sorted((tmp_path / "masks").glob("*.png")):
         with Image.open(path) as mask, Image.open(data / "validation/masks" / path.name) as truth:
@@ -85,21 +85,20 @@ def test_eval_and_predict_agree(run, data, tmp_path, capsys):
 
 
 def test_resume_is_bit_identical(data, tmp_path):
-    """The second epoch of a run that stopped after the first, with two steps an update, is that of the whole run."""
-    more = ("--updates", 2, "--sched", "cosine", "--grad-accum-steps", 2, "--drop-path", 0.2)
+    """A run of three epochs, of one update of two steps each, that a signal stops after the first evaluation."""
+    more = ("--updates", 3, "--sched", "cosine", "--grad-accum-steps", 2, "--drop-path", 0.2)
     whole = torch.load(train(data, tmp_path / "whole", *more) / "last.pth.tar", weights_only=True)
-    import timm_convnextv2.transfer.segment_command as command
+    original = segment_command.evaluate_epoch
 
-    original = command.evaluate_epoch
+    def signalled(*args, world, **kwargs):
+        world.stop = "SIGTERM"
+        return original(*args, world=world, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            command,
-            "evaluate_epoch",
-            lambda *a, world, **k: setattr(world, "stop", "SIGTERM") or original(*a, world=world, **k),
-        )
+        patch.setattr(segment_command, "evaluate_epoch", signalled)
         train(data, tmp_path / "parts", *more)
     parts = tmp_path / "parts/run/last.pth.tar"
-    assert torch.load(parts, weights_only=True)["update"] == 1
+    assert torch.load(parts, weights_only=True)["update"] == 2
     train(data, tmp_path / "parts", *more, "--resume", "auto")
     again = torch.load(parts, weights_only=True)
     assert_same(whole["state_dict"], again["state_dict"])
@@ -123,7 +122,7 @@ def test_a_dry_run_checks_and_writes_nothing(data, tmp_path, capsys):
         (["--window", "8", "--stride", "9"], "--stride is 9, expected 1 to --window, which is 8"),
         (["--classes", "absent.txt"], "class names 'absent.txt' cannot be read"),
         (["--ignore-index", "3"], "ignore index 3 is the index of the class"),
-        (["--in-chans", "4"], "images cannot be decoded"),
+        (["--in-chans", "4"], "None of 8 images tried (of 8) can be read"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )

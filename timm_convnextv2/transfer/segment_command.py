@@ -27,7 +27,7 @@ from .loop import Run, Schedule, Training, create_loader
 from .masks import MaskedImages, TrainSamples, TrainTransform, open_split, paths_by_stem, read_classes
 from .segment_options import RECIPES, parse
 from .segmentation import Segmenter, build_segmenter, export_segmenter, open_segmenter
-from .segmentation_metrics import Testing, evaluate_segmenter, find_classes, save_mask, save_segmentations
+from .segmentation_metrics import Inference, evaluate_segmenter, find_classes, save_mask, save_segmentations
 
 __all__ = ["main"]
 
@@ -152,12 +152,12 @@ def amp_dtype(args: argparse.Namespace) -> torch.dtype | None:
     return getattr(torch, args.amp_dtype) if args.amp else None
 
 
-def testing_of(args: argparse.Namespace) -> Testing:
+def testing_of(args: argparse.Namespace) -> Inference:
     """How images are tested, by the options."""
     if args.stride is not None and not 1 <= args.stride <= (args.window or 0):
         raise ValueError(f"--stride is {args.stride}, expected 1 to --window, which is {args.window or 'not given'}.")
     scales = tuple(getattr(args, "scales", (1.0,)))
-    return Testing(args.short_side, args.window, args.stride, scales, getattr(args, "flip", False), amp_dtype(args))
+    return Inference(args.short_side, args.window, args.stride, scales, getattr(args, "flip", False), amp_dtype(args))
 
 
 def collate(samples: list) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +198,7 @@ def about(
 
 
 def evaluate_epoch(
-    epoch: int, model: nn.Module, last: bool, *, data: MaskedImages, folder: Path, world: World, testing: Testing,
+    epoch: int, model: nn.Module, last: bool, *, data: MaskedImages, folder: Path, world: World, testing: Inference,
     workers: int, shown: int,
 ) -> dict[str, float]:  # fmt: skip
     """Measures the segmenter, draws what it finds, and exports it."""
@@ -219,12 +219,8 @@ def evaluate_epoch(
 def table(measures: dict[str, Any], classes: Sequence[str]) -> str:
     """IoU of each class and their mean, accuracies; in percent."""
     width = max(14, *(len(name) for name in classes))
-    rows = [(name, iou) for name, iou in zip(classes, measures["iou"], strict=True)]
-    rows += [
-        ("mIoU", measures["miou"]),
-        ("accuracy", measures["accuracy"]),
-        ("mean accuracy", measures["mean_accuracy"]),
-    ]
+    means = {"mIoU": "miou", "accuracy": "accuracy", "mean accuracy": "mean_accuracy"}
+    rows = [*zip(classes, measures["iou"], strict=True), *((name, measures[key]) for name, key in means.items())]
     lines = [f"{name:{width}}" + (f"{'-':>7}" if value is None else f"{100 * value:7.1f}") for name, value in rows]
     lines.insert(len(classes), "-" * (width + 7))
     return "\n".join([f"{'IoU of':{width}}", *lines, "in %; - of a class that is neither in the masks nor found"])

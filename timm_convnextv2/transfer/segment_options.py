@@ -52,7 +52,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--data-dir", required=True, metavar="DIR",
         help="with SPLIT/images and SPLIT/masks, or images/SPLIT and masks/SPLIT, for the splits train and validation")
     add("--classes", metavar="FILE", help="names of the classes, line 1 is index 0 (default: DATA_DIR/classes.txt)")
-    add("--ignore-index", type=int, default=255, metavar="N", help="in masks, of pixels that do not count (default: 255)")
+    add("--ignore-index", type=int, default=255, metavar="N", help="in masks: pixels that do not count (default: 255)")
     add("--reduce-zero-label", action="store_true",
         help="0 in a mask means no class, and the first class is 1, as in ADE20K")
 
@@ -88,7 +88,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     model("--drop-path", type=float, metavar="X", help="share of residual paths left out in training")
     model("--channels", type=int, default=512, metavar="N", help="of the head (default: 512)")
     model("--auxiliary-channels", type=int, default=256, metavar="N", help="of the auxiliary head; 0 for none")
-    model("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="more of timm.create_model's")
+    model("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V",
+          help="more of timm.create_model's")
     images = parser.add_argument_group("images").add_argument
     images("--img-size", type=int, default=512, metavar="N", help="side of the crops in training (default: 512)")
     images("--scale", type=float, nargs=2, default=[0.5, 2.0], metavar="X",

@@ -190,7 +190,8 @@ def export_segmenter(model: Segmenter, folder: str | Path, *, metrics: dict[str,
 def _card(config: dict[str, Any]) -> str:
     rows = "".join(f"| {k} | {v:.4f} |\n" for k, v in config["metrics"].items() if isinstance(v, float))
     return (
-        f"# UPerNet on {config['backbone']['architecture']}\n\nClasses, from index 0: {', '.join(config['classes'])}.\n\n"
+        f"# UPerNet on {config['backbone']['architecture']}\n\n"
+        f"Classes, from index 0: {', '.join(config['classes'])}.\n\n"
         "```python\nfrom timm_convnextv2.data import load_image\n"
         "from timm_convnextv2.transfer import find_classes, open_segmenter\n\n"
         f'segmenter = open_segmenter("FOLDER")\nimage = load_image("IMAGE", {len(config["mean"])})\n'

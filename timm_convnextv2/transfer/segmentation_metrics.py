@@ -21,10 +21,10 @@ from .masks import MaskedImages, as_float
 from .segmentation import Segmenter
 from .windows import predict
 
-__all__ = ["Testing", "evaluate_segmenter", "find_classes", "save_mask", "save_segmentations"]
+__all__ = ["Inference", "evaluate_segmenter", "find_classes", "save_mask", "save_segmentations"]
 
 
-class Testing(NamedTuple):
+class Inference(NamedTuple):
     """How a segmenter is run on whole images.
 
     Attributes:
@@ -45,7 +45,7 @@ class Testing(NamedTuple):
 
 
 @torch.no_grad()
-def find_classes(model: Segmenter, image: Tensor, testing: Testing = Testing()) -> Tensor:  # noqa: B008  immutable
+def find_classes(model: Segmenter, image: Tensor, testing: Inference = Inference()) -> Tensor:  # noqa: B008  immutable
     """The class of each pixel, int64 `[H, W]` on the CPU, of an image `[C, H, W]` as `data.load_image` gives it."""
     device = model.mean.device
     height, width = image.shape[-2:]
@@ -64,7 +64,7 @@ def find_classes(model: Segmenter, image: Tensor, testing: Testing = Testing()) 
 def evaluate_segmenter(
     model: Segmenter,
     data: MaskedImages,
-    testing: Testing = Testing(),  # noqa: B008  an immutable value
+    testing: Inference = Inference(),  # noqa: B008  an immutable value
     *,
     workers: int = 0,
     world: Any = None,

@@ -1,4 +1,4 @@
-"""Testing a segmenter: sliding windows, several scales, flips."""
+"""Test of a segmenter: sliding windows, several scales, flips."""
 
 from collections.abc import Callable, Sequence
 
@@ -78,6 +78,7 @@ def predict(
     if not scales or any(scale <= 0 for scale in scales):
         raise ValueError(f"The scales are {list(scales)}, expected one or more numbers above 0.")
     height, width = images.shape[-2:]
+    size = size or (height, width)
     total: Tensor | None = None
     for scale in scales:
         shape = max(1, round(height * scale)), max(1, round(width * scale))
@@ -86,9 +87,7 @@ def predict(
             x = scaled.flip(-1) if mirrored else scaled
             logits = model(x) if window is None else slide(model, x, window, stride)
             logits = logits.flip(-1) if mirrored else logits
-            logits = (
-                resize(logits, size or (height, width)) if logits.shape[-2:] != (size or (height, width)) else logits
-            )
+            logits = logits if logits.shape[-2:] == size else resize(logits, size)
             part = logits.softmax(1)
             total = part if total is None else total + part
     assert total is not None
