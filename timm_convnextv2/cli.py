@@ -28,6 +28,7 @@ COMMANDS = {
     "validate": Command("timm_convnextv2.validate", "measure a finetuned model with timm's validate.py"),
     "predict": Command("timm_convnextv2.predict", "classify images with timm's inference.py"),
     "segment": Command("timm_convnextv2.segment", "train, measure and run a segmenter of pixels on a backbone"),
+    "detect": Command("timm_convnextv2.detect", "train, measure and run a detector of objects on a backbone"),
     "report": Command("timm_convnextv2.report.command", "show runs of pretraining on one page"),
     "publish": Command("timm_convnextv2.publish", "publish weights and a model card on the Hugging Face Hub"),
     "compare": Command("timm_convnextv2.compare", "finetune from scratch, from your encoder and from named weights"),

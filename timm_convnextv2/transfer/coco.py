@@ -25,7 +25,7 @@ TOLERANCE = 1.0  # pixels that a box may reach beyond its image: tools round; it
 
 
 class CocoImage(NamedTuple):
-    """An image and its annotations, as the file has them."""
+    """An image and its annotations, as the file has them; a height of 0 where no file names it."""
 
     id: int
     path: str
@@ -221,8 +221,8 @@ def _mask_fault(mask: Any, image: CocoImage) -> str:
         size, counts = mask.get("size"), mask.get("counts")
         if size != [image.height, image.width]:
             return "masks (RLE) of another size than their images"
-        whole = isinstance(counts, list) and all(_whole(n) and n >= 0 for n in counts)
-        if not isinstance(counts, str) and (not whole or sum(counts) != size[0] * size[1]):
+        runs = counts if isinstance(counts, list) and all(_whole(n) and n >= 0 for n in counts) else []
+        if not isinstance(counts, str) and sum(runs) != image.height * image.width:
             return "masks (RLE) whose counts do not add up to the image"
         return ""
     rings = isinstance(mask, list) and all(
@@ -267,7 +267,7 @@ def check_sizes(coco: Coco, in_chans: int, nodata: float | None = None) -> None:
 
 
 def _check_size(size: tuple[int, int], image: CocoImage, file: Path) -> None:
-    if size != (image.height, image.width):
+    if image.height and size != (image.height, image.width):
         raise ValueError(
             f"The image {image.name} has {size[1]} x {size[0]} pixels, and {image.width} x {image.height} in '{file}'. "
             "Annotate the images as they are, or mend the file."

@@ -6,6 +6,7 @@ losses = detector(images, targets)       in train mode, as torchvision's detecto
 detector = open_detector("output/run/model")      what `timm-convnextv2 detect train` exports
 """
 
+import inspect
 import json
 import os
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from ..command import closest
 from ..files import whole_file
 from .backbone import Backbone, create_backbone, open_backbone
 
@@ -89,6 +91,7 @@ def build_detector(
     Raises:
         ValueError: The model cannot be had, or has strides that RoIAlign cannot take.
     """
+    _check_options(options)
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, expected at least 1.")
     if isinstance(backbone, str):
@@ -117,16 +120,24 @@ def build_detector(
         box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
         **options,
     )
-    if boxes_only:
-        detector = FasterRCNN(pyramid, num_classes + 1, **settings)
-    else:
-        pool = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
-        detector = MaskRCNN(pyramid, num_classes + 1, mask_roi_pool=pool, **settings)
-    detector.made_of = dict(  # pyright: ignore[reportAttributeAccessIssue]  what `open_detector` needs
+    if not boxes_only:
+        settings["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
+    detector = (FasterRCNN if boxes_only else MaskRCNN)(pyramid, num_classes + 1, **settings)
+    made_of: Any = dict(
         num_classes=num_classes, boxes_only=boxes_only, out_channels=out_channels,
         min_size=settings["min_size"], max_size=settings["max_size"], options=options,
     )  # fmt: skip
+    detector.made_of = made_of  # what `open_detector` needs
     return detector
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuses options that torchvision does not have: it takes any, and ignores what it does not know."""
+    known = {*inspect.signature(FasterRCNN).parameters, *inspect.signature(MaskRCNN).parameters}
+    known |= {"fixed_size", "_skip_resize"}  # of its transform
+    for name in options:
+        if name not in known:
+            raise ValueError(f"torchvision's detectors have no option {name}.{closest(name, known)}")
 
 
 def export_detector(

@@ -37,6 +37,7 @@ def find_objects(
     amp_dtype: torch.dtype | None = None,
     seat: Any = Seat(0, 1, True),  # noqa: B008  an immutable value
     progress: Callable[[int], None] | None = None,
+    sizes: dict[int, tuple[int, int]] | None = None,
 ) -> list[Result]:
     """What a detector finds in images, as COCO's results: `image_id`, `category_id`, `bbox`, `score`, `segmentation`.
 
@@ -51,6 +52,7 @@ def find_objects(
         amp_dtype: Type of mixed precision, None for float32.
         seat: The process of several that share the images (`World`).
         progress: Told the number of images as they are done.
+        sizes: Gets height and width of each image, by its id.
 
     Returns:
         The results of this process's share.
@@ -69,7 +71,9 @@ def find_objects(
     for images, _ in loader:
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             found = detector([image.to(device) for image in images])
-        for one in found:
+        for image, one in zip(images, found, strict=True):
+            if sizes is not None:
+                sizes[blank.images[done].id] = (image.shape[-2], image.shape[-1])
             results += _results(one, blank.images[done].id, coco.category_ids)
             done += 1
         if progress is not None:
@@ -215,6 +219,9 @@ def _target(results: Sequence[Result], coco: Coco, masks: bool) -> dict[str, Any
 
 
 def _drawn(image: Tensor, target: dict[str, Any], classes: list[str]) -> Tensor:
+    """The image with boxes, names and masks; small images are enlarged, so that the names can be read."""
+    factor = max(1, 400 // max(image.shape[-2:]))
+    image = image.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     labels = target["labels"].tolist()
     if not labels:
         return image
@@ -223,8 +230,9 @@ def _drawn(image: Tensor, target: dict[str, Any], classes: list[str]) -> Tensor:
     if "scores" in target:
         names = [f"{name} {score:.2f}" for name, score in zip(names, target["scores"], strict=True)]
     if "masks" in target:
-        image = draw_segmentation_masks(image, target["masks"].bool(), alpha=0.4, colors=colours)
-    return draw_bounding_boxes(image, target["boxes"], names, colors=colours, width=1)
+        masks = target["masks"].bool().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+        image = draw_segmentation_masks(image, masks, alpha=0.4, colors=colours)
+    return draw_bounding_boxes(image, target["boxes"] * factor, names, colors=colours, width=2)
 
 
 _COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075"]

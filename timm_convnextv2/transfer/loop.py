@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..data import EpochBatchSampler, sample_seed
 from ..memory import peak_memory
 from ..pretrain import summary
+from ..pretrain.batches import leave_signals_to_parent
 from ..pretrain.distributed import World
 from ..pretrain.trainer import NotFiniteError
 from ..report import ProgressBar, Stopwatch
@@ -261,7 +262,7 @@ def create_loader(
     sampler = EpochBatchSampler(len(size), batch_size, seed, world.rank, world.size)
     return DataLoader(
         dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0,
-        pin_memory=world.device.type == "cuda", generator=torch.Generator(),
+        pin_memory=world.device.type == "cuda", generator=torch.Generator(), worker_init_fn=leave_signals_to_parent,
     )  # fmt: skip
 
 

@@ -1,0 +1,171 @@
+"""Annotations in COCO's format: what they become, and what is refused before anything is trained."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_convnextv2.transfer.coco import DetectionSamples, check_classes, large_scale_jitter, open_coco
+
+pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
+
+# a polygon and run lengths of the same 2 x 3 pixels of an image of 8 x 10
+SQUARE = [[2, 1, 4, 1, 4, 4, 2, 4]]
+RUNS = dict(size=[8, 10], counts=[17, 3, 5, 3, 52])
+
+
+def annotation(number=1, image=5, category=7, box=(2, 1, 2, 3), mask=SQUARE, **more):
+    box = list(box) if isinstance(box, tuple) else box
+    return dict(id=number, image_id=image, category_id=category, bbox=box, segmentation=mask, **more)
+
+
+def content(annotations=None):
+    """Two images with ids 5 and 9, categories 3 and 7."""
+    return dict(
+        images=[dict(id=i, file_name=f"{n}.png", height=8, width=10) for i, n in ((5, "a"), (9, "b"))],
+        annotations=[annotation()] if annotations is None else annotations,
+        categories=[dict(id=7, name="cat"), dict(id=3, name="ant")],
+    )
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Writes content and images, and opens them."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in "ab":
+        Image.fromarray(np.full((8, 10, 3), 100, np.uint8)).save(folder / f"{name}.png")
+
+    def write(value, **how):
+        (tmp_path / "a.json").write_text(value if isinstance(value, str) else json.dumps(value))
+        return open_coco(tmp_path / "a.json", folder, **how)
+
+    write.folder = folder
+    return write
+
+
+def test_gaps_crowds_masks_of_both_kinds_and_images_without_objects(opened):
+    several = [
+        annotation(1),
+        annotation(2, category=3, mask=RUNS),
+        annotation(3, box=(0, 0, 10, 8), iscrowd=1, mask=dict(size=[8, 10], counts=[0, 80])),
+        annotation(4, box=(8, 6, 2.6, 2)),  # rounded beyond the edge by less than a pixel
+    ]
+    coco = opened(content(several), in_chans=3)
+    assert (coco.classes, coco.category_ids) == (["ant", "cat"], [3, 7])
+    image, target = DetectionSamples(coco)[0, 0]
+    assert image.shape == (3, 8, 10) and image[0, 0, 0] == pytest.approx(100 / 255)
+    assert target["labels"].tolist() == [2, 1, 2]
+    assert target["boxes"].tolist() == [[2, 1, 4, 4], [2, 1, 4, 4], [8, 6, 10, 8]]
+    expected = torch.zeros(8, 10, dtype=torch.uint8)
+    expected[1:4, 2:4] = 1
+    assert torch.equal(target["masks"][0], expected) and torch.equal(target["masks"][1], expected)
+    image, target = DetectionSamples(coco, large_scale_jitter(16))[0, 1]
+    assert [tuple(target[k].shape) for k in ("boxes", "labels", "masks")] == [(0, 4), (0,), (0, 16, 16)]
+    assert len(coco.annotations) == 4  # the crowd is the evaluator's
+
+
+def test_16_bits_and_many_channels(opened):
+    for name in "ab":
+        np.save(opened.folder / f"{name}.npy", np.full((8, 10, 5), 30000, np.uint16))
+    value = content()
+    for image in value["images"]:
+        image["file_name"] = image["file_name"].replace("png", "npy")
+    image, target = DetectionSamples(opened(value, in_chans=5), large_scale_jitter(16, (1, 1)), in_chans=5)[0, 0]
+    assert image.shape == (5, 16, 16) and image.max() == pytest.approx(30000 / 65535)
+    assert target["masks"].shape == (1, 16, 16)
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(opened):
+    samples = DetectionSamples(opened(content()), large_scale_jitter(16), seed=3)
+    first = samples[4, 0]
+    torch.rand(3)
+    samples[5, 1]
+    again = samples[4, 0]
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1]["boxes"], again[1]["boxes"])
+    other = [samples[epoch, 0][1]["boxes"].tolist() for epoch in range(6)]
+    assert len({str(boxes) for boxes in other}) > 1
+
+
+def changed(**changes):
+    """The content with the first annotation changed."""
+    return content([annotation(**changes)])
+
+
+BAD = {
+    "no JSON": ("{", "cannot be read as JSON"),
+    "a list": ("[]", "is a list; expected COCO's format, an object with lists of objects: images"),
+    "other keys": ({"imgs": []}, r"has the keys \['imgs'\]; expected COCO's format"),
+    "no categories": (dict(content(), categories=[]), "has no categories"),
+    "missing images": (
+        dict(content(), images=[dict(id=i, file_name=f"x{i}.png", height=8, width=10) for i in range(5)]),
+        r"has 5 images \(of 5\) that are missing in '.*': x0.png, x1.png, x2.png, ...\.",
+    ),
+    "no sizes": (dict(content(), images=[dict(id=5, file_name="a.png")]), "1 images without `height` and `width`"),
+    "ids twice": (dict(content(), images=content()["images"][:1] * 2), "1 ids of images that occur twice: 5"),
+    "unknown image": (changed(image=6), "1 annotations of images that it does not list: image_id 6"),
+    "unknown category": (changed(category=1), "1 annotations of categories that it does not list: id 1"),
+    "names twice": (
+        dict(content(), categories=[dict(id=7, name="cat"), dict(id=3, name="cat")]),
+        "1 names of categories that occur twice: cat",
+    ),
+    "no box": (changed(box=[1, 2, 3]), "1 annotations whose `bbox` is not four numbers"),
+    "zero area": (changed(box=(2, 1, 0, 3)), "1 boxes without area: annotation 1 of a.png"),
+    "outside": (changed(box=(20, 1, 2, 3)), "1 boxes that reach outside of their image: annotation 1 of a.png"),
+    "partly outside": (changed(box=(7, 1, 6, 3)), "1 boxes that reach outside"),
+    "no mask": (changed(mask=[]), "1 annotations without a `segmentation`.* pass --boxes-only"),
+    "mask size": (changed(mask=dict(size=[10, 8], counts=[80])), r"1 masks \(RLE\) of another size than their images"),
+    "mask counts": (changed(mask=dict(size=[8, 10], counts=[70])), r"1 masks \(RLE\) whose counts do not add up"),
+    "two points": (changed(mask=[[1, 1, 2, 2]]), "1 masks that are neither polygons"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value, message", BAD.values(), ids=BAD)
+def test_bad_annotations_are_one_message(opened, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        opened(value)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_annotations_can_be_left_out_and_are_counted(opened):
+    several = [annotation(1), annotation(2, box=(2, 1, 0, 3)), annotation(3, box=(20, 1, 2, 3))]
+    coco = opened(content(several), drop_wrong=True)
+    assert (len(coco.annotations), coco.left_out) == (1, 2)
+    with pytest.raises(ValueError, match="has 1 boxes without area.*--drop-wrong"):
+        opened(content(several))
+
+
+def test_masks_are_not_asked_for_where_only_boxes_count(opened):
+    coco = opened(changed(mask=None), masks=False)
+    assert set(DetectionSamples(coco, masks=False)[0, 0][1]) == {"boxes", "labels"}
+
+
+def test_images_of_another_size_or_damaged_are_found_before_training(opened):
+    Image.fromarray(np.zeros((10, 8, 3), np.uint8)).save(opened.folder / "b.png")
+    with pytest.raises(ValueError, match="b.png has 8 x 10 pixels, and 10 x 8 in"):
+        opened(content(), in_chans=3)
+    (opened.folder / "b.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        opened(content(), in_chans=3)
+
+
+def test_places_that_are_not_there(tmp_path, opened):
+    with pytest.raises(ValueError, match="annotations '.*none.json' do not exist"):
+        open_coco(tmp_path / "none.json", tmp_path)
+    opened(content())
+    with pytest.raises(ValueError, match="folder of the images, '.*none', does not exist"):
+        open_coco(tmp_path / "a.json", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "classes, message",
+    [
+        (["ant", "dog"], r"only '.*a.json' has cat \(1\); only the model has dog \(1\)"),
+        (["cat", "ant"], "they have another order"),
+    ],
+)
+def test_other_classes_than_the_models_are_refused(opened, classes, message):
+    with pytest.raises(ValueError, match=message):
+        check_classes(opened(content()), classes, "the model")

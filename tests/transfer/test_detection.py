@@ -1,0 +1,211 @@
+"""Detectors on any backbone, their export, and their average precision against pycocotools."""
+
+import contextlib
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from detectors import tiny_detector
+from helpers import assert_same
+from PIL import Image
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+
+from timm_convnextv2.data.embedded import write_folder
+from timm_convnextv2.transfer import build_detector, create_backbone, export_detector, open_detector
+from timm_convnextv2.transfer.coco import Coco, DetectionSamples, collate, large_scale_jitter, open_coco
+from timm_convnextv2.transfer.detection import classes_of
+from timm_convnextv2.transfer.detection_metrics import METRICS, average_precision, evaluate_detector, save_found
+from timm_convnextv2.transfer.groups import parameter_groups
+
+pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "d", size=64, train=8, validation=8, coco=True)
+
+
+@pytest.fixture
+def coco(data):
+    return open_coco(data / "train.json", data / "train/images", in_chans=3)
+
+
+def rectangle(box, height, width):
+    x, y, w, h = (int(v) for v in box)
+    flat = np.zeros((height, width), bool)
+    flat[y : y + h, x : x + w] = True
+    from timm_convnextv2.data.embedded.annotations import uncompressed_rle
+
+    return uncompressed_rle(flat)
+
+
+def planted(tmp_path):
+    """300 objects of three sizes and some crowds in 40 images, and 400 detections near them or nowhere."""
+    draw = np.random.default_rng(0)
+    images = [dict(id=3 * i + 2, file_name=f"{i}", height=160, width=200) for i in range(40)]
+    annotations, results = [], []
+    for i in range(300):
+        side = float(draw.choice([12, 50, 110]))
+        w, h = side * draw.uniform(0.7, 1.2), side * draw.uniform(0.7, 1.2)
+        box = [float(int(v)) for v in (draw.uniform(0, 199 - w), draw.uniform(0, 159 - h), w, h)]
+        image, category = int(draw.choice([e["id"] for e in images])), int(draw.choice([2, 5, 11]))
+        annotations.append(
+            dict(id=i + 1, image_id=image, category_id=category, bbox=box, area=box[2] * box[3],
+                 iscrowd=int(draw.random() < 0.1), segmentation=rectangle(box, 160, 200))
+        )  # fmt: skip
+        for _ in range(int(draw.integers(0, 3))):
+            x, y = max(0, int(box[0] + draw.normal(0, 3))), max(0, int(box[1] + draw.normal(0, 3)))
+            near = [float(x), float(y), float(max(1, int(box[2] * draw.uniform(0.8, 1.1)))), box[3]]
+            results.append(
+                dict(image_id=image, category_id=category, bbox=near, score=float(draw.random()),
+                     segmentation=rectangle(near, 160, 200))
+            )  # fmt: skip
+    return images, annotations, results
+
+
+def test_average_precision_is_that_of_pycocotools(tmp_path):
+    tools = pytest.importorskip("pycocotools.coco", reason="needs pycocotools")
+    from pycocotools import mask
+    from pycocotools.cocoeval import COCOeval
+
+    images, annotations, results = planted(tmp_path)
+    results = [
+        {**r, "segmentation": {**(c := mask.frPyObjects(r["segmentation"], 160, 200)), "counts": c["counts"].decode()}}
+        for r in results
+    ]
+    categories = [dict(id=i, name=str(i)) for i in (2, 5, 11)]
+    from timm_convnextv2.transfer.coco import CocoImage
+
+    coco = Coco(
+        tmp_path, [
+            CocoImage(e["id"], "", e["file_name"], 160, 200, [a for a in annotations if a["image_id"] == e["id"]])
+            for e in images
+        ], ["2", "5", "11"], [2, 5, 11],
+    )  # fmt: skip
+    ours = average_precision(coco, copy.deepcopy(results), masks=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = tools.COCO()
+        truth.dataset = dict(images=images, annotations=annotations, categories=categories)
+        truth.createIndex()
+        for name, kind in (("box", "bbox"), ("mask", "segm")):
+            found = truth.loadRes(
+                [{k: v for k, v in r.items() if kind == "segm" or k != "segmentation"} for r in results]
+            )
+            evaluator = COCOeval(truth, found, kind)
+            evaluator.evaluate(), evaluator.accumulate(), evaluator.summarize()
+            theirs = dict(zip((f"{name}_{metric}" for metric in METRICS), evaluator.stats, strict=True))
+            assert {key: ours[key] for key in theirs} == pytest.approx(theirs, abs=1e-9)
+            assert 0.05 < theirs[f"{name}_ap"] < 0.9 and len(set(theirs.values())) > 9
+    assert len(ours) == 24
+
+
+def test_nothing_found_is_zero(coco):
+    found = average_precision(coco, [], masks=True)
+    assert found["box_ap"] == found["mask_ar100"] == 0 and found["box_ap_large"] == -1
+
+
+@pytest.mark.parametrize("boxes_only", [False, True])
+def test_a_detector_trains_and_its_export_is_the_same(coco, boxes_only, tmp_path):
+    detector = tiny_detector(boxes_only=boxes_only, box_score_thresh=0.0)
+    assert isinstance(detector, MaskRCNN) is not boxes_only and isinstance(detector, FasterRCNN)
+    samples = DetectionSamples(coco, large_scale_jitter(64), masks=not boxes_only)
+    losses = detector(*collate([samples[0, i] for i in range(3)]))
+    assert len(losses) == 5 - boxes_only
+    sum(losses.values()).backward()
+    for name, parameter in detector.named_parameters():
+        if "head" not in name:  # of which some see no object
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    metrics = {"box_ap": 0.25}
+    export_detector(detector, tmp_path / "model", classes=coco.classes, metrics=metrics)
+    assert classes_of(tmp_path / "model") == coco.classes
+    assert "| box_ap | 0.2500 |" in (tmp_path / "model/README.md").read_text()
+    again = open_detector(tmp_path / "model")
+    assert_same(dict(again.state_dict()), dict(detector.state_dict()))
+    image = samples[0, 0][0]
+    with torch.no_grad():
+        assert_same(again([image]), detector.eval()([image]))
+
+
+def test_what_is_found_is_evaluated_and_drawn(coco, tmp_path):
+    detector = tiny_detector(box_score_thresh=0.0)
+    how = dict(device=torch.device("cpu"), in_chans=3)
+    metrics, results = evaluate_detector(detector, coco, masks=True, batch_size=3, **how)
+    assert len(metrics) == 24 and len(results) == 8 * 4
+    for result in results:
+        assert result["category_id"] in range(1, 9) and result["segmentation"]["size"] == [64, 64]
+    save_found(tmp_path / "a/b.png", coco, results, image_ids=[1, 3], in_chans=3, masks=True, min_score=0.0)
+    save_found(tmp_path / "none.png", coco, [], image_ids=[1, 3], in_chans=3, masks=True)
+    first, none = (
+        np.asarray(Image.open(path).convert("RGB")) for path in (tmp_path / "a/b.png", tmp_path / "none.png")
+    )
+    half = first.shape[1] // 2
+    assert np.array_equal(first[30:, :half], none[30:, :half]) and not np.array_equal(first[:, half:], none[:, half:])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "efficientnet_b0"])
+def test_stock_models_are_backbones_too(name):
+    more = dict(img_size=64, window_size=2) if name.startswith("swin") else {}
+    backbone = create_backbone(name, pretrained=False, **more)
+    detector = build_detector(backbone, 2, img_size=64, out_channels=8).eval()
+    assert backbone.strides == [4, 8, 16, 32]
+    with torch.no_grad():
+        maps = detector.backbone(torch.rand(1, 3, 64, 64))
+    assert [tuple(x.shape[1:]) for x in maps.values()] == [(8, n, n) for n in (16, 8, 4, 2, 1)]
+    groups = parameter_groups(detector, backbone, weight_decay=0.1, layer_decay=0.9)
+    assert len({group["lr_scale"] for group in groups}) > 3
+
+
+def test_channels_and_mean_of_another_number_of_channels():
+    detector = tiny_detector(in_chans=5)
+    assert len(detector.transform.image_mean) == 5
+    with torch.no_grad():
+        assert len(detector.eval()([torch.rand(5, 40, 64)])) == 1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(patch_size=3), r"strides \[3, 6, 12, 24\].*powers of two only"),
+        (dict(num_classes=0), "num_classes is 0"),
+        (dict(box_score_tresh=0.1), "no option box_score_tresh. Did you mean 'box_score_thresh'"),
+    ],
+)
+def test_mistakes(settings, message):
+    classes = settings.pop("num_classes", 2)
+    patch = {"patch_size": settings.pop("patch_size")} if "patch_size" in settings else {}
+    backbone = create_backbone("convnextv2_atto", pretrained=False, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), **patch)
+    with pytest.raises(ValueError, match=message):
+        build_detector(backbone, classes, **settings)
+
+
+def test_a_folder_that_is_no_detector(tmp_path, small):
+    with pytest.raises(ValueError, match="is no detector that detect train exported"):
+        open_detector(tmp_path)
+    with pytest.raises(ValueError, match="config.json has no format"):
+        open_detector(small.removeprefix("local-dir:"))
+
+
+@pytest.mark.slow
+def test_a_detector_memorises_eight_images(coco):
+    """Box AP above 0.9 on what it was trained on."""
+    torch.manual_seed(0)
+    detector = tiny_detector(out_channels=32, rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100)
+    samples = DetectionSamples(coco)
+    batch = collate([samples[0, i] for i in range(8)])
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
+    how = dict(masks=True, device=torch.device("cpu"), in_chans=3, batch_size=8)
+    best = 0.0
+    for step in range(600):
+        optimizer.zero_grad()
+        sum(detector.train()(*batch).values()).backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
+        optimizer.step()
+        if step % 50 == 49:
+            best = evaluate_detector(detector, coco, **how)[0]["box_ap"]
+            if best > 0.9:
+                break
+        if step == 400:
+            optimizer.param_groups[0]["lr"] = 5e-4
+    assert best > 0.9

@@ -1,0 +1,345 @@
+"""`timm-convnextv2 detect`: trains a detector, measures it, and finds objects."""
+
+import argparse
+import json
+import multiprocessing
+import shlex
+import sys
+import traceback
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..command import invocation, refused, say
+from ..data import FolderSource
+from ..files import whole_file
+from ..finetune.recipe import Recipe, list_recipes
+from ..pretrain.command import end_workers
+from ..pretrain.distributed import World
+from ..pretrain.lock import release_locks
+from ..pretrain.peers import leave
+from ..pretrain.trainer import NotFiniteError
+from ..report import check_logs, open_logs
+from .backbone import create_backbone
+from .coco import (
+    Coco,
+    CocoImage,
+    DetectionSamples,
+    check_classes,
+    check_sizes,
+    collate,
+    large_scale_jitter,
+    open_coco,
+    rle_codec,
+)
+from .detect_options import RECIPES, parse
+from .detection import build_detector, classes_of, export_detector, open_detector
+from .detection_metrics import average_precision, evaluate_detector, find_objects, save_found
+from .folder import NotSavedError, TransferFolder
+from .groups import parameter_groups
+from .loop import Run, Schedule, Training, create_loader, train
+
+__all__ = ["main"]
+
+# a run that resumes must have the same: the order of the images, the weights and the schedule depend on them
+FIXED = (
+    "model",
+    "model_kwargs",
+    "boxes_only",
+    "in_chans",
+    "out_channels",
+    "classes",
+    "num_images",
+    "world_size",
+    "batch_size",
+)
+FIXED += ("grad_accum_steps", "seed", "epochs", "opt", "model_ema", "frozen", "layer_decay", "layer_decay_type")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; a mistake in options or data is one message and exit status 2."""
+    try:
+        args, recipe = parse(argv)
+    except ValueError as e:
+        return refused("detect", e)
+    if args.action == "train":
+        return train_command(args, recipe, argv)
+    try:
+        (evaluate_command if args.action == "eval" else predict_command)(args)
+    except (ValueError, OSError) as e:
+        return refused(f"detect {args.action}", e)
+    return 0
+
+
+def train_command(args: argparse.Namespace, recipe: Recipe | None, argv: list[str] | None) -> int:
+    """`detect train`; returns the exit status."""
+    if args.list_recipes:
+        say(list_recipes(RECIPES))
+        return 0
+    world, run, others = None, None, {*multiprocessing.active_children()}
+    try:
+        world = World(args.device)
+        run = set_up(
+            args, recipe, world, shlex.join([*invocation("detect"), *(sys.argv[1:] if argv is None else argv)])
+        )
+        if run is None:
+            return 0
+        train(run, world)
+    except Exception as e:
+        return ended_by(e, world, run)
+    finally:
+        release_locks()
+        end_workers({*multiprocessing.active_children()} - others)
+        if world is not None:
+            world.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    again = f"resume with --experiment {run.folder.path.name} --resume auto and the same options"
+    say(f"Stopped by {run.stop}; {again}." if run.stop else f"Done: the detector is in {run.folder.path / 'model'}")
+    return 0
+
+
+def ended_by(error: Exception, world: World | None, run: Run | None) -> int:
+    """Tells an error once, on the process where it arose; raises again what is no user's mistake."""
+    if world is None:
+        if not isinstance(error, ValueError | RuntimeError):
+            raise error
+        return refused("detect train", error)
+    if not isinstance(error, ValueError) and world.is_consequence(error):
+        leave(1)
+    if isinstance(error, ValueError | NotSavedError):
+        world.tell(f"timm-convnextv2 detect train: error: {error}")
+        return 2 if run is None else 1
+    if isinstance(error, NotFiniteError):
+        world.tell(
+            f"timm-convnextv2 detect train: {error} It is that of update {error.number + 1}. Lower --lr, pass "
+            "--clip-grad 1, or leave --amp out; --resume auto continues from the last checkpoint."
+        )
+        return 1
+    if world.distributed:
+        world.tell(f"Process {world.rank} of {world.size} fails:\n{''.join(traceback.format_exception(error))}")
+        return 1
+    raise error
+
+
+def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, command: str) -> Run | None:
+    """Opens and checks everything; only then is anything written.
+
+    Returns:
+        The run; None after --dry-run.
+
+    Raises:
+        ValueError: A mistake in options, data or folder.
+    """
+    if not args.model:
+        raise ValueError("--model is needed: a model of timm, local-dir:FOLDER or hf-hub:USER/NAME.")
+    if args.epochs < 1:
+        raise ValueError(f"--epochs is {args.epochs}, expected at least 1.")
+    check_logs(args.log_wandb, args.log_tensorboard)
+    rle_codec()
+    masks, root = not args.boxes_only, Path(args.data_dir)
+    opened = dict(masks=masks, drop_wrong=args.drop_wrong)
+    coco = open_coco(root / args.train, root / args.train_images, **opened)
+    validation = open_coco(root / args.val, root / args.val_images, **opened)
+    if not coco.annotations:
+        raise ValueError(f"'{coco.file}' has no annotations: there is nothing to learn.")
+    check_classes(validation, coco.classes, f"'{coco.file}'")
+    torch.manual_seed(args.seed)
+    backbone = create_backbone(
+        args.model, pretrained=not args.from_scratch, in_chans=args.in_chans, drop_path_rate=args.drop_path,
+        **args.model_kwargs,
+    )  # fmt: skip
+    for part in (coco, validation):
+        check_sizes(part, backbone.in_chans, args.nodata)
+    short, long = args.test_size or (args.img_size, args.img_size)
+    detector = build_detector(
+        backbone, len(coco.classes), boxes_only=args.boxes_only, frozen=args.frozen, out_channels=args.out_channels,
+        min_size=short, max_size=long, _skip_resize=True,  # in training: large_scale_jitter has done it
+        **args.detector_kwargs,
+    )  # fmt: skip
+    samples = DetectionSamples(
+        coco,
+        large_scale_jitter(args.img_size, tuple(args.scale), hflip=args.hflip, vflip=args.vflip),
+        masks=masks, in_chans=backbone.in_chans, nodata=args.nodata, seed=args.seed,
+    )  # fmt: skip
+    loader = create_loader(samples, collate, world, batch_size=args.batch_size, workers=args.workers, seed=args.seed)
+    per_epoch = len(loader) // args.grad_accum_steps
+    amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
+    training = Training(
+        detector,
+        parameter_groups(
+            detector, backbone, weight_decay=args.weight_decay, layer_decay=args.layer_decay,
+            layer_decay_type=args.layer_decay_type,
+        ),
+        Schedule(
+            args.lr, args.epochs * per_epoch, args.sched, warmup=args.warmup_updates,
+            steps=tuple(epoch / args.epochs for epoch in args.decay_epochs),
+        ),
+        world, seed=args.seed, grad_accum_steps=args.grad_accum_steps, clip_grad=args.clip_grad, amp_dtype=amp_dtype,
+        ema_decay=args.model_ema_decay if args.model_ema else None, opt=args.opt,
+    )  # fmt: skip
+    name = args.experiment or experiment_name(args.model, world)
+    if args.resume and not args.experiment:
+        raise ValueError("--resume auto needs --experiment, the folder of the run to continue.")
+    folder = TransferFolder(Path(args.output) / name, resume=args.resume == "auto", overwrite=args.overwrite)
+    settings = {
+        **json.loads(json.dumps(vars(args))), "experiment": name, "classes": coco.classes,
+        "num_images": len(coco.images), "world_size": world.size, "in_chans": backbone.in_chans,
+    }  # fmt: skip
+    folder.check_same(settings, FIXED)
+    world.agree({"the number of images": len(coco.images), "the classes": coco.classes})
+    world.say(about(args, coco, validation, detector, training, world, recipe))
+    if args.dry_run:
+        return None
+    evaluate = partial(
+        evaluate_epoch, coco=validation, folder=folder, world=world, masks=masks, shown=args.shown_images,
+        how=dict(
+            device=world.device, in_chans=backbone.in_chans, nodata=args.nodata, batch_size=args.batch_size,
+            workers=args.workers, amp_dtype=amp_dtype,
+        ),
+    )  # fmt: skip
+    run = Run(
+        training, loader, folder, settings, evaluate, eval_interval=args.eval_interval, log_interval=args.log_interval
+    )
+    if folder.checkpoint is not None:
+        run.load(folder.checkpoint)
+    if world.primary:
+        folder.claim(settings, command=command, epoch=training.update_number // max(1, per_epoch))
+        run.logs = open_logs(folder.path, settings, args.log_wandb, args.wandb_project, args.log_tensorboard)
+    world.wait()
+    return run
+
+
+def about(
+    args: argparse.Namespace, coco: Coco, validation: Coco, detector: nn.Module, training: Training, world: World,
+    recipe: Recipe | None,
+) -> str:  # fmt: skip
+    """What the run is, and what of it is unlike its recipe."""
+    batch = args.batch_size * args.grad_accum_steps * world.size
+    lines = [
+        f"{args.model}: {sum(p.numel() for p in detector.parameters()) / 1e6:.1f}M parameters; "
+        f"{len(coco.images)} images with {len(coco.annotations)} objects of {len(coco.classes)} classes, "
+        f"{len(validation.images)} to validate; {training.schedule.updates} updates of {batch} images, "
+        f"lr {args.lr:.2e}, on {world.size} x {world.device.type}"
+    ]
+    if recipe is not None and recipe.global_batch not in (None, batch):
+        lines.append(
+            f"note: the recipe {recipe.name} is for {recipe.global_batch} images an update, and this run has {batch}: "
+            "choose --grad-accum-steps so, or another --lr."
+        )
+    left_out = coco.left_out + validation.left_out
+    if left_out:
+        lines.append(f"note: {left_out} wrong annotations are left out.")
+    if training.schedule.warmup > training.schedule.updates // 2:
+        lines.append(
+            f"note: the warmup, {training.schedule.warmup} updates, is more than half of the run; lower "
+            "--warmup-updates."
+        )
+    return "\n".join(lines)
+
+
+def evaluate_epoch(
+    epoch: int, model: nn.Module, last: bool, *, coco: Coco, folder: TransferFolder, world: World, masks: bool,
+    shown: int, how: dict[str, Any],
+) -> dict[str, float]:  # fmt: skip
+    """Measures the detector and draws what it finds; at the end, exports it and writes what it found."""
+    metrics, results = evaluate_detector(model, coco, masks=masks, world=world if world.distributed else None, **how)
+    if world.primary:
+        if shown:
+            ids = [image.id for image in coco.images if image.annotations][:shown] or [coco.images[0].id]
+            save_found(
+                folder.path / "predictions" / f"epoch-{epoch:04d}.png", coco, results, image_ids=ids, masks=masks,
+                in_chans=how["in_chans"], nodata=how["nodata"],
+            )  # fmt: skip
+        if last:
+            export_detector(model, folder.path / "model", classes=coco.classes, metrics=metrics)  # pyright: ignore
+            write_json(folder.path / "predictions" / "validation.json", results)
+            say(table(metrics))
+    return metrics
+
+
+def table(metrics: dict[str, float]) -> str:
+    """The numbers of COCO in percent, boxes and masks in columns."""
+    kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
+    names = [key.removeprefix("box_") for key in metrics if key.startswith("box_")]
+    rows = [f"{'':10}" + "".join(f"{kind:>8}" for kind in kinds)]
+    for name in names:
+        values = (metrics[f"{kind}_{name}"] for kind in kinds)
+        rows.append(f"{name:10}" + "".join(f"{100 * v:8.1f}" if v >= 0 else f"{'-':>8}" for v in values))
+    return "\n".join([*rows, "in %, by faster-coco-eval; - where no object has that size"])
+
+
+def experiment_name(model: str, world: World) -> str:
+    """Time and model, the same on all processes."""
+    stamp = world.share(datetime.now().strftime("%Y%m%d-%H%M%S"))
+    return f"{stamp}-detect-{Path(model.rpartition(':')[2]).name.replace('.', '_')}"
+
+
+def evaluate_command(args: argparse.Namespace) -> None:
+    """`detect eval`."""
+    output = None if args.output is None else Path(args.output)
+    if output is not None and output.exists() and not args.overwrite and any(output.iterdir()):
+        raise ValueError(f"The folder '{output}' is not empty. Pass --overwrite, or another --output.")
+    classes, detector = classes_of(args.model), open_detector(args.model)
+    pyramid: Any = detector.backbone
+    masks, root = not detector.made_of["boxes_only"], Path(args.data_dir)  # pyright: ignore
+    in_chans = pyramid.body.in_chans
+    coco = open_coco(
+        root / args.val, root / args.val_images, masks=masks, drop_wrong=args.drop_wrong, in_chans=in_chans,
+        nodata=args.nodata,
+    )  # fmt: skip
+    check_classes(coco, classes, f"the model '{args.model}'")
+    rle_codec()
+    results = find_objects(detector.to(args.device), coco, **reading(args, in_chans))
+    metrics = average_precision(coco, results, masks=masks)
+    say(table(metrics))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "metrics.json", metrics)
+        write_json(output / "predictions.json", results)
+
+
+def predict_command(args: argparse.Namespace) -> None:
+    """`detect predict`: the objects in all images below a folder, as a JSON that `open_coco` reads."""
+    output = Path(args.output)
+    if output.exists() and not args.overwrite:
+        raise ValueError(f"'{output}' exists. Pass --overwrite, or another --output.")
+    classes, detector = classes_of(args.model), open_detector(args.model)
+    pyramid: Any = detector.backbone
+    source = FolderSource(args.images, pyramid.body.in_chans, args.nodata)
+    paths = [source.path(i) for i in range(len(source))]
+    names = [Path(path).relative_to(args.images).as_posix() for path in paths]
+    images = [CocoImage(i, path, name, 0, 0, []) for i, (path, name) in enumerate(zip(paths, names, strict=True), 1)]
+    coco = Coco(output, images, classes, list(range(1, len(classes) + 1)))
+    sizes: dict[int, tuple[int, int]] = {}
+    if not detector.made_of["boxes_only"]:  # pyright: ignore
+        rle_codec()
+    results = find_objects(detector.to(args.device), coco, sizes=sizes, **reading(args, pyramid.body.in_chans))
+    results = [result for result in results if result["score"] >= args.min_score]
+    sized = [image._replace(height=sizes[image.id][0], width=sizes[image.id][1]) for image in images]
+    content = coco._replace(images=sized).content()
+    content["annotations"] = [
+        dict(result, id=i, iscrowd=0, area=result["bbox"][2] * result["bbox"][3]) for i, result in enumerate(results, 1)
+    ]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, content)
+    say(f"{len(results)} objects in {len(images)} images: {output}")
+
+
+def reading(args: argparse.Namespace, in_chans: int) -> dict[str, Any]:
+    """How images are read and models run, of eval and predict."""
+    return dict(
+        device=torch.device(args.device), in_chans=in_chans, nodata=args.nodata, batch_size=args.batch_size,
+        workers=args.workers, amp_dtype=getattr(torch, args.amp_dtype) if args.amp else None,
+    )  # fmt: skip
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(content), encoding="utf-8")
