@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from timm.utils import ParseKwargs
 
-from ..command import PROGRAM, CommandParser, closest
+from ..command import PROGRAM, CommandParser
 from ..finetune.recipe import Recipe, load_recipe
+from .detect_options import add_recipe
 
 __all__ = ["RECIPES", "build_parser", "parse"]
 
@@ -146,7 +147,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe
         name = early.parse_known_args(words)[0].recipe
         if name is not None:
             recipe = load_recipe(name, RECIPES)
-            words = ["train", *_recipe_words(recipe), *words[1:]]
+            words = ["train", *add_recipe(recipe, _known_options()), *words[1:]]
     args = build_parser().parse_args(words)
     for name in ("epochs", "updates", "grad_accum_steps", "img_size", "short_side", "window", "eval_interval"):
         value = getattr(args, name, None)
@@ -159,19 +160,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe
     return args, recipe
 
 
-def _recipe_words(recipe: Recipe) -> list[str]:
-    """The values of a recipe as words of a command line, for the parser to check."""
+def _known_options() -> dict[str, argparse.Action]:
+    """The options of `train` by name with underscores."""
     parser = CommandParser()
     _add_train(parser)
-    known = {action.dest: action for action in parser._actions}
-    words: list[str] = []
-    for name, value in recipe.values.items():
-        action = known.get(name)
-        if action is None:
-            raise ValueError(f"--recipe {recipe.name}: there is no option {name}.{closest(name, known)}")
-        options = [text for text in action.option_strings if text.startswith("--")]
-        if action.nargs == 0:
-            words += options[:1] if value else options[1:]
-        elif value is not None:
-            words += [options[0], *map(str, value if isinstance(value, list) else [value])]
-    return words
+    return {action.dest: action for action in parser._actions}

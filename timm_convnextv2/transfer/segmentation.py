@@ -38,6 +38,9 @@ class Segmenter(nn.Module):
         classes: Names of the classes.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         backbone: Backbone,
