@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same
+from helpers import assert_same, torchrun
 from PIL import Image
 
 from timm_convnextv2.cli import main
@@ -159,6 +159,20 @@ def test_recipes_are_options(name):
     if name.startswith("upernet"):  # the paper's appendix A.4
         assert (args.updates, args.weight_decay, args.img_size, args.sched) == (160000, 0.05, 512, "poly")
         assert recipe.global_batch == 16 and 0.1 <= args.drop_path <= 0.4 and args.layer_decay in (0.8, 0.9)
+
+
+@pytest.mark.slow
+def test_two_processes(run, data, tmp_path):
+    """They train together, share the images of the evaluation, and count each once."""
+    words = [*SMALL, "-b", "2", "--epochs", "1", "--data-dir", data, "--output", tmp_path, "--experiment", "run"]
+    done = torchrun("-m", "timm_convnextv2.segment", "train", *words)
+    assert done.returncode == 0, done.stderr
+    assert "2 updates of 4 images" in done.stdout and done.stdout.count("mIoU") == 1
+    model, classes = open_segmenter(tmp_path / "run"), read_classes(data / "classes.txt")
+    measured = evaluate_segmenter(model, MaskedImages(*open_split(data, "validation"), classes))[0]
+    assert measured == json.loads((tmp_path / "run/model/config.json").read_text())["metrics"]
+    done = torchrun("-m", "timm_convnextv2.segment", "train", *words, "--experiment", "two", "--ignore-index", "3")
+    assert done.returncode and done.stderr.count("error: The ignore index 3") == 1
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from encoders import make_encoder, maps_of
+from encoders import maps_of
 from helpers import assert_same
 
 from timm_convnextv2.transfer.confusion import Confusion
@@ -45,12 +45,12 @@ def test_logits_have_the_size_of_the_image(size):
     assert tiny(5).eval()(torch.rand(1, 3, *size)).shape == (1, 5, *size)
 
 
-def test_it_normalises_sees_the_last_pixels_and_pads_only_where_needed(tmp_path):
-    encoder = make_encoder(tmp_path)
-    model = build_segmenter(f"local-dir:{tmp_path}", 3, channels=8).eval()
+def test_it_normalises_sees_the_last_pixels_and_pads_only_where_needed(exported):
+    name, encoder, first = exported
+    model = build_segmenter(name, 3, channels=8).eval()
     seen = []
     model.backbone.register_forward_hook(lambda module, inputs, output: seen.extend(output))
-    whole, odd = torch.rand(1, 3, 16, 8), torch.rand(1, 3, 17, 17)
+    whole, odd = torch.rand(1, 3, 16 * first, 8 * first), torch.rand(1, 3, 8 * first + 1, 8 * first + 1)
     changed = odd.clone()
     changed[..., -1] = 1 - changed[..., -1]
     with torch.no_grad():
@@ -85,9 +85,21 @@ def test_losses_leave_out_ignored_pixels():
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_trains(frozen):
     model = tiny(in_chans=2, frozen=frozen)
-    sum(model(torch.rand(2, 2, 64, 64), torch.randint(0, 3, (2, 64, 64))).values()).backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == (frozen and name.startswith("backbone")), name
+    targets = (torch.arange(64) < 40).long().expand(2, 64, 64)
+    images = (torch.rand(2, 2, 64, 64) + targets[:, None]) / 2
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        losses.append(sum(model(images, targets).values()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        for name, parameter in model.named_parameters():
+            if frozen and name.startswith("backbone"):
+                assert parameter.grad is None, name
+            elif name.startswith(("backbone.model.stem", "norms", "head", "auxiliary")):
+                assert parameter.grad.abs().sum() > 0, name
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_folder(tmp_path):
