@@ -13,8 +13,8 @@ from helpers import SCRIPTS
 import timm_convnextv2
 from timm_convnextv2 import cli, command
 
-NAMES = ("pretrain", "finetune", "validate", "predict", "detect", "segment", "report", "publish", "compare", "embed")
-NAMES += ("evaluate", "collapse")
+NAMES = ("pretrain", "finetune", "validate", "predict", "report", "publish", "compare", "embed", "evaluate", "collapse")
+NAMES += ("detect", "segment")
 
 
 def test_help_names_every_command(capsys):

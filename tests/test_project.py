@@ -92,7 +92,7 @@ def test_options_exist(page):
 
 @pytest.mark.parametrize("page", sorted(set(PAGES) - {"CHANGELOG.md"}))
 def test_recipes_exist(page):
-    known = {p.stem for p in (ROOT / "timm_convnextv2/finetune/recipes").glob("*.yaml")}
+    known = {p.stem for p in (ROOT / "timm_convnextv2").glob("*/recipes/**/*.yaml")}
     for name in re.findall(r"--recipe ([\w-]+)", PAGES[page]):
         assert name in known, f"{page} names the recipe {name}; there are {sorted(known)}"
 

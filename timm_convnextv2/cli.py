@@ -27,14 +27,14 @@ COMMANDS = {
     "finetune": Command("timm_convnextv2.finetune", "finetune a backbone with timm's train.py and a recipe"),
     "validate": Command("timm_convnextv2.validate", "measure a finetuned model with timm's validate.py"),
     "predict": Command("timm_convnextv2.predict", "classify images with timm's inference.py"),
-    "detect": Command("timm_convnextv2.detect", "train, measure and run a detector of objects on a backbone"),
-    "segment": Command("timm_convnextv2.segment", "train, measure and run a segmenter of pixels on a backbone"),
     "report": Command("timm_convnextv2.report.command", "show runs of pretraining on one page"),
     "publish": Command("timm_convnextv2.publish", "publish weights and a model card on the Hugging Face Hub"),
     "compare": Command("timm_convnextv2.compare", "finetune from scratch, from your encoder and from named weights"),
     "embed": Command("timm_convnextv2.embed", "write one row of features for each image"),
     "evaluate": Command("timm_convnextv2.evaluate", "compare frozen features: kNN, ridge, linear probe, rank"),
     "collapse": Command("timm_convnextv2.collapse", "compare how alike the channels of models are"),
+    "detect": Command("timm_convnextv2.detect", "train, measure and run a detector of objects on a backbone"),
+    "segment": Command("timm_convnextv2.segment", "train, measure and run a segmenter of pixels on a backbone"),
 }
 
 

@@ -1,5 +1,6 @@
 """A timm model as the backbone of detection and segmentation: the maps of its last stages, and what it was made of."""
 
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -7,11 +8,11 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.layers import Format
 from timm.models import group_parameters, load_model_config_from_hf
-from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
 
 from ..checkpoint import load_model
 from ..models import ConvNeXtV2
+from ..provenance import read_config
 
 __all__ = ["Backbone", "create_backbone", "open_backbone"]
 
@@ -147,7 +148,8 @@ def _architecture(name: str) -> tuple[str, dict[str, Any]]:
     """The name of the model in timm, and the options that its folder or repository adds."""
     try:
         if name.startswith("local-dir:"):
-            _, architecture, own = load_model_config_from_path(name.removeprefix("local-dir:"))  # pyright: ignore
+            config = read_config(Path(name.removeprefix("local-dir:")) / "config.json", ours=False)
+            architecture, own = config["architecture"], config.get("model_args")
         elif name.startswith("hf-hub:"):
             _, architecture, own = load_model_config_from_hf(name.removeprefix("hf-hub:"))
         else:

@@ -47,12 +47,12 @@ def build_parser() -> CommandParser:
 def _add_data(parser: argparse.ArgumentParser, splits: Sequence[str]) -> None:
     add = parser.add_argument
     add("--data-dir", required=True, metavar="DIR", help="root of the data set; the paths below are relative to it")
-    for split, name in (("train", "train"), ("val", "validation")):
-        if split in splits:
-            add(f"--{split}", default=f"{name}.json", metavar="FILE",
-                help=f"annotations in COCO's format (default: {name}.json)")
-            add(f"--{split}-images", default=f"{name}/images", metavar="DIR",
-                help=f"folder of its images (default: {name}/images)")
+    if "train" in splits:
+        add("--train", default="train.json", metavar="FILE", help="annotations in COCO's format (default: train.json)")
+        add("--train-images", default="train/images", metavar="DIR", help="their images (default: train/images)")
+    if "val" in splits:
+        add("--val", default="validation.json", metavar="FILE", help="to measure on (default: validation.json)")
+        add("--val-images", default="validation/images", metavar="DIR", help="(default: validation/images)")
     add("--drop-wrong", action="store_true", help="leave wrong annotations out, with their count, in place of refusing")
 
 

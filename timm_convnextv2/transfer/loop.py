@@ -287,6 +287,9 @@ class Run:
         logs: From `report.open_logs`.
         stop: Name of the signal at which it ended, else ''.
         measured: The last evaluation.
+
+    Raises:
+        ValueError: An epoch has less than one update.
     """
 
     training: Training
@@ -301,6 +304,13 @@ class Run:
     stop: str = ""
     measured: dict[str, float] = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)  # of the losses of this epoch
+
+    def __post_init__(self) -> None:
+        if not self.updates_per_epoch:
+            raise ValueError(
+                f"An update takes {self.training.grad_accum_steps} batches, but an epoch has {len(self.loader)}. Lower "
+                "--grad-accum-steps or --batch-size."
+            )
 
     @property
     def updates_per_epoch(self) -> int:
@@ -321,11 +331,6 @@ def train(run: Run, world: World) -> None:
         NotSavedError: The checkpoint cannot be written.
     """
     training, schedule, size = run.training, run.training.schedule, run.updates_per_epoch
-    if not size:
-        raise ValueError(
-            f"An update takes {training.grad_accum_steps} batches, but an epoch has {len(run.loader)}. Lower "
-            "--grad-accum-steps or --batch-size."
-        )
     epochs = math.ceil(schedule.updates / size)
     bar = ProgressBar(schedule.updates, training.update_number, epochs, run.log_interval, world.primary)
     sampler: Any = run.loader.batch_sampler
