@@ -181,8 +181,8 @@ def test_it_memorises_eight_images(tmp_path):
     (data / "validation").rename(data / "other")
     (data / "train").rename(data / "validation")
     (data / "train").symlink_to(data / "validation")
-    words = [*SMALL, "--channels", "32", "--img-size", "64", "--scale", "1", "1", "--no-colours", "--lr", "5e-3"]
-    more = ["--epochs", "150", "--warmup-updates", "10", "--eval-interval", "150", "-b", "8"]
-    words = ["segment", "train", *words, *more, "--data-dir", str(data), "--output", str(tmp_path)]
-    assert main([*words, "--experiment", "run"]) == 0
+    more = ["--model-kwargs", "depths=(1,1,1,1)", "dims=(16,24,32,40)", "patch_size=2", "--channels", 64, "-b", 8]
+    more += ["--img-size", 64, "--scale", 1, 1, "--no-colours", "--hflip", 0, "--lr", 1e-2, "--weight-decay", 0]
+    more += ["--epochs", 180, "--warmup-updates", 20, "--clip-grad", 1, "--eval-interval", 180]
+    train(data, tmp_path, *more)
     assert float(read_rows(tmp_path / "run/summary.csv")[0][-1]["eval_miou"]) > 0.9
