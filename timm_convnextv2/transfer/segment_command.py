@@ -203,6 +203,7 @@ def evaluate_epoch(
 ) -> dict[str, float]:  # fmt: skip
     """Measures the segmenter, draws what it finds, and exports it."""
     segmenter: Any = model
+    share_buffers(segmenter, world)
     measures, found = evaluate_segmenter(
         segmenter, data, testing, workers=workers, world=world if world.distributed else None, keep=shown
     )
@@ -214,6 +215,19 @@ def evaluate_epoch(
         if last:
             say(table(measures, data.classes))
     return {key: value for key, value in measures.items() if key != "iou"}
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module, world: World) -> None:
+    """Gives all processes the batch statistics of the first, whose model is exported.
+
+    After an update each process has those of its own images, where they are not synchronised (on CPU): DDP shares them
+    at the next update only, and the processes would measure different models.
+    """
+    if world.distributed:
+        first = world.share({name: value.cpu() for name, value in model.named_buffers()})
+        for name, value in model.named_buffers():
+            value.copy_(first[name])
 
 
 def table(measures: dict[str, Any], classes: Sequence[str]) -> str:
