@@ -14,7 +14,7 @@ import timm_convnextv2
 from timm_convnextv2 import cli, command
 
 NAMES = ("pretrain", "finetune", "validate", "predict", "report", "publish", "compare", "embed", "evaluate", "collapse")
-NAMES += ("stats", "check", "detect")
+NAMES += ("stats", "check", "detect", "segment")
 
 
 def test_help_names_every_command(capsys):

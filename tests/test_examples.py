@@ -34,7 +34,6 @@ def two_channels(root):
 STOCK = """
 import sys
 import timm, torch
-from segmentation import build_segmenter
 
 names, images, result = sys.argv[2:], torch.load(sys.argv[1]), {}
 torch.set_num_threads(1)
@@ -46,8 +45,6 @@ for name in names:
         own = whole.forward_intermediates(images, intermediates_only=True)
         assert all(torch.equal(a, b) for a, b in zip(maps, own, strict=True))
     result[name] = maps
-with torch.no_grad():
-    assert build_segmenter(backbone, 5, channels=8)(images).shape == (2, 5, 64, 64)
 assert not any(module.startswith("timm_convnextv2") for module in sys.modules)
 torch.save(result, sys.argv[1])
 """
@@ -156,49 +153,7 @@ def test_detector_refuses_strides_that_roi_align_would_round(tmp_path):
         detection.build_detector(f"local-dir:{tmp_path}", 2)
 
 
-# --- segmentation
-
-
-@pytest.mark.parametrize("size", [(64, 64), (37, 50), (1, 33), (65, 31)], ids=str)
-def test_segmenter_answers_at_the_size_of_the_image(exported, size):
-    segmenter = segmentation.build_segmenter(backbone_of(exported[0]), 5, channels=8)
-    assert segmenter(torch.rand(2, 3, *size)).shape == (2, 5, *size)
-
-
-def test_segmenter_sees_the_last_pixels_and_no_padding_where_none_is_needed(exported):
-    name, encoder, first = exported
-    segmenter = segmentation.build_segmenter(backbone_of(name), 3, channels=8).eval()
-    image = torch.rand(1, 3, 8 * first + 1, 8 * first + 1)
-    changed = image.clone()
-    changed[..., -1] = 1 - changed[..., -1]
-    with torch.no_grad():
-        assert not torch.equal(segmenter(image), segmenter(changed))
-    seen = []
-    segmenter.backbone.register_forward_hook(lambda module, inputs, output: seen.extend(output))
-    whole = torch.rand(1, 3, 16 * first, 8 * first)
-    with torch.no_grad():
-        segmenter(whole)
-    for ours, expected in zip(seen, maps_of(encoder, (whole - 0.4) / 0.3), strict=True):
-        torch.testing.assert_close(ours, expected)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_segmenter_trains_what_it_should(two_channels, frozen):
-    segmenter = segmentation.build_segmenter(backbone_of(two_channels), 3, frozen=frozen, channels=8)
-    images, classes = common.draw(4, 29, 2)
-    optimizer = torch.optim.AdamW([p for p in segmenter.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        losses.append(torch.nn.functional.cross_entropy(segmenter(images), classes))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        for name, parameter in segmenter.named_parameters():
-            if name.startswith("backbone") and frozen:
-                assert parameter.grad is None, name
-            elif name.startswith(("backbone.stem", "pyramid", "head")):
-                assert parameter.grad.abs().sum() > 0, name
-        optimizer.step()
-    assert losses[-1] < 0.8 * losses[0]
+# --- both; the segmenter itself is tested in transfer/test_segmentation.py
 
 
 @pytest.mark.parametrize("in_chans", [1, 2, 3])

@@ -36,6 +36,7 @@ COMMANDS = {
     "stats": Command("timm_convnextv2.stats", "measure the pixels of a data set: mean, std, percentiles, histogram"),
     "check": Command("timm_convnextv2.check", "look for files of a folder that are unreadable, flat, double or odd"),
     "detect": Command("timm_convnextv2.detect", "train, measure and run a detector of objects on a backbone"),
+    "segment": Command("timm_convnextv2.segment", "train, measure and run a segmenter of pixels on a backbone"),
 }
 
 

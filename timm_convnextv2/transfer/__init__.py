@@ -3,12 +3,18 @@
 from .backbone import Backbone, create_backbone
 from .detection import build_detector, export_detector, open_detector
 from .groups import parameter_groups
+from .segmentation import build_segmenter, export_segmenter, open_segmenter
+from .segmentation_metrics import find_classes
 
 __all__ = [
     "Backbone",
     "build_detector",
+    "build_segmenter",
     "create_backbone",
     "export_detector",
+    "export_segmenter",
+    "find_classes",
     "open_detector",
+    "open_segmenter",
     "parameter_groups",
 ]
