@@ -41,8 +41,8 @@ def test_files_of_a_run(atto):
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     encoder = {f"encoder/{name}" for name in ("config.json", "model.safetensors", "README.md")}
     assert files == encoder | {
-        "args.yaml", "summary.csv", "last.pth.tar", "milestone-1.pth.tar", "loss.png", "reconstructions/epoch-0001.png",
-        "report.html",
+        "args.yaml", "summary.csv", "collapse.csv", "last.pth.tar", "milestone-1.pth.tar", "loss.png", "report.html",
+        "reconstructions/epoch-0001.png",
     }  # fmt: skip
     assert not list(out.rglob("*.part")) and not list(out.rglob(".*"))
     assert f"Writing to {out}" in printed and "Done: the encoder is in" in printed
