@@ -367,7 +367,8 @@ def test_commands_tell_a_missing_codec_in_one_message(
         passing = {"pretrain": "timm_convnextv2.pretrain.batches", "embed": "timm_convnextv2.embed.run"}
         first = lambda source, look=None: look and look(source[0])  # noqa: E731  (the one that needs it is not tried)
         monkeypatch.setattr(f"{passing[command]}.check_readable", first)
-        monkeypatch.setattr("timm_convnextv2.pretrain.batches.SHOWN_IMAGES", 1)
+        for name in ("SHOWN_IMAGES", "WATCHED_IMAGES"):
+            monkeypatch.setattr(f"timm_convnextv2.pretrain.batches.{name}", 1)
     take()
     with no_hang(60):
         if command == "embed":
