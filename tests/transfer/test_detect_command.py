@@ -18,7 +18,8 @@ from timm_convnextv2.finetune.recipe import load_recipe, recipe_names
 from timm_convnextv2.report.summary import read_rows
 from timm_convnextv2.transfer.coco import open_coco
 from timm_convnextv2.transfer.detect_command import main
-from timm_convnextv2.transfer.detect_options import RECIPES, add_recipe, known_options, parse
+from timm_convnextv2.transfer.detect_options import RECIPES, _add_train, parse
+from timm_convnextv2.transfer.options import add_recipe, known_options
 
 pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
 
@@ -53,7 +54,7 @@ def test_from_images_to_average_precision(command, data, tmp_path, capsys):
     run = tmp_path / "run"
     out = capsys.readouterr().out
     assert "8 images with 8 objects of 8 classes, 8 to validate; 4 updates of 4 images" in out
-    assert "ap50" in out and f"Done: the detector is in {run / 'model'}" in out
+    assert "ap50" in out and f"Done: the model is in {run / 'model'}" in out
     rows = read_rows(run / "summary.csv")[0]
     assert len(rows) == 2 and {"eval_box_ap", "eval_mask_ar_large", "train_loss_mask"} <= rows[1].keys()
     assert sorted(p.name for p in (run / "predictions").iterdir()) == [
@@ -165,7 +166,7 @@ def test_another_model_does_not_resume(command, capsys):
 def test_two_processes(command, tmp_path):
     done = torchrun("-m", "timm_convnextv2.detect", *command("--batch-size", "2"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Done: the detector is in") == 1
+    assert done.stdout.count("Done: the model is in") == 1
     assert len(json.loads((tmp_path / "run/predictions/validation.json").read_text())) > 0
 
 
@@ -190,7 +191,7 @@ def test_options_win_over_the_recipe(tmp_path):
     assert (args.epochs, args.amp, args.scale, args.clip_grad) == (9, False, [0.5, 1.0], None)
     (tmp_path / "mine.yaml").write_text("epoch: 7")
     with pytest.raises(ValueError, match="there is no option epoch. Did you mean 'epochs'?"):
-        add_recipe(load_recipe(str(tmp_path / "mine.yaml"), RECIPES), known_options())
+        add_recipe(load_recipe(str(tmp_path / "mine.yaml"), RECIPES), known_options(_add_train))
 
 
 def test_the_console_knows_it(capsys):

@@ -2,28 +2,20 @@
 
 import argparse
 import json
-import multiprocessing
 import shlex
 import sys
-import traceback
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..command import invocation, refused, say
 from ..data import FolderSource
 from ..files import whole_file
 from ..finetune.recipe import Recipe, list_recipes
-from ..pretrain.command import end_workers
 from ..pretrain.distributed import World
-from ..pretrain.lock import release_locks
-from ..pretrain.peers import leave
-from ..pretrain.trainer import NotFiniteError
 from ..report import check_logs, open_logs
 from .backbone import create_backbone
 from .coco import (
@@ -37,12 +29,13 @@ from .coco import (
     open_coco,
     rle_codec,
 )
+from .command import experiment_name, train_command
 from .detect_options import RECIPES, parse
 from .detection import build_detector, classes_of, export_detector, open_detector
 from .detection_metrics import average_precision, evaluate_detector, find_objects, save_found
-from .folder import NotSavedError, TransferFolder
+from .folder import TransferFolder
 from .groups import parameter_groups
-from .loop import Run, Schedule, Training, create_loader, train
+from .loop import Run, Schedule, Training, create_loader
 
 __all__ = ["main"]
 
@@ -68,63 +61,16 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e:
         return refused("detect", e)
     if args.action == "train":
-        return train_command(args, recipe, argv)
+        if args.list_recipes:
+            say(list_recipes(RECIPES))
+            return 0
+        command = shlex.join([*invocation("detect"), *(sys.argv[1:] if argv is None else argv)])
+        return train_command("detect train", args.device, lambda world: set_up(args, recipe, world, command))
     try:
         (evaluate_command if args.action == "eval" else predict_command)(args)
     except (ValueError, OSError, RuntimeError) as e:
         return refused(f"detect {args.action}", e)
     return 0
-
-
-def train_command(args: argparse.Namespace, recipe: Recipe | None, argv: list[str] | None) -> int:
-    """`detect train`; returns the exit status."""
-    if args.list_recipes:
-        say(list_recipes(RECIPES))
-        return 0
-    world, run, others = None, None, {*multiprocessing.active_children()}
-    try:
-        world = World(args.device)
-        run = set_up(
-            args, recipe, world, shlex.join([*invocation("detect"), *(sys.argv[1:] if argv is None else argv)])
-        )
-        if run is None:
-            return 0
-        train(run, world)
-    except Exception as e:
-        return ended_by(e, world, run)
-    finally:
-        release_locks()
-        end_workers({*multiprocessing.active_children()} - others)
-        if world is not None:
-            world.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    again = f"resume with --experiment {run.folder.path.name} --resume auto and the same options"
-    say(f"Stopped by {run.stop}; {again}." if run.stop else f"Done: the detector is in {run.folder.path / 'model'}")
-    return 0
-
-
-def ended_by(error: Exception, world: World | None, run: Run | None) -> int:
-    """Tells an error once, on the process where it arose; raises again what is no user's mistake."""
-    if world is None:
-        if not isinstance(error, ValueError | RuntimeError):
-            raise error
-        return refused("detect train", error)
-    if not isinstance(error, ValueError) and world.is_consequence(error):
-        leave(1)
-    if isinstance(error, ValueError | NotSavedError):
-        world.tell(f"timm-convnextv2 detect train: error: {error}")
-        return 2 if run is None else 1
-    if isinstance(error, NotFiniteError):
-        world.tell(
-            f"timm-convnextv2 detect train: {error} It is that of update {error.number + 1}. Lower --lr, pass "
-            "--clip-grad 1, or leave --amp out; --resume auto continues from the last checkpoint."
-        )
-        return 1
-    if world.distributed:
-        world.tell(f"Process {world.rank} of {world.size} fails:\n{''.join(traceback.format_exception(error))}")
-        return 1
-    raise error
 
 
 def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, command: str) -> Run | None:
@@ -183,7 +129,7 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
         world, seed=args.seed, grad_accum_steps=args.grad_accum_steps, clip_grad=args.clip_grad, amp_dtype=amp_dtype,
         ema_decay=args.model_ema_decay if args.model_ema else None, opt=args.opt,
     )  # fmt: skip
-    name = args.experiment or experiment_name(args.model, world)
+    name = args.experiment or experiment_name("detect", args.model, world)
     if args.resume and not args.experiment:
         raise ValueError("--resume auto needs --experiment, the folder of the run to continue.")
     folder = TransferFolder(Path(args.output) / name, resume=args.resume == "auto", overwrite=args.overwrite)
@@ -272,12 +218,6 @@ def table(metrics: dict[str, float]) -> str:
         values = (metrics[f"{kind}_{name}"] for kind in kinds)
         rows.append(f"{name:10}" + "".join(f"{100 * v:8.1f}" if v >= 0 else f"{'-':>8}" for v in values))
     return "\n".join([*rows, "in %, by faster-coco-eval; - where no object has that size"])
-
-
-def experiment_name(model: str, world: World) -> str:
-    """Time and model, the same on all processes."""
-    stamp = world.share(datetime.now().strftime("%Y%m%d-%H%M%S"))
-    return f"{stamp}-detect-{Path(model.rpartition(':')[2]).name.replace('.', '_')}"
 
 
 def evaluate_command(args: argparse.Namespace) -> None:

@@ -5,16 +5,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from timm.utils import ParseKwargs
 
-from ..command import PROGRAM, CommandParser, closest
-from ..finetune.recipe import Recipe, load_recipe
+from ..command import PROGRAM, CommandParser
+from ..finetune.recipe import Recipe
+from .options import add_learning, add_reading, add_run, with_recipe
 
-__all__ = ["RECIPES", "add_recipe", "build_parser", "parse"]
+__all__ = ["RECIPES", "build_parser", "parse"]
 
 RECIPES = Path(__file__).parent / "recipes" / "detect"
-CUDA = torch.cuda.is_available()
 
 
 # fmt: off
@@ -38,7 +37,7 @@ def build_parser() -> CommandParser:
     evaluate.add_argument("--output", metavar="DIR", help="folder to write metrics.json and predictions.json to")
     predict.add_argument("--output", required=True, metavar="FILE", help="JSON to write, in COCO's format")
     for other in (evaluate, predict):
-        _add_reading(other)
+        add_reading(other)
         other.add_argument("-b", "--batch-size", type=int, default=2, metavar="N", help="images at a time (default: 2)")
         other.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
@@ -56,22 +55,13 @@ def _add_data(parser: argparse.ArgumentParser, splits: Sequence[str]) -> None:
     add("--drop-wrong", action="store_true", help="leave wrong annotations out, with their count, in place of refusing")
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--nodata", type=float, metavar="V", help="stored value of pixels without data; they get the others' mean")
-    add("--device", default="cuda" if CUDA else "cpu", metavar="NAME")
-    add("--amp", action=argparse.BooleanOptionalAction, default=False, help="mixed precision")
-    add("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    add("-j", "--workers", type=int, default=4, metavar="N", help="data processes per process (default: 4)")
-
-
 def _add_train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", metavar="NAME", help="a model of timm, local-dir:FOLDER or hf-hub:USER/NAME")
     add("--recipe", metavar="NAME", help="settings by name, or a .yaml file; the options here win")
     add("--list-recipes", action="store_true", help="name the recipes, and end")
     _add_data(parser, ("train", "val"))
-    _add_reading(parser)
+    add_reading(parser)
     model = parser.add_argument_group("model").add_argument
     model("--boxes-only", action="store_true", help="Faster R-CNN: boxes, no masks")
     model("--from-scratch", action="store_true", help="random weights in the backbone, to compare")
@@ -91,36 +81,16 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
            help="sides in evaluation: SHORT, but LONG at most (default: --img-size for both)")
     images("--hflip", type=float, default=0.5, metavar="P", help="probability of a horizontal flip (default: 0.5)")
     images("--vflip", type=float, default=0.0, metavar="P", help="probability of a vertical flip (default: 0)")
-    training = parser.add_argument_group("training").add_argument
+    group = parser.add_argument_group("training")
+    add_learning(group, "pyramid and heads")
+    training = group.add_argument
     training("--epochs", type=int, default=36, metavar="N", help="(default: 36)")
     training("-b", "--batch-size", type=int, default=4, metavar="N", help="images per process and step (default: 4)")
-    training("--grad-accum-steps", type=int, default=1, metavar="N", help="steps per update (default: 1)")
-    training("--opt", default="adamw", metavar="NAME", help="any optimizer of timm (default: adamw)")
-    training("--lr", type=float, default=1e-4, metavar="X", help="learning rate of pyramid and heads (default: 1e-4)")
-    training("--weight-decay", type=float, default=0.05, metavar="X", help="(default: 0.05)")
-    training("--layer-decay", type=float, default=1.0, metavar="X", help="share of the rate in the next lower layer")
-    training("--layer-decay-type", default="group", choices=["group", "single"], help="layers of a ConvNeXt V2")
     training("--sched", default="step", choices=["step", "cosine", "poly"], help="(default: step)")
     training("--decay-epochs", type=float, nargs="+", default=[27, 33], metavar="N",
              help="epochs after which 'step' divides the rate by 10 (default: 27 33)")
     training("--warmup-updates", type=int, default=1000, metavar="N", help="of linear warmup (default: 1000)")
-    training("--clip-grad", type=float, metavar="NORM", help="clip the gradient's norm (default: no clipping)")
-    training("--model-ema", action=argparse.BooleanOptionalAction, default=False,
-             help="evaluate and export a moving average of the weights")
-    training("--model-ema-decay", type=float, default=0.9998, metavar="X", help="(default: 0.9998)")
-    training("--seed", type=int, default=42, metavar="N", help="(default: 42)")
-    run = parser.add_argument_group("run").add_argument
-    run("--output", default="output", metavar="DIR", help="(default: output)")
-    run("--experiment", default="", metavar="NAME", help="sub-folder of --output (default: time and model)")
-    run("--resume", default="", choices=["", "auto"], help="auto: continue the experiment's run, if there is one")
-    run("--overwrite", action="store_true", help="first remove what an earlier run wrote to the folder")
-    run("--eval-interval", type=int, default=1, metavar="N", help="epochs between evaluations (default: 1)")
-    run("--shown-images", type=int, default=4, metavar="N", help="images to draw at each evaluation (default: 4)")
-    run("--log-interval", type=int, default=20, metavar="N", help="updates between lines (default: 20)")
-    run("--log-wandb", action="store_true")
-    run("--wandb-project", metavar="NAME")
-    run("--log-tensorboard", action="store_true")
-    run("--dry-run", action="store_true", help="check everything, and end before training")
+    add_run(parser)
 # fmt: on
 
 
@@ -131,40 +101,5 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe
         ValueError: An option or a recipe is wrong.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser()
-    recipe = None
-    if words[:1] == ["train"]:
-        early = CommandParser(add_help=False)
-        early.add_argument("--recipe")
-        name = early.parse_known_args(words)[0].recipe
-        if name is not None:
-            recipe = load_recipe(name, RECIPES)
-            words = ["train", *add_recipe(recipe, known_options()), *words[1:]]
-    return parser.parse_args(words), recipe
-
-
-def known_options() -> dict[str, argparse.Action]:
-    """The options of `train` by name with underscores."""
-    parser = CommandParser()
-    _add_train(parser)
-    return {action.dest: action for action in parser._actions}
-
-
-def add_recipe(recipe: Recipe, known: dict[str, argparse.Action]) -> list[str]:
-    """The values of a recipe as words of a command line, for the parser to check.
-
-    Raises:
-        ValueError: An option that does not exist.
-    """
-    words: list[str] = []
-    for name, value in recipe.values.items():
-        action = known.get(name)
-        if action is None:
-            raise ValueError(f"--recipe {recipe.name}: there is no option {name}.{closest(name, known)}")
-        option = next(text for text in action.option_strings if text.startswith("--"))
-        if value is None or (action.nargs == 0 and value is False):
-            continue
-        words.append(option)
-        if action.nargs != 0:
-            words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    return words
+    words, recipe = with_recipe(words, RECIPES, _add_train)
+    return build_parser().parse_args(words), recipe

@@ -5,17 +5,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from timm.utils import ParseKwargs
 
 from ..command import PROGRAM, CommandParser
-from ..finetune.recipe import Recipe, load_recipe
-from .detect_options import add_recipe
+from ..finetune.recipe import Recipe
+from .options import add_learning, add_reading, add_run, with_recipe
 
 __all__ = ["RECIPES", "build_parser", "parse"]
 
 RECIPES = Path(__file__).parent / "recipes" / "segment"
-CUDA = torch.cuda.is_available()
 
 
 # fmt: off
@@ -39,7 +37,7 @@ def build_parser() -> CommandParser:
     predict.add_argument("--images", required=True, metavar="DIR", help="images anywhere below it")
     predict.add_argument("--output", required=True, metavar="DIR", help="folder to write index PNGs to")
     for other in (evaluate, predict):
-        _add_reading(other)
+        add_reading(other)
         _add_test(other)
         other.add_argument("--scales", type=float, nargs="+", default=[1.0], metavar="X",
                            help="factors of the image's size, whose probabilities are averaged (default: 1)")
@@ -58,15 +56,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="0 in a mask means no class, and the first class is 1, as in ADE20K")
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--nodata", type=float, metavar="V", help="stored value of pixels without data; they get the others' mean")
-    add("--device", default="cuda" if CUDA else "cpu", metavar="NAME")
-    add("--amp", action=argparse.BooleanOptionalAction, default=False, help="mixed precision")
-    add("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
-    add("-j", "--workers", type=int, default=4, metavar="N", help="data processes per process (default: 4)")
-
-
 def _add_test(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--short-side", type=int, metavar="N",
@@ -81,7 +70,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--recipe", metavar="NAME", help="settings by name, or a .yaml file; the options here win")
     add("--list-recipes", action="store_true", help="name the recipes, and end")
     _add_data(parser)
-    _add_reading(parser)
+    add_reading(parser)
     model = parser.add_argument_group("model").add_argument
     model("--from-scratch", action="store_true", help="random weights in the backbone, to compare")
     model("--frozen", action="store_true", help="train the heads only")
@@ -100,36 +89,16 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     images("--colours", action=argparse.BooleanOptionalAction, default=True,
            help="distort the colours of images with three channels (default: yes)")
     _add_test(parser)
-    training = parser.add_argument_group("training").add_argument
+    group = parser.add_argument_group("training")
+    add_learning(group, "the heads")
+    training = group.add_argument
     training("--epochs", type=int, default=100, metavar="N", help="(default: 100)")
     training("--updates", type=int, metavar="N", help="length of the run in updates, in place of --epochs")
     training("-b", "--batch-size", type=int, default=8, metavar="N", help="images per process and step (default: 8)")
-    training("--grad-accum-steps", type=int, default=1, metavar="N", help="steps per update (default: 1)")
-    training("--opt", default="adamw", metavar="NAME", help="any optimizer of timm (default: adamw)")
-    training("--lr", type=float, default=1e-4, metavar="X", help="learning rate of the heads (default: 1e-4)")
-    training("--weight-decay", type=float, default=0.05, metavar="X", help="(default: 0.05)")
-    training("--layer-decay", type=float, default=1.0, metavar="X", help="share of the rate in the next lower layer")
-    training("--layer-decay-type", default="group", choices=["group", "single"], help="layers of a ConvNeXt V2")
     training("--sched", default="poly", choices=["poly", "cosine"], help="poly: linear to 0 (default)")
     training("--warmup-updates", type=int, default=0, metavar="N", help="of linear warmup (default: 0)")
     training("--warmup-share", type=float, default=1e-6, metavar="X", help="of the rate, at its start (default: 1e-6)")
-    training("--clip-grad", type=float, metavar="NORM", help="clip the gradient's norm (default: no clipping)")
-    training("--model-ema", action=argparse.BooleanOptionalAction, default=False,
-             help="evaluate and export a moving average of the weights")
-    training("--model-ema-decay", type=float, default=0.9998, metavar="X", help="(default: 0.9998)")
-    training("--seed", type=int, default=42, metavar="N", help="(default: 42)")
-    run = parser.add_argument_group("run").add_argument
-    run("--output", default="output", metavar="DIR", help="(default: output)")
-    run("--experiment", default="", metavar="NAME", help="sub-folder of --output (default: time and model)")
-    run("--resume", default="", choices=["", "auto"], help="auto: continue the experiment's run, if there is one")
-    run("--overwrite", action="store_true", help="first remove what an earlier run wrote to the folder")
-    run("--eval-interval", type=int, default=1, metavar="N", help="epochs between evaluations (default: 1)")
-    run("--shown-images", type=int, default=4, metavar="N", help="images to draw at each evaluation (default: 4)")
-    run("--log-interval", type=int, default=20, metavar="N", help="updates between lines (default: 20)")
-    run("--log-wandb", action="store_true")
-    run("--wandb-project", metavar="NAME")
-    run("--log-tensorboard", action="store_true")
-    run("--dry-run", action="store_true", help="check everything, and end before training")
+    add_run(parser)
 # fmt: on
 
 
@@ -140,14 +109,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe
         ValueError: An option or a recipe is wrong.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    recipe = None
-    if words[:1] == ["train"]:
-        early = CommandParser(add_help=False)
-        early.add_argument("--recipe")
-        name = early.parse_known_args(words)[0].recipe
-        if name is not None:
-            recipe = load_recipe(name, RECIPES)
-            words = ["train", *add_recipe(recipe, _known_options()), *words[1:]]
+    words, recipe = with_recipe(words, RECIPES, _add_train)
     args = build_parser().parse_args(words)
     for name in ("epochs", "updates", "grad_accum_steps", "img_size", "short_side", "window", "eval_interval"):
         value = getattr(args, name, None)
@@ -158,10 +120,3 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe
             f"--batch-size is {args.batch_size}, expected at least 2: batch normalisation needs several images."
         )
     return args, recipe
-
-
-def _known_options() -> dict[str, argparse.Action]:
-    """The options of `train` by name with underscores."""
-    parser = CommandParser()
-    _add_train(parser)
-    return {action.dest: action for action in parser._actions}

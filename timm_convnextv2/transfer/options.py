@@ -1,0 +1,102 @@
+"""The options that `detect` and `segment` share, and how a recipe gives them."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..command import CommandParser, closest
+from ..finetune.recipe import Recipe, load_recipe
+
+__all__ = ["add_learning", "add_reading", "add_recipe", "add_run", "known_options", "with_recipe"]
+
+
+# fmt: off
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How images are read and models run."""
+    add = parser.add_argument
+    add("--nodata", type=float, metavar="V", help="stored value of pixels without data; they get the others' mean")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME")
+    add("--amp", action=argparse.BooleanOptionalAction, default=False, help="mixed precision")
+    add("--amp-dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    add("-j", "--workers", type=int, default=4, metavar="N", help="data processes per process (default: 4)")
+
+
+def add_learning(group: argparse._ArgumentGroup, heads: str) -> None:
+    """The optimizer, but for what has other defaults in each task: length, batch, schedule."""
+    add = group.add_argument
+    add("--grad-accum-steps", type=int, default=1, metavar="N", help="steps per update (default: 1)")
+    add("--opt", default="adamw", metavar="NAME", help="any optimizer of timm (default: adamw)")
+    add("--lr", type=float, default=1e-4, metavar="X", help=f"learning rate of {heads} (default: 1e-4)")
+    add("--weight-decay", type=float, default=0.05, metavar="X", help="(default: 0.05)")
+    add("--layer-decay", type=float, default=1.0, metavar="X", help="share of the rate in the next lower layer")
+    add("--layer-decay-type", default="group", choices=["group", "single"], help="layers of a ConvNeXt V2")
+    add("--clip-grad", type=float, metavar="NORM", help="clip the gradient's norm (default: no clipping)")
+    add("--model-ema", action=argparse.BooleanOptionalAction, default=False,
+        help="evaluate and export a moving average of the weights")
+    add("--model-ema-decay", type=float, default=0.9998, metavar="X", help="(default: 0.9998)")
+    add("--seed", type=int, default=42, metavar="N", help="(default: 42)")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Where a run is, and what it tells."""
+    add = parser.add_argument_group("run").add_argument
+    add("--output", default="output", metavar="DIR", help="(default: output)")
+    add("--experiment", default="", metavar="NAME", help="sub-folder of --output (default: time and model)")
+    add("--resume", default="", choices=["", "auto"], help="auto: continue the experiment's run, if there is one")
+    add("--overwrite", action="store_true", help="first remove what an earlier run wrote to the folder")
+    add("--eval-interval", type=int, default=1, metavar="N", help="epochs between evaluations (default: 1)")
+    add("--shown-images", type=int, default=4, metavar="N", help="images to draw at each evaluation (default: 4)")
+    add("--log-interval", type=int, default=20, metavar="N", help="updates between lines (default: 20)")
+    add("--log-wandb", action="store_true")
+    add("--wandb-project", metavar="NAME")
+    add("--log-tensorboard", action="store_true")
+    add("--dry-run", action="store_true", help="check everything, and end before training")
+# fmt: on
+
+
+def known_options(add_train: Callable[[CommandParser], None]) -> dict[str, argparse.Action]:
+    """The options of `train` by name with underscores."""
+    parser = CommandParser()
+    add_train(parser)
+    return {action.dest: action for action in parser._actions}
+
+
+def with_recipe(
+    words: list[str], recipes: Path, add_train: Callable[[CommandParser], None]
+) -> tuple[list[str], Recipe | None]:
+    """The words of a command line; of `train`, with those of its --recipe below them.
+
+    Raises:
+        ValueError: The recipe is wrong.
+    """
+    if words[:1] != ["train"]:
+        return words, None
+    early = CommandParser(add_help=False)
+    early.add_argument("--recipe")
+    name = early.parse_known_args(words)[0].recipe
+    if name is None:
+        return words, None
+    recipe = load_recipe(name, recipes)
+    return ["train", *add_recipe(recipe, known_options(add_train)), *words[1:]], recipe
+
+
+def add_recipe(recipe: Recipe, known: dict[str, argparse.Action]) -> list[str]:
+    """The values of a recipe as words of a command line, for the parser to check.
+
+    Raises:
+        ValueError: An option that does not exist.
+    """
+    words: list[str] = []
+    for name, value in recipe.values.items():
+        action = known.get(name)
+        if action is None:
+            raise ValueError(f"--recipe {recipe.name}: there is no option {name}.{closest(name, known)}")
+        option = next(text for text in action.option_strings if text.startswith("--"))
+        if value is None or (action.nargs == 0 and value is False):
+            continue
+        words.append(option)
+        if action.nargs != 0:
+            words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return words
