@@ -47,16 +47,19 @@ class FCMAETask(TrainingTask):
         self.trainable_module = compiled
         return compiled
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, input: torch.Tensor, target: torch.Tensor | None = None, channels: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Loss of a batch.
 
         Args:
             input: Images `[B, C, H, W]`.
             target: Masks, bool `[B, h, w]`, True = removed; drawn where None. Masks on the CPU are checked there,
                 without waiting for the GPU.
+            channels: Removed channels, bool `[B, C]`, True = removed; None for none.
 
         Returns:
             Dictionary with 'loss' (scalar) and 'mask'.
         """
-        output = self.trainable_module(input, self._layout(input, target), return_pred=False)
+        output = self.trainable_module(input, self._layout(input, target), return_pred=False, channels=channels)
         return {"loss": output.loss, "mask": output.mask}

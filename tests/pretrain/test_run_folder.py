@@ -151,14 +151,18 @@ def test_resume_takes_new_settings_of_the_optimizer(tmp_path, no_images, updates
     assert updates[0][0] == pytest.approx(1)  # half-way down the cosine
 
 
-@pytest.mark.parametrize("option, value", [("seed", 1), ("batch_size", 4), ("grad_accum_steps", 2)])
-def test_resume_in_mid_epoch_with_another_order(tmp_path, capsys, no_images, monkeypatch, option, value):
+ANOTHER_ORDER = [("seed", 1, "seed"), ("batch_size", 4, "images per update: 8 there, 4 here")]
+ANOTHER_ORDER += [("grad_accum_steps", 2, "images per update: 8 there, 16 here")]
+
+
+@pytest.mark.parametrize("option, value, words", ANOTHER_ORDER)
+def test_resume_in_mid_epoch_with_another_order(tmp_path, capsys, no_images, monkeypatch, option, value, words):
     with monkeypatch.context() as patch:
         at_update(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         stopped = run(tmp_path / "stopped", epochs=2)
     flag = f"--{option.replace('_', '-')}"
     resume = ["--resume", str(stopped / "last.pth.tar"), flag, str(value)]
-    refused(tmp_path / "r", capsys, ["middle of an epoch", option], *resume)
+    refused(tmp_path / "r", capsys, ["middle of an epoch", words], *resume)
     assert main(command(tmp_path / "whole", flag, str(value))) == 0
 
 

@@ -1,7 +1,9 @@
 """The arithmetic of an update."""
 
 import math
+import os
 import re
+import signal
 
 import pytest
 from helpers import assert_same, torchrun
@@ -9,6 +11,7 @@ from runs import (
     BARE,
     SCRIPT,
     SGD,
+    at_update,
     command,
     differs,
     load,
@@ -18,6 +21,7 @@ from runs import (
 from safetensors.torch import load_file
 
 import timm_convnextv2
+from timm_convnextv2.pretrain.plan import split_batch
 
 
 def test_workers_do_not_change_the_weights(tmp_path, no_images):
@@ -42,12 +46,58 @@ def test_accumulated_batches_equal_the_joint_one(tmp_path, no_images):
     assert off > 1e-4  # what a wrong sum would show
 
 
+def test_a_global_batch_is_shared_by_steps(tmp_path, no_images, capsys):
+    split = run(tmp_path / "split", "--batch-size", "4", "--grad-accum-steps", "2")
+    shared = run(tmp_path / "shared", "--batch-size", "5", "--global-batch-size", "8")
+    assert_same(load(split)["state_dict"], load(shared)["state_dict"])
+    assert [load(shared)["args"][name] for name in ("batch_size", "grad_accum_steps")] == [4, 2]
+    run(tmp_path / "r", "--global-batch-size", "8", "--grad-accum-steps", "2", status=2)
+    assert "follows from --global-batch-size" in capsys.readouterr().err
+
+
+def test_resume_in_mid_epoch_with_the_images_of_an_update_shared_otherwise(tmp_path, no_images, monkeypatch, capsys):
+    whole = run(tmp_path / "whole", *SGD)
+    with monkeypatch.context() as patch:
+        at_update(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(tmp_path / "r", *SGD)
+    assert load(tmp_path / "r")["progress"]["update"] == 2
+    resumed = run(tmp_path / "r", *SGD, "--batch-size", "2", "--global-batch-size", "8", "--resume", "auto")
+    assert "Resumed from" in capsys.readouterr().out
+    assert_same(load(whole)["state_dict"], load(resumed)["state_dict"], atol=2e-6)
+
+
+def test_channel_dropout_is_the_same_however_an_update_is_shared(tmp_path, no_images, capsys):
+    joint = run(tmp_path / "joint", *SGD, "--channel-dropout", "0.4")
+    split = run(tmp_path / "split", *SGD, "--channel-dropout", "0.4", "--batch-size", "2", "--global-batch-size", "8")
+    assert_same(load(joint)["state_dict"], load(split)["state_dict"], atol=2e-6)
+    without = run(tmp_path / "without", *SGD)
+    assert differs(load(without)["state_dict"], load(joint)["state_dict"])
+    assert "channels removed with probability 0.4" in (joint / "encoder/README.md").read_text()
+    run(tmp_path / "r", "--channel-dropout", "0.4", "--in-chans", "1", status=2)
+    assert "--channel-dropout 0.4: Channels can be removed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wanted, most, processes, shared",
+    [(4096, 64, 8, (64, 8)), (4096, 64, 64, (64, 1)), (96, 64, 1, (48, 2)), (8, 64, 8, (1, 1)), (100, 60, 1, (50, 2))],
+)
+def test_shares_of_a_global_batch(wanted, most, processes, shared):
+    assert split_batch(wanted, most, processes) == shared
+
+
+@pytest.mark.parametrize("wanted, most, processes, near", [(100, 64, 3, "192"), (127, 64, 1, "64 or 128")])
+def test_a_global_batch_that_cannot_be_shared(wanted, most, processes, near):
+    with pytest.raises(ValueError, match=f"cannot be shared by {processes} process.*{near}"):
+        split_batch(wanted, most, processes)
+
+
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path, no_images):
-    result = torchrun(BARE, *command(tmp_path / "two", *SGD, "--batch-size", "4", "--model-ema", "--log-interval", "1"))
+    both = ["--model-ema", "--channel-dropout", "0.3"]
+    result = torchrun(BARE, *command(tmp_path / "two", *SGD, *both, "--batch-size", "4", "--log-interval", "1"))
     assert result.returncode == 0, result.stderr
     for line in ("Done: the encoder", "Writing to", "epoch 1/1  loss", "step 3/4"):
         assert result.stdout.count(line) == 1
-    joint = run(tmp_path / "joint", *SGD, "--model-ema")
+    joint = run(tmp_path / "joint", *SGD, *both)
     for key in ("state_dict", "state_dict_ema"):
         assert_same(load(joint)[key], load(tmp_path / "two")[key], atol=2e-6)
     losses = [float(rows(tmp_path / name)[0]["train_loss"]) for name in ("joint", "two")]

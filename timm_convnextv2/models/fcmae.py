@@ -22,7 +22,7 @@ from .convnextv2 import ConvNeXtV2, ConvNeXtV2Block
 from .masking import check_mask, num_visible, random_mask
 from .packing import PackedLayout
 
-__all__ = ["FCMAE", "FCMAEOutput", "normalize_target", "patchify", "unpatchify"]
+__all__ = ["FCMAE", "FCMAEOutput", "channel_loss", "normalize_target", "patchify", "unpatchify"]
 
 
 class FCMAEOutput(NamedTuple):
@@ -64,6 +64,25 @@ def normalize_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
     shrink = (n - 1) / n  # the biased variance, which LayerNorm takes, over the unbiased one
     normal, mean, rstd = torch.native_layer_norm(patches, [n], None, None, 1e-6 * shrink)
     return normal * shrink**0.5, mean, 1 / (rstd * shrink**0.5)
+
+
+def channel_loss(pred: torch.Tensor, target: torch.Tensor, channels: torch.Tensor, norm_pix_loss: bool) -> torch.Tensor:
+    """The loss without the pixels of removed channels: of each image the mean over the others, then over the images.
+
+    Args:
+        pred: Predicted patches `[B, M, n]`, `n` in (row, column, channel) order.
+        target: Pixels `[B, M, n]`, finite.
+        channels: Bool `[B, C]`, True = removed; at least one of each image stays.
+        norm_pix_loss: Normalise each patch as `normalize_target`, by what stays of it.
+    """
+    kept = (~channels).to(target.dtype)
+    weight = kept.repeat(1, target.shape[-1] // kept.shape[1]).unsqueeze(1)
+    count = weight.sum(-1, keepdim=True)
+    if norm_pix_loss:
+        mean = (target * weight).sum(-1, keepdim=True) / count
+        variance = ((target - mean).square() * weight).sum(-1, keepdim=True) / (count - 1)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    return (((pred - target).square() * weight).sum(-1, keepdim=True) / count).mean()
 
 
 class FCMAE(nn.Module):
@@ -232,6 +251,7 @@ class FCMAE(nn.Module):
         images: torch.Tensor,
         mask: torch.Tensor | PackedLayout | None = None,
         return_pred: bool = True,
+        channels: torch.Tensor | None = None,
     ) -> FCMAEOutput:
         """Masks, encodes, decodes, and compares the removed patches with the image.
 
@@ -242,10 +262,20 @@ class FCMAE(nn.Module):
                 has static shapes and nothing to wait for.
             return_pred: Predict the visible patches too. Without, `pred` is None and only the removed patches, all
                 that the loss needs, go through the prediction layer.
+            channels: Bool `[B, in_chans]`, True = removed: such a channel is 0 at the input, whatever its pixels are,
+                and they are no part of the loss. At least one of each image must stay (`masking.random_channels`).
 
         Raises:
-            ValueError: See `visible`; also a mask without a visible or without a removed patch.
+            ValueError: See `visible`; also a mask without a visible or without a removed patch, or `channels` of
+                another type or shape.
         """
+        if channels is not None:
+            if channels.dtype != torch.bool or channels.shape != images.shape[:2]:
+                raise ValueError(
+                    f"channels must be bool [B, in_chans] = {list(images.shape[:2])} (True = removed), got "
+                    f"{channels.dtype} {list(channels.shape)}."
+                )
+            images = images.masked_fill(channels[:, :, None, None], 0)
         layout = mask if isinstance(mask, PackedLayout) else self.visible(images, mask)
         if not 0 < layout.num_visible < layout.grid[0] * layout.grid[1]:
             raise ValueError(
@@ -260,6 +290,9 @@ class FCMAE(nn.Module):
 
         dtype = torch.promote_types(images.dtype, torch.float32)
         target = layout.masked_patches(images, self.stride).to(dtype)
+        if channels is not None:
+            loss = channel_loss(pred_masked.to(dtype), target, channels, self.norm_pix_loss)
+            return FCMAEOutput(loss, pred, layout.mask)
         if self.norm_pix_loss:
             target, _, _ = normalize_target(target)
         loss = F.mse_loss(pred_masked.to(dtype), target)

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-__all__ = ["check_mask", "num_visible", "random_mask"]
+__all__ = ["check_mask", "num_visible", "random_channels", "random_mask"]
 
 
 def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
@@ -71,6 +71,29 @@ def random_mask(
     mask = torch.ones(batch_size, total, dtype=torch.bool, device=device)
     mask.scatter_(1, order[:, :keep], False)
     return mask.view(batch_size, *grid)
+
+
+def random_channels(count: int, in_chans: int, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draws which channels of each image are removed, each with probability `p`; one of them always stays.
+
+    Args:
+        count: Number of images.
+        in_chans: Their channels `C`.
+        p: Probability.
+        generator: Source of randomness on the CPU; the default generator otherwise.
+
+    Returns:
+        Bool `[count, C]`, True = removed.
+
+    Raises:
+        ValueError: There is one channel only, or `p` is outside [0, 1).
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"The share of channels to remove must lie in [0, 1), got {p}.")
+    if in_chans < 2:
+        raise ValueError(f"Channels can be removed from images that have several; these have {in_chans}.")
+    drawn = torch.rand(count, in_chans, generator=generator)
+    return (drawn < p) & (drawn < drawn.amax(dim=1, keepdim=True))
 
 
 def check_mask(mask: torch.Tensor, batch_size: int, grid: tuple[int, int]) -> int:

@@ -50,14 +50,30 @@ def reference_features(model: FCMAE, images: torch.Tensor, mask: torch.Tensor) -
     return x * (~mask).unsqueeze(1)
 
 
-def reference_forward(model: FCMAE, images: torch.Tensor, mask: torch.Tensor) -> FCMAEOutput:
+def _channel_loss(
+    pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, channels: torch.Tensor, normalize: bool
+) -> torch.Tensor:
+    """Image by image, with the pixels of its own channels only; shapes as `pred` and `mask` of `FCMAEOutput`."""
+    losses = []
+    for own_pred, own, gone, removed in zip(pred, target, mask.flatten(1), channels, strict=True):
+        own_pred, own = (x[gone].unflatten(-1, (-1, len(removed)))[..., ~removed].flatten(1) for x in (own_pred, own))
+        losses.append(F.mse_loss(own_pred, normalize_target(own)[0] if normalize else own))
+    return torch.stack(losses).mean()
+
+
+def reference_forward(
+    model: FCMAE, images: torch.Tensor, mask: torch.Tensor, channels: torch.Tensor | None = None
+) -> FCMAEOutput:
     """Loss and prediction of `model` on `[B, C, H, W]` images, computed densely with the model's own parameters.
 
     Args:
         model: FCMAE with LayerNorm; GRN and layer scale where its blocks have them.
         images: `[B, C, H, W]`.
         mask: Bool `[B, h, w]`, True = removed.
+        channels: Bool `[B, C]`, True = removed.
     """
+    if channels is not None:
+        images = torch.where(channels[:, :, None, None], 0, images)
     gap = mask.unsqueeze(1)
     x = model.proj(reference_features(model, images, mask))
     x = torch.where(gap, model.mask_token, x)
@@ -68,6 +84,8 @@ def reference_forward(model: FCMAE, images: torch.Tensor, mask: torch.Tensor) ->
 
     dtype = torch.promote_types(images.dtype, torch.float32)
     target = patchify(images, model.stride).to(dtype)
+    if channels is not None:
+        return FCMAEOutput(_channel_loss(pred.to(dtype), target, mask, channels, model.norm_pix_loss), pred, mask)
     if model.norm_pix_loss:
         target, _, _ = normalize_target(target)
     per_patch = (pred.to(dtype) - target).square().mean(dim=-1)

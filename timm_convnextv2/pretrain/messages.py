@@ -80,11 +80,14 @@ def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[s
     data = dataset if dataset != "embedded" else "the embedded data set of timm_convnextv2"
     pixels = "pixels normalised per patch" if settings["norm_pix_loss"] else "plain pixels"
     name, grn = settings["model"], settings["model_kwargs"].get("use_grn", True)
+    fewer = settings.get("channel_dropout")
     weights = Path(settings["weights"]).name if settings["weights"] else "the published encoder"
     started = {"Started from": short_name(name) if ":" in name else weights}
     return {
         "Method": f"FCMAE, mask ratio {settings['mask_ratio']}, decoder {settings['decoder_depth']} x "
-        f"{settings['decoder_dim']}, {pixels}" + ("" if grn else "; blocks without GRN"),
+        f"{settings['decoder_dim']}, {pixels}"
+        + ("" if grn else "; blocks without GRN")
+        + (f"; channels removed with probability {fewer:g}" if fewer else ""),
         **(started if settings["pretrained"] else {}),
         "Data": f"{data or Path(settings['data_dir']).resolve().name}, {progress.num_images} images",
         "Epochs": f"{progress.epoch} of {plan.epochs}" + (" and a part of the next" if progress.update else ""),

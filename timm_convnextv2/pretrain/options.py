@@ -13,6 +13,7 @@ from timm.utils import ParseKwargs
 
 from ..command import PROGRAM, CommandParser
 from ..data import Pixels
+from ..models.masking import random_channels
 from ..provenance import training_of
 from ..source_options import add_source_options, check_percentiles, pixels_of
 from .best import KEEP_BEST
@@ -86,6 +87,8 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     add("--weights", metavar="FILE", help="start from a local file: the official format, timm's, or an FCMAE's")
     add("--patch-size", type=int, default=4, metavar="N", help="stem patch; 1 for small images (stride 8)")
     add("--mask-ratio", type=float, default=0.6, metavar="X", help="share of the patches to remove")
+    add("--channel-dropout", type=float, default=0.0, metavar="P", help="remove each channel of an image with this "
+        "probability, so that the encoder serves images with fewer")
     add("--decoder-depth", type=int, default=1, metavar="N")
     add("--decoder-dim", type=int, default=512, metavar="N")
     add("--norm-pix-loss", action=argparse.BooleanOptionalAction, default=True, help="normalise targets per patch")
@@ -101,6 +104,8 @@ def _add_optimizer_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("-b", "--batch-size", type=int, default=64, metavar="N", help="images per process and step")
     add("--grad-accum-steps", type=int, default=1, metavar="N", help="steps per update")
+    add("--global-batch-size", type=int, metavar="N", help="images per update over all processes: steps follow, and "
+        "--batch-size is the most that a process takes at once")
     add("--epochs", type=int, default=800, metavar="N")
     add("--warmup-epochs", type=float, metavar="N", help="default: a twentieth of --epochs, at most 40")
     add("--lr-base", type=float, default=1.5e-4, metavar="X", help="lr = lr_base * images per update / lr_base_size")
@@ -217,6 +222,16 @@ def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, St
     for name in AT_LEAST_ONE:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    if args.global_batch_size is not None:
+        if args.global_batch_size < 1:
+            raise ValueError(f"--global-batch-size must be at least 1, got {args.global_batch_size}.")
+        if "--grad-accum-steps" in given:
+            raise ValueError("--grad-accum-steps follows from --global-batch-size and the processes: leave it out.")
+    if args.channel_dropout:
+        try:
+            random_channels(1, args.in_chans, args.channel_dropout)
+        except ValueError as e:
+            raise ValueError(f"--channel-dropout {args.channel_dropout:g}: {e}") from None
     _resolve_pixels(args, start, given)
     _resolve_normalization(args, start)
     _resolve_intervals(args)

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "split_batch"]
 
 
 class Plan(NamedTuple):
@@ -67,3 +67,30 @@ def make_plan(
         )
     rate = lr if lr is not None else lr_base * images / lr_base_size
     return Plan(epochs, updates, images, rate, round(warmup_epochs * updates))
+
+
+def split_batch(global_batch_size: int, most: int, world_size: int) -> tuple[int, int]:
+    """How the images of an update are shared: the fewest steps whose batch is not too large.
+
+    Args:
+        global_batch_size: Images per update over all processes.
+        most: Images that a process may take at once.
+        world_size: Processes.
+
+    Returns:
+        Images per process and step; steps per update.
+
+    Raises:
+        ValueError: They cannot be shared equally, or only in batches of less than half of `most`.
+    """
+    each, rest = divmod(global_batch_size, world_size)
+    steps = next((n for n in range(-(-each // most), each + 1) if n and not each % n), 0) if not rest else 0
+    if not steps or each // steps < min(each, (most + 1) // 2):
+        step = most * world_size
+        near = sorted({max(1, global_batch_size // step) * step, -(-global_batch_size // step) * step})
+        raise ValueError(
+            f"--global-batch-size {global_batch_size} cannot be shared by {world_size} "
+            f"process{'es' * (world_size != 1)} in equal batches of about --batch-size {most}. Choose "
+            f"{' or '.join(map(str, near))}, another --batch-size, or another number of processes."
+        )
+    return each // steps, steps

@@ -15,6 +15,7 @@ from ..checkpoint import load_checkpoint
 from ..data import sample_seed
 from ..models import FCMAE
 from .batches import Batches
+from .channels import removed_channels
 
 __all__ = ["Finding", "read_record", "replay", "write_record"]
 
@@ -149,8 +150,13 @@ def replay(
         names = [name for _, name in record["images"][rank] or []]
         taken = islice(batches.iterate(record["epoch"], record["update"] * steps), steps)
         for step, (images, masks, _) in enumerate(taken):
+            removed = removed_channels(
+                settings.get("channel_dropout", 0.0), model.in_chans, settings["seed"], record["number"], step, steps,
+                len(images), rank, record["world_size"],
+            )  # fmt: skip
+            channels = None if removed is None else removed.to(device)
             with torch.autocast(device.type, amp, enabled=amp is not None):
-                loss, cause = _forward(model, images.to(device), masks)
+                loss, cause = _forward(model, images.to(device), masks, channels)
             bad = [i for i, image in enumerate(images) if not torch.isfinite(image).all()]
             if bad:
                 known = [names[step * len(images) + i] for i in bad] if names else [f"number {i + 1}" for i in bad]
@@ -158,7 +164,9 @@ def replay(
             yield Finding(rank, step, loss, cause)
 
 
-def _forward(model: FCMAE, images: torch.Tensor, masks: torch.Tensor) -> tuple[float, str]:
+def _forward(
+    model: FCMAE, images: torch.Tensor, masks: torch.Tensor, channels: torch.Tensor | None = None
+) -> tuple[float, str]:
     """The loss, and what was first not finite on the way to it."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -182,7 +190,8 @@ def _forward(model: FCMAE, images: torch.Tensor, masks: torch.Tensor) -> tuple[f
         for name, module in model.named_modules():
             if name:
                 hooks.callback(module.register_forward_hook(watch(name)).remove)
-        loss = float(model(images, model.visible(images, masks), return_pred=False).loss.detach())
+        layout = model.visible(images, masks)
+        loss = float(model(images, layout, return_pred=False, channels=channels).loss.detach())
     if not found and not torch.isfinite(torch.tensor(loss)):
         found.append("the loss itself is not finite, or what the prediction layer gave it")
     return loss, found[0] if found else ""

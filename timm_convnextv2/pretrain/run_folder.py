@@ -28,8 +28,9 @@ __all__ = ["NotSavedError", "Progress", "RunFolder", "experiment_name"]
 # `pretrained` decides on the licence.
 ARCHITECTURE = ("model", "pretrained", "in_chans", "patch_size", "decoder_depth", "decoder_dim", "model_kwargs", "opt")
 ARCHITECTURE += ("weights",)
-# A run that stopped in the middle of an epoch resumes only with the same of these.
-DATA_ORDER = ("seed", "batch_size", "grad_accum_steps")
+# A run on a stream that stopped in the middle of an epoch resumes only with the same of these; others need the same
+# images per update, whoever takes them.
+STREAM_ORDER = ("batch_size", "grad_accum_steps")
 # What a run writes into its folder: --overwrite removes these, and nothing else.
 WRITTEN = ("args.yaml", "summary.csv", "loss.png", "*.pth.tar", "encoder", "reconstructions")
 WRITTEN += ("report.html", "collapse.csv", "probe.json", "neighbours", "encoder-best")
@@ -218,7 +219,12 @@ class RunFolder:
             )
         if settings["model_ema"] and "state_dict_ema" not in (self.checkpoint or {}):
             raise ValueError(f"Cannot resume from {path} with --model-ema: that run kept no moving average.")
-        differs = _differences(before, settings, DATA_ORDER) + _differences(then, now, ("world_size", "num_images"))
+        differs = _differences(before, settings, ("seed",)) + _differences(then, now, ("num_images",))
+        if then.get("stream_workers") is not None:
+            differs += _differences(before, settings, STREAM_ORDER) + _differences(then, now, ("world_size",))
+        there, here = _images_per_update(before, then), _images_per_update(settings, now)
+        if there != here:
+            differs.append(f"images per update: {there} there, {here} here")
         if differs and then["update"]:
             raise ValueError(
                 f"Cannot resume from {path}: it was saved in the middle of an epoch, and the order of the images "
@@ -378,6 +384,10 @@ def _where(progress: dict[str, Any]) -> str:
     """How far a checkpoint is."""
     inside = f", and update {progress['update']} of the next" if progress["update"] else ""
     return f"after epoch {progress['epoch']}{inside}"
+
+
+def _images_per_update(settings: dict[str, Any], progress: dict[str, Any]) -> int:
+    return settings["batch_size"] * settings["grad_accum_steps"] * progress["world_size"]
 
 
 def _differences(old: dict, new: dict, names: tuple[str, ...]) -> list[str]:

@@ -34,7 +34,7 @@ from .messages import (
     memory_line,
 )
 from .options import inherit, settings_of
-from .plan import Plan, make_plan
+from .plan import Plan, make_plan, split_batch
 from .probe import Probe
 from .run_folder import RunFolder, experiment_name
 from .start import Start, create_fcmae, short_name
@@ -58,6 +58,8 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World, command:
     Raises:
         ValueError: A mistake in settings, data or folder.
     """
+    if args.global_batch_size is not None:
+        args.batch_size, args.grad_accum_steps = split_batch(args.global_batch_size, args.batch_size, world.size)
     model = create_model(args, start)
     folder = open_folder(args, start, world)
     measured = resolve_auto(args, (folder.checkpoint or {}).get("args"), partial(open_source, args), world)
@@ -206,6 +208,7 @@ def create_trainer(args: argparse.Namespace, model: FCMAE, plan: Plan, world: Wo
         amp_dtype=getattr(torch, args.amp_dtype) if args.amp else None,
         ema_decay=args.model_ema_decay if args.model_ema else None,
         ema_warmup=args.model_ema_warmup,
+        channel_dropout=args.channel_dropout,
         skip_bad=args.max_bad_steps > 0,
     )
 

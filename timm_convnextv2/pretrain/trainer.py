@@ -14,6 +14,7 @@ from ..data import sample_seed
 from ..models import FCMAE
 from ..task import FCMAETask
 from .batches import Bad
+from .channels import removed_channels
 from .distributed import World
 from .plan import Plan
 
@@ -59,6 +60,7 @@ class Trainer:
         amp_dtype: Type of mixed precision, None for float32.
         ema_decay: Of a moving average of the weights; None keeps none.
         ema_warmup: Start with a shorter average.
+        channel_dropout: Probability that a channel of an image is removed.
         skip_bad: Leave out an update whose loss is not finite, in place of raising an error; each one is waited for.
 
     Attributes:
@@ -88,10 +90,12 @@ class Trainer:
         amp_dtype: torch.dtype | None = None,
         ema_decay: float | None = None,
         ema_warmup: bool = False,
+        channel_dropout: float = 0.0,
         skip_bad: bool = False,
     ) -> None:
         self.world, self.device, self.seed = world, world.device, seed
         self.grad_accum_steps, self.clip_grad, self.amp_dtype = grad_accum_steps, clip_grad, amp_dtype
+        self.channel_dropout, self.in_chans = channel_dropout, model.in_chans
         self.task = FCMAETask(model.to(self.device), device=self.device, verbose=False)
         fused: Any = {"fused": True} if opt in ("adam", "adamw") and self.device.type in ("cpu", "cuda") else {}
         self.optimizer: Any = create_optimizer_v2(
@@ -166,7 +170,18 @@ class Trainer:
             bad += failed
             last = step + 1 == self.grad_accum_steps
             with contextlib.nullcontext() if last else self.task.no_sync():
-                loss = self._forward(images, masks)
+                seat = (self.world.rank, self.world.size)
+                removed = removed_channels(
+                    self.channel_dropout,
+                    self.in_chans,
+                    self.seed,
+                    number,
+                    step,
+                    self.grad_accum_steps,
+                    len(images),
+                    *seat,
+                )
+                loss = self._forward(images, masks, removed)
                 total = total + loss.detach().to(total.device, torch.float64)
                 if last and not self._note(total, number):
                     return bad, waited
@@ -174,9 +189,11 @@ class Trainer:
         self.task.update_ema(step=number)
         return bad, waited
 
-    def _forward(self, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    def _forward(self, images: torch.Tensor, masks: torch.Tensor, channels: torch.Tensor | None) -> torch.Tensor:
+        images = images.to(self.device, non_blocking=True)
+        channels = None if channels is None else channels.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            return self.task(images.to(self.device, non_blocking=True), masks)["loss"] / self.grad_accum_steps
+            return self.task(images, masks, channels)["loss"] / self.grad_accum_steps
 
     def _note(self, total: torch.Tensor, number: int) -> bool:
         """Keeps the loss; whether the update is made.
