@@ -1,7 +1,12 @@
 """Removed channels: nothing of them goes in, nothing of them is asked for."""
 
+import copy
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
+from helpers import ROOT
 from test_fcmae import gradients, toy
 
 from timm_convnextv2 import FCMAETask, random_mask
@@ -64,6 +69,21 @@ def test_share_of_removed_channels():
     for in_chans, p, words in ((1, 0.5, "several"), (3, 1.0, r"\[0, 1\)")):
         with pytest.raises(ValueError, match=words):
             random_channels(4, in_chans, p)
+
+
+def test_a_stem_with_some_of_its_filters_is_the_encoder_without_the_other_channels():
+    """As docs/pretraining.md says for images that lack some."""
+    page = (ROOT / "docs/pretraining.md").read_text()
+    (text,) = re.findall(r"```python\n(model = timm.*?bands = .*?)```", page, flags=re.S)
+    whole = toy(in_chans=12).encoder.eval()
+    code = text.replace('"local-dir:runs/mine/encoder", pretrained=True, num_classes=0', "")
+    names = {"timm": SimpleNamespace(create_model=lambda: copy.deepcopy(whole)), "torch": torch}
+    exec(code, names)
+    images, bands = torch.randn(2, 12, 64, 64, dtype=torch.float64), names["bands"]
+    lacking = torch.zeros_like(images)
+    lacking[:, bands] = images[:, bands]
+    features = names["model"].eval().forward_features(images[:, bands])
+    torch.testing.assert_close(features, whole.forward_features(lacking))
 
 
 @pytest.mark.parametrize("steps, batch_size, size", [(1, 4, 3), (2, 2, 3), (3, 4, 1), (12, 1, 1)])
