@@ -3,10 +3,10 @@
     python -m benchmarks.channel_dropout --data GLYPHS
 
 GLYPHS is a folder of `python -m benchmarks.glyphs`. Each glyph becomes an image of eight bands, which see it with a
-contrast of their own, some inverted, under noise of their own. A small ConvNeXt V2 is pretrained on unlabelled
-ones, with and without channel dropout, with the same number of updates, once per seed. Then kNN (k = 20) on frozen features: all
-bands; queries without half of the bands (each image lacks others) among images that have all; both without the same
-half. Missing bands are zero after normalisation. Writes `benchmarks/results/channel_dropout.csv`.
+contrast of their own, some inverted, under noise of their own. A small ConvNeXt V2 is pretrained on unlabelled ones,
+with and without channel dropout, with the same number of updates, once per seed. Then kNN (k = 20) on frozen features:
+all bands; queries without half of the bands (each image lacks others) among images that have all; both without the
+same half. Missing bands are zero after normalisation. Writes `benchmarks/results/channel_dropout.csv`.
 """
 
 import argparse
