@@ -56,7 +56,7 @@ def test_the_snippet_of_the_card_runs(run, data, monkeypatch):
     snippet = (run / "model/README.md").read_text().split("```python\n")[1].split("```")[0]
     image = next((data / "validation/images").iterdir())
     names = {}
-    exec(snippet.replace("FOLDER", str(run / "model")).replace("IMAGE", str(image)), names)
+    exec(snippet.replace("path/to/this/folder", str(run / "model")).replace("IMAGE", str(image)), names)
     assert names["classes"].shape == (32, 32) and len(snippet.strip().splitlines()) <= 6
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..data import check_readable, load_image, sample_seed
+from ..data import Pixels, check_readable, load_image, sample_seed
 from ..data.decode import printable
 from ..evaluate.labelled import ImageFiles
 
@@ -87,7 +87,7 @@ def open_coco(
     masks: bool = True,
     drop_wrong: bool = False,
     in_chans: int | None = None,
-    nodata: float | None = None,
+    nodata: float | Pixels | None = None,
 ) -> Coco:
     """Reads and checks annotations of objects.
 
@@ -250,7 +250,7 @@ def _refuse(wrong: Sequence[Any], file: Path, what: str, names: Iterable[str], h
         )
 
 
-def check_sizes(coco: Coco, in_chans: int, nodata: float | None = None) -> None:
+def check_sizes(coco: Coco, in_chans: int, nodata: float | Pixels | None = None) -> None:
     """Decodes some of the images.
 
     Raises:
@@ -306,7 +306,7 @@ class DetectionSamples(Dataset):
         transform: On `(image, target)`, of `torchvision.transforms.v2`; None for none.
         masks: Whether targets have masks.
         in_chans: Channels of the images.
-        nodata: Stored value of pixels without data.
+        nodata: Stored value of pixels without data, or a whole `Pixels`, see `load_image`.
         seed: Of the transform.
     """
 
@@ -317,7 +317,7 @@ class DetectionSamples(Dataset):
         *,
         masks: bool = True,
         in_chans: int = 3,
-        nodata: float | None = None,
+        nodata: float | Pixels | None = None,
         seed: int = 0,
     ) -> None:
         self.coco, self.transform, self.masks = coco, transform, masks

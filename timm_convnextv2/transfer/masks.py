@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
-from ..data import FolderSource, check_readable, load_image, sample_seed
+from ..data import FolderSource, Pixels, check_readable, load_image, sample_seed
 from ..data.decode import printable
 from ..data.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file
 from ..evaluate.labelled import ImageFiles
@@ -104,7 +104,7 @@ class MaskedImages(Dataset):
         classes: Sequence[str],
         *,
         in_chans: int = 3,
-        nodata: float | None = None,
+        nodata: float | Pixels | None = None,
         ignore_index: int = 255,
         reduce_zero_label: bool = False,
     ) -> None:
