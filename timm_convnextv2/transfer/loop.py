@@ -23,6 +23,7 @@ from ..memory import peak_memory
 from ..pretrain import summary
 from ..pretrain.batches import leave_signals_to_parent
 from ..pretrain.distributed import World
+from ..pretrain.loop import report_when_due
 from ..pretrain.trainer import NotFiniteError
 from ..report import ProgressBar, Stopwatch
 from .folder import TransferFolder
@@ -304,6 +305,7 @@ class Run:
     stop: str = ""
     measured: dict[str, float] = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)  # of the losses of this epoch
+    report_due: float = 0.0  # when the report may be written again
 
     def __post_init__(self) -> None:
         if not self.updates_per_epoch:
@@ -355,6 +357,7 @@ def train(run: Run, world: World) -> None:
         if world.primary and (run.stop or done or (epoch + 1) % run.checkpoint_interval == 0):
             with world.writing:
                 run.folder.save({**training.state_dict(), "sums": run.sums, "settings": run.settings})
+                run.report_due = report_when_due(run.folder.path, run.report_due, bool(run.stop) or done, bar.note)
     bar.close()
 
 
