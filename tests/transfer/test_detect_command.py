@@ -61,6 +61,9 @@ def test_from_images_to_average_precision(command, data, tmp_path, capsys):
         "epoch-0001.png", "epoch-0002.png", "validation.json",
     ]  # fmt: skip
     assert not list(run.glob(".*"))  # the lock is given back
+    page = (run / "report.html").read_text()
+    assert "Box AP" in page and page.count('data-epoch="') == 2 and "detect eval --model" in page
+    assert cli(["report", str(run)]) == 0
 
     (snippet,) = re.findall(r"```python\n(.*?open_detector.*?)```", PAGE, flags=re.S)
     names = {}
