@@ -12,7 +12,7 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,10 +20,11 @@ from torch import nn
 
 from ..files import whole_file
 from ..models.weights import first_not_finite
-from ..provenance import WEIGHTS
-from .card import HERE, IMAGES, OR_HUB, escaped_rows, licence_text, pixels_text
+from ..provenance import WEIGHTS, read_config
+from .card import HERE, IMAGES, OR_HUB, escaped_rows, licence_text, pixels_text, render_card
 
-__all__ = ["TASKS", "find_folder", "is_transfer", "load_weights", "read_transfer", "render_transfer", "write_transfer"]
+__all__ = ["TASKS", "find_folder", "is_transfer", "load_weights", "read_folder_config", "read_transfer"]
+__all__ += ["render_folder_card", "write_transfer"]
 
 CONFIG = "config.json"
 TASKS = {"detection": "detector", "segmentation": "segmenter"}
@@ -71,7 +72,8 @@ def find_folder(name: str | os.PathLike) -> Path:
     if text.startswith("hf-hub:"):
         repo, _, revision = text.removeprefix("hf-hub:").partition("@")
         try:
-            return Path(snapshot_download(repo, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS]))
+            paths = [hf_hub_download(repo, file, revision=revision or None) for file in (CONFIG, WEIGHTS)]
+            return Path(paths[0]).parent
         except _HTTP_ERRORS as e:
             raise ValueError(f"'{text}' cannot be had from the Hub ({type(e).__name__}: {e}).") from e
     folder = Path(text.removeprefix("local-dir:"))
@@ -102,7 +104,38 @@ def read_transfer(name: str | os.PathLike, task: str | None = None) -> tuple[Pat
     if not isinstance(config, dict) or not is_transfer(config) or (task and config["task"] != task):
         found = f"of the task {config.get('task')!r}" if isinstance(config, dict) else "no object"
         raise ValueError(f"{what}: its {CONFIG} is {found}, expected {task or ' or '.join(TASKS)}. {remedy}")
+    _check_keys(config, folder)
     return folder, config
+
+
+def read_folder_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a timm folder of a ConvNeXt V2, or of a detector or segmenter on any backbone.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = {}
+    if isinstance(content, dict) and is_transfer(content):
+        _check_keys(content, folder)
+        return content
+    return read_config(folder / CONFIG)
+
+
+def _check_keys(config: dict[str, Any], folder: Path) -> None:
+    """What the card and publishing read is there."""
+    kinds = {"classes": list, "metrics": dict, "pretrained_cfg": dict, "training": dict}
+    inner = {"architecture": str, "license": (str, type(None)), "pixels": dict}
+    own = {"detection": "detector", "segmentation": "segmenter"}[config["task"]]
+    wrong = [key for key, kind in {**kinds, own: dict}.items() if not isinstance(config.get(key), kind)]
+    wrong += [f"backbone.{k}" for k, v in inner.items() if not isinstance(config["backbone"].get(k, 0), v)]
+    if wrong:
+        raise ValueError(
+            f"'{folder / CONFIG}' is not what this package wrote: {', '.join(wrong[:3])} is missing or of "
+            "another type. Export the model again."
+        )
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -182,6 +215,11 @@ def kind_of(config: dict[str, Any]) -> str:
     if config["task"] == "segmentation":
         return "UPerNet"
     return "Faster R-CNN" if config["detector"]["boxes_only"] else "Mask R-CNN"
+
+
+def render_folder_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
+    """The README.md of a folder: of a timm folder, see `card.render_card`, or of a detector or segmenter."""
+    return render_transfer(config, images) if is_transfer(config) else render_card(config, images)
 
 
 def render_transfer(config: dict[str, Any], images: Sequence[str] = ()) -> str:
