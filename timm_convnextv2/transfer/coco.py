@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from ..data import Pixels, check_readable, load_image, sample_seed
 from ..data.decode import printable
 from ..evaluate.labelled import ImageFiles
+from .unreadable import naming
 
 __all__ = ["Coco", "CocoImage", "DetectionSamples", "check_classes", "large_scale_jitter", "open_coco", "rle_codec"]
 
@@ -331,8 +332,9 @@ class DetectionSamples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         epoch, index = key
         image = self.coco.images[index]
-        pixels = load_image(image.path, self.in_chans, self.nodata)
-        _check_size((pixels.shape[-2], pixels.shape[-1]), image, self.coco.file)
+        with naming(f"The image {printable(image.name)} (id {image.id})"):
+            pixels = load_image(image.path, self.in_chans, self.nodata)
+            _check_size((pixels.shape[-2], pixels.shape[-1]), image, self.coco.file)
         sample: Any = tv_tensors.Image(pixels), self.target(image)
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):

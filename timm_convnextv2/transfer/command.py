@@ -17,6 +17,7 @@ from ..pretrain.peers import leave
 from ..pretrain.trainer import NotFiniteError
 from .folder import NotSavedError
 from .loop import Run, train
+from .unreadable import UnreadableError
 
 __all__ = ["data_name", "experiment_name", "how_made", "train_command"]
 
@@ -61,6 +62,13 @@ def ended_by(name: str, error: Exception, world: World | None, run: Run | None) 
         return refused(name, error)
     if not isinstance(error, ValueError) and world.is_consequence(error):
         leave(1)  # what waits for the other processes would wait for ever
+    if isinstance(error, UnreadableError) and run is not None:
+        stands = f"The run is saved up to update {run.saved}" if run.saved else "Nothing of the run is saved yet"
+        world.tell(
+            f"{PROGRAM} {name}: error: {error} {stands}. Put a file that can be read in its place, and continue with "
+            f"--experiment {run.folder.path.name} --resume auto and the same options."
+        )
+        return 1
     if isinstance(error, ValueError | NotSavedError):
         world.tell(f"{PROGRAM} {name}: error: {error}")
         return 2 if run is None else 1

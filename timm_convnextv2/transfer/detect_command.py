@@ -36,6 +36,7 @@ from .detection_metrics import average_precision, evaluate_detector, find_object
 from .folder import TransferFolder
 from .groups import parameter_groups
 from .loop import Run, Schedule, Training, create_loader
+from .soft_nms import use_soft_nms
 
 __all__ = ["main"]
 
@@ -233,6 +234,8 @@ def evaluate_command(args: argparse.Namespace) -> None:
         raise ValueError(f"The folder '{output}' is not empty. Pass --overwrite, or another --output.")
     classes, detector = classes_of(args.model), open_detector(args.model)
     backbone = backbone_of(detector).read_with(args.nodata)
+    if args.soft_nms:
+        use_soft_nms(detector, args.soft_nms)
     masks, root = not detector.made_of["boxes_only"], Path(args.data_dir)  # pyright: ignore
     coco = open_coco(
         root / args.val, root / args.val_images, masks=masks, drop_wrong=args.drop_wrong, in_chans=backbone.in_chans,
@@ -255,6 +258,8 @@ def predict_command(args: argparse.Namespace) -> None:
         raise ValueError(f"'{output}' exists. Pass --overwrite, or another --output.")
     classes, detector = classes_of(args.model), open_detector(args.model)
     backbone = backbone_of(detector).read_with(args.nodata)
+    if args.soft_nms:
+        use_soft_nms(detector, args.soft_nms)
     source = FolderSource(args.images, backbone.in_chans, backbone.pixels)
     paths = [source.path(i) for i in range(len(source))]
     names = [Path(path).relative_to(args.images).as_posix() for path in paths]

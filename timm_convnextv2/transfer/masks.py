@@ -19,6 +19,7 @@ from ..data import FolderSource, Pixels, check_readable, load_image, sample_seed
 from ..data.decode import printable
 from ..data.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file
 from ..evaluate.labelled import ImageFiles
+from .unreadable import naming
 
 __all__ = [
     "MaskedImages",
@@ -130,7 +131,8 @@ class MaskedImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         """`(image, target)`: the image as `data.load_image` gives it, `[C, H, W]`; classes, int64 `[H, W]`."""
-        return self.source[i], torch.from_numpy(self._classes_of(load_mask(self.masks[i])))
+        with naming(f"The image {self.name(i)} with its mask"):
+            return self.source[i], torch.from_numpy(self._classes_of(load_mask(self.masks[i])))
 
     def name(self, i: int) -> str:
         """Path of image `i`, safe to print."""
