@@ -121,6 +121,12 @@ def _move(content):
     content["annotations"][0]["bbox"][0] += 100
 
 
+def _widen(content):
+    content["images"][0]["width"] += 1
+    content["annotations"][0].pop("segmentation")
+    content["annotations"][0]["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+
+
 def _rename(content):
     content["categories"][0]["name"] = "dog"
 
@@ -139,6 +145,13 @@ def _empty(content):
         (None, ["--recipe", "small-dat"], "--recipe small-dat is unknown. Did you mean 'small-data'?"),
         (None, ["--batch-size", "9"], "the largest --batch-size that works is 8"),
         (None, ["--grad-accum-steps", "3"], "An update takes 3 batches, but an epoch has 2"),
+        (
+            _widen,
+            [],
+            "has 1 images of another size than the files (of 8 tried): 00000.png has 32 x 32 pixels, 33 x 32 ",
+        ),
+        (None, ["--eval-interval", "0"], "--eval-interval is 0, expected at least 1."),
+        (None, ["--scale", "2", "1"], "The scale is (2.0, 1.0), expected two factors above 0, the smaller first"),
         (None, ["--resume", "auto", "--experiment", ""], "--resume auto needs --experiment"),
         (None, ["--device", "tpu9"], "tpu9"),
     ],

@@ -260,14 +260,20 @@ def check_sizes(coco: Coco, in_chans: int, nodata: float | Pixels | None = None)
     source = ImageFiles([image.path for image in coco.images], in_chans, nodata)
     sizes: list[tuple[int, int]] = []
     bad = check_readable(source, look=lambda x: sizes.append((x.shape[-2], x.shape[-1])))
-    if bad:
-        raise ValueError("Images cannot be decoded; mend them:\n" + "\n".join(why for _, why in bad[:SHOWN]))
     tried = min(32, len(source))
-    for size, image in zip(sizes, (coco.images[i * len(source) // tried] for i in range(tried)), strict=True):
-        _check_size(size, image, coco.file)
+    if bad:
+        reasons = "\n".join(why for _, why in bad[:SHOWN])
+        raise ValueError(
+            f"{len(bad)} of {tried} images tried (of {len(source)}) cannot be decoded; mend them:\n{reasons}"
+        )
+    images = [coco.images[i * len(source) // tried] for i in range(tried)]
+    wrong = [pair for pair in zip(images, sizes, strict=True) if pair[1] != (pair[0].height, pair[0].width)]
+    names = (f"{i.name} has {w} x {h} pixels, {i.width} x {i.height} there" for i, (h, w) in wrong)
+    _refuse(wrong, coco.file, f"images of another size than the files (of {tried} tried)", names)
 
 
 def _check_size(size: tuple[int, int], image: CocoImage, file: Path) -> None:
+    """Of an image that a run reads; predict knows none."""
     if image.height and size != (image.height, image.width):
         raise ValueError(
             f"The image {image.name} has {size[1]} x {size[0]} pixels, and {image.width} x {image.height} in '{file}'. "
@@ -376,7 +382,12 @@ def large_scale_jitter(
     """Crops of `size` pixels from images resized to `scale` times that, as in the paper (appendix A.3), and flips.
 
     What is smaller is padded with black, and boxes that the crop leaves no pixel of are removed.
+
+    Raises:
+        ValueError: The scale is not two factors above 0, the smaller first.
     """
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"The scale is {scale}, expected two factors above 0, the smaller first (--scale).")
     return v2.Compose(
         [
             v2.RandomHorizontalFlip(hflip),

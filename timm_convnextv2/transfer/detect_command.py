@@ -86,8 +86,6 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
     """
     if not args.model:
         raise ValueError("--model is needed: a model of timm, local-dir:FOLDER or hf-hub:USER/NAME.")
-    if args.epochs < 1:
-        raise ValueError(f"--epochs is {args.epochs}, expected at least 1.")
     check_logs(args.log_wandb, args.log_tensorboard)
     rle_codec()
     masks, root = not args.boxes_only, Path(args.data_dir)

@@ -9,7 +9,7 @@ from timm.utils import ParseKwargs
 
 from ..command import PROGRAM, CommandParser
 from ..finetune.recipe import Recipe
-from .options import add_learning, add_reading, add_run, with_recipe
+from .options import add_learning, add_reading, add_run, check_counts, with_recipe
 from .soft_nms import METHODS
 
 __all__ = ["RECIPES", "build_parser", "parse"]
@@ -105,4 +105,6 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe
     """
     words = list(sys.argv[1:] if argv is None else argv)
     words, recipe = with_recipe(words, RECIPES, _add_train)
-    return build_parser().parse_args(words), recipe
+    args = build_parser().parse_args(words)
+    check_counts(args)
+    return args, recipe
