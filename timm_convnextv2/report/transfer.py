@@ -39,9 +39,10 @@ def _facts_of_transfer(run: RunRecord) -> dict[str, str]:
 
 def _about_transfer(run: RunRecord) -> str:
     """The run in a line."""
-    facts = _facts_of_transfer(run)
+    facts, of = _facts_of_transfer(run), run.settings
     epochs = len(run.rows) and max(run.rows) + 1
-    return f"{facts['Model']}, on {facts['Data']}: {facts['Images']}; {epochs} epochs so far"
+    images = f"{of['num_images']:,} images, {of['num_validation']:,} to validate"
+    return f"{facts['Model']}, on {facts['Data']}: {images}; {epochs} epochs"
 
 
 def _numbers_of(measures: dict[str, str]) -> Callable[[RunRecord], dict[str, str]]:

@@ -372,10 +372,12 @@ def train(run: Run, world: World) -> None:
         if training.update_number == end:
             finish_epoch(run, world, bar, epoch, end - epoch * size, clock)
         done = training.update_number == schedule.updates
-        if world.primary and (run.stop or done or (epoch + 1) % run.checkpoint_interval == 0):
-            with world.writing:
-                run.save()
-                run.report_due = report_when_due(run.folder.path, run.report_due, bool(run.stop) or done, bar.note)
+        if run.stop or done or (epoch + 1) % run.checkpoint_interval == 0:
+            if world.primary:
+                with world.writing:
+                    run.save()
+                    run.report_due = report_when_due(run.folder.path, run.report_due, bool(run.stop) or done, bar.note)
+            run.saved = training.update_number
     bar.close()
 
 
