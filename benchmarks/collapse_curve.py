@@ -19,6 +19,7 @@ from timm.data import resolve_model_data_config
 
 from benchmarks.finetune_gain import call
 from benchmarks.measure import conditions, write_csv
+from benchmarks.plots import draw_seeds
 from timm_convnextv2.checkpoint import load_model
 from timm_convnextv2.data import FolderSource
 from timm_convnextv2.data.batches import preprocessing
@@ -74,12 +75,8 @@ def plot(rows: list[dict], path: Path) -> None:
     for colour, name in zip(("tab:blue", "tab:red", "tab:green"), (FCMAE_V2, FCMAE_V1, LABELS), strict=True):
         seeds = sorted({r["seed"] for r in rows})
         curves = [[r for r in rows if (r["training"], r["seed"]) == (name, seed)] for seed in seeds]
-        for curve in curves:
-            axes.plot(
-                [r["depth"] for r in curve], [r["distance"] for r in curve], color=colour, alpha=0.35, linewidth=1
-            )
-        middle = [statistics.median(r["distance"] for r in same) for same in zip(*curves, strict=True)]
-        axes.plot([r["depth"] for r in curves[0]], middle, color=colour, linewidth=2.5, label=name)
+        distances = [[r["distance"] for r in curve] for curve in curves]
+        draw_seeds(axes, [r["depth"] for r in curves[0]], distances, colour, name)
     axes.axhline(0.5, color="grey", linestyle=":", label="independent channels")
     axes.set(xlabel="depth of the block", ylabel="mean cosine distance of channels", ylim=(0, 0.55))
     axes.grid(alpha=0.3)

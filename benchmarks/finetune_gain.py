@@ -13,16 +13,15 @@ import argparse
 import csv
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import matplotlib
 import torch
 
-from benchmarks.measure import conditions, write_csv
+from benchmarks.measure import conditions, run_logged, write_csv
+from benchmarks.plots import draw_seeds
 from timm_convnextv2.data.embedded import EmbeddedSource, write_folder
 
 ROOT = Path(__file__).parents[1]
@@ -33,13 +32,7 @@ CANDIDATES = {"pretrained": [], "from scratch": ["--from-scratch"]}
 
 def call(script: str, words: list[str], log: Path) -> float:
     """Runs a script of `train_scripts/`; returns the seconds it took."""
-    start = time.perf_counter()
-    with open(log, "w") as f:
-        command = [sys.executable, str(ROOT / "train_scripts" / script), *map(str, words)]
-        done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT)
-    if done.returncode:
-        sys.exit(f"{script} failed:\n{log.read_text()[-3000:]}")
-    return time.perf_counter() - start
+    return run_logged([sys.executable, str(ROOT / "train_scripts" / script), *map(str, words)], log)
 
 
 def accuracies(run: Path) -> list[float]:
@@ -57,11 +50,7 @@ def plot(rows: list[dict], path: Path, chance: float) -> None:
     for name, colour in zip(CANDIDATES, ("tab:blue", "tab:orange"), strict=True):
         seeds = sorted({row["seed"] for row in rows})
         curves = [[r["accuracy"] for r in rows if r["start"] == name and r["seed"] == seed] for seed in seeds]
-        epochs = range(1, len(curves[0]) + 1)
-        for curve in curves:
-            axes.plot(epochs, curve, color=colour, alpha=0.35, linewidth=1)
-        middle = [statistics.median(values) for values in zip(*curves, strict=True)]
-        axes.plot(epochs, middle, color=colour, linewidth=2.5, label=f"{name}, median of {len(seeds)}")
+        draw_seeds(axes, range(1, len(curves[0]) + 1), curves, colour, f"{name}, median of {len(seeds)}")
     axes.axhline(chance, color="grey", linestyle=":", label="chance")
     axes.set(xlabel="epoch of finetuning", ylabel="validation accuracy, %", ylim=(0, None))
     axes.set_title("The same finetuning with and without pretraining")

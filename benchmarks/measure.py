@@ -16,7 +16,8 @@ from pathlib import Path
 import timm
 import torch
 
-__all__ = ["Candidates", "add_machine_options", "conditions", "device_kind", "ratio", "time_in_turn", "write_csv"]
+__all__ = ["Candidates", "add_machine_options", "conditions", "device_kind", "ratio", "run_logged", "time_in_turn"]
+__all__ += ["write_csv"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -74,6 +75,16 @@ def time_in_turn(candidates: dict[str, Callable[[], object]], rounds: int, warmu
             if index >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def run_logged(command: list[str], log: Path) -> float:
+    """Runs a program, with what it prints in a file; returns its seconds, or ends and says its last lines."""
+    start = time.perf_counter()
+    with open(log, "w") as f:
+        done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"{' '.join(command[:5])} ... failed:\n{log.read_text()[-3000:]}")
+    return time.perf_counter() - start
 
 
 def ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:

@@ -27,7 +27,7 @@ COMMANDS = {
     "finetune": Command("timm_convnextv2.finetune", "finetune a backbone with timm's train.py and a recipe"),
     "validate": Command("timm_convnextv2.validate", "measure a finetuned model with timm's validate.py"),
     "predict": Command("timm_convnextv2.predict", "classify images with timm's inference.py"),
-    "report": Command("timm_convnextv2.report.command", "show runs of pretraining on one page"),
+    "report": Command("timm_convnextv2.report.command", "show runs on one page"),
     "publish": Command("timm_convnextv2.publish", "publish weights and a model card on the Hugging Face Hub"),
     "compare": Command("timm_convnextv2.compare", "finetune from scratch, from your encoder and from named weights"),
     "embed": Command("timm_convnextv2.embed", "write one row of features for each image"),

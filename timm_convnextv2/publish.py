@@ -3,7 +3,8 @@
     timm-convnextv2 publish runs/mine USER/NAME --license mit --dry-run  # writes what would be sent
     timm-convnextv2 publish runs/mine USER/NAME --license mit --private
 
-FOLDER is a timm folder (encoder/, model/), or the folder of a run of `pretrain`, of timm's train.py or of `finetune`.
+FOLDER is a timm folder (encoder/, model/), or the folder of a run of `pretrain`, of timm's train.py, of `finetune`,
+of `detect train` or of `segment train`.
 The access token is the one of `hf auth login` or HF_TOKEN.
 """
 
@@ -21,6 +22,7 @@ import timm_convnextv2  # noqa: F401  registers the models
 from .checkpoint.card import IMAGES
 from .checkpoint.hub import files_to_push, push_to_hub
 from .checkpoint.staging import Stated, stage
+from .checkpoint.transfer import TASKS, find_folder, read_folder_config
 from .command import PROGRAM, CommandParser, refused
 from .provenance import WEIGHTS
 
@@ -32,7 +34,7 @@ def build_parser() -> CommandParser:
     """The options."""
     parser = CommandParser(prog=f"{PROGRAM} publish", description="Publish a timm folder with a model card.")
     add = parser.add_argument
-    add("folder", metavar="FOLDER", help="timm folder, or run folder of pretrain, of timm's train.py or of finetune")
+    add("folder", metavar="FOLDER", help="timm folder, or that of a run: pretrain, train.py, finetune, detect, segment")
     add("repo", metavar="REPO", help="USER/NAME on the Hub; made if needed")
     add("--part", default="encoder", choices=["encoder", "fcmae"],
         help="of a pretraining run: the encoder, or all of the FCMAE, from which pretraining can continue")
@@ -84,6 +86,22 @@ def check_options(args: argparse.Namespace) -> Path:
     return folder
 
 
+def check_transfer(folder: Path) -> None:
+    """Opens a detector or segmenter, if FOLDER is one or the run of one.
+
+    Raises:
+        ValueError: Its files do not fit each other.
+    """
+    place = find_folder(folder)
+    if not (place / "config.json").is_file() or (folder / "encoder").is_dir():
+        return
+    task = read_folder_config(place).get("task")
+    if task in TASKS:
+        from . import transfer  # it needs torchvision's detectors, which take a second to import
+
+        (transfer.open_detector if task == "detection" else transfer.open_segmenter)(place)
+
+
 def write_dry_run(staged: Path, what: str, folder: Path, args: argparse.Namespace) -> None:
     """Writes and lists what would be sent."""
     files = files_to_push(staged, args.repo, args.revision)
@@ -103,6 +121,7 @@ def write_dry_run(staged: Path, what: str, folder: Path, args: argparse.Namespac
 def publish(args: argparse.Namespace) -> None:
     """Stages what is to be sent, then shows or sends it."""
     folder = check_options(args)
+    check_transfer(folder)
     stated = Stated(args.license, tuple(args.dataset or ()), args.base_model)
     with tempfile.TemporaryDirectory(prefix="publish-") as temporary:
         staged = Path(temporary) / folder.resolve().name  # gone again where something is wrong

@@ -256,7 +256,7 @@ def test_command(tmp_path, capsys, monkeypatch, no_charts):
 def damage(folder, what):
     """Makes a folder bad in one way; returns what of the message tells it."""
     if what == "nothing there":
-        return folder.parent / "none", "does not exist, expected the folder of a run of pretraining"
+        return folder.parent / "none", "does not exist, expected the folder of a run"
     if what == "a file":
         return folder / "summary.csv", "is a file, expected the folder"
     if what == "no run":

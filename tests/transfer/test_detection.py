@@ -181,9 +181,9 @@ def test_mistakes(settings, message):
 
 
 def test_a_folder_that_is_no_detector(tmp_path, small):
-    with pytest.raises(ValueError, match="is no detector that detect train exported"):
+    with pytest.raises(ValueError, match="is no detector: it has no config.json. Give the folder of a run"):
         open_detector(tmp_path)
-    with pytest.raises(ValueError, match="config.json has no format"):
+    with pytest.raises(ValueError, match="config.json is of the task None, expected detection"):
         open_detector(small.removeprefix("local-dir:"))
 
 

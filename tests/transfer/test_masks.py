@@ -123,7 +123,7 @@ def test_all_faults_in_one_message(root):
     with pytest.raises(ValueError) as caught:
         opened(root).check()
     message = str(caught.value)
-    assert re.search(r"1 of 5 masks cannot be read: .*e.png cannot be decoded", message)
+    assert re.search(r"1 of 5 masks or their images cannot be read: .*e.png cannot be decoded", message)
     assert re.search(r"1 of 5 masks have another size than their images: .*d.png 21 x 30, image 20 x 30", message)
     assert re.search(r"1 of 5 masks have indices of no class .*c.png has 3, 4, 5, 6, 7", message)
 

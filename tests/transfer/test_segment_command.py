@@ -41,8 +41,15 @@ def test_what_training_writes(run, data):
     rows = read_rows(run / "summary.csv")[0]
     assert len(rows) == 2 and 0 <= float(rows[1]["eval_miou"]) <= 1
     assert {"train_loss_seg", "train_loss_aux", "eval_accuracy", "eval_mean_accuracy"} <= rows[0].keys()
-    for name in ("args.yaml", "last.pth.tar", "predictions/epoch-0001.png", "predictions/epoch-0002.png"):
+    for name in (
+        "args.yaml",
+        "last.pth.tar",
+        "predictions/epoch-0001.png",
+        "predictions/epoch-0002.png",
+        "report.html",
+    ):
         assert (run / name).stat().st_size, name
+    assert "mIoU" in (run / "report.html").read_text()
     model, classes = open_segmenter(run), read_classes(data / "classes.txt")
     assert model.classes == classes
     average = torch.load(run / "last.pth.tar", weights_only=True)["state_dict_ema"]
@@ -56,7 +63,7 @@ def test_the_snippet_of_the_card_runs(run, data, monkeypatch):
     snippet = (run / "model/README.md").read_text().split("```python\n")[1].split("```")[0]
     image = next((data / "validation/images").iterdir())
     names = {}
-    exec(snippet.replace("FOLDER", str(run / "model")).replace("IMAGE", str(image)), names)
+    exec(snippet.replace("path/to/this/folder", str(run / "model")).replace("IMAGE", str(image)), names)
     assert names["classes"].shape == (32, 32) and len(snippet.strip().splitlines()) <= 6
 
 

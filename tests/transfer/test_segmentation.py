@@ -116,9 +116,9 @@ def test_folder(tmp_path):
     config = json.loads((tmp_path / "run/model/config.json").read_text())
     assert config["metrics"]["miou"] == 0.5 and "| miou | 0.5000 |" in (tmp_path / "run/model/README.md").read_text()
     (tmp_path / "run/model/config.json").write_text(json.dumps({**config, "classes": ["sea", "land"]}))
-    with pytest.raises(ValueError, match="cannot be opened .* size mismatch"):
+    with pytest.raises(ValueError, match="cannot be loaded .* size mismatch"):
         open_segmenter(tmp_path / "run")
-    with pytest.raises(ValueError, match="no folder of a segmenter: it has no config.json"):
+    with pytest.raises(ValueError, match="is no segmenter: it has no config.json"):
         open_segmenter(tmp_path)
 
 

@@ -19,14 +19,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..data import Pixels
 from ..provenance import is_ours, training_of
 
-__all__ = ["IMAGES", "card_for_repo", "render_card"]
+__all__ = ["IMAGES", "card_for_repo", "licence_text", "render_card"]
 
 # Images that may lie beside a card, and what they show.
 IMAGES = {
     "loss.png": "Training loss and learning rate",
     "reconstructions.png": "Original, masked input, prediction, prediction with the visible patches",
+    "predictions.png": "Validation images: the truth, and what was found",
 }
-_HERE, _OR_HUB = '"local-dir:path/to/this/folder"', '  # or "hf-hub:user/name"'
+HERE, OR_HUB = '"local-dir:path/to/this/folder"', '  # or "hf-hub:user/name"'
 
 _CODE = {
     "encoder": """import timm
@@ -55,8 +56,8 @@ A whole [FCMAE](https://arxiv.org/abs/2301.00808), encoder and decoder, to conti
 It was made with `timm_convnextv2` {version} and needs that package.""",
 }
 _FEATURES = "`num_classes=0` gives features `[B, {num_features}]`, `features_only=True` the maps of the four stages."
-_PIXELS = """Before mean and standard deviation, stored values are prepared: {pixels}. `timm_convnextv2` does it by
-itself in finetuning, validation, prediction, embedding and evaluation; with timm alone, do the same to your images."""
+_PIXELS = """`timm_convnextv2` does it by itself in finetuning, validation, prediction, embedding, evaluation, detection
+and segmentation; with timm alone, do the same to your images."""
 _USE = {
     "encoder": _FEATURES,
     "classifier": _FEATURES,
@@ -72,7 +73,8 @@ def kind_of(config: dict[str, Any]) -> str:
     return "classifier" if config.get("num_classes", config.get("pretrained_cfg", {}).get("num_classes")) else "encoder"
 
 
-def _licence_text(license: str | None, training: dict[str, Any]) -> str:
+def licence_text(license: str | None, training: dict[str, Any]) -> str:
+    """What the card says of the licence."""
     if license is None:
         return "Not stated: ask whoever trained the weights."
     if training.get("inherited_license"):
@@ -80,6 +82,17 @@ def _licence_text(license: str | None, training: dict[str, Any]) -> str:
         source = f"[{base}](https://huggingface.co/{base})" if base else "earlier weights"
         return f"{license}. Training started from {source} under this licence, and it stays."
     return f"{license}, as named by whoever trained the weights."
+
+
+def pixels_text(record: dict[str, Any], who: str) -> str:
+    """What the card says of a record of pixels, and who prepares them."""
+    return f"Before mean and standard deviation, stored values are prepared: {Pixels.from_record(record)}. {who}"
+
+
+def escaped_rows(values: dict[str, Any]) -> str:
+    """Rows of a table of two columns."""
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in values.items()]
+    return "\n".join(f"| {name} | {value} |" for name, value in cells)
 
 
 def _results(metrics: dict[str, Any]) -> list[EvalResult]:
@@ -134,9 +147,9 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
         num_features=config.get("num_features"),
         num_classes=config.get("num_classes"),
         in_chans=cfg.get("input_size", (3,))[0],
-        name=_HERE,
-        or_hub=_OR_HUB,
-        bare=_HERE.strip('"'),
+        name=HERE,
+        or_hub=OR_HUB,
+        bare=HERE.strip('"'),
     )
     parts = [
         _TEXT[kind].format(**fields),
@@ -144,19 +157,15 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
         _USE[kind].format(**fields),
     ]
     if training.get("pixels"):
-        parts.append(_PIXELS.format(pixels=Pixels.from_record(training["pixels"])))
+        parts.append(pixels_text(training["pixels"], _PIXELS))
     if training.get("table"):
-        cells = [
-            [str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in training["table"].items()
-        ]
-        rows = "\n".join(f"| {name} | {value} |" for name, value in cells)
-        parts += ["## How it was made", f"| | |\n| --- | --- |\n{rows}"]
+        parts += ["## How it was made", f"| | |\n| --- | --- |\n{escaped_rows(training['table'])}"]
     if results:
         where = f"{metrics.get('dataset')}, {metrics['split']}" if metrics.get("split") else metrics.get("dataset")
         rows = "\n".join(f"| {r.metric_name} | {r.metric_value} |" for r in results)
         parts += ["## Results", f"| {where} | |\n| --- | --- |\n{rows}"]
     parts += [f"![{IMAGES[name]}]({name})\n\n*{IMAGES[name]}.*" for name in IMAGES if name in images]
-    parts += ["## Licence and provenance", _licence_text(license, training)]
+    parts += ["## Licence and provenance", licence_text(license, training)]
     if cfg.get("origin_url"):
         parts += [f"Code that the published weights come from: {cfg['origin_url']}"]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(parts) + "\n"))
@@ -165,4 +174,4 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
 def card_for_repo(card: str, repo_id: str, revision: str | None = None) -> str:
     """A card whose code loads the model from the Hub instead of from a folder."""
     name = f"hf-hub:{repo_id}" + (f"@{revision}" if revision not in (None, "main") else "")
-    return card.replace(_OR_HUB, "").replace(_HERE.strip('"'), name)
+    return card.replace(OR_HUB, "").replace(HERE.strip('"'), name)

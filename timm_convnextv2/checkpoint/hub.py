@@ -12,8 +12,9 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ..models.weights import check_weights, first_not_finite
-from ..provenance import WEIGHTS, origin_of_config, read_config, training_of
-from .card import IMAGES, card_for_repo, render_card
+from ..provenance import WEIGHTS, origin_of_config, training_of
+from .card import IMAGES, card_for_repo
+from .transfer import is_transfer, read_folder_config, render_folder_card
 
 __all__ = ["check_folder", "files_to_push", "push_to_hub"]
 
@@ -23,8 +24,11 @@ _FAULTS: Any = (OSError, RuntimeError, HfHubHTTPError, *HfHubHTTPError.__bases__
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
 
 
-def _check_folder_weights(folder: Path) -> None:
-    """The weights are those of the architecture that config.json names, tensor by tensor, and all are finite."""
+def _check_folder_weights(folder: Path, config: dict[str, Any]) -> None:
+    """The weights are those of the architecture that config.json names, tensor by tensor, and all are finite.
+
+    Of a detector or a segmenter, which only `transfer` can build, they are finite; opening it compares them.
+    """
     path = folder / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
@@ -33,12 +37,13 @@ def _check_folder_weights(folder: Path) -> None:
             bad = next((name for name in names if first_not_finite({name: file.get_tensor(name)})), None)
     except (SafetensorError, OSError) as e:
         raise ValueError(f"'{path}' cannot be read as safetensors: it is truncated, or in another format ({e}).") from e
-    try:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=False, device="meta")
-    except Exception as e:  # whatever a constructor says to arguments that it does not know
-        raise ValueError(f"'{folder / 'config.json'}' does not describe a model that can be built: {e}") from e
-    what = f"'{path}' does not hold the weights of the model that config.json describes"
-    check_weights(found, model.state_dict(), what, remedy="Export the model again.")
+    if not is_transfer(config):
+        try:
+            model = timm.create_model(f"local-dir:{folder}", pretrained=False, device="meta")
+        except Exception as e:  # whatever a constructor says to arguments that it does not know
+            raise ValueError(f"'{folder / 'config.json'}' does not describe a model that can be built: {e}") from e
+        what = f"'{path}' does not hold the weights of the model that config.json describes"
+        check_weights(found, model.state_dict(), what, remedy="Export the model again.")
     if bad:
         raise ValueError(f"'{path}' is not published: '{bad}' has values that are not finite. Export the model again.")
 
@@ -72,7 +77,8 @@ def check_folder(folder: str | os.PathLike) -> dict[str, Path | bytes]:
     """The files of a timm folder that belong on the Hub, after all checks that need no network.
 
     Args:
-        folder: As `export_encoder`, `export_fcmae` and `export_finetuned` write it. Other files in it are left out.
+        folder: As `export_encoder`, `export_fcmae`, `export_finetuned`, `export_detector` and `export_segmenter` write
+            it. Other files in it are left out.
 
     Returns:
         Name in the repository: the file, or its content (a README.md that the folder lacks).
@@ -90,7 +96,7 @@ def check_folder(folder: str | os.PathLike) -> dict[str, Path | bytes]:
             f"'{folder}' is the folder of a training run, not a timm folder: publish its encoder/ or model/, or let "
             "`timm-convnextv2 publish` export it."
         )
-    config = read_config(folder / "config.json")
+    config = read_folder_config(folder)
     if pickles:
         raise ValueError(
             f"'{folder}' holds pickle files, which can run code where they are loaded and are not published: "
@@ -98,10 +104,10 @@ def check_folder(folder: str | os.PathLike) -> dict[str, Path | bytes]:
         )
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"'{folder}' has no {WEIGHTS}. Export the model again.")
-    _check_folder_weights(folder)
+    _check_folder_weights(folder, config)
     images = [name for name in IMAGES if (folder / name).is_file()]
     readme = folder / "README.md"
-    card = readme.read_text(encoding="utf-8") if readme.is_file() else render_card(config, images)
+    card = readme.read_text(encoding="utf-8") if readme.is_file() else render_folder_card(config, images)
     _check_licence(folder, config, card)
     files: dict[str, Path | bytes] = {name: folder / name for name in ("config.json", WEIGHTS, *images)}
     files["README.md"] = readme if readme.is_file() else card.encode()
@@ -167,7 +173,8 @@ def push_to_hub(
     replaced, in one commit.
 
     Args:
-        folder: As `export_encoder`, `export_fcmae` and `export_finetuned` write it.
+        folder: As `export_encoder`, `export_fcmae`, `export_finetuned`, `export_detector` and `export_segmenter` write
+            it.
         repo_id: `user/name`; it is made if needed.
         private: Whether the repository is private. None: as it is, a new one as the account's default is.
         revision: Branch to write to; made from the main branch if needed.

@@ -20,6 +20,7 @@ from .export import export_fcmae
 from .files import load_checkpoint
 from .finetuned import export_finetuned, find_checkpoint
 from .hub import check_folder
+from .transfer import TASKS, is_transfer, read_folder_config, render_folder_card
 
 __all__ = ["Stated", "stage"]
 
@@ -42,7 +43,8 @@ def stage(source: Path, target: Path, *, part: str = "encoder", stated: Stated |
     """Puts what `source` has to publish into `target`.
 
     Args:
-        source: A timm folder, or the folder of a run of pretraining, of timm's train.py or of finetuning.
+        source: A timm folder, the folder of a detector or segmenter, or the folder of a run of pretraining, of timm's
+            train.py, of finetuning, or of detect or segment.
         target: An empty folder.
         part: Of a pretraining run, 'encoder' or 'fcmae' (the decoder too).
         stated: What the user says about the weights.
@@ -57,10 +59,16 @@ def stage(source: Path, target: Path, *, part: str = "encoder", stated: Stated |
     stated = stated or Stated()
     if (source / "config.json").is_file() and not (source / "args.yaml").is_file():
         run = source.parent if source.name in ("encoder", "model") and (source.parent / "args.yaml").is_file() else None
-        if part == "fcmae" and not read_config(source / "config.json")["architecture"].startswith("fcmae_"):
+        config = read_folder_config(source)
+        if part == "fcmae" and not config.get("architecture", "").startswith("fcmae_"):
             raise ValueError(f"--part fcmae: '{source}' has no decoder. Name the folder of the pretraining run.")
         _stage_folder(source, target, run, stated)
-        return f"the timm folder {source}"
+        return f"the {TASKS[config['task']] if is_transfer(config) else 'timm folder'} {source}"
+    if part == "encoder" and (source / "model" / "config.json").is_file():
+        config = read_folder_config(source / "model")
+        if is_transfer(config):
+            _stage_folder(source / "model", target, source, stated)
+            return f"the {TASKS[config['task']]} of the run {source}"
     if (source / "encoder" / "config.json").is_file():
         if part == "encoder":
             _stage_folder(source / "encoder", target, source, stated)
@@ -71,10 +79,11 @@ def stage(source: Path, target: Path, *, part: str = "encoder", stated: Stated |
 
 
 def _images_of(run: Path) -> dict[str, Path]:
-    """Images of a run, by their name beside the card: its loss curve, and the last reconstructions."""
+    """Images of a run, by their name beside the card: its loss curve, and the last of what it predicts."""
     images = {"loss.png": run / "loss.png"}
-    for path in sorted((run / "reconstructions").glob("epoch-*.png")):
-        images["reconstructions.png"] = path
+    for folder in ("reconstructions", "predictions"):
+        for path in sorted((run / folder).glob("epoch-*.png")):
+            images[f"{folder}.png"] = path
     return {name: path for name, path in images.items() if path.is_file()}
 
 
@@ -151,12 +160,12 @@ def _edited_card(text: str, license: str, stated: Stated) -> str:
 def _stage_folder(folder: Path, target: Path, run: Path | None, stated: Stated) -> None:
     """Stages a timm folder, with images and last loss of its pretraining run."""
     files = check_folder(folder)
-    before = read_config(folder / "config.json")
+    before = read_folder_config(folder)
     config = _describe(folder, before, stated)
     images = _images_in(folder)
     readme = files["README.md"]
     text = readme.decode() if isinstance(readme, bytes) else readme.read_text(encoding="utf-8")
-    edited = text != render_card(before, list(images))
+    edited = text != render_folder_card(before, list(images))
     if run is not None:
         images = {**_images_of(run), **images}
         config = _with_loss(config, run) if folder.name == "encoder" else config
@@ -164,7 +173,7 @@ def _stage_folder(folder: Path, target: Path, run: Path | None, stated: Stated) 
         print(f"{folder / 'README.md'} was edited by hand: its text stays as it is.")
         card = _edited_card(text, config["pretrained_cfg"]["license"], stated)
     else:
-        card = render_card(config, list(images))
+        card = render_folder_card(config, list(images))
     _link_or_copy(folder / WEIGHTS, target / WEIGHTS)
     for name, path in images.items():
         shutil.copyfile(path, target / name)

@@ -199,12 +199,27 @@ def write(run: Run, milestone: bool) -> None:
 
 
 def refresh_report(run: Run) -> None:
-    """Writes the report of the run: at the end, and as often before as that takes a hundredth of the time."""
-    start, ended = time.monotonic(), run.stop or run.progress.epoch >= run.plan.epochs
-    if not ended and start < run.next_report:
-        return
-    path = run.folder.path  # whose files somebody may have changed: ValueError
-    act = partial(write_report, [path], path / "report.html")
-    attempt("the report", act, run.bar.note, (OSError, ValueError))
+    """Writes the report of the run, where it is due."""
+    ended = bool(run.stop) or run.progress.epoch >= run.plan.epochs
+    run.next_report = report_when_due(run.folder.path, run.next_report, ended, run.bar.note)
+
+
+def report_when_due(folder: Path, due: float, ended: bool, note: Callable[[str], Any]) -> float:
+    """Writes the report of a run: at the end, and as often before as that takes a hundredth of the time.
+
+    Args:
+        folder: Of the run.
+        due: When it may be written again, by `time.monotonic`.
+        ended: Whether the run ends.
+        note: Prints a line, where it cannot be written.
+
+    Returns:
+        When it is due next.
+    """
+    start = time.monotonic()
+    if not ended and start < due:
+        return due
+    # somebody may have changed the files of the folder: ValueError
+    attempt("the report", lambda: write_report([folder], folder / "report.html"), note, (OSError, ValueError))
     now = time.monotonic()
-    run.next_report = now + REPORT_PAUSE * (now - start)
+    return now + REPORT_PAUSE * (now - start)

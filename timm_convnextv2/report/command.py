@@ -11,8 +11,13 @@ __all__ = ["main"]
 
 def build_parser() -> CommandParser:
     """The options."""
-    parser = CommandParser(prog=f"{PROGRAM} report", description="Show runs of pretraining on one page.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run of pretraining; several side by side")
+    parser = CommandParser(prog=f"{PROGRAM} report", description="Show runs on one page.")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder of a run of pretrain, detect or segment; several of one task side by side",
+    )
     parser.add_argument(
         "--output", metavar="FILE", help="HTML file to write (default: RUN/report.html; of several runs ./report.html)"
     )

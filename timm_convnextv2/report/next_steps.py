@@ -1,4 +1,4 @@
-"""What to do with the encoder of a run: commands that are ready to paste."""
+"""What to do with the model of a run: commands that are ready to paste."""
 
 import shlex
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ..command import interpreter, invocation
 
-__all__ = ["Step", "next_commands", "next_steps"]
+__all__ = ["Step", "next_commands", "next_steps", "next_steps_of_transfer"]
 
 
 class Step(NamedTuple):
@@ -42,6 +42,26 @@ def next_steps(settings: dict[str, Any], folder: Path) -> list[Step]:
             "Finetune it with timm's train.py and a recipe, on a folder with train/ and validation/",
             f'{finetune} --model "local-dir:{encoder}" {size} --data-dir DATA',
         ),
+        Step("See what publishing would send", f"{publish} --dry-run"),
+    ]
+
+
+def next_steps_of_transfer(settings: dict[str, Any], folder: Path) -> list[Step]:
+    """Measuring, finding, and publishing, with the detector or segmenter of a run.
+
+    Args:
+        settings: Of the run.
+        folder: Of the run; it holds `model/`.
+    """
+    command = {"detection": "detect", "segmentation": "segment"}[settings["task"]]
+    model = str(folder.resolve() / "model")
+    place = {"detection": "--output found.json", "segmentation": "--output masks"}[settings["task"]]
+    evaluate = [*invocation(command), "eval", "--model", model, "--data-dir", str(settings["data_dir"])]
+    predict = shlex.join([*invocation(command), "predict", "--model", model])
+    publish = shlex.join([*invocation("publish"), str(folder), "USER/NAME"])
+    return [
+        Step("Measure it again", shlex.join(evaluate)),
+        Step("Use it on other images", f"{predict} --images IMAGES {place}"),
         Step("See what publishing would send", f"{publish} --dry-run"),
     ]
 

@@ -1,4 +1,4 @@
-"""Reading the folder of a run of pretraining for its report: what is there, and what is damaged."""
+"""Reading the folder of a run for its report: what is there, and what is damaged."""
 
 import json
 import math
@@ -17,12 +17,19 @@ __all__ = ["Row", "RunRecord", "head_comment", "read_run"]
 
 Row = dict[str, float]
 
-# What a report needs of the settings. `mask_ratio` tells a run of pretraining from one of timm's train.py.
-_SETTINGS: dict[str, type | tuple[type, ...]] = {
+# What a report needs of the settings, by the task that they name; runs of pretraining name none.
+# `mask_ratio` tells a run of pretraining from one of timm's train.py.
+_PRETRAINING: dict[str, type | tuple[type, ...]] = {
     "model": str, "epochs": int, "mask_ratio": (int, float), "batch_size": int, "grad_accum_steps": int,
     "decoder_depth": int, "decoder_dim": int, "patch_size": int, "input_size": list, "seed": int,
     "data_dir": (str, type(None)), "dataset": (str, type(None)), "license": (str, type(None)), "pretrained": bool,
 }  # fmt: skip
+_TRANSFER: dict[str, type | tuple[type, ...]] = {
+    "model": str, "data_dir": str, "classes": list, "num_images": int, "num_validation": int, "batch_size": int,
+    "grad_accum_steps": int, "world_size": int, "total_updates": int, "img_size": int, "in_chans": int, "seed": int,
+    "from_scratch": bool, "lr": (int, float),
+}  # fmt: skip
+_SETTINGS = {"pretraining": _PRETRAINING, "detection": _TRANSFER, "segmentation": _TRANSFER}
 
 
 @dataclass
@@ -33,12 +40,13 @@ class RunRecord:
         path: The folder.
         label: What it is called beside other runs.
         settings: Of args.yaml.
+        task: 'pretraining', 'detection' or 'segmentation'.
         versions: Of the packages that trained.
         command: That started it.
         rows: Of summary.csv, by epoch from 0: numbers by column, without empty cells.
         collapse: Of collapse.csv, by epoch from 1: rows of numbers, in order of depth.
         probe: Content of probe.json.
-        reconstructions: PNG by epoch, from 1.
+        predictions: PNG of what it predicts by epoch, from 1: reconstructions, or what is found beside the truth.
         neighbours: Likewise.
         progress: Of the last checkpoint, see `pretrain.run_folder.Progress`.
         notes: What was left out and why.
@@ -47,12 +55,13 @@ class RunRecord:
     path: Path
     label: str
     settings: dict[str, Any]
+    task: str = "pretraining"
     versions: str = ""
     command: str = ""
     rows: dict[int, Row] = field(default_factory=dict)
     collapse: dict[int, list[Row]] = field(default_factory=dict)
     probe: dict[str, Any] = field(default_factory=dict)
-    reconstructions: dict[int, Path] = field(default_factory=dict)
+    predictions: dict[int, Path] = field(default_factory=dict)
     neighbours: dict[int, Path] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -78,22 +87,27 @@ def read_run(folder: Path, label: str = "") -> RunRecord:
         label: What to call it; the folder's name if ''.
 
     Raises:
-        ValueError: It is not the folder of a run of pretraining, or its args.yaml is damaged.
+        ValueError: It is not the folder of a run, or its args.yaml is damaged.
     """
     head, settings = _read_settings(folder)
-    run = RunRecord(folder, label or folder.resolve().name, settings)
+    run = RunRecord(folder, label or folder.resolve().name, settings, settings.get("task", "pretraining"))
     run.versions = head[0] if head and not head[0].startswith("command: ") else ""
     for line in head:
         if line.startswith("command: "):
             run.command = _decoded(line.removeprefix("command: "))
     run.rows = {int(row["epoch"]): row for row in _read_table(run, "summary.csv")}
+    if run.task != "pretraining":
+        # COCO's evaluators give -1 where nothing counts, such as large objects in an image set without any
+        run.rows = {epoch: {k: v for k, v in row.items() if v >= 0} for epoch, row in run.rows.items()}
+        run.predictions = _epochs_of(folder / "predictions")
+        return run
     for row in _read_table(run, "collapse.csv", needed=("depth", "distance")):
         run.collapse.setdefault(int(row["epoch"]), []).append(row)
     for rows in run.collapse.values():
         rows.sort(key=lambda row: row["depth"])
     run.probe = _read_probe(run)
     run.progress = _read_progress(run)
-    run.reconstructions = _epochs_of(folder / "reconstructions")
+    run.predictions = _epochs_of(folder / "reconstructions")
     run.neighbours = _epochs_of(folder / "neighbours")
     return run
 
@@ -102,24 +116,24 @@ def _read_settings(folder: Path) -> tuple[list[str], dict[str, Any]]:
     """Lines of the head comment, and the settings."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"'{folder}' {what}, expected the folder of a run of pretraining, such as output/NAME.")
+        raise ValueError(f"'{folder}' {what}, expected the folder of a run, such as output/NAME.")
     path = folder / "args.yaml"
     if not path.is_file():
         below = sorted(p.parent.name for p in folder.glob("*/args.yaml"))[:5]
         hint = f" Runs below it: {', '.join(below)}." if below else ""
-        raise ValueError(f"'{folder}' is not the folder of a run of pretraining: it has no args.yaml.{hint}")
+        raise ValueError(f"'{folder}' is not the folder of a run: it has no args.yaml.{hint}")
     try:
         text = path.read_text(encoding="utf-8")
         settings = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise ValueError(f"'{path}' cannot be read: {e}") from e
-    wrong = [
-        name for name, kind in _SETTINGS.items() if not isinstance(settings, dict) or not _fits(settings, name, kind)
-    ]
-    if wrong:
+    task = settings.get("task", "pretraining") if isinstance(settings, dict) else "pretraining"
+    needed = _SETTINGS.get(task, _PRETRAINING) if isinstance(task, str) else _PRETRAINING
+    wrong = [name for name, kind in needed.items() if not isinstance(settings, dict) or not _fits(settings, name, kind)]
+    if wrong or task not in _SETTINGS:
         raise ValueError(
-            f"'{path}' does not hold the settings of a run of pretraining: {', '.join(wrong[:3])} missing or of "
-            "another type. Give the folder that `timm-convnextv2 pretrain` wrote."
+            f"'{path}' does not hold the settings of a run of {task}: {', '.join(wrong[:3])} missing or of another "
+            "type. Give the folder that `timm-convnextv2 pretrain`, `detect train` or `segment train` wrote."
         )
     head = [line.removeprefix("#").strip() for line in text.splitlines()[:2] if line.startswith("#")]
     return head, settings

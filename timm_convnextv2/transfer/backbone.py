@@ -1,5 +1,6 @@
 """A timm model as the backbone of detection and segmentation: the maps of its last stages, and what it was made of."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from timm.models import group_parameters, load_model_config_from_hf
 from torch import Tensor, nn
 
 from ..checkpoint import load_model
+from ..checkpoint.loading import model_pixels
+from ..data import Pixels, load_image
 from ..models import ConvNeXtV2
-from ..provenance import read_config
+from ..provenance import Origin, config_beside, origin_of_config, read_config
 
 __all__ = ["Backbone", "create_backbone", "open_backbone"]
 
@@ -27,7 +30,9 @@ class Backbone(nn.Module):
         spec: What makes the same model again, without weights: `architecture` and `model_args`.
         mean: Of the images in 0..1, one value a channel.
         std: Likewise.
-        pixels: Side of the square images that the weights were trained on.
+        img_size: Side of the square images that the weights were trained on.
+        pixels: How stored values become pixels, as for the images that the weights were trained on.
+        origin: What the weights hand on: a licence that stays, and their base model.
 
     Attributes:
         channels: Of each map.
@@ -38,11 +43,20 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, spec: dict[str, Any], *, mean: list[float], std: list[float], pixels: int
+        self,
+        model: nn.Module,
+        spec: dict[str, Any],
+        *,
+        mean: list[float],
+        std: list[float],
+        img_size: int,
+        pixels: Pixels = Pixels(),  # noqa: B008  an immutable value
+        origin: Origin = Origin(),  # noqa: B008  likewise
     ) -> None:
         super().__init__()
         info: Any = model.feature_info
-        self.model, self.spec, self.mean, self.std, self.pixels = model, spec, mean, std, pixels
+        self.model, self.spec, self.mean, self.std, self.img_size = model, spec, list(mean), list(std), img_size
+        self.pixels, self.origin = pixels, origin
         self.channels: list[int] = list(info.channels())[-STAGES:]
         self.strides: list[int] = list(info.reduction())[-STAGES:]
         self._channels_last = getattr(model, "output_fmt", None) == Format.NHWC
@@ -68,6 +82,28 @@ class Backbone(nn.Module):
     def in_chans(self) -> int:
         """Channels of the images."""
         return len(self.mean)
+
+    def read_with(self, nodata: float | None) -> "Backbone":
+        """Itself, with another value of pixels without data in its record; None keeps the record's."""
+        if nodata is not None:
+            self.pixels = self.pixels._replace(nodata=nodata)
+        return self
+
+    def load_image(self, path: str | os.PathLike) -> Tensor:
+        """An image as in training: float `[C, H, W]`, not yet normalised.
+
+        Raises:
+            ImageError: (a ValueError) It cannot be decoded, see `data.load_image`.
+        """
+        image = load_image(path, self.in_chans, self.pixels)
+        return image / 255 if image.dtype == torch.uint8 else image
+
+    def record(self) -> dict[str, Any]:
+        """What `open_backbone` makes the same backbone of, without weights; for a JSON file."""
+        return dict(
+            self.spec, mean=self.mean, std=self.std, img_size=self.img_size, pixels=self.pixels.record(),
+            license=self.origin.license, base_model=self.origin.base_model,
+        )  # fmt: skip
 
     def layer_ids(self, layer_decay_type: str = "group") -> tuple[dict[str, int], int]:
         """The layer of each parameter for layer-wise learning rate decay, by the model's own `group_matcher`.
@@ -111,7 +147,8 @@ def create_backbone(
         name: A model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
         pretrained: Load the weights; else they are random.
         in_chans: Channels of the images; the model's own if None. For another number, timm adapts the first layer's
-            weights, and the images are normalised with the mean of the model's means.
+            weights, and the images are normalised with the mean of the model's means. What the model's folder says
+            of stored values (divisor, limits, nodata) holds for the images here, too, with or without its weights.
         drop_path_rate: Share of the residual paths that training leaves out.
         kwargs: More of `timm.create_model`.
 
@@ -135,13 +172,29 @@ def create_backbone(
     config = resolve_model_data_config(model)
     chans = in_chans or own_chans
     mean, std = (_spread(config[key], chans) for key in ("mean", "std"))
-    return Backbone(model, spec, mean=mean, std=std, pixels=config["input_size"][-1])
+    return Backbone(
+        model, spec, mean=mean, std=std, img_size=config["input_size"][-1], pixels=model_pixels(name, chans),
+        origin=_origin(name, model.pretrained_cfg) if pretrained else Origin(),
+    )  # fmt: skip
 
 
-def open_backbone(spec: dict[str, Any], *, mean: list[float], std: list[float], pixels: int) -> Backbone:
-    """The backbone of a `Backbone.spec`, with random weights."""
+def _origin(name: str, cfg: dict[str, Any]) -> Origin:
+    """What the weights of a model of timm, a folder or a repository hand on."""
+    source, _, place = name.partition(":")
+    if source == "local-dir":
+        return origin_of_config(config_beside({"file": place}) or cfg)
+    hub_id = place if source == "hf-hub" else cfg.get("hf_hub_id")
+    return origin_of_config((config_beside({"hf_hub_id": place}) if source == "hf-hub" else None) or cfg, hub_id)
+
+
+def open_backbone(record: dict[str, Any]) -> Backbone:
+    """The backbone of a `Backbone.record`, with random weights."""
+    spec = {key: record[key] for key in ("architecture", "model_args")}
     model = timm.create_model(spec["architecture"], pretrained=False, features_only=True, **spec["model_args"])
-    return Backbone(model, spec, mean=mean, std=std, pixels=pixels)
+    return Backbone(
+        model, spec, mean=record["mean"], std=record["std"], img_size=record["img_size"],
+        pixels=Pixels.from_record(record["pixels"]), origin=Origin(record["license"], record["base_model"]),
+    )  # fmt: skip
 
 
 def _architecture(name: str) -> tuple[str, dict[str, Any]]:

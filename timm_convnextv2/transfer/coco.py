@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..data import check_readable, load_image, sample_seed
+from ..data import Pixels, check_readable, load_image, sample_seed
 from ..data.decode import printable
 from ..evaluate.labelled import ImageFiles
+from .unreadable import naming
 
 __all__ = ["Coco", "CocoImage", "DetectionSamples", "check_classes", "large_scale_jitter", "open_coco", "rle_codec"]
 
@@ -87,7 +88,7 @@ def open_coco(
     masks: bool = True,
     drop_wrong: bool = False,
     in_chans: int | None = None,
-    nodata: float | None = None,
+    nodata: float | Pixels | None = None,
 ) -> Coco:
     """Reads and checks annotations of objects.
 
@@ -250,7 +251,7 @@ def _refuse(wrong: Sequence[Any], file: Path, what: str, names: Iterable[str], h
         )
 
 
-def check_sizes(coco: Coco, in_chans: int, nodata: float | None = None) -> None:
+def check_sizes(coco: Coco, in_chans: int, nodata: float | Pixels | None = None) -> None:
     """Decodes some of the images.
 
     Raises:
@@ -259,14 +260,20 @@ def check_sizes(coco: Coco, in_chans: int, nodata: float | None = None) -> None:
     source = ImageFiles([image.path for image in coco.images], in_chans, nodata)
     sizes: list[tuple[int, int]] = []
     bad = check_readable(source, look=lambda x: sizes.append((x.shape[-2], x.shape[-1])))
-    if bad:
-        raise ValueError("Images cannot be decoded; mend them:\n" + "\n".join(why for _, why in bad[:SHOWN]))
     tried = min(32, len(source))
-    for size, image in zip(sizes, (coco.images[i * len(source) // tried] for i in range(tried)), strict=True):
-        _check_size(size, image, coco.file)
+    if bad:
+        reasons = "\n".join(why for _, why in bad[:SHOWN])
+        raise ValueError(
+            f"{len(bad)} of {tried} images tried (of {len(source)}) cannot be decoded; mend them:\n{reasons}"
+        )
+    images = [coco.images[i * len(source) // tried] for i in range(tried)]
+    wrong = [pair for pair in zip(images, sizes, strict=True) if pair[1] != (pair[0].height, pair[0].width)]
+    names = (f"{i.name} has {w} x {h} pixels, {i.width} x {i.height} there" for i, (h, w) in wrong)
+    _refuse(wrong, coco.file, f"images of another size than the files (of {tried} tried)", names)
 
 
 def _check_size(size: tuple[int, int], image: CocoImage, file: Path) -> None:
+    """Of an image that a run reads; predict knows none."""
     if image.height and size != (image.height, image.width):
         raise ValueError(
             f"The image {image.name} has {size[1]} x {size[0]} pixels, and {image.width} x {image.height} in '{file}'. "
@@ -306,7 +313,7 @@ class DetectionSamples(Dataset):
         transform: On `(image, target)`, of `torchvision.transforms.v2`; None for none.
         masks: Whether targets have masks.
         in_chans: Channels of the images.
-        nodata: Stored value of pixels without data.
+        nodata: Stored value of pixels without data, or a whole `Pixels`, see `load_image`.
         seed: Of the transform.
     """
 
@@ -317,7 +324,7 @@ class DetectionSamples(Dataset):
         *,
         masks: bool = True,
         in_chans: int = 3,
-        nodata: float | None = None,
+        nodata: float | Pixels | None = None,
         seed: int = 0,
     ) -> None:
         self.coco, self.transform, self.masks = coco, transform, masks
@@ -331,8 +338,9 @@ class DetectionSamples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         epoch, index = key
         image = self.coco.images[index]
-        pixels = load_image(image.path, self.in_chans, self.nodata)
-        _check_size((pixels.shape[-2], pixels.shape[-1]), image, self.coco.file)
+        with naming(f"The image {printable(image.name)} (id {image.id})"):
+            pixels = load_image(image.path, self.in_chans, self.nodata)
+            _check_size((pixels.shape[-2], pixels.shape[-1]), image, self.coco.file)
         sample: Any = tv_tensors.Image(pixels), self.target(image)
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
@@ -374,7 +382,12 @@ def large_scale_jitter(
     """Crops of `size` pixels from images resized to `scale` times that, as in the paper (appendix A.3), and flips.
 
     What is smaller is padded with black, and boxes that the crop leaves no pixel of are removed.
+
+    Raises:
+        ValueError: The scale is not two factors above 0, the smaller first.
     """
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"The scale is {scale}, expected two factors above 0, the smaller first (--scale).")
     return v2.Compose(
         [
             v2.RandomHorizontalFlip(hflip),

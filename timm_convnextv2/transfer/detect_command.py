@@ -17,7 +17,7 @@ from ..files import whole_file
 from ..finetune.recipe import Recipe, list_recipes
 from ..pretrain.distributed import World
 from ..report import check_logs, open_logs
-from .backbone import create_backbone
+from .backbone import Backbone, create_backbone
 from .coco import (
     Coco,
     CocoImage,
@@ -29,13 +29,14 @@ from .coco import (
     open_coco,
     rle_codec,
 )
-from .command import experiment_name, train_command
+from .command import data_name, experiment_name, how_made, train_command
 from .detect_options import RECIPES, parse
-from .detection import build_detector, classes_of, export_detector, open_detector
+from .detection import backbone_of, build_detector, classes_of, export_detector, open_detector
 from .detection_metrics import average_precision, evaluate_detector, find_objects, save_found
 from .folder import TransferFolder
 from .groups import parameter_groups
 from .loop import Run, Schedule, Training, create_loader
+from .soft_nms import use_soft_nms
 
 __all__ = ["main"]
 
@@ -52,6 +53,7 @@ FIXED = (
     "batch_size",
 )
 FIXED += ("grad_accum_steps", "seed", "epochs", "opt", "model_ema", "frozen", "layer_decay", "layer_decay_type")
+FIXED += ("pixels",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,8 +86,6 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
     """
     if not args.model:
         raise ValueError("--model is needed: a model of timm, local-dir:FOLDER or hf-hub:USER/NAME.")
-    if args.epochs < 1:
-        raise ValueError(f"--epochs is {args.epochs}, expected at least 1.")
     check_logs(args.log_wandb, args.log_tensorboard)
     rle_codec()
     masks, root = not args.boxes_only, Path(args.data_dir)
@@ -99,9 +99,9 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
     backbone = create_backbone(
         args.model, pretrained=not args.from_scratch, in_chans=args.in_chans, drop_path_rate=args.drop_path,
         **args.model_kwargs,
-    )  # fmt: skip
+    ).read_with(args.nodata)  # fmt: skip
     for part in (coco, validation):
-        check_sizes(part, backbone.in_chans, args.nodata)
+        check_sizes(part, backbone.in_chans, backbone.pixels)
     short, long = args.test_size or (args.img_size, args.img_size)
     detector = build_detector(
         backbone, len(coco.classes), boxes_only=args.boxes_only, frozen=args.frozen, out_channels=args.out_channels,
@@ -111,7 +111,7 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
     samples = DetectionSamples(
         coco,
         large_scale_jitter(args.img_size, tuple(args.scale), hflip=args.hflip, vflip=args.vflip),
-        masks=masks, in_chans=backbone.in_chans, nodata=args.nodata, seed=args.seed,
+        masks=masks, in_chans=backbone.in_chans, nodata=backbone.pixels, seed=args.seed,
     )  # fmt: skip
     loader = create_loader(samples, collate, world, batch_size=args.batch_size, workers=args.workers, seed=args.seed)
     per_epoch = len(loader) // args.grad_accum_steps
@@ -134,8 +134,10 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
         raise ValueError("--resume auto needs --experiment, the folder of the run to continue.")
     folder = TransferFolder(Path(args.output) / name, resume=args.resume == "auto", overwrite=args.overwrite)
     settings = {
-        **json.loads(json.dumps(vars(args))), "experiment": name, "classes": coco.classes,
-        "num_images": len(coco.images), "world_size": world.size, "in_chans": backbone.in_chans,
+        "task": "detection", **json.loads(json.dumps(vars(args))), "experiment": name, "classes": coco.classes,
+        "num_images": len(coco.images), "num_validation": len(validation.images), "world_size": world.size,
+        "in_chans": backbone.in_chans, "pixels": backbone.pixels.record() or None,
+        "total_updates": training.schedule.updates,
     }  # fmt: skip
     folder.check_same(settings, FIXED)
     world.agree({"the number of images": len(coco.images), "the classes": coco.classes})
@@ -145,9 +147,10 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
     evaluate = partial(
         evaluate_epoch, coco=validation, folder=folder, world=world, masks=masks, shown=args.shown_images,
         how=dict(
-            device=world.device, in_chans=backbone.in_chans, nodata=args.nodata, batch_size=args.batch_size,
+            device=world.device, in_chans=backbone.in_chans, nodata=backbone.pixels, batch_size=args.batch_size,
             workers=args.workers, amp_dtype=amp_dtype,
         ),
+        about=dict(dataset=data_name(args.data_dir), info=how_made(settings)),
     )  # fmt: skip
     run = Run(
         training, loader, folder, settings, evaluate, eval_interval=args.eval_interval, log_interval=args.log_interval
@@ -162,7 +165,7 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
 
 
 def about(
-    args: argparse.Namespace, coco: Coco, validation: Coco, detector: nn.Module, training: Training, world: World,
+    args: argparse.Namespace, coco: Coco, validation: Coco, detector: Any, training: Training, world: World,
     recipe: Recipe | None,
 ) -> str:  # fmt: skip
     """What the run is, and what of it is unlike its recipe."""
@@ -178,6 +181,8 @@ def about(
             f"note: the recipe {recipe.name} is for {recipe.global_batch} images an update, and this run has {batch}: "
             "choose --grad-accum-steps so, or another --lr."
         )
+    if prepared := str(backbone_of(detector).pixels):
+        lines.append(f"stored values are prepared as those that the model was trained on: {prepared}")
     left_out = coco.left_out + validation.left_out
     if left_out:
         lines.append(f"note: {left_out} wrong annotations are left out.")
@@ -191,9 +196,9 @@ def about(
 
 def evaluate_epoch(
     epoch: int, model: nn.Module, last: bool, *, coco: Coco, folder: TransferFolder, world: World, masks: bool,
-    shown: int, how: dict[str, Any],
+    shown: int, how: dict[str, Any], about: dict[str, Any],
 ) -> dict[str, float]:  # fmt: skip
-    """Measures the detector and draws what it finds; at the end, exports it and writes what it found."""
+    """Measures the detector, draws what it finds and exports it; at the end, writes what it found."""
     metrics, results = evaluate_detector(model, coco, masks=masks, world=world if world.distributed else None, **how)
     if world.primary:
         if shown:
@@ -202,8 +207,8 @@ def evaluate_epoch(
                 folder.path / "predictions" / f"epoch-{epoch:04d}.png", coco, results, image_ids=ids, masks=masks,
                 in_chans=how["in_chans"], nodata=how["nodata"],
             )  # fmt: skip
+        export_detector(model, folder.path / "model", classes=coco.classes, metrics=metrics, **about)  # pyright: ignore
         if last:
-            export_detector(model, folder.path / "model", classes=coco.classes, metrics=metrics)  # pyright: ignore
             write_json(folder.path / "predictions" / "validation.json", results)
             say(table(metrics))
     return metrics
@@ -226,20 +231,20 @@ def evaluate_command(args: argparse.Namespace) -> None:
     if output is not None and output.exists() and not args.overwrite and any(output.iterdir()):
         raise ValueError(f"The folder '{output}' is not empty. Pass --overwrite, or another --output.")
     classes, detector = classes_of(args.model), open_detector(args.model)
-    pyramid: Any = detector.backbone
+    backbone = backbone_of(detector).read_with(args.nodata)
+    if args.soft_nms:
+        use_soft_nms(detector, args.soft_nms)
     masks, root = not detector.made_of["boxes_only"], Path(args.data_dir)  # pyright: ignore
-    in_chans = pyramid.body.in_chans
     coco = open_coco(
-        root / args.val, root / args.val_images, masks=masks, drop_wrong=args.drop_wrong, in_chans=in_chans,
-        nodata=args.nodata,
+        root / args.val, root / args.val_images, masks=masks, drop_wrong=args.drop_wrong, in_chans=backbone.in_chans,
+        nodata=backbone.pixels,
     )  # fmt: skip
     check_classes(coco, classes, f"the model '{args.model}'")
     rle_codec()
-    results = find_objects(detector.to(args.device), coco, **reading(args, in_chans))
+    results = find_objects(detector.to(args.device), coco, **reading(args, backbone))
     metrics = average_precision(coco, results, masks=masks)
     say(table(metrics))
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         write_json(output / "metrics.json", metrics)
         write_json(output / "predictions.json", results)
 
@@ -250,8 +255,10 @@ def predict_command(args: argparse.Namespace) -> None:
     if output.exists() and not args.overwrite:
         raise ValueError(f"'{output}' exists. Pass --overwrite, or another --output.")
     classes, detector = classes_of(args.model), open_detector(args.model)
-    pyramid: Any = detector.backbone
-    source = FolderSource(args.images, pyramid.body.in_chans, args.nodata)
+    backbone = backbone_of(detector).read_with(args.nodata)
+    if args.soft_nms:
+        use_soft_nms(detector, args.soft_nms)
+    source = FolderSource(args.images, backbone.in_chans, backbone.pixels)
     paths = [source.path(i) for i in range(len(source))]
     names = [Path(path).relative_to(args.images).as_posix() for path in paths]
     images = [CocoImage(i, path, name, 0, 0, []) for i, (path, name) in enumerate(zip(paths, names, strict=True), 1)]
@@ -259,27 +266,28 @@ def predict_command(args: argparse.Namespace) -> None:
     sizes: dict[int, tuple[int, int]] = {}
     if not detector.made_of["boxes_only"]:  # pyright: ignore
         rle_codec()
-    results = find_objects(detector.to(args.device), coco, sizes=sizes, **reading(args, pyramid.body.in_chans))
+    results = find_objects(detector.to(args.device), coco, sizes=sizes, **reading(args, backbone))
     results = [result for result in results if result["score"] >= args.min_score]
     sized = [image._replace(height=sizes[image.id][0], width=sizes[image.id][1]) for image in images]
     content = coco._replace(images=sized).content()
     content["annotations"] = [
         dict(result, id=i, iscrowd=0, area=result["bbox"][2] * result["bbox"][3]) for i, result in enumerate(results, 1)
     ]
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, content)
     say(f"{len(results)} objects in {len(images)} images: {output}")
 
 
-def reading(args: argparse.Namespace, in_chans: int) -> dict[str, Any]:
+def reading(args: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
     """How images are read and models run, of eval and predict."""
     return dict(
-        device=torch.device(args.device), in_chans=in_chans, nodata=args.nodata, batch_size=args.batch_size,
-        workers=args.workers, amp_dtype=getattr(torch, args.amp_dtype) if args.amp else None,
+        device=torch.device(args.device), in_chans=backbone.in_chans, nodata=backbone.pixels,
+        batch_size=args.batch_size, workers=args.workers,
+        amp_dtype=getattr(torch, args.amp_dtype) if args.amp else None,
     )  # fmt: skip
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
         part.write_text(json.dumps(content), encoding="utf-8")

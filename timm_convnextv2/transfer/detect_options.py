@@ -9,7 +9,8 @@ from timm.utils import ParseKwargs
 
 from ..command import PROGRAM, CommandParser
 from ..finetune.recipe import Recipe
-from .options import add_learning, add_reading, add_run, with_recipe
+from .options import add_learning, add_reading, add_run, check_counts, with_recipe
+from .soft_nms import METHODS
 
 __all__ = ["RECIPES", "build_parser", "parse"]
 
@@ -38,6 +39,8 @@ def build_parser() -> CommandParser:
     predict.add_argument("--output", required=True, metavar="FILE", help="JSON to write, in COCO's format")
     for other in (evaluate, predict):
         add_reading(other)
+        other.add_argument("--soft-nms", choices=METHODS, help="lower the scores of boxes that overlap better ones, as "
+                           "the paper does, in place of removing them (default: remove)")
         other.add_argument("-b", "--batch-size", type=int, default=2, metavar="N", help="images at a time (default: 2)")
         other.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
@@ -102,4 +105,6 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe
     """
     words = list(sys.argv[1:] if argv is None else argv)
     words, recipe = with_recipe(words, RECIPES, _add_train)
-    return build_parser().parse_args(words), recipe
+    args = build_parser().parse_args(words)
+    check_counts(args)
+    return args, recipe

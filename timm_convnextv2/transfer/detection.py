@@ -7,15 +7,12 @@ detector = open_detector("output/run/model")      what `timm-convnextv2 detect t
 """
 
 import inspect
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -23,14 +20,11 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from ..checkpoint.transfer import load_weights, read_transfer, write_transfer
 from ..command import closest
-from ..files import whole_file
 from .backbone import Backbone, create_backbone, open_backbone
 
 __all__ = ["Pyramid", "build_detector", "classes_of", "export_detector", "open_detector"]
-
-FORMAT = "timm_convnextv2 detector 1"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class Pyramid(nn.Module):
@@ -141,7 +135,13 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def export_detector(
-    detector: FasterRCNN, folder: str | os.PathLike, *, classes: Sequence[str], metrics: dict[str, float] | None = None
+    detector: FasterRCNN,
+    folder: str | os.PathLike,
+    *,
+    classes: Sequence[str],
+    metrics: dict[str, float] | None = None,
+    dataset: str | None = None,
+    info: dict[str, Any] | None = None,
 ) -> Path:
     """Writes a detector as a folder that `open_detector` reads: `config.json`, `model.safetensors`, `README.md`.
 
@@ -149,63 +149,46 @@ def export_detector(
         detector: From `build_detector`.
         folder: Where to; it is made if needed.
         classes: Names of the labels 1, 2, ...
-        metrics: Stated in the README.
+        metrics: On the validation images, see `average_precision`; the README states them.
+        dataset: Name of the data set that they were measured on.
+        info: How it was made, for a table in the README.
 
     Raises:
-        ValueError: The names are not as many as the classes.
+        ValueError: The names are not as many as the classes, or a weight is not finite.
         WriteError: (an OSError) A file cannot be written.
     """
-    pyramid: Any = detector.backbone
-    backbone: Backbone = pyramid.body
     made_of: dict[str, Any] = {**detector.made_of}  # pyright: ignore
     if len(classes) != made_of["num_classes"]:
         raise ValueError(f"{len(classes)} names of classes for a detector of {made_of['num_classes']}.")
     config = dict(
-        format=FORMAT,
-        classes=list(classes),
-        backbone=dict(spec=backbone.spec, mean=backbone.mean, std=backbone.std, pixels=backbone.pixels),
-        detector=made_of,
-        metrics=metrics or {},
-    )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().cpu().contiguous() for k, v in detector.state_dict().items()}
-    with whole_file(folder / WEIGHTS) as part:
-        save_file(weights, part, metadata={"format": "pt"})
-    with whole_file(folder / CONFIG) as part:
-        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    with whole_file(folder / "README.md") as part:
-        part.write_text(_card(config), encoding="utf-8")
-    return folder
+        task="detection", classes=list(classes), backbone=backbone_of(detector).record(), detector=made_of
+    )  # fmt: skip
+    return write_transfer(folder, detector, config, metrics=metrics, dataset=dataset, info=info)
 
 
-def _card(config: dict[str, Any]) -> str:
-    kind = "Faster R-CNN" if config["detector"]["boxes_only"] else "Mask R-CNN"
-    rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in config["metrics"].items())
-    return (
-        f"# {kind} on {config['backbone']['spec']['architecture']}\n\nClasses: {', '.join(config['classes'])}.\n\n"
-        "```python\nimport torch\nfrom timm_convnextv2.data import load_image\n"
-        "from timm_convnextv2.transfer import open_detector\n\n"
-        f'detector = open_detector("FOLDER")\nimage = load_image("IMAGE", {len(config["backbone"]["mean"])})\n'
-        "found = detector([image / 255 if image.dtype == torch.uint8 else image])[0]  # boxes, labels, scores\n```\n"
-        + (f"\n| metric on the validation images | |\n| --- | --- |\n{rows}" if rows else "")
-    )
+def backbone_of(detector: FasterRCNN) -> Backbone:
+    """The backbone below the pyramid."""
+    pyramid: Any = detector.backbone
+    return pyramid.body
 
 
 def open_detector(folder: str | os.PathLike) -> FasterRCNN:
     """A detector that `export_detector` wrote, in eval mode on the CPU.
 
+    Args:
+        folder: Its folder, that of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
+
     Raises:
         ValueError: The folder has none, or its files do not fit each other.
     """
-    config = _config(folder)
-    made_of = dict(config["detector"])
-    options = made_of.pop("options")
-    detector = build_detector(open_backbone(**config["backbone"]), **made_of, **options)
+    place, config = read_transfer(folder, "detection")
     try:
-        detector.load_state_dict(load_file(Path(folder) / WEIGHTS))
-    except (OSError, RuntimeError, SafetensorError) as e:
-        raise ValueError(f"The weights '{Path(folder) / WEIGHTS}' cannot be loaded ({e}).") from e
+        made_of = dict(config["detector"])
+        options = made_of.pop("options")
+        detector = build_detector(open_backbone(config["backbone"]), **made_of, **options)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"The detector in '{folder}' cannot be opened ({type(e).__name__}: {e}).") from e
+    load_weights(detector, place)
     return detector.eval()
 
 
@@ -215,18 +198,4 @@ def classes_of(folder: str | os.PathLike) -> list[str]:
     Raises:
         ValueError: The folder has none.
     """
-    return list(_config(folder)["classes"])
-
-
-def _config(folder: str | os.PathLike) -> dict[str, Any]:
-    path = Path(folder) / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"'{folder}' is no detector that detect train exported: {path.name}: {e}") from e
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(
-            f"'{folder}' is no detector that detect train exported (RUN/model): its config.json has no "
-            f"format '{FORMAT}'."
-        )
-    return config
+    return list(read_transfer(folder, "detection")[1]["classes"])

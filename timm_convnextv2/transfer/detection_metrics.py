@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from ..data import Pixels
 from ..files import whole_file
 from ..pretrain.distributed import Seat
 from ..report.images import displayable
@@ -31,7 +32,7 @@ def find_objects(
     *,
     device: torch.device,
     in_chans: int,
-    nodata: float | None = None,
+    nodata: float | Pixels | None = None,
     batch_size: int = 1,
     workers: int = 0,
     amp_dtype: torch.dtype | None = None,
@@ -46,7 +47,7 @@ def find_objects(
         coco: The images; their annotations are not looked at.
         device: Of the detector.
         in_chans: Channels of the images.
-        nodata: Stored value of pixels without data.
+        nodata: Stored value of pixels without data, or a whole `Pixels`, see `load_image`.
         batch_size: Images at a time.
         workers: Processes that decode images.
         amp_dtype: Type of mixed precision, None for float32.
@@ -155,7 +156,7 @@ def save_found(
     image_ids: Sequence[int],
     in_chans: int,
     masks: bool,
-    nodata: float | None = None,
+    nodata: float | Pixels | None = None,
     min_score: float = 0.5,
 ) -> None:
     """Draws the truth (left) and what was found (right) of some images as one PNG.
@@ -167,7 +168,7 @@ def save_found(
         image_ids: Which images, a row each.
         in_chans: Channels of the images; the first three are shown, or the first as grey.
         masks: Whether the results and the truth have masks.
-        nodata: Stored value of pixels without data.
+        nodata: Stored value of pixels without data, or a whole `Pixels`, see `load_image`.
         min_score: What is less certain is left out.
 
     Raises:

@@ -17,7 +17,8 @@ from ..report.run import head_comment
 __all__ = ["NotSavedError", "TransferFolder"]
 
 CHECKPOINT = "last.pth.tar"
-WRITTEN = ("args.yaml", "summary.csv", CHECKPOINT, "predictions", "model", "events.out.tfevents.*", "wandb")
+WRITTEN = ("args.yaml", "summary.csv", CHECKPOINT, "predictions", "model", "report.html")
+WRITTEN += ("events.out.tfevents.*", "wandb")
 
 
 class NotSavedError(Exception):

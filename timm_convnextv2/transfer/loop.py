@@ -23,9 +23,11 @@ from ..memory import peak_memory
 from ..pretrain import summary
 from ..pretrain.batches import leave_signals_to_parent
 from ..pretrain.distributed import World
+from ..pretrain.loop import report_when_due
 from ..pretrain.trainer import NotFiniteError
 from ..report import ProgressBar, Stopwatch
 from .folder import TransferFolder
+from .unreadable import UnreadableError
 
 __all__ = ["Run", "Schedule", "Training", "create_loader", "train"]
 
@@ -304,6 +306,8 @@ class Run:
     stop: str = ""
     measured: dict[str, float] = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)  # of the losses of this epoch
+    saved: int = 0  # updates in the last checkpoint
+    report_due: float = 0.0  # when the report may be written again
 
     def __post_init__(self) -> None:
         if not self.updates_per_epoch:
@@ -321,6 +325,16 @@ class Run:
         """Continues from a checkpoint of the same run."""
         self.training.load(checkpoint)
         self.sums = dict(checkpoint["sums"])
+        self.saved = self.training.update_number
+
+    def save(self) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            NotSavedError: It cannot be written.
+        """
+        self.folder.save({**self.training.state_dict(), "sums": self.sums, "settings": self.settings})
+        self.saved = self.training.update_number
 
 
 def train(run: Run, world: World) -> None:
@@ -329,6 +343,7 @@ def train(run: Run, world: World) -> None:
     Raises:
         NotFiniteError: A loss is not finite.
         NotSavedError: The checkpoint cannot be written.
+        UnreadableError: A file can no longer be read.
     """
     training, schedule, size = run.training, run.training.schedule, run.updates_per_epoch
     epochs = math.ceil(schedule.updates / size)
@@ -342,7 +357,12 @@ def train(run: Run, world: World) -> None:
         batches, clock = iter(run.loader), Stopwatch(images)
         end = min((epoch + 1) * size, schedule.updates)
         while training.update_number < end and not run.stop:
-            losses, waited = training.update(batches)
+            try:
+                losses, waited = training.update(batches)
+            except UnreadableError:  # before the weights of this update: what was made until here is kept
+                if training.grad_accum_steps == 1 and not world.distributed:
+                    run.save()
+                raise
             run.sums = {name: run.sums.get(name, 0.0) + value for name, value in losses.items()}
             clock.count(waited)
             if bar.step():
@@ -352,9 +372,12 @@ def train(run: Run, world: World) -> None:
         if training.update_number == end:
             finish_epoch(run, world, bar, epoch, end - epoch * size, clock)
         done = training.update_number == schedule.updates
-        if world.primary and (run.stop or done or (epoch + 1) % run.checkpoint_interval == 0):
-            with world.writing:
-                run.folder.save({**training.state_dict(), "sums": run.sums, "settings": run.settings})
+        if run.stop or done or (epoch + 1) % run.checkpoint_interval == 0:
+            if world.primary:
+                with world.writing:
+                    run.save()
+                    run.report_due = report_when_due(run.folder.path, run.report_due, bool(run.stop) or done, bar.note)
+            run.saved = training.update_number
     bar.close()
 
 

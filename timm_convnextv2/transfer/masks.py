@@ -15,10 +15,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
-from ..data import FolderSource, check_readable, load_image, sample_seed
+from ..data import FolderSource, Pixels, check_readable, load_image, sample_seed
 from ..data.decode import printable
 from ..data.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file
 from ..evaluate.labelled import ImageFiles
+from .unreadable import naming
 
 __all__ = [
     "MaskedImages",
@@ -104,7 +105,7 @@ class MaskedImages(Dataset):
         classes: Sequence[str],
         *,
         in_chans: int = 3,
-        nodata: float | None = None,
+        nodata: float | Pixels | None = None,
         ignore_index: int = 255,
         reduce_zero_label: bool = False,
     ) -> None:
@@ -130,7 +131,8 @@ class MaskedImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         """`(image, target)`: the image as `data.load_image` gives it, `[C, H, W]`; classes, int64 `[H, W]`."""
-        return self.source[i], torch.from_numpy(self._classes_of(load_mask(self.masks[i])))
+        with naming(f"The image {self.name(i)} with its mask"):
+            return self.source[i], torch.from_numpy(self._classes_of(load_mask(self.masks[i])))
 
     def name(self, i: int) -> str:
         """Path of image `i`, safe to print."""
@@ -157,14 +159,18 @@ class MaskedImages(Dataset):
             looks = list(pool.map(self._look, range(len(self))))
         faults = []
         for kind, what in (
-            ("error", "masks cannot be read"),
+            ("error", "masks or their images cannot be read"),
             ("size", "masks have another size than their images"),
             ("above", f"masks have indices of no class (there are {len(self.classes)}, {self._span()})"),
         ):
             bad = [getattr(look, kind) for look in looks if getattr(look, kind)]
             if bad:
                 faults.append(f"{_count(bad, looks, what)}: {_first(bad)}")
-        faults += [f"images cannot be decoded: {message}" for _, message in check_readable(self.source)[:SHOWN]]
+        torn = [message for _, message in check_readable(self.source)] if not faults else []
+        if torn:
+            faults.append(
+                f"{len(torn)} of {min(32, len(self))} images tried cannot be decoded: {'; '.join(torn[:SHOWN])}"
+            )
         counts = np.sum([look.counts for look in looks], axis=0)
         if not faults and not counts.sum():
             faults.append(f"no pixel of {len(self)} masks has a class")
@@ -295,7 +301,7 @@ class TrainTransform:
         ignore_index: int = 255,
     ) -> None:
         if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"The scale is {scale}, expected two factors above 0, the smaller first.")
+            raise ValueError(f"The scale is {scale}, expected two factors above 0, the smaller first (--scale).")
         self.size, self.scale, self.short_side, self.ignore_index = size, scale, short_side, ignore_index
         fills = {tv_tensors.Image: list(fill), tv_tensors.Mask: ignore_index}
         self.crop = v2.RandomCrop(size, pad_if_needed=True, fill=fills)  # pyright: ignore[reportArgumentType]

@@ -9,7 +9,11 @@ import torch
 from ..command import CommandParser, closest
 from ..finetune.recipe import Recipe, load_recipe
 
-__all__ = ["add_learning", "add_reading", "add_recipe", "add_run", "known_options", "with_recipe"]
+__all__ = ["add_learning", "add_reading", "add_recipe", "add_run", "check_counts", "known_options", "with_recipe"]
+
+_AT_LEAST_1 = ("epochs", "updates", "batch_size", "grad_accum_steps", "img_size", "short_side", "window", "channels")
+_AT_LEAST_1 += ("out_channels", "eval_interval", "log_interval")
+_AT_LEAST_0 = ("workers", "shown_images", "warmup_updates", "auxiliary_channels")
 
 
 # fmt: off
@@ -54,6 +58,19 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add("--log-tensorboard", action="store_true")
     add("--dry-run", action="store_true", help="check everything, and end before training")
 # fmt: on
+
+
+def check_counts(args: argparse.Namespace) -> None:
+    """Refuses numbers that are too small to be counted with.
+
+    Raises:
+        ValueError: Names the option.
+    """
+    for least, names in ((1, _AT_LEAST_1), (0, _AT_LEAST_0)):
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least {least}.")
 
 
 def known_options(add_train: Callable[[CommandParser], None]) -> dict[str, argparse.Action]:

@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from ..command import invocation, refused, say
+from ..data import Pixels
 from ..data.decode import printable
 from ..evaluate.labelled import ImageFiles
 from ..files import whole_file
 from ..finetune.recipe import Recipe, list_recipes
 from ..pretrain.distributed import World
 from ..report import check_logs, open_logs
-from .command import experiment_name, train_command
+from .backbone import Backbone
+from .command import data_name, experiment_name, how_made, train_command
 from .folder import TransferFolder
 from .groups import parameter_groups
 from .loop import Run, Schedule, Training, create_loader
@@ -34,6 +36,7 @@ __all__ = ["main"]
 # a run that resumes must have the same: the order of the images, the weights and the schedule depend on them
 FIXED = ("model", "in_chans", "channels", "auxiliary_channels", "classes", "num_images", "world_size", "batch_size")
 FIXED += ("grad_accum_steps", "seed", "total_updates", "opt", "model_ema", "frozen", "layer_decay", "layer_decay_type")
+FIXED += ("pixels",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,14 +82,15 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
         channels=args.channels, auxiliary_channels=args.auxiliary_channels, ignore_index=args.ignore_index,
         classes=classes, drop_path_rate=args.drop_path, **args.model_kwargs,
     )  # fmt: skip
-    in_chans = model.backbone.in_chans
-    data, validation = (open_data(args, split, classes, in_chans) for split in ("train", "validation"))
+    backbone = model.backbone.read_with(args.nodata)
+    data, validation = (open_data(args, split, classes, backbone) for split in ("train", "validation"))
     samples = TrainSamples(data, transform_of(args, model), args.seed)
     loader = create_loader(samples, collate, world, batch_size=args.batch_size, workers=args.workers, seed=args.seed)
     training = create_training(args, model, len(loader) // args.grad_accum_steps, world)
     settings = {
-        **vars(args), "experiment": name, "classes": classes, "num_images": len(data), "world_size": world.size,
-        "in_chans": in_chans, "total_updates": training.schedule.updates,
+        "task": "segmentation", **vars(args), "experiment": name, "classes": classes, "num_images": len(data),
+        "num_validation": len(validation), "world_size": world.size, "in_chans": backbone.in_chans,
+        "pixels": backbone.pixels.record() or None, "total_updates": training.schedule.updates,
     }  # fmt: skip
     folder.check_same(settings, FIXED)
     world.agree({"the number of images": len(data), "the classes": classes})
@@ -99,6 +103,7 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
     evaluate = partial(
         evaluate_epoch, data=validation, folder=folder.path, world=world, testing=testing_of(args),
         workers=args.workers, shown=args.shown_images,
+        about=dict(dataset=data_name(args.data_dir), info=how_made(settings)),
     )  # fmt: skip
     run = Run(
         training, loader, folder, settings, evaluate, eval_interval=args.eval_interval, log_interval=args.log_interval
@@ -112,10 +117,10 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
     return run
 
 
-def open_data(args: argparse.Namespace, split: str, classes: Sequence[str], in_chans: int) -> MaskedImages:
+def open_data(args: argparse.Namespace, split: str, classes: Sequence[str], backbone: Backbone) -> MaskedImages:
     """The images and masks of a split, not yet checked."""
     return MaskedImages(
-        *open_split(args.data_dir, split), classes, in_chans=in_chans, nodata=args.nodata,
+        *open_split(args.data_dir, split), classes, in_chans=backbone.in_chans, nodata=backbone.pixels,
         ignore_index=args.ignore_index, reduce_zero_label=args.reduce_zero_label,
     )  # fmt: skip
 
@@ -183,6 +188,8 @@ def about(
             f"note: the recipe {recipe.name} is for {recipe.global_batch} images an update, and this run has {batch}: "
             "choose --batch-size or --grad-accum-steps so, or another --lr."
         )
+    if prepared := str(Pixels.of(data.source.nodata)):
+        lines.append(f"stored values are prepared as those that the model was trained on: {prepared}")
     for part, name, pixels in zip((data, validation), ("train", "validation"), counts, strict=True):
         absent = [part.classes[i] for i in range(len(part.classes)) if not pixels[i]]
         if absent:
@@ -199,7 +206,7 @@ def about(
 
 def evaluate_epoch(
     epoch: int, model: nn.Module, last: bool, *, data: MaskedImages, folder: Path, world: World, testing: Inference,
-    workers: int, shown: int,
+    workers: int, shown: int, about: dict[str, Any],
 ) -> dict[str, float]:  # fmt: skip
     """Measures the segmenter, draws what it finds, and exports it."""
     segmenter: Any = model
@@ -211,7 +218,7 @@ def evaluate_epoch(
         title = f"epoch {epoch}, mIoU {measures['miou']:.3f}"
         if found:
             save_segmentations(folder / "predictions" / f"epoch-{epoch:04d}.png", data, found, title)
-        export_segmenter(segmenter, folder / "model", metrics=measures)
+        export_segmenter(segmenter, folder / "model", metrics=measures, **about)
         if last:
             say(table(measures, data.classes))
     return {key: value for key, value in measures.items() if key != "iou"}
@@ -247,7 +254,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     model = open_segmenter(args.model, args.device)
     classes = read_classes(args.classes or Path(args.data_dir) / "classes.txt")
     check_classes(classes, model.classes, args.model)
-    data = open_data(args, args.split, classes, model.backbone.in_chans)
+    data = open_data(args, args.split, classes, model.backbone.read_with(args.nodata))
     data.check()
     measures, _ = evaluate_segmenter(model, data, testing, workers=args.workers)
     say(table(measures, classes))
@@ -293,7 +300,8 @@ def predict_command(args: argparse.Namespace) -> None:
     output = claim(args.output, args.overwrite)
     if output.resolve() == Path(args.images).resolve():
         raise ValueError("--output is the folder of the images, where masks would replace them. Choose another.")
-    source = ImageFiles(list(paths.values()), model.backbone.in_chans, args.nodata)
+    backbone = model.backbone.read_with(args.nodata)
+    source = ImageFiles(list(paths.values()), backbone.in_chans, backbone.pixels)
     loader = torch.utils.data.DataLoader(source, batch_size=None, num_workers=args.workers, generator=torch.Generator())
     for stem, image in zip(paths, loader, strict=True):
         path = output / f"{stem}.png"

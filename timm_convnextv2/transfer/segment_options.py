@@ -9,7 +9,7 @@ from timm.utils import ParseKwargs
 
 from ..command import PROGRAM, CommandParser
 from ..finetune.recipe import Recipe
-from .options import add_learning, add_reading, add_run, with_recipe
+from .options import add_learning, add_reading, add_run, check_counts, with_recipe
 
 __all__ = ["RECIPES", "build_parser", "parse"]
 
@@ -111,10 +111,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Recipe
     words = list(sys.argv[1:] if argv is None else argv)
     words, recipe = with_recipe(words, RECIPES, _add_train)
     args = build_parser().parse_args(words)
-    for name in ("epochs", "updates", "grad_accum_steps", "img_size", "short_side", "window", "eval_interval"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1.")
+    check_counts(args)
     if args.action == "train" and args.batch_size < 2:
         raise ValueError(
             f"--batch-size is {args.batch_size}, expected at least 2: batch normalisation needs several images."

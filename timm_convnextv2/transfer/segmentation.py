@@ -1,18 +1,15 @@
 """A segmenter: UPerNet on any backbone of timm; its folder on the disk."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from ..files import whole_file
+from ..checkpoint.transfer import load_weights, read_transfer, write_transfer
 from .backbone import Backbone, create_backbone, open_backbone
 from .upernet import FCNHead, UPerHead, resize
 
@@ -20,7 +17,6 @@ __all__ = ["IGNORE_INDEX", "Segmenter", "build_segmenter", "open_segmenter", "ex
 
 IGNORE_INDEX = 255
 AUXILIARY_WEIGHT = 0.4  # of mmsegmentation's configurations of UPerNet
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class Segmenter(nn.Module):
@@ -153,82 +149,53 @@ def build_segmenter(
     )  # fmt: skip
 
 
-def export_segmenter(model: Segmenter, folder: str | Path, *, metrics: dict[str, Any] | None = None) -> Path:
+def export_segmenter(
+    model: Segmenter,
+    folder: str | Path,
+    *,
+    metrics: dict[str, Any] | None = None,
+    dataset: str | None = None,
+    info: dict[str, Any] | None = None,
+) -> Path:
     """Writes a folder that `open_segmenter` opens: config.json, model.safetensors and README.md.
 
     Args:
         model: The segmenter.
         folder: Made where it is missing; files of these names are replaced.
-        metrics: Plain values, stated in config.json and README.md.
+        metrics: On the validation images, see `Confusion.measures`; the README states them.
+        dataset: Name of the data set that they were measured on.
+        info: How it was made, for a table in the README.
 
     Returns:
         The folder.
 
     Raises:
+        ValueError: A weight is not finite.
         WriteError: (an OSError) A file cannot be written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    backbone = model.backbone
-    config = {
-        "task": "segmentation",
-        "backbone": backbone.spec,
-        "mean": backbone.mean,
-        "std": backbone.std,
-        "pixels": backbone.pixels,
-        "classes": model.classes,
-        "ignore_index": model.ignore_index,
-        **model.sizes,
-        "metrics": metrics or {},
-    }
-    with whole_file(folder / WEIGHTS) as part:
-        save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, part)
-    with whole_file(folder / CONFIG) as part:
-        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    with whole_file(folder / "README.md") as part:
-        part.write_text(_card(config), encoding="utf-8")
-    return folder
-
-
-def _card(config: dict[str, Any]) -> str:
-    rows = "".join(f"| {k} | {v:.4f} |\n" for k, v in config["metrics"].items() if isinstance(v, float))
-    return (
-        f"# UPerNet on {config['backbone']['architecture']}\n\n"
-        f"Classes, from index 0: {', '.join(config['classes'])}.\n\n"
-        "```python\nfrom timm_convnextv2.data import load_image\n"
-        "from timm_convnextv2.transfer import find_classes, open_segmenter\n\n"
-        f'segmenter = open_segmenter("FOLDER")\nimage = load_image("IMAGE", {len(config["mean"])})\n'
-        "classes = find_classes(segmenter, image)  # [H, W]\n```\n"
-        + (f"\n| metric on the validation images | |\n| --- | --- |\n{rows}" if rows else "")
-    )
+    config = dict(
+        task="segmentation", classes=model.classes, backbone=model.backbone.record(),
+        segmenter={**model.sizes, "ignore_index": model.ignore_index},
+    )  # fmt: skip
+    return write_transfer(folder, model, config, metrics=metrics, dataset=dataset, info=info)
 
 
 def open_segmenter(folder: str | Path, device: str | torch.device = "cpu") -> Segmenter:
     """The segmenter of a folder, in eval mode; needs this package, and no network.
 
     Args:
-        folder: Written by `export_segmenter`, such as `model` in the folder of a run, or that of the run.
+        folder: Written by `export_segmenter`, such as `model` in the folder of a run, or that of the run; or
+            `hf-hub:USER/NAME`.
         device: Where it goes.
 
     Raises:
         ValueError: There is no such folder, or its files do not fit together.
     """
-    folder = Path(folder)
-    folder = folder / "model" if not (folder / CONFIG).is_file() and (folder / "model").is_dir() else folder
-    if not (folder / CONFIG).is_file():
-        raise ValueError(
-            f"'{folder}' is no folder of a segmenter: it has no {CONFIG}. Give the folder of a run of "
-            "`timm-convnextv2 segment train`, after its first evaluation."
-        )
+    place, config = read_transfer(folder, "segmentation")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if config.get("task") != "segmentation":
-            raise ValueError(f"the task is {config.get('task')!r}, expected 'segmentation'")
-        backbone = open_backbone(config["backbone"], mean=config["mean"], std=config["std"], pixels=config["pixels"])
-        sizes = {key: config[key] for key in ("channels", "auxiliary_channels", "ignore_index", "classes")}
-        model = Segmenter(backbone, len(config["classes"]), **sizes)
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
-        what = " ".join(str(e).split())
-        raise ValueError(f"The segmenter in '{folder}' cannot be opened ({type(e).__name__}: {what}).") from e
+        classes = config["classes"]
+        model = Segmenter(open_backbone(config["backbone"]), len(classes), classes=classes, **config["segmenter"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"The segmenter in '{folder}' cannot be opened ({type(e).__name__}: {e}).") from e
+    load_weights(model, place)
     return model.eval().to(device)

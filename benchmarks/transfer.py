@@ -1,0 +1,143 @@
+"""What pretraining is worth in detection and segmentation: the same training from the encoder and from random weights.
+
+    python -m benchmarks.transfer
+
+Pretrains once on embedded images without labels, then for each seed, on other embedded images with boxes and masks,
+`detect train --boxes-only` and `segment train` twice each: from that encoder, and with `--from-scratch`; everything
+else is equal. Writes box AP and mIoU over the updates with their conditions to `benchmarks/results/transfer.csv`, and a
+figure to `docs/`. A run that was stopped continues with the same `--output`.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import conditions, run_logged, write_csv
+from benchmarks.plots import draw_seeds
+from timm_convnextv2.data.embedded import write_folder
+from timm_convnextv2.report.summary import read_rows
+
+ROOT = Path(__file__).parents[1]
+# a small ConvNeXt V2 on small images: what one CPU core trains in minutes
+MODEL = ["--model-kwargs", "depths=(1,1,2,1)", "dims=(24,48,96,192)", "--patch-size", "2", "--decoder-dim", "128"]
+BATCH = 4
+STARTS = {"FCMAE": [], "random weights": ["--from-scratch"]}
+# name of the task: its command, its column of summary.csv, what of it is small for a CPU
+TASKS = {
+    "box AP": (
+        "detect", "eval_box_ap",
+        ["--boxes-only", "--out-channels", "64", "--detector-kwargs", "rpn_post_nms_top_n_train=50",
+         "rpn_post_nms_top_n_test=50", "box_batch_size_per_image=32", "box_detections_per_img=10"],
+    ),
+    "mIoU": ("segment", "eval_miou", ["--channels", "64", "--auxiliary-channels", "32"]),
+}  # fmt: skip
+
+
+def call(words: list, log: Path) -> None:
+    """Runs a command of the package."""
+    seconds = run_logged([sys.executable, "-m", "timm_convnextv2", *map(str, words)], log)
+    print(f"{log.stem}: {seconds:.0f} s", flush=True)
+
+
+def train(task: str, start: str, seed: int, encoder: Path, data: Path, output: Path, args: argparse.Namespace) -> list:
+    """Trains, or finds it done; the rows of the curve."""
+    command, column, small = TASKS[task]
+    name = f"{command}-{seed}-{start.split()[0].lower()}"
+    updates = args.labelled // BATCH  # of an epoch
+    epochs = max(1, args.updates // updates)
+    every = max(1, epochs // args.points)
+    summary = output / name / "summary.csv"
+    if len(read_rows(summary)[0]) < epochs:
+        words = [command, "train", "--model", f"local-dir:{encoder}", "--data-dir", data, "--recipe", "small-data"]
+        words += ["--img-size", args.size, "--scale", 0.8, 1.2, "--batch-size", BATCH, "--epochs", epochs, "--no-amp"]
+        words += ["--lr", 5e-4, "--warmup-updates", 20, "--seed", seed, "--eval-interval", every, "--device", "cpu"]
+        words += ["--workers", 0, "--shown-images", 2, "--output", output, "--experiment", name, "--resume", "auto"]
+        call([*words, *small, *STARTS[start]], output / f"{name}.log")
+    rows = [row for row in read_rows(summary)[0] if row[column] != ""]
+    found = [((int(str(row["epoch"])) + 1) * updates, 100 * float(str(row[column]))) for row in rows]
+    return [dict(task=task, start=start, seed=seed, update=update, percent=value) for update, value in found]
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Both measures over the updates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 3.8), dpi=120, layout="constrained")
+    for axes, task in zip(figure.subplots(1, 2), TASKS, strict=True):
+        for start, colour in zip(STARTS, ("tab:blue", "tab:orange"), strict=True):
+            seeds = sorted({row["seed"] for row in rows})
+            curves = [[r for r in rows if (r["task"], r["start"], r["seed"]) == (task, start, seed)] for seed in seeds]
+            values = [[r["percent"] for r in curve] for curve in curves]
+            draw_seeds(axes, [r["update"] for r in curves[0]], values, colour, f"{start}, median of {len(seeds)}")
+        axes.set(xlabel=f"updates of {BATCH} images", ylabel=f"{task} on validation images, %", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle("The same training from an FCMAE encoder and from random weights", fontsize=11)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--size", type=int, default=64, help="of all images, in pixels")
+    parser.add_argument("--images", type=int, default=4096, help="images without labels")
+    parser.add_argument("--epochs", type=int, default=4, help="of pretraining")
+    parser.add_argument("--labelled", type=int, default=160, help="images with boxes and masks")
+    parser.add_argument("--validation", type=int, default=80)
+    parser.add_argument("--updates", type=int, default=240, help="of each training with labels")
+    parser.add_argument("--points", type=int, default=3, help="evaluations of each of them")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", metavar="DIR", help="keep the runs there, and continue them")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        output = Path(args.output or temporary).resolve()
+        output.mkdir(parents=True, exist_ok=True)
+        words = [
+            "pretrain",
+            "--dataset",
+            "embedded",
+            "--train-num-samples",
+            args.images,
+            "--epochs",
+            args.epochs,
+            *MODEL,
+        ]
+        words += ["--img-size", args.size, "--batch-size", 32, "--lr", 2e-3, "--scale", 0.5, 1, "--workers", 0]
+        words += ["--recon-interval", args.epochs, "--device", "cpu", "--output", output, "--experiment", "pretrain"]
+        if len(read_rows(output / "pretrain" / "summary.csv")[0]) < args.epochs:
+            call([*words, "--resume", "auto"], output / "pretrain.log")
+        rows: list[dict] = []
+        for seed in args.seeds:
+            data = output / f"data-{seed}"
+            if not data.exists():
+                sizes = dict(size=args.size, train=args.labelled, validation=args.validation)
+                write_folder(data, **sizes, seed=seed, coco=True, masks=True)
+            for task in TASKS:
+                for start in STARTS:
+                    rows += train(task, start, seed, output / "pretrain" / "encoder", data, output, args)
+        print(f"\nin % after the last of {rows[-1]['update']} updates of {BATCH} images")
+        for task in TASKS:
+            for start in STARTS:
+                last = [
+                    [r["percent"] for r in rows if (r["task"], r["start"], r["seed"]) == (task, start, seed)][-1]
+                    for seed in args.seeds
+                ]
+                values = "  ".join(f"{v:5.1f}" for v in last)
+                print(f"{task:8} {start:16} {values}   median {statistics.median(last):.1f}")
+        about = conditions(torch.device("cpu"), args.threads)
+        about["sets"] = (
+            f"one encoder for all seeds, pretrained for {args.epochs} epochs on {args.images} images of {args.size} px "
+            f"without labels; {args.labelled} others with labels and {args.validation} to validate, drawn by each seed"
+        )
+        print(write_csv("transfer", [dict(row, percent=round(row["percent"], 2)) for row in rows], about))
+        plot(rows, ROOT / "docs" / "transfer_gain.png")
+
+
+if __name__ == "__main__":
+    main()

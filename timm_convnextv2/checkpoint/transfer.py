@@ -1,0 +1,279 @@
+"""The folder of a detector or a segmenter: `config.json`, `model.safetensors`, and its model card, `README.md`.
+
+`config.json` says what the model is made of. Licence and origin stand where a timm folder has them, `pretrained_cfg`
+and `training` (see `card`), so that publishing treats all folders alike.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..files import whole_file
+from ..models.weights import first_not_finite
+from ..provenance import WEIGHTS, read_config
+from .card import HERE, IMAGES, OR_HUB, escaped_rows, licence_text, pixels_text, render_card
+
+__all__ = ["TASKS", "find_folder", "is_transfer", "load_weights", "read_folder_config", "read_transfer"]
+__all__ += ["render_folder_card", "write_transfer"]
+
+CONFIG = "config.json"
+TASKS = {"detection": "detector", "segmentation": "segmenter"}
+_HTTP_ERRORS: Any = (OSError, HFValidationError, HfHubHTTPError, *HfHubHTTPError.__bases__)
+
+# What the card states of the metrics, with their names on the Hub: (key, type, name)
+_STATED = {
+    "detection": (("box_ap", "mAP", "box AP"), ("mask_ap", "mAP", "mask AP")),
+    "segmentation": (
+        ("miou", "mean_iou", "mIoU"),
+        ("accuracy", "accuracy", "pixel accuracy"),
+        ("mean_accuracy", "mean_accuracy", "mean accuracy"),
+    ),
+}
+_CODE = {
+    "detection": """import torch
+from timm_convnextv2.transfer import open_detector
+
+detector = open_detector({name}){or_hub}
+image = detector.backbone.body.load_image("IMAGE")  # float [C, H, W], scaled as in training
+with torch.no_grad():
+    found = detector([image])[0]  # boxes, labels (1 is the first class), scores{masks}""",
+    "segmentation": """from timm_convnextv2.transfer import find_classes, open_segmenter
+
+segmenter = open_segmenter({name}){or_hub}
+image = segmenter.backbone.load_image("IMAGE")  # float [C, H, W], scaled as in training
+classes = find_classes(segmenter, image)  # [H, W], indices of segmenter.classes""",
+}
+_PIPELINES = {"detection": "object-detection", "segmentation": "image-segmentation"}
+
+
+def is_transfer(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is that of a detector or a segmenter."""
+    return config.get("task") in TASKS and isinstance(config.get("backbone"), dict)
+
+
+def find_folder(name: str | os.PathLike) -> Path:
+    """The folder of a name: a folder, also as `local-dir:FOLDER`, that of a run which holds it as `model`, or a
+    repository `hf-hub:USER/NAME`, which is downloaded.
+
+    Raises:
+        ValueError: The repository cannot be had.
+    """
+    text = os.fspath(name)
+    if text.startswith("hf-hub:"):
+        repo, _, revision = text.removeprefix("hf-hub:").partition("@")
+        try:
+            paths = [hf_hub_download(repo, file, revision=revision or None) for file in (CONFIG, WEIGHTS)]
+            return Path(paths[0]).parent
+        except _HTTP_ERRORS as e:
+            raise ValueError(f"'{text}' cannot be had from the Hub ({type(e).__name__}: {e}).") from e
+    folder = Path(text.removeprefix("local-dir:"))
+    return folder / "model" if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file() else folder
+
+
+def read_transfer(name: str | os.PathLike, task: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """The folder of a name (see `find_folder`) and its `config.json`.
+
+    Args:
+        name: See `find_folder`.
+        task: 'detection' or 'segmentation'; None for any of them.
+
+    Raises:
+        ValueError: It is no folder of such a model.
+    """
+    folder = find_folder(name)
+    what = f"'{os.fspath(name)}' is no {TASKS[task] if task else ' or '.join(TASKS.values())}"
+    command = {"detection": "detect", "segmentation": "segment", None: "detect` or `segment"}[task]
+    remedy = f"Give the folder of a run of `timm-convnextv2 {command} train` after its first evaluation, or its model/."
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{what}: it has no {CONFIG}. {remedy}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{what}: {CONFIG} cannot be read as JSON ({e}). {remedy}") from e
+    if not isinstance(config, dict) or not is_transfer(config) or (task and config["task"] != task):
+        found = f"of the task {config.get('task')!r}" if isinstance(config, dict) else "no object"
+        raise ValueError(f"{what}: its {CONFIG} is {found}, expected {task or ' or '.join(TASKS)}. {remedy}")
+    _check_keys(config, folder)
+    return folder, config
+
+
+def read_folder_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a timm folder of a ConvNeXt V2, or of a detector or segmenter on any backbone.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = {}
+    if isinstance(content, dict) and is_transfer(content):
+        _check_keys(content, folder)
+        return content
+    return read_config(folder / CONFIG)
+
+
+def _check_keys(config: dict[str, Any], folder: Path) -> None:
+    """What the card and publishing read is there."""
+    kinds = {"classes": list, "metrics": dict, "pretrained_cfg": dict, "training": dict}
+    inner = {"architecture": str, "license": (str, type(None)), "pixels": dict}
+    own = {"detection": "detector", "segmentation": "segmenter"}[config["task"]]
+    wrong = [key for key, kind in {**kinds, own: dict}.items() if not isinstance(config.get(key), kind)]
+    wrong += [f"backbone.{k}" for k, v in inner.items() if not isinstance(config["backbone"].get(k, 0), v)]
+    if wrong:
+        raise ValueError(
+            f"'{folder / CONFIG}' is not what this package wrote: {', '.join(wrong[:3])} is missing or of "
+            "another type. Export the model again."
+        )
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Loads the weights of a folder into what its `config.json` describes.
+
+    Raises:
+        ValueError: They are damaged, or of another model.
+    """
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError, SafetensorError) as e:
+        what = " ".join(str(e).split())
+        raise ValueError(f"The weights '{folder / WEIGHTS}' cannot be loaded ({type(e).__name__}: {what}).") from e
+
+
+def write_transfer(
+    folder: str | os.PathLike,
+    model: nn.Module,
+    config: dict[str, Any],
+    *,
+    metrics: dict[str, Any] | None = None,
+    dataset: str | None = None,
+    info: dict[str, Any] | None = None,
+) -> Path:
+    """Writes the folder; files of these names are replaced, each whole or not at all.
+
+    Args:
+        folder: Made where it is missing.
+        model: Whose weights are written.
+        config: `task`, `classes`, `backbone` (of `Backbone.record`), and what else its reader needs.
+        metrics: On the validation images; kept in `config.json`, and stated by the card.
+        dataset: Name of the data set that they were measured on.
+        info: How it was made, for a table in the card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: A weight is not finite.
+        WriteError: (an OSError) A file cannot be written.
+    """
+    from .. import __version__
+
+    folder = Path(folder)
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    bad = first_not_finite(weights)
+    if bad:
+        raise ValueError(f"The weights were not written to '{folder}': '{bad}' has values that are not finite.")
+    license = config["backbone"]["license"]
+    record = config["backbone"]["pixels"]
+    rows = {"Parameters": f"{sum(v.numel() for v in weights.values()) / 1e6:.1f} M", **(info or {})}
+    config = {
+        **config,
+        "metrics": metrics or {},
+        "dataset": dataset,
+        "pretrained_cfg": {"license": license} if license else {},
+        "training": {
+            "inherited_license": license,
+            "base_model": config["backbone"]["base_model"],
+            "table": {name: str(value) for name, value in rows.items()},
+            "made_with": {"timm_convnextv2": __version__, "timm": timm.__version__, "torch": torch.__version__},
+            **({"pixels": record} if record else {}),
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    images = [name for name in IMAGES if (folder / name).is_file()]
+    with whole_file(folder / WEIGHTS) as part:
+        save_file(weights, part, metadata={"format": "pt"})
+    for name, text in ((CONFIG, json.dumps(config, indent=2) + "\n"), ("README.md", render_transfer(config, images))):
+        with whole_file(folder / name) as part:
+            part.write_text(text, encoding="utf-8")
+    return folder
+
+
+def kind_of(config: dict[str, Any]) -> str:
+    """'UPerNet', 'Mask R-CNN' or 'Faster R-CNN'."""
+    if config["task"] == "segmentation":
+        return "UPerNet"
+    return "Faster R-CNN" if config["detector"]["boxes_only"] else "Mask R-CNN"
+
+
+def render_folder_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
+    """The README.md of a folder: of a timm folder, see `card.render_card`, or of a detector or segmenter."""
+    return render_transfer(config, images) if is_transfer(config) else render_card(config, images)
+
+
+def render_transfer(config: dict[str, Any], images: Sequence[str] = ()) -> str:
+    """The model card of a detector or a segmenter; see `card.render_card`."""
+    task, training, kind = config["task"], config["training"], kind_of(config)
+    architecture = config["backbone"]["architecture"]
+    license, results = config["pretrained_cfg"].get("license"), _results(config)
+    data = ModelCardData(
+        library_name="timm_convnextv2",
+        pipeline_tag=_PIPELINES[task],
+        license=license,
+        base_model=training.get("base_model"),
+        datasets=training.get("datasets") or None,
+        tags=[_PIPELINES[task], "convnextv2" if "convnextv2" in architecture else "timm", kind.lower()],
+        model_name=f"{kind} on {architecture}" if results else None,
+        eval_results=results or None,
+    )
+    masks = ", masks" if kind == "Mask R-CNN" else ""
+    classes = config["classes"]
+    named = ", ".join(classes[:200]) + (f", and {len(classes) - 200} more" if len(classes) > 200 else "")
+    parts = [
+        f"# {kind} on {architecture}\n\nA {TASKS[task]} of {len(classes)} classes, "
+        f"{'from label 1' if task == 'detection' else 'from index 0'}: {named}. It was trained with `timm_convnextv2` "
+        f"{training['made_with']['timm_convnextv2']}, and opens with that package, without its training code.",
+        f"```python\n{_CODE[task].format(name=HERE, or_hub=OR_HUB, masks=masks)}\n```",
+    ]
+    if training.get("pixels"):
+        parts.append(pixels_text(training["pixels"], "`load_image` above and the commands of `timm_convnextv2` do it."))
+    parts += ["## How it was made", f"| | |\n| --- | --- |\n{escaped_rows(training['table'])}"]
+    numbers = {name: f"{v:.4f}" for name, v in config["metrics"].items() if isinstance(v, float) and v >= 0}
+    if isinstance(config["metrics"].get("iou"), list) and len(classes) <= 50:
+        of_class = zip(classes, config["metrics"]["iou"], strict=True)
+        numbers |= {f"IoU of {name}": f"{v:.4f}" for name, v in of_class if v is not None}
+    if numbers:
+        where = f"validation images of {config['dataset']}" if config.get("dataset") else "validation images"
+        parts += ["## Results", f"| {where} | |\n| --- | --- |\n{escaped_rows(numbers)}"]
+    parts += [f"![{IMAGES[name]}]({name})\n\n*{IMAGES[name]}.*" for name in IMAGES if name in images]
+    parts += ["## Licence and provenance", licence_text(license, training)]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(parts) + "\n"))
+
+
+def _results(config: dict[str, Any]) -> list[EvalResult]:
+    """What the Hub shows beside the card."""
+    name = config.get("dataset") or "unnamed data set"
+    return [
+        EvalResult(
+            task_type=_PIPELINES[config["task"]],
+            dataset_type="".join(c if c.isalnum() else "-" for c in name.lower()),
+            dataset_name=name,
+            dataset_split="validation",
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(config["metrics"][key], 4),
+        )
+        for key, kind, title in _STATED[config["task"]]
+        if config["metrics"].get(key, -1) >= 0
+    ]
