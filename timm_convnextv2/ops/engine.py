@@ -9,10 +9,10 @@ from typing import Any
 __all__ = ["BUILD", "engine"]
 
 BUILD = (
-    "It has to be built from source; docs/performance.md ('MinkowskiEngine') has the recipe, of about eight minutes: "
-    "`pip install 'setuptools<65' 'numpy<2' ninja`, a BLAS with headers (Debian: libopenblas-dev), `pip download "
-    "--no-binary :all: --no-deps MinkowskiEngine==0.5.4`, and in its folder `python setup.py install --cpu_only "
-    "--blas=openblas`."
+    "It has to be built from source, which takes minutes (docs/performance.md, 'MinkowskiEngine'): a BLAS with headers "
+    "(`apt-get install libopenblas-dev`), `pip install 'setuptools<65' 'numpy<2' ninja`, `pip download --no-binary "
+    ":all: --no-deps --no-build-isolation MinkowskiEngine==0.5.4`, and in the unpacked folder `python setup.py install "
+    "--cpu_only --blas=openblas`."
 )
 
 
