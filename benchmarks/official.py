@@ -93,6 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []
+    about = {**conditions(device, args.threads), "inputs": f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"}
     for case in args.cases:
         size, batch = case.split(":")
         where = (size, int(batch), args.device, args.dtype)
@@ -116,8 +117,7 @@ def main() -> None:
         for name, why in reasons.items():
             rows.append(dict.fromkeys(rows[0], "") | {"case": case, "candidate": name, "cannot run": why})
             print(f"{case:9} {name:30} cannot run: {why}", flush=True)
-    about = {**conditions(device, args.threads), "inputs": f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"}
-    print(write_csv(f"official_{device_kind(device)}_{args.dtype}", rows, about))
+        print(write_csv(f"official_{device_kind(device)}_{args.dtype}", rows, about), flush=True)
 
 
 if __name__ == "__main__":
