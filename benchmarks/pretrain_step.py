@@ -47,7 +47,7 @@ GOALS = {
 }
 
 
-def _filled(model: torch.nn.Module) -> torch.nn.Module:
+def filled(model: torch.nn.Module) -> torch.nn.Module:
     """GRN weights off zero, where they would hide work."""
     for name, p in model.named_parameters():
         if "grn" in name:
@@ -60,7 +60,7 @@ def fcmae_step(
 ) -> Callable[[], None]:
     """A step of 'ours' or of the 'reference', ' compiled' or not; the same weights, images and masks for all."""
     torch.manual_seed(0)
-    model = _filled(timm.create_model(f"fcmae_convnextv2_{size}", mask_ratio=mask_ratio)).to(device)
+    model = filled(timm.create_model(f"fcmae_convnextv2_{size}", mask_ratio=mask_ratio)).to(device)
     images = torch.randn(batch, 3, img_size, img_size, device=device)
     mask = random_mask(batch, model.grid(img_size, img_size), mask_ratio).to(device)
     layout = model.visible(images, mask)
@@ -92,7 +92,7 @@ def dense_step(which: str, size: str, batch: int, train: bool, device: str, dtyp
         if name == "stock"
         else timm.models.model_entrypoint(f"convnextv2_{size}")
     )
-    model = _filled(create(num_classes=0)).to(device).train(train)
+    model = filled(create(num_classes=0)).to(device).train(train)
     images = torch.randn(batch, 3, IMG_SIZE, IMG_SIZE, device=device)
     if torch.device(device).type == "cuda":
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)

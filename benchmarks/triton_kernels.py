@@ -1,15 +1,17 @@
-"""Registers, spills and shared memory of every Triton kernel, for GPUs that need not be there.
+"""Registers, spills, shared memory, occupancy and widths of loads of every Triton kernel, without a GPU.
 
     python -m benchmarks.triton_kernels
 
 Compiles each kernel with Triton's ahead-of-time compiler and reads what the machine code takes, with the `cuobjdump`
-that comes with Triton. Writes the figures with their conditions to `benchmarks/results/triton_kernels.csv`.
+that comes with Triton, and the widths of its loads from the PTX. Writes the figures with their conditions to
+`benchmarks/results/triton_kernels.csv`.
 """
 
 import argparse
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import product
@@ -103,8 +105,9 @@ def compile_all(dtype: torch.dtype, arch: int, channels: int = 384, **options) -
             yield name.lstrip("_") + (" turned" if turned else ""), compiled
 
 
-def resources(compiled) -> dict[str, int]:
-    """Registers a thread, bytes of stack a thread (spilled registers lie there), bytes of shared memory a block."""
+def resources(compiled) -> dict[str, Any]:
+    """Registers a thread, bytes of stack a thread (spilled registers lie there), bytes of shared memory a block, share
+    of a multiprocessor's warps, and how many loads take how many bytes a thread."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -116,7 +119,28 @@ def resources(compiled) -> dict[str, int]:
         "registers": found["REG"],
         "spilled bytes": found["STACK"] + found["LOCAL"],
         "shared memory bytes": compiled.metadata.shared,
+        "occupancy": round(occupancy(found["REG"], compiled.metadata.shared, compiled.metadata.num_warps), 2),
+        "bytes x loads": " ".join(f"{size}x{n}" for size, n in load_sizes(compiled.asm["ptx"]).items()),
     }
+
+
+def occupancy(registers: int, shared: int, warps: int) -> float:
+    """Share of the 64 warps of a multiprocessor that its registers and its shared memory leave room for.
+
+    65536 registers, given to a warp 256 at a time, and 164 KiB (the least of sm_80, sm_90 and sm_100), of which a block
+    takes 1 KiB more than it asks for (CUDA C++ Programming Guide, compute capabilities).
+    """
+    blocks = min(64 // warps, 65536 // (-(-registers * 32 // 256) * 256) // warps, 164 * 1024 // (shared + 1024))
+    return blocks * warps / 64
+
+
+def load_sizes(ptx: str) -> dict[int, int]:
+    """How many loads from global memory take how many bytes a thread, the widest first."""
+    found = Counter(
+        int(width or 1) * int(bits) // 8
+        for width, bits in re.findall(r"\bld\.global(?:\.[\w:]+?)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
+    )
+    return dict(sorted(found.items(), reverse=True))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The project's own promises: README, docs, CI and style."""
 
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ PAGES = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in (*ROOT
 FOREIGN_OPTIONS = {
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"),  # torchrun's
     "--signal",  # SLURM's
+    *("--no-binary", "--no-deps", "--no-build-isolation", "--cpu", "--blas", "--force"),  # pip's, MinkowskiEngine's
     # timm's train.py, validate.py and inference.py
     *("--num-classes", "--device-modules", "--warmup-prefix", "--crop-mode", "--include-index", "--results-file"),
     *("--label-type", "--pretrained-path", "--mixup-mode"),
@@ -203,6 +205,20 @@ def test_performance_page_quotes_inference():
     measured = {(r["size"], r["batch"]): r["stock / ours"] for r in results("inference_cpu_float32.csv")}
     for batch in ("1", "32"):
         assert rows[f"batch {batch}"] == {size: measured.get((size, batch), "-") for size in VARIANTS}
+
+
+def test_performance_page_quotes_the_prediction():
+    predicted = json.loads((ROOT / "benchmarks/results/roofline.json").read_text())["predicted"]
+    columns = {f"{name.split(', ')[1]}, batch {row['batch']}": name.split(", ")[1] for name, row in predicted.items()}
+    rows = table_rows(PAGES["docs/performance.md"], list(columns))
+    keys = {"step, ms": "expected, ms", "images/s, with AdamW": "images/s"}
+    keys["LayerNorm in one kernel: step, ms"] = "LayerNorm in one kernel: expected, ms"
+    assert len(rows) == 2 * 9
+    for name, cells in rows.items():
+        gpu, _, what = name.partition(": ")
+        gpu = {"H100": "H100 SXM", "A100": "A100 SXM 80 GB"}[gpu]
+        what = keys.get(what, what.removesuffix(", time"))
+        assert cells == {column: str(predicted[f"{gpu}, {size}"][what]) for column, size in columns.items()}, name
 
 
 def test_finetuning_page_quotes_the_gain():

@@ -86,7 +86,9 @@ def _on_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> li
         reasons = Counter(why for what, _, why in found if what == kind)
         for why, count in sorted(reasons.items(), key=lambda item: bool(item[0])):
             first = next(module for what, module, reason in found if (what, reason) == (kind, why))
-            runs = f"{name}" if not why else f"eager: {why}"
+            # MinkowskiEngine has nothing but the packed convolution
+            fused = "fused" if name == "minkowski" and kind != KINDS[2] else name
+            runs = fused if not why else f"eager: {why}"
             where = f" ({first})" if why and len(reasons) > 1 else ""
             lines.append(f"  {kind:29} {count:3}  {runs}{where}")
         if not reasons:

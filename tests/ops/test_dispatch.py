@@ -58,9 +58,10 @@ def test_triton_without_gpu_is_refused(monkeypatch):
         timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1))(torch.randn(1, 3, 64, 64))
 
 
-def test_import_needs_no_triton():
+def test_import_needs_no_optional_engine():
     code = (
-        "import sys; sys.modules['triton'] = None; import timm_convnextv2, torch; print(timm_convnextv2.ops.backend())"
+        "import sys; sys.modules['triton'] = sys.modules['MinkowskiEngine'] = None; import timm_convnextv2, torch; "
+        "print(timm_convnextv2.ops.backend())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["fused"]

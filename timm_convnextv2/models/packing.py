@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..layers import is_plain_depthwise
-from ..ops import window_depthwise
+from ..ops import minkowski_depthwise, window_depthwise
 from ..ops.dispatch import backend, transformed, why_eager
 
 __all__ = ["PackedLayout"]
@@ -96,6 +96,7 @@ class PackedLayout:
         self.masked_ids = order[:, num_visible:]
         self._rows: dict[int, torch.Tensor] = {}
         self._windows: dict[tuple[int, int], torch.Tensor] = {}
+        self._coordinates: dict[int, torch.Tensor] = {}
 
     def _patches(self, images: torch.Tensor, ids: torch.Tensor, stride: int) -> torch.Tensor:
         """Chosen patches of `[B, C, H, W]`, as `[B, n, stride, stride, C]`."""
@@ -141,7 +142,10 @@ class PackedLayout:
         h, w = self.grid
         if self.can_fuse(x, conv):
             patches = _nhwc(x).view(-1, p, p, C)
-            out = window_depthwise(patches, conv.weight, conv.bias, self.windows(p, int(conv.padding[0])))
+            if backend(x.device) == "minkowski":
+                out = minkowski_depthwise(patches.view(-1, C), conv.weight, conv.bias, self.coordinates(p))
+            else:
+                out = window_depthwise(patches, conv.weight, conv.bias, self.windows(p, int(conv.padding[0])))
             return out.reshape(B, -1, p, C).permute(0, 3, 1, 2)
         rows = self.rows(p)
         # their vmap and jvp are those of plain operations, which a compiler would not follow in them
@@ -153,7 +157,7 @@ class PackedLayout:
         return out.view(B, -1, p, dense.shape[1]).permute(0, 3, 1, 2)
 
     def why_eager(self, x: torch.Tensor, conv: Any) -> str:
-        """Why `conv` runs on the whole map with zeros in it; '' where a window around each visible patch does.
+        """Why `conv` runs on the whole map with zeros in it; '' where visible patches and their neighbours suffice.
 
         Where kernels gather windows into memory, positions are counted: each output costs about as much as reading six
         (forward and both gradients of a 7x7 kernel on CPU, where alone this was measured), and a window reads more of
@@ -166,7 +170,7 @@ class PackedLayout:
         if not is_plain_depthwise(conv):
             return "it is no depthwise convolution of stride 1 with zero padding"
         reason = why_eager(x, (conv.weight, conv.bias), (conv,))
-        if reason or backend(x.device) == "triton":  # whose kernels read a border from where it lies
+        if reason or backend(x.device) in ("triton", "minkowski"):  # which read a border from where it lies
             return reason
         p, patches = x.shape[3], self.grid[0] * self.grid[1]
         side = p + 2 * conv.padding[0]
@@ -175,8 +179,18 @@ class PackedLayout:
         return ""
 
     def can_fuse(self, x: torch.Tensor, conv: Any) -> bool:
-        """Whether windows are convolved; `why_eager` says why not."""
+        """Whether only visible patches are convolved; `why_eager` says why not."""
         return not self.why_eager(x, conv)
+
+    def coordinates(self, p: int) -> torch.Tensor:
+        """Where each token of a packed map lies, for `ops.minkowski_depthwise`: image, row, column, int32 `[T, 3]`."""
+        if p not in self._coordinates:
+            ids, inner = self.ids[..., None, None], torch.arange(p, device=self.ids.device)
+            batch = torch.arange(self.batch_size, device=ids.device).view(-1, 1, 1, 1)
+            row, column = ids // self.grid[1] * p + inner.view(-1, 1), ids % self.grid[1] * p + inner
+            where = torch.stack(torch.broadcast_tensors(batch, row, column), dim=-1)
+            self._coordinates[p] = where.flatten(0, -2).to(torch.int32)
+        return self._coordinates[p]
 
     def windows(self, p: int, border: int) -> torch.Tensor:
         """Tokens of each visible patch and its border, for `ops.window_depthwise`: int64 `[B * K, side, side]`."""

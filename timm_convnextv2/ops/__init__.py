@@ -2,6 +2,15 @@
 
 from .depthwise import depthwise_conv, window_depthwise
 from .dispatch import backend, set_backend, use_backend
+from .minkowski import minkowski_depthwise
 from .token_mlp import fused_token_mlp
 
-__all__ = ["backend", "depthwise_conv", "fused_token_mlp", "set_backend", "use_backend", "window_depthwise"]
+__all__ = [
+    "backend",
+    "depthwise_conv",
+    "fused_token_mlp",
+    "minkowski_depthwise",
+    "set_backend",
+    "use_backend",
+    "window_depthwise",
+]

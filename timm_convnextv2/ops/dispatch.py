@@ -21,6 +21,8 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from .engine import engine
+
 __all__ = [
     "BACKENDS",
     "ENV",
@@ -40,6 +42,7 @@ BACKENDS = {
     "eager": "plain PyTorch operations, what compilers and exporters see",
     "fused": "a fused token MLP with a backward of its own, and convolutions around visible patches, in PyTorch calls",
     "triton": "the same with Triton kernels; needs a CUDA GPU, or TRITON_INTERPRET=1",
+    "minkowski": "as 'fused', with MinkowskiEngine's convolution of visible patches; it has to be built",
 }
 _RENAMED = {"reference": "eager", "torch": "fused"}
 _KERNELS = {"fused": "torch_kernels", "triton": "triton"}
@@ -72,18 +75,23 @@ def _check(name: str, source: str) -> str:
                 f"{source} asks for 'triton', which needs a CUDA GPU; PyTorch sees none. TRITON_INTERPRET=1 runs its "
                 "kernels on CPU, slowly, to check them."
             )
+    if name == "minkowski" and not torch.compiler.is_compiling():  # which would trace the import
+        try:
+            engine()
+        except RuntimeError as error:
+            raise RuntimeError(f"{source} asks for 'minkowski'. {error}") from error
     return name
 
 
 def backend(device: torch.device | str = "cpu") -> str:
-    """What runs on `device`: 'eager', 'fused' or 'triton'.
+    """What runs on `device`: 'eager', 'fused', 'triton' or 'minkowski'.
 
     A choice forced by `set_backend` comes first, then the environment variable `TIMM_CONVNEXTV2_BACKEND`. By default
     the CPU takes 'fused'. CUDA takes 'eager': no other has been measured there yet.
 
     Raises:
         ValueError: An unknown name was forced.
-        RuntimeError: 'triton' was forced and cannot run.
+        RuntimeError: 'triton' or 'minkowski' was forced and cannot run.
     """
     name = _forced or os.environ.get(ENV)
     if name:
@@ -96,7 +104,7 @@ def set_backend(name: str | None) -> None:
 
     Raises:
         ValueError: Unknown name.
-        RuntimeError: 'triton' cannot run here.
+        RuntimeError: 'triton' or 'minkowski' cannot run here.
     """
     global _forced
     _forced = None if name is None else _check(name, "set_backend")
