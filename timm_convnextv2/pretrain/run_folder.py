@@ -29,7 +29,7 @@ __all__ = ["NotSavedError", "Progress", "RunFolder", "experiment_name"]
 ARCHITECTURE = ("model", "pretrained", "in_chans", "patch_size", "decoder_depth", "decoder_dim", "model_kwargs", "opt")
 ARCHITECTURE += ("weights",)
 # A run that stopped in the middle of an epoch resumes only with the same of these.
-DATA_ORDER = ("seed", "batch_size", "grad_accum_steps")
+DATA_ORDER = ("seed", "batch_size", "grad_accum_steps", "source_weights")
 # What a run writes into its folder: --overwrite removes these, and nothing else.
 WRITTEN = ("args.yaml", "summary.csv", "loss.png", "*.pth.tar", "encoder", "reconstructions")
 WRITTEN += ("report.html", "collapse.csv", "probe.json", "neighbours", "encoder-best")
