@@ -16,7 +16,7 @@ from typing import Any
 
 from .command import PROGRAM, CommandParser, refused, say
 from .data import Pixels, create_source, left_out
-from .data.find import find_images
+from .data.find import check_index_option, find_images
 from .data.measure import ERROR, Measured, find_channels, measure_pixels, measured_options
 from .data.places import Dirs, Listing, as_list, base_of
 from .files import whole_file
@@ -98,8 +98,7 @@ def listed(args: argparse.Namespace, data_dir: Dirs) -> Listing:
     Raises:
         ValueError: It cannot be used.
     """
-    if args.dataset:
-        raise ValueError(f"--index is of images in files: leave it out with --dataset {args.dataset}.")
+    check_index_option(args.dataset, args.index)
     bar = ImageProgress(None)
     try:
         return find_images(data_dir, args.data_list, index=args.index, tick=bar.update, tell=partial(say, error=True))

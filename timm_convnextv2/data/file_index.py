@@ -1,4 +1,4 @@
-"""An index of image files: their names, written once and mapped into memory by all processes.
+"""An index of image files: their names, written once and read by all processes from memory that they share.
 
 It is a safetensors file, which other programs can read, too:
 
@@ -11,8 +11,10 @@ It is a safetensors file, which other programs can read, too:
 The metadata say of which places it is, how many files each has, and when it was written.
 """
 
+import copy
 import json
 import os
+import struct
 import uuid
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -31,12 +33,17 @@ __all__ = ["open_index", "stale", "write_index"]
 
 _FORMAT, _VERSION = "timm_convnextv2 file index", "1"
 _TYPES = {"U8": np.uint8, "I64": np.int64, "F64": np.float64}
+_TWO = struct.Struct("<2q")  # where a name begins and ends
 _OWN = -2  # in the place of a time: the folder of the index itself, which last changed when the index did
 _MOST_HEADER = 100_000_000  # bytes, as safetensors itself
 
 
 class IndexedNames(FileNames):
-    """Names in an index, mapped into memory: pickled, they are the path of the index.
+    """Names in an index: pickled, they are its path.
+
+    Each is read where it is asked for, in two reads that the system answers from memory that all processes share. A
+    mapping would do the same, but counts as memory of each process, 64 KiB and more a name, and ends the process where
+    the file is cut short.
 
     Args:
         path: The index.
@@ -48,22 +55,38 @@ class IndexedNames(FileNames):
     """
 
     def __init__(self, path: str, token: str, first: int = 0, count: int | None = None) -> None:
-        metadata, arrays = _map(path)
-        if metadata["token"] != token:
+        index = _Index(path)
+        if index.metadata["token"] != token:
             raise ValueError(f"--index {printable(path)} was replaced while the command ran. Start it again.")
-        count = len(arrays["name_ends"]) - 1 if count is None else count
-        super().__init__(arrays["names"], arrays["name_ends"][first : first + count + 1])
-        self.place = path, token, first, count
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115  # as long as the names
+        if os.fstat(self.file.fileno()).st_size != index.size:
+            raise ValueError(f"--index {printable(path)} was replaced while the command ran. Start it again.")
+        self.names_at, self.ends_at = index.offset("names"), index.offset("name_ends")
+        self.path, self.token, self.first = path, token, first
+        self.count = index.length("name_ends") - 1 if count is None else count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def raw(self, i: int) -> bytes:
+        """Name `i` as bytes."""
+        number = self.file.fileno()
+        begin, end = _TWO.unpack(os.pread(number, _TWO.size, self.ends_at + 8 * (self.first + i)))
+        return os.pread(number, end - begin, self.names_at + begin)
 
     def part(self, first: int, count: int) -> "IndexedNames":
-        """`count` names from `first` on, of the same mapping."""
-        part = object.__new__(IndexedNames)
-        FileNames.__init__(part, self.block, self.ends[first : first + count + 1])
-        part.place = *self.place[:2], self.place[2] + first, count
+        """`count` names from `first` on, of the same file."""
+        part = copy.copy(self)
+        part.first, part.count = self.first + first, count
         return part
 
+    def __copy__(self) -> "IndexedNames":
+        same = object.__new__(IndexedNames)
+        vars(same).update(vars(self))
+        return same
+
     def __reduce__(self) -> tuple:
-        return IndexedNames, self.place
+        return IndexedNames, (self.path, self.token, self.first, self.count)
 
 
 def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) -> None:
@@ -114,41 +137,62 @@ def _identity(place: Place) -> list[str]:
     return [place.kind, *(os.fsencode(os.path.abspath(p)).decode("utf-8", "replace") for p in place[1:])]
 
 
-def _map(path: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Metadata and arrays of an index; the arrays are not read before they are looked at.
+class _Index:
+    """An index file.
+
+    Args:
+        path: Of it.
+
+    Attributes:
+        metadata: What it says of itself.
+        size: Bytes of the file.
 
     Raises:
         ValueError: It cannot be read, or is no index, or a damaged one.
     """
-    shown = printable(path)
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length <= min(size, _MOST_HEADER) else {}
-        metadata = header.pop("__metadata__", {})
-        if metadata.get("format") != _FORMAT:
-            raise ValueError("it is no index of image files")
-        if metadata.get("version") != _VERSION:
-            raise ValueError(f"it has version {metadata.get('version')}, this package reads {_VERSION}")
-        if max(about["data_offsets"][1] for about in header.values()) + 8 + length != size:
-            raise ValueError("it is damaged: its length is another than it says")
-        arrays = {
-            name: _array(path, 8 + length + about["data_offsets"][0], about["dtype"], about["shape"])
-            for name, about in header.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"--index {shown} cannot be used: {error}. Remove it to have it written anew, or name another file."
-        ) from error
-    return metadata, arrays
 
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = path
+        try:
+            self.size = size = os.path.getsize(path)
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length)) if length <= min(size, _MOST_HEADER) else {}
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            if self.metadata.get("format") != _FORMAT:
+                raise ValueError("it is no index of image files")
+            if self.metadata.get("version") != _VERSION:
+                raise ValueError(f"it has version {self.metadata.get('version')}, this package reads {_VERSION}")
+            ends = [8 + length + about["data_offsets"][1] for about in header.values()]
+            if max(ends) != size:
+                raise ValueError("it is damaged: its length is another than it says")
+            self._arrays = {
+                name: (_TYPES[about["dtype"]], 8 + length + about["data_offsets"][0], int(about["shape"][0]))
+                for name, about in header.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"--index {printable(path)} cannot be used: {error}. Remove it to have it written anew, or name "
+                "another file."
+            ) from error
 
-def _array(path: str, offset: int, kind: str, shape: list[int]) -> np.ndarray:
-    if 0 in shape:  # nothing to map
-        return np.empty(shape, _TYPES[kind])
-    # as a plain array: slices of a memmap cost several times as much
-    return np.asarray(np.memmap(path, _TYPES[kind], "r", offset, tuple(shape)))
+    def read(self, name: str) -> np.ndarray:
+        """An array, in memory of this process."""
+        kind, offset, count = self._arrays[name]
+        return np.fromfile(self.path, kind, count, offset=offset)
+
+    def offset(self, name: str) -> int:
+        """Where an array begins in the file, in bytes."""
+        return self._arrays[name][1]
+
+    def length(self, name: str) -> int:
+        """Numbers of an array."""
+        return self._arrays[name][2]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether its images have weights."""
+        return "weights" in self._arrays
 
 
 def open_index(path: str | os.PathLike, places: list[Place]) -> Listing:
@@ -158,7 +202,8 @@ def open_index(path: str | os.PathLike, places: list[Place]) -> Listing:
         ValueError: It cannot be read, or is of other places.
     """
     path = os.fspath(path)
-    metadata, arrays = _map(path)
+    index = _Index(path)
+    metadata = index.metadata
     known, wanted = json.loads(metadata["places"]), [_identity(place) for place in places]
     if known != wanted:
         own, given = (", ".join(place[1] for place in listed) for listed in (known, wanted))
@@ -171,7 +216,7 @@ def open_index(path: str | os.PathLike, places: list[Place]) -> Listing:
         places,
         json.loads(metadata["counts"]),
         IndexedNames(path, metadata["token"]),
-        arrays.get("weights"),
+        index.read("weights") if index.weighted else None,
         _left(left),
     )
 
@@ -184,7 +229,7 @@ def _left(record: dict[str, Any]) -> LeftOut:
 
 def index_sizes(path: str | os.PathLike) -> np.ndarray:
     """Sizes that an index has, see `places.file_sizes`."""
-    return _map(os.fspath(path))[1]["sizes"]
+    return _Index(path).read("sizes")
 
 
 def stale(path: str | os.PathLike, tick: Callable[[int], Any] | None = None) -> str:
@@ -196,9 +241,10 @@ def stale(path: str | os.PathLike, tick: Callable[[int], Any] | None = None) -> 
         path: The index.
         tick: Called for each folder.
     """
-    metadata, arrays = _map(os.fspath(path))
-    folders, changed = FileNames(arrays["stamps"], arrays["stamp_ends"]), []
-    for i, then in enumerate(arrays["stamp_times"].tolist()):
+    index = _Index(path)
+    metadata = index.metadata
+    folders, changed = FileNames(index.read("stamps"), index.read("stamp_ends")), []
+    for i, then in enumerate(index.read("stamp_times").tolist()):
         if _last_change(folders[i]) != (_last_change(path) if then == _OWN else then):
             changed.append(i)
         if tick is not None:

@@ -7,7 +7,17 @@ from typing import Any
 from .file_index import index_sizes, open_index, stale, write_index
 from .places import Dirs, Listing, check_missing, file_sizes, list_files, places_of
 
-__all__ = ["find_images"]
+__all__ = ["check_index_option", "find_images"]
+
+
+def check_index_option(dataset: str, index: str | os.PathLike | None) -> None:
+    """Refuses an index of what is no folder or list.
+
+    Raises:
+        ValueError: A data set is named beside it.
+    """
+    if dataset and index:
+        raise ValueError(f"--index is of images in files: leave it out with --dataset {dataset}.")
 
 
 def find_images(

@@ -16,7 +16,7 @@ from ..command import say
 from ..data import MissingPackageError, TimmStream, check_readable, create_source, left_out
 from ..data.batches import Batch, map_batches, preprocessing, stream_batches
 from ..data.file_index import open_index
-from ..data.find import find_images
+from ..data.find import check_index_option, find_images
 from ..data.places import Dirs, Listing, as_list, places_of
 from ..evaluate.models import load_network
 from ..report.image_progress import ImageProgress
@@ -94,6 +94,7 @@ def embed(
     with processes() as group:
         group.first(lambda: check_output(output, overwrite=overwrite or resume and parts.joining()))
         _check_numbers(batch_size, workers, max_bad_images)
+        check_index_option(dataset, index)
         network, config = load_network(model, img_size, device)
         pixels = model_pixels(model, config["input_size"][0], nodata)
         listing = None if dataset else listed(group, data_dir, data_list, index, max_bad_images, progress)

@@ -6,7 +6,7 @@ from functools import partial
 
 from ..command import say
 from ..data.file_index import open_index
-from ..data.find import find_images
+from ..data.find import check_index_option, find_images
 from ..data.places import Listing, Place, places_of
 from ..report import ImageProgress
 from .distributed import World
@@ -27,9 +27,8 @@ def find_files(args: argparse.Namespace, world: World) -> Listing | None:
     Raises:
         ValueError: A folder or list cannot be read, too many files are missing, or the index cannot be used.
     """
+    check_index_option(args.dataset, args.index)
     if args.dataset:
-        if args.index:
-            raise ValueError(f"--index is of images in files: leave it out with --dataset {args.dataset}.")
         return None
     places = places_of(args.data_dir, args.data_list)
     alone = not args.index and len({*world.gather([_identity(places)])}) > 1
