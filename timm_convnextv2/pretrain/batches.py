@@ -21,6 +21,7 @@ from ..data import (
     hold_out,
     left_out,
 )
+from ..data.shards import shard_note
 from .distributed import SIGNALS, Seat, World
 
 __all__ = ["Batches", "DataError", "open_batches", "worker_died"]
@@ -226,6 +227,8 @@ def open_batches(
             )
         stream = PretrainStream(source, *sampling)
         source.set_loader_cfg(num_workers=workers)
+        if note := shard_note(source, workers, world.size):
+            world.say(note)
         loader = DataLoader(stream, batch_size=batch_size, drop_last=True, **options)
 
         def set_epoch(epoch: int, start_batch: int) -> None:
