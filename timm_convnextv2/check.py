@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from .command import PROGRAM, CommandParser, refused, say
-from .data import FolderSource, ImageError, load_image
+from .data import ImageError, create_source, load_image
 from .data.inspection import Finding, Look, findings, inspect_folder, perceptual_hash, thumbnail
 from .files import whole_file
 from .report import ImageProgress, save_contact_sheet
-from .stats import check_output
+from .source_options import add_place_options, one_place
+from .stats import check_output, listed
 
 __all__ = ["main"]
 
@@ -36,8 +37,8 @@ def build_parser() -> CommandParser:
         prog=f"{PROGRAM} check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("data", nargs="?", metavar="DATA", help="folder with images anywhere below it")
-    add("--data-dir", metavar="DIR", help="the same as DATA")
+    add("data", nargs="*", metavar="DATA", help="the same as --data-dir")
+    add_place_options(add)
     add("--nodata", type=float, metavar="V", help="stored value of pixels without data")
     add("--img-size", type=int, default=224, metavar="N", help="side of the crops; smaller images are listed")
     add("-j", "--workers", type=int, default=4, metavar="N", help="processes that read and decode (default: 4)")
@@ -54,16 +55,18 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
         ValueError: A mistake in the options, or no image below the folder.
         OSError: The output cannot be written.
     """
-    data_dir = args.data or args.data_dir
-    if args.data and args.data_dir:
-        raise ValueError(f"DATA ('{args.data}') and --data-dir ('{args.data_dir}') both name a folder: leave one out.")
-    if not data_dir:
+    data_dir = one_place(args.data, args.data_dir)
+    if not data_dir and not args.data_list:
         raise ValueError("No images named. Give a folder: check DATA.")
     if args.workers < 0 or args.img_size < 1:
         raise ValueError(f"--workers is at least 0 and --img-size 1, got {args.workers} and {args.img_size}.")
     output = Path(args.output)
     check_output(output, data_dir, args.overwrite)
-    source = FolderSource(data_dir, nodata=args.nodata)
+    args.dataset = ""
+    listing = listed(args, data_dir) if args.index else None
+    source = create_source(data_dir, nodata=args.nodata, data_list=args.data_list, listing=listing)
+    if not hasattr(source, "path"):
+        raise ValueError("check looks at files, and a tar file is one: unpack it, and give the folder.")
     near = perceptual_hash()
     if near is None:
         say("Near duplicates are not looked for: `pip install imagehash` for them.")
@@ -80,7 +83,9 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     headers = {look.name: look.header.channels for look in looks if look.header}
     if found:
-        sheet = [(shown(f, headers.get(f.name), args.nodata), label(f, source.root)) for f in found[:_SHOWN]]
+        sheet = [
+            (shown(f, headers.get(f.name), args.nodata), label(f, getattr(source, "root", ""))) for f in found[:_SHOWN]
+        ]
         save_contact_sheet(sheet, output.with_suffix(".png"), f"{len(sheet)} of {len(found)} findings")
     return content, found
 
@@ -99,7 +104,7 @@ def label(finding: Finding, root: str) -> str:
     return f"{finding.kind}\n{name if len(name) <= 24 else '...' + name[-21:]}"
 
 
-def summary(source: FolderSource, looks: list[Look], found: list[Finding]) -> dict[str, Any]:
+def summary(source: Any, looks: list[Look], found: list[Finding]) -> dict[str, Any]:
     """What is there and what was found, for the JSON file."""
     headers = [look.header for look in looks if look.header]
 

@@ -47,6 +47,7 @@ def build_parser() -> CommandParser:
     add_image_options(parser)
     add = parser.add_argument
     add("--data-dir", metavar="DIR", help="folder with images anywhere below it, or the root of --dataset")
+    add("--data-list", metavar="FILE", help="images that a .txt, .csv or .parquet names, relative to it or --data-dir")
     add("--dataset", default="", metavar="NAME", help="hfds/NAME, torch/NAME, or embedded; a folder if left out")
     add("--split", default="train", metavar="NAME", help="split of --dataset")
     add("--num-images", type=int, default=64, metavar="N", help="images to average over (default: 64)")
@@ -94,6 +95,7 @@ def collapse_of_models(
     models: Sequence[str],
     data_dir: str | os.PathLike | None,
     *,
+    data_list: str | os.PathLike | None = None,
     dataset: str = "",
     split: str = "train",
     num_images: int = 64,
@@ -111,6 +113,7 @@ def collapse_of_models(
     Args:
         models: Of timm, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or the folder of a run.
         data_dir: See `timm_convnextv2.data.create_source`.
+        data_list: Likewise.
         dataset: Likewise; streams are not taken.
         split: Likewise.
         num_images: How many images, drawn by `seed`; those that cannot be decoded are replaced by others.
@@ -145,7 +148,7 @@ def collapse_of_models(
     for name, (network, config) in networks.items():
         in_chans = config["input_size"][0]
         scale = model_pixels(name_of_model(name), in_chans, nodata)
-        source = create_source(data_dir, dataset, split, in_chans=in_chans, nodata=scale)
+        source = create_source(data_dir, dataset, split, in_chans=in_chans, nodata=scale, data_list=data_list)
         if isinstance(source, TimmStream):
             raise ValueError(f"--dataset {dataset} is a stream, from which images cannot be drawn. Give a folder.")
         images = _draw(source, num_images, preprocessing(config), seed, tell if not found else lambda line: None)

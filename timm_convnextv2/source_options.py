@@ -5,18 +5,42 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .data import Pixels
+from .data.places import Dirs, as_list
 
-__all__ = ["add_source_options", "check_percentiles", "pixels_of"]
+__all__ = ["add_place_options", "add_source_options", "check_percentiles", "one_place", "pixels_of"]
+
+
+class OneOrMore(argparse.Action):
+    """One value as it is, several as a list."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        """Stores them."""
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 # fmt: off
+def add_place_options(add: Callable[..., Any]) -> None:
+    """Adds the options on where image files are: --data-dir, --data-list and --index.
+
+    Args:
+        add: `add_argument` of a parser or a group.
+    """
+    add("--data-dir", metavar="DIR", nargs="+", action=OneOrMore,
+        help="images anywhere below these folders, in .tar files, or that match 'scans/*/**/*.png' (quoted); or the "
+        "root of --dataset")
+    add("--data-list", metavar="FILE", nargs="+", action=OneOrMore,
+        help="images that a .txt (a path a line), .csv or .parquet names (column path, perhaps weight); paths are "
+        "relative to it, or to --data-dir")
+    add("--index", metavar="FILE", help="names of the images: written if it is not there, shared by all processes")
+
+
 def add_source_options(add: Callable[..., Any]) -> None:
     """Adds the options on which images to read, and how stored values become pixels.
 
     Args:
         add: `add_argument` of a parser or a group.
     """
-    add("--data-dir", metavar="DIR", help="images anywhere below it; the root of --dataset where that is given")
+    add_place_options(add)
     add("--dataset", default="", metavar="NAME", help="timm's hfds/, hfids/, wds/, tfds/, torch/...; or 'embedded'")
     add("--train-split", default="train", metavar="NAME", help="split of --dataset")
     add("--train-num-samples", type=int, metavar="N", help="images per epoch, streamed or embedded")
@@ -29,6 +53,18 @@ def add_source_options(add: Callable[..., Any]) -> None:
     add("--clip-low", type=float, nargs="+", metavar="X", help="clip to these limits, per channel, after the division")
     add("--clip-high", type=float, nargs="+", metavar="X", help="likewise")
 # fmt: on
+
+
+def one_place(data: list[str], data_dir: Dirs) -> Dirs:
+    """What the command's DATA or --data-dir names.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    if data and data_dir:
+        named = [" ".join(map(str, as_list(value))) for value in (data, data_dir)]
+        raise ValueError(f"DATA ('{named[0]}') and --data-dir ('{named[1]}') both name a folder: leave one out.")
+    return (data[0] if len(data) == 1 else data) if data else data_dir
 
 
 def pixels_of(args: argparse.Namespace) -> Pixels:

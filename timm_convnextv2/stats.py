@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from .command import PROGRAM, CommandParser, refused, say
-from .data import FolderSource, Pixels, create_source, left_out
+from .data import Pixels, create_source, left_out
+from .data.find import check_index_option, find_images
 from .data.measure import ERROR, Measured, find_channels, measure_pixels, measured_options
+from .data.places import Dirs, Listing, as_list, base_of
 from .files import whole_file
 from .report import ImageProgress, save_histograms
-from .source_options import add_source_options, check_percentiles, pixels_of
+from .source_options import add_source_options, check_percentiles, one_place, pixels_of
 
 __all__ = ["main"]
 
@@ -34,7 +36,7 @@ def build_parser() -> CommandParser:
         prog=f"{PROGRAM} stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("data", nargs="?", metavar="DATA", help="the same as --data-dir")
+    add("data", nargs="*", metavar="DATA", help="the same as --data-dir")
     add_source_options(add)
     add("--in-chans", type=int, metavar="N", help="channels of the images (default: what the files have)")
     add("--error", type=float, default=ERROR, metavar="X",
@@ -54,9 +56,7 @@ def measure_options(args: argparse.Namespace) -> tuple[Measured, Pixels]:
     Raises:
         ValueError: A mistake in options or data.
     """
-    if args.data and args.data_dir:
-        raise ValueError(f"DATA ('{args.data}') and --data-dir ('{args.data_dir}') both name a folder: leave one out.")
-    data_dir = args.data or args.data_dir
+    data_dir = one_place(args.data, args.data_dir)
     check_percentiles(args.clip_percentiles)
     if args.workers < 0:
         raise ValueError(f"--workers must be at least 0, got {args.workers}.")
@@ -67,10 +67,11 @@ def measure_options(args: argparse.Namespace) -> tuple[Measured, Pixels]:
         source = partial(
             create_source, data_dir, args.dataset, args.train_split, input_key=args.input_key,
             download=args.dataset_download, num_samples=args.train_num_samples, seed=args.seed, nodata=pixels,
+            data_list=args.data_list, listing=listing,
         )  # fmt: skip
         if "source" not in opened:
             first = source(in_chans=args.in_chans or 3)
-            if args.in_chans is None and isinstance(first, FolderSource):
+            if args.in_chans is None and hasattr(first, "path"):
                 first.in_chans = find_channels(first, args.seed)
             opened["source"] = first
             return first
@@ -79,6 +80,7 @@ def measure_options(args: argparse.Namespace) -> tuple[Measured, Pixels]:
     check_output(Path(args.output), data_dir, args.overwrite)
     bar = ImageProgress(None)
     try:
+        listing = listed(args, data_dir) if args.index else None
         found, pixels = measure_pixels(
             open_source, pixels, tuple(args.clip_percentiles) if args.clip_percentiles else None, seed=args.seed,
             error=args.error, max_images=args.max_images, workers=args.workers, tick=bar.update,
@@ -90,7 +92,21 @@ def measure_options(args: argparse.Namespace) -> tuple[Measured, Pixels]:
     return found, pixels
 
 
-def check_output(output: Path, data_dir: str | None, overwrite: bool) -> None:
+def listed(args: argparse.Namespace, data_dir: Dirs) -> Listing:
+    """The images of --index, which is written first where it is not there.
+
+    Raises:
+        ValueError: It cannot be used.
+    """
+    check_index_option(args.dataset, args.index)
+    bar = ImageProgress(None)
+    try:
+        return find_images(data_dir, args.data_list, index=args.index, tick=bar.update, tell=partial(say, error=True))
+    finally:
+        bar.close()
+
+
+def check_output(output: Path, data_dir: Dirs, overwrite: bool) -> None:
     """Refuses an output that exists, or whose figure would be an image of the data set."""
     figure = output.with_suffix(".png")
     if output.suffix != ".json":
@@ -98,7 +114,8 @@ def check_output(output: Path, data_dir: str | None, overwrite: bool) -> None:
     for path in (output, figure):
         if path.exists() and not overwrite:
             raise ValueError(f"'{path}' exists. Replace it with --overwrite, or choose another --output.")
-    if data_dir and Path(data_dir).is_dir() and Path(data_dir).resolve() in figure.resolve().parents:
+    folders = [Path(base_of(place)) for place in as_list(data_dir) if place]
+    if any(folder.is_dir() and folder.resolve() in figure.resolve().parents for folder in folders):
         raise ValueError(f"'{figure}' would lie among the images and be one of them. Choose another --output.")
 
 

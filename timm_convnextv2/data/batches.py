@@ -1,6 +1,5 @@
 """Whole images as a trained model takes them, in batches that depend on the data set and the batch size alone."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from .errors import ImageError, MissingPackageError
-from .sources import FolderSource, TimmStream
+from .sources import TimmStream
 
 __all__ = ["Batch", "Item", "map_batches", "name_of", "preprocessing", "stream_batches"]
 
@@ -63,7 +62,7 @@ def preprocessing(config: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tens
 
 def name_of(source: Any, i: int) -> str:
     """What row `i` of a map-style source is called: the path below the folder, or the source's own name."""
-    return os.path.relpath(source.path(i), source.root) if isinstance(source, FolderSource) else source.name(i)
+    return source.short_name(i) if hasattr(source, "short_name") else source.name(i)
 
 
 class _Images(Dataset):

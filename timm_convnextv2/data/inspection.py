@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from .decode import load_image
 from .errors import ImageError
 from .header import Header, read_header
-from .sources import FolderSource
 
 __all__ = ["Finding", "Look", "findings", "inspect_folder", "perceptual_hash", "thumbnail"]
 
@@ -56,7 +55,7 @@ class Finding(NamedTuple):
 
 
 class _Files(Dataset):
-    def __init__(self, source: FolderSource, near: Callable[[np.ndarray], str] | None) -> None:
+    def __init__(self, source: Any, near: Callable[[np.ndarray], str] | None) -> None:
         self.source, self.near = source, near
 
     def __getitem__(self, i: int) -> Look:
@@ -87,13 +86,11 @@ def _digest(path: str) -> bytes:
     return state.digest()
 
 
-def inspect_folder(
-    source: FolderSource, near: Callable[[np.ndarray], str] | None = None, workers: int = 0
-) -> Iterator[Look]:
+def inspect_folder(source: Any, near: Callable[[np.ndarray], str] | None = None, workers: int = 0) -> Iterator[Look]:
     """Looks at each file, in the order of the folder: all of it is read and decoded.
 
     Args:
-        source: The folder; its `nodata` is applied.
+        source: Of files, with `path(i)` and `name(i)`; its `nodata` is applied.
         near: Perceptual hash of a thumbnail, see `perceptual_hash`; None: none.
         workers: Processes; 0: this one.
     """

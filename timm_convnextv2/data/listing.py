@@ -41,6 +41,13 @@ class LeftOut:
         if len(self.special) < _NAMED_SPECIAL:
             self.special[printable(path)] = kind
 
+    def merge(self, other: "LeftOut") -> None:
+        """Counts what was left out elsewhere, too."""
+        self.ignored += other.ignored
+        self.num_special += other.num_special
+        room = _NAMED_SPECIAL - len(self.special)
+        self.special.update([*other.special.items()][:room])
+
     def __str__(self) -> str:
         parts = []
         if self.ignored:
@@ -57,7 +64,9 @@ class LeftOut:
         return "; ".join(parts)
 
 
-def walk(root: str, extensions: Collection[str], left: LeftOut) -> Iterator[tuple[str, list[str], int]]:
+def walk(
+    root: str, extensions: Collection[str], left: LeftOut, stamps: list[tuple[str, int]] | None = None
+) -> Iterator[tuple[str, list[str], int]]:
     """Goes through all folders from `root` down, each once, in a fixed order.
 
     Hidden files and folders (leading dot) are skipped; links to folders are followed. What is no regular file is never
@@ -67,6 +76,7 @@ def walk(root: str, extensions: Collection[str], left: LeftOut) -> Iterator[tupl
         root: The folder.
         extensions: Lower-case ones of images.
         left: Counts what else is there.
+        stamps: Gets each folder's path, and when it had last changed before it was listed, in ns.
 
     Yields:
         Path of a folder below `root` ('' for itself), the sorted names of its images, and the number of its other
@@ -86,6 +96,8 @@ def walk(root: str, extensions: Collection[str], left: LeftOut) -> Iterator[tupl
             if (info.st_dev, info.st_ino) in seen:
                 continue
             seen.add((info.st_dev, info.st_ino))
+            if stamps is not None:
+                stamps.append((os.path.join(root, folder), info.st_mtime_ns))
             with os.scandir(os.path.join(root, folder)) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .errors import ImageError
 from .header import Header, groups_of, read_header
+from .joined import JoinedSource
 from .pixel_statistics import PixelStatistics
 from .pixels import Pixels, Stored
 from .sources import FolderSource, TimmStream
@@ -181,8 +182,8 @@ def _mixed(kinds: dict[str, list[Any]]) -> ValueError:
     )
 
 
-def find_channels(source: FolderSource, seed: int = 0) -> int:
-    """Channels of the files of a folder, by the headers of a few; grey and colour together are 3.
+def find_channels(source: Any, seed: int = 0) -> int:
+    """Channels of the files of a source that has `path(i)`, by the headers of a few; grey and colour together are 3.
 
     Raises:
         ValueError: No header can be read, or files differ in channels; names the groups and how many they are.
@@ -244,7 +245,7 @@ def measure_pixels(
     limits = [_limits(found.pixels, c, clip_percentiles) for c in range(found.pixels.channels)]
     low, high = zip(*limits, strict=True)
     pixels = pixels._replace(clip_low=low, clip_high=high)
-    if isinstance(source, FolderSource):  # not listed again
+    if isinstance(source, FolderSource | JoinedSource):  # not listed again
         source.nodata = measuring(pixels)
     else:
         source = open_source(measuring(pixels))

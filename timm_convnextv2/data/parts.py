@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from .weights import Groups
+
 __all__ = ["Part", "hold_out"]
 
 MOST_HELD_OUT = 2048
@@ -18,10 +20,11 @@ class Part(Dataset):
         source: With `name(i)`, perhaps with `load_reduced`.
         size: Number of images.
         locate: The index in `source` of the part's image `i`.
+        groups: How its images are sampled, see `weights.Groups`; None: each once an epoch.
     """
 
-    def __init__(self, source: Any, size: int, locate: Callable[[int], int]) -> None:
-        self.source, self.size, self.locate = source, size, locate
+    def __init__(self, source: Any, size: int, locate: Callable[[int], int], groups: Groups | None = None) -> None:
+        self.source, self.size, self.locate, self.groups = source, size, locate, groups
         if hasattr(source, "load_reduced"):
             self.load_reduced = self._load_reduced
 
@@ -68,7 +71,8 @@ def hold_out(source: Any, share: float, seed: int) -> tuple[Any, Part | None]:
         seed: Of the choice.
 
     Returns:
-        The images to train on, and those held out; `source` itself and None for a share of 0.
+        The images to train on, in the groups of `source`, and those held out; `source` itself and None for a share of
+        0.
 
     Raises:
         ValueError: The share is out of range, or nothing would be left.
@@ -86,4 +90,6 @@ def hold_out(source: Any, share: float, seed: int) -> tuple[Any, Part | None]:
     while len(chosen) < count:  # a permutation of all would take gigabytes for the largest sets
         chosen.update(torch.randint(total, (count - len(chosen),), generator=generator).tolist())
     indices = torch.tensor(sorted(chosen))
-    return Part(source, total - count, _Without(indices)), Part(source, count, _Only(indices))
+    groups: Groups | None = getattr(source, "groups", None)
+    groups = groups and groups.without(indices.numpy())
+    return Part(source, total - count, _Without(indices), groups), Part(source, count, _Only(indices))

@@ -1,6 +1,5 @@
 """From a source to batches of `(image, mask)`: the transform, and what makes a run repeatable."""
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,9 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ..models.masking import random_mask
 from .decode import Choose, ImageError, Reduced
+from .mixing import mix
 from .sources import TimmStream
+from .weights import Groups
 
 __all__ = [
     "EpochBatchSampler",
@@ -145,12 +146,7 @@ class PretrainTransform:
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
     """Seed in 0 .. 2**63 - 1 of one sample in one epoch, well mixed, the same everywhere and always."""
-    return _mix(seed, epoch, index)
-
-
-def _mix(*numbers: int) -> int:
-    text = ",".join(str(int(n)) for n in numbers)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return mix(seed, epoch, index)
 
 
 @contextmanager
@@ -179,7 +175,7 @@ def _make_sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with _seeded(seed):
         sample = transform(image)
-    generator = torch.Generator().manual_seed(_mix(seed, 1))
+    generator = torch.Generator().manual_seed(mix(seed, 1))
     return sample, random_mask(1, grid, mask_ratio, generator=generator)[0]
 
 
@@ -301,7 +297,7 @@ class PretrainStream(IterableDataset):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, Bad] | None]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        stream, start = _mix(self.seed, self.source.rank, number), self.start.value
+        stream, start = mix(self.seed, self.source.rank, number), self.start.value
         epoch, in_a_row, waiting = self.epoch.value, [], []
         if number < start % workers:
             yield from [None] * self.batch_size.value
@@ -372,12 +368,21 @@ class EpochBatchSampler:
         seed: Seed of the run.
         rank: Number of this process.
         world_size: Number of processes.
+        groups: Draws the images of an epoch, as many as without; None: each at most once.
 
     Raises:
         ValueError: The data set is smaller than one global batch, or a number is out of range.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: Groups | None = None,
+    ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
                 f"Expected batch_size >= 1 and 0 <= rank < world_size, got batch_size {batch_size}, rank {rank}, "
@@ -395,7 +400,7 @@ class EpochBatchSampler:
                 f"works is {num_samples // world_size}."
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.groups = rank, world_size, groups
         self.epoch = self.start_batch = 0
 
     def __len__(self) -> int:
@@ -409,16 +414,20 @@ class EpochBatchSampler:
         self.epoch, self.start_batch = epoch, start_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
-        dtype = torch.int32 if self.num_samples < 2**31 else torch.int64  # half the memory for all but the largest
-        order = torch.randperm(self.num_samples, generator=generator, dtype=dtype)
         step = self.batch_size * self.world_size
-        order = order[: len(self) * step][self.rank :: self.world_size].clone()
-        return self._batches(order, self.epoch, self.start_batch)
+        own = slice(self.rank, len(self) * step, self.world_size)
+        if self.groups is not None:
+            order, epochs = self.groups.order(self.seed, self.epoch, len(self) * step)
+            return self._batches(order[own].clone(), epochs[own].clone(), self.start_batch)
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        dtype = torch.int32 if self.num_samples < 2**31 else torch.int64  # half the memory for all but the largest
+        order = torch.randperm(self.num_samples, generator=generator, dtype=dtype)[own].clone()
+        return self._batches(order, torch.tensor(self.epoch).expand(len(order)), self.start_batch)
 
-    def _batches(self, order: torch.Tensor, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
+    def _batches(self, order: torch.Tensor, epochs: torch.Tensor, start: int) -> Iterator[list[tuple[int, int]]]:
         for begin in range(start * self.batch_size, len(order), self.batch_size):
-            yield [(epoch, index) for index in order[begin : begin + self.batch_size].tolist()]
+            batch = slice(begin, begin + self.batch_size)
+            yield [*zip(epochs[batch].tolist(), order[batch].tolist(), strict=True)]
 
 
 def _named(source: Any, i: int, error: Exception) -> str:

@@ -1,12 +1,10 @@
 """Where the pictures come from: folders, and the data sets that timm opens."""
 
 import os
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset
@@ -26,8 +24,11 @@ from .decode import (
     printable,
 )
 from .embedded import EmbeddedSource
-from .listing import LeftOut, open_tar, walk
+from .listing import LeftOut, open_tar
+from .names import FileNames
 from .pixels import Pixels
+from .places import Dirs, Listing, list_folder
+from .weights import Groups
 
 __all__ = ["FolderSource", "TimmSource", "TimmStream", "create_source", "left_out"]
 
@@ -47,38 +48,33 @@ class FolderSource(Dataset):
         root: The folder.
         in_chans: Channels that pictures are converted to, see `load_image`.
         nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `load_image`.
+        names: Files to read instead of all below the folder, relative to it (or absolute); nothing is listed then.
 
     Attributes:
         left: What is there besides the pictures.
+        groups: How images are sampled, see `weights.Groups`; None: each once an epoch.
+        grows: Whether a file that is written below `root` may be an image of it the next time.
 
     Raises:
         ValueError: The folder is missing, is no folder, cannot be listed, or has no picture below it.
     """
 
-    def __init__(self, root: str | os.PathLike, in_chans: int = 3, nodata: float | Pixels | None = None) -> None:
+    groups: Groups | None = None
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        in_chans: int = 3,
+        nodata: float | Pixels | None = None,
+        names: FileNames | None = None,
+    ) -> None:
         self.root = os.fspath(root)
         self.in_chans, self.nodata = check_in_chans(in_chans), nodata
-        shown = printable(self.root)
-        if not os.path.exists(self.root):
-            raise ValueError(f"Image folder {shown} does not exist. Check --data-dir.")
-        if not os.path.isdir(self.root):
-            raise ValueError(f"{shown} is a file, expected a folder with images below it. Give the folder it is in.")
-        extensions = image_extensions()
-        self.left = LeftOut()
-        names, ends = bytearray(), array("q", [0])
-        for folder, pictures, _ in walk(self.root, frozenset(extensions), self.left):
-            for name in pictures:
-                names += os.fsencode(os.path.join(folder, name))
-                ends.append(len(names))
-        self._names, self._ends = names, np.frombuffer(ends, dtype=np.int64)
-        if not len(self):
-            raise ValueError(
-                f"No image below {shown}: {left_out(self) or '0 other files seen'}. Looked for the extensions "
-                f"{' '.join(extensions)} (hidden files and folders are skipped)."
-            )
+        self.names, self.left = list_folder(self.root) if names is None else (names, LeftOut())
+        self.grows = names is None
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.names)
 
     def __getitem__(self, i: int) -> torch.Tensor:
         return load_image(self.path(i), self.in_chans, self.nodata)
@@ -90,8 +86,11 @@ class FolderSource(Dataset):
 
     def path(self, i: int) -> str:
         """Path of picture `i`, as the file system knows it."""
-        i = check_index(i, len(self))
-        return os.path.join(self.root, os.fsdecode(bytes(self._names[self._ends[i] : self._ends[i + 1]])))
+        return os.path.join(self.root, self.short_name(i))
+
+    def short_name(self, i: int) -> str:
+        """Path of picture `i` below the folder, as the file system knows it."""
+        return self.names[check_index(i, len(self))]
 
     def name(self, i: int) -> str:
         """Path of picture `i`, safe to print."""
@@ -119,6 +118,8 @@ class TimmSource(Dataset):
         ValueError: timm cannot open the data set, or it is a stream.
         MissingPackageError: (a ValueError) A package that the reader needs is not installed.
     """
+
+    groups: Groups | None = None
 
     def __init__(
         self,
@@ -466,8 +467,28 @@ def _target(reader: Any, sample: dict[str, Any]) -> Any:
     return None if found is None else found["target"]
 
 
+def check_dataset(
+    data_dir: Dirs, dataset: str, data_list: Dirs = None, source_weights: Sequence[float] | None = None
+) -> Any:
+    """Refuses what only images in files can have; returns the one root of a data set.
+
+    Raises:
+        ValueError: A data set is named, and several roots, a list, or weights.
+    """
+    if not dataset:
+        return data_dir
+    if data_list is not None or source_weights is not None:
+        option = "--source-weights" if data_list is None else "--data-list"
+        raise ValueError(f"{option} is for images in files: leave it out with --dataset {dataset}.")
+    if data_dir is None or isinstance(data_dir, str | os.PathLike):
+        return data_dir
+    if len(data_dir) > 1:
+        raise ValueError(f"--dataset {dataset} has one --data-dir, got {' '.join(map(str, data_dir))}.")
+    return data_dir[0] if data_dir else None
+
+
 def create_source(
-    data_dir: str | os.PathLike | None = None,
+    data_dir: Dirs = None,
     dataset: str = "",
     split: str = "train",
     in_chans: int = 3,
@@ -478,16 +499,20 @@ def create_source(
     seed: int = 0,
     whole: bool = False,
     nodata: float | Pixels | None = None,
-) -> FolderSource | TimmSource | EmbeddedSource | TimmStream:
+    data_list: Dirs = None,
+    source_weights: Sequence[float] | None = None,
+    listing: Listing | None = None,
+) -> Any:
     """Picks the source that the options of a script describe.
 
     - `dataset=''`: `data_dir` is a folder with pictures anywhere below it (`FolderSource`), or a `.tar` file
-      (`TimmSource`).
+      (`TimmSource`), or a pattern such as `scans/2024-*/**/*.png`; or several of these (`JoinedSource`). With
+      `data_list`, the pictures that lists name.
     - `dataset='embedded'`: the embedded data set; another `split` than train gives other pictures.
     - `torch/...`, `hfds/...`: `TimmSource`. `wds/...`, `hfids/...`, `tfds/...`: `TimmStream`.
 
     Args:
-        data_dir: Folder, tar file, or the data set's root.
+        data_dir: Folders, tar files, patterns; or the data set's root.
         dataset: Name as above.
         split: Split of the data set.
         in_chans: Channels of the pictures.
@@ -499,24 +524,27 @@ def create_source(
         whole: All images once, in order, for every process (streams; others always are).
         nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `load_image`; the embedded data set
             has neither.
+        data_list: Lists of pictures, see `lists.read_list`; their names are relative to `data_dir`, or where that is
+            None to the folder of the list.
+        source_weights: Share of an epoch's places for each of the folders or lists, in any unit.
+        listing: The files of these, where they have been listed before.
 
     Raises:
         ValueError: Nothing is named, the name is unknown, or the source cannot be opened.
     """
     pixels = Pixels.of(nodata).check(in_chans)
+    root = check_dataset(data_dir, dataset, data_list, source_weights)
     if dataset == "embedded":
         if pixels.divide is not None or pixels.clip_low is not None:
             raise ValueError("The embedded data set is 8-bit in 0..255: leave out --divide and clip limits.")
         return EmbeddedSource(num_samples or 2048, in_chans=in_chans, seed=int(split != "train"))
     if _prefix(dataset) in _STREAM_PREFIXES:
         reading = (seed, input_key, download, whole, nodata)
-        return TimmStream(dataset, data_dir, split, in_chans, num_samples, batch_size, *reading)
+        return TimmStream(dataset, root, split, in_chans, num_samples, batch_size, *reading)
     if _prefix(dataset) in _MAP_PREFIXES:
-        return TimmSource(dataset, data_dir, split, in_chans, input_key, download, nodata)
+        return TimmSource(dataset, root, split, in_chans, input_key, download, nodata)
     if dataset:
         raise _unknown_dataset(dataset)
-    if data_dir is None or not os.fspath(data_dir):
-        raise ValueError("No images named. Give a folder (--data-dir), or --dataset embedded to try things out.")
-    if os.path.isfile(data_dir) and os.fspath(data_dir).lower().endswith(".tar"):
-        return TimmSource("", data_dir, split, in_chans, input_key, nodata=nodata)
-    return FolderSource(data_dir, in_chans, nodata)
+    from .joined import open_places
+
+    return open_places(data_dir, data_list, source_weights, listing, in_chans, nodata)

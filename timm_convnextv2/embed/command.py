@@ -6,6 +6,7 @@ import time
 import torch
 
 from ..command import PROGRAM, CommandParser, refused, say
+from ..source_options import add_place_options
 from .run import embed
 
 __all__ = ["main"]
@@ -17,7 +18,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog=f"{PROGRAM} embed", description="Write one row of features for each image.")
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="a model of timm, local-dir:FOLDER or hf-hub:USER/NAME")
-    add("--data-dir", metavar="DIR", help="folder with images anywhere below it, or the root of --dataset")
+    add_place_options(add)
     add("--dataset", default="", metavar="NAME",
         help="hfds/NAME, torch/NAME, wds/, hfids/NAME, tfds/NAME, or embedded; a folder of images if left out")
     add("--split", default="train", metavar="NAME", help="split of --dataset; of wds/ the names of the shards")

@@ -13,14 +13,17 @@ import torch
 
 from ..checkpoint.loading import model_pixels
 from ..command import say
-from ..data import FolderSource, MissingPackageError, TimmStream, check_readable, create_source, left_out
+from ..data import MissingPackageError, TimmStream, check_readable, create_source, left_out
 from ..data.batches import Batch, map_batches, preprocessing, stream_batches
+from ..data.file_index import open_index
+from ..data.find import check_index_option, find_images
+from ..data.places import Dirs, Listing, as_list, places_of
 from ..evaluate.models import load_network
 from ..report.image_progress import ImageProgress
 from .model import digest, features
 from .output import check_output, write_output
 from .parts import Part, Parts
-from .processes import processes
+from .processes import Processes, processes
 
 __all__ = ["embed"]
 
@@ -31,9 +34,11 @@ _SEEN_BEFORE_A_STREAM_IS_JUDGED = 1000
 
 def embed(
     model: str,
-    data_dir: str | os.PathLike | None,
+    data_dir: Dirs,
     output: str | os.PathLike,
     *,
+    data_list: Dirs = None,
+    index: str | os.PathLike | None = None,
     dataset: str = "",
     split: str = "train",
     input_key: str | None = None,
@@ -56,8 +61,10 @@ def embed(
 
     Args:
         model: A model of timm with pretrained weights, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
-        data_dir: Folder with images anywhere below it, or the root of `dataset`.
+        data_dir: Folders with images anywhere below them, tar files, patterns; or the root of `dataset`.
         output: File to write, `.npy`, `.safetensors` or `.parquet`.
+        data_list: Lists of images, see `timm_convnextv2.data.create_source`.
+        index: Index of the images, see `timm_convnextv2.data.find.find_images`.
         dataset: As in `timm_convnextv2.data.create_source`, streams included. A stream is read whole by each process.
         split: Split of `dataset`.
         input_key: Field of `dataset` that holds the image.
@@ -87,8 +94,10 @@ def embed(
     with processes() as group:
         group.first(lambda: check_output(output, overwrite=overwrite or resume and parts.joining()))
         _check_numbers(batch_size, workers, max_bad_images)
+        check_index_option(dataset, index)
         network, config = load_network(model, img_size, device)
         pixels = model_pixels(model, config["input_size"][0], nodata)
+        listing = None if dataset else listed(group, data_dir, data_list, index, max_bad_images, progress)
         source = create_source(
             data_dir,
             dataset,
@@ -100,6 +109,8 @@ def embed(
             batch_size=batch_size,
             whole=True,
             nodata=pixels,
+            data_list=data_list,
+            listing=listing,
         )
         if progress and (note := left_out(source)):
             say(note, error=True)
@@ -110,8 +121,10 @@ def embed(
         def claim() -> tuple[set[int], int]:
             if total is not None:
                 check_readable(source)
-            place = None if data_dir is None else os.path.abspath(data_dir)
+            places = [os.path.abspath(place) for place in as_list(data_dir)]
+            place = places if len(places) > 1 else places[0] if places else None
             data = {"data_dir": place, "dataset": dataset, "split": split, "input_key": input_key}
+            data |= {"data_list": [os.path.abspath(place) for place in as_list(data_list)]} if data_list else {}
             data |= {"images": total, "names": _digest_of_names(source)}
             images = {key: config[key] for key in _PREPROCESSING}
             record = pixels.record()
@@ -145,6 +158,35 @@ def embed(
         return group.first(lambda: _join(output, parts, limit, total or seen, batch_size * share.per_part))
 
 
+def listed(
+    group: Processes,
+    data_dir: Dirs,
+    data_list: Dirs,
+    index: str | os.PathLike | None,
+    max_bad_images: float,
+    progress: bool,
+) -> Listing:
+    """The image files, found by the first process for all."""
+    places = places_of(data_dir, data_list)
+
+    def find() -> Listing | None:
+        bar = ImageProgress(None, enabled=progress)
+        tell = partial(say, error=True) if progress else lambda text: None
+        try:
+            found = find_images(
+                data_dir, data_list, index=index, max_missing=max_bad_images, tick=bar.update, tell=tell
+            )
+        finally:
+            bar.close()
+        return found if index is None else None
+
+    found = group.first(find)
+    if index is not None:
+        return open_index(index, places)
+    assert found is not None
+    return found.at(places)
+
+
 def _check_numbers(batch_size: int, workers: int, max_bad_images: float) -> None:
     if not 0 <= max_bad_images <= 1:
         raise ValueError(f"--max-bad-images is a share between 0 and 1, got {max_bad_images}.")
@@ -154,8 +196,8 @@ def _check_numbers(batch_size: int, workers: int, max_bad_images: float) -> None
 
 def _check_place(output: Path, source: Any) -> None:
     """An array among the images would be an image of the next run."""
-    if output.suffix == ".npy" and isinstance(source, FolderSource):
-        if Path(source.root).resolve() in output.resolve().parents:
+    for part in getattr(source, "parts", [source]) if output.suffix == ".npy" else []:
+        if getattr(part, "grows", False) and Path(part.root).resolve() in output.resolve().parents:
             raise ValueError(f"'{output}' lies among the images, where .npy files count as images. Write it elsewhere.")
 
 
@@ -274,12 +316,13 @@ def _compute(
 
 
 def _digest_of_names(source: Any) -> str | None:
-    """Notices images that come or go while a run is stopped; of a folder only, other sources are slow to ask."""
-    if not isinstance(source, FolderSource):
+    """Notices images that come or go while a run is stopped; of files only, other sources are slow to ask."""
+    if not hasattr(source, "path"):
         return None
     digest = hashlib.sha256()
-    for i in range(len(source)):
-        digest.update(os.fsencode(source.path(i)[len(source.root) :]) + b"\0")
+    for part in getattr(source, "parts", [source]):
+        for i in range(len(part)):
+            digest.update(os.fsencode(part.path(i)[len(part.root) :]) + b"\0")
     return digest.hexdigest()
 
 

@@ -21,12 +21,14 @@ from ..data import (
     hold_out,
     left_out,
 )
+from ..data.shards import shard_note
 from .distributed import SIGNALS, Seat, World
 
 __all__ = ["Batches", "DataError", "open_batches", "worker_died"]
 
 SHOWN_IMAGES = 6
 WATCHED_IMAGES = 64
+_LINES = 10
 # crops and masks of the reconstructions and the measures: drawn as those of an epoch that never comes
 SHOWN_EPOCH = 2**31 - 1
 
@@ -101,9 +103,17 @@ class Batches(NamedTuple):
         if self.sampler is None:
             return None
         own = self.sampler
-        sampler = EpochBatchSampler(own.num_samples, own.batch_size, own.seed, rank, world_size)
+        sampler = EpochBatchSampler(own.num_samples, own.batch_size, own.seed, rank, world_size, own.groups)
         sampler.set_epoch(epoch, start_batch)
         return [index for batch in islice(sampler, count) for _, index in batch]
+
+    def sampling(self) -> list[str]:
+        """A line for each of the first groups that images are drawn from; none where each comes once an epoch."""
+        if self.sampler is None or self.sampler.groups is None:
+            return []
+        length = len(self.sampler) * self.sampler.batch_size * self.sampler.world_size
+        lines = self.sampler.groups.lines(length)
+        return lines[:_LINES] + [f"and {len(lines) - _LINES} more groups"] * (len(lines) > _LINES)
 
     def named(self, bad: Bad) -> list[tuple[str, str]]:
         """Names in the place of indices."""
@@ -217,6 +227,8 @@ def open_batches(
             )
         stream = PretrainStream(source, *sampling)
         source.set_loader_cfg(num_workers=workers)
+        if note := shard_note(source, workers, world.size):
+            world.say(note)
         loader = DataLoader(stream, batch_size=batch_size, drop_last=True, **options)
 
         def set_epoch(epoch: int, start_batch: int) -> None:
@@ -241,7 +253,7 @@ def open_batches(
     source, apart = hold_out(source, holdout, seed)
     dataset = PretrainDataset(source, *sampling)
     held_out = None if apart is None else Fixed(PretrainDataset(apart, *sampling))
-    sampler = EpochBatchSampler(len(source), batch_size, seed, world.rank, world.size)
+    sampler = EpochBatchSampler(len(source), batch_size, seed, world.rank, world.size, getattr(source, "groups", None))
     loader = DataLoader(dataset, batch_sampler=sampler, **options)
     looked_at = Fixed(dataset) if held_out is None else held_out
     shown = _spread(looked_at, SHOWN_IMAGES) if world.primary else []

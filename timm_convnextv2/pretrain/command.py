@@ -124,7 +124,7 @@ def replay_bad_step(args: argparse.Namespace, argv: list[str] | None) -> int:
 
     Args:
         args: The options.
-        argv: As given; of them, --data-dir and --device win over those of the run.
+        argv: As given; of them, --data-dir, --data-list, --index and --device win over those of the run.
 
     Raises:
         ValueError: The record, its weights or the data cannot be read.
@@ -132,7 +132,9 @@ def replay_bad_step(args: argparse.Namespace, argv: list[str] | None) -> int:
     path = Path(args.replay)
     record = read_record(path)
     given = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    own = {k: getattr(args, k) for k in ("data_dir", "device") if f"--{k.replace('_', '-')}" in given}
+    own = {
+        k: getattr(args, k) for k in ("data_dir", "data_list", "index", "device") if f"--{k.replace('_', '-')}" in given
+    }
     vars(args).update(record["settings"] | own | {"pretrained": False, "weights": None})
     if record["images"][0] is not None:
         args.workers = 0  # they change nothing but the order of streams

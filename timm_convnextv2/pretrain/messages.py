@@ -12,6 +12,7 @@ import torch
 import timm_convnextv2
 
 from ..command import invocation
+from ..data.places import as_list
 from ..models import FCMAE
 from ..report.next_steps import next_commands
 from . import summary
@@ -89,7 +90,7 @@ def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[s
         + ("" if grn else "; blocks without GRN")
         + (f"; channels removed with probability {fewer:g}" if fewer else ""),
         **(started if settings["pretrained"] else {}),
-        "Data": f"{data or Path(settings['data_dir']).resolve().name}, {progress.num_images} images",
+        "Data": f"{data or names_of_places(settings)}, {progress.num_images} images",
         "Epochs": f"{progress.epoch} of {plan.epochs}" + (" and a part of the next" if progress.update else ""),
         "Optimizer": f"{settings['opt']}, lr {plan.lr:.2e} for {plan.images_per_update} images per update, weight "
         f"decay {settings['weight_decay']}, betas {tuple(settings['opt_betas'])}",
@@ -97,6 +98,12 @@ def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[s
         "Seed": str(settings["seed"]),
         "Made with": VERSIONS,
     }
+
+
+def names_of_places(settings: dict[str, Any]) -> str:
+    """What the folders or lists of the images are called, without where they are."""
+    places = as_list(settings["data_list"]) or as_list(settings["data_dir"])
+    return ", ".join(Path(place).resolve().name for place in places)
 
 
 def how_measured(folder: Path) -> dict[str, str]:

@@ -64,6 +64,8 @@ def _number_or_auto(word: str) -> float | str:
 def _add_data_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add_source_options(add)
+    add("--source-weights", type=float, nargs="+", metavar="X",
+        help="share of an epoch's places for each --data-dir (or --data-list), in order")
     add("--holdout", type=float, default=0.0, metavar="X", help="share never trained on, for eval_loss, e.g. 0.01")
     add("--max-bad-images", type=float, default=0.01, metavar="X", help="stop when a larger share cannot be decoded")
     add("--img-size", type=int, default=224, metavar="N", help="side of the square crops")
@@ -203,7 +205,7 @@ def parse_options(argv: list[str] | None = None) -> tuple[argparse.Namespace, St
     given = {word.partition("=")[0] for word in argv}
     argv = (config_arguments(config, parser) if config else []) + argv
     args = parser.parse_args(argv)
-    if not args.data_dir and args.dataset in ("", "embedded"):
+    if not args.data_dir and not args.data_list and args.dataset in ("", "embedded"):
         parser.set_defaults(**EMBEDDED_DEFAULTS)
         args = parser.parse_args(argv)
     if args.weights:

@@ -219,7 +219,8 @@ class RunFolder:
             )
         if settings["model_ema"] and "state_dict_ema" not in (self.checkpoint or {}):
             raise ValueError(f"Cannot resume from {path} with --model-ema: that run kept no moving average.")
-        differs = _differences(before, settings, ("seed",)) + _differences(then, now, ("num_images",))
+        differs = _differences(before, settings, ("seed", "source_weights"))
+        differs += _differences(then, now, ("num_images",))
         if then.get("stream_workers") is not None:
             differs += _differences(before, settings, STREAM_ORDER) + _differences(then, now, ("world_size",))
         there, here = _images_per_update(before, then), _images_per_update(settings, now)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..command import say
 from ..data import Pixels, PretrainTransform, collate, create_source
 from ..data.batches import preprocessing
+from ..data.places import Listing, as_list, base_of
 from ..evaluate import open_labelled
 from ..memory import memory_estimate
 from ..models import FCMAE
@@ -24,6 +25,7 @@ from .auto import resolve_auto
 from .batches import Batches, leave_signals_to_parent, open_batches
 from .best import Best
 from .distributed import Seat, World
+from .files import find_files
 from .inputs import check_input, input_line, input_warnings
 from .loop import Run
 from .measures import Measure, collapse_of_blocks, held_out_loss, reconstructions
@@ -62,8 +64,10 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World, command:
         args.batch_size, args.grad_accum_steps = split_batch(args.global_batch_size, args.batch_size, world.size)
     model = create_model(args, start)
     folder = open_folder(args, start, world)
-    measured = resolve_auto(args, (folder.checkpoint or {}).get("args"), partial(open_source, args), world)
-    batches = open_data(args, model, world)
+    listing = find_files(args, world)
+    open_pixels = partial(open_source, args, listing=listing)
+    measured = resolve_auto(args, (folder.checkpoint or {}).get("args"), open_pixels, world)
+    batches = open_data(args, model, world, listing)
     check_input(batches.inputs)
     probe = open_probe(args, world.device) if args.probe_dir and world.primary else None
     plan = plan_of(args, batches, world)
@@ -77,6 +81,7 @@ def set_up(args: argparse.Namespace, start: Start | None, world: World, command:
     about = about_run(args.model, model, plan, batches.num_images, args.input_size, world.size, world.device)
     if batches.held_out is not None:
         about += f"\n{len(batches.held_out)} more images are held out, for eval_loss"  # type: ignore[arg-type]
+    about += "".join(f"\n{line}" for line in batches.sampling())
     about += f"\n{measured}" if measured else ""
     about += f"\n{input_line(batches.inputs)}"
     for warning in [*input_warnings(batches.inputs), *ema_warnings(settings, plan.updates)]:
@@ -114,13 +119,14 @@ def open_folder(args: argparse.Namespace, start: Start | None, world: World) -> 
             raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
         args.experiment = experiment_name(args.model, args.input_size, world)
     model_folder = args.model.removeprefix("local-dir:") if start else None
-    sources = [place for place in (args.data_dir, args.weights, None if args.weights else model_folder) if place]
+    places = [*map(base_of, as_list(args.data_dir)), *as_list(args.data_list), args.index]
+    sources = [place for place in (*places, args.weights, None if args.weights else model_folder) if place]
     return RunFolder(args.output, args.experiment, args.resume, args.overwrite, sources)
 
 
 def shared(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that all processes must have; places and devices may be others on another machine."""
-    own = ("data_dir", "output", "device")
+    own = ("data_dir", "data_list", "index", "output", "device")
     # NaN as text: it differs from itself
     return {f"--{k.replace('_', '-')}": v if v == v else str(v) for k, v in settings.items() if k not in own}
 
@@ -146,14 +152,14 @@ def create_model(args: argparse.Namespace, start: Start | None) -> FCMAE:
     return model
 
 
-def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat) -> Batches:
-    """The data that the options name."""
+def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat, listing: Listing | None = None) -> Batches:
+    """The data that the options name, of files that have been listed before."""
     transform = PretrainTransform(
         tuple(args.input_size[1:]), tuple(args.scale), tuple(args.ratio), args.hflip, args.vflip,
         args.train_interpolation, tuple(args.mean), tuple(args.std),
     )  # fmt: skip
     return open_batches(
-        partial(open_source, args, pixels_of(args)),
+        partial(open_source, args, pixels_of(args), listing),
         transform,
         grid=model.grid(*args.input_size[1:]),
         mask_ratio=args.mask_ratio,
@@ -166,11 +172,12 @@ def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat) -> Ba
     )
 
 
-def open_source(args: argparse.Namespace, pixels: Pixels) -> Any:
+def open_source(args: argparse.Namespace, pixels: Pixels, listing: Listing | None = None) -> Any:
     """The images that the options name."""
     return create_source(
         args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key, args.dataset_download,
-        args.train_num_samples, args.batch_size, args.seed, nodata=pixels,
+        args.train_num_samples, args.batch_size, args.seed, nodata=pixels, data_list=args.data_list,
+        source_weights=args.source_weights, listing=listing,
     )  # fmt: skip
 
 

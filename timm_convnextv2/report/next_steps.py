@@ -30,7 +30,7 @@ def next_steps(settings: dict[str, Any], folder: Path) -> list[Step]:
     """
     encoder, (chans, height, width) = folder.resolve() / "encoder", settings["input_size"]
     size = f"--img-size {height}" if chans == 3 and height == width else f"--input-size {chans} {height} {width}"
-    own_images = settings["data_dir"] or settings["dataset"] not in ("", "embedded")
+    own_images = settings["data_dir"] or settings.get("data_list") or settings["dataset"] not in ("", "embedded")
     finetune = shlex.join([*invocation("finetune"), "--recipe", "small-data" if own_images else "smoke"])
     publish = shlex.join([*invocation("publish"), str(folder), "USER/NAME"])
     publish += "" if settings["license"] or settings["pretrained"] else " --license ID"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..data.places import as_list
 from .kind import COST, COST_CHARTS, Chart, Kind, batch_of, cost_of, device_of, last_of
 from .next_steps import next_steps
 from .run import RunRecord
@@ -26,7 +27,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
     of, progress = run.settings, run.progress
     chans, height, width = of["input_size"]
     data = "the embedded data set" if of["dataset"] == "embedded" else " ".join(
-        filter(None, [of["dataset"], of["data_dir"]])
+        map(str, filter(None, [of["dataset"], *as_list(of["data_dir"]), *as_list(of.get("data_list"))]))
     )  # fmt: skip
     images = progress.get("num_images") or of.get("train_num_samples")
     start = "random weights" if not of["pretrained"] else str(of.get("weights") or "published or given weights")

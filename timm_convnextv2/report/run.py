@@ -22,7 +22,7 @@ Row = dict[str, float]
 _PRETRAINING: dict[str, type | tuple[type, ...]] = {
     "model": str, "epochs": int, "mask_ratio": (int, float), "batch_size": int, "grad_accum_steps": int,
     "decoder_depth": int, "decoder_dim": int, "patch_size": int, "input_size": list, "seed": int,
-    "data_dir": (str, type(None)), "dataset": (str, type(None)), "license": (str, type(None)), "pretrained": bool,
+    "data_dir": (str, list, type(None)), "dataset": (str, type(None)), "license": (str, type(None)), "pretrained": bool,
 }  # fmt: skip
 _TRANSFER: dict[str, type | tuple[type, ...]] = {
     "model": str, "data_dir": str, "classes": list, "num_images": int, "num_validation": int, "batch_size": int,

@@ -1,0 +1,110 @@
+"""Runs on several folders and lists: weights, a stop in mid-epoch, an index, and what processes share."""
+
+import argparse
+import os
+import pickle
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import assert_same
+from runs import ERROR, at_update, image_folder, load, run, steady
+
+from timm_convnextv2.data import find, places
+from timm_convnextv2.pretrain import files
+
+OPTIONS = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "a", 13)
+    image_folder(tmp_path / "b", 3)
+    return OPTIONS + ["--data-dir", "a", "b"]
+
+
+def test_weights_and_a_stop_in_mid_epoch(folders, tmp_path, no_images, monkeypatch, capsys):
+    data = [*folders, "--source-weights", "1", "3", "--holdout", "0.07", "--lr", "1e-2"]
+    whole = run(tmp_path / "o/whole", epochs=2, data=data)
+    printed = capsys.readouterr().out
+    assert "15 images of 3 x 32 x 32" in printed  # one is held out
+    assert "b: 3 images, 75.0% of the places, each 3 times an epoch" in printed
+    settings = yaml.safe_load((whole / "args.yaml").read_text())
+    assert settings["data_dir"] == ["a", "b"] and settings["source_weights"] == [1, 3]
+    for stop in (1, 2, 99):
+        with monkeypatch.context() as patch:
+            at_update(patch, stop, lambda: signal.raise_signal(signal.SIGUSR1))
+            run(tmp_path / "o/r", "--resume", "auto", epochs=2, data=data)
+        if stop == 1:
+            other = [word if word != "3" else "4" for word in data]
+            run(tmp_path / "o/r", "--resume", "auto", epochs=2, data=other, status=2)
+            assert "order of the images differs in source_weights: [1.0, 3.0] there" in capsys.readouterr().err
+    assert_same(load(tmp_path / "o/r")["state_dict"], load(whole)["state_dict"])
+    assert steady(tmp_path / "o/r") == steady(whole)
+
+
+def test_a_list_with_missing_files_and_an_index(folders, tmp_path, no_images, capsys):
+    names = [f"a/{i:03d}.png" for i in range(13)] + ["a/gone.png", "b/000.png"]
+    Path("l.txt").write_text("\n".join(names))
+    data = [*OPTIONS, "--data-list", "l.txt", "--index", "o/i"]
+    Path("o").mkdir()
+    run(tmp_path / "o/r", data=data, status=2)
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"{ERROR}1 of 15 images that are listed are missing, for example a/gone.png; --max-bad-images"
+    )
+    assert not Path("o/r").exists() and not Path("o/i").exists()
+    out = run(tmp_path / "o/r", "--max-bad-images", "0.1", data=data)
+    assert "Written: o/i, an index of 15 images." in capsys.readouterr().err
+    assert "Data | l.txt, 15 images" in (out / "encoder/README.md").read_text()
+    assert {*load(out)["progress"]["bad_images"]} <= {"a/gone.png"}
+    Path("b").rename("c")
+    run(
+        tmp_path / "o/r",
+        "--dry-run",
+        "--resume",
+        "auto",
+        data=[*OPTIONS, "--data-dir", "a", "--index", "o/i"],
+        status=2,
+    )
+    assert f"o/i is an index of {tmp_path}/l.txt, not of {tmp_path}/a" in capsys.readouterr().err
+    run(tmp_path / "o/s", data=[*OPTIONS, "--dataset", "embedded", "--index", "o/i"], status=2)
+    assert "--index is of images in files" in capsys.readouterr().err
+
+
+class Other:
+    """A process that is not the first; it receives what the first one sends."""
+
+    def __init__(self, received=None, others=()):
+        self.primary, self.received, self.others = False, received, others
+
+    def gather(self, items):
+        return [*(self.others or items), *items]
+
+    def share(self, value):
+        assert value == (None, None)
+        return pickle.loads(pickle.dumps(self.received))
+
+
+def options(**changes):
+    given = dict(dataset="", data_dir=["a", "b"], data_list=None, index=None, max_bad_images=0.01)
+    return argparse.Namespace(**given | changes)
+
+
+def test_only_the_first_process_lists(folders, tmp_path, monkeypatch):
+    found = find.find_images(["a", "b"])
+    os.symlink("a", "a2")
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "find_images", None)
+        received = files.find_files(options(data_dir=["a2", "b"]), Other((found, None)))
+        assert [*received.names] == [*found.names] and received.places[0].root == "a2"  # as this process names it
+        with pytest.raises(ValueError, match="^the first fails$"):
+            files.find_files(options(), Other((None, "the first fails")))
+        find.find_images("a", index="i")
+        assert len(files.find_files(options(data_dir="a", index="i"), Other((None, None))).names) == 13
+    elsewhere = files._identity(places.places_of("b"))  # a machine with a copy of its own
+    own = files.find_files(options(data_dir="a"), Other(others=[elsewhere]))
+    assert len(own.names) == 13
+    assert files.find_files(options(dataset="hfds/x"), Other()) is None
