@@ -95,7 +95,7 @@ def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) ->
     Args:
         path: Where to.
         listing: Listed with stamps.
-        sizes: Of `places.file_sizes`.
+        sizes: Of `sizes.file_sizes`.
 
     Raises:
         WriteError: (an OSError) It cannot be written.
@@ -228,7 +228,7 @@ def _left(record: dict[str, Any]) -> LeftOut:
 
 
 def index_sizes(path: str | os.PathLike) -> np.ndarray:
-    """Sizes that an index has, see `places.file_sizes`."""
+    """Sizes that an index has, see `sizes.file_sizes`."""
     return _Index(path).read("sizes")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..data.places import as_list
 from ..files import whole_file
 from .charts import Line, collapse_chart, epoch_colours, line_chart, spread
 from .next_steps import next_steps
@@ -115,9 +114,9 @@ def _facts(run: RunRecord) -> dict[str, str]:
     """What was trained on what."""
     of, progress = run.settings, run.progress
     chans, height, width = of["input_size"]
-    data = "the embedded data set" if of["dataset"] == "embedded" else " ".join(
-        map(str, filter(None, [of["dataset"], *as_list(of["data_dir"]), *as_list(of.get("data_list"))]))
-    )  # fmt: skip
+    places = [of["dataset"], of["data_dir"], of.get("data_list")]
+    named = [word for place in places if place for word in (place if isinstance(place, list) else [place])]
+    data = "the embedded data set" if of["dataset"] == "embedded" else " ".join(named)
     images = progress.get("num_images") or of.get("train_num_samples")
     accum = f" x {of['grad_accum_steps']} steps" if of["grad_accum_steps"] > 1 else ""
     processes = progress.get("world_size", 1)
