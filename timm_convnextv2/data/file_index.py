@@ -129,7 +129,8 @@ def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) ->
     with whole_file(path) as part:
         save_file(arrays, part, metadata)
     if _OWN in times:
-        os.utime(path, ns=(_last_change(home),) * 2)
+        changed = _last_change(home)
+        os.utime(path, ns=(changed, changed))
 
 
 def _identity(place: Place) -> list[str]:
