@@ -232,6 +232,22 @@ def test_finetuning_page_quotes_the_gain():
         assert float(rows[name]["median"]) == sorted(said)[1]
 
 
+def test_data_page_quotes_the_index():
+    *real, names = results("file_index.csv")
+    rows = table_rows(PAGES["docs/data.md"], ["seconds", "time of listing / this"])
+    said = {name.partition(" (")[0]: row for name, row in rows.items()}
+    assert len(real) == len(said) == 3
+    for row in real:
+        case = said[row["case"].removeprefix("200000 files, ")]
+        assert float(case["seconds"]) == pytest.approx(float(row["seconds"]), rel=0.02)
+        quoted = [float(n) for n in re.findall(r"[\d.]+", case["time of listing / this"])]
+        assert quoted == [float(row[name]) for name in ("ratio", "min", "max")]
+    text = " ".join(PAGES["docs/data.md"].split())
+    assert float(names["seconds_max"]) <= 0.02 and "is opened in 0.02 s at most" in text
+    assert f"has grown by {names['mib_after_reads']} MiB, at {float(names['us_per_read']):.0f} µs a name" in text
+    assert f"generated names ({names['file_mib']} MiB)" in text
+
+
 def test_variant_table_is_true():
     pattern = r"^\| `?(\w+)`? \| ([\d, ]+) \| ([\d, ]+) \| ([\d.]+) M \|"
     rows = re.findall(pattern, PAGES["docs/python.md"], flags=re.M)

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from timm_convnextv2.data import create_source
 from timm_convnextv2.data.file_index import stale
 from timm_convnextv2.data.find import find_images
-from timm_convnextv2.data.places import LeftOut, file_sizes
+from timm_convnextv2.data.listing import LeftOut
+from timm_convnextv2.data.sizes import file_sizes
 from timm_convnextv2.files import WriteError
 
 

@@ -23,6 +23,7 @@ Streams (`wds/`, `hfids/`, `tfds/`) have no index: see `TimmStream` and `Pretrai
 
 from .decode import ImageError, MissingPackageError, image_extensions, load_image
 from .embedded import EmbeddedSource
+from .joined import JoinedSource
 from .parts import Part, hold_out
 from .pixels import Pixels
 from .samples import (
@@ -43,6 +44,7 @@ __all__ = [
     "FolderSource",
     "ImageError",
     "InputStatistics",
+    "JoinedSource",
     "MissingPackageError",
     "Part",
     "Pixels",

@@ -95,7 +95,7 @@ def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) ->
     Args:
         path: Where to.
         listing: Listed with stamps.
-        sizes: Of `places.file_sizes`.
+        sizes: Of `sizes.file_sizes`.
 
     Raises:
         WriteError: (an OSError) It cannot be written.
@@ -129,7 +129,8 @@ def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) ->
     with whole_file(path) as part:
         save_file(arrays, part, metadata)
     if _OWN in times:
-        os.utime(path, ns=(_last_change(home),) * 2)
+        changed = _last_change(home)
+        os.utime(path, ns=(changed, changed))
 
 
 def _identity(place: Place) -> list[str]:
@@ -228,7 +229,7 @@ def _left(record: dict[str, Any]) -> LeftOut:
 
 
 def index_sizes(path: str | os.PathLike) -> np.ndarray:
-    """Sizes that an index has, see `places.file_sizes`."""
+    """Sizes that an index has, see `sizes.file_sizes`."""
     return _Index(path).read("sizes")
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .file_index import index_sizes, open_index, stale, write_index
-from .places import Dirs, Listing, check_missing, file_sizes, list_files, places_of
+from .places import Dirs, Listing, list_files, places_of
+from .sizes import check_missing, file_sizes
 
 __all__ = ["check_index_option", "find_images"]
 

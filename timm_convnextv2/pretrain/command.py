@@ -12,8 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ..command import refused, say
-from .batches import DataError, worker_died
+from .batches import Batches, DataError, worker_died
 from .distributed import Seat, World
+from .files import find_files
 from .lock import release_locks
 from .loop import Run, keep_bad_step, train
 from .messages import (
@@ -138,11 +139,16 @@ def replay_bad_step(args: argparse.Namespace, argv: list[str] | None) -> int:
     vars(args).update(record["settings"] | own | {"pretrained": False, "weights": None})
     if record["images"][0] is not None:
         args.workers = 0  # they change nothing but the order of streams
-    device = World(args.device).device
+    world = World(args.device)
+    device, listing = world.device, find_files(args, world)
     model = create_model(args, open_start(args.model))
     say(f"Weights: {load_weights(record, path, model)}")
+
+    def open_rank(rank: int) -> Batches:
+        return open_data(args, model, Seat(rank, record["world_size"]), listing)
+
     found = ""
-    for finding in replay(record, model, lambda rank: open_data(args, model, Seat(rank, record["world_size"])), device):
+    for finding in replay(record, model, open_rank, device):
         found = found or finding.cause
         what = finding.cause or "everything is finite"
         say(f"Process {finding.rank}, batch {finding.step + 1}: loss {finding.loss:.4g}; {what}")
