@@ -14,6 +14,7 @@ from .decode import load_image
 from .errors import ImageError
 from .header import Header, read_header
 from .sources import FolderSource
+from .zarrs import is_zarr
 
 __all__ = ["Finding", "Look", "findings", "inspect_folder", "perceptual_hash", "thumbnail"]
 
@@ -63,7 +64,7 @@ class _Files(Dataset):
         source = self.source
         path, name = source.path(i), source.name(i)
         try:
-            digest = _digest(path)
+            digest = None if is_zarr(path) else _digest(path)
         except OSError as error:
             return Look(name, None, str(error))
         try:

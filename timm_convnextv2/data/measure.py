@@ -10,9 +10,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from .errors import ImageError
 from .header import Header, groups_of, read_header
+from .pages import PageSource
 from .pixel_statistics import PixelStatistics
 from .pixels import Pixels, Stored
 from .sources import FolderSource, TimmStream
+from .windows import WindowSource
 
 __all__ = ["ERROR", "Measured", "find_channels", "measure", "measure_pixels", "measured_options"]
 
@@ -181,8 +183,13 @@ def _mixed(kinds: dict[str, list[Any]]) -> ValueError:
     )
 
 
-def find_channels(source: FolderSource, seed: int = 0) -> int:
+def find_channels(source: FolderSource, seed: int = 0, page: int | str | None = None) -> int:
     """Channels of the files of a folder, by the headers of a few; grey and colour together are 3.
+
+    Args:
+        source: The folder.
+        seed: Of the choice.
+        page: As of `read_header`.
 
     Raises:
         ValueError: No header can be read, or files differ in channels; names the groups and how many they are.
@@ -191,7 +198,7 @@ def find_channels(source: FolderSource, seed: int = 0) -> int:
     bad: list[str] = []
     for i in random.Random(seed).sample(range(len(source)), min(_HEADERS, len(source))):
         try:
-            headers.append((source.name(i), read_header(source.path(i))))
+            headers.append((source.name(i), read_header(source.path(i), page)))
         except (ImageError, OSError) as error:
             bad.append(f"{source.name(i)}: {error}")
     if not headers:
@@ -244,7 +251,7 @@ def measure_pixels(
     limits = [_limits(found.pixels, c, clip_percentiles) for c in range(found.pixels.channels)]
     low, high = zip(*limits, strict=True)
     pixels = pixels._replace(clip_low=low, clip_high=high)
-    if isinstance(source, FolderSource):  # not listed again
+    if isinstance(source, FolderSource | PageSource | WindowSource):  # neither listed nor scanned again
         source.nodata = measuring(pixels)
     else:
         source = open_source(measuring(pixels))

@@ -17,9 +17,9 @@ from ..evaluate import open_labelled
 from ..memory import memory_estimate
 from ..models import FCMAE
 from ..provenance import resolve_license
-from ..report import ProgressBar, check_logs, open_logs
+from ..report import ProgressBar, check_logs, open_logs, with_progress
 from ..report.summary import read_rows
-from ..source_options import pixels_of
+from ..source_options import parts_of, pixels_of
 from .auto import resolve_auto
 from .batches import Batches, leave_signals_to_parent, open_batches
 from .best import Best
@@ -151,7 +151,7 @@ def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat) -> Ba
         args.train_interpolation, tuple(args.mean), tuple(args.std),
     )  # fmt: skip
     return open_batches(
-        partial(open_source, args, pixels_of(args)),
+        partial(open_source, args, pixels_of(args), primary=world.primary),
         transform,
         grid=model.grid(*args.input_size[1:]),
         mask_ratio=args.mask_ratio,
@@ -164,12 +164,13 @@ def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat) -> Ba
     )
 
 
-def open_source(args: argparse.Namespace, pixels: Pixels) -> Any:
-    """The images that the options name."""
-    return create_source(
+def open_source(args: argparse.Namespace, pixels: Pixels, primary: bool = True) -> Any:
+    """The images that the options name, or their windows and pages; the first process shows how far it is."""
+    source = create_source(
         args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key, args.dataset_download,
         args.train_num_samples, args.batch_size, args.seed, nodata=pixels,
     )  # fmt: skip
+    return with_progress(lambda tick: parts_of(args, source, tick), primary)
 
 
 def plan_of(args: argparse.Namespace, batches: Batches, world: World) -> Plan:
