@@ -10,7 +10,7 @@ from .data.pages import PageSource
 from .data.pixels import one_page
 from .data.windows import Windows, WindowSource
 
-__all__ = ["add_source_options", "check_percentiles", "parts_of", "pixels_of"]
+__all__ = ["add_source_options", "check_percentiles", "page_word", "parts_of", "pixels_of"]
 
 
 # fmt: off
@@ -34,7 +34,7 @@ def add_source_options(add: Callable[..., Any]) -> None:
     add("--clip-high", type=float, nargs="+", metavar="X", help="likewise")
     add("--dicom-window", type=_centre_or_file, nargs="+", metavar="X",
         help="values of DICOM that become 0 to 1: 'file' for the window that it names, or a centre and a width")
-    add("--pages", type=_page, nargs="+", metavar="P",
+    add("--pages", type=page_word, nargs="+", metavar="P",
         help="of multi-page TIFF, stacks, DICOM: all or numbers from 0 (each an image), first, or channels")
     add("--window-size", type=int, metavar="S", help="read windows of S x S pixels instead of whole images, by area")
     add("--windows-per-image", type=float, metavar="N",
@@ -46,7 +46,8 @@ def add_source_options(add: Callable[..., Any]) -> None:
 # fmt: on
 
 
-def _page(word: str) -> int | str:
+def page_word(word: str) -> int | str:
+    """A word of --pages."""
     return word if word in ("all", "first", CHANNELS) else int(word)
 
 

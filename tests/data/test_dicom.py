@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from dicom_files import draw
 
 from timm_convnextv2.data import FolderSource, ImageError, load_image
 from timm_convnextv2.data.header import read_header
@@ -18,25 +19,6 @@ from pydicom.data import get_testdata_file  # noqa: E402
 from pydicom.pixels import apply_rescale, apply_windowing, pixel_array  # noqa: E402
 
 bundled = partial(get_testdata_file, download=False)
-
-
-def draw(path, x, photometric="MONOCHROME2", bits=12, **tags):
-    """Writes grey `[H, W]` or `[frames, H, W]`, uint16 or int16, as an X-ray image."""
-    ds = pydicom.Dataset()
-    ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = pydicom.uid.generate_uid()
-    ds.Modality, ds.PhotometricInterpretation, ds.SamplesPerPixel = "DX", photometric, 1
-    ds.Rows, ds.Columns = x.shape[-2:]
-    if x.ndim == 3:
-        ds.NumberOfFrames = len(x)
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, bits, bits - 1, int(x.dtype.kind == "i")
-    ds.PixelData = x.tobytes()
-    for name, value in tags.items():
-        setattr(ds, name, value)
-    ds.save_as(path, enforce_file_format=True)
-    return path
 
 
 def random(shape=(7, 9), low=0, high=4095, dtype=np.uint16):
