@@ -49,6 +49,9 @@ KINDS = {
     "time and depth": (
         "x.ome.tif", lambda p: tifffile.imwrite(p, TZ, photometric="minisblack", metadata={"axes": "TZYX"}), 1,
         TZ.reshape(6, 1, 20, 33)),
+    "all pages in one": (
+        "x.tif", lambda p: tifffile.imwrite(
+            p, STACK, imagej=True, byteorder=">", truncate=True, metadata={"axes": "ZYX"}), 1, STACK[:, None]),
     "colours": ("x.tif", lambda p: tifffile.imwrite(p, RGB, photometric="rgb"), 3, RGB.transpose(0, 3, 1, 2)),
     "other sizes": ("x.tif", different_sizes, 1, [STACK[:1], STACK[1:2], STACK[2:3, :17, :17]]),
     "GIF": ("x.gif", gif, 1, [np.full((1, 8, 9), 90 * i, np.uint8) for i in range(3)]),

@@ -321,6 +321,7 @@ def test_small_images_are_refused_by_name(tmp_path):
         open_windows(tmp_path, 32)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_damaged_file_is_one_window_that_is_named(tmp_path):
     scenes(tmp_path, (32, 32), (64, 32))
     (tmp_path / "0.tif").write_bytes(b"II*\0 damaged")

@@ -82,7 +82,7 @@ def choose_axes(axes: str, shape: tuple[int, ...], in_chans: int, page: Page = N
         raise ImageError(f"has axes {axes}, colours in each of {sizes['C']} channels; save it as .npy with one axis")
     if page is not None and "C" in axes and sizes["C"] != in_chans:
         raise wrong_channels(f"{sizes['C']} channels (axes {axes})", in_chans)
-    index = dict.fromkeys(pages, 0)
+    index = {axis: 0 for axis in axes if axis not in kept}
     if page is not None:
         total = math.prod(sizes[axis] for axis in pages)
         refuse_page(page, total)

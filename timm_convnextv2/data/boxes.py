@@ -1,6 +1,8 @@
 """Parts of arrays that lie uncompressed in a file: only what they touch is read."""
 
+import io
 import math
+import os
 from typing import BinaryIO
 
 import numpy as np
@@ -41,14 +43,31 @@ def _read(file: BinaryIO, out: np.ndarray, offset: int, ranges: list[range], str
     span = sum((len(r) - 1) * s for r, s in zip(ranges, strides, strict=True)) + 1
     if span > out.size and span * out.itemsize > _AT_ONCE:
         axis = next(k for k, r in enumerate(ranges) if len(r) > 1)
+        inner = sum((len(r) - 1) * s for r, s in zip(ranges[axis + 1 :], strides[axis + 1 :], strict=True)) + 1
+        if inner * len(ranges[axis]) == out.size:  # each entry of the axis is one piece
+            step, size = strides[axis] * out.itemsize, inner * out.itemsize
+            pieces = memoryview(out.reshape(-1).view(np.uint8))
+            for number in range(len(ranges[axis])):
+                piece = pieces[number * size : (number + 1) * size]
+                _fill(file, piece, offset + first * out.itemsize + number * step)
+            return
         for number, i in enumerate(ranges[axis]):
             part = [*ranges[:axis], range(i, i + 1), *ranges[axis + 1 :]]
-            at = (*(slice(None),) * axis, slice(number, number + 1))
-            _read(file, out[at], offset, part, strides)
+            _read(file, out[(*(slice(None),) * axis, slice(number, number + 1))], offset, part, strides)
         return
     values = np.empty(span, out.dtype)
-    file.seek(offset + first * out.itemsize)
-    if file.readinto(values.view(np.uint8)) != values.nbytes:  # type: ignore[attr-defined]
-        raise EOFError("the file ends before its last pixels")
+    _fill(file, memoryview(values.view(np.uint8)), offset + first * out.itemsize)
     steps = [s * out.itemsize for s in strides]
     out[...] = np.lib.stride_tricks.as_strided(values, out.shape, steps, writeable=False)
+
+
+def _fill(file: BinaryIO, piece: memoryview, position: int) -> None:
+    """Reads what stands at this position of the file."""
+    if hasattr(os, "preadv") and not isinstance(file, io.BytesIO):
+        done = os.preadv(file.fileno(), [piece], position)
+        if done == len(piece):
+            return
+        piece, position = piece[done:], position + done  # a signal, or an end
+    file.seek(position)
+    if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+        raise EOFError("the file ends before its last pixels")

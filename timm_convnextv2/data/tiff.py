@@ -15,6 +15,7 @@ from .axes import Layout, Page, choose_axes, count_pages
 from .errors import ImageError, MissingPackageError, wrong_channels
 from .files import check_size
 from .nodata import Nodata, parse_tag
+from .segments import read_part
 
 __all__ = [
     "NODATA_TAG",
@@ -121,7 +122,7 @@ def read_tiff(
         if needs_pillow(frame, layout, in_chans):
             return by_pillow()
         try:
-            x = _read_pages(tif, layout, number)
+            x = _read_pages(file, tif, layout, number)
         except Exception as error:
             raise codec_missing(frame, error) or error from None
         return to_channels(x, frame, in_chans, parse_tag(nodata, frame.tags.valueof(NODATA_TAG)))
@@ -199,13 +200,15 @@ def _refuse_parts(series: Any, page: Any) -> None:
             )
 
 
-def _read_pages(tif: Any, layout: Layout, number: int) -> np.ndarray:
+def _read_pages(file: BinaryIO, tif: Any, layout: Layout, number: int) -> np.ndarray:
     """Reads the pages of a series that the wanted axes are in, no others: `[C, Y, X]`."""
     series = tif.series[number]
     page, axes, shape = series.keyframe, layout.axes, layout.shape
     leading = len(axes) - len(page.axes)
     if leading == 0 or axes[leading:] != page.axes or not layout.index:
         return layout.arrange(series.asarray()[layout.pick()])
+    if series.dataoffset is not None:  # also where one page holds all
+        return read_part(file, tif, series, layout, slice(None), slice(None))
     numbers = np.arange(math.prod(shape[:leading])).reshape(shape[:leading])
     chosen = numbers[layout.pick(axes=axes[:leading])]
     x = tif.asarray(series=number, key=np.ravel(chosen).tolist())
