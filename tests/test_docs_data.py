@@ -1,25 +1,49 @@
-"""The example of docs/data.md runs as written, up to an encoder that timm opens."""
+"""The examples of docs/data.md and docs/large-images.md run as written, up to encoders that timm opens."""
 
 import re
 import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from timm_convnextv2 import cli
 
-PAGE = Path(__file__).parents[1] / "docs" / "data.md"
+DOCS = Path(__file__).parents[1] / "docs"
 # of the same run, in seconds
 SMALLER = "--epochs 1 --decoder-dim 8 --model-kwargs depths=[1,1,1,1] dims=[8,12,16,20] --device cpu".split()
 
 
-def test_from_raw_scenes_to_an_encoder(tmp_path, monkeypatch, capsys):
+def examples(page: str) -> dict[str, list[tuple[str, str]]]:
+    """The blocks of Python and of the shell of a page, by the heading that they are below."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    heading = ""
+    for title, kind, text in re.findall(
+        r"^## ([^\n]*)$|^```(python|bash)\n(.*?)```", (DOCS / page).read_text(), re.S | re.M
+    ):
+        heading = title or heading
+        if kind:
+            found.setdefault(heading, []).append((kind, text))
+    return found
+
+
+@pytest.mark.parametrize(
+    "page, heading, commands, package",
+    [
+        ("data.md", "From raw scenes to an encoder", ["check", "stats", "pretrain", "embed"], "tifffile"),
+        ("large-images.md", "Windows out of huge images", ["check", "stats", "pretrain"], "tifffile"),
+        ("large-images.md", "Stacks", ["stats", "pretrain"], "tifffile"),
+        ("large-images.md", "X-rays: DICOM", ["check", "stats", "pretrain", "embed"], "pydicom"),
+    ],
+)
+def test_from_raw_files_to_an_encoder(page, heading, commands, package, tmp_path, monkeypatch, capsys):
+    pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     ran = []
-    for kind, text in re.findall(r"```(python|bash)\n(.*?)```", PAGE.read_text(), re.S):
+    for kind, text in examples(page)[heading]:
         if kind == "python":
-            exec(compile(text, str(PAGE), "exec"), {})
+            exec(compile(text, page, "exec"), {})
             continue
         for line in text.splitlines():
             program, name, *words = shlex.split(line)
@@ -27,8 +51,15 @@ def test_from_raw_scenes_to_an_encoder(tmp_path, monkeypatch, capsys):
             words += SMALLER if name == "pretrain" else ["-j", "0"] if name in ("stats", "check") else []
             assert cli.main([name, *words]) == 0, line
             ran.append(name)
-    assert ran == ["check", "stats", "pretrain", "embed"]
+    assert ran == commands
     printed = capsys.readouterr().out
-    assert "--mean auto, --std auto, --clip-percentiles: measured on" in printed
-    assert "torch.Size([" in printed.splitlines()[-1]
-    assert np.isfinite(np.load("scenes.npy")).all()
+    assert "standard error of the mean" in printed and "torch.Size([" in printed.splitlines()[-1]
+    if heading == "From raw scenes to an encoder":
+        assert "--mean auto, --std auto, --clip-percentiles: measured on" in printed
+    for features in tmp_path.glob("*.npy"):
+        assert np.isfinite(np.load(features)).all()
+
+
+def test_no_example_is_left_out():
+    for page in ("data.md", "large-images.md"):
+        assert len(examples(page)) == {"data.md": 1, "large-images.md": 3}[page]

@@ -25,6 +25,7 @@ __all__ = ["ImageError", "MissingPackageError", "image_extensions", "load_image"
 
 # what Pillow opens but is no picture: documents, drawings, films, containers of scientific records
 _NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+_SLIDES = (".btf", ".ndpi", ".qptiff", ".scn", ".svs")  # TIFF by other names
 
 
 class Reduced(NamedTuple):
@@ -50,14 +51,15 @@ Choose = Callable[[tuple[int, int]], int]
 def image_extensions() -> tuple[str, ...]:
     """Sorted lower-case file name extensions that count as pictures: all that Pillow opens, and `.npy`.
 
-    With the package pydicom also `.dcm` and `.dicom`, with zarr also folders named `.zarr`. Formats that are no
-    pictures (eps, mpg, hdf5, wmf, grib, ...) are left out.
+    Of optional packages: with tifffile slides (`.svs` and others), with pydicom `.dcm` and `.dicom`, with zarr folders
+    named `.zarr`. Formats that are no pictures (eps, mpg, hdf5, wmf, grib, ...) are left out.
     """
     Image.init()
     registered = Image.registered_extensions().items()
     found = {ext for ext, fmt in registered if fmt in Image.OPEN and fmt not in _NOT_PICTURES}
-    found |= {".npy"} | (set(DICOM_EXTENSIONS) if installed("pydicom") else set())
-    return tuple(sorted(found | ({".zarr"} if installed("zarr") else set())))
+    optional = {"tifffile": _SLIDES, "pydicom": DICOM_EXTENSIONS, "zarr": (".zarr",)}
+    found |= {".npy", *(ext for package, kinds in optional.items() if installed(package) for ext in kinds)}
+    return tuple(sorted(found))
 
 
 def load_image(path: str | os.PathLike, in_chans: int = 3, nodata: float | Pixels | None = None) -> torch.Tensor:
