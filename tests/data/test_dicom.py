@@ -1,13 +1,16 @@
 """DICOM: pydicom's own files, and drawn ones, against pydicom's functions and numpy."""
 
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dicom_files import draw
+from PIL import Image
 
-from timm_convnextv2.data import FolderSource, ImageError, load_image
+from timm_convnextv2.data import FolderSource, ImageError, MissingPackageError, load_image
 from timm_convnextv2.data.header import read_header
 from timm_convnextv2.data.measure import measure, measuring
 from timm_convnextv2.data.pages import PageSource, pages_in
@@ -147,3 +150,20 @@ def test_the_record_says_how(tmp_path):
             Pixels(dicom_window=wrong).check(1)
     with pytest.raises(ValueError, match="already gives 0 to 1"):
         Pixels(dicom_window="file", divide=2.0).check(1)
+
+
+@pytest.mark.parametrize("package, file", [("pydicom", "x.dcm"), ("zarr", "x.zarr")])
+def test_missing_packages_are_named(package, file, tmp_path, monkeypatch):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    if package == "pydicom":
+        draw(tmp_path / file, random())
+    else:
+        (tmp_path / file).mkdir()
+        (tmp_path / file / "zarr.json").touch()
+    for module in ("decode", "listing"):
+        monkeypatch.setattr(f"timm_convnextv2.data.{module}.installed", lambda name: name != package)
+    left = str(FolderSource(tmp_path, 1).left)
+    assert left == f"1 other file ignored: 1 {Path(file).suffix} (to read them: pip install {package})"
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match=f"{file}: is .*; run `pip install {package}`"):
+        load_image(tmp_path / file, 1)

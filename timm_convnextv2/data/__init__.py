@@ -23,6 +23,7 @@ Streams (`wds/`, `hfids/`, `tfds/`) have no index: see `TimmStream` and `Pretrai
 
 from .decode import ImageError, MissingPackageError, image_extensions, load_image
 from .embedded import EmbeddedSource
+from .pages import PageSource
 from .parts import Part, hold_out
 from .pixels import Pixels
 from .samples import (
@@ -36,6 +37,7 @@ from .samples import (
 )
 from .sources import FolderSource, TimmSource, TimmStream, create_source, left_out
 from .statistics import InputStatistics
+from .windows import Windows, WindowSource
 
 __all__ = [
     "EmbeddedSource",
@@ -44,6 +46,7 @@ __all__ = [
     "ImageError",
     "InputStatistics",
     "MissingPackageError",
+    "PageSource",
     "Part",
     "Pixels",
     "PretrainDataset",
@@ -51,6 +54,8 @@ __all__ = [
     "PretrainTransform",
     "TimmSource",
     "TimmStream",
+    "WindowSource",
+    "Windows",
     "check_readable",
     "collate",
     "create_source",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .arrays import largest_value, scaled
 from .axes import Layout, Page, choose_axes, count_pages
-from .errors import ImageError, MissingPackageError, wrong_channels
+from .errors import ImageError, MissingPackageError, refuse_page, wrong_channels
 from .files import check_size
 from .nodata import Nodata, parse_tag
 from .segments import read_part
@@ -157,6 +157,7 @@ def choose_series(tif: Any, in_chans: int, page: Page = None) -> tuple[int, Layo
     number = 0
     if isinstance(page, int):
         counts = page_counts(tif)
+        refuse_page(page, sum(counts))
         while number < len(counts) - 1 and page >= counts[number]:
             page -= counts[number]
             number += 1
