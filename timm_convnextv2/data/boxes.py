@@ -46,7 +46,7 @@ def _read(file: BinaryIO, out: np.ndarray, offset: int, ranges: list[range], str
         inner = sum((len(r) - 1) * s for r, s in zip(ranges[axis + 1 :], strides[axis + 1 :], strict=True)) + 1
         if inner * len(ranges[axis]) == out.size:  # each entry of the axis is one piece
             step, size = strides[axis] * out.itemsize, inner * out.itemsize
-            pieces = memoryview(out.reshape(-1).view(np.uint8))
+            pieces = out.reshape(-1).view(np.uint8).data
             for number in range(len(ranges[axis])):
                 piece = pieces[number * size : (number + 1) * size]
                 _fill(file, piece, offset + first * out.itemsize + number * step)
@@ -56,7 +56,7 @@ def _read(file: BinaryIO, out: np.ndarray, offset: int, ranges: list[range], str
             _read(file, out[(*(slice(None),) * axis, slice(number, number + 1))], offset, part, strides)
         return
     values = np.empty(span, out.dtype)
-    _fill(file, memoryview(values.view(np.uint8)), offset + first * out.itemsize)
+    _fill(file, values.view(np.uint8).data, offset + first * out.itemsize)
     steps = [s * out.itemsize for s in strides]
     out[...] = np.lib.stride_tricks.as_strided(values, out.shape, steps, writeable=False)
 

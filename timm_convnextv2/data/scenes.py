@@ -131,17 +131,19 @@ class _Tiff:
         self.file, self.in_chans, self.pixels, self.convert = file, in_chans, pixels, None
         tifffile = import_tifffile()
         try:
-            image = TiffImagePlugin.TiffImageFile(file)  # not Image.open, which refuses large ones
+            image: Any = TiffImagePlugin.TiffImageFile(file)  # not Image.open, which refuses large ones
             by_pillow = pixels.page is None and pillow_keeps_all(image, in_chans)
         except Exception:  # a layout that Pillow does not know
             image, by_pillow = None, False
         file.seek(0)
         self.tif = tifffile.TiffFile(file)
-        number, self.layout = (0, None) if by_pillow else choose_series(self.tif, in_chans, pixels.page)
-        self.series = tifffile.TiffPageSeries([self.tif.pages[0]]) if by_pillow else self.tif.series[number]
-        self.page = self.series.keyframe
-        if self.layout is None:
+        if by_pillow:
+            self.series = tifffile.TiffPageSeries([self.tif.pages[0]])
             self.layout = Layout(self.series.axes, self.series.shape, self.series.axes, {})
+        else:
+            number, self.layout = choose_series(self.tif, in_chans, pixels.page)
+            self.series = self.tif.series[number]
+        self.page = self.series.keyframe
         self.orientation = self.page.tags.valueof(274, 1)
         self.partial = can_read_part(self.series)
         if by_pillow and is_8_bit(image) or needs_pillow(self.page, self.layout, in_chans):
@@ -239,7 +241,7 @@ def open_scene(path: str, in_chans: int, pixels: Pixels) -> Scene:
 def _size_by_pillow(file: Any) -> tuple[int, int]:
     with Image.open(file) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return image.size if turned else image.size[::-1]
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 class Scenes:
