@@ -17,8 +17,7 @@ def read_box(
 ) -> np.ndarray:
     """The part `box` of an array in row-major order.
 
-    Rows are read by position: for parts that are new to the system this took a tenth of the time of a memory map, which
-    fetches what lies around each row, and it needs no address space.
+    Rows are read by position, not by a memory map, which would fetch what lies around each row and need address space.
 
     Args:
         file: Open to read.
