@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from .command import PROGRAM, CommandParser, refused, say
-from .data import ImageError, create_source, load_image
-from .data.inspection import Finding, Look, findings, inspect_folder, perceptual_hash, thumbnail
+from .data import ImageError, Pixels, create_source
+from .data.inspection import Finding, Look, findings, inspect_folder, load_part, perceptual_hash, thumbnail
+from .data.pixels import one_page
 from .files import whole_file
 from .report import ImageProgress, save_contact_sheet
-from .source_options import add_place_options, one_place
+from .source_options import add_place_options, one_place, page_word
 from .stats import check_output, listed
 
 __all__ = ["main"]
@@ -41,6 +42,8 @@ def build_parser() -> CommandParser:
     add_place_options(add)
     add("--nodata", type=float, metavar="V", help="stored value of pixels without data")
     add("--img-size", type=int, default=224, metavar="N", help="side of the crops; smaller images are listed")
+    add("--window-size", type=int, metavar="S", help="decode a window of S x S alone; smaller images are listed")
+    add("--pages", type=page_word, nargs="+", metavar="P", help="as of pretraining; of several pages the first is read")
     add("-j", "--workers", type=int, default=4, metavar="N", help="processes that read and decode (default: 4)")
     add("--output", default="check.json", metavar="FILE", help="JSON to write; the images have its name and .png")
     add("--overwrite", action="store_true", help="replace --output and its images")
@@ -58,13 +61,17 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
     data_dir = one_place(args.data, args.data_dir)
     if not data_dir and not args.data_list:
         raise ValueError("No images named. Give a folder: check DATA.")
+    if args.window_size is not None and args.window_size < 1:
+        raise ValueError(f"--window-size is a side in pixels, got {args.window_size}.")
     if args.workers < 0 or args.img_size < 1:
         raise ValueError(f"--workers is at least 0 and --img-size 1, got {args.workers} and {args.img_size}.")
     output = Path(args.output)
     check_output(output, data_dir, args.overwrite)
     args.dataset = ""
     listing = listed(args, data_dir) if args.index else None
-    source = create_source(data_dir, nodata=args.nodata, data_list=args.data_list, listing=listing)
+    page = one_page(args.pages)
+    pixels = Pixels(args.nodata, page=0 if args.pages and page is None else page)
+    source = create_source(data_dir, nodata=pixels, data_list=args.data_list, listing=listing)
     if not hasattr(source, "path"):
         raise ValueError("check looks at files, and a tar file is one: unpack it, and give the folder.")
     near = perceptual_hash()
@@ -72,28 +79,29 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
         say("Near duplicates are not looked for: `pip install imagehash` for them.")
     bar, looks = ImageProgress(len(source)), []
     try:
-        for look in inspect_folder(source, near, args.workers):
+        for look in inspect_folder(source, near, args.workers, args.window_size):
             looks.append(look)
             bar.update(1)
     finally:
         bar.close()
-    found = findings(looks, args.img_size)
+    found = findings(looks, args.window_size or args.img_size)
     content = summary(source, looks, found)
     with whole_file(output) as part:
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     headers = {look.name: look.header.channels for look in looks if look.header}
     if found:
         sheet = [
-            (shown(f, headers.get(f.name), args.nodata), label(f, getattr(source, "root", ""))) for f in found[:_SHOWN]
+            (shown(f, headers.get(f.name), pixels, args.window_size), label(f, getattr(source, "root", "")))
+            for f in found[:_SHOWN]
         ]
         save_contact_sheet(sheet, output.with_suffix(".png"), f"{len(sheet)} of {len(found)} findings")
     return content, found
 
 
-def shown(finding: Finding, channels: int | None, nodata: float | None) -> np.ndarray | None:
+def shown(finding: Finding, channels: int | None, pixels: Pixels, window: int | None) -> np.ndarray | None:
     """The image of a finding, None where it cannot be decoded."""
     try:
-        return None if channels is None else thumbnail(load_image(finding.name, channels, nodata))
+        return None if channels is None else thumbnail(load_part(finding.name, channels, pixels, window))
     except (ImageError, OSError):
         return None
 

@@ -124,6 +124,11 @@ _PIXELS: _Keys = {  # see `data.Pixels`
     "divide": _POSITIVE,
     "clip_low": _MEAN,
     "clip_high": _MEAN,
+    "pages": _Kind("a page's number, or 'channels'", lambda v: v == "channels" or _is_count(v, 0)),
+    "dicom_window": _Kind(
+        "'file', or a centre and a width",
+        lambda v: v == "file" or isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
+    ),
 }
 _METRICS: _Keys = {
     **dict.fromkeys(("top1", "top5", "loss"), _Kind("a number", _is_number)),

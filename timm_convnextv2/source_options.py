@@ -5,9 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .data import Pixels
+from .data.axes import CHANNELS
+from .data.pages import PageSource
+from .data.pixels import one_page
 from .data.places import Dirs, as_list
+from .data.windows import Windows, WindowSource
 
-__all__ = ["add_place_options", "add_source_options", "check_percentiles", "one_place", "pixels_of"]
+__all__ = ["add_place_options", "add_source_options", "check_percentiles", "one_place", "page_word", "parts_of"]
+__all__ += ["pixels_of"]
 
 
 class OneOrMore(argparse.Action):
@@ -52,6 +57,17 @@ def add_source_options(add: Callable[..., Any]) -> None:
         help="clip each channel to these percentiles of the pixels, measured, e.g. 1 99")
     add("--clip-low", type=float, nargs="+", metavar="X", help="clip to these limits, per channel, after the division")
     add("--clip-high", type=float, nargs="+", metavar="X", help="likewise")
+    add("--dicom-window", type=_centre_or_file, nargs="+", metavar="X",
+        help="values of DICOM that become 0 to 1: 'file' for the window that it names, or a centre and a width")
+    add("--pages", type=page_word, nargs="+", metavar="P",
+        help="of multi-page TIFF, stacks, DICOM: all or numbers from 0 (each an image), first, or channels")
+    add("--window-size", type=int, metavar="S", help="read windows of S x S pixels instead of whole images, by area")
+    add("--windows-per-image", type=float, metavar="N",
+        help="windows of an average image in an epoch (default: as many as cover it)")
+    add("--min-content", type=float, default=0.0, metavar="X",
+        help="draw windows again, of which a smaller share than X is not flat (default: 0)")
+    add("--content-std", type=float, default=0.01, metavar="X",
+        help="16 x 16 pixels are flat up to this standard deviation, of the divided pixels (default: 0.01)")
 # fmt: on
 
 
@@ -67,10 +83,61 @@ def one_place(data: list[str], data_dir: Dirs) -> Dirs:
     return (data[0] if len(data) == 1 else data) if data else data_dir
 
 
+def page_word(word: str) -> int | str:
+    """A word of --pages."""
+    return word if word in ("all", "first", CHANNELS) else int(word)
+
+
+def _centre_or_file(word: str) -> float | str:
+    return word if word == "file" else float(word)
+
+
 def pixels_of(args: argparse.Namespace) -> Pixels:
-    """The record that the options of `add_source_options` give, without limits that are to be measured."""
+    """The record that the options of `add_source_options` give, without limits that are to be measured.
+
+    Raises:
+        ValueError: Words of --pages or --dicom-window that do not go together.
+    """
     low, high = (None if values is None else tuple(values) for values in (args.clip_low, args.clip_high))
-    return Pixels(args.nodata, args.divide, low, high)
+    window = args.dicom_window
+    if window is not None and (len(window) != 2 or "file" in window) and window != ["file"]:
+        raise ValueError(f"--dicom-window takes 'file', or a centre and a width, got {' '.join(map(str, window))}.")
+    pages = args.pages or []
+    if any(page not in ("all", "first", CHANNELS) and int(page) < 0 for page in pages) or (
+        len(pages) > 1 and not all(isinstance(page, int) for page in pages)
+    ):
+        raise ValueError(f"--pages takes all, first, channels, or numbers from 0 up, got {' '.join(map(str, pages))}.")
+    window = None if window is None else "file" if window == ["file"] else (window[0], window[1])
+    return Pixels(args.nodata, args.divide, low, high, page=one_page(args.pages), dicom_window=window)
+
+
+def parts_of(args: argparse.Namespace, source: Any, tick: Callable[[int], None] | None = None) -> Any:
+    """The pages and the windows of a source's images that the options name; the source itself where they name none.
+
+    Args:
+        args: Of the options of `add_source_options`.
+        source: As opened.
+        tick: Called with 1 for each header that was read.
+
+    Raises:
+        ValueError: An option that does not fit the source, or another option.
+    """
+    if args.window_size is None:
+        given = [("--windows-per-image", args.windows_per_image), ("--min-content", args.min_content)]
+        if wrong := [name for name, value in given if value]:
+            raise ValueError(f"{wrong[0]} is about windows: give their side with --window-size.")
+    pages = bool(args.pages) and one_page(args.pages) is None
+    if (pages or args.window_size is not None) and getattr(source, "groups", None) is not None:
+        raise ValueError(
+            "Weights of sources and lists are of whole images: leave them out with --window-size, which draws by area, "
+            "and with several --pages."
+        )
+    if pages:
+        source = PageSource(source, None if args.pages == ["all"] else args.pages, tick)
+    if args.window_size is not None:
+        windows = Windows(args.window_size, args.windows_per_image, args.min_content, args.content_std)
+        source = WindowSource(source, windows, tick)
+    return source
 
 
 def check_percentiles(pair: Sequence[float] | None) -> None:

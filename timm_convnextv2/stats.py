@@ -20,8 +20,8 @@ from .data.find import check_index_option, find_images
 from .data.measure import ERROR, Measured, find_channels, measure_pixels, measured_options
 from .data.places import Dirs, Listing, as_list, base_of
 from .files import whole_file
-from .report import ImageProgress, save_histograms
-from .source_options import add_source_options, check_percentiles, one_place, pixels_of
+from .report import ImageProgress, save_histograms, with_progress
+from .source_options import add_source_options, check_percentiles, one_place, parts_of, pixels_of
 
 __all__ = ["main"]
 
@@ -72,9 +72,9 @@ def measure_options(args: argparse.Namespace) -> tuple[Measured, Pixels]:
         if "source" not in opened:
             first = source(in_chans=args.in_chans or 3)
             if args.in_chans is None and hasattr(first, "path"):
-                first.in_chans = find_channels(first, args.seed)
-            opened["source"] = first
-            return first
+                first.in_chans = find_channels(first, args.seed, (args.pages or [None])[0])
+            opened["source"] = with_progress(lambda tick: parts_of(args, first, tick))
+            return opened["source"]
         return source(in_chans=opened["source"].in_chans)
 
     check_output(Path(args.output), data_dir, args.overwrite)

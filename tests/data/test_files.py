@@ -65,11 +65,11 @@ def images(folder, n=8):
 def test_other_files_are_counted(tmp_path):
     images(tmp_path)
     for i in range(24):
-        (tmp_path / f"{i}.DCM").touch()
+        (tmp_path / f"{i}.DOC").touch()
         (tmp_path / f"{i}.heic").touch()
     source = FolderSource(tmp_path)
-    assert source.left.ignored == {".dcm": 24, ".heic": 24}
-    assert left_out(source) == "48 other files ignored: 24 .dcm, 24 .heic"
+    assert source.left.ignored == {".doc": 24, ".heic": 24}
+    assert left_out(source) == "48 other files ignored: 24 .doc, 24 .heic"
     (tmp_path / "LICENSE").touch()
     assert left_out(FolderSource(tmp_path)).endswith("24 .heic, 1 without extension")
     for i in range(12):
@@ -81,7 +81,7 @@ def test_other_files_are_counted(tmp_path):
 @pytest.mark.parametrize("command", ["pretrain", "embed"])
 def test_commands_say_once_what_they_leave_out(tmp_path, capsys, command):
     images(tmp_path / "images")
-    (tmp_path / "images" / "a.dcm").touch()
+    (tmp_path / "images" / "a.doc").touch()
     os.mkfifo(tmp_path / "images" / "pipe.jpg")
     with no_hang(60):
         if command == "embed":
@@ -92,7 +92,7 @@ def test_commands_say_once_what_they_leave_out(tmp_path, capsys, command):
             options = [*SMALL, "--output", str(tmp_path), "--data-dir", str(tmp_path / "images")]
             assert pretrain_main([*options, "--dry-run"]) == 0
     out, err = capsys.readouterr()
-    assert (out + err).count("1 other file ignored: 1 .dcm") == 1
+    assert (out + err).count("1 other file ignored: 1 .doc") == 1
     assert len(re.findall(r"1 not opened, no regular file: \S+pipe.jpg \(FIFO\)", out + err)) == 1
 
 

@@ -39,13 +39,13 @@ def test_links_that_lead_back_and_special_files_end(root):
 
 def test_other_files_are_counted_and_named(root):
     for i in range(3):
-        (root / "a" / f"{i}.dcm").touch()
+        (root / "a" / f"{i}.doc").touch()
         (root / "b" / f"{i}.HEIC").touch()
     (root / "b" / "README").touch()
     (root / "d").mkdir()
-    (root / "d" / "x.dcm").touch()
+    (root / "d" / "x.doc").touch()
     reader = folders.FolderReader(root)
-    assert str(reader.left) == "8 other files ignored: 4 .dcm, 3 .heic, 1 without extension"
+    assert str(reader.left) == "8 other files ignored: 4 .doc, 3 .heic, 1 without extension"
     first, second, third = folders.describe(reader)
     assert first == f"{root}: 12 images of 3 classes: a 4, b 4, c 4" and "8 other files" in second
     assert third.endswith("no image in d")
@@ -53,8 +53,8 @@ def test_other_files_are_counted_and_named(root):
 
 def test_no_images(tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.dcm").touch()
-    with pytest.raises(ValueError, match="0 images in .*1 other file ignored: 1 .dcm"):
+    (tmp_path / "a" / "x.doc").touch()
+    with pytest.raises(ValueError, match="0 images in .*1 other file ignored: 1 .doc"):
         folders.FolderReader(tmp_path)
 
 
@@ -85,8 +85,8 @@ def test_finetune_says_it(run, data, tmp_path, capsys):
     write_images(tmp_path / "d" / "train", classes=("a",), n=22)
     write_images(tmp_path / "d" / "train", classes=("b",), n=2)
     write_images(tmp_path / "d" / "val", classes=("a", "b", ".ipynb_checkpoints"), n=2)
-    (tmp_path / "d" / "val" / "a" / "x.dcm").touch()
+    (tmp_path / "d" / "val" / "a" / "x.doc").touch()
     assert run(data=tmp_path / "d")["args"]["num_classes"] == 2
     out, err = capsys.readouterr()
-    assert "24 images of 2 classes: a 22, b 2" in out and "1 other file ignored: 1 .dcm" in out
+    assert "24 images of 2 classes: a 22, b 2" in out and "1 other file ignored: 1 .doc" in out
     assert "warning: the classes are unequal" in err

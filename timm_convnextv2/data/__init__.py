@@ -24,6 +24,7 @@ Streams (`wds/`, `hfids/`, `tfds/`) have no index: see `TimmStream` and `Pretrai
 from .decode import ImageError, MissingPackageError, image_extensions, load_image
 from .embedded import EmbeddedSource
 from .joined import JoinedSource
+from .pages import PageSource
 from .parts import Part, hold_out
 from .pixels import Pixels
 from .samples import (
@@ -37,6 +38,7 @@ from .samples import (
 )
 from .sources import FolderSource, TimmSource, TimmStream, create_source, left_out
 from .statistics import InputStatistics
+from .windows import Windows, WindowSource
 
 __all__ = [
     "EmbeddedSource",
@@ -46,6 +48,7 @@ __all__ = [
     "InputStatistics",
     "JoinedSource",
     "MissingPackageError",
+    "PageSource",
     "Part",
     "Pixels",
     "PretrainDataset",
@@ -53,6 +56,8 @@ __all__ = [
     "PretrainTransform",
     "TimmSource",
     "TimmStream",
+    "WindowSource",
+    "Windows",
     "check_readable",
     "collate",
     "create_source",

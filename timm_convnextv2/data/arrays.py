@@ -1,6 +1,6 @@
 """Arrays of stored values as tensors, and `.npy` files."""
 
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from .errors import ImageError, wrong_channels
 from .files import check_size
 from .nodata import Nodata, fill_nodata, find_nodata, refuse_nodata
 
-__all__ = ["load_npy", "scaled"]
+__all__ = ["NpyLayout", "load_npy", "read_npy_layout", "scaled"]
 
 
 def scaled(x: np.ndarray, nodata: Nodata, bits: int | None = None) -> torch.Tensor:
@@ -73,6 +73,49 @@ def check_dtype(dtype: np.dtype, divide: float | None = None) -> None:
         )
 
 
+class NpyLayout(NamedTuple):
+    """Where the values of a `.npy` file are.
+
+    Attributes:
+        dtype: Of the values.
+        offset: Of the first one in the file, in bytes.
+        shape: Of the array.
+        fortran: Whether the first axis is the one that changes fastest.
+        channels_last: Whether it is `[H, W, C]`; else `[C, H, W]` or `[H, W]`.
+    """
+
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+    fortran: bool
+    channels_last: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        height, width = self.shape[:2] if self.channels_last else self.shape[-2:]
+        return height, width
+
+
+def read_npy_layout(file: BinaryIO, in_chans: int, nodata: Nodata) -> NpyLayout:
+    """Reads and judges the header of a `.npy` file.
+
+    Raises:
+        ImageError: (a ValueError) Another shape or type than images have.
+        ValueError: No such file.
+    """
+    version = np.lib.format.read_magic(file)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)
+    shape, fortran, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ImageError("holds pickled objects, which are never loaded (allow_pickle)")
+    channels_last = len(shape) == 3 and shape[2] == in_chans
+    if not channels_last and not (len(shape) == 3 and shape[0] == in_chans) and not (len(shape) == 2 and in_chans == 1):
+        raise wrong_channels(f"shape {shape}", in_chans)
+    check_dtype(dtype, nodata.divide)
+    return NpyLayout(dtype, file.tell(), shape, fortran, channels_last)
+
+
 def load_npy(file: BinaryIO, in_chans: int, nodata: Nodata) -> torch.Tensor:
     """A `.npy` file, `[H, W]`, `[H, W, C]` or `[C, H, W]`, as `[C, H, W]`; its header is judged before its values.
 
@@ -80,17 +123,8 @@ def load_npy(file: BinaryIO, in_chans: int, nodata: Nodata) -> torch.Tensor:
         ImageError: (a ValueError) Another shape or type, or too large.
         ValueError: No such file, or a damaged one.
     """
-    version = np.lib.format.read_magic(file)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)
-    shape, _, dtype = read_header(file)
-    if dtype.hasobject:
-        raise ImageError("holds pickled objects, which are never loaded (allow_pickle)")
-    channels_last = len(shape) == 3 and shape[2] == in_chans
-    if not channels_last and not (len(shape) == 3 and shape[0] == in_chans) and not (len(shape) == 2 and in_chans == 1):
-        raise wrong_channels(f"shape {shape}", in_chans)
-    check_dtype(dtype, nodata.divide)
-    height, width = shape[:2] if channels_last else shape[-2:]
-    check_size(height, width)
+    layout = read_npy_layout(file, in_chans, nodata)
+    check_size(*layout.size)
     file.seek(0)
     x = np.lib.format.read_array(file, allow_pickle=False)
-    return scaled(x.transpose(2, 0, 1) if channels_last else x.reshape(in_chans, *x.shape[-2:]), nodata)
+    return scaled(x.transpose(2, 0, 1) if layout.channels_last else x.reshape(in_chans, *x.shape[-2:]), nodata)

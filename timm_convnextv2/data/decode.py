@@ -1,7 +1,8 @@
 """Picture files of any kind as tensors with the channels asked for."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
@@ -11,16 +12,20 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from .arrays import load_npy, scaled
-from .errors import ImageError, MissingPackageError, wrong_channels
+from .axes import Page
+from .dicom import DICOM_EXTENSIONS, is_dicom, load_dicom
+from .errors import ImageError, MissingPackageError, installed, refuse_page, wrong_channels
 from .files import open_image_file
 from .nodata import Nodata, fill_nodata, parse_tag
 from .pixels import Pixels
 from .tiff import NODATA_TAG, is_tiff, pillow_keeps_all, read_tiff
+from .zarrs import is_zarr, open_zarr
 
 __all__ = ["ImageError", "MissingPackageError", "image_extensions", "load_image"]
 
 # what Pillow opens but is no picture: documents, drawings, films, containers of scientific records
 _NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+_SLIDES = (".btf", ".ndpi", ".qptiff", ".scn", ".svs")  # TIFF by other names
 
 
 class Reduced(NamedTuple):
@@ -46,12 +51,15 @@ Choose = Callable[[tuple[int, int]], int]
 def image_extensions() -> tuple[str, ...]:
     """Sorted lower-case file name extensions that count as pictures: all that Pillow opens, and `.npy`.
 
-    Formats that are no pictures (eps, mpg, hdf5, wmf, grib, ...) are left out.
+    Of optional packages: with tifffile slides (`.svs` and others), with pydicom `.dcm` and `.dicom`, with zarr folders
+    named `.zarr`. Formats that are no pictures (eps, mpg, hdf5, wmf, grib, ...) are left out.
     """
     Image.init()
     registered = Image.registered_extensions().items()
     found = {ext for ext, fmt in registered if fmt in Image.OPEN and fmt not in _NOT_PICTURES}
-    return tuple(sorted(found | {".npy"}))
+    optional = {"tifffile": _SLIDES, "pydicom": DICOM_EXTENSIONS, "zarr": (".zarr",)}
+    found |= {".npy", *(ext for package, kinds in optional.items() if installed(package) for ext in kinds)}
+    return tuple(sorted(found))
 
 
 def load_image(path: str | os.PathLike, in_chans: int = 3, nodata: float | Pixels | None = None) -> torch.Tensor:
@@ -104,30 +112,50 @@ def decode(
     makes of `(image, in_chans)` what is returned for what Pillow reads whole, but TIFF; without, it is a tensor.
     """
     pixels = Pixels.of(nodata)
-    try:
+    with faults_named(name):
+        if is_zarr(file):
+            return pixels.clip(open_zarr(file, in_chans, pixels.page).read(Nodata.of(pixels)))
         with open_image_file(file) as opened:
             if name.lower().endswith(".npy"):
+                refuse_page(pixels.page, 1)
                 return pixels.clip(load_npy(opened, in_chans, Nodata.of(pixels)))
+            if is_dicom(opened, name):
+                return pixels.clip(load_dicom(opened, in_chans, pixels, from_pil))
             if is_tiff(opened):
-                return pixels.clip(_from_tiff(opened, in_chans, Nodata.of(pixels)))
+                return pixels.clip(_from_tiff(opened, in_chans, Nodata.of(pixels), pixels.page))
             with Image.open(opened) as image:
+                if pixels.page is not None:
+                    _seek(image, pixels.page)
                 # a reduced pixel is a mean, in which nodata would be lost
                 place = None if choose is None or not pixels.plain else _reduce(image, choose)
                 if convert is not None and pixels.plain:
                     return convert(image, in_chans)
                 decoded = from_pil(image, in_chans, pixels)
                 return decoded if place is None else Reduced(decoded, *place)
+
+
+@contextmanager
+def faults_named(name: str) -> Iterator[None]:
+    """Makes every fault of decoding an error that starts with `name`."""
+    try:
+        yield
     except MissingPackageError as error:
         raise MissingPackageError(f"{name}: {error}") from error
     except ImageError as error:
-        raise ImageError(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: cannot be decoded (its content is of no format that Pillow reads)") from error
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError, ...
         raise ImageError(f"{name}: cannot be decoded ({type(error).__name__}: {error})") from error
 
 
-def _from_tiff(file: BinaryIO, in_chans: int, nodata: Nodata) -> torch.Tensor:
+def _seek(image: Image.Image, page: int | str) -> None:
+    """Goes to a page of an image of several, as of GIF and WebP."""
+    if refuse_page(page, getattr(image, "n_frames", 1)):
+        image.seek(int(page))
+
+
+def _from_tiff(file: BinaryIO, in_chans: int, nodata: Nodata, page: Page = None) -> torch.Tensor:
     """By Pillow where it keeps all, else by tifffile."""
     try:
         image = Image.open(file)
@@ -135,20 +163,31 @@ def _from_tiff(file: BinaryIO, in_chans: int, nodata: Nodata) -> torch.Tensor:
         raise
     except Exception:  # a layout or compression that Pillow does not know, or a damaged file: tifffile says which
         file.seek(0)
-        return read_tiff(file, in_chans, nodata, partial(_unconvertible, in_chans))
+        return read_tiff(file, in_chans, nodata, partial(_unconvertible, in_chans), page)
     with image:
-        by_pillow = partial(_tiff_by_pillow, image, in_chans, nodata)
-        if pillow_keeps_all(image, in_chans):
+        by_pillow = partial(_tiff_by_pillow, image, in_chans, nodata, page)
+        if page is None and pillow_keeps_all(image, in_chans):
             return by_pillow()
         file.seek(0)
-        return read_tiff(file, in_chans, nodata, by_pillow)
+        return read_tiff(file, in_chans, nodata, by_pillow, page)
 
 
-def _tiff_by_pillow(image: Image.Image, in_chans: int, nodata: Nodata) -> torch.Tensor:
+def _tiff_by_pillow(image: Image.Image, in_chans: int, nodata: Nodata, page: Page = None) -> torch.Tensor:
+    if isinstance(page, int):
+        image.seek(page)
+    return convert_image(image, in_chans, tagged_nodata(image, nodata))
+
+
+def tagged_nodata(image: Image.Image, nodata: Nodata) -> Nodata:
+    """Adds the value of the nodata tag of a TIFF that Pillow has opened.
+
+    Raises:
+        ImageError: (a ValueError) Its values are no measurements.
+    """
     tag = image.tag_v2.get(NODATA_TAG)  # type: ignore[attr-defined]
     if tag is not None and image.mode in ("P", "PA", "CMYK", "LAB"):
         raise ImageError(f"has a nodata tag (42113), '{tag}', for {image.mode} values; convert it to RGB")
-    return _convert(image, in_chans, parse_tag(nodata, tag))
+    return parse_tag(nodata, tag)
 
 
 def _unconvertible(in_chans: int) -> torch.Tensor:
@@ -186,7 +225,7 @@ def _reduce(image: Image.Image, choose: Choose) -> tuple[tuple[int, int], tuple[
 
 def from_pil(image: Image.Image, in_chans: int, nodata: float | Pixels | None = None) -> torch.Tensor:
     """A Pillow image, upright, with the channels asked for, see `load_image`."""
-    return Pixels.of(nodata).clip(_convert(image, in_chans, Nodata.of(nodata)))
+    return Pixels.of(nodata).clip(convert_image(image, in_chans, Nodata.of(nodata)))
 
 
 def is_8_bit(image: Image.Image) -> bool:
@@ -208,7 +247,8 @@ def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
     return image if image.mode == target else image.convert(target)
 
 
-def _convert(image: Image.Image, in_chans: int, nodata: Nodata) -> torch.Tensor:
+def convert_image(image: Image.Image, in_chans: int, nodata: Nodata) -> torch.Tensor:
+    """An image of Pillow, upright, with the channels asked for, see `load_image`."""
     if nodata.values and in_chans == 1 and is_8_bit(image) and image.mode not in ("1", "L", "LA", "La"):
         image = to_mode(image, 3)  # a grey of this value may be that of another colour
         filled = fill_nodata(np.array(image).transpose(2, 0, 1), nodata)

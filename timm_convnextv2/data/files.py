@@ -75,5 +75,5 @@ def check_size(height: int, width: int, what: str = "image") -> None:
     if limit is not None and height * width > 2 * limit:
         raise ImageError(
             f"has {height} x {width} pixels in one {what}, more than the limit of {2 * limit} (decompression bomb?); "
-            "cut it into tiles, or raise PIL.Image.MAX_IMAGE_PIXELS"
+            "cut it into tiles, pretrain on windows of it (--window-size), or raise PIL.Image.MAX_IMAGE_PIXELS"
         )

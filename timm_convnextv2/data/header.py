@@ -1,5 +1,6 @@
 """What an image file says of itself: format, size, channels and type, without its pixels."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -8,9 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .errors import ImageError
+from .dicom import dicom_header, is_dicom
+from .errors import ImageError, MissingPackageError
 from .files import open_image_file
 from .tiff import PALETTE, is_tiff
+from .zarrs import is_zarr, zarr_axes
 
 __all__ = ["Header", "groups_of", "read_header"]
 
@@ -36,20 +39,28 @@ class Header(NamedTuple):
     kind: str
 
 
-def read_header(path: str | os.PathLike) -> Header:
-    """Reads the header of an image file.
+def read_header(path: str | os.PathLike, page: int | str | None = None) -> Header:
+    """Reads the header of an image file, or of the folder of a Zarr image.
+
+    Args:
+        path: Of it.
+        page: None: channels are those without `--pages`. 'channels': all pages are. Else those of a page.
 
     Raises:
         ImageError: (a ValueError) It is no image that is known, or no regular file.
     """
     try:
+        if is_zarr(path):
+            return _of_zarr(path, page)
         with open_image_file(path) as file:
             if os.fspath(path).lower().endswith(".npy"):
                 return _of_npy(file)
+            if is_dicom(file, os.fspath(path)):
+                return Header("DICOM", *dicom_header(file, page))
             if is_tiff(file):
-                return _of_tiff(file)
+                return _of_tiff(file, page)
             return _of_pillow(file)
-    except ImageError:
+    except (ImageError, MissingPackageError):
         raise
     except UnidentifiedImageError:
         raise ImageError("its content is of no format that Pillow reads") from None
@@ -70,7 +81,15 @@ def _of_npy(file: Any) -> Header:
     return Header("npy", shape[1], shape[2], shape[0], str(dtype))
 
 
-def _of_tiff(file: Any) -> Header:
+def _of_zarr(path: str | os.PathLike, page: int | str | None) -> Header:
+    array, axes = zarr_axes(path)
+    axes = axes or {2: "YX"}.get(array.ndim) or ("YXC" if array.shape[2] <= array.shape[0] else "CYX")
+    sizes = dict(zip(axes, array.shape, strict=True))
+    channels = array.size // (sizes["Y"] * sizes["X"]) if page == "channels" else sizes.get("C", 1)
+    return Header("Zarr", sizes["Y"], sizes["X"], channels, str(array.dtype))
+
+
+def _of_tiff(file: Any, page_wanted: int | str | None) -> Header:
     try:
         import tifffile
     except ImportError:
@@ -82,7 +101,11 @@ def _of_tiff(file: Any) -> Header:
         extras = [extra for extra in page.extrasamples or () if extra in (1, 2)]
         channels = sizes.get("S", 1) - len(extras) if "S" in sizes else sizes.get("C", 0)
         unnamed = [size for axis, size in sizes.items() if axis in "IQ"]
-        if not channels:
+        if page_wanted == "channels":
+            channels = math.prod(sizes.values()) // (sizes["Y"] * sizes["X"])
+        elif page_wanted is not None:
+            channels = channels or 1
+        elif not channels:
             channels = unnamed[0] if len(unnamed) == 1 else 1
         bits, kind = page.bitspersample, str(series.dtype)
         kind += f" ({bits} bits)" if isinstance(bits, int) and bits not in (8, 16, 32, 64) and "uint" in kind else ""

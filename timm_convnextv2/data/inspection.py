@@ -1,6 +1,7 @@
 """Looks at every file of a folder: what it is, whether it decodes, and whether it is the same as another."""
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,11 +11,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .decode import load_image
+from .decode import faults_named, load_image, printable
 from .errors import ImageError
 from .header import Header, read_header
+from .pixels import Pixels
+from .scenes import open_scene
+from .zarrs import is_zarr
 
-__all__ = ["Finding", "Look", "findings", "inspect_folder", "perceptual_hash", "thumbnail"]
+__all__ = ["Finding", "Look", "findings", "inspect_folder", "load_part", "perceptual_hash", "thumbnail"]
 
 _THUMBNAIL = 96
 _CHUNK = 16
@@ -55,27 +59,43 @@ class Finding(NamedTuple):
 
 
 class _Files(Dataset):
-    def __init__(self, source: Any, near: Callable[[np.ndarray], str] | None) -> None:
-        self.source, self.near = source, near
+    def __init__(self, source: Any, near: Callable[[np.ndarray], str] | None, window: int | None = None) -> None:
+        self.source, self.near, self.window = source, near, window
 
     def __getitem__(self, i: int) -> Look:
         source = self.source
         path, name = source.path(i), source.name(i)
         try:
-            digest = _digest(path)
+            digest = None if is_zarr(path) else _digest(path)
         except OSError as error:
             return Look(name, None, str(error))
         try:
-            header = read_header(path)
+            header = read_header(path, Pixels.of(source.nodata).page)
         except (ImageError, OSError) as error:
             return Look(name, None, str(error), digest=digest)
         try:
-            image = load_image(path, header.channels, source.nodata)
+            image = load_part(path, header.channels, source.nodata, self.window)
         except (ImageError, OSError) as error:
             return Look(name, header, str(error).removeprefix(f"{name}: "), digest=digest)
         flat = bool((image.amin((1, 2)) == image.amax((1, 2))).all())
         near = self.near(thumbnail(image)) if self.near and not flat else None
         return Look(name, header, "", flat, digest, near)
+
+
+def load_part(
+    path: str | os.PathLike, in_chans: int, nodata: float | Pixels | None = None, window: int | None = None
+) -> torch.Tensor:
+    """An image as `load_image` gives it; with a window, its middle of at most so many pixels a side, read alone."""
+    if window is None:
+        return load_image(path, in_chans, nodata)
+    scene = open_scene(os.fspath(path), in_chans, Pixels.of(nodata))
+    try:
+        sides = [min(window, n) for n in scene.size]
+        top, left = ((n - side) // 2 for n, side in zip(scene.size, sides, strict=True))
+        with faults_named(printable(path)):
+            return scene.read(top, left, *sides)
+    finally:
+        scene.close()
 
 
 def _digest(path: str) -> bytes:
@@ -86,18 +106,25 @@ def _digest(path: str) -> bytes:
     return state.digest()
 
 
-def inspect_folder(source: Any, near: Callable[[np.ndarray], str] | None = None, workers: int = 0) -> Iterator[Look]:
-    """Looks at each file, in the order of the folder: all of it is read and decoded.
+def inspect_folder(
+    source: Any, near: Callable[[np.ndarray], str] | None = None, workers: int = 0, window: int | None = None
+) -> Iterator[Look]:
+    """Looks at each file, in the order of the folder: all of it is read and decoded, or a window in its middle.
 
     Args:
         source: Of files, with `path(i)` and `name(i)`; its `nodata` is applied.
         near: Perceptual hash of a thumbnail, see `perceptual_hash`; None: none.
         workers: Processes; 0: this one.
+        window: Side of the window in pixels, see `load_part`; None: images are decoded whole.
     """
     n = len(source)
     chunks = [list(range(i, min(i + _CHUNK, n))) for i in range(0, n, _CHUNK)]
     loader = DataLoader(
-        _Files(source, near), batch_sampler=chunks, num_workers=workers, collate_fn=list, generator=torch.Generator()
+        _Files(source, near, window),
+        batch_sampler=chunks,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),
     )
     for looks in loader:
         yield from looks

@@ -12,7 +12,9 @@ from timm.data import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from .decode import image_extensions, printable
+from .errors import installed
 from .files import kind_of_file
+from .zarrs import is_zarr
 
 __all__ = ["LeftOut", "open_tar", "walk"]
 
@@ -52,7 +54,7 @@ class LeftOut:
         parts = []
         if self.ignored:
             kinds = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
-            shown = [f"{count} {extension or 'without extension'}" for extension, count in kinds[:8]]
+            shown = [f"{count} {extension or 'without extension'}{_hint(extension)}" for extension, count in kinds[:8]]
             if len(kinds) > 8:
                 shown.append(f"{sum(count for _, count in kinds[8:])} of {len(kinds) - 8} more kinds")
             count = self.ignored.total()
@@ -64,13 +66,19 @@ class LeftOut:
         return "; ".join(parts)
 
 
+def _hint(extension: str) -> str:
+    """The package that would read such files."""
+    package = {".dcm": "pydicom", ".dicom": "pydicom", ".zarr": "zarr"}.get(extension)
+    return f" (to read them: pip install {package})" if package and not installed(package) else ""
+
+
 def walk(
     root: str, extensions: Collection[str], left: LeftOut, stamps: list[tuple[str, int]] | None = None
 ) -> Iterator[tuple[str, list[str], int]]:
     """Goes through all folders from `root` down, each once, in a fixed order.
 
     Hidden files and folders (leading dot) are skipped; links to folders are followed. What is no regular file is never
-    opened.
+    opened. A folder that holds a Zarr array or group and is named `.zarr` is one file.
 
     Args:
         root: The folder.
@@ -104,7 +112,13 @@ def walk(
                         continue
                     extension = os.path.splitext(entry.name)[1].lower()
                     kind = _kind_of_entry(entry)
-                    if kind == "folder":
+                    if kind == "folder" and extension == ".zarr" and is_zarr(entry.path):
+                        if extension in extensions:
+                            images.append(entry.name)
+                        else:
+                            left.ignored[extension] += 1
+                            others += 1
+                    elif kind == "folder":
                         below.append(entry.name)
                     elif kind:
                         left.add_special(entry.path, kind)

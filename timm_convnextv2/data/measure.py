@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 from .errors import ImageError
 from .header import Header, groups_of, read_header
 from .joined import JoinedSource
+from .pages import PageSource
 from .pixel_statistics import PixelStatistics
 from .pixels import Pixels, Stored
 from .sources import FolderSource, TimmStream
+from .windows import WindowSource
 
 __all__ = ["ERROR", "Measured", "find_channels", "measure", "measure_pixels", "measured_options"]
 
@@ -182,8 +184,13 @@ def _mixed(kinds: dict[str, list[Any]]) -> ValueError:
     )
 
 
-def find_channels(source: Any, seed: int = 0) -> int:
+def find_channels(source: Any, seed: int = 0, page: int | str | None = None) -> int:
     """Channels of the files of a source that has `path(i)`, by the headers of a few; grey and colour together are 3.
+
+    Args:
+        source: Of files.
+        seed: Of the choice.
+        page: As of `read_header`.
 
     Raises:
         ValueError: No header can be read, or files differ in channels; names the groups and how many they are.
@@ -192,7 +199,7 @@ def find_channels(source: Any, seed: int = 0) -> int:
     bad: list[str] = []
     for i in random.Random(seed).sample(range(len(source)), min(_HEADERS, len(source))):
         try:
-            headers.append((source.name(i), read_header(source.path(i))))
+            headers.append((source.name(i), read_header(source.path(i), page)))
         except (ImageError, OSError) as error:
             bad.append(f"{source.name(i)}: {error}")
     if not headers:
@@ -245,7 +252,7 @@ def measure_pixels(
     limits = [_limits(found.pixels, c, clip_percentiles) for c in range(found.pixels.channels)]
     low, high = zip(*limits, strict=True)
     pixels = pixels._replace(clip_low=low, clip_high=high)
-    if isinstance(source, FolderSource | JoinedSource):  # not listed again
+    if isinstance(source, FolderSource | JoinedSource | PageSource | WindowSource):  # neither listed nor scanned again
         source.nodata = measuring(pixels)
     else:
         source = open_source(measuring(pixels))

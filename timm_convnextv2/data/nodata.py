@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import ImageError
+from .errors import EmptyError, ImageError
 from .pixels import Pixels, Stored
 
 __all__ = ["Nodata", "fill_nodata", "find_nodata", "parse_tag", "refuse_nodata"]
@@ -67,7 +67,7 @@ def fill_nodata(x: np.ndarray, nodata: Nodata) -> np.ndarray:
         `[C, H, W]` of the same type; `x` itself where nothing is replaced.
 
     Raises:
-        ImageError: (a ValueError) A channel has nothing else.
+        EmptyError: (an ImageError) A channel has nothing else.
     """
     gone = find_nodata(x, nodata)
     if not gone.any():
@@ -75,7 +75,7 @@ def fill_nodata(x: np.ndarray, nodata: Nodata) -> np.ndarray:
     valid = (~gone).sum((1, 2))
     if not valid.all():
         where = "is nodata everywhere" if not valid.any() else f"is nodata everywhere in channel {valid.argmin() + 1}"
-        raise ImageError(f"{where} ({' or '.join(map(_text, nodata.values)) or 'NaN'})")
+        raise EmptyError(f"{where} ({' or '.join(map(_text, nodata.values)) or 'NaN'})")
     mean = np.where(gone, 0, x).sum((1, 2), dtype=np.float64) / valid
     if x.dtype.kind in "iu":
         mean = np.rint(mean)

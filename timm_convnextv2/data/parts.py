@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .weights import Groups
+from .windows import WindowSource
 
 __all__ = ["Part", "hold_out"]
 
@@ -62,8 +63,10 @@ class _Without:
         return i + int(torch.searchsorted(self.before, i, right=True))
 
 
-def hold_out(source: Any, share: float, seed: int) -> tuple[Any, Part | None]:
+def hold_out(source: Any, share: float, seed: int) -> tuple[Any, Any]:
     """Splits a map-style source by chance: images to train on, and images that are never trained on.
+
+    Of windows, whole images are held out: windows overlap.
 
     Args:
         source: The source.
@@ -81,6 +84,8 @@ def hold_out(source: Any, share: float, seed: int) -> tuple[Any, Part | None]:
         raise ValueError(f"--holdout is a share of the images between 0 and 0.5, got {share:g}.")
     if share == 0:
         return source, None
+    if isinstance(source, WindowSource):
+        return source.hold_out(share, seed)
     total = len(source)
     count = max(1, min(MOST_HELD_OUT, round(share * total)))
     if count >= total:

@@ -36,6 +36,10 @@ class Pixels(NamedTuple):
         clip_low: Smallest value after the division, one or one a channel; smaller ones become it.
         clip_high: Largest likewise.
         stored: For measurements, see `Stored`; no part of the record.
+        page: Which page of a file of several is the image: a number from 0, or 'channels': all of them are its
+            channels. None: as `load_image` says.
+        dicom_window: Which values of DICOM become 0 and 1: a centre and a width, or 'file': those that the file names.
+            None: all that its bits hold, or, where the file rescales, the rescaled values as they are.
     """
 
     nodata: float | None = None
@@ -43,6 +47,8 @@ class Pixels(NamedTuple):
     clip_low: tuple[float, ...] | None = None
     clip_high: tuple[float, ...] | None = None
     stored: Stored | None = None
+    page: int | str | None = None
+    dicom_window: str | tuple[float, float] | None = None
 
     @classmethod
     def of(cls, value: "float | Pixels | None") -> "Pixels":
@@ -52,7 +58,7 @@ class Pixels(NamedTuple):
     @property
     def plain(self) -> bool:
         """Whether nothing differs from the usual scale."""
-        return self == Pixels()
+        return self._replace(page=None, dicom_window=None) == Pixels()
 
     def check(self, in_chans: int) -> "Pixels":
         """Itself, if it suits images of so many channels.
@@ -62,6 +68,14 @@ class Pixels(NamedTuple):
         """
         if self.divide is not None and not (math.isfinite(self.divide) and self.divide > 0):
             raise ValueError(f"divide must be a number above 0, got {self.divide}.")
+        if self.dicom_window is not None and self.dicom_window != "file":
+            width = self.dicom_window[1] if len(self.dicom_window) == 2 else 0
+            if isinstance(width, str) or not width > 0:
+                raise ValueError(
+                    f"dicom_window is 'file' or a centre and a width above 0, got {self.dicom_window} (--dicom-window)."
+                )
+        if self.dicom_window is not None and self.divide is not None:
+            raise ValueError("dicom_window already gives 0 to 1: leave out divide (--dicom-window, --divide).")
         if (self.clip_low is None) != (self.clip_high is None):
             raise ValueError(
                 "clip limits come in pairs: give both the low and the high ones (--clip-low, --clip-high)."
@@ -93,6 +107,10 @@ class Pixels(NamedTuple):
             values["divide"] = self.divide
         if self.clip_low is not None and self.clip_high is not None:
             values |= {"clip_low": list(self.clip_low), "clip_high": list(self.clip_high)}
+        if self.page is not None:
+            values["pages"] = self.page
+        if self.dicom_window is not None:
+            values["dicom_window"] = self.dicom_window if self.dicom_window == "file" else [*self.dicom_window]
         return values
 
     @classmethod
@@ -105,7 +123,11 @@ class Pixels(NamedTuple):
             return None if values is None else tuple(map(float, values))
 
         nodata, divide = (None if record.get(k) is None else float(record[k]) for k in ("nodata", "divide"))
-        return cls(nodata, divide, limits("clip_low"), limits("clip_high"))
+        window = record.get("dicom_window")
+        if window is not None and not isinstance(window, str):
+            window = window[0] if len(window) == 1 else (float(window[0]), float(window[1]))
+        page = one_page(record.get("pages"))
+        return cls(nodata, divide, limits("clip_low"), limits("clip_high"), page=page, dicom_window=window)
 
     def __str__(self) -> str:
         """In words, for messages and the model card; '' where nothing is set."""
@@ -114,4 +136,23 @@ class Pixels(NamedTuple):
         if self.clip_low is not None and self.clip_high is not None:
             low, high = (" ".join(f"{v:.4g}" for v in values) for values in (self.clip_low, self.clip_high))
             parts.append(f"clipped to [{low}] .. [{high}]")
+        if self.page is not None:
+            parts.append(
+                "all pages of a file are channels" if self.page == "channels" else f"page {self.page} of a file"
+            )
+        if self.dicom_window == "file":
+            parts.append("DICOM in the window that each file names")
+        elif self.dicom_window is not None:
+            parts.append("DICOM in the window with centre {:g} and width {:g}".format(*self.dicom_window))
         return ", ".join(parts)
+
+
+def one_page(pages: Any) -> int | str | None:
+    """The page that `Pixels.page` takes, of the words of `--pages` or a record; None where they are several samples."""
+    if isinstance(pages, list | tuple):
+        if len(pages) != 1:
+            return None
+        pages = pages[0]
+    if pages is None or pages == "all":
+        return None
+    return 0 if pages == "first" else "channels" if pages == "channels" else int(pages)

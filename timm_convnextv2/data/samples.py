@@ -191,7 +191,8 @@ class PretrainDataset(Dataset):
 
     Args:
         source: Map-style source of pictures `[C, h, w]` with `name(i)`; raises ImageError or OSError for bad ones. If
-            it has `load_reduced(i, choose)`, large JPEGs need not be decoded at full size.
+            it has `load_reduced(i, choose)`, large JPEGs need not be decoded at full size; if it has `load_sample(i,
+            seed)`, the picture is another one in each epoch, as a window of a large image is.
         transform: Picture to image; may use torch's global CPU generator, nothing else random. With a method
             `reduction(size)`, as `PretrainTransform` has, it must also take `Reduced` pictures.
         grid: Image size in patches, `(h, w)`.
@@ -217,11 +218,15 @@ class PretrainDataset(Dataset):
         n, bad = len(self), []
         seed = sample_seed(self.seed, epoch, index)
         choose = _choose(self.transform, seed)
-        load = None if choose is None else getattr(self.source, "load_reduced", None)
+        reduced = None if choose is None else getattr(self.source, "load_reduced", None)
+        sample = getattr(self.source, "load_sample", None)
         for offset in range(min(_MAX_BAD_IN_A_ROW, n)):
             i = (index + offset) % n
             try:
-                picture = self.source[i] if load is None else load(i, choose)
+                if sample is not None:
+                    picture = sample(i, mix(seed, 2))
+                else:
+                    picture = self.source[i] if reduced is None else reduced(i, choose)
                 break
             except (ImageError, OSError) as error:
                 bad.append((i, _named(self.source, i, error)))

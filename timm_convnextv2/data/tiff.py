@@ -11,11 +11,26 @@ import torch
 from PIL import Image
 
 from .arrays import largest_value, scaled
-from .errors import ImageError, MissingPackageError, wrong_channels
+from .axes import Layout, Page, choose_axes, count_pages
+from .errors import ImageError, MissingPackageError, refuse_page, wrong_channels
 from .files import check_size
 from .nodata import Nodata, parse_tag
+from .segments import read_part
 
-__all__ = ["NODATA_TAG", "PALETTE", "is_tiff", "pillow_keeps_all", "read_tiff"]
+__all__ = [
+    "NODATA_TAG",
+    "PALETTE",
+    "choose_series",
+    "codec_missing",
+    "import_tifffile",
+    "is_tiff",
+    "needs_pillow",
+    "page_counts",
+    "pillow_keeps_all",
+    "read_tiff",
+    "rotate",
+    "to_channels",
+]
 
 NODATA_TAG = 42113  # GDAL_NODATA
 _DESCRIPTION, _SUBFILE_TYPE, _SUB_IFDS = 270, 254, 330
@@ -82,18 +97,42 @@ def _names_axes(image: Image.Image) -> bool:
     return "<OME" in text or bool(re.match(r"ImageJ=.*\nimages=", text)) or getattr(image, "n_frames", 1) > 1
 
 
-def read_tiff(file: BinaryIO, in_chans: int, nodata: Nodata, by_pillow: Callable[[], torch.Tensor]) -> torch.Tensor:
+def read_tiff(
+    file: BinaryIO, in_chans: int, nodata: Nodata, by_pillow: Callable[[], torch.Tensor], page: Page = None
+) -> torch.Tensor:
     """The first image of a TIFF with tifffile, see `load_image`.
 
     Args:
         file: At its beginning.
         in_chans: Channels wanted.
         nodata: That of the option; the tag is added.
-        by_pillow: Reads the first page, for colours that only Pillow converts.
+        by_pillow: Reads the page, for colours that only Pillow converts.
+        page: As of `choose_axes`.
 
     Raises:
         ImageError: (a ValueError) Axes, channels, tags or size that do not fit.
         MissingPackageError: (a ValueError) tifffile or imagecodecs is needed and not installed.
+    """
+    with import_tifffile().TiffFile(file) as tif:
+        number, layout = choose_series(tif, in_chans, page)
+        frame = tif.series[number].keyframe
+        check_size(frame.imagelength, frame.imagewidth)
+        if frame.is_tiled:
+            check_size(frame.tilelength, frame.tilewidth, "tile")
+        if needs_pillow(frame, layout, in_chans):
+            return by_pillow()
+        try:
+            x = _read_pages(file, tif, layout, number)
+        except Exception as error:
+            raise codec_missing(frame, error) or error from None
+        return to_channels(x, frame, in_chans, parse_tag(nodata, frame.tags.valueof(NODATA_TAG)))
+
+
+def import_tifffile() -> Any:
+    """The package.
+
+    Raises:
+        MissingPackageError: (a ValueError) It is not installed.
     """
     try:
         import tifffile
@@ -101,23 +140,48 @@ def read_tiff(file: BinaryIO, in_chans: int, nodata: Nodata, by_pillow: Callable
         raise MissingPackageError(
             "TIFF that is multi-band, 16-bit colour or otherwise beyond Pillow; run `pip install tifffile imagecodecs`"
         ) from error
-    with tifffile.TiffFile(file) as tif:
-        series = tif.series[0]
-        page = series.keyframe
-        _refuse_parts(series, page)
-        wanted = _choose_axes(series.axes, series.shape, page, in_chans)
-        check_size(page.imagelength, page.imagewidth)
-        if page.is_tiled:
-            check_size(page.tilelength, page.tilewidth, "tile")
-        if page.photometric in _COLOURS_OF_PILLOW and in_chans in (1, 3):
-            if "C" in wanted:
-                raise ImageError("has channels in palette, CMYK, YCbCr or Lab colours; save them as MinIsBlack")
-            return by_pillow()
-        try:
-            x = _read_pages(tif, series, page, wanted)
-        except Exception as error:
-            raise _codec_missing(page, error) or error from None
-        return _to_channels(x, page, in_chans, parse_tag(nodata, page.tags.valueof(NODATA_TAG)))
+    return tifffile
+
+
+def choose_series(tif: Any, in_chans: int, page: Page = None) -> tuple[int, Layout]:
+    """Which series of an opened TIFF to read, and what of it.
+
+    Args:
+        tif: A `tifffile.TiffFile`.
+        in_chans: Channels wanted.
+        page: As of `choose_axes`; numbers go on from series to series, as pages of different sizes are series.
+
+    Raises:
+        ImageError: (a ValueError) Axes or parts that do not fit.
+    """
+    number = 0
+    if isinstance(page, int):
+        counts = page_counts(tif)
+        refuse_page(page, sum(counts))
+        while number < len(counts) - 1 and page >= counts[number]:
+            page -= counts[number]
+            number += 1
+    series = tif.series[number]
+    _refuse_parts(series, series.keyframe)
+    return number, choose_axes(series.axes, series.shape, in_chans, page)
+
+
+def page_counts(tif: Any) -> list[int]:
+    """Pages of each series of an opened TIFF."""
+    return [count_pages(series.axes, series.shape) for series in tif.series]
+
+
+def needs_pillow(page: Any, layout: Layout, in_chans: int) -> bool:
+    """Whether a page of tifffile has colours that only Pillow converts.
+
+    Raises:
+        ImageError: (a ValueError) It is one of several channels.
+    """
+    if page.photometric not in _COLOURS_OF_PILLOW or in_chans not in (1, 3):
+        return False
+    if "C" in layout.kept:
+        raise ImageError("has channels in palette, CMYK, YCbCr or Lab colours; save them as MinIsBlack")
+    return True
 
 
 def _refuse_parts(series: Any, page: Any) -> None:
@@ -137,65 +201,24 @@ def _refuse_parts(series: Any, page: Any) -> None:
             )
 
 
-def _choose_axes(axes: str, shape: tuple[int, ...], page: Any, in_chans: int) -> str:
-    """The axes to read of a series: Y and X, and the one of the channels if there is one; of others the first entry.
-
-    C, the samples of a pixel (S), and where these are missing an axis without meaning (Q, or I: plain pages) that has
-    `in_chans` entries. Never depth, time or another axis that has a name.
-    """
-    import tifffile
-
-    sizes = dict(zip(axes, shape, strict=True))
-    if not {"Y", "X"} <= set(axes) or len(sizes) != len(axes):
-        raise ImageError(f"has axes {axes}, expected images with axes Y and X")
-    named = [axis for axis in axes if axis not in "YXSCIQ"]
-    if named:
-        names = ", ".join(f"{tifffile.TIFF.AXES_NAMES.get(axis, axis)} ({axis}: {sizes[axis]})" for axis in named)
-        raise ImageError(
-            f"is a stack with axes {axes}, it has the axis {names}, which is no channel; save each slice as an image "
-            "of its own or, if the slices are the channels, name that axis C: tifffile.imwrite(FILE, stack, "
-            "imagej=True, metadata={'axes': 'CYX'})"
-        )
-    if "S" in axes and "C" in axes:
-        raise ImageError(f"has axes {axes}, colours in each of {sizes['C']} channels; save it as .npy with one axis")
-    if "C" in axes and sizes["C"] != in_chans:
-        raise wrong_channels(f"{sizes['C']} channels (axes {axes})", in_chans)
-    if "S" in axes or "C" in axes:
-        return "".join(axis for axis in axes if axis in "YXSC")
-    unnamed = [axis for axis in axes if axis in "IQ"]
-    if len(unnamed) == 1 and sizes[unnamed[0]] == in_chans:
-        if unnamed == ["I"] and in_chans == 3:
-            raise ImageError(
-                "has 3 pages of one channel and does not say whether they are channels; save it with axes CYX "
-                "(tifffile.imwrite(FILE, x, imagej=True, metadata={'axes': 'CYX'})), or each page as a file of its own"
-            )
-        return axes
-    if "Q" in unnamed:
-        raise wrong_channels(f"axes {axes} of {shape}, the first without a name", in_chans)
-    return "YX"
-
-
-def _read_pages(tif: Any, series: Any, page: Any, wanted: str) -> np.ndarray:
-    """Reads the pages that the wanted axes are in, no others: `[C, Y, X]`."""
-    axes, shape = series.axes, series.shape
+def _read_pages(file: BinaryIO, tif: Any, layout: Layout, number: int) -> np.ndarray:
+    """Reads the pages of a series that the wanted axes are in, no others: `[C, Y, X]`."""
+    series = tif.series[number]
+    page, axes, shape = series.keyframe, layout.axes, layout.shape
     leading = len(axes) - len(page.axes)
-    if leading == 0 or axes[leading:] != page.axes or all(axis in wanted for axis in axes):
-        x = series.asarray()
-    else:
-        numbers = np.arange(math.prod(shape[:leading])).reshape(shape[:leading])
-        chosen = numbers[tuple(slice(None) if axis in wanted else 0 for axis in axes[:leading])]
-        x = tif.asarray(series=0, key=chosen.ravel().tolist())
-        x = x.reshape(*chosen.shape, *page.shape)
-        axes = "".join(axis for i, axis in enumerate(axes) if i >= leading or axis in wanted)
-    x = x[tuple(slice(None) if axis in wanted else 0 for axis in axes)]
-    axes = "".join(axis for axis in axes if axis in wanted)
-    channel = next((axis for axis in axes if axis not in "YX"), "")
-    # X before Y, as some instruments write it
-    order = [axes.index(axis) for axis in f"{channel}YX"]
-    return x.transpose(order) if channel else x.transpose(order)[None]
+    if leading == 0 or axes[leading:] != page.axes or not layout.index:
+        return layout.arrange(series.asarray()[layout.pick()])
+    if series.dataoffset is not None:  # also where one page holds all
+        return read_part(file, tif, series, layout, slice(None), slice(None))
+    numbers = np.arange(math.prod(shape[:leading])).reshape(shape[:leading])
+    chosen = numbers[layout.pick(axes=axes[:leading])]
+    x = tif.asarray(series=number, key=np.ravel(chosen).tolist())
+    x = x.reshape(*np.shape(chosen), *page.shape)
+    inner = (slice(None),) * np.ndim(chosen) + layout.pick(axes=axes[leading:])
+    return layout.arrange(x[inner])
 
 
-def _codec_missing(page: Any, error: Exception) -> MissingPackageError | None:
+def codec_missing(page: Any, error: Exception) -> MissingPackageError | None:
     """The error of a compression that only imagecodecs decodes; None where it is not the cause."""
     if not isinstance(error, ImportError) and "imagecodecs" not in str(error):
         return None
@@ -209,13 +232,13 @@ def _codec_missing(page: Any, error: Exception) -> MissingPackageError | None:
     return MissingPackageError(f"TIFF with compression {name}; run `pip install imagecodecs`")
 
 
-def _to_channels(x: np.ndarray, page: Any, in_chans: int, nodata: Nodata) -> torch.Tensor:
+def to_channels(x: np.ndarray, page: Any, in_chans: int, nodata: Nodata) -> torch.Tensor:
     """Stored values `[C, H, W]` as the channels asked for."""
     x = _without_alpha(x, tuple(page.extrasamples or ()), in_chans)
     bits = page.bitspersample if x.dtype.kind == "u" else None
     if page.photometric == _MIN_IS_WHITE and x.dtype.kind not in "bu":
         raise ImageError(f"holds {x.dtype} with MinIsWhite, which says nothing; save as MinIsBlack")
-    pixels = scaled(_rotate(x, page.tags.valueof(274, 1)), nodata, bits)
+    pixels = scaled(rotate(x, page.tags.valueof(274, 1)), nodata, bits)
     white = 255 if pixels.dtype == torch.uint8 else 1
     if page.photometric == _MIN_IS_WHITE:
         pixels = ((largest_value(x.dtype, bits) or 1) / nodata.divide if nodata.divide else white) - pixels
@@ -249,7 +272,7 @@ def _without_alpha(x: np.ndarray, extras: tuple[int, ...], in_chans: int) -> np.
     return x[[*range(first), *(first + k for k, extra in enumerate(extras) if extra not in (1, 2))]]
 
 
-def _rotate(x: np.ndarray, orientation: int) -> np.ndarray:
+def rotate(x: np.ndarray, orientation: int) -> np.ndarray:
     """Applies the TIFF / EXIF orientation 1..8 to `[C, H, W]`."""
     if orientation in (5, 6, 7, 8):
         x = x.swapaxes(1, 2)

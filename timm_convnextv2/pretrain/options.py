@@ -256,12 +256,15 @@ def _resolve_pixels(args: argparse.Namespace, start: Start | None, given: set[st
         if given & {"--clip-low", "--clip-high"}:
             raise ValueError("--clip-percentiles measures the limits that --clip-low and --clip-high name: choose one.")
         args.clip_low = args.clip_high = None  # of a config
-    names = ("nodata", "divide", "clip_low", "clip_high")
+    names = ("nodata", "divide", "clip_low", "clip_high", "dicom_window", "pages")
     if start and args.clip_percentiles is None and all(getattr(args, name) is None for name in names):
         record = Pixels.from_record(training_of(start.config).get("pixels"))
-        vars(args).update({name: getattr(record, name) for name in names})
+        vars(args).update({name: getattr(record, name) for name in ("nodata", "divide")})
         for name in ("clip_low", "clip_high"):
-            setattr(args, name, None if getattr(args, name) is None else list(getattr(args, name)))
+            setattr(args, name, None if getattr(record, name) is None else list(getattr(record, name)))
+        window = record.dicom_window
+        args.dicom_window = None if window is None else [window] if isinstance(window, str) else list(window)
+        args.pages = None if record.page is None else [record.page]
     pixels_of(args).check(args.in_chans)
 
 

@@ -18,9 +18,9 @@ from ..evaluate import open_labelled
 from ..memory import memory_estimate
 from ..models import FCMAE
 from ..provenance import resolve_license
-from ..report import ProgressBar, check_logs, open_logs
+from ..report import ProgressBar, check_logs, open_logs, with_progress
 from ..report.summary import read_rows
-from ..source_options import pixels_of
+from ..source_options import parts_of, pixels_of
 from .auto import resolve_auto
 from .batches import Batches, leave_signals_to_parent, open_batches
 from .best import Best
@@ -159,7 +159,7 @@ def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat, listi
         args.train_interpolation, tuple(args.mean), tuple(args.std),
     )  # fmt: skip
     return open_batches(
-        partial(open_source, args, pixels_of(args), listing),
+        partial(open_source, args, pixels_of(args), listing, world.primary),
         transform,
         grid=model.grid(*args.input_size[1:]),
         mask_ratio=args.mask_ratio,
@@ -172,13 +172,14 @@ def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat, listi
     )
 
 
-def open_source(args: argparse.Namespace, pixels: Pixels, listing: Listing | None = None) -> Any:
-    """The images that the options name."""
-    return create_source(
+def open_source(args: argparse.Namespace, pixels: Pixels, listing: Listing | None = None, primary: bool = True) -> Any:
+    """The images that the options name, or their windows and pages; the first process shows how far it is."""
+    source = create_source(
         args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key, args.dataset_download,
         args.train_num_samples, args.batch_size, args.seed, nodata=pixels, data_list=args.data_list,
         source_weights=args.source_weights, listing=listing,
     )  # fmt: skip
+    return with_progress(lambda tick: parts_of(args, source, tick), primary)
 
 
 def plan_of(args: argparse.Namespace, batches: Batches, world: World) -> Plan:

@@ -3,7 +3,7 @@
 from .contact_sheet import save_contact_sheet
 from .histogram import save_histograms
 from .html import write_report
-from .image_progress import ImageProgress
+from .image_progress import ImageProgress, with_progress
 from .images import save_collapse_curves, save_loss_curve, save_neighbours, save_reconstructions
 from .logs import check_logs, open_logs
 from .progress import ProgressBar, Stopwatch
@@ -21,4 +21,5 @@ __all__ = [
     "save_neighbours",
     "save_reconstructions",
     "write_report",
+    "with_progress",
 ]

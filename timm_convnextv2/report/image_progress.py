@@ -2,10 +2,12 @@
 
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["ImageProgress"]
+__all__ = ["ImageProgress", "with_progress"]
 
 
 class ImageProgress:
@@ -39,3 +41,19 @@ class ImageProgress:
         """Leaves the terminal as it was."""
         if self.bar is not None:
             self.bar.close()
+
+
+def with_progress(make: Callable[[Callable[[int], None]], Any], enabled: bool = True) -> Any:
+    """What `make` returns, while it tells of images by the function that it is called with."""
+    bar = None
+
+    def tick(images: int) -> None:
+        nonlocal bar
+        bar = bar or ImageProgress(None, enabled)
+        bar.update(images)
+
+    try:
+        return make(tick)
+    finally:
+        if bar is not None:
+            bar.close()

@@ -1,0 +1,169 @@
+"""DICOM: pydicom's own files, and drawn ones, against pydicom's functions and numpy."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dicom_files import draw
+from PIL import Image
+
+from timm_convnextv2.data import FolderSource, ImageError, MissingPackageError, load_image
+from timm_convnextv2.data.header import read_header
+from timm_convnextv2.data.measure import measure, measuring
+from timm_convnextv2.data.pages import PageSource, pages_in
+from timm_convnextv2.data.pixels import Pixels
+from timm_convnextv2.data.scenes import open_scene
+
+pydicom = pytest.importorskip("pydicom", reason="the package pydicom is not installed")
+from pydicom.data import get_testdata_file  # noqa: E402
+from pydicom.pixels import apply_rescale, apply_windowing, pixel_array  # noqa: E402
+
+bundled = partial(get_testdata_file, download=False)
+
+
+def random(shape=(7, 9), low=0, high=4095, dtype=np.uint16):
+    return np.random.default_rng(0).integers(low, high, shape, dtype, endpoint=True)
+
+
+def test_hounsfield_units_stay_as_they_are():
+    path = bundled("CT_small.dcm")
+    ds = pydicom.dcmread(path)
+    truth = apply_rescale(pixel_array(ds), ds)
+    image = load_image(path, 1)
+    assert image.dtype == torch.float32 and np.array_equal(image[0].numpy(), truth) and image.min() < -100
+    assert torch.equal(load_image(path, 3), image.repeat(3, 1, 1))
+    assert torch.equal(load_image(path, 1, Pixels(divide=1000.0)), (image.double() / 1000).float())
+    header = read_header(path)
+    assert header == ("DICOM", 128, 128, 1, "int16") and open_scene(path, 1, Pixels()).size == (128, 128)
+    part = open_scene(path, 1, Pixels()).read(100, 90, 28, 28)
+    assert torch.equal(part, image[:, 100:128, 90:118])
+
+
+@pytest.mark.parametrize(
+    "file", ["MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm", "MR_small_implicit.dcm"]
+)
+def test_what_is_not_rescaled_is_divided_by_what_its_bits_hold(file):
+    ds = pydicom.dcmread(bundled(file))
+    assert (ds.BitsStored, ds.PixelRepresentation) == (16, 1)
+    assert np.allclose(load_image(bundled(file), 1)[0], pixel_array(ds) / 32767, atol=1e-7)
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_the_files_window_is_pydicoms(function, photometric, tmp_path):
+    tags = dict(RescaleSlope=2, RescaleIntercept=-100, WindowCenter=[3000, 1], WindowWidth=[2500, 2])
+    path = draw(tmp_path / "x.dcm", random(), photometric, **tags, VOILUTFunction=function)
+    ds = pydicom.dcmread(path)
+    truth = (apply_windowing(apply_rescale(pixel_array(ds), ds), ds, index=0) + 100) / 2 / 4095
+    truth = 1 - truth if photometric == "MONOCHROME1" else truth
+    image = load_image(path, 1, Pixels(dicom_window="file"))
+    assert np.allclose(image[0], truth, atol=1e-6) and 0 <= image.min() < image.max() <= 1
+    if function == "LINEAR":
+        assert torch.equal(load_image(path, 1, Pixels(dicom_window=(3000.0, 2500.0))), image)
+
+
+def test_monochrome1_is_inverted(tmp_path):
+    x = random()
+    image = load_image(draw(tmp_path / "x.dcm", x, "MONOCHROME1"), 1)
+    assert np.allclose(image[0], 1 - x / 4095, atol=1e-7)
+    rescaled = load_image(draw(tmp_path / "y.dcm", x, "MONOCHROME1", RescaleSlope=0.5, RescaleIntercept=-7), 1)
+    assert np.allclose(rescaled[0], (4095 - x) * 0.5 - 7)
+    signed = random(low=-2048, high=2047, dtype=np.int16)
+    image = load_image(draw(tmp_path / "z.dcm", signed, "MONOCHROME1"), 1)
+    assert np.allclose(image[0], (-1.0 - signed) / 2047, atol=1e-6)
+
+
+def test_padding_is_nodata(tmp_path):
+    x = random(low=10)
+    x[:3], x[3, :2] = 0, 1
+    path = draw(tmp_path / "x.dcm", x, PixelPaddingValue=0, PixelPaddingRangeLimit=1)
+    image, gone = load_image(path, 1)[0], x <= 1
+    assert np.allclose(image[torch.from_numpy(gone)], np.rint(x[~gone].mean()) / 4095)
+    assert np.allclose(image[torch.from_numpy(~gone)], x[~gone] / 4095)
+
+
+def test_colours_are_rgb():
+    for file in (
+        "SC_rgb_rle.dcm",
+        "examples_ybr_color.dcm",
+        "examples_palette.dcm",
+        "SC_ybr_full_422_uncompressed.dcm",
+    ):
+        pages = Pixels(page=0)
+        image = load_image(bundled(file), 3, pages)
+        assert image.dtype == torch.uint8 and len(image.unique()) > 4 and not torch.equal(image[0], image[2])
+        assert load_image(bundled(file), 1, pages).shape == (1, *image.shape[1:])
+        assert read_header(bundled(file)).channels == 3
+    ds = pydicom.dcmread(bundled("SC_rgb_rle.dcm"))
+    assert np.array_equal(load_image(bundled("SC_rgb_rle.dcm"), 3).permute(1, 2, 0), pixel_array(ds))
+
+
+def test_frames_are_refused_or_pages(tmp_path):
+    x = random((4, 6, 5))
+    path = draw(tmp_path / "x.dcm", x)
+    with pytest.raises(ImageError, match="has 4 frames; read them with --pages"):
+        load_image(path, 1)
+    source = PageSource(FolderSource(tmp_path, 1))
+    assert pages_in(str(path)) == 4 and len(source) == 4 and source.name(2).endswith("x.dcm, page 2")
+    assert all(np.allclose(source[i][0], x[i] / 4095, atol=1e-7) for i in range(4))
+    assert np.allclose(load_image(path, 4, Pixels(page="channels")), x / 4095, atol=1e-7)
+    assert read_header(path, "channels").channels == 4
+    with pytest.raises(ImageError, match="has 4 pages, and page 4 is asked for"):
+        load_image(path, 1, Pixels(page=4))
+    with pytest.raises(ImageError, match="has 4 channels, expected 3"):
+        load_image(path, 3, Pixels(page="channels"))
+
+
+@pytest.mark.parametrize(
+    "file, text",
+    [("rtplan.dcm", "DICOM without an image .RTPLAN."), ("MR_truncated.dcm", "cannot be decoded")],
+)
+def test_what_is_no_image_is_refused(file, text):
+    with pytest.raises(ImageError, match=text):
+        load_image(bundled(file), 1)
+
+
+def test_a_missing_window_is_refused():
+    with pytest.raises(ImageError, match="names no window .* --dicom-window CENTRE WIDTH"):
+        load_image(bundled("CT_small.dcm"), 1, Pixels(dicom_window="file"))
+
+
+def test_types_and_units_are_measured(tmp_path):
+    x = random()
+    for i in range(2):
+        draw(tmp_path / f"{i}.dcm", x)
+    found = measure(FolderSource(tmp_path, 1, measuring(Pixels())))
+    assert (found.kind, found.unit) == ("DICOM (12 bits)", 4095) and found.pixels.mean[0] == pytest.approx(
+        x.mean() / 4095
+    )
+    assert float(found.pixels.high[0]) == pytest.approx(x.max() / 4095)
+
+
+def test_the_record_says_how(tmp_path):
+    for pixels in (Pixels(dicom_window="file", page=3), Pixels(dicom_window=(40.0, 400.0), page="channels")):
+        assert Pixels.from_record(pixels.record()) == pixels and "DICOM in the window" in str(pixels)
+    for wrong in ((40.0,), (40.0, -1.0)):
+        with pytest.raises(ValueError, match="centre and a width above 0"):
+            Pixels(dicom_window=wrong).check(1)
+    with pytest.raises(ValueError, match="already gives 0 to 1"):
+        Pixels(dicom_window="file", divide=2.0).check(1)
+
+
+@pytest.mark.parametrize("package, file", [("pydicom", "x.dcm"), ("zarr", "x.zarr")])
+def test_missing_packages_are_named(package, file, tmp_path, monkeypatch):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    if package == "pydicom":
+        draw(tmp_path / file, random())
+    else:
+        (tmp_path / file).mkdir()
+        (tmp_path / file / "zarr.json").touch()
+    for module in ("decode", "listing"):
+        monkeypatch.setattr(f"timm_convnextv2.data.{module}.installed", lambda name: name != package)
+    left = str(FolderSource(tmp_path, 1).left)
+    assert left == f"1 other file ignored: 1 {Path(file).suffix} (to read them: pip install {package})"
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match=f"{file}: is .*; run `pip install {package}`"):
+        load_image(tmp_path / file, 1)
