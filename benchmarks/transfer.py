@@ -25,16 +25,16 @@ from timm_convnextv2.report.summary import read_rows
 ROOT = Path(__file__).parents[1]
 # a small ConvNeXt V2 on small images: what one CPU core trains in minutes
 MODEL = ["--model-kwargs", "depths=(1,1,2,1)", "dims=(24,48,96,192)", "--patch-size", "2", "--decoder-dim", "128"]
-BATCH = 4
+BATCH = 8
 STARTS = {"FCMAE": [], "random weights": ["--from-scratch"]}
 # name of the task: its command, its column of summary.csv, what of it is small for a CPU
 TASKS = {
     "box AP": (
         "detect", "eval_box_ap",
-        ["--boxes-only", "--out-channels", "64", "--detector-kwargs", "rpn_post_nms_top_n_train=50",
+        ["--boxes-only", "--lr", "1e-3", "--out-channels", "32", "--detector-kwargs", "rpn_post_nms_top_n_train=50",
          "rpn_post_nms_top_n_test=50", "box_batch_size_per_image=32", "box_detections_per_img=10"],
     ),
-    "mIoU": ("segment", "eval_miou", ["--channels", "64", "--auxiliary-channels", "32"]),
+    "mIoU": ("segment", "eval_miou", ["--lr", "2e-3", "--channels", "32", "--auxiliary-channels", "16"]),
 }  # fmt: skip
 
 
@@ -49,13 +49,13 @@ def train(task: str, start: str, seed: int, encoder: Path, data: Path, output: P
     command, column, small = TASKS[task]
     name = f"{command}-{seed}-{start.split()[0].lower()}"
     updates = args.labelled // BATCH  # of an epoch
-    epochs = max(1, args.updates // updates)
+    epochs = max(1, getattr(args, f"{command}_updates") // updates)
     every = max(1, epochs // args.points)
     summary = output / name / "summary.csv"
     if len(read_rows(summary)[0]) < epochs:
         words = [command, "train", "--model", f"local-dir:{encoder}", "--data-dir", data, "--recipe", "small-data"]
         words += ["--img-size", args.size, "--scale", 0.8, 1.2, "--batch-size", BATCH, "--epochs", epochs, "--no-amp"]
-        words += ["--lr", 5e-4, "--warmup-updates", 20, "--seed", seed, "--eval-interval", every, "--device", "cpu"]
+        words += ["--warmup-updates", 20, "--seed", seed, "--eval-interval", every, "--device", "cpu"]
         words += ["--workers", 0, "--shown-images", 2, "--output", output, "--experiment", name, "--resume", "auto"]
         call([*words, *small, *STARTS[start]], output / f"{name}.log")
     rows = [row for row in read_rows(summary)[0] if row[column] != ""]
@@ -86,11 +86,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--size", type=int, default=64, help="of all images, in pixels")
     parser.add_argument("--images", type=int, default=4096, help="images without labels")
-    parser.add_argument("--epochs", type=int, default=4, help="of pretraining")
-    parser.add_argument("--labelled", type=int, default=160, help="images with boxes and masks")
+    parser.add_argument("--epochs", type=int, default=6, help="of pretraining")
+    parser.add_argument("--labelled", type=int, default=320, help="images with boxes and masks")
     parser.add_argument("--validation", type=int, default=80)
-    parser.add_argument("--updates", type=int, default=240, help="of each training with labels")
-    parser.add_argument("--points", type=int, default=3, help="evaluations of each of them")
+    parser.add_argument("--detect-updates", type=int, default=240, help="of each detector")
+    parser.add_argument("--segment-updates", type=int, default=800, help="of each segmenter")
+    parser.add_argument("--points", type=int, default=4, help="evaluations of each of them")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", metavar="DIR", help="keep the runs there, and continue them")
     args = parser.parse_args()
@@ -121,7 +122,7 @@ def main() -> None:
             for task in TASKS:
                 for start in STARTS:
                     rows += train(task, start, seed, output / "pretrain" / "encoder", data, output, args)
-        print(f"\nin % after the last of {rows[-1]['update']} updates of {BATCH} images")
+        print(f"\nin % after the last update of {BATCH} images")
         for task in TASKS:
             for start in STARTS:
                 last = [

@@ -1,6 +1,7 @@
 """What a report says of a run of detection or segmentation."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from .kind import COST, COST_CHARTS, Chart, Kind, batch_of, cost_of, device_of, last_of
 from .next_steps import next_steps_of_transfer
@@ -86,7 +87,7 @@ def _losses(runs: Sequence[RunRecord]) -> list[Chart]:
 def _detection_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     masks = any(run.column("eval_mask_ap") for run in runs)
     note = "Solid: boxes. Dashed: masks." if masks else "Of boxes."
-    dashed = dict(scale=100, dashed="masks")
+    dashed: dict[str, Any] = dict(scale=100, dashed="masks")
     return [
         Chart("AP, %", {"eval_box_ap": False, "eval_mask_ap": True}, f"{note} IoU 0.5 to 0.95.", **dashed),
         Chart("AP at IoU 0.5, %", {"eval_box_ap50": False, "eval_mask_ap50": True}, note, **dashed),
