@@ -55,6 +55,8 @@ def train(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        if i % 50 == 0:
+            print(f"update {i:4}: {losses[-1]:.4f}", flush=True)
     return losses
 
 

@@ -207,6 +207,18 @@ def test_performance_page_quotes_inference():
         assert rows[f"batch {batch}"] == {size: measured.get((size, batch), "-") for size in VARIANTS}
 
 
+def test_performance_page_quotes_the_official_code():
+    measured = results("official_cpu_float32.csv")
+    columns = {f"{name}: time / ours": case for case, name in COLUMNS.items()}
+    rows = table_rows(PAGES["docs/performance.md"], list(columns))
+    assert set(rows) == {r["candidate"] for r in measured if not r["cannot run"]}
+    for row in measured:
+        if not row["cannot run"]:
+            (column,) = (name for name, case in columns.items() if case == row["case"])
+            said = f"{row['time / ours']} ({row['min']} to {row['max']}), {row['peak MiB']} MiB"
+            assert rows[row["candidate"]][column] == said, row
+
+
 def test_performance_page_quotes_the_prediction():
     predicted = json.loads((ROOT / "benchmarks/results/roofline.json").read_text())["predicted"]
     columns = {f"{name.split(', ')[1]}, batch {row['batch']}": name.split(", ")[1] for name, row in predicted.items()}
