@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from ..data.places import as_list
 from .kind import COST, COST_CHARTS, Chart, Kind, batch_of, cost_of, device_of, last_of
 from .next_steps import next_steps
 from .run import RunRecord
@@ -26,9 +25,9 @@ def _facts(run: RunRecord) -> dict[str, str]:
     """What was trained on what."""
     of, progress = run.settings, run.progress
     chans, height, width = of["input_size"]
-    data = "the embedded data set" if of["dataset"] == "embedded" else " ".join(
-        map(str, filter(None, [of["dataset"], *as_list(of["data_dir"]), *as_list(of.get("data_list"))]))
-    )  # fmt: skip
+    places = [of["dataset"], of["data_dir"], of.get("data_list")]
+    named = [word for place in places if place for word in (place if isinstance(place, list) else [place])]
+    data = "the embedded data set" if of["dataset"] == "embedded" else " ".join(named)
     images = progress.get("num_images") or of.get("train_num_samples")
     start = "random weights" if not of["pretrained"] else str(of.get("weights") or "published or given weights")
     probe = run.probe
