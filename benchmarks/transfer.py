@@ -109,7 +109,7 @@ def main() -> None:
             args.epochs,
             *MODEL,
         ]
-        words += ["--img-size", args.size, "--batch-size", 32, "--lr", 2e-3, "--scale", 0.5, 1, "--workers", 0]
+        words += [*MODEL, "--img-size", args.size, "--batch-size", 32, "--lr", 2e-3, "--scale", 0.5, 1, "--workers", 0]
         words += ["--recon-interval", args.epochs, "--device", "cpu", "--output", output, "--experiment", "pretrain"]
         if len(read_rows(output / "pretrain" / "summary.csv")[0]) < args.epochs:
             call([*words, "--resume", "auto"], output / "pretrain.log")
