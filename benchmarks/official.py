@@ -107,20 +107,16 @@ def main() -> None:
             seconds, peak, busy = candidates.time(args.rounds), candidates.peak, candidates.busy
         for name in make:
             middle, low, high = ratio(seconds[name], seconds[OURS])
-            row = {
-                "case": case, "candidate": name, "time / ours": f"{middle:.2f}", "min": f"{low:.2f}",
-                "max": f"{high:.2f}", "CPU time / ours": f"{ratio(busy[name], busy[OURS])[0]:.2f}" if busy[name] else "",
-                "median_s": f"{statistics.median(seconds[name]):.3f}",
-                "peak MiB": f"{peak[name] / 2**20:.0f}", "cannot run": "",
-            }  # fmt: skip
-            rows.append(row)
-            print(
-                case,
-                name,
-                f"{middle:.2f} ({low:.2f} to {high:.2f})",
-                f"{row['CPU time / ours']} of CPU time",
-                flush=True,
-            )
+            computed = f"{ratio(busy[name], busy[OURS])[0]:.2f}" if busy[name] else ""
+            rows.append(
+                {
+                    "case": case, "candidate": name, "time / ours": f"{middle:.2f}", "min": f"{low:.2f}",
+                    "max": f"{high:.2f}", "CPU time / ours": computed,
+                    "median_s": f"{statistics.median(seconds[name]):.3f}", "peak MiB": f"{peak[name] / 2**20:.0f}",
+                    "cannot run": "",
+                }
+            )  # fmt: skip
+            print(f"{case:9} {name:30} {middle:.2f} ({low:.2f} to {high:.2f}), CPU time {computed}", flush=True)
         for name, why in reasons.items():
             rows.append(dict.fromkeys(rows[0], "") | {"case": case, "candidate": name, "cannot run": why})
             print(f"{case:9} {name:30} cannot run: {why}", flush=True)
