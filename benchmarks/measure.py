@@ -111,9 +111,9 @@ def _serve(build: Callable[..., Callable[[], object]], args: tuple, threads: int
         seconds = time.perf_counter() - start
     pipe.send((_status("VmHWM") - before, seconds))
     while pipe.recv():
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         step()
-        pipe.send(time.perf_counter() - start)
+        pipe.send((time.perf_counter() - start, time.process_time() - busy))
 
 
 class Candidates:
@@ -132,12 +132,15 @@ class Candidates:
         peak: Bytes that the first steps added at their peak to what the model and its data take: resident size of the
             process, or the CUDA allocator's.
         first: Seconds of the last of those steps.
+        busy: On CPU, seconds that its threads computed in each step that was timed, which a shared machine's waiting
+            does not add to.
     """
 
     def __init__(self, make: dict[str, tuple], device: torch.device, threads: int, warmup: int = 2) -> None:
         self.make, self.device, self.threads, self.warmup = make, device, threads, warmup
         self.peak: dict[str, int] = {}
         self.first: dict[str, float] = {}
+        self.busy: dict[str, list[float]] = {name: [] for name in make}
         self._steps: dict[str, Callable[[], float]] = {}
         self._processes: list[tuple] = []
 
@@ -163,7 +166,9 @@ class Candidates:
 
         def run() -> float:
             here.send(True)
-            return here.recv()
+            seconds, busy = here.recv()
+            self.busy[name].append(busy)
+            return seconds
 
         self._steps[name] = run
 

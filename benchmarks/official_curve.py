@@ -106,7 +106,8 @@ def main() -> None:
         {"update": i, "official": f"{a:.8f}", "ours": f"{b:.8f}", "relative difference": f"{d:.2e}"}
         for i, (a, b, d) in enumerate(zip(theirs, ours, apart, strict=True))
     ]
-    print(write_csv("official_curve", rows, about))
+    name = "official_curve" + ("" if args.dtype == "float32" else f"_{args.dtype}")
+    print(write_csv(name, rows, about))
     last = slice(-20, None)
     summary = {
         **about,
@@ -115,8 +116,8 @@ def main() -> None:
         "relative difference, first update": apart[0],
         "relative difference, largest": max(apart),
     }
-    (RESULTS / "official_curve.json").write_text(json.dumps(summary, indent=2) + "\n")
-    plot(theirs, ours, ROOT / "docs" / "official_curve.png")
+    (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
+    plot(theirs, ours, ROOT / "docs" / f"{name}.png")
 
 
 if __name__ == "__main__":
