@@ -5,6 +5,7 @@ PyTorch's own operations of any step read, write and compute, on tensors that ha
 inputs once and its outputs once: caches between kernels are not counted, nor what a kernel reads twice.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -51,22 +52,33 @@ def _gemm(part: str, name: str, m: int, n: int, k: int, out: int = HALF, more: f
     return Kernel(part, name, 2.0 * m * n * k, HALF * (m * k + k * n) + out * m * n + more, "tensor")
 
 
-def _norm(part: str, elements: float, ideal: bool, input_grad: bool = True) -> Iterator[Kernel]:
-    """LayerNorm and its backward. `ideal`: one kernel each, in bfloat16; else as the code is, by way of float32."""
+def _norm_kernels(part: str, T: int, C: int) -> tuple[Kernel, Kernel]:
+    """LayerNorm of T tokens and its backward, as `ops.triton` has them."""
+    elements, statistics, programs = float(T * C), 2.0 * FULL * T, min(1024, math.ceil(T / 16))
+    sums = 2 * 2.0 * FULL * programs * C  # gradients of weight and bias, of each program: written and read
+    return (
+        Kernel(part, "LayerNorm", 8 * elements, 2 * HALF * elements + statistics),
+        # the kernel, the sum over its programs, and both gradients added to zeros
+        Kernel(part, "LayerNorm backward", 16 * elements, 3 * HALF * elements + statistics + sums, launches=6),
+    )
+
+
+def _norm(part: str, T: int, C: int, ideal: bool) -> Iterator[Kernel]:
+    """LayerNorm of stem and downsampling and its backward: in PyTorch's operations, by way of float32, or `ideal`."""
     if ideal:
-        yield Kernel(part, "LayerNorm", 8 * elements, 2 * HALF * elements)
-        yield Kernel(part, "LayerNorm backward", 16 * elements, (2 + input_grad) * HALF * elements)
+        yield from _norm_kernels(part, T, C)
         return
-    cast, norm = HALF + FULL, 2 * FULL
+    elements, cast, norm = float(T * C), HALF + FULL, 2 * FULL
     yield Kernel(part, "LayerNorm", 8 * elements, (2 * cast + norm) * elements, launches=3)
     yield Kernel(part, "LayerNorm backward", 16 * elements, (2 * cast + 3 * FULL + 2 * FULL) * elements, launches=5)
 
 
-def _token_mlp(part: str, T: int, C: int, images: int, ideal: bool) -> Iterator[Kernel]:
+def _token_mlp(part: str, T: int, C: int, images: int) -> Iterator[Kernel]:
     """As `ops.token_mlp` with the kernels of `ops.triton`; T tokens of C channels in all images together."""
     F_, wide, narrow = 4 * C, 4.0 * C * T, float(C * T)
     rows = 3.0 * FULL * images * F_  # GRN's norms, scale and their gradients, of each image
-    yield from _norm("LayerNorm", narrow, ideal)
+    norm, norm_backward = _norm_kernels("LayerNorm", T, C)
+    yield norm
     yield _gemm("GEMM", "first Linear", T, F_, C)
     yield Kernel("GELU, GRN", "gelu_square_sum", 16 * wide, HALF * wide + rows, launches=9)
     yield Kernel("GELU, GRN", "gelu_scale", 16 * wide, 2 * HALF * wide + rows)
@@ -77,12 +89,10 @@ def _token_mlp(part: str, T: int, C: int, images: int, ideal: bool) -> Iterator[
     yield Kernel("GELU, GRN", "gelu_reductions", 18 * wide, 3 * HALF * wide + rows, launches=12)
     yield _gemm("GEMM", "second Linear, weight gradient", C, F_, T, more=(HALF + FULL) * C * F_)
     yield Kernel("GELU, GRN", "gelu_backward", 30 * wide, 3 * HALF * wide + rows)
-    if not ideal:  # LayerNorm again, where it was not kept
-        yield Kernel("LayerNorm", "LayerNorm again", 8 * narrow, (2 * (HALF + FULL) + 2 * FULL) * narrow, launches=3)
-    else:
-        yield Kernel("LayerNorm", "LayerNorm again", 8 * narrow, 2 * HALF * narrow)
+    yield norm._replace(name="LayerNorm again")  # it was not kept
     yield _gemm("GEMM", "first Linear, weight gradient", F_, C, T, more=(HALF + FULL) * C * F_)
     yield _gemm("GEMM", "first Linear, input gradient", T, C, F_)
+    yield norm_backward
     yield Kernel("residual", "sum of both gradients", narrow, 3 * HALF * narrow)
     yield Kernel("weights", "casts to bfloat16", 0, 2 * (FULL + HALF) * 2.0 * C * F_, launches=8)
 
@@ -105,7 +115,7 @@ def fcmae_kernels(
         batch: Images.
         visible: Patches of an image that the encoder computes; those that its mask leaves by default, all of them for
             what a dense encoder with masks costs where a compiler fuses it as well as our kernels are.
-        ideal: LayerNorm as one kernel in bfloat16 and no casts of activations, which the code does not have yet.
+        ideal: LayerNorm of stem and downsampling by the kernels of the token MLP, which the code does not do yet.
         optimizer: With AdamW's update.
     """
     h, w = model.grid(*model.img_size)
@@ -124,7 +134,7 @@ def fcmae_kernels(
         Kernel("stem", "patches in bfloat16", 0, (FULL + HALF) * pixels),
         _gemm("stem", "stem", T, dims[0], patch**2 * chans),
         _gemm("stem", "stem, weight gradient", dims[0], patch**2 * chans, T),
-        *_norm("stem", T * dims[0], ideal),
+        *_norm("stem", T, dims[0], ideal),
     ]
     for s, (C, reduction, stage) in enumerate(zip(dims, reductions, encoder.stages, strict=True)):
         p = stride // reduction
@@ -132,22 +142,22 @@ def fcmae_kernels(
         if s:
             wide = 4 * dims[s - 1]
             found += [
-                *_norm("downsampling", T * wide, ideal),
+                *_norm("downsampling", 4 * T, dims[s - 1], ideal),
                 _gemm("downsampling", "downsampling", T, C, wide),
                 _gemm("downsampling", "downsampling, input gradient", T, wide, C),
                 _gemm("downsampling", "downsampling, weight gradient", C, wide, T),
             ]
         windows = 8.0 * batch * visible * (p + k - 1) ** 2 if index else 0
         for _ in range(len(stage.blocks)):  # type: ignore[arg-type]
-            found += [*_depthwise(T, C, k, windows), *_token_mlp(f"stage {s}", T, C, batch, ideal)]
-    found += _decoder(model, batch, batch * visible, batch * h * w, batch * (h * w - packed), ideal)
+            found += [*_depthwise(T, C, k, windows), *_token_mlp(f"stage {s}", T, C, batch)]
+    found += _decoder(model, batch, batch * visible, batch * h * w, batch * (h * w - packed))
     if optimizer:
         parameters = sum(p.numel() for p in model.parameters())
         found.append(Kernel("AdamW", "AdamW, fused", 12 * parameters, 7 * FULL * parameters))
     return found
 
 
-def _decoder(model: FCMAE, batch: int, seen: int, every: int, masked: int, ideal: bool) -> list[Kernel]:
+def _decoder(model: FCMAE, batch: int, seen: int, every: int, masked: int) -> list[Kernel]:
     """Projection, block, prediction and loss; all of it is the part 'decoder'."""
     D, C, P = model.proj.out_channels, model.num_features, model.pred.out_channels
     numbers = float(masked * P)
@@ -163,7 +173,7 @@ def _decoder(model: FCMAE, batch: int, seen: int, every: int, masked: int, ideal
         Kernel("", "target and loss", 10 * numbers, numbers * (6 * FULL + (HALF + FULL) * 2 + 4 * FULL), launches=12),
     ]
     for _ in model.decoder:
-        found += [*_depthwise(every, D, 7), *_token_mlp("", every, D, batch, ideal)]
+        found += [*_depthwise(every, D, 7), *_token_mlp("", every, D, batch)]
     return [kernel._replace(part="decoder") for kernel in found]
 
 

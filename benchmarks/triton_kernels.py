@@ -24,11 +24,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.measure import conditions, write_csv
-from timm_convnextv2.ops.triton import depthwise, token_mlp
+from timm_convnextv2.ops.triton import depthwise, layernorm, token_mlp
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("float32", "bfloat16", "float16")
 KERNELS = {
+    layernorm: ("_layer_norm", "_layer_norm_backward"),
     token_mlp: ("_gelu_square_sum", "_gelu_scale", "_gelu_reductions", "_gelu_backward"),
     depthwise: ("_depthwise", "_depthwise_weight_grad"),
 }
@@ -71,6 +72,8 @@ def launch_all(dtype: torch.dtype, channels: int, kernel_size: int = 7) -> None:
     """One call of every launcher, on the CPU: what runs must be `CompileOnly`."""
     h, grad = torch.zeros(2, 2, 63, channels, dtype=dtype)
     row, bias = torch.zeros(2, 1, channels), torch.zeros(channels, dtype=dtype)
+    _, mean, rstd = layernorm.layer_norm(h, bias, bias, 1e-6, dtype)
+    layernorm.layer_norm_backward(grad, h, mean, rstd, bias, True, True)
     token_mlp.gelu_norms(h, None)
     token_mlp.gelu_scale(h, None, row, bias)
     token_mlp.gelu_reductions(h, None, grad, row, bias, True)
@@ -147,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES), metavar="SM")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--channels", type=int, nargs="+", default=[40, 384])
+    parser.add_argument("--channels", type=int, nargs="+", default=[40, 384, 2816])
     args = parser.parse_args()
     rows = []
     for arch, dtype, channels in product(args.architectures, args.dtypes, args.channels):

@@ -114,6 +114,16 @@ def test_lists_grow_with_what_they_describe(model):
     assert adam.part == "AdamW" and adam.bytes == 28 * sum(p.numel() for p in model.parameters())
 
 
+def test_layer_norm_of_the_token_mlp_moves_14_bytes_a_number():
+    """Beside two statistics a row in each of three kernels, and sums of weight and bias gradients."""
+    model = timm.create_model("fcmae_convnextv2_atto", device="meta")
+    found = [k for k in fcmae_kernels(model, 64) if k.part == "LayerNorm"]
+    numbers = sum(k.flops for k in found if k.name == "LayerNorm") / 8
+    rows = 64 * 19 * sum(n * p**2 for n, p in zip((2, 2, 6, 2), (8, 4, 2, 1), strict=True))
+    sums = sum(k.bytes for k in found) - 14 * numbers - 3 * 8 * rows
+    assert 0 < sums < 14 * numbers / 6
+
+
 def test_seconds_take_what_takes_longest():
     gpu, half = GPU(100.0, 10.0, 1.0), GPU(0.5, 0.5, 0.5)
     kernels = [Kernel("a", "mm", 200, 1, "tensor"), Kernel("a", "add", 1, 3), Kernel("b", "conv", 40, 1)]

@@ -31,6 +31,8 @@ FLOAT32 = 2e-6  # relative error allowed to a sum in float32
 HELPERS = {"token_mlp": ("_gelu_place", "_normal_cdf"), "depthwise": ("_window_corner",)}
 # images, tokens, channels; 3137 tokens are 13 parts of a sum, 257 leave one token to the last part
 SHAPES = [(3, 63, 160), (2, 257, 3), (2, 1, 1), (1, 63, 1408), (1, 3137, 4), (2, 1, 352), (3, 19, 128)]
+# rows, channels; 601 rows are several programs, the last one not full, 2816 channels are the widest model's
+ROWS = [((3, 63), 40), ((601,), 3), ((2, 9), 160), ((33, 1), 1), ((5,), 2816), ((17, 2), 31)]
 # side of a patch, kernel, channels, grid
 PATCHES = [
     (1, 7, 40, (3, 4)),
@@ -57,9 +59,10 @@ def load(name: str, interpret: bool, patch: pytest.MonkeyPatch):
     origin = importlib.util.find_spec("timm_convnextv2.ops.triton").origin
     spec = importlib.util.spec_from_file_location(name, origin, submodule_search_locations=[str(Path(origin).parent)])
     module = importlib.util.module_from_spec(spec)
-    for part in ("", ".launch", ".token_mlp", ".depthwise"):
+    parts = (".launch", ".layernorm", ".token_mlp", ".depthwise")
+    for part in ("", *parts):
         patch.setitem(sys.modules, name + part, module)
-    for part in (".launch", ".token_mlp", ".depthwise"):
+    for part in parts:
         del sys.modules[name + part]
     with pytest.MonkeyPatch.context() as while_it_loads:
         while_it_loads.setenv("TRITON_INTERPRET", str(int(interpret)))
@@ -202,6 +205,73 @@ def test_half_activations_with_float32_gradient(kernels):
     check_token_mlp(kernels, h, grad, normal(kernels, 2, 1, 40), normal(kernels, 40), normal(kernels, 2, 1, 40))
 
 
+def check_layer_norm(kernels, x, weight, bias, eps: float, dtype: torch.dtype) -> None:
+    """Values, statistics and gradients against F.layer_norm in float64, and whether the flags are heeded."""
+    given = [t.double().requires_grad_() for t in (x, weight, bias)]
+    x64, w64, _ = given
+    exact = F.layer_norm(x64, x.shape[-1:], *given[1:], eps)
+    mean64 = x64.detach().mean(-1, keepdim=True)
+    rstd64 = (x64.detach().var(-1, keepdim=True, correction=0) + eps).rsqrt()
+    grad = normal(kernels, *x.shape, dtype=dtype)
+    kept = [t.clone() for t in (x, weight, bias, grad)]
+
+    tokens, mean, rstd = kernels.layer_norm(x, weight, bias, eps, dtype)
+    check_rounded(kernels, tokens, exact.detach(), dtype)
+    check_sum(mean, mean64, x64.detach().abs().mean(-1, keepdim=True))
+    check_sum(rstd, rstd64, rstd64)
+
+    d_x, d_weight, d_bias = torch.autograd.grad(exact, given, grad.double())
+    dx, dw, db = kernels.layer_norm_backward(grad, x, mean, rstd, weight, True, True)
+    normalised, dy = ((x64.detach() - mean64) * rstd64).abs(), grad.double().abs()
+    rows = tuple(range(x.ndim - 1))
+    check_sum(dw, d_weight, (dy * (normalised + mean64.abs() * rstd64)).sum(rows))
+    check_sum(db, d_bias, dy.sum(rows))
+    # terms that cancel: of one channel, the gradient is zero and they are as large as rstd
+    size = ((dy * w64.detach().abs()) * rstd64).max()
+    unit = torch.finfo(x.dtype).eps * (1 if kernels.interpreted and x.dtype == torch.bfloat16 else 0.5)
+    subnormal = unit * torch.finfo(x.dtype).smallest_normal
+    assert dx.dtype == x.dtype and dx.shape == x.shape and dx.is_contiguous()
+    assert ((dx.double() - d_x).abs() <= unit * d_x.abs() + subnormal + 4 * FLOAT32 * size).all()
+
+    alone = kernels.layer_norm_backward(grad, x, mean, rstd, weight, True, False)
+    assert torch.equal(alone[0], dx) and alone[1:] == (None, None)
+    nothing, *alone = kernels.layer_norm_backward(grad, x, mean, rstd, weight, False, True)
+    assert nothing is None and torch.equal(alone[0], dw) and torch.equal(alone[1], db)
+    assert kernels.layer_norm_backward(grad, x, mean, rstd, weight, False, False) == (None, None, None)
+    assert all(torch.equal(t, k) for t, k in zip((x, weight, bias, grad), kept, strict=True)), "inputs changed"
+
+
+@pytest.mark.parametrize("case,dtype", in_all_dtypes(ROWS), ids=str)
+def test_layer_norm(kernels, case, dtype):
+    rows, C = case
+    x, weight, bias = (normal(kernels, *shape, dtype=dtype) for shape in ((*rows, C), (C,), (C,)))
+    check_layer_norm(kernels, x, weight, bias, 1e-6, dtype)
+
+
+@pytest.mark.parametrize("given,out", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_layer_norm_from_one_type_to_another(kernels, given, out):
+    """As under autocast, whose parameters are float32; and values far from zero."""
+    x = normal(kernels, 2, 19, 40, dtype=given) + 4
+    check_layer_norm(kernels, x, normal(kernels, 40), normal(kernels, 40), 1e-3, out)
+
+
+def test_layer_norm_of_rows_that_overflow_float16(kernels):
+    x = 30000 * normal(kernels, 3, 5, 40).clamp(-2, 2)
+    check_layer_norm(kernels, x.half(), normal(kernels, 40), normal(kernels, 40), 1e-6, torch.float16)
+
+
+def test_layer_norm_without_tokens_and_of_zeros(kernels):
+    weight, bias = normal(kernels, 40), normal(kernels, 40)
+    for rows in (0, 3):
+        x = torch.zeros(2, rows, 40, device=kernels.device)
+        tokens, mean, rstd = kernels.layer_norm(x, weight, bias, 1e-6, x.dtype)
+        assert torch.equal(tokens, bias.expand_as(x))
+        assert mean.shape == rstd.shape == (2, rows, 1) and not mean.any()
+        dx, dw, db = kernels.layer_norm_backward(x, x, mean, rstd, weight, True, True)
+        assert dx.shape == x.shape and not dx.any()
+        assert torch.equal(dw, torch.zeros_like(weight)) and torch.equal(db, torch.zeros_like(bias))
+
+
 def packed(kernels, p: int, k: int, C: int, grid: tuple[int, int], dtype: torch.dtype):
     """PackedLayout patches of two images, patches `[N, p, p, C]` with their gradient, weight, bias and index."""
     visible = PackedLayout(
@@ -282,12 +352,14 @@ def test_depthwise_without_patches(kernels):
 
 def test_the_same_numbers_every_time(kernels):
     h, row, bias = normal(kernels, 1, 600, 40), normal(kernels, 1, 1, 40), normal(kernels, 40)
+    statistics = kernels.layer_norm(h, bias, bias, 1e-6, h.dtype)[1:]
     _, x, grad, _, _, index = packed(kernels, 4, 3, 40, (2, 3), torch.float32)
 
     def sums():
         return [
             kernels.gelu_norms(h, None), *kernels.gelu_reductions(h, None, h, row, bias, True),
             *kernels.gelu_backward(h, None, h.clone(), row, row), *kernels.window_conv_weight_grad(x, grad, index, 3),
+            *kernels.layer_norm_backward(h, h, *statistics, bias, True, True),
         ]  # fmt: skip
 
     assert all(torch.equal(a, b) for a, b in zip(sums(), sums(), strict=True))
@@ -304,6 +376,12 @@ def test_refuses_what_it_would_misread(kernels):
         kernels.gelu_reductions(h, None, h, row, bias[:4], True)
     with pytest.raises(ValueError, match="grad must have shape"):
         kernels.gelu_backward(h, None, h[:, :3].contiguous(), row, row)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        kernels.layer_norm(h, bias[:4], bias, 1e-6, h.dtype)
+    with pytest.raises(ValueError, match="x must be a contiguous"):
+        kernels.layer_norm(h.double(), bias, bias, 1e-6, h.dtype)
+    with pytest.raises(ValueError, match="rstd must have shape"):
+        kernels.layer_norm_backward(h, h, h[..., :1].contiguous(), row, bias, True, True)
     _, x, grad, weight, _, index = packed(kernels, 2, 3, 5, (2, 3), torch.float32)
     with pytest.raises(ValueError, match="index must be a contiguous torch.int64"):
         kernels.window_conv(x, weight, None, index.int())
@@ -342,6 +420,22 @@ def test_token_mlp_twins(kernels, dtype, tol, per_image):
         found[-1] += k.gelu_backward(h, act, grad.clone(), scale, pull)
     for ours, theirs in zip(*found, strict=True):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        assert (ours.double() - theirs.double()).norm() <= tol * theirs.double().norm()
+
+
+@pytest.mark.parametrize("out", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype,tol", [(torch.float32, 3e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+def test_layer_norm_twins(kernels, dtype, tol, out):
+    x, grad = normal(kernels, 3, 21, 40, dtype=dtype), normal(kernels, 3, 21, 40, dtype=out)
+    weight, bias = normal(kernels, 40), normal(kernels, 40)
+    found = []
+    for k in (kernels.module, torch_kernels):
+        found.append([*k.layer_norm(x, weight, bias, 1e-6, out)])
+        found[-1] += k.layer_norm_backward(grad, x, *found[-1][1:], weight, True, True)
+        assert k.layer_norm_backward(grad, x, *found[-1][1:3], weight, False, False) == (None, None, None)
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        tol = max(tol, torch.finfo(ours.dtype).eps)
         assert (ours.double() - theirs.double()).norm() <= tol * theirs.double().norm()
 
 
@@ -456,6 +550,7 @@ def few(cases: list) -> list:
 
 COMPILED = [(torch.float32, 100, 40), (torch.bfloat16, 80, 384)]
 COMPILED += [(dtype, arch, C) for arch in (80, 90, 100) for dtype in DTYPES for C in (1, 40, 384)]
+COMPILED += [(torch.bfloat16, 90, 2816)]
 COMPILED = list(dict.fromkeys(COMPILED))
 
 
@@ -467,13 +562,14 @@ def test_compiles_for_cuda_without_spilling_registers(dtype, arch, C, monkeypatc
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = compiled(dtype, arch, C)
     assert set(found) == {
-        "gelu_square_sum", "gelu_scale", "gelu_reductions", "gelu_backward", "depthwise", "depthwise turned",
-        "depthwise_weight_grad",
+        "layer_norm", "layer_norm_backward", "gelu_square_sum", "gelu_scale", "gelu_reductions", "gelu_backward",
+        "depthwise", "depthwise turned", "depthwise_weight_grad",
     }  # fmt: skip
     assert {name: kernel["spilled bytes"] for name, kernel in found.items()} == dict.fromkeys(found, 0)
     assert all(16 <= kernel["registers"] <= 255 and kernel["occupancy"] >= 0.1 for kernel in found.values())
-    if C % 16 == 0:  # the widest loads there are
-        assert all(kernel["bytes x loads"].startswith("16x") for kernel in found.values()), found
+    for name, kernel in found.items():  # the widest loads there are
+        if C % 16 == 0 or (C % 8 == 0 and name.startswith("layer_norm")):
+            assert kernel["bytes x loads"].startswith("16x"), name
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

@@ -6,7 +6,7 @@ tokens of an image outnumber the channels enough, GRN's scale goes into the seco
 and its bias into that Linear's (kernels that have no activation to multiply that weight with do not). The CPU works on
 a few images at a time, so that what one step writes the next one finds in the cache.
 
-What lies between the two Linears is left to the kernels: `ops.torch_kernels` or `ops.triton`.
+LayerNorm and what lies between the two Linears are left to the kernels: `ops.torch_kernels` or `ops.triton`.
 
 Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); the plain form is `ops.functional.token_mlp`.
 """
@@ -30,8 +30,6 @@ __all__ = ["fused_token_mlp"]
 CHUNK_BYTES = 4 * 2**20
 MIN_ROWS = 1024
 FOLD_RATIO = 4  # tokens per channel from which scaling the weight is cheaper than scaling the tokens
-
-aten = torch.ops.aten
 
 
 class Weights(NamedTuple):
@@ -76,15 +74,9 @@ def _folds(kernels: ModuleType, T: int, C: int, dtype: torch.dtype) -> bool:
     return kernels.KEEPS_ACTIVATION and T >= FOLD_RATIO * C and dtype in (torch.float32, torch.float64)
 
 
-def _normalise(x: Tensor, p: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm, its mean and its reciprocal standard deviation, in float32 or float64."""
-    full = stats_dtype(x)
-    return torch.native_layer_norm(x.to(full), x.shape[-1:], p.norm_weight.to(full), p.norm_bias.to(full), p.norm_eps)
-
-
 def _first_linear(tokens: Tensor, b: Tensor, w: Tensor, out: Tensor) -> None:
     """Writes the pre-activation of normalised tokens into `out`."""
-    torch.addmm(b, tokens.to(w.dtype).view(-1, w.shape[1]), w.t(), out=out.view(-1, len(w)))
+    torch.addmm(b, tokens.view(-1, w.shape[1]), w.t(), out=out.view(-1, len(w)))
 
 
 def _out_dtype(shortcut: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -111,7 +103,9 @@ def _forward(
     for i in range(0, B, n):
         images = slice(i, min(i + n, B))
         here = h[images] if keep_h else h[: images.stop - i]
-        _first_linear(_normalise(x[images], p)[0], b1, w1, out=here)
+        tokens = kernels.layer_norm(x[images], p.norm_weight, p.norm_bias, p.norm_eps, dtype)[0]
+        _first_linear(tokens, b1, w1, out=here)
+        del tokens
         act = kernels.gelu(here)
         g = kernels.gelu_norms(here, act)
         norms.append(g)
@@ -195,9 +189,9 @@ class _Backward:
     def add(self, images: slice, x: Tensor, h: Tensor | None, g: Tensor, dy: Tensor) -> None:
         """Adds the gradients of some images: their `x`, pre-activation (None: computed again), norms and gradient."""
         p, started = self.p, images.start > 0
-        part, normalised = x.to(stats_dtype(x)), None
+        normalised = None
         if h is None:
-            normalised = _normalise(part, p)
+            normalised = self._normalise(x)
             h = scratch("pre", (*x.shape[:2], len(p.w1)), self.dtype, x.device)
             _first_linear(normalised[0], p.b1.to(self.dtype), self.w1, out=h)
         self.second_bias += dy.view(-1, dy.shape[-1]).sum(dim=0, dtype=stats_dtype(dy)).to(self.second_bias.dtype)
@@ -211,7 +205,11 @@ class _Backward:
         pull = _grn_pull(d_scale * p.grn_weight, g, ratio, p.grn_eps)
         dh, d_bias = self.kernels.gelu_backward(h, act, da, None if self.fold else scale, pull)
         self.first_bias += d_bias.to(self.first_bias.dtype)
-        self._first_linear(images, dh.view(-1, len(p.w1)), part, normalised or _normalise(part, p))
+        self._first_linear(images, dh.view(-1, len(p.w1)), x, normalised or self._normalise(x))
+
+    def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """LayerNorm in the type of the matrix products, its mean and its reciprocal standard deviation."""
+        return self.kernels.layer_norm(x, self.p.norm_weight, self.p.norm_bias, self.p.norm_eps, self.dtype)
 
     def _second_linear(
         self, dy: Tensor, h: Tensor, act: Tensor | None, scale: Tensor, da: Tensor, started: bool
@@ -242,16 +240,13 @@ class _Backward:
         tokens, mean, rstd = normalised
         C, needs = x.shape[-1], self.needs
         if needs.first:
-            _accumulate(self.first, dh.t(), tokens.to(self.dtype).view(-1, C), images.start > 0)
-        d_tokens = (dh @ self.w1).view_as(x).to(x.dtype)
-        dx, *found = aten.native_layer_norm_backward(
-            d_tokens, x, [C], mean, rstd, self.p.norm_weight.to(x.dtype), self.p.norm_bias.to(x.dtype),
-            [needs.x, needs.first, needs.first],
-        )  # fmt: skip
+            _accumulate(self.first, dh.t(), tokens.view(-1, C), images.start > 0)
+        d_tokens = (dh @ self.w1).view_as(x)
+        dx, *found = self.kernels.layer_norm_backward(d_tokens, x, mean, rstd, self.p.norm_weight, needs.x, needs.first)
         if needs.x and len(x) < len(self.x):
             self.x[images] = dx
         elif needs.x:
-            self.x = dx.to(self.x.dtype)
+            self.x = dx
         if needs.first:
             for total, more in zip(self.norm, found, strict=True):
                 total += more

@@ -19,6 +19,8 @@ __all__ = [
     "gelu_norms",
     "gelu_reductions",
     "gelu_scale",
+    "layer_norm",
+    "layer_norm_backward",
     "window_conv",
     "window_conv_input_grad",
     "window_conv_weight_grad",
@@ -33,6 +35,39 @@ aten = torch.ops.aten
 
 def _scratch_like(x: Tensor, slot: str) -> Tensor:
     return scratch(slot, tuple(x.shape), x.dtype, x.device)  # a tuple: torch is slower with its own Size
+
+
+# LayerNorm, over the last axis.
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens in `dtype`; their mean and reciprocal standard deviation, `[..., 1]` in float32 or float64."""
+    full = stats_dtype(x)
+    tokens, mean, rstd = torch.native_layer_norm(x.to(full), x.shape[-1:], weight.to(full), bias.to(full), eps)
+    return tokens.to(dtype), mean, rstd
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, in its dtype, and of weight and bias, in float32 or float64; None where not wanted.
+
+    Args:
+        grad: Of the tokens, like `x`.
+        x: `[..., C]`.
+        mean: From `layer_norm`.
+        rstd: From `layer_norm`.
+        weight: `[C]`.
+        need_x: Whether the gradient of `x` is wanted.
+        need_weight: Whether those of weight and bias are.
+    """
+    w = weight.to(stats_dtype(x))
+    dx, d_weight, d_bias = aten.native_layer_norm_backward(
+        grad.to(w.dtype), x.to(w.dtype), x.shape[-1:], mean, rstd, w, w, [need_x, need_weight, need_weight]
+    )  # of the bias, whose place the weight takes, only the shape counts
+    return dx.to(x.dtype) if need_x else None, d_weight, d_bias
 
 
 # Token MLP. `h` and `act` are [b, T, F]; norms, scale, pull and their gradients [b, 1, F] in float32 or float64.

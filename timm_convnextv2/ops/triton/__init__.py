@@ -9,6 +9,7 @@ records these. No time was taken on a GPU yet.
 """
 
 from .depthwise import window_conv, window_conv_input_grad, window_conv_weight_grad
+from .layernorm import layer_norm, layer_norm_backward
 from .token_mlp import KEEPS_ACTIVATION, gelu, gelu_backward, gelu_norms, gelu_reductions, gelu_scale
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "gelu_norms",
     "gelu_reductions",
     "gelu_scale",
+    "layer_norm",
+    "layer_norm_backward",
     "window_conv",
     "window_conv_input_grad",
     "window_conv_weight_grad",
