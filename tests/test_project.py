@@ -241,6 +241,17 @@ def test_performance_page_quotes_the_prediction():
         assert cells == {column: str(predicted[f"{gpu}, {size}"][what]) for column, size in columns.items()}, name
 
 
+def test_evaluation_page_quotes_the_grid():
+    rows = table_rows(PAGES["docs/evaluation.md"], ["100 labelled", "1,600 labelled"])
+    measured = results("small_data.csv")
+    assert set(rows) == {"random weights", "pretrained on 500 images", "pretrained on 8,000 images"}
+    for name, cells in rows.items():
+        count = "".join(filter(str.isdigit, name)) or "0"
+        for labelled, cell in cells.items():
+            own = [r for r in measured if (r["unlabelled"], r["labelled"]) == (count, re.sub(r"\D", "", labelled))]
+            assert cell == ", ".join(r["top1"] for r in sorted(own, key=lambda r: r["seed"])), name
+
+
 def test_finetuning_page_quotes_the_gain():
     rows = table_rows(PAGES["docs/finetuning.md"], ["seed 0", "seed 1", "seed 2", "median"])
     measured = [r for r in results("finetune_gain.csv") if r["epoch"] == "10"]
