@@ -68,8 +68,8 @@ def judge(encoder: Path, train: tuple, test: tuple) -> dict[str, float]:
 
     def accuracy(gallery: torch.Tensor, queries: torch.Tensor) -> float:
         rows = [features(model, images.split(100)) for images in (gallery, queries)]
-        scores = knn(rows[0], labels, rows[1], k=20, num_classes=10)
-        return round(100 * (scores.argmax(dim=1) == truth).double().mean().item(), 2)
+        found = knn(rows[0], labels, rows[1], k=20, num_classes=10)
+        return round(100 * (found == truth).double().mean().item(), 2)
 
     def without(images: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
         return images.masked_fill(gone[:, :, None, None], 0)
