@@ -1,12 +1,12 @@
 """What `--channel-dropout` is worth on images that lack half of their channels, and what it costs on whole ones.
 
-    python -m benchmarks.channel_dropout --data GLYPHS
+    python -m benchmarks.channel_dropout
 
-GLYPHS is a folder of `python -m benchmarks.glyphs`. Each glyph becomes an image of eight bands, which see it with a
-contrast of their own, some inverted, under noise of their own. A small ConvNeXt V2 is pretrained on unlabelled ones,
-with and without channel dropout, with the same number of updates, once per seed. Then kNN (k = 20) on frozen features:
-all bands; queries without half of the bands (each image lacks others) among images that have all; both without the
-same half. Missing bands are zero after normalisation. Writes `benchmarks/results/channel_dropout.csv`.
+Images are generated, eight bands of 32 x 32 pixels: stripes of five widths and two directions, which are the ten
+classes, with a strength in each band that is the class's own, under noise. A small ConvNeXt V2 is pretrained on
+unlabelled ones with and without channel dropout, with the same number of updates, once per seed. Then kNN (k = 20) on
+frozen features: all bands; queries without half of the bands (each image lacks others) among images that have all; both
+without the same half. Missing bands are zero after normalisation. Writes `benchmarks/results/channel_dropout.csv`.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from benchmarks.finetune_gain import call
 from benchmarks.measure import conditions, write_csv
@@ -25,35 +24,35 @@ from benchmarks.small_data import BATCH, MODEL
 from timm_convnextv2.checkpoint import load_model
 from timm_convnextv2.evaluate import features, knn
 
-BANDS = 8
+BANDS, SIZE, CLASSES = 8, 32, 10
 RATES = (0.0, 0.3)
 
 
-def bands_of(path: Path, number: int) -> np.ndarray:
-    """The image of eight bands of a glyph, uint8 `[8, H, W]`; `number` seeds its noise."""
-    rng = np.random.default_rng(number)
-    glyph = np.asarray(Image.open(path).convert("L"), dtype=np.float32) / 255 - 0.5
-    contrast = np.array([1, -1, 0.7, -0.7, 0.5, -0.5, 0.3, -0.3], dtype=np.float32) * rng.uniform(0.6, 1.4, BANDS)
-    x = 0.5 + contrast[:, None, None] * glyph + rng.normal(0, 0.12, (BANDS, *glyph.shape))
-    return (x.clip(0, 1) * 255).astype(np.uint8)
+def scene(label: int, rng: np.random.Generator) -> np.ndarray:
+    """An image of a class, uint8 `[8, 32, 32]`."""
+    signature = np.random.default_rng(label).uniform(0.2, 1, BANDS)  # of the class
+    width, angle = (2.5, 3.5, 5, 7, 10)[label % 5], np.pi / 2 * (label // 5) + rng.normal(0, 0.25)
+    y, x = np.mgrid[:SIZE, :SIZE]
+    stripes = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / width + rng.uniform(0, 2 * np.pi))
+    strength = 0.2 * signature * rng.uniform(0.6, 1.4, BANDS)
+    image = 0.5 + strength[:, None, None] * stripes + rng.normal(0, 0.2, (BANDS, SIZE, SIZE))
+    return (image.clip(0, 1) * 255).astype(np.uint8)
 
 
-def write_bands(source: Path, target: Path) -> Path:
-    """A folder of `.npy` files of the images of a folder."""
+def write_images(target: Path, count: int) -> Path:
+    """A folder of `.npy` files without labels."""
     target.mkdir(parents=True)
-    for number, path in enumerate(sorted(source.glob("*.png"))):
-        np.save(target / f"{path.stem}.npy", bands_of(path, number))
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        np.save(target / f"{number:05d}.npy", scene(number % CLASSES, rng))
     return target
 
 
-def labelled(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images float32 `[N, 8, H, W]` in [0, 1], and their classes."""
-    images, labels = [], []
-    for label, place in enumerate(sorted(folder.iterdir())):
-        for number, path in enumerate(sorted(place.glob("*.png"))):
-            images.append(bands_of(path, 10**6 * (label + 1) + number))
-            labels.append(label)
-    return torch.from_numpy(np.stack(images)).float() / 255, torch.tensor(labels)
+def labelled(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images float32 `[N, 8, 32, 32]` in [0, 1], and their classes."""
+    rng = np.random.default_rng(seed)
+    images = np.stack([scene(number % CLASSES, rng) for number in range(count)])
+    return torch.from_numpy(images).float() / 255, torch.arange(count) % CLASSES
 
 
 def judge(encoder: Path, train: tuple, test: tuple) -> dict[str, float]:
@@ -68,7 +67,7 @@ def judge(encoder: Path, train: tuple, test: tuple) -> dict[str, float]:
 
     def accuracy(gallery: torch.Tensor, queries: torch.Tensor) -> float:
         rows = [features(model, images.split(100)) for images in (gallery, queries)]
-        found = knn(rows[0], labels, rows[1], k=20, num_classes=10)
+        found = knn(rows[0], labels, rows[1], k=20, num_classes=CLASSES)
         return round(100 * (found == truth).double().mean().item(), 2)
 
     def without(images: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
@@ -83,21 +82,21 @@ def judge(encoder: Path, train: tuple, test: tuple) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="of benchmarks.glyphs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--updates", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=2000, help="images without labels")
+    parser.add_argument("--updates", type=int, default=600)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", metavar="DIR", help="keep the runs there, and continue them")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
-    train, test = (labelled(args.data / "labelled" / split) for split in ("train", "validation"))
+    train, test = labelled(1600, seed=1), labelled(1000, seed=2)
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(args.output or temporary).resolve()
         images = output / "bands"
         if not images.exists():
-            write_bands(args.data / "unlabelled", images)
-        epochs = max(1, args.updates * BATCH // sum(1 for _ in images.iterdir()))
+            write_images(images, args.images)
+        epochs = max(1, args.updates * BATCH // args.images)
         rows: list[dict] = []
         for seed in args.seeds:
             for rate in RATES:
@@ -116,7 +115,7 @@ def main() -> None:
             print(f"channel dropout {rate:g}, medians: {middle}")
         about = conditions(torch.device("cpu"), args.threads)
         about["sets"] = (
-            f"glyphs of fonts in {BANDS} bands, 32 px, {epochs} epochs of {BATCH} images an update; kNN in %"
+            f"{args.images} generated images of {BANDS} bands, {epochs} epochs, {BATCH} images an update; kNN in %"
         )
         print(write_csv("channel_dropout", rows, about))
 
