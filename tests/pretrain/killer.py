@@ -71,12 +71,26 @@ def same(a: object, b: object) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def wait(pid: int, out: Path, rng: random.Random, seconds: float) -> None:
+    """For some time, or until the run is writing one of its first files: on a busy machine time alone finds few."""
+    if rng.random() < 0.5:
+        time.sleep(rng.uniform(0.05, 1) * seconds)
+        return
+    seen: set[str] = set()
+    wanted, deadline = rng.randint(1, 4), time.monotonic() + 10 * seconds
+    while len(seen) < wanted and time.monotonic() < deadline:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return  # it has ended
+        seen.update(path.name for path in out.glob(".*.part"))
+        time.sleep(SLOW / 20)
+
+
 def attack(out: Path, options: list[str], rng: random.Random, seconds: float) -> dict:
     """Kills a run up to three times, then lets it end."""
     kills = []
     for _ in range(rng.randint(1, 3)):
         pid = start(out, options)
-        time.sleep(rng.uniform(0.05, 1) * seconds)
+        wait(pid, out, rng, seconds)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         kills.append(doing(out))
