@@ -149,7 +149,7 @@ def test_dry_run_tells_everything_and_does_nothing(command, train, data, tmp_pat
 WAYS = {"script": [SCRIPT], "module": ["-m", "timm_convnextv2.finetune"]}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way == "script")) for way in WAYS])
 def test_as_a_process(command, tmp_path, way):
     words = [sys.executable, *map(str, WAYS[way]), *command("--no-such-option")]
     result = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
