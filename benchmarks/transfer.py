@@ -74,7 +74,8 @@ def plot(rows: list[dict], path: Path) -> None:
             curves = [[r for r in rows if (r["task"], r["start"], r["seed"]) == (task, start, seed)] for seed in seeds]
             values = [[r["percent"] for r in curve] for curve in curves]
             draw_seeds(axes, [r["update"] for r in curves[0]], values, colour, f"{start}, median of {len(seeds)}")
-        axes.set(xlabel=f"updates of {BATCH} images", ylabel=f"{task} on validation images, %", ylim=(0, None))
+        axes.set(xlabel=f"updates of {BATCH} images", ylabel=f"{task} on validation images, %")
+        axes.set_ylim(0, 1.2 * max(row["percent"] for row in rows if row["task"] == task))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle("The same training from an FCMAE encoder and from random weights", fontsize=11)

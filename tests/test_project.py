@@ -252,6 +252,22 @@ def test_evaluation_page_quotes_the_grid():
             assert cell == ", ".join(r["top1"] for r in sorted(own, key=lambda r: r["seed"])), name
 
 
+def test_transfer_page_quotes_the_benchmark():
+    rows = results("transfer.csv")
+    for task, start in (("box AP", "FCMAE"), ("box AP", "random weights")):
+        last = {r["seed"]: float(r["percent"]) for r in rows if (r["task"], r["start"]) == (task, start)}
+        said = [f"{value:.1f}" for _, value in sorted(last.items())]
+        assert f"{said[0]}, {said[1]} and {said[2]} %" in PAGES["docs/transfer.md"]
+    assert {f"{float(r['percent']):.1f}" for r in rows if r["task"] == "mIoU" and r["update"] == "480"} >= {"9.3"}
+
+
+def test_evaluation_page_quotes_the_probe():
+    rows = results("probe_curve.csv")
+    last = {r["start"]: r for r in rows}  # the last epoch of each
+    for start, name in (("random", "ridge"), ("pixels", "ridge"), ("pretrained", "ridge"), ("pixels", "knn")):
+        assert f"{float(last[start][name]):.1f} %" in PAGES["docs/evaluation.md"].replace("%)", "%"), (start, name)
+
+
 def test_finetuning_page_quotes_the_gain():
     rows = table_rows(PAGES["docs/finetuning.md"], ["seed 0", "seed 1", "seed 2", "median"])
     measured = [r for r in results("finetune_gain.csv") if r["epoch"] == "10"]
