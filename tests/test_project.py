@@ -268,6 +268,15 @@ def test_evaluation_page_quotes_the_probe():
         assert f"{float(last[start][name]):.1f} %" in PAGES["docs/evaluation.md"].replace("%)", "%"), (start, name)
 
 
+def test_pretraining_page_quotes_channel_dropout():
+    rows = table_rows(PAGES["docs/pretraining.md"], ["without dropout", "`--channel-dropout 0.3`"])
+    columns = ("all", "queries_lack_half", "both_lack_half")
+    for cells, column in zip(rows.values(), columns, strict=True):
+        for cell, rate in zip(cells.values(), ("0.0", "0.3"), strict=True):
+            own = [r[column] for r in results("channel_dropout.csv") if r["channel_dropout"] == rate]
+            assert cell == ", ".join(own), column
+
+
 def test_finetuning_page_quotes_the_gain():
     rows = table_rows(PAGES["docs/finetuning.md"], ["seed 0", "seed 1", "seed 2", "median"])
     measured = [r for r in results("finetune_gain.csv") if r["epoch"] == "10"]
