@@ -16,3 +16,15 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_publish(capsys):
+    """Runs `timm-convnextv2 publish`: exit status, stdout, stderr."""
+    from timm_convnextv2 import publish
+
+    def call(*arguments):
+        status = publish.main([str(a) for a in arguments])
+        return status, *capsys.readouterr()
+
+    return call

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from test_export import FCMAE, NC, _Runs, config_of, equal, make_run
 
-from timm_convnextv2 import pretrain, publish
+from timm_convnextv2 import pretrain
 from timm_convnextv2.checkpoint import export_encoder, export_finetuned, load_checkpoint, push_to_hub
 from timm_convnextv2.pretrain.options import parse_options
 from timm_convnextv2.pretrain.setup import create_model
@@ -26,17 +26,6 @@ def fcmae_of(argv):
     """The options and the model that pretraining makes of a command line."""
     args, start = parse_options(argv)
     return args, create_model(args, start)
-
-
-@pytest.fixture
-def run_publish(capsys):
-    """Runs the command: exit status, stdout, stderr."""
-
-    def call(*arguments):
-        status = publish.main([str(a) for a in arguments])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 TINY = (

@@ -10,7 +10,6 @@ from encoders import make_encoder
 from huggingface_hub import ModelCard
 from test_hub import hub  # noqa: F401  a fixture
 
-from timm_convnextv2 import publish
 from timm_convnextv2.cli import main
 from timm_convnextv2.data.embedded import write_folder
 from timm_convnextv2.transfer import (
@@ -45,15 +44,6 @@ def make(folder, task, **about):
 @pytest.fixture(params=list(METRICS))
 def folder(request, tmp_path):
     return make(tmp_path / "model", request.param), request.param
-
-
-@pytest.fixture
-def run_publish(capsys):
-    def call(*arguments):
-        status = publish.main([str(a) for a in arguments])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 def test_the_card_states_the_metrics(folder, run_publish, tmp_path):

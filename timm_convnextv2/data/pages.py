@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from .decode import Choose, Reduced, decode, faults_named, printable
+from .derived import DerivedSource
 from .dicom import dicom_pages, is_dicom
 from .errors import ImageError, MissingPackageError
 from .files import open_image_file
@@ -42,7 +42,7 @@ def pages_in(path: str) -> int:
                 return getattr(image, "n_frames", 1)
 
 
-class PageSource(Dataset):
+class PageSource(DerivedSource):
     """The pages of another source's files, each an image.
 
     Args:
@@ -81,24 +81,6 @@ class PageSource(Dataset):
         self.left = f"{self.ends[-1]} pages of {len(source)} files"
         if inner := str(getattr(source, "left", None) or ""):
             self.left += f"; {inner}"
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the images: the source's."""
-        return self.source.in_chans
-
-    @in_chans.setter
-    def in_chans(self, value: int) -> None:
-        self.source.in_chans = value
-
-    @property
-    def nodata(self) -> Any:
-        """The record of pixels, or the value of those without data: the source's."""
-        return self.source.nodata
-
-    @nodata.setter
-    def nodata(self, value: Any) -> None:
-        self.source.nodata = value
 
     def __len__(self) -> int:
         return self.ends[-1]

@@ -6,9 +6,9 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Dataset
 
 from .decode import faults_named
+from .derived import DerivedSource
 from .errors import EmptyError, ImageError, MissingPackageError
 from .pixels import Pixels
 from .samples import sample_seed
@@ -72,7 +72,7 @@ def content(image: torch.Tensor, min_std: float) -> float:
     return float((cells.std(3, correction=0) > min_std).any(0).float().mean())
 
 
-class WindowSource(Dataset):
+class WindowSource(DerivedSource):
     """Square windows of the images of another source, anywhere within them, by area.
 
     `source[i]` is a window `[C, S, S]` whose place never changes; `load_sample(i, seed)` draws its place from a seed.
@@ -102,7 +102,7 @@ class WindowSource(Dataset):
                 "--window-size reads parts of files, which this data set has not: give a folder with --data-dir, or "
                 "leave it out."
             )
-        self.source, self.windows, self.in_chans = source, windows.check(), source.in_chans
+        self.source, self.windows = source, windows.check()
         sizes, whole = _scan(source, tick)
         _refuse_small(source, sizes, windows.size)
         self._set(range(len(source)), sizes, whole)
@@ -132,15 +132,6 @@ class WindowSource(Dataset):
                 "or .npy is faster)"
             )
         return "; ".join([*parts, *filter(None, [str(getattr(self.source, "left", None) or "")])])
-
-    @property
-    def nodata(self) -> Any:
-        """The record of pixels, or the value of those without data: the source's."""
-        return self.source.nodata
-
-    @nodata.setter
-    def nodata(self, value: Any) -> None:
-        self.source.nodata = value
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -214,7 +205,7 @@ class WindowSource(Dataset):
 
     def _part(self, numbers: list[int]) -> "WindowSource":
         part = object.__new__(WindowSource)
-        part.source, part.windows, part.in_chans = self.source, self.windows, self.in_chans
+        part.source, part.windows = self.source, self.windows
         part._set([self.files[k] for k in numbers], [self.sizes[k] for k in numbers], self.num_whole)
         return part
 
