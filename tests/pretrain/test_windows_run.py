@@ -105,3 +105,13 @@ def test_check_looks_at_windows_of_large_images(tmp_path, capsys, monkeypatch):
     assert check.main([*words, "--window-size", "40", "--overwrite"]) == 0
     assert check.main([*words, "--window-size", "96", "--overwrite"]) == 1
     assert "small: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [["--window-size", "40"], ["--pages", "all"]])
+def test_weights_of_sources_are_of_whole_images(tmp_path, capsys, more):
+    places = [tmp_path / "a", tmp_path / "b"]
+    for place in places:
+        place.mkdir()
+        words = scenes(place)
+    weights = ["--data-dir", *map(str, places), "--source-weights", "1", "3", *more]
+    refused(tmp_path / "r", capsys, ["Weights of sources and lists are of whole images"], *words[2:], *weights)
