@@ -4,9 +4,10 @@
     python -m benchmarks.official --checkout CONVNEXT_V2 --device cuda --cases tiny:256
 
 CONVNEXT_V2 is a clone of https://github.com/facebookresearch/ConvNeXt-V2; it and 'minkowski' need MinkowskiEngine
-(docs/performance.md). All pretraining steps have the same weights, images and masks, and find out in each step which
-patches are visible. A candidate that cannot run is named with its reason. Times are taken in turn, each candidate in
-its own process on CPU, and written with their conditions to `benchmarks/results/`.
+(docs/performance.md), and WarpConvNet needs CUDA (`benchmarks.warp_mixer`). All pretraining steps have the same
+weights, images and masks, and find out in each step which patches are visible. A candidate that cannot run is named
+with its reason. Times are taken in turn, each candidate in its own process on CPU, and written with their conditions
+to `benchmarks/results/`.
 
 SparK's way (a mask around every convolution, everything else dense) is 'dense with masks', `models.reference`, but for
 LayerNorm, which SparK gathers and scatters, and for its decoder; it has no row of its own.
@@ -16,6 +17,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import timm
 import torch
@@ -23,12 +25,15 @@ import torch
 from benchmarks.measure import Candidates, add_machine_options, conditions, device_kind, ratio, write_csv
 from benchmarks.official_model import SIZES, official_fcmae, official_loss
 from benchmarks.pretrain_step import IMG_SIZE, dense_step, filled
+from benchmarks.warp_mixer import warp_mix, why_not
 from timm_convnextv2.models.masking import random_mask
+from timm_convnextv2.models.packing import PackedLayout
 from timm_convnextv2.models.reference import reference_forward
 from timm_convnextv2.ops import use_backend
 from timm_convnextv2.ops.engine import engine
 
 OURS, MINKOWSKI, OFFICIAL = "ours", "ours, backend minkowski", "official on MinkowskiEngine"
+WARP = "ours, WarpConvNet as mixer"
 MASKS, STOCK = "dense with masks", "supervised, stock timm"
 
 
@@ -52,6 +57,9 @@ def pretraining_step(
         if name == MINKOWSKI:
             with use_backend("minkowski"):
                 return model(images, mask, return_pred=False).loss
+        if name == WARP:
+            with patch.object(PackedLayout, "mix", warp_mix):
+                return model(images, mask, return_pred=False).loss
         return model(images, mask, return_pred=False).loss
 
     run = torch.compile(forward) if which.endswith(" compiled") else forward
@@ -65,9 +73,10 @@ def pretraining_step(
     return step
 
 
-def missing(size: str, checkout: str | None, device: torch.device, dtype: str) -> dict[str, str]:
+def missing(size: str, batch: int, checkout: str | None, device: torch.device, dtype: str) -> dict[str, str]:
     """Which candidates cannot run here, and why."""
-    reasons = {"WarpConvNet as mixer": "no mixer on it was written yet: it needs CUDA, and none was there to test one"}
+    reason = why_not(device, batch)
+    reasons = {WARP: reason} if reason else {}
     try:
         built = engine()
     except RuntimeError as error:
@@ -97,11 +106,11 @@ def main() -> None:
     for case in args.cases:
         size, batch = case.split(":")
         where = (size, int(batch), args.device, args.dtype)
-        names = [OURS, MINKOWSKI, OFFICIAL, MASKS] + ([] if args.no_compile else [f"{MASKS} compiled"])
+        names = [OURS, MINKOWSKI, WARP, OFFICIAL, MASKS] + ([] if args.no_compile else [f"{MASKS} compiled"])
         make: dict[str, tuple] = {name: (pretraining_step, (name, *where, args.checkout)) for name in names}
         for end in ("",) if args.no_compile else ("", " compiled"):
             make[STOCK + end] = (dense_step, (f"stock{end}", size, int(batch), True, args.device, args.dtype))
-        reasons = missing(size, args.checkout, device, args.dtype)
+        reasons = missing(size, int(batch), args.checkout, device, args.dtype)
         make = {name: built for name, built in make.items() if name not in reasons}
         with Candidates(make, device, args.threads) as candidates:
             seconds, peak, busy = candidates.time(args.rounds), candidates.peak, candidates.busy
