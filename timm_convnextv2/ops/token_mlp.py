@@ -16,12 +16,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
 from .functional import norm_ratio, stats_dtype, token_mlp
+from .gemm import linear, onednn_is_faster
 from .scratch import scratch
 
 __all__ = ["fused_token_mlp"]
@@ -74,9 +74,11 @@ def _folds(kernels: ModuleType, T: int, C: int, dtype: torch.dtype) -> bool:
     return kernels.KEEPS_ACTIVATION and T >= FOLD_RATIO * C and dtype in (torch.float32, torch.float64)
 
 
-def _first_linear(tokens: Tensor, b: Tensor, w: Tensor, out: Tensor) -> None:
-    """Writes the pre-activation of normalised tokens into `out`."""
-    torch.addmm(b, tokens.view(-1, w.shape[1]), w.t(), out=out.view(-1, len(w)))
+def _first_linear(tokens: Tensor, b: Tensor, w: Tensor, out: Tensor | None = None, slot: str = "") -> Tensor:
+    """The pre-activation of normalised tokens `[b, T, C]`: in `out` if given, else where `slot` says."""
+    shape = (*tokens.shape[:2], len(w))
+    flat = None if out is None else out.view(-1, len(w))
+    return linear(tokens.view(-1, w.shape[1]), w, b, flat, slot).view(shape)
 
 
 def _out_dtype(shortcut: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -99,38 +101,45 @@ def _forward(
     b2 = torch.addmv(p.b2, p.w2, p.grn_bias) if fold else p.b2
     out = torch.empty(B, T, len(w2), dtype=_out_dtype(shortcut, dtype), device=x.device)
     n, keep_h, norms = _chunk(B, T, hidden, dtype, x.device), save and not recompute, []
-    h = x.new_empty(B, T, hidden, dtype=dtype) if keep_h else scratch("h", (n, T, hidden), dtype, x.device)
+    h = x.new_empty(B, T, hidden, dtype=dtype) if keep_h and n < B else None
+    here = x.new_empty(0)
     for i in range(0, B, n):
         images = slice(i, min(i + n, B))
-        here = h[images] if keep_h else h[: images.stop - i]
         tokens = kernels.layer_norm(x[images], p.norm_weight, p.norm_bias, p.norm_eps, dtype)[0]
-        _first_linear(tokens, b1, w1, out=here)
+        here = _first_linear(tokens, b1, w1, out=None if h is None else h[images], slot="" if keep_h else "h")
         del tokens
         act = kernels.gelu(here)
         g = kernels.gelu_norms(here, act)
         norms.append(g)
         kept = None if keep is None else keep[images].view(-1, 1, 1)
         scale = _times(1 + p.grn_weight * norm_ratio(g, p.grn_eps), kept)
-        total = torch.add(shortcut[images], _times(b2, kept), out=out[images])
         if fold:
+            total = torch.add(shortcut[images], _times(b2, kept), out=out[images])
             total.baddbmm_(act, (w2 * scale).transpose(1, 2))
         else:
-            _add_product(total, kernels.gelu_scale(here, act, scale, _times(p.grn_bias, kept)), w2)
+            scaled = kernels.gelu_scale(here, act, scale, _times(p.grn_bias, kept))
+            _second_linear(scaled, w2, b2, kept, shortcut[images], out=out[images])
     if not save:
         return out, x.new_empty(0), x.new_empty(0)
-    return out, h if keep_h else x.new_empty(0), norms[0] if len(norms) == 1 else torch.cat(norms)
+    h = (here if h is None else h) if keep_h else x.new_empty(0)
+    return out, h, norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
 def _times(value: Tensor, kept: Tensor | None) -> Tensor:
     return value if kept is None else value * kept
 
 
-def _add_product(total: Tensor, a: Tensor, w: Tensor) -> None:
-    """`total += a @ w.T`; `total` may have the higher precision."""
-    if total.dtype == a.dtype:
-        total.view(-1, len(w)).addmm_(a.view(-1, a.shape[-1]), w.t())
+def _second_linear(a: Tensor, w: Tensor, b: Tensor, kept: Tensor | None, shortcut: Tensor, out: Tensor) -> None:
+    """`shortcut + kept * b + a @ w.T` into `out`, which may have a higher precision than `a`."""
+    flat = a.view(-1, a.shape[-1])
+    if onednn_is_faster(flat, w) and kept is None and out.dtype == a.dtype:  # the sum in as many passes as below
+        torch.add(shortcut, linear(flat, w, b).view_as(out), out=out)
+        return
+    torch.add(shortcut, _times(b, kept), out=out)
+    if out.dtype == a.dtype and not onednn_is_faster(flat, w):
+        out.view(-1, len(w)).addmm_(flat, w.t())
     else:
-        total.add_(F.linear(a, w))
+        out += linear(flat, w).view_as(out)
 
 
 @torch.library.custom_op(
@@ -192,13 +201,11 @@ class _Backward:
         normalised = None
         if h is None:
             normalised = self._normalise(x)
-            h = scratch("pre", (*x.shape[:2], len(p.w1)), self.dtype, x.device)
-            _first_linear(normalised[0], p.b1.to(self.dtype), self.w1, out=h)
+            h = _first_linear(normalised[0], p.b1.to(self.dtype), self.w1, slot="pre")
         self.second_bias += dy.view(-1, dy.shape[-1]).sum(dim=0, dtype=stats_dtype(dy)).to(self.second_bias.dtype)
         ratio = norm_ratio(g, p.grn_eps)
         scale, act = 1 + p.grn_weight * ratio, self.kernels.gelu(h)
-        da = scratch("h", h.shape, self.dtype, x.device)
-        d_scale = (self._folded_second_linear if self.fold else self._second_linear)(dy, h, act, scale, da, started)
+        d_scale, da = (self._folded_second_linear if self.fold else self._second_linear)(dy, h, act, scale, started)
         self.grn_weight += (d_scale * ratio).sum(dim=(0, 1)).to(self.grn_weight.dtype)
         if not (self.needs.x or self.needs.first):
             return
@@ -212,28 +219,28 @@ class _Backward:
         return self.kernels.layer_norm(x, self.p.norm_weight, self.p.norm_bias, self.p.norm_eps, self.dtype)
 
     def _second_linear(
-        self, dy: Tensor, h: Tensor, act: Tensor | None, scale: Tensor, da: Tensor, started: bool
-    ) -> Tensor:
-        """Gradient of GRN's scale, `[b, 1, F]`. `da` becomes that of GRN's output."""
+        self, dy: Tensor, h: Tensor, act: Tensor | None, scale: Tensor, started: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of GRN's scale, `[b, 1, F]`, and of its output, `[b, T, F]`."""
         hidden, flat = h.shape[-1], dy.view(-1, dy.shape[-1])
-        torch.mm(flat, self.w2, out=da.view(-1, hidden))
+        da = linear(flat, self.w2.t(), slot="h").view(h.shape)
         d_scale, out = self.kernels.gelu_reductions(h, act, da, scale, self.p.grn_bias, self.needs.second)
         if out is not None:
             _accumulate(self.second, flat.t(), out.view(-1, hidden), started)
-        return d_scale
+        return d_scale, da
 
     def _folded_second_linear(
-        self, dy: Tensor, h: Tensor, act: Tensor, scale: Tensor, da: Tensor, started: bool
-    ) -> Tensor:
-        """Likewise, with the scale in the weight: `da` becomes the gradient of GRN's output times the scale."""
+        self, dy: Tensor, h: Tensor, act: Tensor, scale: Tensor, started: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Likewise, with the scale in the weight: the gradient of GRN's output comes times the scale."""
         pairs = torch.bmm(dy.transpose(1, 2), act)  # [b, C, F]
         d_scale = torch.linalg.vecdot(pairs, self.w2, dim=1).unsqueeze(1)
         if self.needs.second:
             total = dy.view(-1, dy.shape[-1]).sum(dim=0)
             part = pairs.mul_(scale).sum(dim=0).addr_(total, self.p.grn_bias)
             self.second = self.second.add_(part) if started else part
-        torch.bmm(dy, self.w2 * scale, out=da)
-        return d_scale
+        da = torch.bmm(dy, self.w2 * scale, out=scratch("h", h.shape, self.dtype, dy.device))
+        return d_scale, da
 
     def _first_linear(self, images: slice, dh: Tensor, x: Tensor, normalised: tuple[Tensor, Tensor, Tensor]) -> None:
         """First Linear and LayerNorm, from the gradient `dh` `[b * T, F]` of the pre-activation."""
@@ -241,7 +248,7 @@ class _Backward:
         C, needs = x.shape[-1], self.needs
         if needs.first:
             _accumulate(self.first, dh.t(), tokens.view(-1, C), images.start > 0)
-        d_tokens = (dh @ self.w1).view_as(x)
+        d_tokens = linear(dh, self.w1.t()).view_as(x)
         dx, *found = self.kernels.layer_norm_backward(d_tokens, x, mean, rstd, self.p.norm_weight, needs.x, needs.first)
         if needs.x and len(x) < len(self.x):
             self.x[images] = dx
