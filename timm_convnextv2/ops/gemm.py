@@ -51,7 +51,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, out: Tensor | None 
         out: Where the result must be written, `[M, N]`; oneDNN, which cannot, is then not asked.
         slot: Of `ops.scratch`, where the result may be written.
     """
-    if out is None and onednn_is_faster(x, w):
+    if out is None and _ONEDNN is not None and onednn_is_faster(x, w):
         return _ONEDNN(x, w, bias, "none", [], "")
     if out is None and slot:
         out = scratch(slot, (len(x), len(w)), x.dtype, x.device)

@@ -75,7 +75,7 @@ def _folds(kernels: ModuleType, T: int, C: int, dtype: torch.dtype) -> bool:
 
 
 def _first_linear(tokens: Tensor, b: Tensor, w: Tensor, out: Tensor | None = None, slot: str = "") -> Tensor:
-    """The pre-activation of normalised tokens `[b, T, C]`: in `out` if given, else where `slot` says."""
+    """The pre-activation of normalised tokens `[b, T, C]`, in `out` if given; `slot` as for `linear`."""
     shape = (*tokens.shape[:2], len(w))
     flat = None if out is None else out.view(-1, len(w))
     return linear(tokens.view(-1, w.shape[1]), w, b, flat, slot).view(shape)
