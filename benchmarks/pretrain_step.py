@@ -145,6 +145,8 @@ def main() -> None:
             "stock train": (dense_step, ("stock", size, int(batch), True, *where)),
             "our train": (dense_step, ("ours", size, int(batch), True, *where)),
         }
+        if args.dtype == "float32":
+            make["ours bfloat16"] = (fcmae_step, ("ours", size, int(batch), 0.6, args.device, "bfloat16"))
         if args.compile:
             for name in ("ours", "reference", "stock train", "our train"):
                 build, (which, *rest) = make[name]
@@ -161,9 +163,12 @@ def main() -> None:
         pair("supervised stock encoder / our step", seconds["stock train"], seconds["ours"])
         pair("our step at mask ratio 0.9 / at 0.6", seconds["ours 0.9"], seconds["ours"])
         pair("dense training, stock timm / ours", seconds["stock train"], seconds["our train"])
+        if args.dtype == "float32":
+            pair("our step in float32 / in bfloat16", seconds["ours"], seconds["ours bfloat16"])
         if args.compile:
             fastest = min(("ours", "ours compiled"), key=lambda name: statistics.median(seconds[name]))
             pair("dense-with-masks reference compiled / our step", seconds["reference compiled"], seconds[fastest])
+            pair("dense training, stock timm compiled / ours", seconds["stock train compiled"], seconds["our train"])
             pair("dense training, both compiled", seconds["stock train compiled"], seconds["our train compiled"])
         build, arguments = make["ours"]
         step = build(*arguments)

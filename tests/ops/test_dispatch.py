@@ -160,7 +160,7 @@ def test_layers_add_reasons_of_their_own():
     assert "wider" in model.stages[1].downsample[1].why_eager(x)
     with torch.no_grad():
         assert "no gradient" in conv.why_eager(x)
-    assert "float32" in conv.double().why_eager(x.double())
+    assert "float64" in conv.double().why_eager(x.double())
     conv.float().register_full_backward_hook(lambda *_: None)
     assert "hooks" in layout.why_eager(packed, conv)
     full = PackedLayout(random_mask(1, (4, 4), 0.1), 14)

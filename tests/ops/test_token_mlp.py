@@ -77,7 +77,7 @@ def test_equals_the_plain_form_in_float32(T, C, chunks):
 @pytest.mark.parametrize("dtype,tol", [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("path", [False, True])
-def test_half_precision_is_as_exact_as_the_plain_form(dtype, tol, autocast, path):
+def test_half_precision_is_as_exact_as_the_plain_form(dtype, tol, autocast, path, chunks):
     keep = torch.tensor([1.25, 0, 1.25]) if path else None
     tensors = make(3, 63, 40, torch.float32 if autocast else dtype)
     with torch.autocast("cpu", dtype, enabled=autocast):

@@ -36,7 +36,10 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if self.can_fuse(x):
-                return depthwise_conv(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
+                dtype = autocast_dtype(x) or x.dtype
+                bias = None if self.bias is None else self.bias.to(dtype)
+                x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+                return depthwise_conv(x, self.weight.to(dtype), bias)
         return self._conv_forward(x, self.weight, self.bias)
 
     @torch.jit.unused
@@ -55,8 +58,8 @@ class DepthwiseConv2d(nn.Conv2d):
             return "the backend 'triton' has no kernel for it"
         if not is_plain_depthwise(self) or self.kernel_size[0] <= MAX_COLUMNS:
             return f"it is no depthwise convolution of stride 1 wider than {MAX_COLUMNS} columns"
-        if x.ndim != 4 or x.dtype != torch.float32 or autocast_dtype(x) is not None:
-            return "oneDNN is fast in other types than float32"
+        if x.ndim != 4 or x.dtype == torch.float64:
+            return "the input is no [B, C, H, W], or float64, which oneDNN does not have"
         return ""
 
     @torch.jit.unused

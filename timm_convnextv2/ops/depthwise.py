@@ -20,7 +20,8 @@ aten = torch.ops.aten
 
 @torch.library.custom_op("timm_convnextv2::depthwise", mutates_args=())
 def depthwise_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
 
 @torch.library.custom_op("timm_convnextv2::depthwise_backward", mutates_args=())
@@ -30,7 +31,8 @@ def _depthwise_backward(
     """Gradients of x, weight and bias; outputs whose `need_*` flag is False are placeholders."""
     C, k = len(weight), weight.shape[-1]
     # with an odd kernel, the transpose is the same operation with the kernel turned round
-    grad_x = F.conv2d(grad, weight.flip(2, 3), padding=k // 2, groups=C) if need_x else x.new_empty(0)
+    with torch.autocast(x.device.type, enabled=False):
+        grad_x = F.conv2d(grad, weight.flip(2, 3), padding=k // 2, groups=C) if need_x else x.new_empty(0)
     grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
     if need_weight:
         grad_weight = weight_grad(grad, k, lambda images, first, width: shifted(x[images], first, width, k))

@@ -12,6 +12,7 @@ Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); the plain for
 """
 
 import math
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -62,8 +63,8 @@ _WEIGHTS_SCHEMA = (
 
 
 def _chunk(B: int, T: int, hidden: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Images at a time. Half precision takes all at once: its sums over chunks would be rounded at each."""
-    if device.type != "cpu" or dtype in (torch.float16, torch.bfloat16):
+    """Images at a time."""
+    if device.type != "cpu":
         return B
     rows = max(CHUNK_BYTES // (hidden * dtype.itemsize), MIN_ROWS)
     return min(B, max(1, rows // T))
@@ -190,10 +191,11 @@ class _Backward:
         self.w1, self.w2 = p.w1.to(dtype), p.w2.to(dtype)
         self.chunk, self.fold = _chunk(B, T, len(p.w1), dtype, x.device), _folds(kernels, T, C, dtype)
         self.x = torch.empty_like(x)
-        self.norm = [torch.zeros_like(p.norm_weight), torch.zeros_like(p.norm_bias)]
-        self.first, self.second = torch.empty_like(p.w1), torch.empty_like(p.w2)
-        self.first_bias, self.grn_weight = torch.zeros_like(p.b1), torch.zeros_like(p.grn_weight)
-        self.second_bias = torch.zeros(len(p.w2), dtype=p.w2.dtype, device=x.device)
+        full = stats_dtype(p.w1)  # a sum over chunks must not be rounded at each
+        self.first, self.second = torch.empty_like(p.w1, dtype=full), torch.empty_like(p.w2, dtype=full)
+        zeros = partial(torch.zeros_like, dtype=full)
+        self.norm, self.first_bias = [zeros(p.norm_weight), zeros(p.norm_bias)], zeros(p.b1)
+        self.grn_weight, self.second_bias = zeros(p.grn_weight), zeros(p.b2)
 
     def add(self, images: slice, x: Tensor, h: Tensor | None, g: Tensor, dy: Tensor) -> None:
         """Adds the gradients of some images: their `x`, pre-activation (None: computed again), norms and gradient."""
@@ -202,16 +204,16 @@ class _Backward:
         if h is None:
             normalised = self._normalise(x)
             h = _first_linear(normalised[0], p.b1.to(self.dtype), self.w1, slot="pre")
-        self.second_bias += dy.view(-1, dy.shape[-1]).sum(dim=0, dtype=stats_dtype(dy)).to(self.second_bias.dtype)
+        self.second_bias += dy.view(-1, dy.shape[-1]).sum(dim=0, dtype=stats_dtype(dy))
         ratio = norm_ratio(g, p.grn_eps)
         scale, act = 1 + p.grn_weight * ratio, self.kernels.gelu(h)
         d_scale, da = (self._folded_second_linear if self.fold else self._second_linear)(dy, h, act, scale, started)
-        self.grn_weight += (d_scale * ratio).sum(dim=(0, 1)).to(self.grn_weight.dtype)
+        self.grn_weight += (d_scale * ratio).sum(dim=(0, 1))
         if not (self.needs.x or self.needs.first):
             return
         pull = _grn_pull(d_scale * p.grn_weight, g, ratio, p.grn_eps)
         dh, d_bias = self.kernels.gelu_backward(h, act, da, None if self.fold else scale, pull)
-        self.first_bias += d_bias.to(self.first_bias.dtype)
+        self.first_bias += d_bias
         self._first_linear(images, dh.view(-1, len(p.w1)), x, normalised or self._normalise(x))
 
     def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,9 +262,9 @@ class _Backward:
 
     def gradients(self) -> tuple[Tensor, ...]:
         """Of x and of the eight parameters."""
-        grn_bias = (self.p.w2.t() @ self.second_bias).to(self.p.grn_bias.dtype)
-        first = (*self.norm, self.first, self.first_bias)
-        return self.x, *first, self.grn_weight, grn_bias, self.second, self.second_bias
+        grn_bias = self.p.w2.t().to(self.second_bias.dtype) @ self.second_bias
+        found = (*self.norm, self.first, self.first_bias, self.grn_weight, grn_bias, self.second, self.second_bias)
+        return self.x, *(total.to(weight.dtype) for total, weight in zip(found, self.p[:8], strict=True))
 
 
 def _grn_pull(d_ratio: Tensor, g: Tensor, ratio: Tensor, eps: float) -> Tensor:

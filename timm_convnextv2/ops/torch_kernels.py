@@ -136,7 +136,9 @@ def gelu_backward(h: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None, pu
         grad = grad if scale is None else grad.mul_(scale)
         grad.addcmul_(act, pull)
     else:  # the pull can be too large for float16, and its product with the activation fit
-        grad = (grad if scale is None else grad * scale).to(pull.dtype).addcmul_(act, pull).to(grad.dtype)
+        full = scratch("full", tuple(grad.shape), pull.dtype, grad.device)
+        full = full.copy_(grad) if scale is None else torch.mul(grad, scale, out=full)
+        grad = grad.copy_(full.addcmul_(act, pull))
     dh = aten.gelu_backward.grad_input(grad, h, grad_input=grad)
     return dh, dh.sum(dim=(0, 1), dtype=stats_dtype(dh))
 
