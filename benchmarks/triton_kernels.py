@@ -56,11 +56,11 @@ class CompileOnly:
             if isinstance(arg, torch.Tensor):
                 signature[name] = TYPES[arg.dtype]
                 attributes[(place,)] = [["tt.divisibility", 16]]  # as torch allocates
-            elif arg is None or (arg == 1 and name in ("C", "F", "bias_step")):  # as a launch specialises them
+            elif arg is None:
                 constants[name] = arg
             else:
                 signature[name] = "i32"
-                if name in ("C", "F", "bias_step") and arg % 16 == 0:
+                if name in ("F", "bias_step") and arg % 16 == 0:  # as a launch specialises them
                     attributes[(place,)] = [["tt.divisibility", 16]]
         signature = {name: signature.get(name, "constexpr") for name in self.kernel.arg_names}
         source = triton.compiler.ASTSource(self.kernel, signature, constants, attributes)
@@ -70,13 +70,15 @@ class CompileOnly:
 
 def launch_all(dtype: torch.dtype, channels: int, kernel_size: int = 7) -> None:
     """One call of every launcher, on the CPU: what runs must be `CompileOnly`."""
-    h, grad = torch.zeros(2, 2, 63, channels, dtype=dtype)
-    row, bias = torch.zeros(2, 1, channels), torch.zeros(channels, dtype=dtype)
-    _, mean, rstd = layernorm.layer_norm(h, bias, bias, 1e-6, dtype)
-    layernorm.layer_norm_backward(grad, h, mean, rstd, bias, True, True)
+    tokens, grad = torch.zeros(2, 2, 63, channels, dtype=dtype)
+    bias = torch.zeros(channels, dtype=dtype)
+    _, mean, rstd = layernorm.layer_norm(tokens, bias, bias, 1e-6, dtype)
+    layernorm.layer_norm_backward(grad, tokens, mean, rstd, bias, True, True)
+    h, grad = torch.zeros(2, 2, 63, 4 * channels, dtype=dtype)  # between the Linears
+    row, wide_bias = torch.zeros(2, 1, 4 * channels), torch.zeros(4 * channels, dtype=dtype)
     token_mlp.gelu_norms(h, None)
-    token_mlp.gelu_scale(h, None, row, bias)
-    token_mlp.gelu_reductions(h, None, grad, row, bias, True)
+    token_mlp.gelu_scale(h, None, row, wide_bias)
+    token_mlp.gelu_reductions(h, None, grad, row, wide_bias, True)
     token_mlp.gelu_backward(h, None, grad, row, row)
     x, grad = torch.zeros(2, 3, 2, 2, channels, dtype=dtype)
     weight = torch.zeros(channels, 1, kernel_size, kernel_size, dtype=dtype)
@@ -92,7 +94,7 @@ def compile_all(dtype: torch.dtype, arch: int, channels: int = 384, **options) -
     Args:
         dtype: Of inputs and weights; statistics are float32.
         arch: 80 for sm_80, and so on.
-        channels: Of the tokens and of the patches.
+        channels: Of the tokens and of the patches; GELU and GRN have four times as many, as in a block.
         options: For the compiler, such as `maxnreg`.
     """
     with ExitStack() as stack:
@@ -161,7 +163,7 @@ def main() -> None:
     about = conditions(torch.device("cpu"), torch.get_num_threads())
     about["hardware"] = "none: compiled ahead of time"
     about["versions"] += f", triton {triton.__version__}"
-    about["inputs"] = "7x7 kernel, patches of 2x2 tokens; statistics are float32"
+    about["inputs"] = "7x7 kernel, patches of 2x2 tokens; GELU, GRN: 4 times the channels; statistics are float32"
     print(write_csv("triton_kernels", rows, about))
 
 
