@@ -241,6 +241,18 @@ def test_performance_page_quotes_the_prediction():
         assert cells == {column: str(predicted[f"{gpu}, {size}"][what]) for column, size in columns.items()}, name
 
 
+def test_performance_page_quotes_the_compiled_kernels():
+    rows = results("triton_kernels.csv")
+    said = "The widest loads of each take 16 bytes, which is what a load can: with 384 and 2816 channels, and with 40"
+    assert said in " ".join(PAGES["docs/performance.md"].split())
+    assert {r["channels"] for r in rows} == {"40", "384", "2816"}
+    assert {r["architecture"] for r in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert {r["spilled bytes"] for r in rows} == {"0"}
+    assert all(r["bytes x loads"].startswith("16x") for r in rows)
+    occupancy = [float(r["occupancy"]) for r in rows if r["architecture"] == "sm_90"]
+    assert (min(occupancy), max(occupancy)) == (0.25, 0.75)
+
+
 def test_evaluation_page_quotes_the_grid():
     rows = table_rows(PAGES["docs/evaluation.md"], ["100 labelled", "1,600 labelled"])
     measured = results("small_data.csv")
