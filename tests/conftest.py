@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: on a shared mach
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from encoders import exported, root, small  # noqa: E402, F401  fixtures
+from kernels import as_backend, kernels  # noqa: E402, F401
 
 torch.set_num_threads(1)
 

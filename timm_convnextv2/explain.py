@@ -11,7 +11,7 @@ from timm.layers import GlobalResponseNormMlp
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .layers import DepthwiseConv2d, PatchConv2d
+from .layers import DepthwiseConv2d, LayerNorm2d, PatchConv2d
 from .models.convnextv2 import ConvNeXtV2, ConvNeXtV2Block
 from .models.fcmae import FCMAE
 from .models.masking import num_visible, random_mask
@@ -20,7 +20,10 @@ from .ops.dispatch import ENV, backend
 
 __all__ = ["explain", "explanation"]
 
-KINDS = ("token MLP", "depthwise convolution, dense", "depthwise convolution, packed", "downsampling")
+KINDS = (
+    "token MLP", "depthwise convolution, dense", "depthwise convolution, packed", "downsampling",
+    "norm, stem and downsampling",
+)  # fmt: skip
 
 Found = tuple[str, str, str]  # kind, name of the module, why it runs eagerly ('' = fused)
 
@@ -97,7 +100,7 @@ def _on_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> li
 
 
 def _layers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """Every layer of the four kinds, as an image of the model's size meets it."""
+    """Every layer of these kinds, as an image of the model's size meets it."""
     packed: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, FCMAE):
@@ -120,10 +123,13 @@ def _of_encoder(
 ) -> Iterator[Found]:  # fmt: skip
     """The layers of all stages, with the maps that images of `size` give them."""
     reduction = encoder.feature_info[0]["reduction"]
+    x = _map(size, reduction, layout, encoder.feature_info[0]["num_chs"], device, dtype)
+    yield from _norms(encoder.stem, _join(name, "stem"), x)
     for i, (stage, info) in enumerate(zip(encoder.stages, encoder.feature_info, strict=True)):
         for path, conv in stage.downsample.named_modules():
             if isinstance(conv, nn.Conv2d):
                 x = _map(size, reduction, layout, conv.in_channels, device, dtype)
+                yield from _norms(stage.downsample, _join(name, f"stages.{i}.downsample"), x)
                 why = conv.why_eager(x) if isinstance(conv, PatchConv2d) else "its patches overlap or have gaps"
                 yield "downsampling", _join(name, f"stages.{i}.downsample", path), why
         reduction = info["reduction"]
@@ -135,6 +141,15 @@ def _of_encoder(
             else:
                 p = shape[0] // layout.grid[0]
                 yield from _of_block(block, where, (layout.num_visible * p, p), layout, device, dtype)
+
+
+def _norms(parts: nn.Module, name: str, x: torch.Tensor) -> Iterator[Found]:
+    """The norm among `parts`, which meets `x`."""
+    for path, norm in parts.named_children():
+        if isinstance(norm, LayerNorm2d):
+            yield KINDS[4], _join(name, path), norm.why_eager(x)
+        elif not isinstance(norm, nn.Conv2d) and any(True for _ in norm.parameters()):
+            yield KINDS[4], _join(name, path), "it is no LayerNorm with weight and bias, or timm's fast one"
 
 
 def _of_block(

@@ -3,17 +3,15 @@
 Interpreted on CPU everywhere, compiled where there is a CUDA GPU.
 """
 
-import importlib.util
 import inspect
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from kernels import nodes
 from test_token_mlp import assert_same, both, make, plain
 
 from timm_convnextv2 import ops
@@ -27,8 +25,6 @@ tl = triton.language
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT32 = 2e-6  # relative error allowed to a sum in float32
-# of kernels, not launched themselves
-HELPERS = {"token_mlp": ("_gelu_place", "_normal_cdf"), "depthwise": ("_window_corner",)}
 # images, tokens, channels; 3137 tokens are 13 parts of a sum, 257 leave one token to the last part
 SHAPES = [(3, 63, 160), (2, 257, 3), (2, 1, 1), (1, 63, 1408), (1, 3137, 4), (2, 1, 352), (3, 19, 128)]
 # rows, channels; 601 rows are several programs, the last one not full, 2816 channels are the widest model's
@@ -52,50 +48,6 @@ def in_all_dtypes(cases: list, few: int = 3) -> list:
     """The first few in every dtype, the others in float32: the interpreter is slow. In the long form all in all."""
     pairs = [(i < few or dtype == torch.float32, case, dtype) for i, case in enumerate(cases) for dtype in DTYPES]
     return [pytest.param(case, dtype, marks=() if quick else pytest.mark.slow) for quick, case, dtype in pairs]
-
-
-def load(name: str, interpret: bool, patch: pytest.MonkeyPatch):
-    """A copy of the package of its own: triton.jit decides when it decorates whether a kernel is interpreted."""
-    origin = importlib.util.find_spec("timm_convnextv2.ops.triton").origin
-    spec = importlib.util.spec_from_file_location(name, origin, submodule_search_locations=[str(Path(origin).parent)])
-    module = importlib.util.module_from_spec(spec)
-    parts = (".launch", ".layernorm", ".token_mlp", ".depthwise")
-    for part in ("", *parts):
-        patch.setitem(sys.modules, name + part, module)
-    for part in parts:
-        del sys.modules[name + part]
-    with pytest.MonkeyPatch.context() as while_it_loads:
-        while_it_loads.setenv("TRITON_INTERPRET", str(int(interpret)))
-        spec.loader.exec_module(module)
-    return module
-
-
-class Kernels:
-    """The functions of a set of kernels, with the device to test them on."""
-
-    def __init__(self, module, device: str, interpreted: bool) -> None:
-        self.module, self.device, self.interpreted = module, device, interpreted
-
-    def __getattr__(self, name: str):
-        return getattr(self.module, name)
-
-
-@pytest.fixture(scope="module", params=["interpreter", pytest.param("cuda", marks=pytest.mark.cuda)])
-def kernels(request):
-    """Triton's."""
-    interpret = request.param == "interpreter"
-    if not interpret and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    with pytest.MonkeyPatch.context() as patch:
-        module = load(f"triton_kernels_{request.param}", interpret, patch)
-        if interpret:
-            # tl.sum is itself decorated, when triton is imported: then nobody may have asked for the interpreter
-            patch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
-            for part, names in HELPERS.items():
-                for name in names:  # called as they are: the interpreter would set itself up anew at each call
-                    file = getattr(module, part)
-                    patch.setattr(file, name, getattr(file, name).fn)
-        yield Kernels(module, "cpu" if interpret else "cuda", interpret)
 
 
 def normal(kernels, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -457,16 +409,6 @@ def test_window_twins(kernels, dtype, tol):
 # The operations that call the kernels, and the models.
 
 
-@pytest.fixture
-def as_backend(kernels, monkeypatch):
-    """Makes 'triton' the backend, with these kernels."""
-    monkeypatch.setitem(sys.modules, ops.__name__ + ".triton", kernels.module)
-    if kernels.interpreted:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with ops.use_backend("triton"):
-        yield kernels
-
-
 @pytest.mark.parametrize("dtype,tol", [(torch.float32, 3e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("path", [False, True])
 @pytest.mark.parametrize("B,T,C", [(3, 63, 40), (2, 300, 8)])
@@ -521,17 +463,6 @@ def test_pretraining_and_dense_model(as_backend, amp):
         for name, g in our_grads.items():
             assert (g - their_grads[name]).norm() <= (5e-2 if amp else 1e-4) * size, name
     assert used == [True, False, True, False]
-
-
-def nodes(loss: torch.Tensor) -> set[str]:
-    """Names of the operations behind a loss."""
-    found, todo = set(), [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            todo += [n for n, _ in node.next_functions]
-    return {n.name() for n in found}
 
 
 def compiled(dtype: torch.dtype, arch: int, channels: int, **options) -> dict[str, dict]:

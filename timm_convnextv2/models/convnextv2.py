@@ -18,7 +18,7 @@ from timm.models import checkpoint_seq
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import nn
 
-from ..layers import DepthwiseConv2d, PatchConv2d, TokenMlp
+from ..layers import DepthwiseConv2d, LayerNorm2d, PatchConv2d, TokenMlp
 
 __all__ = ["ConvNeXtV2", "ConvNeXtV2Block", "ConvNeXtV2Stage"]
 
@@ -168,10 +168,13 @@ class ConvNeXtV2(ConvNeXt):
         super().__init__(*args, **kwargs)
         # timm builds its own block and stage classes and has no hook for others. Ours add methods and no state, so
         # the instances change class; weights and the random numbers drawn to initialise them stay timm's.
+        for module in self.stem.children():
+            LayerNorm2d.adopt(module, feeds_conv=False)  # the first stage's residual sums begin with it, too
         for stage in self.stages:
             stage.__class__ = ConvNeXtV2Stage
             for module in stage.downsample.children():
                 PatchConv2d.adopt(module)
+                LayerNorm2d.adopt(module, feeds_conv=True)
             for block in stage.blocks:
                 ConvNeXtV2Block.adopt(block)
 

@@ -6,12 +6,20 @@ Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); `timm.layers.
 import torch
 import torch.nn.functional as F
 
-__all__ = ["global_response_norm", "norm_ratio", "spatial_norm", "stats_dtype", "token_mlp"]
+__all__ = ["global_response_norm", "layer_norm", "norm_ratio", "spatial_norm", "stats_dtype", "token_mlp"]
 
 
 def stats_dtype(x: torch.Tensor) -> torch.dtype:
     """What statistics of `x` are accumulated in: float32, float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """LayerNorm over the last axis of `[..., C]`, computed in float32 (float64 for float64) and given in `dtype`."""
+    full = stats_dtype(x)
+    return F.layer_norm(x.to(full), x.shape[-1:], weight.to(full), bias.to(full), eps).to(dtype)
 
 
 def spatial_norm(x: torch.Tensor, dim: tuple[int, int]) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""Triton kernels of the token MLP's LayerNorm, and what launches them.
+"""Triton kernels of LayerNorm, and what launches them.
 
 A program holds whole rows in registers: forward reads the input once and writes the tokens once, in their own types.
 
@@ -114,7 +114,7 @@ def layer_norm(
     same("weight", weight.shape, (C,))
     same("bias", bias.shape, (C,))
     out = torch.empty_like(x, dtype=dtype)
-    mean, rstd = x.new_empty(2, *x.shape[:-1], 1, dtype=torch.float32)
+    mean, rstd = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))
     if x.numel():
         M, blocks = x.numel() // C, _blocks(x.numel() // C, C)
         with torch.cuda.device_of(x):

@@ -1,0 +1,268 @@
+"""LayerNorm of stem and downsampling by Triton's kernels: the operation, the layer and the models that have it.
+
+Interpreted on CPU everywhere, compiled where there is a CUDA GPU.
+"""
+
+import io
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from kernels import nodes
+from timm.layers import LayerNorm2d as TimmLayerNorm2d
+from timm.layers import RmsNorm2d
+from torch import nn
+
+import timm_convnextv2  # noqa: F401  (registers the models)
+from timm_convnextv2 import ops
+from timm_convnextv2.explain import explanation
+from timm_convnextv2.layers import LayerNorm2d
+from timm_convnextv2.ops.functional import layer_norm
+from timm_convnextv2.ops.layer_norm import fused_layer_norm
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MODEL = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 40), img_size=64, decoder_dim=16)
+
+
+def tolerance(*dtypes: torch.dtype) -> float:
+    """Of a relative error: the interpreter cuts bfloat16 off instead of rounding."""
+    return max(5e-6, 2 * max(torch.finfo(dtype).eps for dtype in dtypes))
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def tensors(device: str, shape: tuple[int, ...], dtype: torch.dtype, weights: torch.dtype) -> list[torch.Tensor]:
+    """Input, weight and bias, far from the values that layers begin with."""
+    x = torch.randn(shape, device=device).mul(2).add(1).to(dtype)
+    return [x, *(torch.randn(shape[-1], device=device).to(weights) for _ in range(2))]
+
+
+@pytest.mark.parametrize("out", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 3, 40), (3, 1, 1, 7), (1, 19, 2, 1), (2, 4, 9, 96)], ids=str)
+def test_values_and_gradients(as_backend, shape, dtype, out):
+    given = [t.requires_grad_() for t in tensors(as_backend.device, shape, dtype, torch.float32)]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    y, y64 = fused_layer_norm(*given, 1e-6, out), F.layer_norm(exact[0], shape[-1:], *exact[1:], 1e-6)
+    assert y.dtype == out and y.shape == shape and y.is_contiguous()
+    assert error(y, y64) <= tolerance(out)
+    grad = torch.randn(shape, device=y.device).to(out)
+    found = torch.autograd.grad(y, given, grad)
+    for ours, t, theirs in zip(found, given, torch.autograd.grad(y64, exact, grad.double()), strict=True):
+        assert ours.dtype == t.dtype and ours.shape == t.shape
+        if shape[-1] == 1 and t is given[0]:  # zero, as a difference of terms of the size of 1 / sqrt(eps)
+            assert not theirs.any() and ours.abs().max() <= 1e3 * tolerance(dtype)
+        else:
+            assert error(ours, theirs) <= tolerance(dtype), t.shape
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, True), (False, False, True)], ids=str)
+def test_only_the_gradients_that_are_needed(as_backend, needs):
+    given = tensors(as_backend.device, (2, 3, 4, 20), torch.float32, torch.float32)
+    want = [t.detach().clone().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
+    found = [t.detach().clone().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
+    fused_layer_norm(*found, 1e-6, torch.float32).square().sum().backward()
+    layer_norm(*want, 1e-6, torch.float32).square().sum().backward()
+    for ours, theirs, need in zip(found, want, needs, strict=True):
+        assert (ours.grad is not None) == need
+        if need:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_that_is_not_contiguous(as_backend):
+    """As a map in PyTorch's default layout is; its gradient, too."""
+    x, weight, bias = tensors(as_backend.device, (2, 5, 3, 8), torch.float32, torch.float32)
+    x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1).requires_grad_()
+    grad = torch.randn(2, 8, 5, 3, device=x.device).permute(0, 2, 3, 1)
+    assert not x.is_contiguous() and not grad.is_contiguous()
+    y, plain = fused_layer_norm(x, weight, bias, 1e-6, x.dtype), layer_norm(x, weight, bias, 1e-6, x.dtype)
+    torch.testing.assert_close(y, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, grad)[0] for out in (y, plain)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=str)
+def test_second_derivative(as_backend, out):
+    given = tensors(as_backend.device, (2, 3, 2, 6), torch.float32, torch.float32)
+    found = []
+    for function in (fused_layer_norm, layer_norm):
+        leaves = [t.clone().requires_grad_() for t in given]
+        y = function(*leaves, 1e-3, out).float()
+        first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs.any() and error(ours, theirs) <= (3e-2 if out == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype, out", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_registration(as_backend, dtype, out):
+    """Schema, fake tensors and autograd agree with what runs."""
+    given = [t.requires_grad_() for t in tensors(as_backend.device, (2, 3, 2, 6), dtype, torch.float32)]
+    op = torch.ops.timm_convnextv2.layer_norm.default
+    torch.library.opcheck(
+        op, (*given, 1e-6, out), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    )
+    _, mean, rstd = op(*given, 1e-6, out)
+    backward = torch.ops.timm_convnextv2.layer_norm_backward.default
+    rest = [t.detach() for t in (torch.ones_like(given[0], dtype=out), given[0], mean, rstd, given[1])]
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(backward, (*rest, *needs), test_utils=("test_schema", "test_faketensor"))
+
+
+def layers(feeds_conv: bool, channels: int, device: str) -> tuple[nn.Module, nn.Module]:
+    """Ours and timm's, with the same random weights."""
+    norms = [TimmLayerNorm2d(channels, eps=1e-3).to(device) for _ in range(2)]
+    for p in norms[0].parameters():
+        nn.init.normal_(p)
+    LayerNorm2d.adopt(norms[0], feeds_conv)
+    assert norms[1].load_state_dict(norms[0].state_dict(), strict=True)
+    return norms[0], norms[1]
+
+
+def runs_kernel(norm: nn.Module, x: torch.Tensor) -> bool:
+    return any("layer_norm" in name and "timm_convnextv2" in name for name in nodes(norm(x).float().sum()))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("feeds_conv", [True, False])
+def test_layer(as_backend, feeds_conv, channels_last):
+    ours, theirs = layers(feeds_conv, 20, as_backend.device)
+    assert type(ours) is LayerNorm2d and isinstance(ours, TimmLayerNorm2d)
+    x = torch.randn(2, 20, 5, 3, device=as_backend.device)
+    x = x.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    assert ours.why_eager(x) == "" and runs_kernel(ours, x)
+    out = ours(x)
+    assert out.dtype == x.dtype and out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, theirs(x))
+
+
+@pytest.mark.parametrize("feeds_conv", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layer_under_autocast(as_backend, dtype, feeds_conv):
+    """What a convolution reads comes in autocast's type, and the convolution gives what it gives after float32."""
+    device = as_backend.device
+    ours, theirs = layers(feeds_conv, 24, device)
+    conv = nn.Conv2d(24, 8, 2, stride=2).to(device)
+    x = torch.randn(2, 24, 4, 6, device=device).to(dtype, memory_format=torch.channels_last)
+    grad = torch.randn(2, 8, 2, 3, device=device)
+    found = []
+    for norm in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast(device, torch.bfloat16):
+            # plain PyTorch on CUDA does this by itself, on CPU it leaves bfloat16 as it is
+            y = norm(leaf) if norm is ours else norm(leaf.float())
+            out = conv(y)
+        assert out.dtype == torch.bfloat16
+        assert y.dtype == (torch.bfloat16 if norm is ours and feeds_conv else torch.float32)
+        found.append([y, out, *torch.autograd.grad(out.float(), [leaf, norm.weight, norm.bias, conv.weight], grad)])
+    for a, b in zip(*found, strict=True):
+        assert a.shape == b.shape and error(a, b) <= 2e-2
+    assert [t.dtype for t in found[0][2:]] == [t.dtype for t in found[1][2:]] == [dtype, *[torch.float32] * 3]
+    if not feeds_conv:
+        torch.testing.assert_close(found[0][0], found[1][0])
+
+
+def test_layer_steps_aside(as_backend):
+    ours, theirs = layers(True, 8, as_backend.device)
+    x = torch.randn(1, 8, 2, 2, device=as_backend.device)
+    for name in ("fused", "eager"):
+        with ops.use_backend(name):
+            assert name == "fused" or "eager" in ours.why_eager(x)
+            assert not runs_kernel(ours, x) and torch.equal(ours(x), theirs(x))
+    theirs._fast_norm = True  # as timm sets it where `set_fast_norm` is on
+    for other in (theirs, TimmLayerNorm2d(8, affine=False), nn.LayerNorm(8), RmsNorm2d(8), nn.Identity()):
+        kind = type(other)
+        LayerNorm2d.adopt(other, True)
+        assert type(other) is kind
+
+
+def test_models_have_it(as_backend):
+    """In the stem and before each downsampling convolution, in dense and packed runs; `explain` says so."""
+    model = timm.create_model("fcmae_convnextv2_atto", **MODEL).to(as_backend.device)
+    found = {n: m.feeds_conv for n, m in model.encoder.named_modules() if isinstance(m, LayerNorm2d)}
+    assert found == {"stem.1": False, **{f"stages.{i}.downsample.0": True for i in (1, 2, 3)}}
+    lines = [line for line in explanation(model).splitlines() if "norm, stem and downsampling" in line]
+    assert len(lines) == 1 and lines[0].split()[-2:] == ["4", "triton"]
+    images = torch.randn(1, 3, 64, 64, device=as_backend.device)
+    for run in (lambda: model(images), lambda: model.encoder(images)):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            run()
+        ran = {event.key: event.count for event in profiler.key_averages()}
+        assert ran["timm_convnextv2::layer_norm"] == 4
+    with ops.use_backend("fused"):
+        text = explanation(model)
+    assert "norm, stem and downsampling     4  eager: only the backend 'triton' has a kernel" in text
+
+
+def test_other_norms_of_a_model_are_explained():
+    text = explanation(timm.create_model("convnextv2_atto", norm_layer="rmsnorm", depths=(1, 1, 1, 1)), "cpu")
+    assert "norm, stem and downsampling     4  eager: it is no LayerNorm with weight and bias, or" in text
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_compiled_without_a_graph_break(as_backend, amp):
+    """Loss and gradients of the compiled model are those of plain operations."""
+    torch.compiler.reset()
+    device = as_backend.device
+    model = timm.create_model("fcmae_convnextv2_atto", **MODEL).to(device)
+    images = torch.randn(1, 3, 64, 64, device=device)
+    layout = model.visible(images)
+
+    def loss() -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            return model(images, layout, return_pred=False).loss
+
+    def gradients(run) -> list[torch.Tensor]:
+        model.zero_grad()
+        value = run()
+        value.backward()
+        return [value.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    ours = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    with ops.use_backend("eager"):
+        theirs = gradients(loss)
+    assert error(ours[0], theirs[0]) <= (2e-2 if amp else 1e-5)
+    size = sum(g.norm() ** 2 for g in theirs[1:]).sqrt()
+    assert all((a - b).norm() <= (5e-2 if amp else 1e-4) * size for a, b in zip(ours, theirs, strict=True))
+
+
+def test_types_under_autocast(as_backend):
+    """What `benchmarks.step_model` counts: the residual stream of the first stage is float32, the others are not."""
+    device, found = as_backend.device, {}
+    model = timm.create_model("fcmae_convnextv2_atto", **MODEL).to(device)
+
+    def note(name: str):
+        return lambda module, args, out: found.update({name: (args[0].dtype, out.dtype)})
+
+    for name, module in model.encoder.named_modules():
+        if isinstance(module, LayerNorm2d) or name.endswith("blocks.0"):
+            module.register_forward_hook(note(name))
+    with torch.autocast(device, torch.bfloat16):
+        model(torch.randn(1, 3, 64, 64, device=device))
+    half, full = torch.bfloat16, torch.float32
+    assert found == {
+        "stem.1": (half, full), "stages.0.blocks.0": (full, full),
+        "stages.1.downsample.0": (full, half), "stages.1.blocks.0": (half, half),
+        "stages.2.downsample.0": (half, half), "stages.2.blocks.0": (half, half),
+        "stages.3.downsample.0": (half, half), "stages.3.blocks.0": (half, half),
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated in PyTorch, still offered
+def test_exporters_see_plain_operations(as_backend):
+    sizes = {k: MODEL[k] for k in ("depths", "dims")}
+    model = timm.create_model("convnextv2_atto", **sizes).to(as_backend.device).eval()
+    x = torch.randn(1, 3, 32, 32, device=as_backend.device)
+    program = torch.export.export(model, (x,))
+    assert "timm_convnextv2" not in str(program.graph)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    with torch.no_grad(), ops.use_backend("eager"):
+        want = model(x)
+    with torch.no_grad():
+        for found in (program.module()(x), torch.jit.load(file)(x), torch.jit.trace(model, x)(x)):
+            torch.testing.assert_close(found, want)

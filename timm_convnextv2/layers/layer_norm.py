@@ -1,0 +1,59 @@
+"""LayerNorm of the stem and of downsampling, by a Triton kernel where the backend is 'triton'."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d as TimmLayerNorm2d
+from torch import nn
+
+from ..ops.dispatch import autocast_dtype, backend, why_eager
+from ..ops.layer_norm import fused_layer_norm
+
+__all__ = ["LayerNorm2d"]
+
+
+class LayerNorm2d(TimmLayerNorm2d):
+    """timm's `LayerNorm2d`: same parameters, same numbers, and under autocast no copies in float32.
+
+    Shape: `[B, C, H, W]` to `[B, C, H, W]`, channels-last.
+
+    Attributes:
+        feeds_conv: Whether a convolution, and nothing else, reads the output. Under autocast it comes in autocast's
+            type then, to which the convolution would round it; else in float32, as in plain PyTorch on CUDA.
+    """
+
+    feeds_conv = False
+
+    @classmethod
+    def adopt(cls, norm: nn.Module, feeds_conv: bool) -> None:
+        """Turns timm's LayerNorm of maps into this one in place; leaves any other as it is, and one without weight and
+        bias or made while `timm.layers.set_fast_norm` was on, which has types of its own."""
+        plain = type(norm) is TimmLayerNorm2d and not norm._fast_norm
+        if plain and norm.weight is not None and norm.bias is not None:
+            norm.__class__ = cls
+            assert isinstance(norm, LayerNorm2d)
+            norm.feeds_conv = feeds_conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if self.can_fuse(x):
+                dtype = autocast_dtype(x)
+                dtype = x.dtype if dtype is None else dtype if self.feeds_conv else torch.float32
+                out = fused_layer_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps, dtype)
+                return out.permute(0, 3, 1, 2)
+        out = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return out.permute(0, 3, 1, 2)
+
+    @torch.jit.unused
+    def why_eager(self, x: torch.Tensor) -> str:
+        """Why PyTorch's operations run on `x` `[B, C, H, W]`; '' where a kernel does."""
+        reason = why_eager(x, (self.weight, self.bias))
+        if reason:
+            return reason
+        if backend(x.device) != "triton":
+            return "only the backend 'triton' has a kernel for it"
+        return ""
+
+    @torch.jit.unused
+    def can_fuse(self, x: torch.Tensor) -> bool:
+        """Whether a kernel runs; `why_eager` says why not."""
+        return not self.why_eager(x)

@@ -1,0 +1,96 @@
+"""LayerNorm of tokens as a differentiable operation, by the kernels of `ops.triton`.
+
+It reads and writes each type as it comes: PyTorch under autocast copies to float32 before, and back after.
+
+Source: Layer Normalization, https://arxiv.org/abs/1607.06450; the plain form is `ops.functional.layer_norm`.
+"""
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .functional import layer_norm
+
+__all__ = ["fused_layer_norm"]
+
+
+@torch.library.custom_op("timm_convnextv2::layer_norm", mutates_args=())
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens, their mean and their reciprocal standard deviation."""
+    return dispatch.kernels("triton").layer_norm(x, weight, bias, eps, dtype)
+
+
+@torch.library.custom_op("timm_convnextv2::layer_norm_backward", mutates_args=())
+def _layer_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (with the weight's); outputs whose `need_*` flag is False are placeholders."""
+    run = dispatch.kernels("triton").layer_norm_backward
+    dx, d_weight, d_bias = run(grad, x, mean, rstd, weight, need_x, need_weight)
+    dx = x.new_empty(0) if dx is None else dx
+    if not need_weight:
+        return dx, weight.new_empty(0), weight.new_empty(0)
+    # copies: they are two views of one sum, and outputs of an operation share no memory
+    return dx, d_weight.to(weight.dtype, copy=True), d_bias.to(weight.dtype, copy=True)
+
+
+@_layer_norm.register_fake
+def _(x, weight, bias, eps, dtype):
+    statistics = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=dtype), *statistics
+
+
+@_layer_norm_backward.register_fake
+def _(grad, x, mean, rstd, weight, need_x, need_weight):
+    sums = (weight.new_empty(weight.shape if need_weight else 0) for _ in range(2))
+    return x.new_empty(x.shape if need_x else 0), *sums
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _, ctx.eps, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, mean, rstd)
+
+
+def _backward(ctx, grad, _grad_mean, _grad_rstd):
+    if grad is None:
+        return (None,) * 5
+    x, weight, mean, rstd = ctx.saved_tensors
+    need_x, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():  # a gradient of gradients was asked for: differentiate the plain form
+        return *_plain_gradients(grad, x, weight, ctx.eps, needs), None, None
+    found = _layer_norm_backward(grad.contiguous(), x, mean, rstd, weight, need_x, need_weight or need_bias)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
+
+
+_layer_norm.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _plain_gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float, needs) -> list[Tensor | None]:
+    """Gradients of x, weight and bias that can be differentiated again; None where not needed."""
+    bias = torch.zeros_like(weight, requires_grad=needs[2])  # only its gradient counts, which has no values in it
+    leaves = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+    with torch.autocast(x.device.type, enabled=False):
+        out = layer_norm(x, weight, bias, eps, grad.dtype)
+        found = iter(torch.autograd.grad(out, leaves, grad, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm over the last axis in one read and one write, with float32 statistics.
+
+    Args:
+        x: `[..., C]`, float32, bfloat16 or float16.
+        weight: `[C]`.
+        bias: `[C]`.
+        eps: Added to the variance.
+        dtype: Of the result, one of these types; rounded once.
+
+    Returns:
+        `[..., C]`, contiguous.
+    """
+    return _layer_norm(x.contiguous(), weight, bias, eps, dtype)[0]
