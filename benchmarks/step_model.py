@@ -52,38 +52,43 @@ def _gemm(part: str, name: str, m: int, n: int, k: int, out: int = HALF, more: f
     return Kernel(part, name, 2.0 * m * n * k, HALF * (m * k + k * n) + out * m * n + more, "tensor")
 
 
-def _norm_kernels(part: str, T: int, C: int) -> tuple[Kernel, Kernel]:
-    """LayerNorm of T tokens and its backward, as `ops.triton` has them."""
+def _norm(part: str, T: int, C: int, read: int = HALF, write: int = HALF, launches: int = 4) -> tuple[Kernel, Kernel]:
+    """LayerNorm of T tokens and its backward, as `ops.triton` has them; `read` and `write` bytes a number.
+
+    The backward's `launches` are the kernel, the sum over its programs, and the gradients of weight and bias, copied.
+    """
     elements, statistics, programs = float(T * C), 2.0 * FULL * T, min(1024, math.ceil(T / 16))
     sums = 2 * 2.0 * FULL * programs * C  # gradients of weight and bias, of each program: written and read
     return (
-        Kernel(part, "LayerNorm", 8 * elements, 2 * HALF * elements + statistics),
-        # the kernel, the sum over its programs, and both gradients added to zeros
-        Kernel(part, "LayerNorm backward", 16 * elements, 3 * HALF * elements + statistics + sums, launches=6),
-    )
+        Kernel(part, "LayerNorm", 8 * elements, (read + write) * elements + statistics),
+        Kernel(
+            part, "LayerNorm backward", 16 * elements, (write + 2 * read) * elements + statistics + sums,
+            launches=launches,
+        ),
+    )  # fmt: skip
 
 
-def _norm(part: str, T: int, C: int, ideal: bool) -> Iterator[Kernel]:
-    """LayerNorm of stem and downsampling and its backward: in PyTorch's operations, by way of float32, or `ideal`."""
-    if ideal:
-        yield from _norm_kernels(part, T, C)
-        return
-    elements, cast, norm = float(T * C), HALF + FULL, 2 * FULL
-    yield Kernel(part, "LayerNorm", 8 * elements, (2 * cast + norm) * elements, launches=3)
-    yield Kernel(part, "LayerNorm backward", 16 * elements, (2 * cast + 3 * FULL + 2 * FULL) * elements, launches=5)
+def _token_mlp(part: str, T: int, C: int, images: int, stream: int = HALF) -> Iterator[Kernel]:
+    """As `ops.token_mlp` with the kernels of `ops.triton`; T tokens of C channels in all images together.
 
-
-def _token_mlp(part: str, T: int, C: int, images: int) -> Iterator[Kernel]:
-    """As `ops.token_mlp` with the kernels of `ops.triton`; T tokens of C channels in all images together."""
+    The residual stream has `stream` bytes a number: in float32 the second Linear cannot add to it, and the mixer copies
+    it to bfloat16 and its own gradient back.
+    """
     F_, wide, narrow = 4 * C, 4.0 * C * T, float(C * T)
     rows = 3.0 * FULL * images * F_  # GRN's norms, scale and their gradients, of each image
-    norm, norm_backward = _norm_kernels("LayerNorm", T, C)
+    norm, norm_backward = _norm("LayerNorm", T, C, launches=6)  # gradients are added to zeros
     yield norm
     yield _gemm("GEMM", "first Linear", T, F_, C)
     yield Kernel("GELU, GRN", "gelu_square_sum", 16 * wide, HALF * wide + rows, launches=9)
     yield Kernel("GELU, GRN", "gelu_scale", 16 * wide, 2 * HALF * wide + rows)
-    yield Kernel("residual", "shortcut + bias", narrow, 2 * HALF * narrow)
-    yield _gemm("GEMM", "second Linear", T, C, F_, more=HALF * narrow)
+    yield Kernel("residual", "shortcut + bias", narrow, 2 * stream * narrow)
+    if stream == HALF:
+        yield _gemm("GEMM", "second Linear", T, C, F_, more=HALF * narrow)
+    else:
+        yield _gemm("GEMM", "second Linear", T, C, F_)
+        yield Kernel("residual", "sum", narrow, (HALF + 2 * stream) * narrow)
+        for what in ("mixer's input", "mixer's gradient", "gradient"):
+            yield Kernel("residual", f"cast of the {what}", 0, (HALF + stream) * narrow)
     yield Kernel("residual", "bias gradient", narrow, HALF * narrow)
     yield _gemm("GEMM", "second Linear, input gradient", T, F_, C)
     yield Kernel("GELU, GRN", "gelu_reductions", 18 * wide, 3 * HALF * wide + rows, launches=12)
@@ -93,7 +98,7 @@ def _token_mlp(part: str, T: int, C: int, images: int) -> Iterator[Kernel]:
     yield _gemm("GEMM", "first Linear, weight gradient", F_, C, T, more=(HALF + FULL) * C * F_)
     yield _gemm("GEMM", "first Linear, input gradient", T, C, F_)
     yield norm_backward
-    yield Kernel("residual", "sum of both gradients", narrow, 3 * HALF * narrow)
+    yield Kernel("residual", "sum of both gradients", narrow, 3 * stream * narrow)
     yield Kernel("weights", "casts to bfloat16", 0, 2 * (FULL + HALF) * 2.0 * C * F_, launches=8)
 
 
@@ -105,9 +110,7 @@ def _depthwise(T: int, C: int, k: int, index: float = 0) -> Iterator[Kernel]:
     yield Kernel("depthwise", "depthwise, weight gradient", taps, moved, launches=4)
 
 
-def fcmae_kernels(
-    model: FCMAE, batch: int, visible: int | None = None, ideal: bool = False, optimizer: bool = True
-) -> list[Kernel]:
+def fcmae_kernels(model: FCMAE, batch: int, visible: int | None = None, optimizer: bool = True) -> list[Kernel]:
     """Every kernel of a step of `model` on `batch` images of its nominal size.
 
     Args:
@@ -115,7 +118,6 @@ def fcmae_kernels(
         batch: Images.
         visible: Patches of an image that the encoder computes; those that its mask leaves by default, all of them for
             what a dense encoder with masks costs where a compiler fuses it as well as our kernels are.
-        ideal: LayerNorm of stem and downsampling by the kernels of the token MLP, which the code does not do yet.
         optimizer: With AdamW's update.
     """
     h, w = model.grid(*model.img_size)
@@ -134,22 +136,24 @@ def fcmae_kernels(
         Kernel("stem", "patches in bfloat16", 0, (FULL + HALF) * pixels),
         _gemm("stem", "stem", T, dims[0], patch**2 * chans),
         _gemm("stem", "stem, weight gradient", dims[0], patch**2 * chans, T),
-        *_norm("stem", T, dims[0], ideal),
+        *_norm("stem", T, dims[0], HALF, FULL),
     ]
     for s, (C, reduction, stage) in enumerate(zip(dims, reductions, encoder.stages, strict=True)):
         p = stride // reduction
         T = batch * visible * p**2
+        # the stem's norm gives float32 and begins the residual stream, which is bfloat16 behind a downsampling layer
+        stream = HALF if s else FULL
         if s:
             wide = 4 * dims[s - 1]
             found += [
-                *_norm("downsampling", 4 * T, dims[s - 1], ideal),
+                *_norm("downsampling", 4 * T, dims[s - 1], FULL if s == 1 else HALF, HALF),
                 _gemm("downsampling", "downsampling", T, C, wide),
                 _gemm("downsampling", "downsampling, input gradient", T, wide, C),
                 _gemm("downsampling", "downsampling, weight gradient", C, wide, T),
             ]
         windows = 8.0 * batch * visible * (p + k - 1) ** 2 if index else 0
         for _ in range(len(stage.blocks)):  # type: ignore[arg-type]
-            found += [*_depthwise(T, C, k, windows), *_token_mlp(f"stage {s}", T, C, batch)]
+            found += [*_depthwise(T, C, k, windows), *_token_mlp(f"stage {s}", T, C, batch, stream)]
     found += _decoder(model, batch, batch * visible, batch * h * w, batch * (h * w - packed))
     if optimizer:
         parameters = sum(p.numel() for p in model.parameters())
