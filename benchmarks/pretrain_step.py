@@ -3,13 +3,14 @@
     python -m benchmarks.pretrain_step                                                  # two CPU cores, float32
     python -m benchmarks.pretrain_step --device cuda --dtype bfloat16 --cases tiny:256 base:128 --compile --profile
 
-Prints ratios of times taken in turn within this run (on CPU each candidate has its own process), and writes them with
-their conditions to `benchmarks/results/`.
+'Our' step runs the first of `--backends`; the others are compared with it. Prints ratios of times taken in turn within
+this run (on CPU each candidate has its own process), and writes them with their conditions to `benchmarks/results/`.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import timm
 import torch
@@ -21,9 +22,12 @@ from benchmarks.measure import Candidates, add_machine_options, conditions, devi
 from timm_convnextv2.models.masking import random_mask
 from timm_convnextv2.models.reference import reference_forward
 from timm_convnextv2.ops import use_backend
+from timm_convnextv2.ops.dispatch import BACKENDS
 
 IMG_SIZE = 224
+OURS = {"cpu": ["fused"], "cuda": ["triton", "fused", "eager"]}
 GEMMS = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")}
+GEMMS.add("mkldnn::_linear_pointwise")  # of `ops.gemm`
 
 # a goal of every size, or of those named
 GOALS = {
@@ -56,9 +60,13 @@ def filled(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def fcmae_step(
-    which: str, size: str, batch: int, mask_ratio: float, device: str, dtype: str, img_size: int = IMG_SIZE
-) -> Callable[[], None]:
-    """A step of 'ours' or of the 'reference', ' compiled' or not; the same weights, images and masks for all."""
+    which: str, size: str, batch: int, mask_ratio: float, device: str, dtype: str, img_size: int = IMG_SIZE,
+    backend: str | None = None,
+) -> Callable[[], None]:  # fmt: skip
+    """A step of 'ours' or of the 'reference', ' compiled' or not; the same weights, images and masks for all.
+
+    `backend` is of our operations, None for the default.
+    """
     torch.manual_seed(0)
     model = filled(timm.create_model(f"fcmae_convnextv2_{size}", mask_ratio=mask_ratio)).to(device)
     images = torch.randn(batch, 3, img_size, img_size, device=device)
@@ -75,7 +83,10 @@ def fcmae_step(
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        with torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32"):
+        with (
+            use_backend(backend) if backend else nullcontext(),
+            torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32"),
+        ):
             loss = run()
         loss.backward()
 
@@ -83,7 +94,9 @@ def fcmae_step(
     return step
 
 
-def dense_step(which: str, size: str, batch: int, train: bool, device: str, dtype: str) -> Callable[[], None]:
+def dense_step(
+    which: str, size: str, batch: int, train: bool, device: str, dtype: str, backend: str | None = None
+) -> Callable[[], None]:
     """A step of the dense encoder without classifier: 'stock' timm's class or 'ours', ' compiled' or not."""
     torch.manual_seed(0)
     name, _, compiled = which.partition(" ")
@@ -101,6 +114,7 @@ def dense_step(which: str, size: str, batch: int, train: bool, device: str, dtyp
     def step() -> None:
         model.zero_grad(set_to_none=True)
         with (
+            use_backend(backend) if backend else nullcontext(),
             torch.set_grad_enabled(train),
             torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32"),
         ):
@@ -116,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["atto:16", "tiny:8"], metavar="SIZE:BATCH")
     add_machine_options(parser, 7)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: fused; on CUDA triton fused eager")
     parser.add_argument("--compile", action="store_true", help="also each candidate compiled")
     parser.add_argument(
         "--peak-tflops", type=float, default=989, help="of the GPU, for its utilisation (H100, bfloat16)"
@@ -124,6 +139,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []
+    backend, *others = args.backends or OURS[device.type]
+    about = conditions(device, args.threads) | {"backend": backend}
+    about["inputs"] = f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"
 
     def compare(case: str, measure: str, goal: str, a: list[float], b: list[float]) -> None:
         middle, low, high = ratio(a, b)
@@ -138,15 +156,19 @@ def main() -> None:
     for case in args.cases:
         size, batch = case.split(":")
         where = (args.device, args.dtype)
+        own = (*where, IMG_SIZE, backend)
         make = {
-            "ours": (fcmae_step, ("ours", size, int(batch), 0.6, *where)),
+            "ours": (fcmae_step, ("ours", size, int(batch), 0.6, *own)),
             "reference": (fcmae_step, ("reference", size, int(batch), 0.6, *where)),
-            "ours 0.9": (fcmae_step, ("ours", size, int(batch), 0.9, *where)),
+            "ours 0.9": (fcmae_step, ("ours", size, int(batch), 0.9, *own)),
             "stock train": (dense_step, ("stock", size, int(batch), True, *where)),
-            "our train": (dense_step, ("ours", size, int(batch), True, *where)),
+            "our train": (dense_step, ("ours", size, int(batch), True, *where, backend)),
         }
         if args.dtype == "float32":
-            make["ours bfloat16"] = (fcmae_step, ("ours", size, int(batch), 0.6, args.device, "bfloat16"))
+            make["ours bfloat16"] = (fcmae_step, ("ours", size, int(batch), 0.6, args.device, "bfloat16", *own[2:]))
+        for name in others:
+            make[f"ours {name}"] = (fcmae_step, ("ours", size, int(batch), 0.6, *where, IMG_SIZE, name))
+            make[f"our train {name}"] = (dense_step, ("ours", size, int(batch), True, *where, name))
         if args.compile:
             for name in ("ours", "reference", "stock train", "our train"):
                 build, (which, *rest) = make[name]
@@ -163,6 +185,9 @@ def main() -> None:
         pair("supervised stock encoder / our step", seconds["stock train"], seconds["ours"])
         pair("our step at mask ratio 0.9 / at 0.6", seconds["ours 0.9"], seconds["ours"])
         pair("dense training, stock timm / ours", seconds["stock train"], seconds["our train"])
+        for name in others:
+            pair(f"our step, backend {name} / {backend}", seconds[f"ours {name}"], seconds["ours"])
+            pair(f"dense training, backend {name} / {backend}", seconds[f"our train {name}"], seconds["our train"])
         if args.dtype == "float32":
             pair("our step in float32 / in bfloat16", seconds["ours"], seconds["ours bfloat16"])
         if args.compile:
@@ -185,8 +210,7 @@ def main() -> None:
         pair("peak memory of dense training, ours / stock (bytes)", memory["our train"], memory["stock train"])
         ours, stock = ([float(saved_bytes(*make[name]))] for name in ("our train", "stock train"))
         pair("saved by dense training, ours / stock (bytes)", ours, stock)
-    about = {**conditions(device, args.threads), "inputs": f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"}
-    print(write_csv(f"pretrain_step_{device_kind(device)}_{args.dtype}", rows, about))
+        print(write_csv(f"pretrain_step_{device_kind(device)}_{args.dtype}", rows, about), flush=True)
 
 
 def gemm_seconds(step: Callable[[], None], device: torch.device) -> float:

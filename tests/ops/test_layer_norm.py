@@ -1,6 +1,6 @@
-"""LayerNorm of stem and downsampling by Triton's kernels: the operation, the layer and the models that have it.
+"""LayerNorm of stem and downsampling: the operation, the layer and the models that have it.
 
-Interpreted on CPU everywhere, compiled where there is a CUDA GPU.
+Triton's kernels are interpreted on CPU everywhere, compiled where there is a CUDA GPU.
 """
 
 import io
@@ -45,7 +45,18 @@ def tensors(device: str, shape: tuple[int, ...], dtype: torch.dtype, weights: to
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 5, 3, 40), (3, 1, 1, 7), (1, 19, 2, 1), (2, 4, 9, 96)], ids=str)
 def test_values_and_gradients(as_backend, shape, dtype, out):
-    given = [t.requires_grad_() for t in tensors(as_backend.device, shape, dtype, torch.float32)]
+    check_values_and_gradients(as_backend.device, shape, dtype, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 3, 40), (3, 1, 1, 7), (2, 4, 9, 96)], ids=str)
+def test_values_and_gradients_of_fused(shape, dtype):
+    with ops.use_backend("fused"):
+        check_values_and_gradients("cpu", shape, dtype, dtype)
+
+
+def check_values_and_gradients(device: str, shape: tuple[int, ...], dtype: torch.dtype, out: torch.dtype) -> None:
+    given = [t.requires_grad_() for t in tensors(device, shape, dtype, torch.float32)]
     exact = [t.detach().double().requires_grad_() for t in given]
     y, y64 = fused_layer_norm(*given, 1e-6, out), F.layer_norm(exact[0], shape[-1:], *exact[1:], 1e-6)
     assert y.dtype == out and y.shape == shape and y.is_contiguous()
@@ -101,15 +112,15 @@ def test_second_derivative(as_backend, out):
 def test_registration(as_backend, dtype, out):
     """Schema, fake tensors and autograd agree with what runs."""
     given = [t.requires_grad_() for t in tensors(as_backend.device, (2, 3, 2, 6), dtype, torch.float32)]
-    op = torch.ops.timm_convnextv2.layer_norm.default
+    op, name = torch.ops.timm_convnextv2.layer_norm.default, "triton"
     torch.library.opcheck(
-        op, (*given, 1e-6, out), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        op, (*given, 1e-6, out, name), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     )
-    _, mean, rstd = op(*given, 1e-6, out)
+    _, mean, rstd = op(*given, 1e-6, out, name)
     backward = torch.ops.timm_convnextv2.layer_norm_backward.default
     rest = [t.detach() for t in (torch.ones_like(given[0], dtype=out), given[0], mean, rstd, given[1])]
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(backward, (*rest, *needs), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(backward, (*rest, name, *needs), test_utils=("test_schema", "test_faketensor"))
 
 
 def layers(feeds_conv: bool, channels: int, device: str) -> tuple[nn.Module, nn.Module]:
@@ -168,10 +179,18 @@ def test_layer_under_autocast(as_backend, dtype, feeds_conv):
 def test_layer_steps_aside(as_backend):
     ours, theirs = layers(True, 8, as_backend.device)
     x = torch.randn(1, 8, 2, 2, device=as_backend.device)
-    for name in ("fused", "eager"):
-        with ops.use_backend(name):
-            assert name == "fused" or "eager" in ours.why_eager(x)
-            assert not runs_kernel(ours, x) and torch.equal(ours(x), theirs(x))
+    with ops.use_backend("eager"):
+        assert "eager" in ours.why_eager(x)
+        assert not runs_kernel(ours, x) and torch.equal(ours(x), theirs(x))
+    with ops.use_backend("fused"):
+        assert runs_kernel(ours, x) == (x.device.type == "cpu") and torch.equal(ours(x), theirs(x))
+        with torch.autocast(x.device.type, torch.bfloat16):
+            assert "only" in ours.why_eager(x) and not runs_kernel(ours, x)
+        with torch.no_grad():
+            assert ours.why_eager(x)
+        for dtype in (torch.bfloat16, torch.float64):
+            x = x.to(dtype)
+            assert "only" in ours.to(dtype).why_eager(x) and not runs_kernel(ours, x)
     theirs._fast_norm = True  # as timm sets it where `set_fast_norm` is on
     for other in (theirs, TimmLayerNorm2d(8, affine=False), nn.LayerNorm(8), RmsNorm2d(8), nn.Identity()):
         kind = type(other)
@@ -194,7 +213,10 @@ def test_models_have_it(as_backend):
         assert ran["timm_convnextv2::layer_norm"] == 4
     with ops.use_backend("fused"):
         text = explanation(model)
-    assert "norm, stem and downsampling     4  eager: only the backend 'triton' has a kernel" in text
+        reason = "eager: only" if as_backend.device != "cpu" else "fused"
+        assert f"norm, stem and downsampling     4  {reason}" in text
+        with torch.no_grad():
+            assert "norm, stem and downsampling     4  eager: " in explanation(model)
 
 
 def test_other_norms_of_a_model_are_explained():
@@ -202,7 +224,7 @@ def test_other_norms_of_a_model_are_explained():
     assert "norm, stem and downsampling     4  eager: it is no LayerNorm with weight and bias, or" in text
 
 
-@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("amp", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_without_a_graph_break(as_backend, amp):
     """Loss and gradients of the compiled model are those of plain operations."""
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""LayerNorm of the stem and of downsampling, by a Triton kernel where the backend is 'triton'."""
+"""LayerNorm of the stem and of downsampling, by a Triton kernel, and on CPU with a faster backward."""
 
 import torch
 import torch.nn.functional as F
@@ -45,15 +45,17 @@ class LayerNorm2d(TimmLayerNorm2d):
 
     @torch.jit.unused
     def why_eager(self, x: torch.Tensor) -> str:
-        """Why PyTorch's operations run on `x` `[B, C, H, W]`; '' where a kernel does."""
+        """Why PyTorch's operations run on `x` `[B, C, H, W]`; '' where an operation of `ops` does."""
         reason = why_eager(x, (self.weight, self.bias))
-        if reason:
+        if reason or backend(x.device) == "triton":
             return reason
-        if backend(x.device) != "triton":
-            return "only the backend 'triton' has a kernel for it"
+        if x.device.type != "cpu" or x.dtype != torch.float32 or autocast_dtype(x) is not None:
+            return "only the backend 'triton' has a kernel for it, and the CPU in float32 a faster backward"
+        if not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
+            return "no gradient is needed, and the forward is PyTorch's anyway"
         return ""
 
     @torch.jit.unused
     def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether a kernel runs; `why_eager` says why not."""
+        """Whether an operation of `ops` runs; `why_eager` says why not."""
         return not self.why_eager(x)

@@ -1,6 +1,7 @@
-"""LayerNorm of tokens as a differentiable operation, by the kernels of `ops.triton`.
+"""LayerNorm of tokens as a differentiable operation.
 
-It reads and writes each type as it comes: PyTorch under autocast copies to float32 before, and back after.
+Triton's kernels read and write each type as it comes: PyTorch under autocast copies to float32 before, and back after.
+On CPU only the backward gains (`ops.torch_kernels.layer_norm_backward`).
 
 Source: Layer Normalization, https://arxiv.org/abs/1607.06450; the plain form is `ops.functional.layer_norm`.
 """
@@ -16,18 +17,18 @@ __all__ = ["fused_layer_norm"]
 
 @torch.library.custom_op("timm_convnextv2::layer_norm", mutates_args=())
 def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, kernels: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens, their mean and their reciprocal standard deviation."""
-    return dispatch.kernels("triton").layer_norm(x, weight, bias, eps, dtype)
+    return dispatch.kernels(kernels).layer_norm(x, weight, bias, eps, dtype)
 
 
 @torch.library.custom_op("timm_convnextv2::layer_norm_backward", mutates_args=())
 def _layer_norm_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, kernels: str, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias (with the weight's); outputs whose `need_*` flag is False are placeholders."""
-    run = dispatch.kernels("triton").layer_norm_backward
+    run = dispatch.kernels(kernels).layer_norm_backward
     dx, d_weight, d_bias = run(grad, x, mean, rstd, weight, need_x, need_weight)
     dx = x.new_empty(0) if dx is None else dx
     if not need_weight:
@@ -37,19 +38,19 @@ def _layer_norm_backward(
 
 
 @_layer_norm.register_fake
-def _(x, weight, bias, eps, dtype):
+def _(x, weight, bias, eps, dtype, kernels):
     statistics = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))
     return x.new_empty(x.shape, dtype=dtype), *statistics
 
 
 @_layer_norm_backward.register_fake
-def _(grad, x, mean, rstd, weight, need_x, need_weight):
+def _(grad, x, mean, rstd, weight, kernels, need_x, need_weight):
     sums = (weight.new_empty(weight.shape if need_weight else 0) for _ in range(2))
     return x.new_empty(x.shape if need_x else 0), *sums
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, ctx.eps, _ = inputs
+    x, weight, _, ctx.eps, _, ctx.kernels = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -58,13 +59,14 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, _grad_mean, _grad_rstd):
     if grad is None:
-        return (None,) * 5
+        return (None,) * 6
     x, weight, mean, rstd = ctx.saved_tensors
     need_x, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():  # a gradient of gradients was asked for: differentiate the plain form
-        return *_plain_gradients(grad, x, weight, ctx.eps, needs), None, None
-    found = _layer_norm_backward(grad.contiguous(), x, mean, rstd, weight, need_x, need_weight or need_bias)
-    return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
+        return *_plain_gradients(grad, x, weight, ctx.eps, needs), None, None, None
+    wanted = need_x, need_weight or need_bias
+    found = _layer_norm_backward(grad.contiguous(), x, mean, rstd, weight, ctx.kernels, *wanted)
+    return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None
 
 
 _layer_norm.register_autograd(_backward, setup_context=_setup_context)
@@ -81,7 +83,7 @@ def _plain_gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float, needs)
 
 
 def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm over the last axis in one read and one write, with float32 statistics.
+    """LayerNorm over the last axis, with float32 statistics.
 
     Args:
         x: `[..., C]`, float32, bfloat16 or float16.
@@ -93,4 +95,4 @@ def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype:
     Returns:
         `[..., C]`, contiguous.
     """
-    return _layer_norm(x.contiguous(), weight, bias, eps, dtype)[0]
+    return _layer_norm(x.contiguous(), weight, bias, eps, dtype, dispatch.kernels_name(x.device))[0]
