@@ -100,7 +100,11 @@ def _status(field: str) -> int:
 
 
 def _serve(build: Callable[..., Callable[[], object]], args: tuple, threads: int, warmup: int, pipe) -> None:
-    """A candidate's process: says what memory its first steps took, then runs a step whenever asked."""
+    """A candidate's process: says what memory its first steps took, then times a step whenever asked.
+
+    Another step goes before it: training runs one after the other, and while a process waits for its turn the caches,
+    and on some systems its memory, go to others.
+    """
     torch.set_num_threads(threads)
     step = build(*args)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -111,6 +115,7 @@ def _serve(build: Callable[..., Callable[[], object]], args: tuple, threads: int
         seconds = time.perf_counter() - start
     pipe.send((_status("VmHWM") - before, seconds))
     while pipe.recv():
+        step()
         start, busy = time.perf_counter(), time.process_time()
         step()
         pipe.send((time.perf_counter() - start, time.process_time() - busy))
