@@ -142,6 +142,7 @@ def main() -> None:
     backend, *others = args.backends or OURS[device.type]
     about = conditions(device, args.threads) | {"backend": backend}
     about["inputs"] = f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"
+    result = f"pretrain_step_{device_kind(device)}_{args.dtype}" + ("_compiled" if args.compile else "")
 
     def compare(case: str, measure: str, goal: str, a: list[float], b: list[float]) -> None:
         middle, low, high = ratio(a, b)
@@ -210,7 +211,7 @@ def main() -> None:
         pair("peak memory of dense training, ours / stock (bytes)", memory["our train"], memory["stock train"])
         ours, stock = ([float(saved_bytes(*make[name]))] for name in ("our train", "stock train"))
         pair("saved by dense training, ours / stock (bytes)", ours, stock)
-        print(write_csv(f"pretrain_step_{device_kind(device)}_{args.dtype}", rows, about), flush=True)
+        print(write_csv(result, rows, about), flush=True)
 
 
 def gemm_seconds(step: Callable[[], None], device: torch.device) -> float:
