@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, the most wanted first, each within a limit, so that a session that is cut short has kept
+# The benchmarks that want a GPU, the most wanted first, each within a limit, so that a session that is cut short has kept
 # what was done. From a clone, in an environment with `.[test]`:
 #
-#     bash benchmarks/gpu_session.sh                    # at most 45 minutes; CASES="tiny:256" for fewer
+#     bash benchmarks/gpu_session.sh                    # at most 50 minutes; CASES="tiny:256" for fewer
 #     DEVICE=cpu DTYPE=float32 CASES=atto:2 bash benchmarks/gpu_session.sh
 #
 # Figures go to benchmarks/results/ (a file for each device), what is printed to gpu_session.log.
@@ -23,9 +23,12 @@ step() { # seconds, command...
 
 on="--device $device --dtype $dtype"
 # are the kernels right on this GPU; then which backend is the fastest, and where its time goes
-step 300 python -m pytest -m cuda tests/ops tests/layers tests/models -q
+step 300 python -m pytest -m cuda -q
 step 600 python -m benchmarks.pretrain_step $on --cases $cases --rounds 15 --profile
 step 900 python -m benchmarks.pretrain_step $on --cases $cases --rounds 9 --compile
 step 300 python -m benchmarks.depthwise $on --batch 256 --backends eager fused triton
+# these take the backend of the environment
+[ "$device" = cpu ] || export TIMM_CONVNEXTV2_BACKEND=${TIMM_CONVNEXTV2_BACKEND:-triton}
+step 300 python -m benchmarks.official $on --cases ${OFFICIAL_CASES:-tiny:256} --no-compile
 step 300 python -m benchmarks.inference $on
 step 300 python -m benchmarks.scaling $on --batch 64

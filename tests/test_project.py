@@ -186,7 +186,13 @@ def test_first_screen_quotes_the_result(case):
     said = {name.partition(":")[0]: cells[COLUMNS[case]] for name, cells in rows.items()}
     assert said["times faster than dense with masks"] == spread(step_result(case, "dense-with-masks"))
     assert said["times faster than a supervised step of stock timm"] == spread(step_result(case, "supervised stock"))
-    memory = float(step_result(case, "peak memory")["ratio"])
+    (official,) = (
+        row for row in results("official_cpu_float32.csv")
+        if row["case"] == case and row["candidate"] == "official on MinkowskiEngine"
+    )  # fmt: skip
+    ratio = f"{official['time / ours']} ({official['min']} to {official['max']})"
+    assert said["times faster than the official code on MinkowskiEngine"] == ratio
+    memory = float(step_result(case, "peak memory of the step")["ratio"])
     assert said["peak memory, of dense with masks"] == f"{100 * memory:.0f} %"
 
 
@@ -197,9 +203,10 @@ def test_performance_page_quotes_the_step(case):
         "dense with masks (the plain reference) / ours, time": "dense-with-masks",
         "supervised step of stock timm's encoder / ours, time": "supervised stock",
         "ours at mask ratio 0.9 / at 0.6, time": "our step at mask ratio",
+        "ours in float32 / in bfloat16, time": "our step in float32",
         "dense training step, stock timm / `ConvNeXtV2`, time": "dense training",
         "share of matrix products in our step, time": "GEMM",
-        "ours / dense with masks, peak memory of the step": "peak memory",
+        "ours / dense with masks, peak memory of the step": "peak memory of the step",
         "ours / stock timm, kept for the backward of dense training": "saved by dense training",
     }
     assert set(rows) == set(measures)

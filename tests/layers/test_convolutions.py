@@ -84,6 +84,20 @@ def test_half_precision(dtype, tol, autocast, inside):
         assert (ours.grad - theirs.grad).abs().max() <= tol * theirs.grad.abs().max()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_batched_gradients(autocast):
+    """Several gradients at a time, as `torch.autograd.functional.jacobian(vectorize=True)` asks for."""
+    conv, x = make(3, 7), torch.randn(1, 3, 8, 5, requires_grad=True)
+    grads, found = torch.randn(4, 1, 3, 8, 5), []
+    for name in ("fused", "eager"):
+        with use_backend(name), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = conv(x)
+        given = grads.to(y.dtype)
+        found.append(torch.autograd.grad(y, (x, conv.weight), given, is_grads_batched=True))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2 if autocast else 1e-4, atol=0.2 if autocast else 1e-4)
+
+
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias", "no bias"])
 def test_frozen(frozen):
     conv, x = make(4, 7, bias=frozen != "no bias"), torch.randn(2, 4, 8, 8, requires_grad=frozen != "x")

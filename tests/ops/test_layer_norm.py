@@ -248,7 +248,9 @@ def test_compiled_without_a_graph_break(as_backend, amp):
         theirs = gradients(loss)
     assert error(ours[0], theirs[0]) <= (2e-2 if amp else 1e-5)
     size = sum(g.norm() ** 2 for g in theirs[1:]).sqrt()
-    assert all((a - b).norm() <= (5e-2 if amp else 1e-4) * size for a, b in zip(ours, theirs, strict=True))
+    assert all(
+        error(a, b) <= (0.1 if amp else 1e-3) for a, b in zip(ours, theirs, strict=True) if b.norm() > 1e-5 * size
+    )
 
 
 def test_types_under_autocast(as_backend):

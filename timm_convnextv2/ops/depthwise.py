@@ -64,7 +64,8 @@ def _dense_backward(ctx, grad):
     x, weight = ctx.saved_tensors
     C, k = len(weight), weight.shape[-1]
     needs = ctx.needs_input_grad
-    grad = grad.contiguous(memory_format=torch.channels_last)
+    # channels-last; asked for by name, it is none that vmap knows
+    grad = grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     if torch.is_grad_enabled():  # a gradient of gradients was asked for; this one can be differentiated
         pad = [k // 2] * 2
         return aten.convolution_backward(grad, x, weight, [C], [1, 1], pad, [1, 1], False, [0, 0], C, needs)

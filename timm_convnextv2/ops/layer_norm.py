@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .functional import layer_norm
+from .functional import layer_norm, stats_dtype
 
 __all__ = ["fused_layer_norm"]
 
@@ -39,7 +39,7 @@ def _layer_norm_backward(
 
 @_layer_norm.register_fake
 def _(x, weight, bias, eps, dtype, kernels):
-    statistics = (x.new_empty(*x.shape[:-1], 1, dtype=torch.float32) for _ in range(2))
+    statistics = (x.new_empty(*x.shape[:-1], 1, dtype=stats_dtype(x)) for _ in range(2))
     return x.new_empty(x.shape, dtype=dtype), *statistics
 
 
