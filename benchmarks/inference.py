@@ -15,6 +15,7 @@ import torch
 from benchmarks.measure import Candidates, add_machine_options, conditions, device_kind, ratio, write_csv
 from benchmarks.pretrain_step import IMG_SIZE, dense_step
 from timm_convnextv2.models.registry import VARIANTS
+from timm_convnextv2.ops import backend
 
 
 def main() -> None:
@@ -47,7 +48,8 @@ def main() -> None:
                 f"{size:6} batch {batch:3}: stock / ours {middle:.2f}  ({low:.2f} to {high:.2f})  goal >= 1.1",
                 flush=True,
             )
-    about = {**conditions(device, args.threads), "inputs": f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"}
+    about = conditions(device, args.threads) | {"backend": backend(device)}
+    about["inputs"] = f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"
     print(write_csv(f"inference_{device_kind(device)}_{args.dtype}", rows, about))
 
 

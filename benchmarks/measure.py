@@ -16,8 +16,6 @@ from pathlib import Path
 import timm
 import torch
 
-from timm_convnextv2.ops import backend
-
 __all__ = ["Candidates", "add_machine_options", "conditions", "device_kind", "ratio", "run_logged", "time_in_turn"]
 __all__ += ["write_csv"]
 
@@ -49,7 +47,6 @@ def conditions(device: torch.device, threads: int) -> dict[str, str]:
         "date": datetime.date.today().isoformat(),
         "commit": commit.strip() + ("+" if dirty.strip() else ""),
         "hardware": hardware,
-        "backend": backend(device),
         "versions": f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}",
         "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *map(_portable, sys.argv[1:])]),
     }

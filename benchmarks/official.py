@@ -29,7 +29,7 @@ from benchmarks.warp_mixer import warp_mix, why_not
 from timm_convnextv2.models.masking import random_mask
 from timm_convnextv2.models.packing import PackedLayout
 from timm_convnextv2.models.reference import reference_forward
-from timm_convnextv2.ops import use_backend
+from timm_convnextv2.ops import backend, use_backend
 from timm_convnextv2.ops.engine import engine
 
 OURS, MINKOWSKI, OFFICIAL = "ours", "ours, backend minkowski", "official on MinkowskiEngine"
@@ -102,7 +102,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []
-    about = {**conditions(device, args.threads), "inputs": f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"}
+    about = conditions(device, args.threads) | {"backend": backend(device)}
+    about["inputs"] = f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"
     for case in args.cases:
         size, batch = case.split(":")
         where = (size, int(batch), args.device, args.dtype)

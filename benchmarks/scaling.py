@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.measure import Candidates, add_machine_options, conditions, device_kind, write_csv
 from benchmarks.pretrain_step import fcmae_step
+from timm_convnextv2.ops import backend
 
 LABELS = {"ours": "ours", "reference": "dense with masks"}
 
@@ -77,7 +78,7 @@ def main() -> None:
                 flush=True,
             )
     kind = device_kind(device)
-    about = conditions(device, args.threads)
+    about = conditions(device, args.threads) | {"backend": backend(device)}
     about["inputs"] = f"{args.size}, {args.dtype}, batch {args.batch}, 224 px, mask ratio 0.6 where not varied"
     print(write_csv(f"scaling_{kind}_{args.dtype}", rows, about))
     title = f"FCMAE step of {args.size}: {args.dtype}, {about['hardware']}"

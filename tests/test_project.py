@@ -214,6 +214,27 @@ def test_performance_page_quotes_the_step(case):
         assert rows[name][COLUMNS[case]] == spread(step_result(case, measure)), name
 
 
+def test_performance_page_quotes_the_compiled_step():
+    rows = {(r["case"], r["measure"]): r for r in results("pretrain_step_cpu_float32_compiled.csv")}
+    page = " ".join(PAGES["docs/performance.md"].split())
+    for measure in ("dense-with-masks reference compiled / our step", "dense training, stock timm compiled / ours"):
+        atto, tiny = (spread(rows[case, measure]) for case in COLUMNS)
+        assert f"{atto} and {tiny} times our" in page
+    first = [rows[case, "dense-with-masks reference / our step"]["ratio"] for case in COLUMNS]
+    assert f"the first row was {' and '.join(first)}" in page
+
+
+def test_performance_page_quotes_the_products():
+    rows = results("gemm_cpu_float32.csv")
+    page = " ".join(PAGES["docs/performance.md"].split())
+    for case in ("tiny:8", "base:8"):
+        for weight in ("[C, 4C]", "[4C, C]"):
+            stages = [r["MKL / oneDNN"] for r in rows if r["case"] == case and r["weight"] == weight]
+            assert len(stages) == 4 and ", ".join(stages) in page
+    mkl = [r["MKL / oneDNN"] for r in rows if r["chosen"] == "MKL"]
+    assert f"MKL is faster ({' and '.join(mkl)})" in page
+
+
 def test_performance_page_quotes_inference():
     rows = table_rows(PAGES["docs/performance.md"], list(VARIANTS))
     measured = {(r["size"], r["batch"]): r["stock / ours"] for r in results("inference_cpu_float32.csv")}
