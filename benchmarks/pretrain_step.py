@@ -25,9 +25,10 @@ from timm_convnextv2.ops import use_backend
 from timm_convnextv2.ops.dispatch import BACKENDS
 
 IMG_SIZE = 224
-OURS = {"cpu": ["fused"], "cuda": ["triton", "fused", "eager"]}
-GEMMS = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")}
-GEMMS.add("mkldnn::_linear_pointwise")  # of `ops.gemm`
+DEFAULT_BACKENDS = {"cpu": ["fused"], "cuda": ["triton", "fused", "eager"]}
+GEMMS = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")} | {
+    "mkldnn::_linear_pointwise"
+}
 
 # a goal of every size, or of those named
 GOALS = {
@@ -139,7 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []
-    backend, *others = args.backends or OURS[device.type]
+    backend, *others = args.backends or DEFAULT_BACKENDS[device.type]
     about = conditions(device, args.threads) | {"backend": backend}
     about["inputs"] = f"{IMG_SIZE} px, {args.dtype}, {args.rounds} rounds in turn"
     result = f"pretrain_step_{device_kind(device)}_{args.dtype}" + ("_compiled" if args.compile else "")

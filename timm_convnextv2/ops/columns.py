@@ -2,7 +2,7 @@
 
 oneDNN, which PyTorch calls, has a depthwise weight gradient for kernels up to 3 columns wide and takes a dense one for
 wider kernels, 2 to 20 times slower. Here it is asked for a few columns at a time, and in float32 for half types too:
-on a CPU with bfloat16 instructions the wide one took 3 to 20 times as long, and in float16 30 times.
+their wide one is as slow on a CPU with bfloat16 instructions, and slower yet in float16.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Matrix products on CPU, by whichever of PyTorch's two libraries is faster there: MKL or oneDNN.
 
-PyTorch takes MKL for float32. On AMD's CPUs with AVX-512 oneDNN is faster: on Zen 4 by a tenth, with the few hundred
-rows of the last stages by a third, but for gradients of weights. The choice follows from the CPU, the shape and where
+PyTorch takes MKL for float32. On AMD's CPUs with AVX-512 oneDNN is faster (`benchmarks.gemm`), most so with the few
+hundred rows of the last stages, but not for gradients of weights. The choice follows from the CPU, the shape and where
 the result must lie, never from a time measured at run time: a run that is repeated or resumed must round the same way.
 """
 
