@@ -22,7 +22,8 @@ from benchmarks.finetune_gain import call
 from benchmarks.measure import conditions, write_csv
 from benchmarks.small_data import BATCH, MODEL
 from timm_convnextv2.checkpoint import load_model
-from timm_convnextv2.evaluate import features, knn
+from timm_convnextv2.features import extract as features
+from timm_convnextv2.features import knn
 
 BANDS, SIZE, CLASSES = 8, 32, 10
 RATES = (0.0, 0.3)

@@ -22,8 +22,8 @@ from benchmarks.measure import conditions, write_csv
 from benchmarks.plots import draw_seeds
 from timm_convnextv2.checkpoint import load_model
 from timm_convnextv2.data import FolderSource
-from timm_convnextv2.data.batches import preprocessing
-from timm_convnextv2.evaluate import collapse, image_batches
+from timm_convnextv2.data.samples.batches import preprocessing
+from timm_convnextv2.features import collapse, image_batches
 
 ROOT = Path(__file__).parents[1]
 SHAPE = ["depths=(2,2,6,2)", "dims=(16,32,64,128)"]

@@ -22,10 +22,9 @@ import torch
 
 from benchmarks.measure import conditions, ratio, time_in_turn, write_csv
 from timm_convnextv2.data import create_source
-from timm_convnextv2.data.file_index import open_index, write_index
-from timm_convnextv2.data.find import find_images
-from timm_convnextv2.data.names import FileNames
-from timm_convnextv2.data.places import Listing, list_files, places_of
+from timm_convnextv2.data.paths.index import find_images, open_index, write_index
+from timm_convnextv2.data.paths.lists import FileNames
+from timm_convnextv2.data.paths.places import Listing, list_files, places_of
 
 PER_FOLDER = 1000
 

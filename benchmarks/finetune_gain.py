@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.measure import conditions, run_logged, write_csv
 from benchmarks.plots import draw_seeds
-from timm_convnextv2.data.embedded import EmbeddedSource, write_folder
+from timm_convnextv2.data.sources.embedded import EmbeddedSource, write_folder
 
 ROOT = Path(__file__).parents[1]
 # a small ConvNeXt V2 on small images: what two CPU cores train in minutes

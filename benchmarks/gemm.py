@@ -14,8 +14,8 @@ from unittest import mock
 import torch
 
 from benchmarks.measure import conditions, ratio, time_in_turn, write_csv
-from timm_convnextv2.models.registry import VARIANTS
 from timm_convnextv2.ops import gemm
+from timm_convnextv2.registry import VARIANTS
 
 VISIBLE = 19  # patches of 32 px in an image of 224 px at mask ratio 0.6
 

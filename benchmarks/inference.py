@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.measure import Candidates, add_machine_options, conditions, device_kind, ratio, write_csv
 from benchmarks.pretrain_step import IMG_SIZE, dense_step
-from timm_convnextv2.models.registry import VARIANTS
 from timm_convnextv2.ops import backend
+from timm_convnextv2.registry import VARIANTS
 
 
 def main() -> None:

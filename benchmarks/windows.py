@@ -30,9 +30,9 @@ import zarr
 from PIL import Image
 
 from benchmarks.measure import conditions, ratio, time_in_turn, write_csv
+from timm_convnextv2.commands.pretrain import main as pretrain
 from timm_convnextv2.data import FolderSource, PretrainDataset, PretrainTransform
-from timm_convnextv2.data.windows import Windows, WindowSource
-from timm_convnextv2.pretrain import main as pretrain
+from timm_convnextv2.data.sources.windows import Windows, WindowSource
 
 WINDOW, HUGE, LIMIT = 512, 30_000, 2 * 2**30
 SHOWN = 200  # windows of the huge image

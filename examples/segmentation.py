@@ -16,7 +16,7 @@ from common import SHAPES, draw
 from torch import nn
 
 from timm_convnextv2.transfer import build_segmenter
-from timm_convnextv2.transfer.confusion import Confusion
+from timm_convnextv2.transfer.segmentation.metrics import Confusion
 
 
 @torch.inference_mode()

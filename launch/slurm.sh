@@ -27,7 +27,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-backend c10d --rdzv-endpoint "$head:$port" \
-    -m timm_convnextv2.pretrain "$@" --resume auto &
+    -m timm_convnextv2 pretrain "$@" --resume auto &
 srun=$!
 stopped=
 trap 'stopped=yes; kill -TERM "$srun"' TERM # srun passes it on to torchrun, and that to the processes

@@ -22,7 +22,7 @@ def _seed():
 @pytest.fixture
 def run_publish(capsys):
     """Runs `timm-convnextv2 publish`: exit status, stdout, stderr."""
-    from timm_convnextv2 import publish
+    from timm_convnextv2.commands import publish
 
     def call(*arguments):
         status = publish.main([str(a) for a in arguments])

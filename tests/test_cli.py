@@ -11,7 +11,8 @@ import pytest
 from helpers import SCRIPTS
 
 import timm_convnextv2
-from timm_convnextv2 import cli, command
+from timm_convnextv2 import console as command
+from timm_convnextv2.commands import main as cli
 
 NAMES = ("pretrain", "finetune", "validate", "predict", "report", "publish", "compare", "embed", "evaluate", "collapse")
 NAMES += ("stats", "check", "detect", "segment")
@@ -123,8 +124,12 @@ def alone(monkeypatch):
         ("env/bin/timm-convnextv2", True, ["timm-convnextv2", "publish"]),
         ("env/bin/timm-convnextv2", False, ["env/bin/timm-convnextv2", "publish"]),
         ("site-packages/timm_convnextv2/pretrain/__main__.py", True, ["timm-convnextv2", "publish"]),
-        ("site-packages/timm_convnextv2/pretrain/__main__.py", False, ["python", "-m", "timm_convnextv2.publish"]),
-        ("elsewhere/train_scripts/mine.py", False, ["python", "-m", "timm_convnextv2.publish"]),
+        (
+            "site-packages/timm_convnextv2/pretrain/__main__.py",
+            False,
+            ["python", "-m", "timm_convnextv2", "publish"],
+        ),
+        ("elsewhere/train_scripts/mine.py", False, ["python", "-m", "timm_convnextv2", "publish"]),
     ],
 )
 def test_a_printed_command_exists_where_the_user_is(program, installed, expected, alone):
@@ -135,7 +140,7 @@ def test_a_printed_command_exists_where_the_user_is(program, installed, expected
 def test_a_printed_command_starts_as_many_processes(alone, monkeypatch):
     alone("site-packages/timm_convnextv2/pretrain/__main__.py", True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    module = ["-m", "timm_convnextv2.pretrain"]
+    module = ["-m", "timm_convnextv2", "pretrain"]
     assert command.invocation("pretrain", distributed=True) == ["torchrun", "--nproc-per-node", "8", *module]
     assert command.invocation("pretrain") == ["timm-convnextv2", "pretrain"]
     for name, value in (("GROUP_WORLD_SIZE", "4"), ("MASTER_ADDR", "node0"), ("TORCHELASTIC_RUN_ID", "job")):

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from timm_convnextv2 import compare
-from timm_convnextv2.data.embedded import write_folder
+from timm_convnextv2.commands import compare
+from timm_convnextv2.data.sources.embedded import write_folder
 
 TOP1 = {compare.SCRATCH: (20.0, 40.0), compare.OWN: (30.0, 60.0), "resnet18": (25.0, 39.0)}
 

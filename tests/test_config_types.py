@@ -11,12 +11,11 @@ from mutations import ODD, damage_content, within
 
 from timm_convnextv2.checkpoint import export_encoder
 from timm_convnextv2.checkpoint.card import render_card
-from timm_convnextv2.checkpoint.staging import Stated, stage
+from timm_convnextv2.checkpoint.provenance import ConfigError, config_beside, read_config
+from timm_convnextv2.commands.pretrain import parse_options
 from timm_convnextv2.finetune.preflight import check_folder_weights, create_meta_model
-from timm_convnextv2.pretrain.options import parse_options
+from timm_convnextv2.hub.staging import Stated, stage
 from timm_convnextv2.pretrain.start import create_fcmae
-from timm_convnextv2.provenance import config_beside, read_config
-from timm_convnextv2.schema import ConfigError
 
 SIZES = [pytest.param(50, id="50"), pytest.param(500, id="500", marks=pytest.mark.slow)]
 

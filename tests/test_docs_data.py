@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from timm_convnextv2 import cli
+from timm_convnextv2.commands import main as cli
 from timm_convnextv2.pretrain import loop, measures
 
 DOCS = Path(__file__).parents[1] / "docs"

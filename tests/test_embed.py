@@ -23,12 +23,14 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_convnextv2.checkpoint import load_model
+from timm_convnextv2.commands.embed import main
 from timm_convnextv2.data import EmbeddedSource, MissingPackageError, load_image
-from timm_convnextv2.embed import embed, main, run
-from timm_convnextv2.embed import output as writing
-from timm_convnextv2.embed.parts import Parts
-from timm_convnextv2.evaluate import models as network_models
-from timm_convnextv2.report.image_progress import ImageProgress
+from timm_convnextv2.features import embed as run
+from timm_convnextv2.features import network as network_models
+from timm_convnextv2.features import rows as writing
+from timm_convnextv2.features.embed import embed
+from timm_convnextv2.features.rows import Parts
+from timm_convnextv2.runs.progress import ImageProgress
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +207,7 @@ def test_a_missing_package_is_no_bad_image(small, images_dir, tmp_path, monkeypa
             raise MissingPackageError("run `pip install tifffile`")
         return load_image(path, in_chans, nodata)
 
-    monkeypatch.setattr("timm_convnextv2.data.sources.load_image", load)
+    monkeypatch.setattr("timm_convnextv2.data.formats.decode.load_image", load)
     monkeypatch.setattr(run, "check_readable", lambda source: [])
     with pytest.raises(MissingPackageError, match="pip install tifffile"):
         embed(small, images_dir, tmp_path / "out.npy", max_bad_images=1.0)

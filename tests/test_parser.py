@@ -2,13 +2,13 @@
 
 import pytest
 
-from timm_convnextv2.collapse import build_parser as collapse
-from timm_convnextv2.command import CommandParser
-from timm_convnextv2.embed.command import build_parser as embed
-from timm_convnextv2.evaluate.command import build_parser as evaluate
-from timm_convnextv2.finetune.launcher import build_parser as finetune
-from timm_convnextv2.pretrain.options import build_parser as pretrain
-from timm_convnextv2.publish import build_parser as publish
+from timm_convnextv2.commands.collapse import build_parser as collapse
+from timm_convnextv2.commands.embed import build_parser as embed
+from timm_convnextv2.commands.evaluate import build_parser as evaluate
+from timm_convnextv2.commands.finetune import build_parser as finetune
+from timm_convnextv2.commands.pretrain import build_parser as pretrain
+from timm_convnextv2.commands.publish import build_parser as publish
+from timm_convnextv2.console import CommandParser
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 import timm_convnextv2
-from timm_convnextv2.models.registry import VARIANTS
+from timm_convnextv2.registry import VARIANTS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

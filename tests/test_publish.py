@@ -13,9 +13,10 @@ import torch
 from huggingface_hub import ModelCard
 from test_export import FCMAE, NC, _Runs, config_of, equal, make_run
 
-from timm_convnextv2 import pretrain
-from timm_convnextv2.checkpoint import export_encoder, export_finetuned, load_checkpoint, push_to_hub
-from timm_convnextv2.pretrain.options import parse_options
+from timm_convnextv2.checkpoint import export_encoder, export_finetuned, load_checkpoint
+from timm_convnextv2.commands import pretrain
+from timm_convnextv2.commands.pretrain import parse_options
+from timm_convnextv2.hub import push_to_hub
 from timm_convnextv2.pretrain.setup import create_model
 
 SENT = ["README.md", "config.json", "model.safetensors"]
@@ -266,7 +267,7 @@ def _spoil(folder, how, tmp_path):
 )
 def test_what_is_no_export_is_not_sent(how, message, run_publish, monkeypatch, tmp_path):
     """The same message from the command and `push_to_hub`, without a request (there is a token, and no network)."""
-    monkeypatch.setattr("timm_convnextv2.checkpoint.hub.HfApi", None)
+    monkeypatch.setattr("timm_convnextv2.hub.upload.HfApi", None)
     folder = export_encoder(timm.create_model("fcmae_convnextv2_atto", **FCMAE), tmp_path / "encoder", license="mit")
     _spoil(folder, how, tmp_path)
     with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ import timm_convnextv2  # noqa: F401  (registers the models)
 from benchmarks.roofline import GPU, forward_flops, is_model, seconds
 from benchmarks.step_model import Kernel, counted, fcmae_kernels, masked_dense_step, total
 from benchmarks.triton_kernels import load_sizes, occupancy
-from timm_convnextv2.explain import explanation
+from timm_convnextv2.models.explain import explanation
 from timm_convnextv2.models.reference import reference_forward
 from timm_convnextv2.ops import use_backend
 

@@ -4,15 +4,15 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from . import _moved
-from .explain import explain
+from . import registry  # noqa: F401  registers the models
 from .models import FCMAE, ConvNeXtV2, FCMAEOutput, random_mask
-from .task import FCMAETask
+from .models.explain import explain
+from .models.task import FCMAETask
+from .version import __version__
 
 if TYPE_CHECKING:
     from . import checkpoint, data
 
-__version__ = "0.2.0"
 
 __all__ = [
     "FCMAE",
@@ -25,8 +25,6 @@ __all__ = [
     "explain",
     "random_mask",
 ]
-
-_moved.install()
 
 
 def __getattr__(name: str) -> ModuleType:

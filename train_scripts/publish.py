@@ -6,7 +6,7 @@ python train_scripts/publish.py runs/mine USER/NAME --license mit --dry-run
 
 import sys
 
-from timm_convnextv2.publish import main
+from timm_convnextv2.commands.publish import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,10 +18,10 @@ from timm.utils import CheckpointSaver, update_summary
 from torch import nn
 
 import timm_convnextv2
-from timm_convnextv2 import publish
 from timm_convnextv2.checkpoint import export_encoder, export_fcmae, export_finetuned, load_checkpoint, to_official
+from timm_convnextv2.checkpoint.provenance import Origin, origin_of_config, read_config, resolve_license
+from timm_convnextv2.commands import publish
 from timm_convnextv2.models import ConvNeXtV2
-from timm_convnextv2.provenance import Origin, origin_of_config, read_config, resolve_license
 
 BODY = dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
 FCMAE = dict(decoder_dim=16, img_size=64, **BODY)

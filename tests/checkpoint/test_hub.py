@@ -25,8 +25,10 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from huggingface_hub.utils import _http
 
 import timm_convnextv2
-from timm_convnextv2 import checkpoint, pretrain, publish
-from timm_convnextv2.checkpoint.hub import check_folder
+from timm_convnextv2 import checkpoint
+from timm_convnextv2.commands import pretrain, publish
+from timm_convnextv2.hub import push_to_hub
+from timm_convnextv2.hub.upload import check_folder
 
 # huggingface_hub calls its HTTP library in a way that is on its way out
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
@@ -184,7 +186,7 @@ def at_the_second_try(call):
 
 @pytest.mark.parametrize("private", [None, False, True])
 def test_push_makes_a_repository_with_the_folder(hub, folder, private):
-    url = checkpoint.push_to_hub(folder, REPO, private=private, commit_message="Four epochs more")
+    url = push_to_hub(folder, REPO, private=private, commit_message="Four epochs more")
     repo = hub.repos[REPO]
     assert repo.private is bool(private)
     assert_published(hub, folder)
@@ -195,36 +197,36 @@ def test_push_makes_a_repository_with_the_folder(hub, folder, private):
 
 
 def test_push_without_a_message_gives_one(hub, folder):
-    checkpoint.push_to_hub(folder, REPO)
+    push_to_hub(folder, REPO)
     assert hub.commits(REPO)[0].message
 
 
 @pytest.mark.parametrize("revision", ["v1.0", "runs/a"])
 def test_push_to_a_branch_leaves_main_alone(hub, folder, revision):
-    url = checkpoint.push_to_hub(folder, REPO, revision=revision)
+    url = push_to_hub(folder, REPO, revision=revision)
     assert_published(hub, folder, revision)
     assert published(hub) == {}
     assert url.endswith(hub.commits(REPO, revision)[-1].oid)
 
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\nMore.\n")
-    checkpoint.push_to_hub(folder, REPO, revision=revision)
+    push_to_hub(folder, REPO, revision=revision)
     assert len(hub.commits(REPO, revision)) == 2
     assert_published(hub, folder, revision)
 
 
 def test_second_push_sends_what_changed(hub, folder):
-    checkpoint.push_to_hub(folder, REPO)
+    push_to_hub(folder, REPO)
     card = folder / "README.md"
     card.write_text(card.read_text() + "\nMore.\n")
     before = len(hub.requests)
-    checkpoint.push_to_hub(folder, REPO)
+    push_to_hub(folder, REPO)
     assert_published(hub, folder)
     assert not [r for r in hub.requests[before:] if r.server == "storage"]
     (commit,) = [r for r in hub.requests[before:] if "/commit/" in r.path]
     sent = [json.loads(line) for line in commit.body.splitlines()]
     assert [item["value"]["path"] for item in sent if item["key"] != "header"] == ["README.md"]
 
-    url = checkpoint.push_to_hub(folder, REPO)  # nothing changed: no commit, and the url of the last one
+    url = push_to_hub(folder, REPO)  # nothing changed: no commit, and the url of the last one
     assert len(hub.commits(REPO)) == 2
     assert url.endswith(hub.commits(REPO)[-1].oid)
 
@@ -233,16 +235,16 @@ def test_second_push_sends_what_changed(hub, folder):
 def test_push_to_a_repository_of_the_other_visibility(hub, folder, private):
     hub.add(REPO, {"notes.md": b"mine"}, private=not private)
     with pytest.raises(RuntimeError, match=REPO):
-        checkpoint.push_to_hub(folder, REPO, private=private)
+        push_to_hub(folder, REPO, private=private)
     assert published(hub) == {"notes.md": b"mine"}
     assert not hub.log("PUT")
-    checkpoint.push_to_hub(folder, REPO)  # not said: as it is
+    push_to_hub(folder, REPO)  # not said: as it is
     assert hub.repos[REPO].private is not private
 
 
 def test_push_keeps_files_that_only_the_repository_has(hub, folder):
     hub.add(REPO, {"notes.md": b"mine"})
-    checkpoint.push_to_hub(folder, REPO)
+    push_to_hub(folder, REPO)
     assert_published(hub, folder, **{"notes.md": b"mine"})
 
 
@@ -251,7 +253,7 @@ def test_model_card_arrives_and_the_hub_accepts_it(hub, exported, tmp_path, kind
     for name, content in exported[kind].items():
         (tmp_path / kind).mkdir(exist_ok=True)
         (tmp_path / kind / name).write_bytes(content)
-    checkpoint.push_to_hub(tmp_path / kind, REPO)
+    push_to_hub(tmp_path / kind, REPO)
     assert {r.status for r in hub.log("POST", "validate-yaml")} == {200}
     metadata = card_metadata(published(hub)["README.md"].decode())
     assert metadata["library_name"] == "timm"
@@ -266,7 +268,7 @@ def test_broken_metadata_is_refused_before_anything_is_uploaded(hub, folder, tag
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(re.sub(r"tags:\n(- .*\n)+", f"tags: {tags}\n", card))
     with pytest.raises((ValueError, RuntimeError), match="README.md"):
-        checkpoint.push_to_hub(folder, REPO)
+        push_to_hub(folder, REPO)
     assert not hub.log("PUT")
     assert not hub.log("POST", "/commit/")
 
@@ -276,7 +278,7 @@ def test_broken_metadata_is_refused_before_anything_is_uploaded(hub, folder, tag
 def test_push_that_is_not_allowed(hub, folder, token, repo_id, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(RuntimeError, match=re.escape(repo_id)) as error:
-        checkpoint.push_to_hub(folder, repo_id, token=token)
+        push_to_hub(folder, repo_id, token=token)
     assert "token" in str(error.value)
     assert not hub.repos
     assert not hub.log("PUT")
@@ -285,7 +287,7 @@ def test_push_that_is_not_allowed(hub, folder, token, repo_id, monkeypatch):
 
 def test_push_with_a_token_that_is_given(hub, folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_stranger")
-    checkpoint.push_to_hub(folder, REPO, token="hf_owner")
+    push_to_hub(folder, REPO, token="hf_owner")
     assert {r.headers["authorization"] for r in hub.requests if r.server == "hub"} == {"Bearer hf_owner"}
     assert not any("authorization" in r.headers for r in hub.requests if r.server == "storage")
 
@@ -293,7 +295,7 @@ def test_push_with_a_token_that_is_given(hub, folder, monkeypatch):
 def test_push_of_a_folder_without_a_model_asks_nobody(hub, tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ValueError, match=re.escape(str(path))):
-            checkpoint.push_to_hub(path, REPO)
+            push_to_hub(path, REPO)
     assert not hub.requests
 
 
@@ -306,9 +308,9 @@ STEPS = [*RETRIED, ("POST", "/repos/create"), ("POST", "/validate-yaml"), ("POST
 def test_push_survives_one_503(hub, folder, step):
     hub.fail(*step, 503)
     if step in RETRIED:
-        checkpoint.push_to_hub(folder, REPO, revision="v1")
+        push_to_hub(folder, REPO, revision="v1")
     else:
-        at_the_second_try(lambda: checkpoint.push_to_hub(folder, REPO, revision="v1"))
+        at_the_second_try(lambda: push_to_hub(folder, REPO, revision="v1"))
     assert 503 in [r.status for r in hub.log(*step)]
     assert_published(hub, folder, "v1")
     assert len(hub.commits(REPO, "v1")) == 1
@@ -318,19 +320,19 @@ def test_push_survives_one_503(hub, folder, step):
 def test_push_gives_up_when_503_goes_on(hub, folder, step):
     hub.fail(*step, 503, times=FOREVER)
     with pytest.raises(RuntimeError, match=re.escape(REPO)) as error:
-        checkpoint.push_to_hub(folder, REPO, revision="v1")
+        push_to_hub(folder, REPO, revision="v1")
     assert "503" in str(error.value)
     assert hub.clock.waited < 120
     if REPO in hub.repos:  # nothing was published by halves
         assert all(not published(hub, revision=branch) for branch in hub.repos[REPO].branches)
     hub.heal()
-    checkpoint.push_to_hub(folder, REPO, revision="v1")
+    push_to_hub(folder, REPO, revision="v1")
     assert_published(hub, folder, "v1")
 
 
 def test_commit_whose_answer_was_lost_is_not_made_twice(hub, folder):
     hub.fail("POST", "/commit/", 504, done=True)
-    url = at_the_second_try(lambda: checkpoint.push_to_hub(folder, REPO))
+    url = at_the_second_try(lambda: push_to_hub(folder, REPO))
     (commit,) = hub.commits(REPO)
     assert url.endswith(commit.oid)
     assert len(hub.log("PUT", LFS)) == 1
@@ -340,7 +342,7 @@ def test_commit_whose_answer_was_lost_is_not_made_twice(hub, folder):
 @pytest.mark.parametrize("times", [1, 3])
 def test_upload_that_is_cut_is_sent_again_as_a_whole(hub, folder, times, reset):
     hub.cut("PUT", LFS, after=5000, times=times, reset=reset)
-    checkpoint.push_to_hub(folder, REPO)
+    push_to_hub(folder, REPO)
     assert [r.status for r in hub.log("PUT", LFS)] == [None] * times + [200]
     assert_published(hub, folder)
 
@@ -348,7 +350,7 @@ def test_upload_that_is_cut_is_sent_again_as_a_whole(hub, folder, times, reset):
 def test_upload_that_is_always_cut_publishes_nothing(hub, folder):
     hub.cut("PUT", LFS, after=5000, times=FOREVER)
     with pytest.raises(RuntimeError, match=re.escape(REPO)):
-        checkpoint.push_to_hub(folder, REPO)
+        push_to_hub(folder, REPO)
     assert not published(hub)
     assert not hub.lfs
 
@@ -356,7 +358,7 @@ def test_upload_that_is_always_cut_publishes_nothing(hub, folder):
 def test_push_without_network(hub, folder):
     hub.stop()
     with pytest.raises(RuntimeError, match=re.escape(REPO)):
-        checkpoint.push_to_hub(folder, REPO)
+        push_to_hub(folder, REPO)
 
 
 # -- downloading
@@ -391,8 +393,8 @@ def test_fcmae_comes_back_with_its_values(hub, exported, load):
 
 
 def test_whole_way_push_and_load(hub, folder, fcmae):
-    checkpoint.push_to_hub(folder, REPO, private=True, revision="v1")
-    checkpoint.push_to_hub(folder, "owner/other")
+    push_to_hub(folder, REPO, private=True, revision="v1")
+    push_to_hub(folder, "owner/other")
     for name in (f"{REPO}@v1", "owner/other"):
         assert_same(load_encoder(name).state_dict(), files_of(folder)[WEIGHTS])
     for name, value in load_encoder(f"{REPO}@v1").state_dict().items():

@@ -167,7 +167,7 @@ def test_official_sparse_weights_give_the_official_numbers(mask, conv_mlp):
 @pytest.mark.parametrize("name", ["atto", "nano", "tiny"])
 def test_published_sizes_need_no_hint(name):
     """The MLP's shape follows from the stem's width: 4-D weights for atto to nano, 2-D from tiny."""
-    args = timm_convnextv2.models.registry.VARIANTS[name]
+    args = timm_convnextv2.registry.VARIANTS[name]
     weights = official_sparse(depths=args["depths"], dims=args["dims"], decoder_dim=512)
     model = timm.create_model(f"fcmae_convnextv2_{name}", device="meta")
     model.load_state_dict(convert_official({"model": weights, "epoch": 3}), assign=True)

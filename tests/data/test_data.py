@@ -31,7 +31,7 @@ from timm_convnextv2.data import (
     load_image,
     sample_seed,
 )
-from timm_convnextv2.data.decode import Reduced
+from timm_convnextv2.data.formats.decode import Reduced
 
 # a picture whose corners differ, so that a rotation or a swapped axis shows
 RGB = np.zeros((6, 8, 3), np.uint8)

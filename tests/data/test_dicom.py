@@ -11,11 +11,11 @@ from dicom_files import draw
 from PIL import Image
 
 from timm_convnextv2.data import FolderSource, ImageError, MissingPackageError, load_image
-from timm_convnextv2.data.header import read_header
-from timm_convnextv2.data.measure import measure, measuring
-from timm_convnextv2.data.pages import PageSource, pages_in
-from timm_convnextv2.data.pixels import Pixels
-from timm_convnextv2.data.scenes import open_scene
+from timm_convnextv2.data.formats.header import read_header
+from timm_convnextv2.data.formats.pixels import Pixels
+from timm_convnextv2.data.measure.measure import measure, measuring
+from timm_convnextv2.data.sources.pages import PageSource, pages_in
+from timm_convnextv2.data.sources.scenes import open_scene
 
 pydicom = pytest.importorskip("pydicom", reason="the package pydicom is not installed")
 from pydicom.data import get_testdata_file  # noqa: E402

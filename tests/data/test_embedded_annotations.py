@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from timm_convnextv2.data import EmbeddedSource
-from timm_convnextv2.data.embedded import write_folder
-from timm_convnextv2.data.embedded.__main__ import cli
-from timm_convnextv2.data.embedded.annotations import uncompressed_rle
+from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data.sources.embedded.__main__ import cli
+from timm_convnextv2.data.sources.embedded.annotations import uncompressed_rle
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_mask_is_where_the_object_is_painted(monkeypatch):
     """Of a picture drawn with another surface, the object's pixels differ, the soft edge apart."""
     source = EmbeddedSource(8, 64, seed=5)
     plain, masks = [source[i].numpy() for i in range(8)], [source.mask(i) for i in range(8)]
-    from timm_convnextv2.data import embedded
+    from timm_convnextv2.data.sources import embedded
 
     surface = embedded._surface
     monkeypatch.setattr(embedded, "_surface", lambda *args: 1 - surface(*args))

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from timm.data import create_dataset
 
-from timm_convnextv2.data import EmbeddedSource, create_source, embedded
-from timm_convnextv2.data.embedded import write_folder
-from timm_convnextv2.data.embedded.__main__ import cli
+from timm_convnextv2.data import EmbeddedSource, create_source
+from timm_convnextv2.data.sources import embedded
+from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data.sources.embedded.__main__ import cli
 
 SMALL = dict(size=16, train=16, validation=24)
 
@@ -110,7 +111,7 @@ def test_a_run_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_shell(tmp_path):
-    command = [sys.executable, "-m", "timm_convnextv2.data.embedded", "data"]
+    command = [sys.executable, "-m", "timm_convnextv2.data.sources.embedded", "data"]
     command += ["--size", "16", "--train", "8", "--validation", "16"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
@@ -123,6 +124,8 @@ def test_shell_mistakes_are_one_message(tmp_path, capsys):
     (tmp_path / "data/x").write_text("")
     assert cli([str(tmp_path / "data")]) == 2
     out, err = capsys.readouterr()
-    assert not out and err.startswith("python -m timm_convnextv2.data.embedded: error:") and err.count("\n") == 1
+    assert (
+        not out and err.startswith("python -m timm_convnextv2.data.sources.embedded: error:") and err.count("\n") == 1
+    )
     assert cli([str(tmp_path / "data/x/under")]) == 2  # a file where a folder should be
     assert "error:" in capsys.readouterr().err

@@ -11,10 +11,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from timm_convnextv2.data import create_source
-from timm_convnextv2.data.file_index import stale
-from timm_convnextv2.data.find import find_images
-from timm_convnextv2.data.listing import LeftOut
-from timm_convnextv2.data.sizes import file_sizes
+from timm_convnextv2.data.paths.index import file_sizes, find_images, stale
+from timm_convnextv2.data.paths.walk import LeftOut
 from timm_convnextv2.files import WriteError
 
 
@@ -98,7 +96,7 @@ def test_what_makes_it_stale(images, monkeypatch, data_dir, data_list):
     assert "have changed" in stale("a/i")
     os.utime(changed, ns=(time, time))
     assert stale("a/i") == ""
-    monkeypatch.setattr("timm_convnextv2.data.file_index.image_extensions", lambda: (".png", ".new"))
+    monkeypatch.setattr("timm_convnextv2.data.formats.decode.image_extensions", lambda: (".png", ".new"))
     assert "other extensions count as images now: " in stale("a/i") and ".new" in stale("a/i")
 
 
@@ -147,7 +145,7 @@ def test_nothing_is_left_of_an_index_that_fails(images, monkeypatch):
         Path(args[1]).write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("timm_convnextv2.data.file_index.save_file", fail)
+    monkeypatch.setattr("timm_convnextv2.data.paths.index.save_file", fail)
     with pytest.raises(WriteError, match="'i' cannot be written: No space left on device"):
         find_images("a", index="i")
     assert not Path("i").exists() and not [*Path(".").glob(".i*")]

@@ -18,6 +18,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from timm_convnextv2 import data
+from timm_convnextv2.commands.embed import main as embed_main
+from timm_convnextv2.commands.pretrain import main as pretrain_main
 from timm_convnextv2.data import (
     FolderSource,
     ImageError,
@@ -30,8 +32,6 @@ from timm_convnextv2.data import (
     left_out,
     load_image,
 )
-from timm_convnextv2.embed import main as embed_main
-from timm_convnextv2.pretrain import main as pretrain_main
 
 RGB = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 SMALL = "--img-size 32 --patch-size 1 --batch-size 4 --epochs 1 --decoder-dim 8 --workers 0 --device cpu".split()
@@ -364,7 +364,7 @@ def test_commands_tell_a_missing_codec_in_one_message(
     _, take = without_imagecodecs
     folder = packed_bands(tmp_path / "images", range(8) if when == "at the start" else [5])
     if when == "in the middle":
-        passing = {"pretrain": "timm_convnextv2.pretrain.batches", "embed": "timm_convnextv2.embed.run"}
+        passing = {"pretrain": "timm_convnextv2.pretrain.batches", "embed": "timm_convnextv2.features.embed"}
         first = lambda source, look=None: look and look(source[0])  # noqa: E731  (the one that needs it is not tried)
         monkeypatch.setattr(f"{passing[command]}.check_readable", first)
         for name in ("SHOWN_IMAGES", "WATCHED_IMAGES"):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from timm_convnextv2.data import FolderSource, PretrainDataset, PretrainTransform
-from timm_convnextv2.data.batches import map_batches, preprocessing
+from timm_convnextv2.data.samples.batches import map_batches, preprocessing
 from timm_convnextv2.finetune import images
 from timm_convnextv2.finetune.folders import FolderReader
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_convnextv2 import cli
+from timm_convnextv2.commands import main as cli
 from timm_convnextv2.data import EmbeddedSource
 
 SIZE = 48

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from timm_convnextv2.data import FolderSource, ImageError, Pixels, load_image
-from timm_convnextv2.data.header import read_header
-from timm_convnextv2.data.pages import PageSource, pages_in
-from timm_convnextv2.data.scenes import open_scene
-from timm_convnextv2.data.windows import Windows, WindowSource
+from timm_convnextv2.data.formats.header import read_header
+from timm_convnextv2.data.sources.pages import PageSource, pages_in
+from timm_convnextv2.data.sources.scenes import open_scene
+from timm_convnextv2.data.sources.windows import Windows, WindowSource
 
 tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
 pytest.importorskip("imagecodecs", reason="the package imagecodecs is not installed")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from timm_convnextv2.data import EmbeddedSource, hold_out
-from timm_convnextv2.data.parts import MOST_HELD_OUT
+from timm_convnextv2.data.sources.parts import MOST_HELD_OUT
 
 
 class Numbers:

@@ -9,11 +9,12 @@ import tifffile
 import torch
 from PIL import Image
 
-from timm_convnextv2 import cli, stats
+from timm_convnextv2.commands import main as cli
+from timm_convnextv2.commands import stats
 from timm_convnextv2.data import FolderSource, Pixels, create_source, load_image
-from timm_convnextv2.data.header import read_header
-from timm_convnextv2.data.measure import find_channels, measure, measure_pixels, measuring
-from timm_convnextv2.data.pixel_statistics import PERCENTILES, PixelStatistics
+from timm_convnextv2.data.formats.header import read_header
+from timm_convnextv2.data.measure.measure import find_channels, measure, measure_pixels, measuring
+from timm_convnextv2.data.measure.pixel_statistics import PERCENTILES, PixelStatistics
 
 CHANS = 5
 

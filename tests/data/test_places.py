@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from timm_convnextv2.data import FolderSource, create_source, hold_out, left_out
-from timm_convnextv2.data.batches import name_of
-from timm_convnextv2.data.find import find_images
-from timm_convnextv2.data.lists import read_list
-from timm_convnextv2.data.places import places_of
+from timm_convnextv2.data.paths.index import find_images
+from timm_convnextv2.data.paths.lists import read_list
+from timm_convnextv2.data.paths.places import places_of
+from timm_convnextv2.data.samples.batches import name_of
 
 FILES = ["a/1.png", "a/deep/2.png", "b/3.png", "b/4.png", "b/notes.txt", "c/1.png"]
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from timm_convnextv2.data import PretrainStream, collate, create_source
-from timm_convnextv2.data.shards import shard_note, shards_of
+from timm_convnextv2.data.samples.shards import shard_note, shards_of
 
 PER_SHARD, BATCH = 4, 2
 

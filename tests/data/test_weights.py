@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from timm_convnextv2.data import EpochBatchSampler, hold_out
-from timm_convnextv2.data.weights import REPEAT, Groups, sampling_groups
+from timm_convnextv2.data.sources.groups import REPEAT, Groups, sampling_groups
 
 
 def drawn(groups, epochs, length, seed=3):

@@ -17,10 +17,10 @@ from timm_convnextv2.data import (
     PretrainTransform,
     load_image,
 )
-from timm_convnextv2.data.parts import hold_out
-from timm_convnextv2.data.pixels import Pixels
-from timm_convnextv2.data.scenes import open_scene
-from timm_convnextv2.data.windows import Windows, WindowSource, content
+from timm_convnextv2.data.formats.pixels import Pixels
+from timm_convnextv2.data.sources.parts import hold_out
+from timm_convnextv2.data.sources.scenes import open_scene
+from timm_convnextv2.data.sources.windows import Windows, WindowSource, content
 
 tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
 pytest.importorskip("imagecodecs", reason="the package imagecodecs is not installed")

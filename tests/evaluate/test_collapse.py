@@ -8,7 +8,7 @@ import torch
 from timm.models.convnext import ConvNeXt
 
 import timm_convnextv2
-from timm_convnextv2.evaluate import channel_distance, channel_maps, collapse
+from timm_convnextv2.features import channel_distance, channel_maps, collapse
 from timm_convnextv2.models import random_mask
 
 SIZE = dict(depths=(1, 2, 1, 1), dims=(8, 12, 16, 20), patch_size=1)

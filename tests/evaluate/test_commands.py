@@ -9,11 +9,12 @@ import torch
 from encoders import make_encoder
 from PIL import Image
 
-from timm_convnextv2 import collapse as collapse_command
+from timm_convnextv2.commands import collapse as collapse_command
+from timm_convnextv2.commands.evaluate import main
 from timm_convnextv2.data import EmbeddedSource
-from timm_convnextv2.data.batches import preprocessing
-from timm_convnextv2.evaluate import collapse, evaluate_models, main
-from timm_convnextv2.evaluate.models import load_network, name_of_model, random_network
+from timm_convnextv2.data.samples.batches import preprocessing
+from timm_convnextv2.features import collapse, evaluate_models
+from timm_convnextv2.features.network import load_network, name_of_model, random_network
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ EVALUATE = {
 
 @pytest.mark.parametrize("message", EVALUATE)
 def test_evaluate_refuses_in_one_message(message, run, labelled, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("timm_convnextv2.evaluate.run.features", None)  # nothing is computed before
+    monkeypatch.setattr("timm_convnextv2.features.extract.features", None)  # nothing is computed before
     assert main(EVALUATE[message](run, labelled, tmp_path)) == 2
     out, err = capsys.readouterr()
     assert not out and message in err and err.count("error:") == 1 and "Traceback" not in err

@@ -10,8 +10,9 @@ from encoders import make_encoder
 from PIL import Image
 from timm.models.convnext import ConvNeXt
 
-from timm_convnextv2.data.batches import preprocessing
-from timm_convnextv2.evaluate import features, image_batches, open_labelled, pixels
+from timm_convnextv2.data.samples.batches import preprocessing
+from timm_convnextv2.features import extract as features
+from timm_convnextv2.features import image_batches, open_labelled, pixels
 
 IMAGES = [torch.randn(3, 3, 32, 32), torch.randn(2, 3, 32, 32)]
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_convnextv2.evaluate import bootstrap, goodness, judge, knn, knn_scores, linear_probe, rankme, ridge
-from timm_convnextv2.evaluate import linear as linear_module
-from timm_convnextv2.evaluate.knn import nearest
+from timm_convnextv2.features import bootstrap, goodness, knn, knn_scores, linear_probe, rankme, ridge
+from timm_convnextv2.features import evaluate as judge
+from timm_convnextv2.features import linear as linear_module
+from timm_convnextv2.features.knn import nearest
 
 CLASSES = 4
 

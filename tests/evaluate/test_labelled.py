@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_convnextv2.evaluate import open_labelled
+from timm_convnextv2.features import open_labelled
 
 
 def write(path, value=0):

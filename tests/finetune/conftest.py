@@ -11,7 +11,8 @@ from folders import write_images
 from PIL import ImageOps
 from timm.models import save_for_hf
 
-from timm_convnextv2.finetune import launcher, main
+from timm_convnextv2.commands import finetune as launcher
+from timm_convnextv2.commands.finetune import main
 
 
 @pytest.fixture(scope="session")

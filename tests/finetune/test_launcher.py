@@ -20,8 +20,9 @@ from helpers import RECIPES, ROOT, SCRIPTS
 from PIL import Image
 from safetensors.torch import load_file
 
-from timm_convnextv2 import finetune, predict, validate
-from timm_convnextv2.finetune import launcher, main
+from timm_convnextv2.commands import finetune, predict, validate
+from timm_convnextv2.commands import finetune as launcher
+from timm_convnextv2.commands.finetune import main
 from timm_convnextv2.finetune.recipe import load_recipe
 
 SCRIPT = SCRIPTS / "finetune.py"
@@ -42,7 +43,11 @@ def test_train_script_gets_recipe_options_and_what_was_found_out(run, train, enc
     "started, console, words",
     [
         (SCRIPT, None, [sys.executable, str(SCRIPT.with_name("publish.py"))]),
-        (Path(finetune.__file__).with_name("__main__.py"), None, [sys.executable, "-m", "timm_convnextv2.publish"]),
+        (
+            Path(finetune.__file__).with_name("__main__.py"),
+            None,
+            [sys.executable, "-m", "timm_convnextv2", "publish"],
+        ),
         ("bin/timm-convnextv2", "bin/timm-convnextv2", ["timm-convnextv2", "publish"]),
     ],
     ids=["script", "module", "console command"],
@@ -56,7 +61,9 @@ def test_result_is_exported_and_next_commands_are_printed(
     folder = tmp_path / "out" / "x"
     assert (folder / "model" / "exported").read_text() == str(folder)
     validate, publish = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:])
-    start = [sys.executable, "-m", "timm_convnextv2.validate"] if console is None else ["timm-convnextv2", "validate"]
+    start = (
+        [sys.executable, "-m", "timm_convnextv2", "validate"] if console is None else ["timm-convnextv2", "validate"]
+    )
     options = f"--model local-dir:{folder}/model --data-dir {data} --split val --device cpu --amp --amp-dtype bfloat16"
     assert validate == [*start, *options.split(" ")]
     assert publish == [*words, str(folder), "USER/NAME", "--dry-run"]
@@ -146,7 +153,7 @@ def test_dry_run_tells_everything_and_does_nothing(command, train, data, tmp_pat
     assert sorted(tmp_path.rglob("*.json")) == before and not (tmp_path / "out").exists()
 
 
-WAYS = {"script": [SCRIPT], "module": ["-m", "timm_convnextv2.finetune"]}
+WAYS = {"script": [SCRIPT], "module": ["-m", "timm_convnextv2", "finetune"]}
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way == "script")) for way in WAYS])
@@ -255,7 +262,7 @@ def test_stock_validate_agrees(tuned, alone, data, tmp_path):
 
 @pytest.mark.timm_train
 def test_real_run_of_two_processes(timm_train, encoder, data, tmp_path):
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "timm_convnextv2.finetune"]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "timm_convnextv2", "finetune"]
     words += ["--recipe", "smoke", "--model", f"local-dir:{encoder}", "--data-dir", data]
     words += ["--output", tmp_path, "--experiment", "two"]
     words += ["--timm-train", timm_train, *SHORT, "--batch-size", 2, "--global-batch-size", 8]
@@ -271,7 +278,7 @@ def test_real_run_of_two_processes(timm_train, encoder, data, tmp_path):
 def test_real_linear_probe_leaves_the_backbone(timm_train, encoder, data, tmp_path):
     words = ["--recipe", "linear-probe", "--model", f"local-dir:{encoder}", "--data-dir", data, "--output", tmp_path]
     words += ["--experiment", "probe", "--timm-train", timm_train, *SHORT, "--lr", "0.1"]
-    result = python("-m", "timm_convnextv2.finetune", *words, cwd=tmp_path)
+    result = python("-m", "timm_convnextv2", "finetune", *words, cwd=tmp_path)
     assert "parameters are frozen" in result.stdout
     before, after = (
         load_file(encoder / "model.safetensors"),
@@ -305,7 +312,7 @@ def bright(timm_train, encoder, tmp_path_factory):
     """A finetuning on two classes of 16-bit grey: its folder and its data."""
     out = tmp_path_factory.mktemp("bright")
     write_16_bit(out / "data")
-    words = ["-m", "timm_convnextv2.finetune", "--recipe", "smoke", "--model", f"local-dir:{encoder}"]
+    words = ["-m", "timm_convnextv2", "finetune", "--recipe", "smoke", "--model", f"local-dir:{encoder}"]
     words += ["--data-dir", out / "data", "--output", out, "--experiment", "run", "--timm-train", timm_train, *SHORT]
     words += ["--epochs", "6", "--in-chans", "1", "--lr-base", "0.1", "--reprob", "0", "--mixup", "0", "--cutmix", "0"]
     return out, python(*words, cwd=out)
@@ -325,12 +332,12 @@ def test_validate_and_predict_read_them_too(bright, timm_train):
     assert config["label_names"] == ["bright", "dark"] and "num_classes" not in config.get("model_args", {})
     common = [out / "run" / "model", "--device", "cpu", "--workers", "1", "--batch-size", "8"]
     common += ["--timm-train", timm_train, "--data-dir", out / "data"]
-    python("-m", "timm_convnextv2.validate", *common, "--results-file", out / "v.csv", cwd=out)
+    python("-m", "timm_convnextv2", "validate", *common, "--results-file", out / "v.csv", cwd=out)
     row = next(csv.DictReader((out / "v.csv").open()))
     assert float(row["top1"]) == 100
     words = ["--label-type", "name", "--results-file", "p", "--no-console-results", "--fullname"]
     pytest.importorskip("pandas", reason="inference.py needs pandas")
-    python("-m", "timm_convnextv2.predict", *common, *words, cwd=out)
+    python("-m", "timm_convnextv2", "predict", *common, *words, cwd=out)
     rows = list(csv.DictReader((out / "p.csv").open()))
     assert len(rows) == 16 and all(row["filename"].startswith(row["label"] + "/") for row in rows)
 
@@ -351,7 +358,7 @@ def test_validate_matches_classes_by_name(bright, timm_train):
         "--timm-train",
         timm_train,
     ]
-    python("-m", "timm_convnextv2.validate", *words, "--data-dir", out / "one", "--results-file", "o.csv", cwd=out)
+    python("-m", "timm_convnextv2", "validate", *words, "--data-dir", out / "one", "--results-file", "o.csv", cwd=out)
     assert float(next(csv.DictReader((out / "o.csv").open()))["top1"]) == 100  # its folder alone would be class 0
 
 
@@ -361,7 +368,16 @@ def test_our_validate_agrees_with_stock_to_the_image(tuned, alone, data, timm_tr
     words = ["--model", f"local-dir:{folder / 'model'}", "--data-dir", data, "--device", "cpu", "--workers", 1]
     words += ["--results-format", "json", "--batch-size", 4, "--results-file"]
     python(alone / "validate.py", *words, tmp_path / "stock.json", cwd=tmp_path)
-    python("-m", "timm_convnextv2.validate", "--timm-train", timm_train, *words, tmp_path / "our.json", cwd=tmp_path)
+    python(
+        "-m",
+        "timm_convnextv2",
+        "validate",
+        "--timm-train",
+        timm_train,
+        *words,
+        tmp_path / "our.json",
+        cwd=tmp_path,
+    )
     stock, our = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("stock", "our"))
     assert our == stock
 

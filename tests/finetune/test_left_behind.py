@@ -13,8 +13,8 @@ import timm
 import torch
 from helpers import environment
 
-from timm_convnextv2.finetune import main
-from timm_convnextv2.finetune.left_behind import newest_whole, tell
+from timm_convnextv2.commands.finetune import main
+from timm_convnextv2.finetune.start import newest_whole, tell
 
 
 def save(path, epoch):
@@ -85,7 +85,7 @@ def words(encoder, data, tmp_path):
     path = os.environ.get("TIMM_TRAIN")
     if not path:
         pytest.skip("TIMM_TRAIN=/path/to/timm's/train.py is not set")
-    given = ["-m", "timm_convnextv2.finetune", "--recipe", "smoke", "--model", f"local-dir:{encoder}"]
+    given = ["-m", "timm_convnextv2", "finetune", "--recipe", "smoke", "--model", f"local-dir:{encoder}"]
     given += ["--data-dir", str(data), "--output", str(tmp_path), "--experiment", "r", "--timm-train", path]
     given += "--epochs 4 --warmup-epochs 0 --batch-size 8 --workers 0 --device cpu".split()
     return [sys.executable, *given]
@@ -124,7 +124,7 @@ def test_full_disk(words, tmp_path):
     folder, script = tmp_path / "r", tmp_path / "one.py"
     script.write_text(
         "import sys, torch\n"
-        "from timm_convnextv2.finetune import main\n"
+        "from timm_convnextv2.commands.finetune import main\n"
         "save, count = torch.save, iter(range(9))\n"
         "def full(content, path):\n"
         "    if next(count) < 1: return save(content, path)\n"

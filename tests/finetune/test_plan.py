@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from timm_convnextv2.finetune import main
+from timm_convnextv2.commands.finetune import main
 from timm_convnextv2.finetune.recipe import load_recipe
 
 

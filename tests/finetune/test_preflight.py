@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import rand_augment_transform
 from timm.models import save_for_hf
 
-from timm_convnextv2.finetune import main
+from timm_convnextv2.commands.finetune import main
 from timm_convnextv2.finetune.preflight import check_folder_weights
 
 # ----------------------------------------------------------------------------------------------------------------- data

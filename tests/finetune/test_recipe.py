@@ -3,7 +3,7 @@
 import pytest
 from helpers import RECIPES
 
-from timm_convnextv2.finetune import main
+from timm_convnextv2.commands.finetune import main
 from timm_convnextv2.finetune.recipe import load_recipe, recipe_names
 
 

@@ -12,8 +12,9 @@ import torch
 from test_foreign_names import HUGGING_FACE, MMPRETRAIN, renamed
 
 from timm_convnextv2.checkpoint import to_official
+from timm_convnextv2.commands import finetune as launcher
 from timm_convnextv2.data import Pixels
-from timm_convnextv2.finetune import images, launcher
+from timm_convnextv2.finetune import images
 
 SHAPE = dict(patch_size=1, depths=(1, 1, 2, 1), dims=(8, 8, 16, 16))
 FORMATS = ["timm", "encoder", "official", "transformers", "mmpretrain", "pretraining"]

@@ -14,7 +14,9 @@ import pytest
 import timm
 import torch
 
-from timm_convnextv2.finetune import launcher, main, train_script
+from timm_convnextv2.commands import finetune as launcher
+from timm_convnextv2.commands.finetune import main
+from timm_convnextv2.finetune import train_script
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_what_it_starts(tmp_path, status):
     assert words[words.index("torch.distributed.run") + 1 :] == [
         "--nnodes", "2", "--nproc-per-node", "8", "--rdzv-id", f"{os.getpid()}-2", "--rdzv-backend", "c10d",
         "--rdzv-endpoint", f"localhost:{20000 + os.getpid() % 20000}",
-        "-m", "timm_convnextv2.pretrain", *options, "--resume", "auto",
+        "-m", "timm_convnextv2", "pretrain", *options, "--resume", "auto",
     ]  # fmt: skip
     assert not (tmp_path / "requeued").exists()
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from timm_convnextv2.layers import DepthwiseConv2d, PatchConv2d
-from timm_convnextv2.ops import columns, use_backend
+from timm_convnextv2.ops import gemm as columns
+from timm_convnextv2.ops import use_backend
 
 
 def gradients(module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor | None]:

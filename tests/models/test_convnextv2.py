@@ -25,8 +25,8 @@ import timm_convnextv2
 from timm_convnextv2 import ConvNeXtV2
 from timm_convnextv2.checkpoint import to_official
 from timm_convnextv2.models import ConvNeXtV2Block
-from timm_convnextv2.models.registry import VARIANTS
 from timm_convnextv2.ops import use_backend
+from timm_convnextv2.registry import VARIANTS
 
 NAMES = [f"convnextv2_{size}" for size in VARIANTS]
 LIGHT = NAMES[:5]
@@ -143,7 +143,7 @@ second = snapshot()
 importlib.reload(timm_convnextv2)
 unchanged = {n: id(timm.model_entrypoint(n)) for n in timm.list_models(["convnextv2_*", "fcmae_*"])} == entrypoints
 for name in ("convnextv2", "fcmae"):
-    importlib.reload(sys.modules[f"timm_convnextv2.models.registry.{name}"])
+    importlib.reload(sys.modules[f"timm_convnextv2.registry.{name}"])
 reloaded = snapshot()
 print(json.dumps(dict(
     stock=stock, after=after, second=second, reloaded=reloaded, added=added, entrypoints_unchanged=unchanged,

@@ -19,7 +19,7 @@ from timm_convnextv2 import FCMAE, FCMAETask, random_mask
 from timm_convnextv2.models.fcmae import normalize_target, patchify, unpatchify
 from timm_convnextv2.models.packing import PackedLayout
 from timm_convnextv2.models.reference import reference_features, reference_forward
-from timm_convnextv2.models.registry import VARIANTS
+from timm_convnextv2.registry import VARIANTS
 
 TOY = dict(depths=(1, 2, 1, 1), dims=(8, 12, 16, 20), decoder_dim=16)
 

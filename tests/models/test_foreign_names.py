@@ -9,7 +9,7 @@ from helpers import assert_same
 from safetensors.torch import save_file
 
 import timm_convnextv2  # noqa: F401
-from timm_convnextv2.models.registry import filter_weights
+from timm_convnextv2.registry import filter_weights
 
 SHAPE = dict(depths=(1, 1, 2, 1), dims=(8, 8, 16, 16))
 

@@ -8,7 +8,7 @@ import torch
 from timm.optim import create_optimizer_v2
 
 import timm_convnextv2  # noqa: F401
-from timm_convnextv2.models.registry import VARIANTS
+from timm_convnextv2.registry import VARIANTS
 
 # Recipe of each size: layer ids, decay, weight decay.
 RECIPES = {

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from timm_convnextv2.ops import columns, window_depthwise
+from timm_convnextv2.ops import gemm as columns
+from timm_convnextv2.ops import window_depthwise
 
 
 def test_columns_are_all_there_once():

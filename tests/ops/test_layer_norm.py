@@ -16,8 +16,8 @@ from torch import nn
 
 import timm_convnextv2  # noqa: F401  (registers the models)
 from timm_convnextv2 import ops
-from timm_convnextv2.explain import explanation
 from timm_convnextv2.layers import LayerNorm2d
+from timm_convnextv2.models.explain import explanation
 from timm_convnextv2.ops.functional import layer_norm
 from timm_convnextv2.ops.layer_norm import fused_layer_norm
 

@@ -15,8 +15,9 @@ from test_fcmae import assert_equals_reference, toy
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from timm_convnextv2 import memory, random_mask
-from timm_convnextv2.explain import explanation
+from timm_convnextv2 import random_mask
+from timm_convnextv2.models import memory
+from timm_convnextv2.models.explain import explanation
 from timm_convnextv2.models.packing import PackedLayout
 from timm_convnextv2.ops import backend, minkowski, set_backend, use_backend
 from timm_convnextv2.ops.engine import engine

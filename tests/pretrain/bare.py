@@ -2,7 +2,8 @@
 
 import sys
 
-from timm_convnextv2.pretrain import loop, main, measures
+from timm_convnextv2.commands.pretrain import main
+from timm_convnextv2.pretrain import loop, measures
 
 loop.save_loss_curve = measures.save_reconstructions = lambda *_, **__: None
 

@@ -9,8 +9,8 @@ import yaml
 from helpers import SCRIPTS
 from PIL import Image
 
+from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.data import EmbeddedSource, ImageError
-from timm_convnextv2.pretrain import main
 from timm_convnextv2.pretrain.trainer import Trainer
 
 SCRIPT = SCRIPTS / "pretrain.py"

@@ -12,18 +12,18 @@ import torch
 import yaml
 from runs import SMALL, load, refused, run
 
-from timm_convnextv2.collapse import collapse_of_models
+from timm_convnextv2.checkpoint.provenance import ConfigError, read_config
+from timm_convnextv2.commands.collapse import collapse_of_models
+from timm_convnextv2.commands.pretrain import main, parse_options
 from timm_convnextv2.data import FolderSource, load_image
-from timm_convnextv2.data.pixels import Pixels
-from timm_convnextv2.embed import embed
-from timm_convnextv2.evaluate.labelled import ImageFiles
-from timm_convnextv2.evaluate.run import evaluate_models
+from timm_convnextv2.data.formats.pixels import Pixels
+from timm_convnextv2.data.sources.folder import ImageFiles
+from timm_convnextv2.features.embed import embed
+from timm_convnextv2.features.evaluate import evaluate_models
 from timm_convnextv2.finetune import images
 from timm_convnextv2.finetune.start import choose_pixels
-from timm_convnextv2.pretrain import auto, main
-from timm_convnextv2.pretrain.options import parse_options
+from timm_convnextv2.pretrain import inputs as auto
 from timm_convnextv2.pretrain.setup import open_probe
-from timm_convnextv2.provenance import ConfigError, read_config
 
 CHANS = 5
 TINY = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu", *SMALL]

@@ -9,8 +9,8 @@ from helpers import assert_same
 from runs import load, rows, run
 
 import timm_convnextv2
+from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.data import EmbeddedSource
-from timm_convnextv2.pretrain import main
 from timm_convnextv2.pretrain.trainer import Trainer
 
 

@@ -10,9 +10,9 @@ from mutations import damage_bytes, damage_content, within
 from runs import command, load, refused, rows, run
 
 from timm_convnextv2.checkpoint import CheckpointError, load_checkpoint
+from timm_convnextv2.commands.pretrain import parse_options
 from timm_convnextv2.pretrain import setup
-from timm_convnextv2.pretrain.distributed import World
-from timm_convnextv2.pretrain.options import parse_options
+from timm_convnextv2.runs.world import World
 
 SIZES = [pytest.param(100, id="100"), pytest.param(1700, id="1700", marks=pytest.mark.slow)]
 TINY = ["--decoder-dim", "8", "--model-kwargs", "depths=[1,1,1,1]", "dims=[8,12,16,20]"]

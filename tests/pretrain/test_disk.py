@@ -15,8 +15,8 @@ from runs import at_update, load, rows, run, steady
 from timm_convnextv2 import files
 from timm_convnextv2.files import WriteError, new_part, remove_leftovers, save_torch, whole_file
 from timm_convnextv2.pretrain import loop, measures, setup
-from timm_convnextv2.pretrain.lock import LOCK
-from timm_convnextv2.pretrain.run_folder import RunFolder
+from timm_convnextv2.pretrain.checkpoints import RunFolder
+from timm_convnextv2.runs.lock import LOCK
 
 
 def hidden(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from runs import load, steady
 from safetensors.torch import load_file
 
 from timm_convnextv2 import FCMAETask
-from timm_convnextv2.pretrain import main
+from timm_convnextv2.commands.pretrain import main
 
 FIXTURES = ROOT / "tests" / "fixtures"
 CLOSE = dict(rtol=1e-4, atol=1e-5)  # other processors add in another order

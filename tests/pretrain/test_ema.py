@@ -6,7 +6,8 @@ import yaml
 from runs import command, config, load, run
 from safetensors.torch import load_file
 
-from timm_convnextv2.pretrain import main, messages
+from timm_convnextv2.commands.pretrain import main
+from timm_convnextv2.pretrain import messages
 from timm_convnextv2.pretrain.trainer import Trainer
 
 EMA = ["--model-ema", "--lr", "1e-2", "--warmup-epochs", "0"]

@@ -11,8 +11,9 @@ import yaml
 from helpers import assert_same
 from runs import ERROR, at_update, image_folder, load, run, steady
 
-from timm_convnextv2.data import find, places
-from timm_convnextv2.pretrain import files
+from timm_convnextv2.data.paths import index as find
+from timm_convnextv2.data.paths import places
+from timm_convnextv2.pretrain import setup as files
 
 OPTIONS = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
 

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from runs import ERROR, SMALL, command, image_folder, run, spoil
 
+from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.data import EmbeddedSource, InputStatistics, check_readable
-from timm_convnextv2.pretrain import inputs, main
+from timm_convnextv2.pretrain import inputs
 from timm_convnextv2.pretrain.batches import Batches
 
 RGB = ["--img-size", "64", "--batch-size", "8", "--workers", "0", "--device", "cpu", "--dry-run", *SMALL]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import environment
 
-from timm_convnextv2.pretrain.run_folder import WRITTEN
+from timm_convnextv2.pretrain.checkpoints import WRITTEN
 
 KILLER = Path(__file__).with_name("killer.py")
 OPTIONS = ["--train-num-samples", "8", "--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0"]

@@ -13,9 +13,10 @@ import pytest
 from helpers import environment
 from runs import at_update, command, load, rows, run, snapshot
 
-from timm_convnextv2.host import this_process
-from timm_convnextv2.pretrain import lock, main
-from timm_convnextv2.pretrain.lock import LOCK, Lock, LockLostError, release_locks
+from timm_convnextv2.commands.pretrain import main
+from timm_convnextv2.files import this_process
+from timm_convnextv2.runs import lock
+from timm_convnextv2.runs.lock import LOCK, Lock, LockLostError, release_locks
 
 # Holds the folder that it is given, in a process of its own that starts quickly, without torch: the file counts.
 HOLD = (

@@ -31,7 +31,8 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-from timm_convnextv2.pretrain import loop, main, measures
+from timm_convnextv2.commands.pretrain import main
+from timm_convnextv2.pretrain import loop, measures
 from timm_convnextv2.pretrain.trainer import Trainer
 from timm_convnextv2.report.run import read_run
 

@@ -12,8 +12,9 @@ from runs import at_update, image_folder, load, rows, run, snapshot, steady
 from safetensors.torch import load_file
 
 from timm_convnextv2.data import EmbeddedSource, PretrainDataset, hold_out
-from timm_convnextv2.data.embedded import write_folder
-from timm_convnextv2.pretrain import best, measures
+from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.pretrain import measures
+from timm_convnextv2.pretrain import measures as best
 
 EPOCHS = 3
 

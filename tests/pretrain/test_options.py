@@ -16,7 +16,8 @@ from runs import (
     run,
 )
 
-from timm_convnextv2.pretrain import main, options
+from timm_convnextv2.commands.pretrain import main
+from timm_convnextv2.pretrain import config as options
 
 
 def options_of(argv):

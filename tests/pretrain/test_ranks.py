@@ -8,7 +8,9 @@ from runs import BARE, command, load
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
-from timm_convnextv2.pretrain import loop, main, measures, peers, setup
+from timm_convnextv2.commands.pretrain import main
+from timm_convnextv2.pretrain import loop, measures, setup
+from timm_convnextv2.runs import world
 from timm_convnextv2.pretrain.batches import DataError
 from timm_convnextv2.pretrain.trainer import Trainer
 update = Trainer.update
@@ -50,7 +52,7 @@ BY_DEFAULT = ("is killed",)
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=[] if f in BY_DEFAULT else SLOW) for f in FAULTS])
 def test_one_process(tmp_path, fault):
     act, words = FAULTS[fault]
-    shorter = "peers.PATIENCE = 5" if fault == "is stopped" else ""
+    shorter = "world.PATIENCE = 5" if fault == "is stopped" else ""
     result, seconds = start(tmp_path, act, shorter)
     assert result.returncode, result.stdout
     own = result.stderr.partition("torch.distributed.elastic.multiprocessing.errors.ChildFailedError")[0]

@@ -21,7 +21,10 @@ from runs import (
 )
 from safetensors.torch import load_file
 
-from timm_convnextv2.pretrain import distributed, main, messages, run_folder
+from timm_convnextv2.commands.pretrain import main
+from timm_convnextv2.pretrain import checkpoints as run_folder
+from timm_convnextv2.pretrain import messages
+from timm_convnextv2.runs import world as distributed
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,7 @@ def test_second_signal_ends_at_once_where_python_does_not_run(tmp_path):
     script = tmp_path / "one.py"
     script.write_text(
         "import ctypes\n"
-        "from timm_convnextv2.pretrain.distributed import World\n"
+        "from timm_convnextv2.runs.world import World\n"
         "World('cpu').watch_signals()\n"
         "lock, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)\n"
         f"print('ready', flush=True)\n{wait}\n"
@@ -171,7 +174,7 @@ def test_resume_command(monkeypatch, argv, expected, started):
     assert found[len(start) :] == shlex.split(expected)
     assert start[-1] == script if clone else start[-1] in ("pretrain", "timm_convnextv2.pretrain")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    words = script if clone else "-m timm_convnextv2.pretrain"
+    words = script if clone else "-m timm_convnextv2 pretrain"
     assert messages.resume_command("x") == f"torchrun --nproc-per-node 2 {words} {expected}"
     for name, value in dict(GROUP_WORLD_SIZE="3", MASTER_ADDR="node0", TORCHELASTIC_RUN_ID="7").items():
         monkeypatch.setenv(name, value)
@@ -211,7 +214,8 @@ def test_all_processes_stop_where_one_is_asked(tmp_path):
     script = tmp_path / "one.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from timm_convnextv2.pretrain import loop, main, measures\n"
+        "from timm_convnextv2.commands.pretrain import main\n"
+        "from timm_convnextv2.pretrain import loop, measures\n"
         "from timm_convnextv2.pretrain.trainer import Trainer\n"
         "loop.save_loss_curve = measures.save_reconstructions = lambda *_, **__: None\n"
         "update = Trainer.update\n"

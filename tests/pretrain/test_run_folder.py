@@ -22,8 +22,8 @@ from runs import (
     snapshot,
 )
 
+from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.data import EpochBatchSampler
-from timm_convnextv2.pretrain import main
 
 
 class Evil:

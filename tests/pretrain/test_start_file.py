@@ -10,7 +10,8 @@ from runs import DATA, load, refused, run
 from safetensors.torch import load_file, save_file
 
 from timm_convnextv2.checkpoint import export_encoder, export_fcmae, to_official
-from timm_convnextv2.pretrain import options, setup
+from timm_convnextv2.pretrain import config as options
+from timm_convnextv2.pretrain import setup
 
 KWARGS = dict(depths=(1, 1, 2, 1), dims=(8, 8, 16, 16), decoder_dim=16, img_size=64)  # of the runs
 FORMATS = ["sparse", "dense", "classifier", "timm", "fcmae", "train.py"]

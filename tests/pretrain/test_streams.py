@@ -11,10 +11,10 @@ from helpers import assert_same
 from PIL import Image
 from runs import SMALL, at_update, load, steady
 
+from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.data import PretrainTransform, create_source
-from timm_convnextv2.pretrain import main
 from timm_convnextv2.pretrain.batches import open_batches
-from timm_convnextv2.pretrain.distributed import Seat
+from timm_convnextv2.runs.world import Seat
 
 
 @pytest.fixture(autouse=True)

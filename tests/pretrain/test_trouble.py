@@ -138,7 +138,7 @@ def test_ends_with_workers(tmp_path, fault):
         act = "[os.kill(w.pid, signal.SIGKILL) for w in multiprocessing.active_children()]"
     script.write_text(
         "import multiprocessing, os, signal, sys\n"
-        "from timm_convnextv2.pretrain import main\n"
+        "from timm_convnextv2.commands.pretrain import main\n"
         "from timm_convnextv2.pretrain.trainer import Trainer\n"
         "update = Trainer.update\n"
         "def wrapped(self, batches, number):\n"

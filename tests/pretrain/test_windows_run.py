@@ -9,12 +9,11 @@ import torch
 from dicom_files import draw
 from runs import SMALL, refused, rows, run
 
-from timm_convnextv2 import check
-from timm_convnextv2.checkpoint.loading import model_pixels
+from timm_convnextv2.checkpoint.files import model_pixels
+from timm_convnextv2.commands import check
+from timm_convnextv2.commands.pretrain import main, parse_options
 from timm_convnextv2.data import Pixels
-from timm_convnextv2.embed import embed
-from timm_convnextv2.pretrain import main
-from timm_convnextv2.pretrain.options import parse_options
+from timm_convnextv2.features.embed import embed
 
 TINY = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu", *SMALL]
 

@@ -9,8 +9,9 @@ import torch
 import yaml
 from PIL import Image
 
-from timm_convnextv2.pretrain.options import parse_options, settings_of
-from timm_convnextv2.report.run import head_comment
+from timm_convnextv2.commands.pretrain import parse_options
+from timm_convnextv2.pretrain.config import settings_of
+from timm_convnextv2.runs.folder import head_comment
 
 EVIL = "<script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">"
 COMMAND = f"timm-convnextv2 pretrain --data-dir '/data/{EVIL}'\n--seed 1"

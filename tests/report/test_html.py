@@ -14,11 +14,12 @@ from helpers import ROOT
 from PIL import Image
 from planted import COMMAND, EVIL, draw, plant, table
 
+from timm_convnextv2.commands.report import main
 from timm_convnextv2.report import html as report_html
 from timm_convnextv2.report import save_collapse_curves, save_neighbours, write_report
 from timm_convnextv2.report.charts import Line, line_chart, spread
-from timm_convnextv2.report.command import main
-from timm_convnextv2.report.run import head_comment, read_run
+from timm_convnextv2.report.run import read_run
+from timm_convnextv2.runs.folder import head_comment
 
 
 class Page(HTMLParser):

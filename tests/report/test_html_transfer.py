@@ -7,10 +7,11 @@ import yaml
 from planted import EVIL, draw, plant, table
 from test_html import Page
 
+from timm_convnextv2.commands.report import main
 from timm_convnextv2.report import html as report_html
 from timm_convnextv2.report import write_report
-from timm_convnextv2.report.command import main
-from timm_convnextv2.report.run import head_comment, read_run
+from timm_convnextv2.report.run import read_run
+from timm_convnextv2.runs.folder import head_comment
 
 MEASURES = {
     "detection": {"eval_box_ap": 0.25, "eval_box_ap50": 0.5, "eval_mask_ap": 0.125, "eval_box_ap_large": -1},

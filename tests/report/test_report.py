@@ -10,19 +10,13 @@ import torch
 from PIL import Image
 
 from timm_convnextv2 import report
-from timm_convnextv2.memory import memory_estimate, peak_memory
 from timm_convnextv2.models.fcmae import FCMAEOutput, normalize_target, patchify
 from timm_convnextv2.models.masking import num_visible, random_mask
+from timm_convnextv2.models.memory import memory_estimate, peak_memory
 from timm_convnextv2.models.packing import PackedLayout
 from timm_convnextv2.ops import use_backend
 from timm_convnextv2.ops.dispatch import ENV
-from timm_convnextv2.report import (
-    ProgressBar,
-    Stopwatch,
-    check_logs,
-    save_loss_curve,
-    save_reconstructions,
-)
+from timm_convnextv2.report import ProgressBar, Stopwatch, check_logs, save_loss_curve, save_reconstructions
 
 
 class Terminal(io.StringIO):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_convnextv2.transfer.coco import DetectionSamples, check_classes, large_scale_jitter, open_coco
+from timm_convnextv2.transfer.detection.coco import DetectionSamples, check_classes, large_scale_jitter, open_coco
 
 pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
 

@@ -11,14 +11,13 @@ from detectors import FAST
 from encoders import make_encoder
 from helpers import ROOT, assert_same, torchrun
 
-from timm_convnextv2.cli import main as cli
-from timm_convnextv2.data.embedded import write_folder
+from timm_convnextv2.commands.dense import add_recipe, known_options
+from timm_convnextv2.commands.detect import RECIPES, _add_train, main, parse
+from timm_convnextv2.commands.main import main as cli
+from timm_convnextv2.data.sources.embedded import write_folder
 from timm_convnextv2.finetune.recipe import load_recipe, recipe_names
-from timm_convnextv2.report.summary import read_rows
-from timm_convnextv2.transfer.coco import open_coco
-from timm_convnextv2.transfer.detect_command import main
-from timm_convnextv2.transfer.detect_options import RECIPES, _add_train, parse
-from timm_convnextv2.transfer.options import add_recipe, known_options
+from timm_convnextv2.runs.summary import read_rows
+from timm_convnextv2.transfer.detection.coco import open_coco
 
 pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
 
@@ -180,7 +179,7 @@ def test_another_model_does_not_resume(command, capsys):
 
 @pytest.mark.slow
 def test_two_processes(command, tmp_path):
-    done = torchrun("-m", "timm_convnextv2.detect", *command("--batch-size", "2"))
+    done = torchrun("-m", "timm_convnextv2", "detect", *command("--batch-size", "2"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Done: the model is in") == 1
     assert len(json.loads((tmp_path / "run/predictions/validation.json").read_text())) > 0

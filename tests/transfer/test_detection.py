@@ -12,11 +12,11 @@ from helpers import assert_same
 from PIL import Image
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 
-from timm_convnextv2.data.embedded import write_folder
+from timm_convnextv2.data.sources.embedded import write_folder
 from timm_convnextv2.transfer import build_detector, create_backbone, export_detector, open_detector
-from timm_convnextv2.transfer.coco import Coco, DetectionSamples, collate, large_scale_jitter, open_coco
-from timm_convnextv2.transfer.detection import classes_of
-from timm_convnextv2.transfer.detection_metrics import METRICS, average_precision, evaluate_detector, save_found
+from timm_convnextv2.transfer.detection.coco import Coco, DetectionSamples, collate, large_scale_jitter, open_coco
+from timm_convnextv2.transfer.detection.detector import classes_of
+from timm_convnextv2.transfer.detection.metrics import METRICS, average_precision, evaluate_detector, save_found
 from timm_convnextv2.transfer.groups import parameter_groups
 
 pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
@@ -36,7 +36,7 @@ def rectangle(box, height, width):
     x, y, w, h = (int(v) for v in box)
     flat = np.zeros((height, width), bool)
     flat[y : y + h, x : x + w] = True
-    from timm_convnextv2.data.embedded.annotations import uncompressed_rle
+    from timm_convnextv2.data.sources.embedded.annotations import uncompressed_rle
 
     return uncompressed_rle(flat)
 
@@ -76,7 +76,7 @@ def test_average_precision_is_that_of_pycocotools(tmp_path):
         for r in results
     ]
     categories = [dict(id=i, name=str(i)) for i in (2, 5, 11)]
-    from timm_convnextv2.transfer.coco import CocoImage
+    from timm_convnextv2.transfer.detection.coco import CocoImage
 
     coco = Coco(
         tmp_path, [

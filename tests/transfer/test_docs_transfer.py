@@ -8,9 +8,10 @@ import pytest
 from encoders import make_encoder
 from helpers import ROOT
 
-from timm_convnextv2.cli import main
-from timm_convnextv2.data.embedded.__main__ import cli as embedded
-from timm_convnextv2.transfer import detect_options, segment_options
+from timm_convnextv2.commands import detect as detect_options
+from timm_convnextv2.commands import segment as segment_options
+from timm_convnextv2.commands.main import main
+from timm_convnextv2.data.sources.embedded.__main__ import cli as embedded
 
 pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
 
@@ -22,7 +23,7 @@ def commands_of(text):
     """The words of the commands on data, detection and segmentation in the blocks of a page."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)).replace("\\\n", "")
     lines = [shlex.split(line, comments=True) for line in blocks.splitlines()]
-    return [words for words in lines if "timm_convnextv2.data.embedded" in words or {*words[1:2]} & {*TASKS}]
+    return [words for words in lines if "timm_convnextv2.data.sources.embedded" in words or {*words[1:2]} & {*TASKS}]
 
 
 def run(words, *more):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_convnextv2.data.embedded import write_folder
-from timm_convnextv2.transfer.masks import (
+from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.transfer.segmentation.masks import (
     MaskedImages,
     TrainSamples,
     TrainTransform,

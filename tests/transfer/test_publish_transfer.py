@@ -10,8 +10,8 @@ from encoders import make_encoder
 from huggingface_hub import ModelCard
 from test_hub import hub  # noqa: F401  a fixture
 
-from timm_convnextv2.cli import main
-from timm_convnextv2.data.embedded import write_folder
+from timm_convnextv2.commands.main import main
+from timm_convnextv2.data.sources.embedded import write_folder
 from timm_convnextv2.transfer import (
     build_segmenter,
     create_backbone,

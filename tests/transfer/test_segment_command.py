@@ -8,14 +8,15 @@ import torch
 from helpers import assert_same, torchrun
 from PIL import Image
 
-from timm_convnextv2.cli import main
-from timm_convnextv2.data.embedded import write_folder
+from timm_convnextv2.commands import segment as segment_command
+from timm_convnextv2.commands.main import main
+from timm_convnextv2.commands.segment import RECIPES, parse
+from timm_convnextv2.data.sources.embedded import write_folder
 from timm_convnextv2.finetune.recipe import load_recipe, recipe_names
-from timm_convnextv2.report.summary import read_rows
-from timm_convnextv2.transfer import find_classes, open_segmenter, segment_command
-from timm_convnextv2.transfer.masks import MaskedImages, open_split, read_classes
-from timm_convnextv2.transfer.segment_options import RECIPES, parse
-from timm_convnextv2.transfer.segmentation_metrics import Inference, evaluate_segmenter
+from timm_convnextv2.runs.summary import read_rows
+from timm_convnextv2.transfer import find_classes, open_segmenter
+from timm_convnextv2.transfer.segmentation.masks import MaskedImages, open_split, read_classes
+from timm_convnextv2.transfer.segmentation.metrics import Inference, evaluate_segmenter
 
 SMALL = ["--model", "convnextv2_atto", "--from-scratch", "--model-kwargs", "depths=(1,1,1,1)", "dims=(8,12,16,20)"]
 SMALL += ["--channels", "8", "--auxiliary-channels", "4", "--img-size", "32", "-b", "4", "-j", "0", "--device", "cpu"]
@@ -172,13 +173,13 @@ def test_recipes_are_options(name):
 def test_two_processes(run, data, tmp_path):
     """They train together, share the images of the evaluation, and count each once."""
     words = [*SMALL, "-b", "2", "--epochs", "1", "--data-dir", data, "--output", tmp_path, "--experiment", "run"]
-    done = torchrun("-m", "timm_convnextv2.segment", "train", *words)
+    done = torchrun("-m", "timm_convnextv2", "segment", "train", *words)
     assert done.returncode == 0, done.stderr
     assert "2 updates of 4 images" in done.stdout and done.stdout.count("mIoU") == 1
     model, classes = open_segmenter(tmp_path / "run"), read_classes(data / "classes.txt")
     measured = evaluate_segmenter(model, MaskedImages(*open_split(data, "validation"), classes))[0]
     assert measured == json.loads((tmp_path / "run/model/config.json").read_text())["metrics"]
-    done = torchrun("-m", "timm_convnextv2.segment", "train", *words, "--experiment", "two", "--ignore-index", "3")
+    done = torchrun("-m", "timm_convnextv2", "segment", "train", *words, "--experiment", "two", "--ignore-index", "3")
     assert done.returncode and done.stderr.count("error: The ignore index 3") == 1
 
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from encoders import maps_of
 from helpers import assert_same
 
-from timm_convnextv2.transfer.confusion import Confusion
-from timm_convnextv2.transfer.segmentation import Segmenter, build_segmenter, export_segmenter, open_segmenter
-from timm_convnextv2.transfer.upernet import FCNHead, UPerHead
-from timm_convnextv2.transfer.windows import predict, slide
+from timm_convnextv2.transfer.segmentation.heads import FCNHead, UPerHead
+from timm_convnextv2.transfer.segmentation.metrics import Confusion
+from timm_convnextv2.transfer.segmentation.segmenter import Segmenter, build_segmenter, export_segmenter, open_segmenter
+from timm_convnextv2.transfer.segmentation.sliding import predict, slide
 
 SMALL = dict(pretrained=False, depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
 

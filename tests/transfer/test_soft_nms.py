@@ -7,7 +7,7 @@ import torch
 from detectors import tiny_detector
 from torchvision.ops import batched_nms, box_iou
 
-from timm_convnextv2.transfer.soft_nms import MIN_SCORE, soft_nms, use_soft_nms
+from timm_convnextv2.transfer.detection.soft_nms import MIN_SCORE, soft_nms, use_soft_nms
 
 
 def make_boxes(n, seed=0):

@@ -6,9 +6,9 @@ import types
 import pytest
 from detectors import FAST
 
-from timm_convnextv2.cli import main
-from timm_convnextv2.data.embedded import write_folder
-from timm_convnextv2.report.summary import read_rows
+from timm_convnextv2.commands.main import main
+from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.runs.summary import read_rows
 
 WORDS = ["--model", "convnextv2_atto", "--from-scratch", "--model-kwargs", "depths=(1,1,1,1)", "dims=(8,12,16,20)"]
 WORDS += ["--img-size", "32", "-b", "4", "-j", "0", "--device", "cpu", "--epochs", "2", "--eval-interval", "2"]

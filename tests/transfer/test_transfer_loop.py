@@ -10,10 +10,10 @@ from helpers import assert_same
 from torch import nn
 from torch.utils.data import Dataset
 
-from timm_convnextv2.pretrain.distributed import World
-from timm_convnextv2.pretrain.trainer import NotFiniteError
-from timm_convnextv2.report.summary import read_rows
-from timm_convnextv2.transfer.folder import TransferFolder
+from timm_convnextv2.runs.end import NotFiniteError
+from timm_convnextv2.runs.folder import TransferFolder
+from timm_convnextv2.runs.summary import read_rows
+from timm_convnextv2.runs.world import World
 from timm_convnextv2.transfer.loop import Run, Schedule, Training, create_loader, train
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from encoders import make_encoder
 
-from timm_convnextv2.cli import main
+from timm_convnextv2.commands.main import main
 from timm_convnextv2.data import Pixels, load_image
-from timm_convnextv2.data.embedded import write_folder
+from timm_convnextv2.data.sources.embedded import write_folder
 from timm_convnextv2.transfer import create_backbone, open_detector, open_segmenter
-from timm_convnextv2.transfer.coco import DetectionSamples, open_coco
-from timm_convnextv2.transfer.masks import MaskedImages, open_split, read_classes
+from timm_convnextv2.transfer.detection.coco import DetectionSamples, open_coco
+from timm_convnextv2.transfer.segmentation.masks import MaskedImages, open_split, read_classes
 
 RECORD = dict(divide=1000.0, clip_low=[0.1], clip_high=[2.5], nodata=-1.0)
 

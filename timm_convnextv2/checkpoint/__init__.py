@@ -1,10 +1,8 @@
 """Checkpoints in and out: the official formats <-> ours, safe loading, export to a timm folder, the Hub."""
 
 from .export import export_encoder, export_fcmae
-from .files import CheckpointError, load_checkpoint
+from .files import CheckpointError, load_checkpoint, load_model
 from .finetuned import export_finetuned
-from .hub import push_to_hub
-from .loading import load_model
 from .official import convert_official, to_official
 
 __all__ = [
@@ -15,6 +13,5 @@ __all__ = [
     "export_finetuned",
     "load_checkpoint",
     "load_model",
-    "push_to_hub",
     "to_official",
 ]

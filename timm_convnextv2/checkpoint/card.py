@@ -17,9 +17,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import Pixels
-from ..provenance import is_ours, training_of
-
-__all__ = ["IMAGES", "card_for_repo", "licence_text", "render_card"]
+from .provenance import is_ours, training_of
 
 # Images that may lie beside a card, and what they show.
 IMAGES = {

@@ -19,10 +19,8 @@ from ..data import Pixels
 from ..files import WriteError, new_part, remove_leftovers, sync, system_reason
 from ..models import FCMAE
 from ..models.weights import check_weights, first_not_finite
-from ..provenance import WEIGHTS, resolve_license
 from .card import IMAGES, render_card
-
-__all__ = ["KEEP", "PAPER", "export_encoder", "export_fcmae", "write_folder"]
+from .provenance import WEIGHTS, resolve_license
 
 # What of a `pretrained_cfg` is true of weights that were trained on, whatever they started from.
 KEEP = ("architecture", "input_size", "fixed_input_size", "pool_size", "interpolation", "crop_pct", "crop_mode")

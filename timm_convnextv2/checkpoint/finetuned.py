@@ -16,11 +16,9 @@ from torch import Tensor
 
 from ..models import ConvNeXtV2
 from ..models.weights import check_weights
-from ..provenance import Origin, origin_of_config, origin_of_file, read_config, resolve_license
 from .export import KEEP, PAPER, write_folder
 from .files import load_checkpoint, weights_in
-
-__all__ = ["LABEL_NAMES", "export_finetuned", "find_checkpoint", "origin_of_run"]
+from .provenance import Origin, origin_of_config, origin_of_file, read_config, resolve_license
 
 LABEL_NAMES = "label_names.json"  # in a run's folder: a list of the classes in the order of their index
 

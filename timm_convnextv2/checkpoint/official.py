@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from ..models.registry import VARIANTS
-
-__all__ = ["check_names", "convert_official", "to_official"]
+from ..registry import VARIANTS
 
 
 class _Form(NamedTuple):

@@ -20,11 +20,8 @@ from torch import nn
 
 from ..files import whole_file
 from ..models.weights import first_not_finite
-from ..provenance import WEIGHTS, read_config
 from .card import HERE, IMAGES, OR_HUB, escaped_rows, licence_text, pixels_text, render_card
-
-__all__ = ["TASKS", "find_folder", "is_transfer", "load_weights", "read_folder_config", "read_transfer"]
-__all__ += ["render_folder_card", "write_transfer"]
+from .provenance import WEIGHTS, read_config
 
 CONFIG = "config.json"
 TASKS = {"detection": "detector", "segmentation": "segmenter"}

@@ -21,24 +21,23 @@ same global batch, or by being resumed in the middle of an epoch:
 Streams (`wds/`, `hfids/`, `tfds/`) have no index: see `TimmStream` and `PretrainStream`.
 """
 
-from .decode import ImageError, MissingPackageError, image_extensions, load_image
-from .embedded import EmbeddedSource
-from .joined import JoinedSource
-from .pages import PageSource
-from .parts import Part, hold_out
-from .pixels import Pixels
-from .samples import (
-    EpochBatchSampler,
-    PretrainDataset,
-    PretrainStream,
-    PretrainTransform,
-    check_readable,
-    collate,
-    sample_seed,
-)
-from .sources import FolderSource, TimmSource, TimmStream, create_source, left_out
-from .statistics import InputStatistics
-from .windows import Windows, WindowSource
+from .formats.decode import image_extensions, load_image
+from .formats.errors import ImageError, MissingPackageError
+from .formats.pixels import Pixels
+from .samples.dataset import PretrainDataset, PretrainStream, collate
+from .samples.order import EpochBatchSampler
+from .samples.statistics import InputStatistics
+from .samples.transform import PretrainTransform
+from .seeds import sample_seed
+from .sources.embedded import EmbeddedSource
+from .sources.folder import FolderSource, left_out
+from .sources.joined import JoinedSource
+from .sources.open import check_readable, create_source
+from .sources.pages import PageSource
+from .sources.parts import Part, hold_out
+from .sources.stream import TimmStream
+from .sources.timm import TimmSource
+from .sources.windows import Windows, WindowSource
 
 __all__ = [
     "EmbeddedSource",

@@ -4,7 +4,3 @@
 `preflight` checks model and data, `start` what weights are started from, `plan` resolves options and works out batch,
 learning rate and length.
 """
-
-from .launcher import main
-
-__all__ = ["main"]

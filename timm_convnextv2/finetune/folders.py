@@ -11,10 +11,8 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
 from ..data import image_extensions, left_out
-from ..data.files import TRAIN_FOLDERS, VALIDATION_FOLDERS
-from ..data.listing import LeftOut, walk
-
-__all__ = ["FolderReader", "describe", "imbalance", "is_opaque", "split_folder"]
+from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS
+from ..data.paths.walk import LeftOut, walk
 
 # Data sets whose classes can only be known by opening them; everything else is a folder (or tar) of images.
 OPAQUE_DATASETS = ("torch", "hfds", "hfids", "tfds", "wds")

@@ -31,25 +31,13 @@ from torch.utils.data import default_collate, get_worker_info
 from torchvision.transforms import ColorJitter, Compose, RandomApply, RandomGrayscale, v2
 from torchvision.transforms.v2.functional import to_pil_image
 
-from ..command import say
+from ..console import say
 from ..data import ImageError, Pixels, image_extensions
-from ..data.decode import from_pil, is_8_bit, printable, to_mode
-from ..data.listing import open_tar
-from ..data.sources import decode_any, decode_undecoded, leave_undecoded, undecoded_picture
+from ..data.formats.decode import from_pil, is_8_bit, printable, to_mode
+from ..data.paths.walk import open_tar
+from ..data.sources.stream import decode_undecoded, leave_undecoded, undecoded_picture
+from ..data.sources.timm import decode_any
 from .folders import FolderReader, is_opaque, split_folder
-
-__all__ = [
-    "ByKind",
-    "ImageStream",
-    "Images",
-    "TorchReader",
-    "collate",
-    "create_dataset",
-    "create_loader",
-    "feed",
-    "probe",
-    "refuse_for_tensors",
-]
 
 _logger = logging.getLogger(__name__)
 

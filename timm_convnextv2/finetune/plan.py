@@ -16,27 +16,14 @@ from timm.models import parse_model_name, safe_model_name
 from timm.optim import param_groups_layer_decay
 from timm.utils.distributed import world_info_from_env
 
-from ..command import CommandParser, closest, say
+from ..console import CommandParser, closest, say
 from ..models import ConvNeXtV2
 from . import folders
 from .images import Images, probe, refuse_for_tensors
-from .left_behind import check_resume, newest_whole
 from .preflight import Split, check_data, check_folder_weights, create_meta_model
 from .recipe import Recipe
-from .start import check_start_file, choose_pixels, settle_license
+from .start import check_resume, check_start_file, choose_pixels, newest_whole, settle_license
 from .train_script import allow_processes_on_cpu, matching_script, script_path, script_version
-
-__all__ = [
-    "ADDED_OPTIONS",
-    "Options",
-    "Plan",
-    "count",
-    "describe",
-    "learning_rate",
-    "make_plan",
-    "resolve_options",
-    "warnings",
-]
 
 PLUGIN = "timm_convnextv2"  # for train.py's --device-modules
 # Ours, which train.py's parser takes, too: so they stand in its args.yaml and checkpoints, and recipes may set them.

@@ -13,22 +13,11 @@ from timm.data.auto_augment import posterize
 from timm.models import parse_model_name
 
 from ..checkpoint import load_checkpoint
-from ..command import closest
+from ..checkpoint.provenance import read_config
+from ..console import closest
 from ..models import ConvNeXtV2
-from ..models.registry import filter_weights
-from ..provenance import read_config
+from ..registry import filter_weights
 from .folders import FolderReader, is_opaque, split_folder
-
-__all__ = [
-    "Split",
-    "check_augmentation",
-    "check_data",
-    "check_device",
-    "check_folder_weights",
-    "check_model_folder",
-    "create_meta_model",
-    "open_split",
-]
 
 TIMM_FOLDER = "Expected a timm folder: config.json and model.safetensors, as pretraining writes to RUN/encoder."
 

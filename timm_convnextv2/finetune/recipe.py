@@ -7,9 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..command import closest
-
-__all__ = ["RECIPES", "Recipe", "list_recipes", "load_recipe", "recipe_names"]
+from ..console import closest
 
 RECIPES = Path(__file__).parent / "recipes"
 

@@ -19,20 +19,6 @@ import timm
 import torch
 from timm.utils.distributed import world_info_from_env
 
-__all__ = [
-    "SHA256",
-    "allow_processes_on_cpu",
-    "download_train_script",
-    "find_script",
-    "find_train_script",
-    "load_script",
-    "load_train_script",
-    "matching_script",
-    "script_path",
-    "script_version",
-    "verify_download",
-]
-
 TIMM_RAW = "https://raw.githubusercontent.com/huggingface/pytorch-image-models"
 CACHE = "timm_convnextv2"  # folder in torch.hub's
 # what a script has at its top level

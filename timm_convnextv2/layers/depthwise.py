@@ -3,11 +3,9 @@
 import torch
 from torch import nn
 
-from ..ops.columns import HAS_ONEDNN, MAX_COLUMNS
 from ..ops.depthwise import depthwise_conv
 from ..ops.dispatch import autocast_dtype, backend, why_eager
-
-__all__ = ["DepthwiseConv2d", "is_plain_depthwise"]
+from ..ops.gemm import HAS_ONEDNN, MAX_COLUMNS
 
 
 def is_plain_depthwise(conv: nn.Module) -> bool:

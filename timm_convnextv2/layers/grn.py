@@ -9,8 +9,6 @@ from timm.models import register_notrace_module
 
 from ..ops.functional import global_response_norm
 
-__all__ = ["GlobalResponseNorm"]
-
 
 @register_notrace_module  # one node in torch.fx graphs (timm's feature_cls='fx'), which cannot ask a dtype
 class GlobalResponseNorm(TimmGlobalResponseNorm):

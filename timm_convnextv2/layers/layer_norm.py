@@ -8,8 +8,6 @@ from torch import nn
 from ..ops.dispatch import autocast_dtype, backend, why_eager
 from ..ops.layer_norm import fused_layer_norm
 
-__all__ = ["LayerNorm2d"]
-
 
 class LayerNorm2d(TimmLayerNorm2d):
     """timm's `LayerNorm2d`: same parameters, same numbers, and under autocast no copies in float32.

@@ -6,8 +6,6 @@ from torch import nn
 from ..ops.dispatch import autocast_dtype, backend, why_eager
 from ..ops.patch_conv import patch_product
 
-__all__ = ["PatchConv2d"]
-
 
 class PatchConv2d(nn.Conv2d):
     """`nn.Conv2d` that does not let a narrow map, as a packed map is one, slow the CPU's convolution.

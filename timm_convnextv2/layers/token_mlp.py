@@ -15,8 +15,6 @@ from ..ops.functional import stats_dtype
 from ..ops.token_mlp import fused_token_mlp
 from .grn import GlobalResponseNorm
 
-__all__ = ["PointwiseConv2d", "TokenMlp"]
-
 
 class PointwiseConv2d(nn.Conv2d):
     """1x1 convolution weights, applied to channels-last tokens `[..., Cin]` as a matrix product, which is faster."""

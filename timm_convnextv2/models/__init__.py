@@ -1,6 +1,5 @@
 """What is computed: ConvNeXt V2, FCMAE, masks and the packed layout; `registry` brings them into timm's factory."""
 
-from . import registry
 from .convnextv2 import ConvNeXtV2, ConvNeXtV2Block, ConvNeXtV2Stage
 from .fcmae import FCMAE, FCMAEOutput
 from .masking import random_mask
@@ -14,5 +13,4 @@ __all__ = [
     "FCMAEOutput",
     "PackedLayout",
     "random_mask",
-    "registry",
 ]

@@ -20,8 +20,6 @@ from torch import nn
 
 from ..layers import DepthwiseConv2d, LayerNorm2d, PatchConv2d, TokenMlp
 
-__all__ = ["ConvNeXtV2", "ConvNeXtV2Block", "ConvNeXtV2Stage"]
-
 
 class Layout(Protocol):
     """What the mixer asks of a packed layout; `models.packing.PackedLayout` is one."""

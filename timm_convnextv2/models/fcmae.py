@@ -22,8 +22,6 @@ from .convnextv2 import ConvNeXtV2, ConvNeXtV2Block
 from .masking import check_mask, num_visible, random_mask
 from .packing import PackedLayout
 
-__all__ = ["FCMAE", "FCMAEOutput", "channel_loss", "normalize_target", "patchify", "unpatchify"]
-
 
 class FCMAEOutput(NamedTuple):
     """What a forward pass of `FCMAE` returns.

@@ -8,8 +8,6 @@ import math
 
 import torch
 
-__all__ = ["check_mask", "num_visible", "random_channels", "random_mask"]
-
 
 def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
     """Number of patches `K = int(h * w * (1 - mask_ratio))` that each image keeps (official `gen_random_mask`).

@@ -16,8 +16,6 @@ from ..layers import is_plain_depthwise
 from ..ops import minkowski_depthwise, window_depthwise
 from ..ops.dispatch import backend, transformed, why_eager
 
-__all__ = ["PackedLayout"]
-
 
 def _gather(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, rows)

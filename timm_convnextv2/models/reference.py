@@ -11,8 +11,6 @@ import torch.nn.functional as F
 
 from .fcmae import FCMAE, FCMAEOutput, normalize_target, patchify
 
-__all__ = ["reference_forward", "reference_features"]
-
 
 def _grn(x: torch.Tensor, grn: Any, keep: torch.Tensor) -> torch.Tensor:
     """GRN over the kept tokens of each image; `x` `[B, H, W, C]`, `keep` `[B, H, W, 1]`."""

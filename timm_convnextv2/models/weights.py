@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_weights", "first_not_finite"]
-
 
 def check_weights(
     weights: Mapping[str, Any],

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
-from .columns import bias_grad, shifted, weight_grad
-
-__all__ = ["depthwise_conv", "window_depthwise"]
+from .gemm import bias_grad, shifted, weight_grad
 
 aten = torch.ops.aten
 

@@ -23,20 +23,6 @@ from torch.utils._device import DeviceContext
 
 from .engine import engine
 
-__all__ = [
-    "BACKENDS",
-    "ENV",
-    "autocast_dtype",
-    "backend",
-    "dispatch_mode_active",
-    "kernels",
-    "kernels_name",
-    "set_backend",
-    "transformed",
-    "use_backend",
-    "why_eager",
-]
-
 ENV = "TIMM_CONVNEXTV2_BACKEND"
 BACKENDS = {
     "eager": "plain PyTorch operations, what compilers and exporters see",

@@ -6,8 +6,6 @@ import functools
 from importlib import import_module
 from typing import Any
 
-__all__ = ["BUILD", "engine"]
-
 BUILD = (
     "It has to be built from source, which takes minutes (docs/performance.md, 'MinkowskiEngine'): a BLAS with headers "
     "(`apt-get install libopenblas-dev`), `pip install 'setuptools<65' 'numpy<2' ninja`, `pip download --no-binary "

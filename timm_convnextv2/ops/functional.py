@@ -6,8 +6,6 @@ Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); `timm.layers.
 import torch
 import torch.nn.functional as F
 
-__all__ = ["global_response_norm", "layer_norm", "norm_ratio", "spatial_norm", "stats_dtype", "token_mlp"]
-
 
 def stats_dtype(x: torch.Tensor) -> torch.dtype:
     """What statistics of `x` are accumulated in: float32, float64 for float64."""

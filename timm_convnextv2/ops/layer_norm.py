@@ -12,8 +12,6 @@ from torch import Tensor
 from . import dispatch
 from .functional import layer_norm, stats_dtype
 
-__all__ = ["fused_layer_norm"]
-
 
 @torch.library.custom_op("timm_convnextv2::layer_norm", mutates_args=())
 def _layer_norm(

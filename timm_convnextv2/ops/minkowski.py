@@ -16,8 +16,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import dispatch
 from .engine import BUILD, engine
 
-__all__ = ["kernel_rows", "minkowski_depthwise"]
-
 
 class _Map(NamedTuple):
     """Tokens in the engine's map of coordinates."""

@@ -3,8 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-__all__ = ["patch_product"]
-
 
 class _PatchProduct(torch.autograd.Function):
     """Patches `[..., k * k * C]` times the weight `[O, C, k, k]`, of which no second copy is kept."""

@@ -22,10 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
 from .functional import norm_ratio, stats_dtype, token_mlp
-from .gemm import linear, onednn_is_faster
-from .scratch import scratch
-
-__all__ = ["fused_token_mlp"]
+from .gemm import linear, onednn_is_faster, scratch
 
 # Tuned on two CPU cores: of `h`, what stays in the cache, and the rows that a matrix product needs to be fast.
 CHUNK_BYTES = 4 * 2**20

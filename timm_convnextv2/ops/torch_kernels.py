@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .columns import bias_grad, weight_grad
 from .functional import spatial_norm, stats_dtype
-from .scratch import scratch
+from .gemm import bias_grad, scratch, weight_grad
 
 __all__ = [
     "KEEPS_ACTIVATION",

@@ -1,7 +1,6 @@
 """The data of a run, opened and checked before anything is written."""
 
 import re
-import signal
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -21,16 +20,22 @@ from ..data import (
     hold_out,
     left_out,
 )
-from ..data.shards import shard_note
-from .distributed import SIGNALS, Seat, World
-
-__all__ = ["Batches", "DataError", "open_batches", "worker_died"]
+from ..data.samples.shards import shard_note
+from ..runs.end import leave_signals_to_parent
+from ..runs.world import Seat, World
 
 SHOWN_IMAGES = 6
+
+
 WATCHED_IMAGES = 64
+
+
 _LINES = 10
+
+
 # crops and masks of the reconstructions and the measures: drawn as those of an epoch that never comes
 SHOWN_EPOCH = 2**31 - 1
+
 
 Bad = list[tuple[int, str]]  # index and reason of images that could not be decoded
 
@@ -151,12 +156,6 @@ def worker_died(error: BaseException | None) -> str:
 def _original(error: Exception) -> str:
     """The message of an error that came from a worker with its traceback as text."""
     return re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", str(error), flags=re.M)[-1].strip()
-
-
-def leave_signals_to_parent(_worker: int) -> None:
-    """Data workers live on while the training process finishes its update."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 class Fixed(Dataset):

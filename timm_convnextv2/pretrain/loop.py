@@ -14,22 +14,19 @@ from typing import Any
 
 from ..checkpoint import export_encoder
 from ..data import Pixels
-from ..memory import peak_memory
 from ..models import FCMAE
-from ..report import ProgressBar, Stopwatch, save_loss_curve, write_report
+from ..models.memory import peak_memory
+from ..report import ProgressBar, Stopwatch, save_loss_curve
+from ..report.html import attempt, report_when_due
+from ..runs.end import NotFiniteError
+from ..runs.world import World
 from .batches import Bad, Batches
-from .best import Best
-from .distributed import World
-from .measures import Measure, attempt, measure_epoch
+from .checkpoints import NotSavedError, Progress, RunFolder
+from .measures import Best, Measure, measure_epoch
 from .messages import how_made, how_measured
 from .plan import Plan
 from .replay import write_record
-from .run_folder import NotSavedError, Progress, RunFolder
-from .trainer import NotFiniteError, Trainer
-
-__all__ = ["Run", "keep_bad_step", "train"]
-
-REPORT_PAUSE = 100  # times what a report took passes before the next one
+from .trainer import Trainer
 
 
 @dataclass
@@ -202,24 +199,3 @@ def refresh_report(run: Run) -> None:
     """Writes the report of the run, where it is due."""
     ended = bool(run.stop) or run.progress.epoch >= run.plan.epochs
     run.next_report = report_when_due(run.folder.path, run.next_report, ended, run.bar.note)
-
-
-def report_when_due(folder: Path, due: float, ended: bool, note: Callable[[str], Any]) -> float:
-    """Writes the report of a run: at the end, and as often before as that takes a hundredth of the time.
-
-    Args:
-        folder: Of the run.
-        due: When it may be written again, by `time.monotonic`.
-        ended: Whether the run ends.
-        note: Prints a line, where it cannot be written.
-
-    Returns:
-        When it is due next.
-    """
-    start = time.monotonic()
-    if not ended and start < due:
-        return due
-    # somebody may have changed the files of the folder: ValueError
-    attempt("the report", lambda: write_report([folder], folder / "report.html"), note, (OSError, ValueError))
-    now = time.monotonic()
-    return now + REPORT_PAUSE * (now - start)

@@ -7,6 +7,7 @@ summary.csv, which need their names beforehand: they are empty where nothing was
 """
 
 import csv
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +17,40 @@ from typing import Any
 import torch
 
 from ..data import collate
-from ..evaluate import collapse
-from ..files import system_reason, whole_file
+from ..features import collapse
+from ..files import whole_file
 from ..models import FCMAE, ConvNeXtV2
 from ..report import save_reconstructions
-from ..report.summary import read_rows
+from ..report.html import attempt
+from ..runs.summary import read_rows
 
-__all__ = ["Measure", "attempt", "collapse_of_blocks", "held_out_loss", "measure_epoch", "reconstructions"]
+# what may decide, and whether more of it is better
+KEEP_BEST = {"knn": True, "ridge": True, "loss": False}
+
+
+class Best:
+    """The best value of a measure so far.
+
+    Args:
+        name: One of `KEEP_BEST`.
+        rows: Of summary.csv, where a run is resumed.
+    """
+
+    def __init__(self, name: str, rows: list[dict[str, Any]]) -> None:
+        self.name = name
+        self.value = -math.inf
+        for row in rows:
+            self.improves({name: row.get(f"eval_{name}") or ""})
+
+    def improves(self, measured: dict[str, float | str]) -> bool:
+        """Whether an epoch is the best so far, which is kept in mind; False where the measure was not due."""
+        found = measured.get(self.name, "")
+        if found == "" or not math.isfinite(float(found)):
+            return False
+        value = float(found) if KEEP_BEST[self.name] else -float(found)
+        better = value > self.value
+        self.value = max(value, self.value)
+        return better
 
 
 @dataclass
@@ -42,33 +70,6 @@ class Measure:
     def due(self, epoch: int, epochs: int) -> bool:
         """Whether it runs after this epoch, counted from 1."""
         return epoch in (1, epochs) or epoch % self.interval == 0
-
-
-def attempt(
-    what: str,
-    act: Callable[[], Any],
-    note: Callable[[str], Any],
-    errors: type[Exception] | tuple[type[Exception], ...] = OSError,
-) -> str:
-    """Does something that a run can do without; where the disk refuses, that is a warning.
-
-    Args:
-        what: Its name.
-        act: Does it.
-        note: Prints a line.
-        errors: What is a warning.
-
-    Returns:
-        The warning, '' where all went well.
-    """
-    try:
-        act()
-    except errors as e:
-        reason = system_reason(e) if isinstance(e, OSError) else str(e)
-        warning = f"Warning: {what} failed ({reason}). Training continues without it."
-        note(warning)
-        return warning
-    return ""
 
 
 def measure_epoch(

@@ -6,37 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
-import timm_convnextv2
-
-from ..command import invocation
-from ..data.places import as_list
+from ..console import invocation
+from ..data.paths.places import as_list
 from ..models import FCMAE
-from ..report.next_steps import next_commands
-from . import summary
+from ..runs import summary
+from ..runs.end import VERSIONS
+from .checkpoints import Progress
 from .plan import Plan
-from .run_folder import Progress
 from .start import short_name
 
-__all__ = [
-    "VERSIONS",
-    "about_run",
-    "ema_warnings",
-    "how_made",
-    "how_measured",
-    "memory_line",
-    "next_commands",
-    "not_finite",
-    "resume_command",
-    "resume_hint",
-    "start_command",
-    "stopped",
-]
-
 MOSTLY_START = 0.05  # a larger share of the start in a moving average is warned about
-VERSIONS = f"timm_convnextv2 {timm_convnextv2.__version__}, timm {timm.__version__}, torch {torch.__version__}"
 
 
 def about_run(

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-__all__ = ["Plan", "make_plan", "split_batch"]
-
 
 class Plan(NamedTuple):
     """The arithmetic of a run.

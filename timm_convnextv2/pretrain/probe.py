@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..evaluate import Labelled, features, image_batches, judge, pixels
-from ..evaluate.knn import nearest
+from ..features import Labelled, image_batches, pixels
+from ..features import evaluate as judge
+from ..features import extract as features
+from ..features.knn import nearest
 from ..files import whole_file
 from ..models import ConvNeXtV2
 from ..report import save_neighbours
-
-__all__ = ["Probe"]
 
 Run = Callable[[int, ConvNeXtV2], dict[str, float]]
 NEIGHBOURS = 20

@@ -15,9 +15,7 @@ from ..checkpoint import load_checkpoint
 from ..data import sample_seed
 from ..models import FCMAE
 from .batches import Batches
-from .channels import removed_channels
-
-__all__ = ["Finding", "read_record", "replay", "write_record"]
+from .trainer import removed_channels
 
 KEYS = {"epoch", "update", "number", "loss", "settings", "images", "world_size", "checkpoint"}
 

@@ -1,6 +1,7 @@
 """What a run needs, made from the options and checked before anything is written."""
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,39 +11,77 @@ import torch
 import yaml
 from torch.utils.data import DataLoader, Dataset
 
-from ..command import say
+from ..checkpoint.provenance import resolve_license
+from ..commands.images import parts_of, pixels_of
+from ..console import say
 from ..data import Pixels, PretrainTransform, collate, create_source
-from ..data.batches import preprocessing
-from ..data.places import Listing, as_list, base_of
-from ..evaluate import open_labelled
-from ..memory import memory_estimate
+from ..data.paths.index import check_index_option, find_images, open_index
+from ..data.paths.places import Listing, Place, as_list, base_of, places_of
+from ..data.samples.batches import preprocessing
+from ..features import open_labelled
 from ..models import FCMAE
-from ..provenance import resolve_license
-from ..report import ProgressBar, check_logs, open_logs, with_progress
-from ..report.summary import read_rows
-from ..source_options import parts_of, pixels_of
-from .auto import resolve_auto
-from .batches import Batches, leave_signals_to_parent, open_batches
-from .best import Best
-from .distributed import Seat, World
-from .files import find_files
-from .inputs import check_input, input_line, input_warnings
+from ..models.memory import memory_estimate
+from ..report import ImageProgress, ProgressBar, check_logs, open_logs, with_progress
+from ..runs.end import VERSIONS, leave_signals_to_parent
+from ..runs.folder import experiment_name
+from ..runs.summary import read_rows
+from ..runs.world import Seat, World
+from .batches import Batches, open_batches
+from .checkpoints import RunFolder
+from .config import inherit, settings_of
+from .inputs import check_input, input_line, input_warnings, resolve_auto
 from .loop import Run
-from .measures import Measure, collapse_of_blocks, held_out_loss, reconstructions
-from .messages import (
-    VERSIONS,
-    about_run,
-    ema_warnings,
-    memory_line,
-)
-from .options import inherit, settings_of
+from .measures import Best, Measure, collapse_of_blocks, held_out_loss, reconstructions
+from .messages import about_run, ema_warnings, memory_line
 from .plan import Plan, make_plan, split_batch
 from .probe import Probe
-from .run_folder import RunFolder, experiment_name
 from .start import Start, create_fcmae, short_name
 from .trainer import Trainer, check_compile_backend
 
-__all__ = ["create_model", "open_data", "set_up"]
+
+def find_files(args: argparse.Namespace, world: World) -> Listing | None:
+    """The files that the options name; None where the images are those of a data set.
+
+    The first process lists them, and the others receive the names. Where another process has another folder, as
+    machines with copies of their own may, each lists what it has. An index is written by the first and opened by all.
+
+    Args:
+        args: The options.
+        world: The processes of the run.
+
+    Raises:
+        ValueError: A folder or list cannot be read, too many files are missing, or the index cannot be used.
+    """
+    check_index_option(args.dataset, args.index)
+    if args.dataset:
+        return None
+    places = places_of(args.data_dir, args.data_list)
+    alone = not args.index and len({*world.gather([_identity(places)])}) > 1
+    found = error = None
+    if world.primary or alone:
+        bar = ImageProgress(None, enabled=world.primary)
+        try:
+            found = find_images(
+                args.data_dir, args.data_list, index=args.index, max_missing=args.max_bad_images, tick=bar.update,
+                tell=partial(say, error=True),
+            )  # fmt: skip
+        except (ValueError, OSError) as e:
+            if alone:
+                raise
+            error = str(e)  # the others must not wait
+        finally:
+            bar.close()
+    if alone:
+        return found
+    found, error = world.share((None if args.index else found, error))
+    if error is not None:
+        raise ValueError(error)
+    return open_index(args.index, places) if args.index else found.at(places)
+
+
+def _identity(places: list[Place]) -> tuple:
+    """What tells a folder from another of the same name on another machine: when it had last changed."""
+    return tuple((*place, os.path.abspath(place.root), os.stat(place.root or ".").st_mtime_ns) for place in places)
 
 
 def set_up(args: argparse.Namespace, start: Start | None, world: World, command: str = "") -> Run | None:

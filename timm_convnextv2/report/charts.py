@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Line", "collapse_chart", "draw_collapse", "epoch_colours", "line_chart", "spread"]
-
 # Colours that no chart has otherwise: in the SVG they become variables of the page, which knows light and dark.
 _INK, _GRID, _MUTED = "#fe0001", "#fe0002", "#fe0003"
 SERIES = 8

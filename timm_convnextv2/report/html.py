@@ -4,23 +4,26 @@ import base64
 import functools
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..files import whole_file
+from ..files import system_reason, whole_file
 from .charts import Line, collapse_chart, epoch_colours, line_chart, spread
-from .kind import Kind
-from .pretraining import BASELINES, PRETRAINING
+from .kinds import BASELINES, DETECTION, PRETRAINING, SEGMENTATION, Kind
 from .run import RunRecord, read_run
-from .transfer import DETECTION, SEGMENTATION
-
-__all__ = ["GENERATOR", "read_runs", "render", "write_report"]
 
 GENERATOR = "timm_convnextv2 report"
+
+
 MAX_IMAGES = 20  # images by epoch of a report, so that it stays below some MB
+
+
 MAX_CURVES = 12  # epochs of a collapse figure
+
+
 MAX_ROWS = 30  # epochs of the table of numbers
 
 
@@ -270,3 +273,54 @@ def _data(path: str, _changed: int, _size: int) -> tuple[str, int, int]:
         if packed.tell() < len(smallest):
             smallest, kind = packed.getvalue(), name
     return f"data:image/{kind};base64,{base64.b64encode(smallest).decode()}", pixels.width, pixels.height
+
+
+REPORT_PAUSE = 100  # times what a report took passes before the next one
+
+
+def report_when_due(folder: Path, due: float, ended: bool, note: Callable[[str], Any]) -> float:
+    """Writes the report of a run: at the end, and as often before as that takes a hundredth of the time.
+
+    Args:
+        folder: Of the run.
+        due: When it may be written again, by `time.monotonic`.
+        ended: Whether the run ends.
+        note: Prints a line, where it cannot be written.
+
+    Returns:
+        When it is due next.
+    """
+    start = time.monotonic()
+    if not ended and start < due:
+        return due
+    # somebody may have changed the files of the folder: ValueError
+    attempt("the report", lambda: write_report([folder], folder / "report.html"), note, (OSError, ValueError))
+    now = time.monotonic()
+    return now + REPORT_PAUSE * (now - start)
+
+
+def attempt(
+    what: str,
+    act: Callable[[], Any],
+    note: Callable[[str], Any],
+    errors: type[Exception] | tuple[type[Exception], ...] = OSError,
+) -> str:
+    """Does something that a run can do without; where the disk refuses, that is a warning.
+
+    Args:
+        what: Its name.
+        act: Does it.
+        note: Prints a line.
+        errors: What is a warning.
+
+    Returns:
+        The warning, '' where all went well.
+    """
+    try:
+        act()
+    except errors as e:
+        reason = system_reason(e) if isinstance(e, OSError) else str(e)
+        warning = f"Warning: {what} failed ({reason}). Training continues without it."
+        note(warning)
+        return warning
+    return ""

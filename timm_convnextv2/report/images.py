@@ -3,22 +3,100 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..files import whole_file
 from ..models.fcmae import FCMAE, normalize_target, patchify, unpatchify
+from ..runs.summary import read_rows
 from .charts import draw_collapse, spread
-from .summary import read_rows
 
-__all__ = [
-    "displayable",
-    "save_collapse_curves",
-    "save_figure",
-    "save_loss_curve",
-    "save_neighbours",
-    "save_reconstructions",
-]
+_COLUMNS = 8
+
+
+def save_contact_sheet(images: Sequence[tuple[np.ndarray | None, str]], path: str | Path, title: str = "") -> None:
+    """Draws images in rows of eight.
+
+    Args:
+        images: `(image, text)`; `[H, W, 3]` in [0, 1], None for one that cannot be shown.
+        path: PNG to write.
+        title: Line above.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, max(4, len(images)))
+    rows = max(1, -(-len(images) // columns))
+    figure = Figure(figsize=(1.6 * columns, 0.4 + 1.9 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_visible(False)
+    for axis, (image, text) in zip(axes, images, strict=False):
+        axis.set_visible(True)
+        if image is None:
+            axis.set_aspect("equal")
+            axis.plot([0, 1, None, 0, 1], [0, 1, None, 1, 0], color="#c0392b", linewidth=1)
+        else:
+            axis.imshow(image, interpolation="nearest", vmin=0, vmax=1)
+        axis.set_title(text, fontsize=6)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    save_figure(figure, path)
+
+
+if TYPE_CHECKING:
+    from ..data.measure.pixel_statistics import PixelStatistics
+
+
+_HISTOGRAM_COLUMNS = 4
+
+
+def save_histograms(found: "PixelStatistics", path: str | Path, title: str = "") -> None:
+    """Draws the histogram of each channel with its mean, and its 1st and 99th percentile.
+
+    Args:
+        found: Of the pixels.
+        path: PNG to write.
+        title: Line above.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    columns = min(_HISTOGRAM_COLUMNS, found.channels)
+    rows = -(-found.channels // columns)
+    figure = Figure(figsize=(max(4.5, 3 * columns), 0.5 + 2.2 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    low, high = found.percentile(1), found.percentile(99)
+    for c, axis in enumerate(axes):
+        if c >= found.channels:
+            axis.set_visible(False)
+            continue
+        edges, counts = found.histogram(c)
+        axis.stairs(counts / max(1, found.count[c]), edges, fill=True, color="#1f5fa8", alpha=0.75)
+        axis.set_yscale("log")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.axvline(found.mean[c], color="black", linewidth=1, label="mean")
+        for value, label in ((low[c], "p1, p99"), (high[c], None)):
+            axis.axvline(value, color="#c0392b", linewidth=1, linestyle="--", label=label)
+        axis.set_title(f"channel {c + 1}", fontsize=9)
+        axis.tick_params(labelsize=7)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[0].legend(fontsize=7, frameon=False)
+    for axis in axes[np.arange(len(axes)) % columns == 0]:
+        axis.set_ylabel("share of pixels", fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    save_figure(figure, path)
 
 
 def save_figure(figure, path: str | Path) -> None:

@@ -4,9 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..command import interpreter, invocation
-
-__all__ = ["Step", "next_commands", "next_steps", "next_steps_of_transfer"]
+from ..console import interpreter, invocation
 
 
 class Step(NamedTuple):

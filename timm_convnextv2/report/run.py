@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import yaml
 
-from .summary import read_rows
-
-__all__ = ["Row", "RunRecord", "head_comment", "read_run"]
+from ..runs.summary import read_rows
 
 Row = dict[str, float]
+
 
 # What a report needs of the settings, by the task that they name; runs of pretraining name none.
 # `mask_ratio` tells a run of pretraining from one of timm's train.py.
@@ -24,11 +23,15 @@ _PRETRAINING: dict[str, type | tuple[type, ...]] = {
     "decoder_depth": int, "decoder_dim": int, "patch_size": int, "input_size": list, "seed": int,
     "data_dir": (str, list, type(None)), "dataset": (str, type(None)), "license": (str, type(None)), "pretrained": bool,
 }  # fmt: skip
+
+
 _TRANSFER: dict[str, type | tuple[type, ...]] = {
     "model": str, "data_dir": str, "classes": list, "num_images": int, "num_validation": int, "batch_size": int,
     "grad_accum_steps": int, "world_size": int, "total_updates": int, "img_size": int, "in_chans": int, "seed": int,
     "from_scratch": bool, "lr": (int, float),
 }  # fmt: skip
+
+
 _SETTINGS = {"pretraining": _PRETRAINING, "detection": _TRANSFER, "segmentation": _TRANSFER}
 
 
@@ -69,14 +72,6 @@ class RunRecord:
     def column(self, name: str) -> dict[int, float]:
         """A column of summary.csv by epoch, from 1; epochs in which it was not measured are left out."""
         return {epoch + 1: row[name] for epoch, row in self.rows.items() if name in row}
-
-
-def head_comment(versions: str, command: str = "") -> str:
-    """The comment lines above the settings in args.yaml; `read_run` reads them.
-
-    The command is quoted as JSON does it, so that it stays a line, whatever a path in it holds.
-    """
-    return f"# {versions}\n" + (f"# command: {json.dumps(command)}\n" if command else "")
 
 
 def read_run(folder: Path, label: str = "") -> RunRecord:

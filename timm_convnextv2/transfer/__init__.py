@@ -1,10 +1,10 @@
 """Detection and segmentation on any backbone of timm, with the paper's settings and real metrics."""
 
 from .backbone import Backbone, create_backbone
-from .detection import build_detector, export_detector, open_detector
+from .detection.detector import build_detector, export_detector, open_detector
 from .groups import parameter_groups
-from .segmentation import build_segmenter, export_segmenter, open_segmenter
-from .segmentation_metrics import find_classes
+from .segmentation.metrics import find_classes
+from .segmentation.segmenter import build_segmenter, export_segmenter, open_segmenter
 
 __all__ = [
     "Backbone",

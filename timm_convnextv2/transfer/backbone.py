@@ -12,12 +12,10 @@ from timm.models import group_parameters, load_model_config_from_hf
 from torch import Tensor, nn
 
 from ..checkpoint import load_model
-from ..checkpoint.loading import model_pixels
+from ..checkpoint.files import model_pixels
+from ..checkpoint.provenance import Origin, config_beside, origin_of_config, read_config
 from ..data import Pixels, load_image
 from ..models import ConvNeXtV2
-from ..provenance import Origin, config_beside, origin_of_config, read_config
-
-__all__ = ["Backbone", "create_backbone", "open_backbone"]
 
 STAGES = 4
 

@@ -6,8 +6,6 @@ from torch import nn
 
 from .backbone import Backbone
 
-__all__ = ["parameter_groups"]
-
 
 def parameter_groups(
     model: nn.Module,

@@ -19,17 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import EpochBatchSampler, sample_seed
-from ..memory import peak_memory
-from ..pretrain import summary
-from ..pretrain.batches import leave_signals_to_parent
-from ..pretrain.distributed import World
-from ..pretrain.loop import report_when_due
-from ..pretrain.trainer import NotFiniteError
+from ..models.memory import peak_memory
 from ..report import ProgressBar, Stopwatch
-from .folder import TransferFolder
+from ..report.html import report_when_due
+from ..runs import summary
+from ..runs.end import NotFiniteError, leave_signals_to_parent
+from ..runs.folder import TransferFolder
+from ..runs.world import World
 from .unreadable import UnreadableError
-
-__all__ = ["Run", "Schedule", "Training", "create_loader", "train"]
 
 
 class Schedule(NamedTuple):

@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..data.errors import MissingPackageError
-
-__all__ = ["UnreadableError", "naming"]
+from ..data.formats.errors import MissingPackageError
 
 
 class UnreadableError(ValueError):

@@ -7,8 +7,6 @@ import triton.language as tl
 
 from .launch import NUM_WARPS, channel_block, check, same
 
-__all__ = ["window_conv", "window_conv_input_grad", "window_conv_weight_grad"]
-
 # Neighbouring tokens share most of the rows they gather, through the L1 cache. Two tokens a thread share the loads of
 # the weight, and a row of seven taps unrolled takes 110 registers.
 CONV_TILE = 2048

@@ -3,8 +3,6 @@
 import torch
 import triton
 
-__all__ = ["NUM_WARPS", "channel_block", "check", "same"]
-
 NUM_WARPS = 4
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,8 +12,6 @@ import triton.language as tl
 
 from .launch import NUM_WARPS, check, same
 
-__all__ = ["layer_norm", "layer_norm_backward"]
-
 # Elements a tile, 16 a thread, as in `.token_mlp`; a longer row takes more warps, up to the 32 of a block.
 NORM_TILE = 2048
 # The backward's partial sums: 1024 programs at most, as in `.depthwise`, and so many rows at least that float32 sums,

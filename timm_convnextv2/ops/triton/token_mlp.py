@@ -12,8 +12,6 @@ import triton.language as tl
 
 from .launch import NUM_WARPS, channel_block, check, same
 
-__all__ = ["KEEPS_ACTIVATION", "gelu", "gelu_backward", "gelu_norms", "gelu_reductions", "gelu_scale"]
-
 KEEPS_ACTIVATION = False  # see `ops.torch_kernels`
 
 # 2048 elements a tile are 16 a thread, two 16-byte loads of a half type; twice that takes 224 registers.

@@ -1,0 +1,21 @@
+"""Classify images, labelled or not, with timm's own inference.py.
+
+    timm-convnextv2 predict runs/mine/model --data-dir IMAGES --device cpu --label-type name --results-file predictions
+    timm-convnextv2 predict --model local-dir:FOLDER --data-dir IMAGES --topk 5 --include-index
+
+MODEL is the `model` folder of a finetuning, local-dir:FOLDER, hf-hub:USER/NAME or a name of timm. Images are read as
+in pretraining and finetuning: 16 bits, many channels, TIFF, .npy; one that cannot be decoded is an error that names it.
+Options that are not listed below go to inference.py, which needs pandas.
+"""
+
+import sys
+
+import timm_convnextv2  # noqa: F401  registers the models
+
+from .classify import run_script
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; a user's mistake is one message and exit status 2."""
+    words = sys.argv[1:] if argv is None else argv
+    return run_script("predict", "inference.py", __doc__ or "", words, labelled=False)

@@ -1,0 +1,1 @@
+"""Image formats: one file per family, and one table that says which reader takes which file."""

@@ -1,0 +1,131 @@
+"""Which axes of a stored array are the channels, which are pages, and what to read of them."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .errors import ImageError, refuse_page, wrong_channels
+
+CHANNELS = "channels"  # all pages are the channels of one image
+Page = int | str | None
+
+
+class Layout(NamedTuple):
+    """What to read of an array whose axes have names of one letter, as in tifffile.
+
+    Attributes:
+        axes: All of them, in the order of the array.
+        shape: Their sizes.
+        kept: Those to read whole, in this order; Y and X are among them.
+        index: The entry to read of each other axis.
+    """
+
+    axes: str
+    shape: tuple[int, ...]
+    kept: str
+    index: dict[str, int]
+
+    def pick(self, rows: slice = slice(None), columns: slice = slice(None), axes: str | None = None) -> tuple:
+        """The index of an array with these axes (default: all) that reads rows and columns of what is kept."""
+        part = {"Y": rows, "X": columns}
+        picked: list[Any] = []
+        for axis in self.axes if axes is None else axes:
+            picked.append(part.get(axis, slice(None)) if axis in self.kept else self.index[axis])
+        return tuple(picked)
+
+    def arrange(self, x: np.ndarray) -> np.ndarray:
+        """An array with the axes `kept` as `[C, Y, X]`."""
+        axes = [axis for axis in self.axes if axis in self.kept]
+        # X before Y, as some instruments write it
+        order = [*(i for i, axis in enumerate(axes) if axis not in "YX"), axes.index("Y"), axes.index("X")]
+        x = x.transpose(order)
+        return x.reshape(-1, *x.shape[-2:])
+
+
+def is_page_axis(axis: str) -> bool:
+    """Whether entries of this axis are pages: all but rows, columns, channels, and samples of a pixel."""
+    return axis not in "YXSC"
+
+
+def count_pages(axes: str, shape: tuple[int, ...]) -> int:
+    """Pages of an array with these axes."""
+    return math.prod(size for axis, size in zip(axes, shape, strict=True) if is_page_axis(axis))
+
+
+def choose_axes(axes: str, shape: tuple[int, ...], in_chans: int, page: Page = None) -> Layout:
+    """What to read of an array: Y and X, and the axis of the channels if there is one; of others one entry.
+
+    Args:
+        axes: A letter an axis.
+        shape: Their sizes.
+        in_chans: Channels wanted.
+        page: None: the first entry of axes without a name, and of named ones (depth, time) none. A number: that page,
+            counted over all axes but Y, X, C and S. 'channels': all pages, as channels.
+
+    Raises:
+        ImageError: (a ValueError) The axes do not fit.
+    """
+    sizes = dict(zip(axes, shape, strict=True))
+    if not {"Y", "X"} <= set(axes) or len(sizes) != len(axes):
+        raise ImageError(f"has axes {axes}, expected images with axes Y and X")
+    kept = _unpaged(axes, sizes, in_chans) if page is None else "".join(axis for axis in axes if axis in "YXSC")
+    pages = [axis for axis in axes if is_page_axis(axis)]
+    if page == CHANNELS:
+        channels = math.prod(size for axis, size in sizes.items() if axis not in "YX")
+        if channels != in_chans:
+            raise wrong_channels(f"{channels} pages and channels (axes {axes})", in_chans)
+        return Layout(axes, shape, axes, {})
+    if page is not None and "S" in axes and "C" in axes:
+        raise ImageError(f"has axes {axes}, colours in each of {sizes['C']} channels; save it as .npy with one axis")
+    if page is not None and "C" in axes and sizes["C"] != in_chans:
+        raise wrong_channels(f"{sizes['C']} channels (axes {axes})", in_chans)
+    index = {axis: 0 for axis in axes if axis not in kept}
+    if page is not None:
+        total = math.prod(sizes[axis] for axis in pages)
+        refuse_page(page, total)
+        found = np.unravel_index(int(page), [sizes[axis] for axis in pages]) if pages else ()
+        index = {axis: int(i) for axis, i in zip(pages, found, strict=True)}
+    return Layout(axes, shape, kept, index)
+
+
+def _unpaged(axes: str, sizes: dict[str, int], in_chans: int) -> str:
+    """The axes to read where no page is named.
+
+    C, the samples of a pixel (S), and where these are missing an axis without meaning (Q, or I: plain pages) that has
+    `in_chans` entries. Never depth, time or another axis that has a name.
+    """
+    named = [axis for axis in axes if axis not in "YXSCIQ"]
+    if named:
+        names = ", ".join(f"{_name(axis)} ({axis}: {sizes[axis]})" for axis in named)
+        raise ImageError(
+            f"is a stack with axes {axes}, it has the axis {names}, which is no channel; read its slices with --pages "
+            "(all, channels, first or a number), save each slice as an image of its own or, if the slices are the "
+            "channels, name that axis C: tifffile.imwrite(FILE, stack, imagej=True, metadata={'axes': 'CYX'})"
+        )
+    if "S" in axes and "C" in axes:
+        raise ImageError(f"has axes {axes}, colours in each of {sizes['C']} channels; save it as .npy with one axis")
+    if "C" in axes and sizes["C"] != in_chans:
+        raise wrong_channels(f"{sizes['C']} channels (axes {axes})", in_chans)
+    if "S" in axes or "C" in axes:
+        return "".join(axis for axis in axes if axis in "YXSC")
+    unnamed = [axis for axis in axes if axis in "IQ"]
+    if len(unnamed) == 1 and sizes[unnamed[0]] == in_chans:
+        if unnamed == ["I"] and in_chans == 3:
+            raise ImageError(
+                "has 3 pages of one channel and does not say whether they are channels; save it with axes CYX "
+                "(tifffile.imwrite(FILE, x, imagej=True, metadata={'axes': 'CYX'})), or each page as a file of its own;"
+                " or say it with --pages (channels, all, first or a number)"
+            )
+        return axes
+    if "Q" in unnamed:
+        raise wrong_channels(f"axes {axes} of {tuple(sizes.values())}, the first without a name", in_chans)
+    return "YX"
+
+
+def _name(axis: str) -> str:
+    try:
+        import tifffile
+    except ImportError:
+        return {"Z": "depth", "T": "time"}.get(axis, axis)
+    return tifffile.TIFF.AXES_NAMES.get(axis, axis)

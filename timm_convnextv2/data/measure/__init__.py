@@ -1,0 +1,1 @@
+"""Measurements of a data set: pixel statistics, corrupt and duplicate files."""

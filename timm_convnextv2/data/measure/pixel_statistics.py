@@ -1,0 +1,197 @@
+"""Mean, spread, percentiles and histogram of the pixels of a data set, per channel; parts add up exactly."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+PERCENTILES = (1, 5, 50, 95, 99)
+_BINS = 8192
+_DIGITS = 40  # binary digits of a bin's number, of the 53 of a float64
+
+
+class PixelStatistics:
+    """Statistics of pixels, each counting the same, in float64. `add` takes images, `merge` other statistics.
+
+    Count, mean and sum of squared deviations are merged by Chan's formulas. The histogram of a channel has bins whose
+    width is a power of two and whose edges are multiples of it: two of them merge without any loss at the width of the
+    coarser one, and the result does not depend on the order. The width is the smallest at which at most 8192 bins hold
+    all values; `resolution` is that width, the largest error of a percentile.
+
+    Args:
+        channels: Of the images.
+
+    Attributes:
+        images: Number of images.
+        count: Pixels that have a value, `[C]`.
+        missing: Pixels that have none: NaN, infinity, nodata.
+        mean: `[C]`; NaN where no pixel has a value.
+        low: Smallest value.
+        high: Largest.
+        zeros: Pixels that are 0.
+        saturated: Pixels that have the largest value of the type.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.images, self.channels = 0, channels
+        self.count, self.missing, self.zeros, self.saturated = (np.zeros(channels, np.int64) for _ in range(4))
+        self.mean, self.squares = np.zeros(channels), np.zeros(channels)
+        self.low, self.high = np.full(channels, np.inf), np.full(channels, -np.inf)
+        self._bins: list[tuple[int, int, np.ndarray]] = [(0, 0, np.zeros(0, np.int64))] * channels
+        # of the images: pixels and sum of each, for the standard error of the mean
+        self._of_images: list[np.ndarray] = []
+
+    def add(self, image: np.ndarray, largest: float | None = None) -> None:
+        """Adds an image.
+
+        Args:
+            image: `[C, H, W]`, float; NaN and infinity have no value.
+            largest: The largest value of its type, where it has one: counted as saturated.
+        """
+        own = PixelStatistics(self.channels)
+        own.images = 1
+        sums = np.zeros((2, self.channels))
+        for c, channel in enumerate(np.asarray(image, np.float64)):
+            values = channel[np.isfinite(channel)]
+            own.count[c], own.missing[c] = values.size, channel.size - values.size
+            if not values.size:
+                continue
+            own.mean[c] = values.mean()
+            own.squares[c] = np.square(values - own.mean[c]).sum()
+            own.low[c], own.high[c] = values.min(), values.max()
+            own.zeros[c] = np.count_nonzero(values == 0)
+            # float32 holds an integer's largest value, divided, to half of its last digit
+            own.saturated[c] = 0 if largest is None else np.count_nonzero(values >= largest * (1 - 1e-7))
+            own._bins[c] = _histogram(values)
+            sums[:, c] = values.size, values.sum()
+        own._of_images = [sums]
+        self.merge(own)
+
+    def merge(self, other: "PixelStatistics") -> None:
+        """Adds the statistics of other images."""
+        if self.channels != other.channels:
+            raise ValueError(f"Statistics of {other.channels} channels cannot be added to those of {self.channels}.")
+        count = self.count + other.count
+        share = other.count / np.maximum(count, 1)
+        delta = other.mean - self.mean
+        self.squares = self.squares + other.squares + np.square(delta) * self.count * share
+        self.mean = self.mean + delta * share
+        self.count, self.missing = count, self.missing + other.missing
+        self.zeros, self.saturated = self.zeros + other.zeros, self.saturated + other.saturated
+        self.low, self.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
+        self._bins = [_merged(*pair) for pair in zip(self._bins, other._bins, strict=True)]
+        self._of_images += other._of_images
+        self.images += other.images
+
+    @property
+    def std(self) -> np.ndarray:
+        """Standard deviation over all pixels, `[C]`."""
+        return np.sqrt(self.squares / np.maximum(self.count, 1))
+
+    @property
+    def resolution(self) -> np.ndarray:
+        """Width of the histogram's bins, `[C]`."""
+        return np.array([math.ldexp(1.0, power) for power, _, _ in self._bins])
+
+    def standard_error(self, total: int | None = None) -> np.ndarray:
+        """Standard error of the mean, in standard deviations of the pixels, `[C]`.
+
+        The images are the sample, not their pixels: those of one image are alike. It is that of a ratio of sums, as
+        images may have different numbers of pixels (Cochran, Sampling Techniques, 1977, section 6.4).
+
+        Args:
+            total: Images of the data set: where all of them were seen, there is no error. None: many.
+        """
+        n = len(self._of_images)
+        std = self.std
+        constant = ~(self.high > self.low)  # rounding may leave a little of their deviation
+        if n < 2:
+            return np.where(constant, 0.0, 0.0 if total == n else np.inf)
+        pixels, sums = np.stack(self._of_images).transpose(1, 0, 2)
+        residuals = sums - self.mean * pixels
+        variance = np.square(residuals).sum(0) / (n - 1) / n / np.square(np.maximum(pixels.mean(0), 1e-300))
+        left = 1.0 if total is None else max(0.0, 1 - n / total)
+        return np.where(constant, 0.0, np.sqrt(variance * left) / np.where(constant, 1, std))
+
+    def percentile(self, percent: float) -> np.ndarray:
+        """Value below which so many percent of the pixels lie, `[C]`, to within `resolution`; NaN without pixels."""
+        return np.array([self._percentile(c, percent) for c in range(self.channels)])
+
+    def _percentile(self, c: int, percent: float) -> float:
+        power, first, counts = self._bins[c]
+        if not counts.size:
+            return math.nan
+        wanted, running = percent / 100 * self.count[c], np.cumsum(counts)
+        i = min(int(np.searchsorted(running, wanted)), len(counts) - 1)
+        before = running[i] - counts[i]
+        inside = (wanted - before) / counts[i] if counts[i] else 0.0
+        value = math.ldexp(first + i + inside, power)
+        return float(np.clip(value, self.low[c], self.high[c]))
+
+    def histogram(self, channel: int, bins: int = 128) -> tuple[np.ndarray, np.ndarray]:
+        """Edges `[n + 1]` and pixels `[n]` of a channel's histogram, at most about `bins` of them."""
+        power, first, counts = self._bins[channel]
+        while counts.size > bins:
+            power, first, counts = _coarser(power, first, counts)
+        return np.ldexp(np.arange(first, first + counts.size + 1, dtype=np.float64), power), counts
+
+    def channel(self, c: int) -> dict[str, Any]:
+        """What is known of a channel, as JSON takes it; shares are of the pixels that have a value, 0..1."""
+        count = int(self.count[c])
+        if not count:
+            return {"pixels": 0, "missing": 1.0}
+        named = {f"p{p}": self._percentile(c, p) for p in PERCENTILES}
+        return {
+            **{"mean": float(self.mean[c]), "std": float(self.std[c])},
+            **{"min": float(self.low[c]), **named, "max": float(self.high[c])},
+            **{"zeros": int(self.zeros[c]) / count, "saturated": int(self.saturated[c]) / count},
+            **{"missing": int(self.missing[c]) / (count + int(self.missing[c])), "pixels": count},
+            "resolution": float(self.resolution[c]),
+        }
+
+
+_Bins = tuple[int, int, np.ndarray]  # width as a power of two, number of the first bin, pixels in each
+
+
+def _power(low: float, high: float) -> int:
+    """The smallest power of two at which at most `_BINS` bins hold all values."""
+    _, exponent = math.frexp(max(abs(low), abs(high)))
+    power = exponent - _DIGITS
+    if high > low:
+        power = max(power, math.frexp((high - low) / _BINS)[1] - 1)
+    while math.floor(math.ldexp(high, -power)) - math.floor(math.ldexp(low, -power)) >= _BINS:
+        power += 1
+    return power
+
+
+def _histogram(values: np.ndarray) -> _Bins:
+    low, high = float(values.min()), float(values.max())
+    power = _power(low, high)
+    first = math.floor(math.ldexp(low, -power))
+    numbers = np.floor(np.ldexp(values, -power)).astype(np.int64) - first
+    return power, first, np.bincount(numbers)
+
+
+def _coarser(power: int, first: int, counts: np.ndarray) -> _Bins:
+    """Bins of twice the width."""
+    counts = np.pad(counts, (first % 2, (first + counts.size) % 2))
+    return power + 1, first // 2, counts.reshape(-1, 2).sum(1)
+
+
+def _merged(a: _Bins, b: _Bins) -> _Bins:
+    if not a[2].size or not b[2].size:
+        return a if a[2].size else b
+    while True:
+        while a[0] < b[0]:
+            a = _coarser(*a)
+        while b[0] < a[0]:
+            b = _coarser(*b)
+        first = min(a[1], b[1])
+        size = max(a[1] + a[2].size, b[1] + b[2].size) - first
+        if size <= _BINS:
+            break
+        a, b = _coarser(*a), _coarser(*b)
+    counts = np.zeros(size, np.int64)
+    for _, start, part in (a, b):
+        counts[start - first : start - first + part.size] += part
+    return a[0], first, counts

@@ -1,0 +1,1 @@
+"""Where image files are: folders, archives, lists and index files."""

@@ -1,0 +1,417 @@
+"""An index of image files: their names, written once and read by all processes from memory that they share.
+
+It is a safetensors file, which other programs can read, too:
+
+    names, name_ends   the names one after the other (uint8), and where each begins and the last ends (int64)
+    sizes              bytes of each file, -1 where it was missing (int64)
+    weights            of a list that has them (float64)
+    stamps, stamp_ends, stamp_times   folders that were listed, and when each had last changed (int64, ns); -2 for that
+                       of the index itself, which last changed when the index did
+
+The metadata say of which places it is, how many files each has, and when it was written.
+"""
+
+import copy
+import json
+import math
+import os
+import struct
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from ...files import whole_file
+from ..formats.decode import image_extensions, printable
+from .lists import FileNames
+from .places import Dirs, Listing, Place, list_files, places_of
+from .walk import LeftOut
+
+_THREADS = 16  # that ask a file system, which may be far away
+
+
+_CHUNK = 4096
+
+
+_BATCH = 64
+
+
+_NAMED = 5
+
+
+def file_sizes(
+    listing: Listing, tick: Callable[[int], Any] | None = None, most_missing: float = math.inf
+) -> np.ndarray:
+    """Bytes of each file, int64; -1 where there is none. Asks the file system for each, several at a time.
+
+    Args:
+        listing: The files.
+        tick: Called now and then with the number of files that were just asked for.
+        most_missing: Stops where more are missing; then there are fewer sizes than files.
+    """
+    sizes, done, missing = np.empty(len(listing.names), np.int64), 0, 0
+    paths = (os.path.join(place.root, name) for place, names in listing.parts() for name in names)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while missing <= most_missing and (chunk := [*islice(paths, _CHUNK)]):
+            # in batches, as a task a file costs more than the question
+            batches = [chunk[i : i + _BATCH] for i in range(0, len(chunk), _BATCH)]
+            found = [size for batch in pool.map(_sizes, batches) for size in batch]
+            sizes[done : done + len(chunk)] = found
+            done, missing = done + len(chunk), missing + found.count(-1)
+            if tick is not None:
+                tick(len(chunk))
+    return sizes[:done]
+
+
+def _sizes(paths: list[str]) -> list[int]:
+    return [_size(path) for path in paths]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def check_missing(listing: Listing, sizes: np.ndarray, share: float) -> str:
+    """What to say of files that are not there; '' where all are.
+
+    Args:
+        listing: The files.
+        sizes: Of `file_sizes`.
+        share: How many may be missing.
+
+    Raises:
+        ValueError: More are.
+    """
+    (absent,) = np.nonzero(sizes < 0)
+    if not len(absent):
+        return ""
+    looked = "" if len(sizes) == len(listing.names) else f" of the first {len(sizes)}"
+    found = (
+        f"{len(absent)}{looked} of {len(listing.names)} images that are listed are missing, for example "
+        f"{', '.join(printable(listing.path(i)) for i in absent[:_NAMED])}"
+    )
+    if len(absent) > share * len(listing.names):
+        raise ValueError(
+            f"{found}; --max-bad-images allows a share of {share:g}. Names are relative to the folder of their list, "
+            "or to --data-dir where that is given beside --data-list."
+        )
+    return f"{found}; others stand in for them."
+
+
+def check_index_option(dataset: str, index: str | os.PathLike | None) -> None:
+    """Refuses an index of what is no folder or list.
+
+    Raises:
+        ValueError: A data set is named beside it.
+    """
+    if dataset and index:
+        raise ValueError(f"--index is of images in files: leave it out with --dataset {dataset}.")
+
+
+def find_images(
+    data_dir: Dirs,
+    data_list: Dirs = None,
+    *,
+    index: str | os.PathLike | None = None,
+    max_missing: float | None = None,
+    tick: Callable[[int], Any] | None = None,
+    tell: Callable[[str], Any] = lambda text: None,
+) -> Listing:
+    """The image files of folders, patterns and lists; one process calls it for all.
+
+    Args:
+        data_dir, data_list: See `places.places_of`.
+        index: Index to open, or to write where it is not there.
+        max_missing: Share of the files of lists that may be missing; None: nobody looks.
+        tick: Called now and then with the number of files that were just found or looked at.
+        tell: Called with what the user should know.
+
+    Raises:
+        ValueError: A place cannot be listed, too many files are missing, or the index cannot be used.
+        WriteError: (an OSError) The index cannot be written.
+    """
+    places = places_of(data_dir, data_list)
+    if index is None:
+        listing = list_files(places, tick)
+        if max_missing is not None and any(place.kind == "list" for place in places):
+            most = max_missing * len(listing.names)
+            if found := check_missing(listing, file_sizes(listing, tick, most), max_missing):
+                tell(found)
+        return listing
+    tars = [place.given for place in places if place.kind == "tar"]
+    if tars:
+        raise ValueError(f"--index is of files in folders, not of a tar file ({tars[0]}). Leave it out.")
+    if os.path.lexists(index):
+        listing = open_index(index, places)
+        if found := stale(index):
+            tell(found)
+    else:
+        listing = list_files(places, tick, stamps=True)
+        sizes = file_sizes(listing, tick)
+        if max_missing is not None:
+            check_missing(listing, sizes, max_missing)
+        write_index(index, listing, sizes)
+        tell(f"Written: {os.fspath(index)}, an index of {len(listing.names)} images.")
+        listing = open_index(index, places)
+    if max_missing is not None and (found := check_missing(listing, index_sizes(index), max_missing)):
+        tell(found)
+    return listing
+
+
+_FORMAT, _VERSION = "timm_convnextv2 file index", "1"
+
+
+_TYPES = {"U8": np.uint8, "I64": np.int64, "F64": np.float64}
+
+
+_TWO = struct.Struct("<2q")  # where a name begins and ends
+
+
+_OWN = -2  # in the place of a time: the folder of the index itself, which last changed when the index did
+
+
+_MOST_HEADER = 100_000_000  # bytes, as safetensors itself
+
+
+class IndexedNames(FileNames):
+    """Names in an index: pickled, they are its path.
+
+    Each is read where it is asked for, in two reads that the system answers from memory that all processes share. A
+    mapping would do the same, but counts as memory of each process, 64 KiB and more a name, and ends the process where
+    the file is cut short.
+
+    Args:
+        path: The index.
+        token: Its identity, so that no process reads another one that has taken its place.
+        first, count: The part of its names; all of them by default.
+
+    Raises:
+        ValueError: It is not there any more, or another.
+    """
+
+    def __init__(self, path: str, token: str, first: int = 0, count: int | None = None) -> None:
+        index = _Index(path)
+        if index.metadata["token"] != token:
+            raise ValueError(f"--index {printable(path)} was replaced while the command ran. Start it again.")
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115  # as long as the names
+        if os.fstat(self.file.fileno()).st_size != index.size:
+            raise ValueError(f"--index {printable(path)} was replaced while the command ran. Start it again.")
+        self.names_at, self.ends_at = index.offset("names"), index.offset("name_ends")
+        self.path, self.token, self.first = path, token, first
+        self.count = index.length("name_ends") - 1 if count is None else count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def raw(self, i: int) -> bytes:
+        """Name `i` as bytes."""
+        number = self.file.fileno()
+        begin, end = _TWO.unpack(os.pread(number, _TWO.size, self.ends_at + 8 * (self.first + i)))
+        return os.pread(number, end - begin, self.names_at + begin)
+
+    def part(self, first: int, count: int) -> "IndexedNames":
+        """`count` names from `first` on, of the same file."""
+        part = copy.copy(self)
+        part.first, part.count = self.first + first, count
+        return part
+
+    def __copy__(self) -> "IndexedNames":
+        same = object.__new__(IndexedNames)
+        vars(same).update(vars(self))
+        return same
+
+    def __reduce__(self) -> tuple:
+        return IndexedNames, (self.path, self.token, self.first, self.count)
+
+
+def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) -> None:
+    """Writes an index, whole or not at all.
+
+    Args:
+        path: Where to.
+        listing: Listed with stamps.
+        sizes: Of `sizes.file_sizes`.
+
+    Raises:
+        WriteError: (an OSError) It cannot be written.
+    """
+    home = os.path.dirname(os.path.abspath(path))
+    stamps, times = [os.path.abspath(folder) for folder, _ in listing.stamps], [time for _, time in listing.stamps]
+    # writing changes the folder that the index is in
+    times = [_OWN if f == home and t == _last_change(f) else t for f, t in zip(stamps, times, strict=True)]
+    folders = FileNames.collect(map(os.fsencode, stamps))
+    arrays = {
+        "names": np.frombuffer(listing.names.block, np.uint8),
+        "name_ends": np.asarray(listing.names.ends),
+        "sizes": sizes,
+        "stamps": np.frombuffer(folders.block, np.uint8),
+        "stamp_ends": folders.ends,
+        "stamp_times": np.array(times, np.int64),
+    }
+    if listing.weights is not None:
+        arrays["weights"] = listing.weights
+    left = {"ignored": listing.left.ignored, "special": listing.left.special, "num": listing.left.num_special}
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "token": uuid.uuid4().hex,
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "places": json.dumps([_identity(place) for place in listing.places]),
+        "counts": json.dumps(listing.counts),
+        "extensions": json.dumps(image_extensions()),
+        "left": json.dumps(left),
+    }
+    with whole_file(path) as part:
+        save_file(arrays, part, metadata)
+    if _OWN in times:
+        changed = _last_change(home)
+        os.utime(path, ns=(changed, changed))
+
+
+def _identity(place: Place) -> list[str]:
+    """A place as all machines that see its folder know it."""
+    return [place.kind, *(os.fsencode(os.path.abspath(p)).decode("utf-8", "replace") for p in place[1:])]
+
+
+class _Index:
+    """An index file.
+
+    Args:
+        path: Of it.
+
+    Attributes:
+        metadata: What it says of itself.
+        size: Bytes of the file.
+
+    Raises:
+        ValueError: It cannot be read, or is no index, or a damaged one.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = path
+        try:
+            self.size = size = os.path.getsize(path)
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length)) if length <= min(size, _MOST_HEADER) else {}
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            if self.metadata.get("format") != _FORMAT:
+                raise ValueError("it is no index of image files")
+            if self.metadata.get("version") != _VERSION:
+                raise ValueError(f"it has version {self.metadata.get('version')}, this package reads {_VERSION}")
+            ends = [8 + length + about["data_offsets"][1] for about in header.values()]
+            if max(ends) != size:
+                raise ValueError("it is damaged: its length is another than it says")
+            self._arrays = {
+                name: (_TYPES[about["dtype"]], 8 + length + about["data_offsets"][0], int(about["shape"][0]))
+                for name, about in header.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"--index {printable(path)} cannot be used: {error}. Remove it to have it written anew, or name "
+                "another file."
+            ) from error
+
+    def read(self, name: str) -> np.ndarray:
+        """An array, in memory of this process."""
+        kind, offset, count = self._arrays[name]
+        return np.fromfile(self.path, kind, count, offset=offset)
+
+    def offset(self, name: str) -> int:
+        """Where an array begins in the file, in bytes."""
+        return self._arrays[name][1]
+
+    def length(self, name: str) -> int:
+        """Numbers of an array."""
+        return self._arrays[name][2]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether its images have weights."""
+        return "weights" in self._arrays
+
+
+def open_index(path: str | os.PathLike, places: list[Place]) -> Listing:
+    """The files that an index has, for these places.
+
+    Raises:
+        ValueError: It cannot be read, or is of other places.
+    """
+    path = os.fspath(path)
+    index = _Index(path)
+    metadata = index.metadata
+    known, wanted = json.loads(metadata["places"]), [_identity(place) for place in places]
+    if known != wanted:
+        own, given = (", ".join(place[1] for place in listed) for listed in (known, wanted))
+        raise ValueError(
+            f"--index {printable(path)} is an index of {own}, not of {given}. Name another file, or remove it to have "
+            "it written anew."
+        )
+    left = json.loads(metadata["left"])
+    return Listing(
+        places,
+        json.loads(metadata["counts"]),
+        IndexedNames(path, metadata["token"]),
+        index.read("weights") if index.weighted else None,
+        _left(left),
+    )
+
+
+def _left(record: dict[str, Any]) -> LeftOut:
+    left = LeftOut(special=record["special"], num_special=record["num"])
+    left.ignored.update(record["ignored"])
+    return left
+
+
+def index_sizes(path: str | os.PathLike) -> np.ndarray:
+    """Sizes that an index has, see `sizes.file_sizes`."""
+    return _Index(path).read("sizes")
+
+
+def stale(path: str | os.PathLike, tick: Callable[[int], Any] | None = None) -> str:
+    """What has changed since an index was written, in a sentence; '' where nothing has.
+
+    A folder changes when something in it is made, renamed or removed; files that are written anew are not noticed.
+
+    Args:
+        path: The index.
+        tick: Called for each folder.
+    """
+    index = _Index(path)
+    metadata = index.metadata
+    folders, changed = FileNames(index.read("stamps"), index.read("stamp_ends")), []
+    for i, then in enumerate(index.read("stamp_times").tolist()):
+        if _last_change(folders[i]) != (_last_change(path) if then == _OWN else then):
+            changed.append(i)
+        if tick is not None:
+            tick(1)
+    kinds = {*json.loads(metadata["extensions"])} ^ {*image_extensions()}
+    why = []
+    if changed:
+        why.append(
+            f"{len(changed)} of {len(folders)} folders and lists that it is of have changed, for example "
+            f"{printable(folders[changed[0]])}"
+        )
+    if kinds:
+        why.append(f"other extensions count as images now: {' '.join(sorted(kinds))}")
+    if not why:
+        return ""
+    return (
+        f"--index {printable(path)} is stale: since it was written ({metadata['written']}), {'; '.join(why)}. Its "
+        "names are used as they are; remove it to have it written anew."
+    )
+
+
+def _last_change(path: str | os.PathLike) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return -1

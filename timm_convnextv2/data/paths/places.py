@@ -1,0 +1,264 @@
+"""Where image files are: folders, tar files, patterns and lists, and the names of the files there."""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..formats.decode import image_extensions, printable
+from .lists import FileNames, read_list
+from .walk import LeftOut, walk
+
+Dirs = str | os.PathLike | Sequence[str | os.PathLike] | None
+_MAGIC = re.compile(r"[*?[]")
+_TICK = 4096
+
+
+class Place(NamedTuple):
+    """Where images are.
+
+    Attributes:
+        kind: 'folder', 'tar', 'glob' or 'list'.
+        given: What the user named.
+        root: The folder that its names are relative to; of a tar the file itself.
+    """
+
+    kind: str
+    given: str
+    root: str
+
+
+@dataclass
+class Listing:
+    """The image files of some places.
+
+    Attributes:
+        places: These.
+        counts: Files of each; 0 of a tar, which is opened where it is read.
+        names: Of all, below the root of their place, in the order of places.
+        weights: float64, one a file, of a list that has them (1 for files of others); else None.
+        left: What else was seen.
+        stamps: Folders (or lists) that were read, and when they had last changed, in ns.
+    """
+
+    places: list[Place]
+    counts: list[int]
+    names: FileNames
+    weights: np.ndarray | None = None
+    left: LeftOut = field(default_factory=LeftOut)
+    stamps: list[tuple[str, int]] = field(default_factory=list)
+
+    def at(self, places: list[Place]) -> "Listing":
+        """The same files where this process has them."""
+        return Listing(places, self.counts, self.names, self.weights, self.left, self.stamps)
+
+    def parts(self) -> Iterator[tuple[Place, FileNames]]:
+        """Each place with its names."""
+        first = 0
+        for place, count in zip(self.places, self.counts, strict=True):
+            yield place, self.names.part(first, count)
+            first += count
+
+    def path(self, i: int) -> str:
+        """Path of file `i` of all."""
+        at = int(np.searchsorted(np.cumsum(self.counts), i, side="right"))
+        return os.path.join(self.places[at].root, self.names[i])
+
+
+def as_list(value: Dirs) -> list[str]:
+    """One path or several as a list."""
+    if value is None:
+        return []
+    return [os.fspath(value)] if isinstance(value, str | os.PathLike) else [os.fspath(v) for v in value]
+
+
+def places_of(data_dir: Dirs, data_list: Dirs = None) -> list[Place]:
+    """The places that the options name.
+
+    Args:
+        data_dir: Folders, tar files, and patterns such as `scans/2024-*/**/*.png`; the folder of a list's names.
+        data_list: Lists, see `lists.read_list`.
+
+    Raises:
+        ValueError: Nothing is named, or something that is not there or is neither; a folder lies in another.
+    """
+    dirs, lists = [d for d in as_list(data_dir) if d], as_list(data_list)
+    if lists:
+        if len(dirs) > 1 or dirs and not os.path.isdir(dirs[0]):
+            raise ValueError(
+                f"Beside --data-list, --data-dir is the one folder that the list's names are relative to, got "
+                f"{' '.join(map(printable, dirs))}."
+            )
+        for path in lists:
+            if not os.path.isfile(path):
+                raise ValueError(f"--data-list {printable(path)} does not exist, or is no file.")
+        return [Place("list", path, dirs[0] if dirs else os.path.dirname(path)) for path in lists]
+    if not dirs:
+        raise ValueError("No images named. Give a folder (--data-dir), or --dataset embedded to try things out.")
+    places = [_place(path) for path in dirs]
+    _check_apart([place for place in places if place.kind in ("folder", "tar")])
+    return places
+
+
+def _place(path: str) -> Place:
+    if os.path.isdir(path):
+        return Place("folder", path, path)
+    shown = printable(path)
+    if os.path.isfile(path):
+        if path.lower().endswith(".tar"):
+            return Place("tar", path, path)
+        raise ValueError(f"{shown} is a file, expected a folder with images below it. Give the folder it is in.")
+    if _MAGIC.search(path) and not os.path.lexists(path):
+        if not os.path.isdir(base_of(path) or "."):
+            raise ValueError(f"--data-dir {shown}: the folder {printable(base_of(path))} does not exist.")
+        return Place("glob", path, base_of(path))
+    if os.path.exists(path):
+        raise ValueError(f"{shown} is neither a folder nor a file. Give a folder with images below it.")
+    raise ValueError(f"Image folder {shown} does not exist. Check --data-dir.")
+
+
+def base_of(path: str) -> str:
+    """The folder from which a pattern goes down: its first parts, which have no wildcard; other paths as they are."""
+    parts = path.split(os.sep)
+    fixed = next((i for i, part in enumerate(parts) if _MAGIC.search(part)), None)
+    if fixed is None or os.path.lexists(path):
+        return path
+    return os.sep.join(parts[:fixed]) or (os.sep if path.startswith(os.sep) else "")
+
+
+def _check_apart(places: list[Place]) -> None:
+    """Refuses a folder that is in another: its images would count twice, under two names."""
+    resolved = [(Path(place.root).resolve(), place.given) for place in places]
+    for i, (here, given) in enumerate(resolved):
+        for j, (there, other) in enumerate(resolved):
+            if i != j and (there in here.parents or here == there and i > j):
+                raise ValueError(
+                    f"--data-dir names images twice: {printable(given)} "
+                    + ("is" if here == there else "lies in")
+                    + f" {printable(other)}. Leave one out; a share of its own needs folders that lie apart."
+                )
+
+
+def list_folder(
+    root: str, tick: Callable[[int], Any] | None = None, stamps: list[tuple[str, int]] | None = None
+) -> tuple[FileNames, LeftOut]:
+    """All image files anywhere below a folder, in a fixed order; see `listing.walk`.
+
+    Args:
+        root: The folder.
+        tick: Called now and then with the number of files that were just found.
+        stamps: Gets the folders, and when they had last changed.
+
+    Raises:
+        ValueError: The folder is missing, is no folder, cannot be listed, or has no image below it.
+    """
+    shown = printable(root)
+    if not os.path.exists(root):
+        raise ValueError(f"Image folder {shown} does not exist. Check --data-dir.")
+    if not os.path.isdir(root):
+        raise ValueError(f"{shown} is a file, expected a folder with images below it. Give the folder it is in.")
+    extensions, left = image_extensions(), LeftOut()
+    folders = walk(root, frozenset(extensions), left, stamps)
+    found = (os.fsencode(os.path.join(folder, name)) for folder, names, _ in folders for name in names)
+    names = FileNames.collect(_ticking(found, tick))
+    if not len(names):
+        raise ValueError(
+            f"No image below {shown}: {left or '0 other files seen'}. Looked for the extensions "
+            f"{' '.join(extensions)} (hidden files and folders are skipped)."
+        )
+    return names, left
+
+
+def _ticking(names: Iterator[bytes], tick: Callable[[int], Any] | None) -> Iterator[bytes]:
+    count = 0
+    for name in names:
+        yield name
+        count += 1
+        if tick is not None and count % _TICK == 0:
+            tick(_TICK)
+    if tick is not None:
+        tick(count % _TICK)
+
+
+def _list_pattern(place: Place, tick: Callable[[int], Any] | None, stamps: list[tuple[str, int]] | None):
+    """Files that a pattern matches; or, where it matches folders only, the images below these."""
+    extensions, left = frozenset(image_extensions()), LeftOut()
+    pattern = place.given[len(place.root) :].lstrip(os.sep)
+    files, folders = set(), []
+    for name in glob.iglob(pattern, root_dir=place.root or None, recursive=True):
+        extension = os.path.splitext(name)[1].lower()
+        if os.path.isdir(os.path.join(place.root, name)):
+            folders.append(name)
+        elif extension in extensions:
+            files.add(os.fsencode(name))
+        else:
+            left.ignored[printable(extension)] += 1
+    if not files:
+        for folder in sorted(folders):
+            for below, names, _ in walk(os.path.join(place.root, folder), extensions, left, stamps):
+                files.update(os.fsencode(os.path.join(folder, below, name)) for name in names)
+    if not files:
+        found = left or f"{len(folders)} folders matched"
+        raise ValueError(
+            f"--data-dir {printable(place.given)} matches no image: {found}. Looked for the extensions "
+            f"{' '.join(sorted(extensions))}."
+        )
+    if stamps is not None:
+        around = {os.path.dirname(os.fsdecode(name)) for name in files}
+        for folder in [*around]:  # a new folder shows in the one above it
+            while folder:
+                folder = os.path.dirname(folder)
+                around.add(folder)
+        known = {path for path, _ in stamps}
+        paths = (os.path.join(place.root, folder) if folder else place.root or "." for folder in sorted(around))
+        stamps += [(path, os.stat(path).st_mtime_ns) for path in paths if path not in known]
+    return FileNames.collect(_ticking(iter(sorted(files)), tick)), left
+
+
+def list_files(places: list[Place], tick: Callable[[int], Any] | None = None, *, stamps: bool = False) -> Listing:
+    """Lists the image files of all places but tars, which are opened where they are read.
+
+    Args:
+        places: See `places_of`.
+        tick: Called now and then with the number of files that were just found.
+        stamps: Note when folders had last changed, for an index.
+
+    Raises:
+        ValueError: A place has no image, or cannot be read.
+    """
+    found: list[FileNames] = []
+    weights: list[np.ndarray | None] = []
+    left, noted = LeftOut(), [] if stamps else None
+    for place in places:
+        names, weight, other = FileNames.collect(()), None, LeftOut()
+        if place.kind == "folder":
+            names, other = list_folder(place.root, tick, noted)
+        elif place.kind == "glob":
+            names, other = _list_pattern(place, tick, noted)
+        elif place.kind == "list":
+            if noted is not None:
+                noted.append((place.given, os.stat(place.given).st_mtime_ns))
+            names, weight = read_list(place.given, tick)
+        found.append(names)
+        weights.append(weight)
+        left.merge(other)
+    counts = [len(names) for names in found]
+    each = None
+    if any(weight is not None for weight in weights):
+        each = np.concatenate([np.ones(n) if w is None else w for n, w in zip(counts, weights, strict=True)])
+    return Listing(places, counts, _joined(found), each, left, noted or [])
+
+
+def _joined(found: list[FileNames]) -> FileNames:
+    if len(found) == 1:
+        return found[0]
+    block, ends = bytearray(), [np.zeros(1, np.int64)]
+    for names in found:
+        ends.append(names.ends[1:] + len(block))
+        block += names.block
+    return FileNames(block, np.concatenate(ends))

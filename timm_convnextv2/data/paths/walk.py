@@ -1,0 +1,202 @@
+"""What lies in a folder or a tar file: the images, and what is left out."""
+
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from timm.data import get_img_extensions, set_img_extensions
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+
+from ..formats.decode import image_extensions, printable
+from ..formats.errors import installed
+from ..formats.files import kind_of_file
+from ..formats.zarrs import is_zarr
+
+_NAMED_SPECIAL = 100
+
+
+@dataclass
+class LeftOut:
+    """What is there besides the images; as text in one line, '' where that is nothing.
+
+    For example '48 other files ignored: 24 .dcm, 24 .heic; 1 not opened, no regular file: root/x.jpg (FIFO)'.
+
+    Attributes:
+        ignored: Number of files that are no images, by their lower-case extension, '' for none.
+        special: Kind of what is no regular file, such as 'FIFO' or 'broken link', by its path; the first hundred.
+        num_special: How many those are in all.
+    """
+
+    ignored: Counter[str] = field(default_factory=Counter)
+    special: dict[str, str] = field(default_factory=dict)
+    num_special: int = 0
+
+    def add_special(self, path: str, kind: str) -> None:
+        """Counts what is no regular file."""
+        self.num_special += 1
+        if len(self.special) < _NAMED_SPECIAL:
+            self.special[printable(path)] = kind
+
+    def merge(self, other: "LeftOut") -> None:
+        """Counts what was left out elsewhere, too."""
+        self.ignored += other.ignored
+        self.num_special += other.num_special
+        room = _NAMED_SPECIAL - len(self.special)
+        self.special.update([*other.special.items()][:room])
+
+    def __str__(self) -> str:
+        parts = []
+        if self.ignored:
+            kinds = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
+            shown = [f"{count} {extension or 'without extension'}{_hint(extension)}" for extension, count in kinds[:8]]
+            if len(kinds) > 8:
+                shown.append(f"{sum(count for _, count in kinds[8:])} of {len(kinds) - 8} more kinds")
+            count = self.ignored.total()
+            parts.append(f"{count} other file{'s' * (count != 1)} ignored: {', '.join(shown)}")
+        if self.special:
+            shown = [f"{path} ({kind})" for path, kind in [*self.special.items()][:5]]
+            shown += [f"{self.num_special - 5} more"] if self.num_special > 5 else []
+            parts.append(f"{self.num_special} not opened, no regular file: {', '.join(shown)}")
+        return "; ".join(parts)
+
+
+def _hint(extension: str) -> str:
+    """The package that would read such files."""
+    package = {".dcm": "pydicom", ".dicom": "pydicom", ".zarr": "zarr"}.get(extension)
+    return f" (to read them: pip install {package})" if package and not installed(package) else ""
+
+
+def walk(
+    root: str, extensions: Collection[str], left: LeftOut, stamps: list[tuple[str, int]] | None = None
+) -> Iterator[tuple[str, list[str], int]]:
+    """Goes through all folders from `root` down, each once, in a fixed order.
+
+    Hidden files and folders (leading dot) are skipped; links to folders are followed. What is no regular file is never
+    opened. A folder that holds a Zarr array or group and is named `.zarr` is one file.
+
+    Args:
+        root: The folder.
+        extensions: Lower-case ones of images.
+        left: Counts what else is there.
+        stamps: Gets each folder's path, and when it had last changed before it was listed, in ns.
+
+    Yields:
+        Path of a folder below `root` ('' for itself), the sorted names of its images, and the number of its other
+        files.
+
+    Raises:
+        ValueError: A folder cannot be listed.
+    """
+    seen, folders = set(), [""]
+    while folders:
+        folder = folders.pop()
+        below: list[str] = []
+        images: list[str] = []
+        others = 0
+        try:
+            info = os.stat(os.path.join(root, folder))
+            if (info.st_dev, info.st_ino) in seen:
+                continue
+            seen.add((info.st_dev, info.st_ino))
+            if stamps is not None:
+                stamps.append((os.path.join(root, folder), info.st_mtime_ns))
+            with os.scandir(os.path.join(root, folder)) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    extension = os.path.splitext(entry.name)[1].lower()
+                    kind = _kind_of_entry(entry)
+                    if kind == "folder" and extension == ".zarr" and is_zarr(entry.path):
+                        if extension in extensions:
+                            images.append(entry.name)
+                        else:
+                            left.ignored[extension] += 1
+                            others += 1
+                    elif kind == "folder":
+                        below.append(entry.name)
+                    elif kind:
+                        left.add_special(entry.path, kind)
+                    elif extension in extensions:
+                        images.append(entry.name)
+                    else:
+                        left.ignored[printable(extension)] += 1
+                        others += 1
+        except OSError as error:
+            raise ValueError(f"Cannot list the folder {printable(os.path.join(root, folder))}: {error}") from error
+        yield folder, sorted(images), others
+        folders.extend(os.path.join(folder, name) for name in sorted(below, reverse=True))
+
+
+def _kind_of_entry(entry: os.DirEntry) -> str:
+    """As `kind_of_file`; most file systems tell it without another look."""
+    if entry.is_file(follow_symlinks=False):
+        return ""
+    if entry.is_dir(follow_symlinks=False):
+        return "folder"
+    return kind_of_file(entry.path)
+
+
+def open_tar(
+    path: str, class_map: Any = "", extensions: Collection[str] | None = None
+) -> tuple[ReaderImageInTar, LeftOut]:
+    """timm's reader of a tar file (or of tars in a tar) for all kinds of images, and what it leaves out.
+
+    Args:
+        path: The file.
+        class_map: As of timm.
+        extensions: Lower-case ones of images; None for all of `image_extensions()`.
+
+    Raises:
+        ValueError: It cannot be read, has no image, or another list of its content, which timm keeps beside large ones,
+            lacks some.
+    """
+    extensions = set(extensions or image_extensions())
+    left = LeftOut()
+    try:
+        with tarfile.open(path) as tar:
+            found = _count(tar, extensions, left)
+        if not found:
+            raise ValueError(f"0 images in {printable(path)}: {left or 'it has no files'}.")
+        with _img_extensions(extensions):
+            # an open tar file that forked workers inherit has one read position for all of them
+            reader = ReaderImageInTar(path, class_map, cache_tarfiles=False)
+    except (AssertionError, OSError, tarfile.TarError) as error:
+        raise ValueError(f"{printable(path)} cannot be read ({type(error).__name__}: {error}).") from error
+    if len(reader) < found and not class_map:
+        raise ValueError(
+            f"{printable(path)} has {found} images, and timm reads {len(reader)}: the list that it keeps beside the "
+            "file (*_tarinfos.pickle) is of other kinds of images. Remove the list."
+        )
+    return reader, left
+
+
+def _count(tar: tarfile.TarFile, extensions: Collection[str], left: LeftOut) -> int:
+    """Images in a tar file and in those inside of it; counts the rest."""
+    found = 0
+    for member in tar:
+        extension = os.path.splitext(member.name)[1].lower()
+        if not member.isfile():
+            continue
+        if extension == ".tar":
+            with tarfile.open(fileobj=tar.extractfile(member)) as inner:
+                found += _count(inner, extensions, left)
+        elif extension in extensions:
+            found += 1
+        else:
+            left.ignored[printable(extension)] += 1
+    return found
+
+
+@contextmanager
+def _img_extensions(extensions: Collection[str]) -> Iterator[None]:
+    """Lets timm take other extensions for images."""
+    before: Any = get_img_extensions()
+    set_img_extensions(tuple(extensions))
+    try:
+        yield
+    finally:
+        set_img_extensions(before)

@@ -1,0 +1,132 @@
+"""Whole images as a trained model takes them, in batches that depend on the data set and the batch size alone."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count, islice
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from ..formats.errors import ImageError, MissingPackageError
+from ..sources.stream import TimmStream
+
+
+class Item(NamedTuple):
+    """An image of the data set.
+
+    Attributes:
+        index: Its number in the data set.
+        name: What the row is called.
+        image: float32 `[C, H, W]`, normalised; None where it cannot be decoded.
+        error: Why not.
+    """
+
+    index: int
+    name: str
+    image: torch.Tensor | None
+    error: Exception | None = None
+
+
+class Batch(NamedTuple):
+    """A batch of the data set.
+
+    Attributes:
+        number: Its images have the numbers `number * batch_size` and up.
+        count: How many they are.
+        items: None where another process computes this batch, or a run before did.
+    """
+
+    number: int
+    count: int
+    items: list[Item] | None
+
+
+def preprocessing(config: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Decoded images, uint8 or float `[C, h, w]`, to float32 `[C, H, W]` as a model wants them.
+
+    Args:
+        config: Of timm's `resolve_model_data_config`.
+    """
+    # timm's resizing and cropping, on tensors: these may be 16-bit or have many channels; scaling comes after
+    geometry = {k: config[k] for k in ("input_size", "interpolation", "crop_pct", "crop_mode")}
+    scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
+    resize: Any = create_transform(**geometry, normalize=False)
+    return v2.Compose([resize, *scale])
+
+
+def name_of(source: Any, i: int) -> str:
+    """What row `i` of a map-style source is called: the path below the folder, or the source's own name."""
+    return source.short_name(i) if hasattr(source, "short_name") else source.name(i)
+
+
+class _Images(Dataset):
+    """`Item` by index."""
+
+    def __init__(self, source: Any, transform: Callable) -> None:
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Item:
+        try:
+            image = self.source[i]
+        except (ImageError, MissingPackageError, OSError) as e:
+            return Item(i, name_of(self.source, i), None, e)
+        return Item(i, name_of(self.source, i), self.transform(image))
+
+
+def map_batches(
+    source: Any, transform: Callable, batch_size: int, numbers: Sequence[int], workers: int
+) -> Iterator[Batch]:
+    """The batches of a map-style source that have these numbers; `workers` processes decode them."""
+    loader = DataLoader(
+        _Images(source, transform),
+        batch_sampler=[list(range(len(source))[n * batch_size : (n + 1) * batch_size]) for n in numbers],
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),
+    )
+    for number, items in zip(numbers, loader, strict=True):
+        yield Batch(number, len(items), items)
+
+
+def stream_batches(
+    source: TimmStream, transform: Callable, batch_size: int, wanted: Callable[[int], bool], workers: int
+) -> Iterator[Batch]:
+    """All batches of a stream; those that are not wanted are read, not decoded.
+
+    Args:
+        source: With `whole=True`: each process reads all of it, and decodes its share.
+        transform: See `preprocessing`.
+        batch_size: Images per batch.
+        wanted: Whether the batch of this number is.
+        workers: Threads that decode; Pillow and torch let them run at the same time.
+    """
+
+    def prepare(index: int, name: str, load: Callable) -> Item:
+        try:
+            return Item(index, name, transform(load()))
+        except (ImageError, MissingPackageError, OSError) as e:
+            return Item(index, name, None, e)
+
+    def finish(number: int, size: int, futures: list[Future[Item]] | None) -> Batch:
+        return Batch(number, size, None if futures is None else [future.result() for future in futures])
+
+    samples = enumerate(source.undecoded())
+    ahead: deque[tuple[int, int, list[Future[Item]] | None]] = deque()
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for number in count():
+            group = list(islice(samples, batch_size))
+            if not group:
+                break
+            futures = [pool.submit(prepare, i, *sample) for i, sample in group] if wanted(number) else None
+            ahead.append((number, len(group), futures))
+            if len(ahead) > 2:  # two batches ahead of the model
+                yield finish(*ahead.popleft())
+        while ahead:
+            yield finish(*ahead.popleft())

@@ -1,0 +1,83 @@
+"""The order of the images of an epoch."""
+
+from collections.abc import Iterator
+
+import torch
+
+from ..seeds import mix
+from ..sources.groups import Groups
+
+
+class EpochBatchSampler:
+    """Batches of `(epoch, index)` from a permutation that depends on (seed, epoch) only.
+
+    A global batch is `batch_size * world_size` consecutive entries of the permutation, of which rank r takes every
+    `world_size`-th from r on: N processes together see the batches that one process with N times the batch size
+    would. An incomplete last global batch is dropped. The epoch travels with the index, into persistent workers too.
+
+    Args:
+        num_samples: Length of the data set.
+        batch_size: Images per batch and process.
+        seed: Seed of the run.
+        rank: Number of this process.
+        world_size: Number of processes.
+        groups: Draws the images of an epoch, as many as without; None: each at most once.
+
+    Raises:
+        ValueError: The data set is smaller than one global batch, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: Groups | None = None,
+    ) -> None:
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"Expected batch_size >= 1 and 0 <= rank < world_size, got batch_size {batch_size}, rank {rank}, "
+                f"world_size {world_size}."
+            )
+        if world_size > num_samples:
+            raise ValueError(
+                f"{world_size} processes cannot share {num_samples} image{'s' * (num_samples != 1)}; start at most "
+                f"{num_samples} processes."
+            )
+        if batch_size * world_size > num_samples:
+            raise ValueError(
+                f"A batch of {batch_size} images on {world_size} process{'es' * (world_size != 1)} needs "
+                f"{batch_size * world_size} images, the data set has {num_samples}; the largest --batch-size that "
+                f"works is {num_samples // world_size}."
+            )
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world_size, self.groups = rank, world_size, groups
+        self.epoch = self.start_batch = 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, per process, wherever it starts."""
+        return self.num_samples // (self.batch_size * self.world_size)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Selects the epoch, and the batch to start from where a run is resumed in the middle of one."""
+        if not 0 <= start_batch <= len(self):
+            raise ValueError(f"start_batch must lie in 0..{len(self)} (batches per epoch), got {start_batch}.")
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step = self.batch_size * self.world_size
+        own = slice(self.rank, len(self) * step, self.world_size)
+        if self.groups is not None:
+            order, epochs = self.groups.order(self.seed, self.epoch, len(self) * step)
+            return self._batches(order[own].clone(), epochs[own].clone(), self.start_batch)
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        dtype = torch.int32 if self.num_samples < 2**31 else torch.int64  # half the memory for all but the largest
+        order = torch.randperm(self.num_samples, generator=generator, dtype=dtype)[own].clone()
+        return self._batches(order, torch.tensor(self.epoch).expand(len(order)), self.start_batch)
+
+    def _batches(self, order: torch.Tensor, epochs: torch.Tensor, start: int) -> Iterator[list[tuple[int, int]]]:
+        for begin in range(start * self.batch_size, len(order), self.batch_size):
+            batch = slice(begin, begin + self.batch_size)
+            yield [*zip(epochs[batch].tolist(), order[batch].tolist(), strict=True)]

@@ -1,0 +1,117 @@
+"""What reaches the network, in numbers: mean, spread, flat patches and equal channels of normalised images."""
+
+from collections.abc import Sequence
+
+import torch
+
+FLAT = 1e-6  # what the loss adds to the variance of a patch: at this variance, half of what it divides by
+
+
+class InputStatistics:
+    """Statistics of normalised images of one size, added one by one; every channel of every image counts the same.
+
+    Args:
+        patch: Side of a patch in pixels, the encoder's stride.
+        mean: That the images were normalised with, per channel.
+        std: Likewise.
+
+    Attributes:
+        images: Number of images.
+        low: Smallest value after normalisation, `[C]`.
+        high: Largest, `[C]`.
+    """
+
+    def __init__(self, patch: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.patch, self.images = patch, 0
+        self.given_mean = torch.tensor(mean, dtype=torch.float64)
+        self.given_std = torch.tensor(std, dtype=torch.float64)
+        channels = len(self.given_mean)
+        self.low, self.high = torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf)
+        self._means: list[torch.Tensor] = []  # [C] of each image
+        self._variances: list[torch.Tensor] = []
+        self._flat: list[torch.Tensor] = []
+        self._patch_variances: list[torch.Tensor] = []  # [patches] of each image, all channels together
+        self._equal = torch.ones(channels, channels, dtype=torch.bool).triu(1)
+
+    def add(self, image: torch.Tensor) -> None:
+        """Adds a normalised image, float `[C, H, W]`, height and width multiples of the patch."""
+        chans, height, width = image.shape
+        patches = image.view(chans, height // self.patch, self.patch, width // self.patch, self.patch)
+        variances, means = (x.flatten(1).double() for x in torch.var_mean(patches, dim=(2, 4), correction=0))
+        mean, pixels = means.mean(1), self.patch**2
+        self._means.append(mean)
+        self._variances.append(variances.mean(1) + means.var(1, correction=0))
+        unbiased = pixels / max(1, pixels - 1)
+        self._flat.append((variances * unbiased <= FLAT).double().mean(1))
+        together = variances.mean(0) + means.var(0, correction=0)
+        self._patch_variances.append(together * chans * pixels / max(1, chans * pixels - 1))
+        low, high = image.amin((1, 2)), image.amax((1, 2))
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self._compare_channels(image, mean, low, high)
+        self.images += 1
+
+    def _compare_channels(self, image: torch.Tensor, *summaries: torch.Tensor) -> None:
+        """Keeps the pairs of channels that are equal in this image too, but for what rounding adds."""
+
+        def stored(x: torch.Tensor) -> torch.Tensor:
+            shape = (-1, *[1] * (x.ndim - 1))
+            return x.double() * self.given_std.view(shape) + self.given_mean.view(shape)
+
+        rounding = 1e-6 * (stored(torch.stack(summaries, 1)).abs().amax() + self.given_mean.abs().amax())
+        for values in map(stored, summaries):  # few pairs are left for the whole comparison
+            self._equal &= (values[:, None] - values).abs() <= rounding
+        for a, b in self._equal.nonzero().tolist():
+            one, other = (image[c].double() * self.given_std[c] + self.given_mean[c] for c in (a, b))
+            self._equal[a, b] = bool((one - other).abs().amax() <= rounding)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean after normalisation, `[C]` float64."""
+        return torch.stack(self._means).mean(0)
+
+    @property
+    def std(self) -> torch.Tensor:
+        """Standard deviation over all pixels of all images after normalisation, `[C]` float64."""
+        means = torch.stack(self._means)
+        return (torch.stack(self._variances).mean(0) + means.var(0, correction=0)).sqrt()
+
+    @property
+    def stored_mean(self) -> torch.Tensor:
+        """Mean before normalisation, of images as decoded: what `mean` should be, `[C]` float64."""
+        return self.mean * self.given_std + self.given_mean
+
+    @property
+    def stored_std(self) -> torch.Tensor:
+        """Standard deviation before normalisation, `[C]` float64."""
+        return self.std * self.given_std
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """Share of patches whose variance after normalisation is at most `FLAT`, `[C]` float64."""
+        return torch.stack(self._flat).mean(0)
+
+    @property
+    def patch_variance(self) -> float:
+        """Median over patches of the variance of their pixels, all channels together, that the loss divides by."""
+        return float(torch.cat(self._patch_variances).median())
+
+    @property
+    def constant(self) -> list[int]:
+        """Channels that have one value in all images."""
+        rounding = 1e-6 * (1 + self.low.abs())
+        return (self.high - self.low <= rounding).nonzero().flatten().tolist()
+
+    @property
+    def equal(self) -> list[list[int]]:
+        """Groups of channels that are equal in every image before normalisation, and not constant."""
+        groups: list[list[int]] = []
+        constant = set(self.constant)
+        for a, b in self._equal.nonzero().tolist():
+            if a in constant or b in constant:
+                continue
+            group = next((g for g in groups if a in g or b in g), None)
+            if group is None:
+                groups.append([a, b])
+            else:
+                group += [c for c in (a, b) if c not in group]
+        return groups

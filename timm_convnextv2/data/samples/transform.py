@@ -1,0 +1,123 @@
+"""The augmentation of pretraining."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms import InterpolationMode, v2
+
+from ..formats.decode import Reduced
+
+# A JPEG is decoded at 1/2, 1/4 or 1/8 if its crop keeps this many times the output's pixels per side. PSNR against the
+# full decode at exactly this many, photograph-like JPEGs, bicubic, median (minimum) in dB: 38.8 (37.0) at 1, 45.4
+# (44.6) at 1.5, 49.2 (47.5) at 2; most crops keep more, see benchmarks/decode.py. 1.5 is the smallest of these above
+# 40 dB. Drawings with sharp edges at the scale of the output's pixels lose more: 30 dB at 1.5.
+MIN_OVERSAMPLING = 1.5
+
+
+class PretrainTransform:
+    """Random resized crop, flips, scaling to [0, 1] and normalisation: the paper's augmentation for pretraining.
+
+    Uses torch's global random generator only. uint8 pictures are resized as uint8, which is fast. Of pictures decoded
+    at reduced size it makes the same crop: see `reduction`.
+
+    Args:
+        img_size: Output size in pixels, one side or `(H, W)`.
+        scale: Range of the crop's share of the picture's area.
+        ratio: Range of the crop's width / height.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        interpolation: 'bilinear', 'bicubic' or 'nearest', antialiased.
+        mean: Mean per channel, in units of the scaled picture (uint8 pictures: 0..1).
+        std: Standard deviation per channel, same units.
+
+    Raises:
+        ValueError: An argument is out of range, or (when called) `mean` does not have one number per channel.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        scale: tuple[float, float] = (0.2, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        interpolation: str = "bicubic",
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ) -> None:
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(self.img_size) != 2 or min(self.img_size) < 1:
+            raise ValueError(f"img_size must be one side or (height, width) in pixels, got {img_size}.")
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale must be two shares of the area, 0 < low <= high <= 1, got {scale}.")
+        if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
+            raise ValueError(f"ratio must be two values of width / height, 0 < low <= high, got {ratio}.")
+        for option, p in (("hflip", hflip), ("vflip", vflip)):
+            if not 0 <= p <= 1:
+                raise ValueError(f"{option} is a probability in [0, 1], got {p}.")
+        if interpolation not in ("bilinear", "bicubic", "nearest"):
+            raise ValueError(f"interpolation must be 'bilinear', 'bicubic' or 'nearest', got '{interpolation}'.")
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"mean and std must have the same length and std be positive, got {mean} and {std}.")
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.interpolation = interpolation
+        self.crop = v2.RandomResizedCrop(self.img_size, scale, ratio, InterpolationMode(interpolation), antialias=True)
+        steps: list[torch.nn.Module] = [v2.RandomHorizontalFlip(hflip)] if hflip else []
+        steps += [v2.RandomVerticalFlip(vflip)] if vflip else []
+        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
+        self.steps = v2.Compose(steps)
+
+    def reduction(self, size: tuple[int, int]) -> int:
+        """The largest of 1, 2, 4, 8 by which a picture may be decoded smaller without visible change.
+
+        The crop then still has at least `MIN_OVERSAMPLING` times as many pixels as the output, in height and width.
+        Draws the crop as a call does: set the random generator to the same state before both.
+
+        Args:
+            size: Full `(height, width)` of the picture in pixels.
+        """
+        if self.interpolation == "nearest":  # picks single pixels, which the reduced picture has not
+            return 1
+        _, _, height, width = self._box(size)
+        enough = min(height / self.img_size[0], width / self.img_size[1]) / MIN_OVERSAMPLING
+        return next((r for r in (8, 4, 2) if r <= enough), 1)
+
+    def _box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Draws the crop of a picture of this (height, width): `(top, left, height, width)` in pixels."""
+        drawn = self.crop.make_params([torch.empty(1).expand(1, *size)])  # of the image it reads the shape only
+        return drawn["top"], drawn["left"], drawn["height"], drawn["width"]
+
+    def _crop_reduced(self, image: Reduced) -> torch.Tensor:
+        """What `self.crop` does, with a box that may begin and end within pixels: uint8 `[C, H, W]`."""
+        top, left, height, width = self._box(image.size)
+        frame_top, frame_left, frame_height, frame_width = image.frame
+        y, x = frame_height / image.size[0], frame_width / image.size[1]
+        top, left = frame_top + top * y, frame_left + left * x
+        bottom, right = top + height * y, left + width * x
+        # Cut out first, as at full size, or the filter would look beyond the crop. All numbers are multiples of 1/8,
+        # so nothing is lost to rounding.
+        y0, x0 = math.floor(top), math.floor(left)
+        window = image.pixels[:, y0 : math.ceil(bottom), x0 : math.ceil(right)]
+        array = window[0].numpy() if len(window) == 1 else window.permute(1, 2, 0).numpy()
+        resized = Image.fromarray(np.ascontiguousarray(array)).resize(
+            (self.img_size[1], self.img_size[0]),
+            Image.Resampling[self.interpolation.upper()],
+            box=(left - x0, top - y0, right - x0, bottom - y0),
+        )
+        pixels = torch.from_numpy(np.array(resized))
+        return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+    def __call__(self, image: torch.Tensor | Reduced) -> torch.Tensor:
+        """`[C, h, w]` uint8 or float, or `Reduced` -> float32 `[C, H, W]`, normalised."""
+        channels = len(image.pixels if isinstance(image, Reduced) else image)
+        if channels != len(self.mean):
+            raise ValueError(
+                f"The image has {channels} channels but mean and std have {len(self.mean)} numbers; give one "
+                "number per channel (--mean, --std)."
+            )
+        cropped = self._crop_reduced(image) if isinstance(image, Reduced) else self.crop(image)
+        return self.steps(cropped).contiguous()

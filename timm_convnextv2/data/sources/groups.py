@@ -1,0 +1,179 @@
+"""How often images are drawn: groups of images that each get a share of an epoch's places."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..seeds import mix
+
+REPEAT = 1 << 32  # in an image's epoch, see `Groups.order`
+_MOST_WEIGHTS = 1000
+
+Members = range | np.ndarray
+
+
+class Groups:
+    """Groups of images, and the share of an epoch's places that each gets.
+
+    Within a group, images are drawn without replacement, round after round: a permutation of the group follows the
+    other, over the borders of epochs. So after any time no image of a group has been drawn more than once more often
+    than another. Which group gets how many places in an epoch, the permutations, and the order of the epoch are
+    functions of seed, epoch and its length.
+
+    Args:
+        members: Indices of the images of each group, a range or int64.
+        weights: How often an image of each group is drawn, against those of other groups.
+        sources: Number of the source that each group is of, from 0; None: all of one.
+        source_weights: Share of each source, to which its groups are scaled; None: as its images weigh.
+        names: What the groups are called.
+
+    Attributes:
+        shares: Of the places, one a group, float64; their sum is 1.
+        sizes: Images of each group, int64.
+
+    Raises:
+        ValueError: A group has no image.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Members],
+        weights: Sequence[float],
+        sources: Sequence[int] | None = None,
+        source_weights: Sequence[float] | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
+        self.members, self.weights = [*members], [*weights]
+        self.sources, self.source_weights = [*sources] if sources else [0] * len(self.members), source_weights
+        self.names = [*names] or [f"group {g + 1}" for g in range(len(self.members))]
+        self.sizes = np.array([len(group) for group in self.members], np.int64)
+        if not self.sizes.all():
+            name = self.names[int(np.argmin(self.sizes))]
+            raise ValueError(f"{name}: has a weight, and no image is left to draw. Hold out fewer with --holdout.")
+        shares = self.sizes * np.asarray(self.weights, np.float64)
+        if source_weights is not None:
+            shares *= (np.asarray(source_weights, np.float64) / np.bincount(self.sources, shares))[self.sources]
+        self.shares = shares / shares.sum()
+
+    def counts(self, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Places that each group had in the epochs before this one, and those in this one, int64 `[groups]`.
+
+        They follow the shares: what a group has had in all never differs from its share by more than a few places.
+        """
+        had, now = np.zeros(len(self.shares), np.int64), np.zeros(len(self.shares), np.int64)
+        for number in range(epoch + 1):
+            had += now
+            due = self.shares * (length * (number + 1)) - had
+            now = np.floor(due).clip(0).astype(np.int64)
+            most_due_first = np.argsort(now - due, kind="stable")
+            lacking = length - int(now.sum())
+            if lacking > 0:
+                now[most_due_first[:lacking]] += 1
+            while lacking < 0:  # groups that have had too much give nothing back, so that others wait for theirs
+                giving = [g for g in most_due_first[::-1] if now[g]][:-lacking]
+                now[giving] -= 1
+                lacking += len(giving)
+        return had, now
+
+    def order(self, seed: int, epoch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images of an epoch, and their epochs for `PretrainDataset`, int64 `[length]`.
+
+        An image that is drawn again within an epoch gets another crop and mask: its epoch is `epoch + REPEAT * n`.
+        """
+        had, now = self.counts(epoch, length)
+        indices, epochs = [], []
+        for g, group in enumerate(self.members):
+            n, at, end = len(group), int(had[g]), int(had[g] + now[g])
+            first_round = at // n
+            while at < end:
+                number = at // n
+                generator = torch.Generator().manual_seed(mix(seed, -1 - g, number))
+                rows = torch.randperm(n, generator=generator)[at % n : min(n, end - number * n)]
+                rows = rows + group.start if isinstance(group, range) else torch.from_numpy(group[rows.numpy()])
+                indices.append(rows)
+                epochs.append(torch.full((len(rows),), epoch + REPEAT * (number - first_round)))
+                at += len(rows)
+        mixed = torch.randperm(length, generator=torch.Generator().manual_seed(mix(seed, epoch)))
+        return torch.cat(indices)[mixed], torch.cat(epochs)[mixed]
+
+    def without(self, held: np.ndarray) -> "Groups":
+        """The same groups where these images (sorted indices) are taken out, and the others are numbered anew.
+
+        Raises:
+            ValueError: A group has no image left.
+        """
+
+        def kept(group: Members) -> Members:
+            if isinstance(group, range):
+                start, stop = (at - int(np.searchsorted(held, at)) for at in (group.start, group.stop))
+                return range(start, stop)
+            left = group[~np.isin(group, held)]
+            return left - np.searchsorted(held, left)
+
+        members = [kept(group) for group in self.members]
+        return Groups(members, self.weights, self.sources, self.source_weights, self.names)
+
+    def lines(self, length: int) -> list[str]:
+        """A line a group: its images, its share, and how often each is drawn in an epoch."""
+        rates = self.shares * length / self.sizes
+        return [
+            f"{name}: {n} images, {share:.1%} of the places, each {rate:.3g} times an epoch"
+            for name, n, share, rate in zip(self.names, self.sizes, self.shares, rates, strict=True)
+        ]
+
+
+def sampling_groups(
+    counts: Sequence[int],
+    source_weights: Sequence[float] | None,
+    weights: np.ndarray | None,
+    names: Sequence[str] = (),
+) -> Groups | None:
+    """The groups of several sources: one a source, or where a list has weights, one for each weight in a source.
+
+    Args:
+        counts: Images of each source, which come one after the other.
+        source_weights: Share of each source; None: as its images weigh.
+        weights: Of each image, how often it is drawn against others of its source; None: all the same.
+        names: Of the sources.
+
+    Returns:
+        None where no weight is given.
+
+    Raises:
+        ValueError: Weights are not as many as sources, are not above 0, or are of more than 1000 values.
+    """
+    if source_weights is None and weights is None:
+        return None
+    if source_weights is not None:
+        if len(source_weights) != len(counts):
+            raise ValueError(
+                f"--source-weights takes one number a source, got {len(source_weights)} for {len(counts)} sources (of "
+                "--data-dir, or of --data-list where that is given)."
+            )
+        if not all(0 < w < float("inf") for w in source_weights):
+            raise ValueError(f"--source-weights are numbers above 0, got {' '.join(map(str, source_weights))}.")
+    members: list[Members] = []
+    each: list[float] = []
+    sources: list[int] = []
+    names, labels = [*names] or [f"source {s + 1}" for s in range(len(counts))], []
+    first = 0
+    for s, count in enumerate(counts):
+        own = None if weights is None else weights[first : first + count]
+        values = np.ones(1) if own is None else np.unique(own)
+        if len(members) + len(values) > _MOST_WEIGHTS:
+            raise ValueError(
+                f"The images have more than {_MOST_WEIGHTS} different weights, and those of one weight are drawn as a "
+                "group. Round them in the list, for example to two digits."
+            )
+        if own is None or len(values) == 1:
+            found: list[Members] = [range(first, first + count)]
+        else:
+            which = np.searchsorted(values, own)
+            found = [*np.split(first + np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])]
+        members += found
+        each += values.tolist()
+        sources += [s] * len(values)
+        labels += [names[s] if len(values) == 1 else f"{names[s]}, weight {value:g}" for value in values]
+        first += count
+    return Groups(members, each, sources, source_weights, labels)

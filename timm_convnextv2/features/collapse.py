@@ -1,0 +1,214 @@
+"""Feature collapse: how alike the channels within a block are (ConvNeXt V2, section 3.2 and figure 4).
+
+Source: https://arxiv.org/abs/2301.00808. Its authors published no code of the analysis.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from timm.models.convnext import ConvNeXtBlock
+from torch import Tensor, nn
+
+from ..layers import PointwiseConv2d
+from ..models import FCMAE
+from .extract import evaluating
+
+DEAD = 1e-6
+
+
+class BlockCollapse(NamedTuple):
+    """How alike the channels of a block are, at the input of its second Linear.
+
+    Attributes:
+        block: Its name in the backbone.
+        depth: 0 for the first block, 1 for the last.
+        distance: Mean pairwise cosine distance of the channels that are not dead, `(1 - cosine) / 2`: 0 where all are
+            the same up to scale, 0.5 where they are independent. NaN where no image has a channel that is not dead.
+        dead: Share of channels that are dead: whose norm is under 1e-6 of the image's largest.
+    """
+
+    block: str
+    depth: float
+    distance: float
+    dead: float
+
+
+def channel_distance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean pairwise cosine distance of channels, in time linear in their number, and the share of dead channels.
+
+    `d = (1 - ||sum_i x_i||^2 / C^2) / 2`, where `x_i` is channel i over all positions, scaled to norm 1: the mean of
+    `(1 - cosine) / 2` over all C x C pairs. Dead channels have no direction: they are left out of the sum and of C.
+
+    Args:
+        x: `[B, positions, C]`.
+
+    Returns:
+        Distance `[B]`, NaN where all channels are dead, infinity where `x` has NaN or infinity; and the share of dead
+        channels `[B]`.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = x.norm(dim=1)  # [B, C]
+    live = norm > DEAD * norm.amax(1, keepdim=True)
+    scale = torch.where(live, 1 / norm, 0)
+    total = torch.einsum("bnc,bc->bn", x, scale)
+    count = live.sum(1)
+    distance = ((1 - total.square().sum(1) / count**2) / 2).clamp_min(0)
+    return distance.masked_fill(~norm.isfinite().all(1), torch.inf), 1 - count / x.shape[2]
+
+
+def blocks_of(model: nn.Module) -> dict[str, Any]:
+    """The ConvNeXt blocks of a backbone, V1 or V2, by name, in the order in which they run.
+
+    Raises:
+        ValueError: There is none; says what the model has.
+    """
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, ConvNeXtBlock) and hasattr(m.mlp, "fc2")}
+    if not blocks:
+        kinds = Counter(type(m).__name__ for m in model.modules())
+        found = {kind: n for kind, n in kinds.items() if kind.endswith(("Block", "Bottleneck"))}
+        has = ", ".join(f"{n} {kind}" for kind, n in found.items()) or "no blocks"
+        raise ValueError(
+            f"{type(model).__name__} has {has}, expected the blocks of ConvNeXt V1 or V2: feature collapse is measured "
+            "before their second Linear."
+        )
+    return blocks
+
+
+def collapse(
+    model: nn.Module,
+    images: Tensor,
+    masks: Tensor | None = None,
+    *,
+    batch_size: int = 8,
+    amp: bool = False,
+) -> list[BlockCollapse]:
+    """How alike the channels of each block are: after GRN in V2, after GELU in V1, averaged over images.
+
+    Args:
+        model: ConvNeXt V1 or V2, of timm or of this package, or an FCMAE, whose encoder is measured. It stays in the
+            mode that it is in.
+        images: `[N, C, H, W]`, normalised for this model, on any device.
+        masks: Bool `[N, h, w]`, True = removed, for an FCMAE: only visible patches are computed, and the positions are
+            those. Without masks, whole images are.
+        batch_size: Images at a time; changes no number beyond rounding.
+        amp: Compute in bfloat16 (the distances in float32).
+
+    Returns:
+        One entry for each block, in order.
+
+    Raises:
+        ValueError: A model without such blocks, masks for a model that is no FCMAE, no images, or activations with
+            NaN or infinity.
+    """
+    encoder: Any = model.encoder if isinstance(model, FCMAE) else model
+    blocks = blocks_of(encoder)
+    if masks is not None and not isinstance(model, FCMAE):
+        raise ValueError(f"Masks are for an FCMAE, and the model is a {type(model).__name__}. Leave them out.")
+    if not len(images):
+        raise ValueError("There are no images to measure collapse on.")
+    distances: dict[str, list[Tensor]] = {name: [] for name in blocks}
+    dead: dict[str, list[Tensor]] = {name: [] for name in blocks}
+
+    def measure(name: str, x: Tensor) -> None:
+        distance, share = channel_distance(x.flatten(1, 2))
+        distances[name].append(distance)
+        dead[name].append(share)
+
+    device = next(encoder.parameters()).device
+    with evaluating(model), _second_inputs(blocks, measure):
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size].to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                if isinstance(model, FCMAE) and masks is not None:
+                    model.forward_encoder(part, model.visible(part, masks[start : start + batch_size]))
+                else:
+                    encoder.forward_features(part)
+    last = max(len(blocks) - 1, 1)
+    return [
+        BlockCollapse(name, i / last, _mean(name, torch.cat(distances[name])), float(torch.cat(dead[name]).mean()))
+        for i, name in enumerate(blocks)
+    ]
+
+
+def _mean(block: str, distance: Tensor) -> float:
+    """Over images that have a channel that is not dead."""
+    if distance.isinf().any():
+        raise ValueError(f"Block {block} gives NaN or infinity: the model has diverged.")
+    return float(distance.nanmean())
+
+
+@contextmanager
+def _second_inputs(blocks: dict[str, Any], look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Calls `look(name, x)` with the input `[B, H, W, C]` of each block's second Linear, whatever runs the model.
+
+    The hooks make the fused token MLP step aside (`ops.dispatch.why_eager`): nothing it computes inside could be seen.
+    """
+
+    def hook(name: str, channels_last: bool) -> Callable:
+        return lambda _, inputs: look(name, inputs[0] if channels_last else inputs[0].permute(0, 2, 3, 1))
+
+    handles = []
+    try:
+        for name, block in blocks.items():
+            fc2 = block.mlp.fc2
+            # timm's blocks with 1x1 convolutions keep [B, C, H, W]; ours apply them to tokens
+            channels_last = isinstance(fc2, PointwiseConv2d) or not isinstance(fc2, nn.Conv2d)
+            handles.append(fc2.register_forward_pre_hook(hook(name, channels_last)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def channel_maps(
+    model: nn.Module,
+    images: Tensor,
+    block: str | None = None,
+    channels: int | Sequence[int] = 64,
+    *,
+    batch_size: int = 8,
+) -> tuple[str, Tensor]:
+    """The maps of single channels of a block, as the paper's figure 3 shows them, where `collapse` measures.
+
+    Args:
+        model: See `collapse`; whole images are computed.
+        images: `[N, C, H, W]`, normalised for this model.
+        block: Name of a block, see `blocks_of`; the last one of the last stage but one if None, whose maps still
+            show where things are.
+        channels: How many, the first; or which.
+        batch_size: Images at a time.
+
+    Returns:
+        The block's name, and float32 `[N, channels, h, w]` on the CPU.
+
+    Raises:
+        ValueError: No such block or channels, or a model without such blocks.
+    """
+    encoder: Any = model.encoder if isinstance(model, FCMAE) else model
+    blocks = blocks_of(encoder)
+    if block is None:
+        stages = list(dict.fromkeys(_stage(name) for name in blocks))
+        block = [name for name in blocks if _stage(name) == stages[-2:][0]][-1]
+    if block not in blocks:
+        raise ValueError(f"There is no block '{block}'; there are: {', '.join(blocks)}.")
+    width = blocks[block].mlp.fc2.weight.shape[1]
+    chosen = list(range(min(channels, width))) if isinstance(channels, int) else list(channels)
+    if not chosen or min(chosen) < 0 or max(chosen) >= width:
+        raise ValueError(f"The channels are {chosen}, and block '{block}' has 0 to {width - 1}.")
+    found: list[Tensor] = []
+    device = next(encoder.parameters()).device
+
+    def keep(_: str, x: Tensor) -> None:
+        found.append(x[..., chosen].permute(0, 3, 1, 2).float().cpu())
+
+    with evaluating(encoder), _second_inputs({block: blocks[block]}, keep):
+        for part in images.split(batch_size):
+            encoder.forward_features(part.to(device))
+    return block, torch.cat(found)
+
+
+def _stage(name: str) -> str:
+    return name.rpartition(".blocks.")[0]

@@ -1,0 +1,137 @@
+"""The figures of `evaluate` and `collapse`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..report.images import save_figure
+from .collapse import BlockCollapse
+
+GREYS = ("#9a9a9a", "#5f5f5f")  # of the baselines
+NAME_LENGTH = 40
+
+
+def _colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10" if count <= 10 else "tab20"]
+    return [palette(i % palette.N) for i in range(count)]
+
+
+def short(name: str) -> str:
+    """The end of a long name, which tells models apart better than its start."""
+    return name if len(name) <= NAME_LENGTH else "..." + name[3 - NAME_LENGTH :]
+
+
+def save_measures(found: Mapping[str, Any], path: str | Path) -> None:
+    """Draws the measures of `evaluate_models` with their 95 % intervals, but the rank, as a PNG.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    results = found["results"]
+    keys = [key for key in results[0]["measures"] if key != "rank"]
+    baselines = [result["model"].endswith(("pixels", "random weights")) for result in results]
+    colours = iter(_colours(baselines.count(False)))
+    greys = iter(GREYS)
+    figure = Figure(figsize=(1.6 + 1.3 * len(keys), 3.6 + 0.22 * len(results)), dpi=120, layout="constrained")
+    axis = figure.add_subplot()
+    for i, (result, plain) in enumerate(zip(results, baselines, strict=True)):
+        shift = 0.7 * ((i + 0.5) / len(results) - 0.5)
+        estimates = [result["measures"][key] for key in keys]
+        values = [100 * e["value"] for e in estimates]
+        below = [max(100 * (e["value"] - e["low"]), 0) for e in estimates]
+        above = [max(100 * (e["high"] - e["value"]), 0) for e in estimates]
+        axis.errorbar(
+            [x + shift for x in range(len(keys))], values, yerr=[below, above], fmt="s" if plain else "o",
+            markersize=5, linewidth=1.3, capsize=2, color=next(greys) if plain else next(colours),
+            label=short(result["model"]),
+        )  # fmt: skip
+    chance = 100 * found["data"]["chance"]
+    axis.axhline(chance, color="#bbbbbb", linewidth=1, linestyle="--", label=f"chance, {chance:.1f} %", zorder=0)
+    axis.set_xticks(range(len(keys)), [key.replace("knn_", "kNN ") for key in keys])
+    axis.set_ylabel("mean average precision (%)" if found["data"]["several_labels"] else "accuracy (%)")
+    axis.grid(axis="y", alpha=0.25)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=1 if len(results) < 4 else 2)
+    save_figure(figure, path)
+
+
+def save_distances(found: Mapping[str, Sequence[BlockCollapse]], path: str | Path) -> None:
+    """Draws the mean cosine distance of channels over depth, a line for each model, as a PNG (the paper's figure 4).
+
+    Args:
+        found: What `collapse` gives, by the model's name.
+        path: PNG to write.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4 + 0.2 * len(found)), dpi=120, layout="constrained")
+    axis = figure.add_subplot()
+    for colour, (name, blocks) in zip(_colours(len(found)), found.items(), strict=True):
+        dead = 100 * sum(block.dead for block in blocks) / len(blocks)
+        axis.plot(
+            [block.depth for block in blocks], [block.distance for block in blocks], color=colour, marker="o",
+            markersize=3.5, label=short(name) + (f" ({dead:.2g} % of channels dead)" if dead else ""),
+        )  # fmt: skip
+    axis.set(xlabel="depth (0: first block, 1: last)", ylabel="mean cosine distance of channels")
+    axis.axhline(0.5, color="#bbbbbb", linewidth=1, linestyle="--", label="independent channels, 0.5", zorder=0)
+    axis.set_ylim(0, 1.05 * max([0.5, *(block.distance for blocks in found.values() for block in blocks)]))
+    axis.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
+    save_figure(figure, path)
+
+
+def save_channels(shown: Sequence[Tensor], maps: Mapping[str, tuple[str, Tensor]], path: str | Path) -> None:
+    """Draws images, and beside each the channels of a block as small squares, as a PNG (the paper's figure 3).
+
+    Each square is scaled to its own range: what a channel looks like, not how strong it is. Squares of one colour are
+    channels that are the same everywhere.
+
+    Args:
+        shown: The images, each `[h, w, 3]` in 0..1.
+        maps: By the model's name, the block's name and its maps `[images, channels, h, w]`, see `channel_maps`.
+        path: PNG to write.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.6 + 2.6 * len(maps), 0.5 + 2.5 * len(shown)), dpi=150, layout="constrained")
+    widths = [1.4, *[2.6] * len(maps)]
+    axes = figure.subplots(len(shown), 1 + len(maps), squeeze=False, gridspec_kw={"width_ratios": widths})
+    for i, image in enumerate(shown):
+        axes[i][0].imshow(image.clamp(0, 1).numpy(), interpolation="nearest")
+        for j, (_, channels) in enumerate(maps.values(), start=1):
+            axes[i][j].imshow(_mosaic(channels[i]).numpy(), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    for j, name in enumerate(maps, start=1):
+        axes[0][j].set_title(f"{short(name)}\n{maps[name][0]}", fontsize=7)
+    for axis in axes.flat:
+        axis.axis("off")
+    save_figure(figure, path)
+
+
+def _mosaic(channels: Tensor) -> Tensor:
+    """Maps `[C, h, w]`, each scaled to 0..1, in a square of squares with gaps (NaN)."""
+    count, h, w = channels.shape
+    low = channels.amin((1, 2), keepdim=True)
+    scaled = (channels - low) / (channels.amax((1, 2), keepdim=True) - low).clamp_min(1e-12)
+    side = math.ceil(math.sqrt(count))
+    gap = max(1, h // 8)
+    canvas = channels.new_full((side * (h + gap) - gap, side * (w + gap) - gap), float("nan"))
+    for i, channel in enumerate(scaled):
+        y, x = i // side * (h + gap), i % side * (w + gap)
+        canvas[y : y + h, x : x + w] = channel
+    return canvas

@@ -1,0 +1,141 @@
+"""Weighted nearest neighbours, as DINO evaluates frozen features (https://arxiv.org/abs/1805.01978, section 3.4)."""
+
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .extract import check_finite
+
+NEIGHBOURS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+QUERIES = 1024  # rows of the test at a time
+LOOKED_AT = 2**24
+
+
+def capped(k: Iterable[int], images: int) -> list[int]:
+    """Numbers of neighbours that `images` allow: those that are larger become that number, each once.
+
+    Raises:
+        ValueError: A number is below 1.
+    """
+    wanted = list(k)
+    if not wanted or min(wanted) < 1:
+        raise ValueError(f"k is {wanted}, expected numbers of neighbours of at least 1.")
+    return sorted({min(value, images) for value in wanted})
+
+
+def nearest(train: Tensor, test: Tensor, k: int, *, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+    """The `k` most similar rows of `train` for each row of `test`, by cosine, the most similar first.
+
+    Products are computed in blocks, and the best are merged as blocks come, so that memory is bounded by
+    `chunk * chunk` numbers whatever the sizes.
+
+    Args:
+        train: `[N, D]`.
+        test: `[M, D]`, on the same device.
+        k: At most N.
+        chunk: Rows of either side at a time.
+
+    Returns:
+        Similarities float32 `[M, k]`, and rows of `train` int64 `[M, k]`.
+    """
+    similarities, indices = [], []
+    for part in test.split(chunk):
+        queries = F.normalize(part.float(), dim=1)
+        best, places = queries.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.long, device=part.device)
+        for start in range(0, len(train), chunk):
+            block = F.normalize(train[start : start + chunk].float(), dim=1)
+            found, place = (queries @ block.T).topk(min(k, len(block)), dim=1)
+            best, places = torch.cat([best, found], 1), torch.cat([places, place + start], 1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            places = places.gather(1, order)
+        similarities.append(best)
+        indices.append(places)
+    return torch.cat(similarities), torch.cat(indices)
+
+
+def knn_scores(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    k: Sequence[int] = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+    *,
+    num_classes: int | None = None,
+    chunk: int = 8192,
+) -> dict[int, Tensor]:
+    """The share of the neighbours' votes that each class has, each vote weighted with `exp(similarity / temperature)`.
+
+    Args:
+        train: Features `[N, D]`, on any device.
+        train_labels: int64 `[N]`, or 0 and 1 `[N, num_classes]` where an image has several labels.
+        test: Features `[M, D]`.
+        k: Numbers of neighbours; of those above N see `capped`.
+        temperature: The smaller, the more the nearest count.
+        num_classes: As many as the labels have by default.
+        chunk: See `nearest`.
+
+    Returns:
+        `{k: float32 [M, num_classes]}`, with the numbers as `capped` gives them.
+
+    Raises:
+        ValueError: Features with NaN or infinity, shapes that do not fit, or numbers out of range.
+    """
+    check_finite(train, "training features")
+    check_finite(test, "test features")
+    if len(train_labels) != len(train) or train.shape[1] != test.shape[1]:
+        raise ValueError(
+            f"Training features {list(train.shape)}, labels {list(train_labels.shape)} and test features "
+            f"{list(test.shape)} do not fit: expected [N, D], N labels and [M, D]."
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, expected a number above 0.")
+    labels = train_labels.to(train.device)
+    several = labels.ndim == 2
+    classes = num_classes or (labels.shape[1] if several else int(labels.max()) + 1)
+    counts = capped(k, len(train))
+    scores: dict[int, list[Tensor]] = {count: [] for count in counts}
+    rows = min(chunk, QUERIES)
+    if several:  # the labels of all neighbours are looked at together
+        rows = max(1, min(rows, LOOKED_AT // (counts[-1] * classes)))
+    for part in test.to(train.device).split(rows):
+        similar, indices = nearest(train, part, counts[-1], chunk=chunk)
+        weights = ((similar - 1) / temperature).exp()  # of the same proportions, and never too large
+        for count in counts:
+            votes, near = weights[:, :count], labels[indices[:, :count]]
+            if several:
+                share = torch.einsum("mk,mkc->mc", votes, near.to(votes.dtype))
+            else:
+                share = votes.new_zeros(len(part), classes).scatter_add_(1, near, votes)
+            scores[count].append(share / votes.sum(1, keepdim=True))
+    return {count: torch.cat(parts) for count, parts in scores.items()}
+
+
+@overload
+def knn(
+    train: Tensor, train_labels: Tensor, test: Tensor, k: int, temperature: float = ...,
+    *, num_classes: int | None = ..., chunk: int = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def knn(
+    train: Tensor, train_labels: Tensor, test: Tensor, k: Sequence[int] = ..., temperature: float = ...,
+    *, num_classes: int | None = ..., chunk: int = ...,
+) -> dict[int, Tensor]: ...  # fmt: skip
+def knn(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    k: int | Sequence[int] = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+    *,
+    num_classes: int | None = None,
+    chunk: int = 8192,
+) -> Tensor | dict[int, Tensor]:
+    """The class that most votes are for, int64 `[M]`: of one `k`, or `{k: classes}` of several; see `knn_scores`."""
+    ks = [k] if isinstance(k, int) else k
+    scores = knn_scores(train, train_labels, test, ks, temperature, num_classes=num_classes, chunk=chunk)
+    classes = {count: share.argmax(1) for count, share in scores.items()}
+    return next(iter(classes.values())) if isinstance(k, int) else classes

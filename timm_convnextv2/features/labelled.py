@@ -1,0 +1,226 @@
+"""Labelled images: folders of classes, or a table of names and labels."""
+
+import csv
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from timm.utils.misc import natural_key
+from torch import Tensor
+
+from ..data import FolderSource, Pixels, check_readable
+from ..data.formats.decode import printable
+from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS
+from ..data.sources.folder import ImageFiles
+
+SEPARATOR = ";"
+
+
+class Split(NamedTuple):
+    """Images and their labels.
+
+    Attributes:
+        source: The images.
+        labels: int64 `[N]`; or 0 and 1 `[N, num_classes]` where images have several labels.
+    """
+
+    source: ImageFiles
+    labels: Tensor
+
+
+class Labelled(NamedTuple):
+    """A labelled data set.
+
+    Attributes:
+        classes: Names in the order of the labels.
+        train: What neighbours are looked for in and classifiers are trained on.
+        test: What is measured.
+    """
+
+    classes: list[str]
+    train: Split
+    test: Split
+
+    @property
+    def several(self) -> bool:
+        """Whether an image has several labels."""
+        return self.train.labels.ndim == 2
+
+    @property
+    def chance(self) -> float:
+        """What always guessing the most frequent class of `train` gives on `test`; of several labels, the mAP of
+        scores that say nothing: the mean share of images that have a label."""
+        if self.several:
+            share = self.test.labels.double().mean(0)
+            return float(share[share > 0].mean())
+        return float((self.test.labels == self.train.labels.mode().values).double().mean())
+
+
+def open_labelled(
+    place: str | os.PathLike,
+    *,
+    in_chans: int = 3,
+    validation_share: float = 0.25,
+    seed: int = 0,
+    nodata: float | Pixels | None = None,
+) -> Labelled:
+    """Opens labelled images.
+
+    Args:
+        place: One of
+            - a folder with `train/` and `validation/` (or timm's other names of them, or `test/`), which have the same
+              classes;
+            - a folder of classes, which is split by `seed`, each class in the same proportion;
+            - a CSV with the columns `name` (path, relative to the CSV) and `label`, split likewise. Labels joined by
+              `;` are several labels of an image; they are split without regard to them.
+
+            Of folders, the one that holds an image is its class, as in timm.
+        in_chans: Channels of the images, see `timm_convnextv2.data.load_image`.
+        validation_share: Share of the images that become `test` where they are split, above 0 and below 1.
+        seed: Of that split.
+        nodata: Stored value of pixels without data, or a whole `Pixels`, see `load_image`.
+
+    Raises:
+        ValueError: No such place, a single class, classes that differ between the parts, a row without label or file,
+            or images of which none tried can be decoded with these channels.
+    """
+    if not 0 < validation_share < 1:
+        raise ValueError(f"validation_share is {validation_share}, expected a share above 0 and below 1.")
+    path = Path(place)
+    if not path.exists():
+        raise ValueError(f"The labelled images '{printable(path)}' do not exist; expected a folder or a CSV.")
+    parts = None if path.is_file() else _parts(path)
+    if parts is not None:
+        train, test = _folder(parts[0], in_chans, nodata), _folder(parts[1], in_chans, nodata)
+        _check_same(train, test, parts)
+        classes = _names(train)
+        _check_classes(classes, path)
+        (train_files, train_labels), (test_files, test_labels) = train, test
+    else:
+        files, labels = _table(path) if path.is_file() else _folder(path, in_chans, nodata)
+        classes = _names((files, labels))
+        _check_classes(classes, path)
+        chosen = _held(labels, validation_share, seed)
+        train_files, train_labels = _pick(files, labels, [i for i in range(len(files)) if i not in chosen])
+        test_files, test_labels = _pick(files, labels, sorted(chosen))
+    several = any(len(label) > 1 for label in train_labels + test_labels)
+    train_split = Split(ImageFiles(train_files, in_chans, nodata), _numbers(train_labels, classes, several))
+    test_split = Split(ImageFiles(test_files, in_chans, nodata), _numbers(test_labels, classes, several))
+    for split in (train_split, test_split):
+        bad = check_readable(split.source)
+        if bad:
+            shown = "\n".join(message for _, message in bad[:5])
+            raise ValueError(f"Images cannot be decoded; repair them or take them out, with their labels:\n{shown}")
+    return Labelled(classes, train_split, test_split)
+
+
+Files = tuple[list[str], list[tuple[str, ...]]]  # paths, and the labels of each
+
+
+def _parts(root: Path) -> tuple[Path, Path] | None:
+    """The folders for training and for validation; None where the folder holds classes."""
+    found = [
+        next((root / name for name in names if _has_folders(root / name)), None)
+        for names in (TRAIN_FOLDERS, (*VALIDATION_FOLDERS, "test"))
+    ]
+    train, test = found
+    if train is None:
+        return None
+    if test is None:
+        expected = ", ".join((*VALIDATION_FOLDERS, "test"))
+        raise ValueError(
+            f"'{printable(root)}' has {train.name}/ and no folder to validate on, expected one of {expected}. To split "
+            f"{train.name}/ by seed, give '{printable(train)}'."
+        )
+    return train, test
+
+
+def _has_folders(folder: Path) -> bool:
+    """Whether it may be a part, with classes in it, rather than a class of this name."""
+    return folder.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir())
+
+
+def _folder(root: Path, in_chans: int, nodata: float | Pixels | None) -> Files:
+    source = FolderSource(root, in_chans, nodata)
+    paths = sorted((source.path(i) for i in range(len(source))), key=natural_key)
+    labels = [os.path.basename(os.path.dirname(os.path.relpath(path, root))) for path in paths]
+    if "" in labels:
+        lost = paths[labels.index("")]
+        raise ValueError(f"{printable(lost)} is in no folder of a class; expected CLASS/IMAGE in '{printable(root)}'.")
+    return paths, [(label,) for label in labels]
+
+
+def _table(path: Path) -> Files:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns, rows = list(reader.fieldnames or ()), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"'{printable(path)}' cannot be read as CSV: {e}") from e
+    if not {"name", "label"} <= set(columns):
+        raise ValueError(f"'{printable(path)}' has the columns {columns}, expected name and label.")
+    files, labels = [], []
+    for number, row in enumerate(rows, start=2):
+        label = tuple(dict.fromkeys(part.strip() for part in (row["label"] or "").split(SEPARATOR) if part.strip()))
+        file = path.parent / (row["name"] or "")
+        if not label or not file.is_file():
+            what = f"no file '{printable(file)}'" if label else f"no label for '{row['name']}'"
+            raise ValueError(f"'{printable(path)}' line {number}: {what}. Paths are relative to the CSV.")
+        files.append(os.fspath(file))
+        labels.append(label)
+    return files, labels
+
+
+def _names(files: Files) -> list[str]:
+    return sorted({name for label in files[1] for name in label}, key=natural_key)
+
+
+def _check_classes(classes: list[str], place: Path) -> None:
+    if len(classes) < 2:
+        has = f"one class, {classes[0]}" if classes else "no images"
+        raise ValueError(f"'{printable(place)}' has {has}; expected at least two classes to tell apart.")
+
+
+def _check_same(train: Files, test: Files, folders: tuple[Path, Path]) -> None:
+    a, b = set(_names(train)), set(_names(test))
+    if a != b:
+        only = [
+            f"only {printable(folder)} has {', '.join(sorted(names, key=natural_key)[:5])}"
+            for folder, names in zip(folders, (a - b, b - a), strict=True)
+            if names
+        ]
+        raise ValueError(f"The classes differ: {'; '.join(only)}. Both parts need the same class folders.")
+
+
+def _held(labels: list[tuple[str, ...]], share: float, seed: int) -> set[int]:
+    """Numbers of the images that become the test: of each class that share, one at least where it has two."""
+    generator = torch.Generator().manual_seed(seed)
+    several = any(len(label) > 1 for label in labels)
+    groups: dict[str, list[int]] = {}
+    for i, label in enumerate(labels):
+        groups.setdefault("" if several else label[0], []).append(i)
+    held: set[int] = set()
+    for name in sorted(groups):
+        members = groups[name]
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        held.update(members[j] for j in torch.randperm(len(members), generator=generator)[:count].tolist())
+    if not held:
+        counts = ", ".join(f"{name} {n}" for name, n in Counter(label[0] for label in labels).items())
+        raise ValueError(f"No class has two images, so none can be held out: {counts}. Add images.")
+    return held
+
+
+def _pick(files: list[str], labels: list[tuple[str, ...]], chosen: list[int]) -> Files:
+    return [files[i] for i in chosen], [labels[i] for i in chosen]
+
+
+def _numbers(labels: list[tuple[str, ...]], classes: list[str], several: bool) -> Tensor:
+    number = {name: i for i, name in enumerate(classes)}
+    if not several:
+        return torch.tensor([number[label[0]] for label in labels])
+    many = torch.zeros(len(labels), len(classes), dtype=torch.long)
+    for i, label in enumerate(labels):
+        many[i, [number[name] for name in label]] = 1
+    return many

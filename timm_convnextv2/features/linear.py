@@ -1,0 +1,236 @@
+"""Linear classifiers on frozen features: ridge regression in closed form, and the linear probe."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .extract import check_finite
+
+
+class Estimate(NamedTuple):
+    """A measure, and the 95 % interval of its bootstrap over test images; without one, all three are the measure."""
+
+    value: float
+    low: float
+    high: float
+
+
+def goodness(scores: Tensor, labels: Tensor) -> float:
+    """Accuracy, or mean average precision where images have several labels; 0 to 1.
+
+    Args:
+        scores: `[M, num_classes]`.
+        labels: int64 `[M]`, or 0 and 1 `[M, num_classes]`.
+    """
+    labels = labels.to(scores.device)
+    if labels.ndim == 1:
+        return float((scores.argmax(1) == labels).double().mean())
+    return _mean_average_precision(scores, labels)
+
+
+def _mean_average_precision(scores: Tensor, labels: Tensor) -> float:
+    """Over the classes that at least one image has; NaN where none has one."""
+    order = scores.argsort(dim=0, descending=True, stable=True)
+    hits = labels.gather(0, order).double()
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, device=hits.device).unsqueeze(1)
+    positives = hits.sum(0)
+    average = (precision * hits).sum(0) / positives
+    return float(average[positives > 0].mean())
+
+
+def bootstrap(scores: Tensor, labels: Tensor, *, draws: int = 1000, seed: int = 0) -> Estimate:
+    """`goodness` with its 95 % interval over test images, which are drawn anew, with replacement, `draws` times.
+
+    The interval tells what another sample of test images would change; not what another training would.
+
+    Args:
+        scores: `[M, num_classes]`.
+        labels: int64 `[M]`, or 0 and 1 `[M, num_classes]`.
+        draws: How often; of several labels a tenth of that, which takes longer.
+        seed: Of the draws: the same for all models, which are so compared on the same images.
+    """
+    scores, labels = scores.cpu(), labels.cpu()
+    value, n = goodness(scores, labels), len(labels)
+    generator = torch.Generator().manual_seed(seed)
+    if labels.ndim == 1:
+        right = (scores.argmax(1) == labels).double()
+        found = [float(right[torch.randint(n, (n,), generator=generator)].mean()) for _ in range(draws)]
+    else:
+        picks = [torch.randint(n, (n,), generator=generator) for _ in range(max(draws // 10, 1))]
+        found = [goodness(scores[pick], labels[pick]) for pick in picks]
+    low, high = torch.tensor(found, dtype=torch.float64).nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return Estimate(value, low, high)
+
+
+PENALTIES = tuple(10.0**e for e in range(-6, 4))  # times N, of features whose mean square is 1
+
+
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+HELD_OUT = 0.2
+
+
+def _targets(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """`[N, num_classes]` of 0 and 1."""
+    return (F.one_hot(labels, num_classes) if labels.ndim == 1 else labels).to(dtype)
+
+
+def _split(images: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to fit on and rows to choose on, from the training part alone."""
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    held = max(1, round(images * HELD_OUT))
+    return order[held:], order[:held]
+
+
+def _check(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> None:
+    check_finite(train, "training features")
+    check_finite(test, "test features")
+    if len(train) < 2 or len(labels) != len(train) or test.shape[1] != train.shape[1]:
+        raise ValueError(
+            f"Training features {list(train.shape)}, labels {list(labels.shape)} and test features {list(test.shape)} "
+            "do not fit: expected [N, D], N labels and [M, D], with N at least 2."
+        )
+    if num_classes < 2:
+        raise ValueError(f"There is {num_classes} class, expected at least 2.")
+
+
+def ridge(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    *,
+    num_classes: int,
+    seed: int = 0,
+    penalties: Sequence[float] = PENALTIES,
+) -> Tensor:
+    """Scores of ridge regression on the labels as 0 and 1, in closed form and float64: the same numbers each time.
+
+    The penalty is the one with the least squared error on a fifth of the training images, drawn by `seed`; the
+    regression is then solved on all of them. Test images decide nothing.
+
+    Args:
+        train: Features `[N, D]`. Where D is above N, the dual problem is solved.
+        train_labels: int64 `[N]`, or 0 and 1 `[N, num_classes]`.
+        test: Features `[M, D]`.
+        num_classes: Number of classes.
+        seed: Of the part that chooses the penalty.
+        penalties: Candidates, in units of N times the mean square of the features.
+
+    Returns:
+        float64 `[M, num_classes]`, on the CPU.
+
+    Raises:
+        ValueError: Features with NaN or infinity, shapes that do not fit, or a single class.
+    """
+    _check(train, train_labels, test, num_classes)
+    x, rows = train.to("cpu", torch.float64), test.to("cpu", torch.float64)
+    y = _targets(train_labels.cpu(), num_classes, torch.float64)
+    fit, held = _split(len(x), seed)
+    errors = [(scores - y[held]).square().mean() for scores in _solve(x[fit], y[fit], x[held], penalties)]
+    best = penalties[int(torch.stack(errors).argmin())]
+    return _solve(x, y, rows, [best])[0]
+
+
+def _solve(x: Tensor, y: Tensor, rows: Tensor, penalties: Sequence[float]) -> list[Tensor]:
+    """Scores of `rows` `[M, C]` for each penalty, from one eigendecomposition of the smaller of `x'x` and `xx'`."""
+    center, offset = x.mean(0), y.mean(0)
+    x, rows, y = x - center, rows - center, y - offset
+    scale = x.square().mean().sqrt()
+    if scale > 0:
+        x, rows = x / scale, rows / scale
+    if x.shape[0] >= x.shape[1]:
+        values, vectors = torch.linalg.eigh(x.T @ x)
+        left, right = rows @ vectors, vectors.T @ (x.T @ y)
+    else:
+        values, vectors = torch.linalg.eigh(x @ x.T)
+        left, right = (rows @ x.T) @ vectors, vectors.T @ y
+    values = values.clamp_min(0).unsqueeze(1)
+    return [left @ (right / (values + penalty * len(x))) + offset for penalty in penalties]
+
+
+def linear_probe(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    *,
+    num_classes: int,
+    seed: int = 0,
+    rates: Sequence[float] = RATES,
+    epochs: int = 50,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Scores of a linear classifier behind a BatchNorm without parameters, trained by SGD on frozen features.
+
+    One classifier for each learning rate is trained at once, on four fifths of the training images; the rate that is
+    best on the other fifth (accuracy, or mean average precision of several labels) then trains on all of them: SGD with
+    momentum 0.9, a cosine schedule, no weight decay, no augmentation. Test images decide nothing.
+
+    Source: BatchNorm without parameters as in MAE (https://arxiv.org/abs/2111.06377, appendix A.1), a grid of learning
+    rates at once as in DINOv2 (https://arxiv.org/abs/2304.07193).
+
+    Args:
+        train: Features `[N, D]`.
+        train_labels: int64 `[N]` (cross-entropy), or 0 and 1 `[N, num_classes]` (binary cross-entropy).
+        test: Features `[M, D]`.
+        num_classes: Number of classes.
+        seed: Of the part that chooses the rate and of the order of images.
+        rates: Learning rates, for batches of `batch_size`.
+        epochs: Times that each image is seen.
+        batch_size: Largest number of images of an update.
+        device: Where it is trained.
+
+    Returns:
+        float32 `[M, num_classes]`, on the CPU.
+
+    Raises:
+        ValueError: Features with NaN or infinity, shapes that do not fit, or a single class.
+    """
+    _check(train, train_labels, test, num_classes)
+    x, labels, rows = train.float().to(device), train_labels.to(device), test.float().to(device)
+    fit, held = (part.to(device) for part in _split(len(x), seed))
+    options = {"num_classes": num_classes, "seed": seed, "epochs": epochs, "batch_size": batch_size}
+    tried = _train(x[fit], labels[fit], x[held], rates=rates, **options)
+    best = max(range(len(rates)), key=lambda i: goodness(tried[i], labels[held]))
+    return _train(x, labels, rows, rates=[rates[best]], **options)[0].cpu()
+
+
+def _train(
+    x: Tensor, labels: Tensor, rows: Tensor, *, rates: Sequence[float], num_classes: int, seed: int, epochs: int,
+    batch_size: int,
+) -> Tensor:  # fmt: skip
+    """Scores of `rows` `[G, M, C]`, by one classifier for each learning rate."""
+    generator = torch.Generator().manual_seed(seed)
+    norm = nn.BatchNorm1d(x.shape[1], affine=False).to(x.device)
+    weight = (0.01 * torch.randn(1, x.shape[1], num_classes, generator=generator)).to(x.device)
+    weight = weight.repeat(len(rates), 1, 1).requires_grad_()
+    bias = torch.zeros(len(rates), 1, num_classes, device=x.device, requires_grad=True)
+    scale = torch.tensor(rates, device=x.device)
+    # each loss is multiplied by its learning rate, so that one optimizer serves all of them
+    optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)
+    targets = _targets(labels, num_classes, torch.float32)
+    batches = -(-len(x) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    with torch.enable_grad():
+        for _ in range(epochs):
+            # of nearly equal size: BatchNorm cannot take a single image
+            for part in torch.randperm(len(x), generator=generator).to(x.device).tensor_split(batches):
+                if len(x) == 1:
+                    break
+                logits = norm(x[part]) @ weight + bias
+                if labels.ndim == 1:
+                    loss = -(logits.log_softmax(-1) * targets[part]).sum(-1)
+                else:
+                    expected = targets[part].expand_as(logits)
+                    loss = F.binary_cross_entropy_with_logits(logits, expected, reduction="none").sum(-1)
+                optimizer.zero_grad()
+                (loss.mean(1) * scale).sum().backward()
+                optimizer.step()
+                schedule.step()
+    norm.eval()
+    with torch.no_grad():
+        return norm(rows) @ weight + bias

@@ -1,0 +1,298 @@
+"""The files that embedding writes: the rows with their names, and the images that have none."""
+
+import csv
+import importlib.util
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from ..data import MissingPackageError
+
+_RUN = "run.json"
+
+
+_SUFFIX = ".safetensors"
+
+
+class Part(NamedTuple):
+    """Some images of the data set, one after the other.
+
+    Attributes:
+        rows: float32 `[n, num_features]`.
+        names: Of the rows, `[n]`.
+        skipped: Images without a row: number in the data set, name, reason.
+    """
+
+    rows: np.ndarray
+    names: list[str]
+    skipped: list[tuple[int, str, str]]
+
+
+class Parts:
+    """The folder of the finished parts of a run.
+
+    Args:
+        output: The file that the run will write; the folder is beside it.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output.with_name(f"{output.name}.parts")
+
+    def finished(self) -> set[int]:
+        """Numbers of the parts that are there."""
+        return {int(path.stem) for path in self.folder.glob(f"[0-9]*{_SUFFIX}")}
+
+    def claim(self, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """Makes the folder this run's.
+
+        Args:
+            run: What decides about the rows, for JSON.
+            resume: Keep the parts of a run with the same `run`.
+            overwrite: Remove those of any other.
+
+        Raises:
+            ValueError: There are finished parts, and neither was asked for; or they are of another run.
+        """
+        run = json.loads(json.dumps(run))  # as it is read
+        found = self.finished()
+        if found and resume:
+            before = self._run()
+            differing = [key for key in run if before.get(key) != run[key]]
+            if differing:
+                key = differing[0]
+                raise ValueError(
+                    f"'{self.folder}' is of a run with another {', '.join(differing)}; {key} was {before.get(key)!r} "
+                    f"and is {run[key]!r}. Give the same options to resume it, or replace it with --overwrite alone."
+                )
+            return
+        if found and not overwrite:
+            raise ValueError(
+                f"'{self.folder}' holds {len(found)} finished parts of a run that was stopped. Resume it with "
+                "--resume, or replace it with --overwrite."
+            )
+        self.remove()
+        self.folder.mkdir(parents=True)
+        self._write_run(run)
+
+    def joining(self) -> bool:
+        """Whether a run was stopped while it wrote the output: what is there of it may be replaced."""
+        return bool(self.finished()) and bool(self._run().get("joining"))
+
+    def mark_joining(self) -> None:
+        """Notes that the output is about to be written."""
+        self._write_run({**self._run(), "joining": True})
+
+    def _run(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / _RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise ValueError(f"'{self.folder / _RUN}' cannot be read: {e}. Replace the run with --overwrite.") from e
+
+    def _write_run(self, run: dict[str, Any]) -> None:
+        temporary = self.folder / f".{_RUN}"
+        temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, self.folder / _RUN)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:08d}{_SUFFIX}"
+
+    def write(self, number: int, part: Part) -> None:
+        """Writes a finished part."""
+        temporary = self.folder / f".{number:08d}.tmp"
+        # JSON in ASCII: names may have bytes that are not UTF-8
+        metadata = {"names": json.dumps(part.names), "skipped": json.dumps(part.skipped)}
+        save_file({"rows": part.rows}, temporary, metadata=metadata)
+        os.replace(temporary, self._path(number))
+
+    def read(self, number: int) -> Part:
+        """A finished part."""
+        with safe_open(self._path(number), framework="np") as file:
+            metadata = file.metadata()
+            skipped = [(i, name, reason) for i, name, reason in json.loads(metadata["skipped"])]
+            return Part(file.get_tensor("rows"), json.loads(metadata["names"]), skipped)
+
+    def skipped(self) -> Iterator[tuple[int, str, str]]:
+        """Skipped images of all finished parts, in order; see `Part`."""
+        for number in sorted(self.finished()):
+            yield from self.read(number).skipped
+
+    def remove(self) -> None:
+        """Removes the folder, of which nothing stays under its name at any time."""
+        gone = self.folder.with_name(f".{self.folder.name}")
+        shutil.rmtree(gone, ignore_errors=True)  # left by a run that was killed here
+        if self.folder.exists():
+            os.replace(self.folder, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+T = TypeVar("T")
+
+
+class Processes(NamedTuple):
+    """The number of this process, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Lets the first process work; all get its result, or its error."""
+        if self.size == 1:
+            return work()
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = work()
+            except (ValueError, RuntimeError, OSError) as e:
+                box[1] = e
+        dist.broadcast_object_list(box)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def tell(self, error: Exception) -> None:
+        """Prints an error of this process alone, where the command, which speaks once per node, would not."""
+        if self.size > 1 and int(os.environ.get("LOCAL_RANK", self.rank)):
+            print(f"process {self.rank}: {error}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def processes() -> Iterator[Processes]:
+    """Joins the processes of torchrun, unless the caller has; leaves them at the end."""
+    own = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if own:  # the others wait for the slowest, however long it takes
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Processes()
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+SUFFIXES = (".npy", ".safetensors", ".parquet")
+
+
+def _beside(output: Path) -> tuple[Path | None, Path]:
+    """Table of the names (Parquet has them within), table of the skipped images."""
+    names = None if output.suffix == ".parquet" else output.with_name(f"{output.name}.csv")
+    return names, output.with_name(f"{output.name}.skipped.csv")
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuses an output that cannot or must not be written, before any work.
+
+    Raises:
+        ValueError: Another suffix than `SUFFIXES`, a folder, or something that exists.
+        MissingPackageError: (a ValueError) `.parquet` without the package pyarrow.
+    """
+    if output.suffix not in SUFFIXES or output.is_dir():
+        raise ValueError(
+            f"The output is '{output}', expected a file whose name ends in "
+            f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}."
+        )
+    if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise MissingPackageError("Writing .parquet needs the package pyarrow: run `pip install pyarrow`.")
+    names, _ = _beside(output)
+    if not overwrite and (output.exists() or (names and names.exists())):
+        what, which = (f"'{output}' or its .csv exists", "both") if names else (f"'{output}' exists", "it")
+        raise ValueError(f"{what}. Choose another --output, or replace {which} with --overwrite.")
+
+
+def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[int, dict[int, str]]:
+    """Joins finished parts to the output and its tables, which appear when all of them are complete.
+
+    Args:
+        output: The file; what is there goes.
+        parts: Where the parts are, and new files until they are complete.
+        numbers: The parts, in order.
+
+    Returns:
+        Number of rows; the reasons of the skipped images by their number.
+    """
+    names, table = _beside(output)
+    skipped = [entry for number in numbers for entry in parts.read(number).skipped]
+    shape = _shape(parts, numbers)
+
+    def blocks() -> Iterator[Part]:
+        return (part for part in map(parts.read, numbers) if len(part.rows))
+
+    new = {output: parts.folder / f"output{output.suffix}"}
+    {".npy": _write_npy, ".safetensors": _write_safetensors, ".parquet": _write_parquet}[output.suffix](
+        new[output], shape, blocks()
+    )
+    if names:
+        new[names] = parts.folder / "names.csv"
+        _write_csv(new[names], ("file",), ((name,) for part in blocks() for name in part.names))
+    if skipped:
+        new[table] = parts.folder / "skipped.csv"
+        _write_csv(new[table], ("file", "reason"), ((name, reason) for _, name, reason in skipped))
+
+    parts.mark_joining()
+    for file in (output, names, table):  # nothing old beside something new, whenever this is cut off
+        if file:
+            file.unlink(missing_ok=True)
+    for file, complete in reversed(new.items()):
+        os.replace(complete, file)
+    parts.remove()
+    return shape[0], {i: reason for i, _, reason in skipped}
+
+
+def _shape(parts: Parts, numbers: Sequence[int]) -> tuple[int, int]:
+    shapes = [parts.read(number).rows.shape for number in numbers]
+    return sum(rows for rows, _ in shapes), max(features for _, features in shapes)
+
+
+def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    # file names may have bytes that are not UTF-8
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(chain([header], rows))
+
+
+def _write_rows(path: Path, header: bytes, blocks: Iterable[Part]) -> None:
+    """Both formats are a header and the numbers; their own writers want all of them in memory."""
+    with open(path, "wb") as file:
+        file.write(header)
+        for part in blocks:
+            part.rows.astype("<f4", copy=False).tofile(file)
+
+
+def _write_npy(path: Path, shape: tuple[int, int], blocks: Iterable[Part]) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    _write_rows(path, header.getvalue(), blocks)
+
+
+def _write_safetensors(path: Path, shape: tuple[int, int], blocks: Iterable[Part]) -> None:
+    size = 4 * shape[0] * shape[1]
+    header = json.dumps({"embeddings": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    _write_rows(path, len(header).to_bytes(8, "little") + header, blocks)
+
+
+def _write_parquet(path: Path, shape: tuple[int, int], blocks: Iterable[Part]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    schema = pa.schema([("file", pa.string()), ("embedding", pa.list_(pa.float32(), shape[1]))])
+    with parquet.ParquetWriter(path, schema) as writer:
+        for part in blocks:
+            names = [name.encode("utf-8", "backslashreplace").decode() for name in part.names]
+            rows = pa.FixedSizeListArray.from_arrays(pa.array(part.rows.reshape(-1)), shape[1])
+            writer.write_table(pa.table([pa.array(names, pa.string()), rows], schema=schema))

@@ -1,0 +1,237 @@
+"""What publishing sends: put together in a folder of its own from a timm folder or a run, with the licence settled."""
+
+import csv
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+from huggingface_hub import ModelCard
+from timm.models import clean_state_dict
+
+from ..checkpoint.card import IMAGES, render_card
+from ..checkpoint.export import export_fcmae
+from ..checkpoint.files import load_checkpoint
+from ..checkpoint.finetuned import export_finetuned, find_checkpoint
+from ..checkpoint.provenance import WEIGHTS, origin_of_config, read_config, resolve_license, training_of
+from ..checkpoint.transfer import TASKS, is_transfer, read_folder_config, render_folder_card
+from ..data import Pixels
+from .upload import check_folder
+
+
+class Stated(NamedTuple):
+    """What the user says about weights, beyond what their files say.
+
+    Attributes:
+        license: Licence by its id on the Hub.
+        datasets: Hub ids of the data sets that the weights were trained on.
+        base_model: Hub id of the model that training started from.
+    """
+
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    base_model: str | None = None
+
+
+def stage(source: Path, target: Path, *, part: str = "encoder", stated: Stated | None = None) -> str:
+    """Puts what `source` has to publish into `target`.
+
+    Args:
+        source: A timm folder, the folder of a detector or segmenter, or the folder of a run of pretraining, of timm's
+            train.py, of finetuning, or of detect or segment.
+        target: An empty folder.
+        part: Of a pretraining run, 'encoder' or 'fcmae' (the decoder too).
+        stated: What the user says about the weights.
+
+    Returns:
+        What it was, for messages.
+
+    Raises:
+        ValueError: Nothing to publish, a damaged file, a licence that nothing states or that contradicts the inherited
+            one, or `part='fcmae'` of something without a decoder.
+    """
+    stated = stated or Stated()
+    if (source / "config.json").is_file() and not (source / "args.yaml").is_file():
+        run = source.parent if source.name in ("encoder", "model") and (source.parent / "args.yaml").is_file() else None
+        config = read_folder_config(source)
+        if part == "fcmae" and not config.get("architecture", "").startswith("fcmae_"):
+            raise ValueError(f"--part fcmae: '{source}' has no decoder. Name the folder of the pretraining run.")
+        _stage_folder(source, target, run, stated)
+        return f"the {TASKS[config['task']] if is_transfer(config) else 'timm folder'} {source}"
+    if part == "encoder" and (source / "model" / "config.json").is_file():
+        config = read_folder_config(source / "model")
+        if is_transfer(config):
+            _stage_folder(source / "model", target, source, stated)
+            return f"the {TASKS[config['task']]} of the run {source}"
+    if (source / "encoder" / "config.json").is_file():
+        if part == "encoder":
+            _stage_folder(source / "encoder", target, source, stated)
+            return f"the encoder of the pretraining run {source}"
+        _stage_fcmae(source, target, stated)
+        return f"encoder and decoder of the pretraining run {source}"
+    return _stage_finetuned(source, target, part, stated)
+
+
+def _images_of(run: Path) -> dict[str, Path]:
+    """Images of a run, by their name beside the card: its loss curve, and the last of what it predicts."""
+    images = {"loss.png": run / "loss.png"}
+    for folder in ("reconstructions", "predictions"):
+        for path in sorted((run / folder).glob("epoch-*.png")):
+            images[f"{folder}.png"] = path
+    return {name: path for name, path in images.items() if path.is_file()}
+
+
+def _images_in(folder: Path) -> dict[str, Path]:
+    return {name: folder / name for name in IMAGES if (folder / name).is_file()}
+
+
+def _pretraining_loss(summary: Path) -> str | None:
+    """The last training loss in a `summary.csv`."""
+    if not summary.is_file():
+        return None
+    with open(summary, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        epoch, loss = int(rows[-1]["epoch"]) + 1, float(rows[-1]["train_loss"])
+    except (IndexError, KeyError, TypeError, ValueError):
+        return None
+    return f"{loss:.4f} in epoch {epoch}" if math.isfinite(loss) else None
+
+
+def _with_loss(config: dict[str, Any], run: Path) -> dict[str, Any]:
+    """The config with the last training loss of a pretraining run in the card's table."""
+    training, loss = training_of(config), _pretraining_loss(run / "summary.csv")
+    if loss is None or not training.get("table"):
+        return config
+    return {**config, "training": {**training, "table": {**training["table"], "Last training loss": loss}}}
+
+
+def _write_description(folder: Path, config: dict[str, Any], card: str) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _describe(folder: Path, config: dict[str, Any], stated: Stated) -> dict[str, Any]:
+    """A timm folder's config with what the user says about licence, data and origin."""
+    training = dict(training_of(config))
+    cfg = dict(config.get("pretrained_cfg", {}))
+    # of a folder that this package did not write, a licence that is stated came with the weights
+    binding = training.get("inherited_license") if training else origin_of_config(config).license
+    if not binding and stated.base_model:  # published weights, named as the origin
+        binding = origin_of_config({}, stated.base_model).license
+    license = resolve_license(stated.license, binding) or cfg.get("license")
+    if license is None:
+        raise ValueError(
+            f"Nothing states the licence of the weights in {folder}. Name it with --license, by its id on the Hub "
+            "(mit, apache-2.0, cc-by-4.0, ...; cc-by-nc-4.0 for what started from the published weights)."
+        )
+    if binding and not training.get("inherited_license"):
+        training["inherited_license"] = binding
+    if stated.datasets:
+        training["datasets"] = list(stated.datasets)
+    if stated.base_model:
+        training["base_model"] = stated.base_model
+    return {**config, "pretrained_cfg": {**cfg, "license": license}, "training": training}
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Weights are large: a link to the file, where the system can."""
+    try:
+        os.symlink(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _edited_card(text: str, license: str, stated: Stated) -> str:
+    """A card that was edited by hand: its text stays, its metadata follow what is stated."""
+    card = ModelCard(text, ignore_metadata_errors=True)
+    for name, value in (("license", license), ("datasets", list(stated.datasets)), ("base_model", stated.base_model)):
+        if value:
+            setattr(card.data, name, value)
+    return str(card)
+
+
+def _stage_folder(folder: Path, target: Path, run: Path | None, stated: Stated) -> None:
+    """Stages a timm folder, with images and last loss of its pretraining run."""
+    files = check_folder(folder)
+    before = read_folder_config(folder)
+    config = _describe(folder, before, stated)
+    images = _images_in(folder)
+    readme = files["README.md"]
+    text = readme.decode() if isinstance(readme, bytes) else readme.read_text(encoding="utf-8")
+    edited = text != render_folder_card(before, list(images))
+    if run is not None:
+        images = {**_images_of(run), **images}
+        config = _with_loss(config, run) if folder.name == "encoder" else config
+    if edited:
+        print(f"{folder / 'README.md'} was edited by hand: its text stays as it is.")
+        card = _edited_card(text, config["pretrained_cfg"]["license"], stated)
+    else:
+        card = render_folder_card(config, list(images))
+    _link_or_copy(folder / WEIGHTS, target / WEIGHTS)
+    for name, path in images.items():
+        shutil.copyfile(path, target / name)
+    _write_description(target, config, card)
+
+
+def _stage_fcmae(run: Path, target: Path, stated: Stated) -> None:
+    """Exports the whole FCMAE of a pretraining run."""
+    checkpoint = load_checkpoint(run / "last.pth.tar")
+    settings = checkpoint.get("args")
+    if not isinstance(settings, dict) or "mask_ratio" not in settings:
+        raise ValueError(f"'{run / 'last.pth.tar'}' is not a checkpoint of a pretraining run.")
+    # written with the checkpoint: the architecture, and what came with the weights that training started from
+    encoder = _describe(run, read_config(run / "encoder" / "config.json"), stated)
+    training, cfg = encoder["training"], encoder["pretrained_cfg"]
+    options = {k: v for k, v in encoder.get("model_args", {}).items() if k not in ("num_classes", "global_pool")}
+    names = ("in_chans", "patch_size", "mask_ratio", "decoder_depth", "decoder_dim", "norm_pix_loss")
+    options |= {name: settings[name] for name in names} | settings["model_kwargs"]
+    model: Any = timm.create_model(
+        f"fcmae_{encoder['architecture']}", img_size=tuple(settings["input_size"][1:]), device="meta", **options
+    )
+    model.base_model = training.get("base_model")
+    if training.get("inherited_license"):
+        model.encoder.pretrained_cfg["license"] = training["inherited_license"]
+    if cfg.get("origin_url"):
+        model.encoder.pretrained_cfg["origin_url"] = cfg["origin_url"]
+    for name, path in _images_of(run).items():
+        shutil.copyfile(path, target / name)
+    export_fcmae(
+        model,
+        target,
+        state_dict=clean_state_dict(checkpoint.get("state_dict_ema") or checkpoint["state_dict"]),
+        mean=settings["mean"],
+        std=settings["std"],
+        license=cfg["license"],
+        info={k: v for k, v in (training.get("table") or {}).items() if k != "Parameters"},
+        pixels=Pixels.from_record(settings),
+    )
+    config = _with_loss(_describe(run, read_config(target / "config.json"), stated), run)
+    _write_description(target, config, render_card(config, list(_images_in(target))))
+
+
+def _stage_finetuned(run: Path, target: Path, part: str, stated: Stated) -> str:
+    """Stages `model/` of a run of timm's train.py, or exports its best checkpoint where that is newer."""
+    checkpoints = [name for name in ("model_best.pth.tar", "last.pth.tar") if (run / name).is_file()]
+    model = run / "model"
+    if not checkpoints and not (model / "config.json").is_file():
+        raise ValueError(
+            f"'{run}' has nothing to publish: it is no timm folder (config.json, {WEIGHTS}), no folder of a "
+            "pretraining run (encoder/), and no folder of a run of timm's train.py (model_best.pth.tar, last.pth.tar)."
+        )
+    if part == "fcmae":
+        raise ValueError(f"--part fcmae: '{run}' is not the folder of a pretraining run.")
+    newest = find_checkpoint(run).stat().st_mtime if checkpoints else 0.0
+    if (model / "config.json").is_file() and (model / "config.json").stat().st_mtime >= newest:
+        _stage_folder(model, target, run, stated)
+        return f"the timm folder {model}"
+    for name, path in _images_of(run).items():
+        shutil.copyfile(path, target / name)
+    export_finetuned(run, target, license=stated.license)
+    config = _describe(run, read_config(target / "config.json"), stated)
+    _write_description(target, config, render_card(config, list(_images_in(target))))
+    return f"the model in {find_checkpoint(run)}"

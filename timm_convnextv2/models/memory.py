@@ -1,0 +1,56 @@
+"""What memory a training step takes: estimated before it, and measured."""
+
+import copy
+import resource
+import sys
+
+import torch
+
+from ..ops.dispatch import backend, use_backend
+from .fcmae import FCMAE
+from .masking import num_visible
+from .packing import PackedLayout
+
+
+def memory_estimate(
+    model: FCMAE, batch_size: int, ema: bool = False, amp: bool = False, device: torch.device | str | None = None
+) -> tuple[float, float]:
+    """Memory that training takes, in GiB: weights, gradients and AdamW's state; what a step keeps for its backward.
+
+    The second is counted on one image of `model.img_size` on the meta device, where tensors have shapes and no memory.
+    With the backend 'eager' it is what the operations of a GPU keep; those of a CPU keep up to a third less.
+
+    Args:
+        model: On any device; left as it is.
+        batch_size: Images per step.
+        ema: Counts a moving average of the weights.
+        amp: Mixed precision: nearly all that is kept is half as large.
+        device: What trains, whose `ops.backend` decides what is kept; by default where the model is.
+    """
+    device = next(model.parameters()).device if device is None else device
+    twin = copy.deepcopy(model).to("meta")
+    grid = twin.grid(*twin.img_size)
+    mask = torch.empty(1, *grid, dtype=torch.bool, device="meta")
+    layout = PackedLayout(mask, num_visible(grid, twin.mask_ratio))
+    images = torch.empty(1, twin.in_chans, *twin.img_size, device="meta")
+    weights = {p.untyped_storage()._cdata for p in twin.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # holds the tensors: the address of a freed one may be used again
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage()._cdata not in weights:
+            kept[x.untyped_storage()._cdata] = x
+        return x
+
+    with use_backend(backend(device)), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        twin(images, layout, return_pred=False)
+    per_image = sum(x.untyped_storage().nbytes() for x in kept.values())
+    params = sum(p.numel() for p in model.parameters())
+    return params * 4 * (5 if ema else 4) / 2**30, per_image * batch_size * (0.5 if amp else 1.0) / 2**30
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak GiB: of the GPU's memory, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

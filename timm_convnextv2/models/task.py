@@ -1,0 +1,63 @@
+"""`FCMAETask`: FCMAE as a task of timm."""
+
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+from torch import nn
+
+from .fcmae import FCMAE
+
+
+class FCMAETask(TrainingTask):
+    """timm `TrainingTask` for FCMAE: DDP, compile, EMA and checkpoint state are timm's.
+
+    Args:
+        model: The model to train. The head of its encoder is left over from timm's ConvNeXt and takes no part in
+            pretraining, so it is frozen here; DDP would wait for its gradients.
+        device: Device for task tensors.
+        dtype: Dtype for task tensors.
+        verbose: Enable info logging.
+    """
+
+    def __init__(
+        self,
+        model: FCMAE,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        model.encoder.head.requires_grad_(False)
+        self.trainable_module = model
+        self._layout = model.visible  # outlives the DDP and compile wrappers
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> "FCMAETask":
+        """Wraps the model in DistributedDataParallel."""
+        self.trainable_module = nn.parallel.DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs
+        )
+        return self
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs) -> nn.Module:
+        """Compiles the model, before DDP wrapping."""
+        compiled: Any = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module = compiled
+        return compiled
+
+    def forward(
+        self, input: torch.Tensor, target: torch.Tensor | None = None, channels: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Loss of a batch.
+
+        Args:
+            input: Images `[B, C, H, W]`.
+            target: Masks, bool `[B, h, w]`, True = removed; drawn where None. Masks on the CPU are checked there,
+                without waiting for the GPU.
+            channels: Removed channels, bool `[B, C]`, True = removed; None for none.
+
+        Returns:
+            Dictionary with 'loss' (scalar) and 'mask'.
+        """
+        output = self.trainable_module(input, self._layout(input, target), return_pred=False, channels=channels)
+        return {"loss": output.loss, "mask": output.mask}

@@ -1,0 +1,70 @@
+"""`convnextv2_*` in timm's registry: pretrained configs, weight filter, entrypoints.
+
+They replace timm's own entries of the same names and keep every pretrained tag that timm knows. The published weights
+are CC-BY-NC 4.0.
+"""
+
+from typing import Any
+
+from timm.models import convnext as timm_convnext
+from timm.models.convnext import checkpoint_filter_fn
+
+from ..models.convnextv2 import ConvNeXtV2
+from ..models.variants import VARIANTS, layer_decay_type, register_variants
+from ..models.weights import check_weights
+from .foreign import official_names
+from .hub import build_model
+
+
+def filter_weights(state_dict: dict[str, Any], model: ConvNeXtV2) -> dict[str, Any]:
+    """timm's filter, which also takes the encoder out of a whole FCMAE, and notices what it would leave random.
+
+    Names may be timm's, the official ones of the dense format, transformers' or MMPretrain's.
+
+    With `--pretrained-path`, or a class count that differs, timm loads what happens to fit and only warns.
+
+    Raises:
+        ValueError: The weights do not cover or fit the model; its head may be new, its stem's channels are adapted.
+    """
+    if any(name.startswith("encoder.stem.") for name in state_dict):
+        state_dict = {k.removeprefix("encoder."): v for k, v in state_dict.items() if k.startswith("encoder.")}
+    named = official_names(state_dict)
+    try:
+        loaded = checkpoint_filter_fn(named, model)
+    # it looks foreign names up in the model, takes every value for a tensor, and reshapes to the model's width
+    except (KeyError, AttributeError, RuntimeError):
+        loaded = named
+    check_weights(
+        loaded,
+        model.state_dict(),
+        f"The weights are not those of this ConvNeXt V2 (the first names that came: {sorted(state_dict)[:3]})",
+        optional=("head.",),
+        resized=("stem.0.weight",),
+        remedy="Expected: weights of a convnextv2_* of the same size, in the names of timm, the official code, "
+        "transformers or MMPretrain, or of an fcmae_convnextv2_*. Official pretraining checkpoints of the "
+        "MinkowskiEngine code go through timm_convnextv2.checkpoint.convert_official first.",
+    )
+    return loaded
+
+
+def _create_convnextv2(variant: str, pretrained: bool = False, **kwargs) -> ConvNeXtV2:
+    if kwargs.get("pretrained_cfg", "") == "fcmae":
+        # as in timm: the fcmae weights have neither classifier nor `head.norm`
+        kwargs.setdefault("pretrained_strict", False)
+    model: Any = build_model(
+        ConvNeXtV2,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_weights,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+    if isinstance(model, ConvNeXtV2):  # not where `features_only` wraps it
+        model.layer_decay_type = layer_decay_type(variant)
+    return model
+
+
+# `register_model` looks for this name: every tag that timm knows
+default_cfgs = {f"convnextv2_{name}": timm_convnext.default_cfgs[f"convnextv2_{name}"] for name in VARIANTS}
+
+register_variants(__name__, "convnextv2_", _create_convnextv2)

@@ -1,0 +1,63 @@
+"""Building a model through timm's factory, with one clear error where the Hub does not give what is asked for."""
+
+import re
+from typing import Any
+
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
+from timm.models import build_model_with_cfg
+from torch import nn
+
+# What huggingface_hub lets through. The bases: `HTTPError` of the HTTP library that it uses, and OSError (no network).
+HUB_ERRORS: Any = (OSError, HfHubHTTPError, *HfHubHTTPError.__bases__)
+
+
+def build_model(model_cls: type, variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    """`timm.models.build_model_with_cfg`, with one clear error where the weights cannot be had.
+
+    Raises:
+        RuntimeError: Neither the Hub nor its cache has the weights; names the repository and the ways out.
+    """
+    try:
+        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    except HUB_ERRORS as e:
+        from timm.models._builder import resolve_pretrained_cfg
+
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        if not pretrained or not cfg.hf_hub_id or cfg.file or cfg.state_dict:
+            raise
+        raise hub_error(e, cfg.hf_hub_id, "weights", f"{variant}.{cfg.tag}" if cfg.tag else variant) from e
+
+
+def hub_error(error: Exception, hub_id: str, what: str, name: str) -> RuntimeError:
+    """The one message for a model that neither the Hub nor its cache gave.
+
+    Args:
+        error: What huggingface_hub or its HTTP library raised.
+        hub_id: `user/name` or `user/name@revision`.
+        what: What was to be had from there.
+        name: The model's name in `timm.create_model`.
+    """
+    repo, _, revision = hub_id.partition("@")
+    cause = error.__cause__ or error
+    status = getattr(getattr(error, "response", getattr(cause, "response", None)), "status_code", None)
+    reason = f"{type(cause).__name__}: {cause}".partition("\n")[0].rstrip(".: ")
+    reason = re.sub(r"\?[^\s']*", "", reason)  # the address of a large file is signed: who has it needs no token
+    if isinstance(error, RevisionNotFoundError):
+        remedy = f"It has no revision '{revision or 'main'}': name a branch, a tag or a commit that it has."
+    elif isinstance(error, EntryNotFoundError) and status == 404:
+        remedy = "It has no model.safetensors, or the Hub did not answer when asked for it: see the log above."
+    elif status in (401, 403, 404):
+        remedy = (
+            "Check the name. For a private or gated repository log in with `hf auth login`, or set HF_TOKEN to a "
+            "token that may read it."
+        )
+    else:
+        remedy = (
+            f"Try again later. Without network, download https://huggingface.co/{repo} elsewhere and pass its weights "
+            f"file: timm.create_model('{name}', pretrained=True, "
+            "pretrained_cfg_overlay=dict(file='/path/to/model.safetensors')), or set HF_HOME to a folder whose hub "
+            "cache holds the repository. pretrained=False starts from random weights."
+        )
+    return RuntimeError(
+        f"Could not get the {what} of '{hub_id}' from the Hugging Face Hub or its local cache ({reason}). {remedy}"
+    )

@@ -1,0 +1,1 @@
+"""What every training run shares: processes, lock, folder, checkpoints, progress, logs and how a run ends."""

@@ -1,0 +1,155 @@
+"""Progress of a run, as a bar or as lines."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+
+class ImageProgress:
+    """A bar on a terminal, a line every ten seconds elsewhere, both on stderr; silence where not enabled.
+
+    Args:
+        total: Images of this process; None where they are not known.
+        enabled: False on all processes but the first.
+        interval: Seconds between plain lines.
+    """
+
+    def __init__(self, total: int | None, enabled: bool = True, interval: float = 10.0) -> None:
+        self.total, self.enabled, self.interval = total, enabled, interval
+        self.done, self.start = 0, time.perf_counter()
+        self.told = self.start
+        self.bar = tqdm(total=total, unit="image", dynamic_ncols=True) if enabled and sys.stderr.isatty() else None
+
+    def update(self, images: int) -> None:
+        """Counts images."""
+        self.done += images
+        now = time.perf_counter()
+        if self.bar is not None:
+            self.bar.update(images)
+        elif self.enabled and now - self.told >= self.interval:
+            self.told = now
+            of = f"/{self.total}" if self.total is not None else ""
+            rate = self.done / (now - self.start)
+            print(f"{self.done}{of} images  {rate:.1f} images/s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def with_progress(make: Callable[[Callable[[int], None]], Any], enabled: bool = True) -> Any:
+    """What `make` returns, while it tells of images by the function that it is called with."""
+    bar = None
+
+    def tick(images: int) -> None:
+        nonlocal bar
+        bar = bar or ImageProgress(None, enabled)
+        bar.update(images)
+
+    try:
+        return make(tick)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+class ProgressBar:
+    """Progress of a whole run: a bar on a terminal, plain lines elsewhere, silence where not enabled.
+
+    Args:
+        total: Updates in the run.
+        done: Updates done before (resumed runs).
+        epochs: Epochs in the run.
+        interval: Updates between plain lines.
+        enabled: False on all ranks but the first.
+    """
+
+    def __init__(self, total: int, done: int, epochs: int, interval: int, enabled: bool = True) -> None:
+        self.total, self.first, self.done, self.epochs = total, done, done, epochs
+        self.interval, self.enabled = interval, enabled
+        self.start = time.perf_counter()
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+
+    def note(self, text: str) -> None:
+        """Prints a line without tearing the bar."""
+        if self.bar is not None:
+            self.bar.write(text)
+        elif self.enabled:
+            print(text, flush=True)
+
+    def step(self) -> bool:
+        """Counts one update; whether its numbers are to be shown."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update()
+        return self.done % self.interval == 0 or self.done == self.total
+
+    def show(self, epoch: int, loss: float, lr: float, images_per_s: float, data_wait: float) -> None:
+        """Shows the numbers of the last updates.
+
+        Args:
+            epoch: From 0.
+            loss: Of the last update.
+            lr: Learning rate likewise.
+            images_per_s: Since numbers were last shown.
+            data_wait: Share of that time spent waiting for data.
+        """
+        if not self.enabled:
+            return
+        text = f"loss {loss:.4f}  lr {lr:.2e}  {images_per_s:.1f} images/s  data wait {data_wait:.0%}"
+        if self.bar is not None:
+            self.bar.set_description(f"epoch {epoch + 1}/{self.epochs}", refresh=False)
+            self.bar.set_postfix_str(text)
+            return
+        left = (time.perf_counter() - self.start) / (self.done - self.first) * (self.total - self.done)
+        clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
+        print(f"epoch {epoch + 1}/{self.epochs}  step {self.done}/{self.total}  {text}  left {clock}", flush=True)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Stopwatch:
+    """Speed of an epoch, and since the last lap.
+
+    Args:
+        images_per_update: Images of an update.
+    """
+
+    def __init__(self, images_per_update: int) -> None:
+        self.images_per_update = images_per_update
+        self.start = self.lap_start = time.perf_counter()
+        self.updates = self.lap_updates = 0
+        self.waited = self.lap_waited = 0.0
+
+    def count(self, waited: float) -> None:
+        """Counts an update that waited so many seconds for data."""
+        self.updates, self.lap_updates = self.updates + 1, self.lap_updates + 1
+        self.waited, self.lap_waited = self.waited + waited, self.lap_waited + waited
+
+    def lap(self) -> tuple[float, float]:
+        """Images per second and share of waiting since the last lap; a new one begins."""
+        now = time.perf_counter()
+        seconds = max(now - self.lap_start, 1e-9)
+        speed, wait = self.lap_updates * self.images_per_update / seconds, self.lap_waited / seconds
+        self.lap_start, self.lap_updates, self.lap_waited = now, 0, 0.0
+        return speed, wait
+
+    def totals(self) -> dict[str, float]:
+        """Images per second, share of waiting, and seconds since the start."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return {
+            "images_per_s": round(self.updates * self.images_per_update / seconds, 1),
+            "data_wait": round(self.waited / seconds, 4),
+            "seconds": round(seconds, 1),
+        }

@@ -1,0 +1,95 @@
+"""Reading the tables that a run writes, `summary.csv` and `collapse.csv`, also where a crash tore a line."""
+
+import csv
+from pathlib import Path
+
+from ..files import whole_file
+
+_Row = dict[str, object]
+
+
+def add_row(
+    path: Path, epoch: int, metrics: dict[str, float], measured: dict[str, float | str], lr: float
+) -> list[str]:
+    """Adds an epoch: columns `epoch`, `train_*`, `eval_*` of what was measured, `lr`.
+
+    Args:
+        path: Of the file.
+        epoch: From 0.
+        metrics: Of training.
+        measured: Of the measures.
+        lr: Learning rate of the last update.
+
+    Returns:
+        Lines of the file that were damaged and are gone.
+
+    Raises:
+        WriteError: (an OSError) It cannot be written; what was there stays.
+    """
+    row: _Row = {"epoch": epoch}
+    row |= {f"train_{name}": value for name, value in metrics.items()}
+    row |= {f"eval_{name}": value for name, value in measured.items()}
+    row["lr"] = lr
+    rows, damaged = read_rows(path)
+    _write(path, [*rows, row])
+    return damaged
+
+
+def trim(path: Path, epoch: int) -> list[str]:
+    """Forgets the epochs from this one on, which a run that resumes makes again.
+
+    Returns:
+        Lines of the file that were damaged and are gone.
+
+    Raises:
+        WriteError: (an OSError) See `add_row`.
+    """
+    rows, damaged = read_rows(path)
+    keep = [row for row in rows if int(str(row["epoch"])) < epoch]
+    if len(keep) < len(rows) or damaged:
+        _write(path, keep)
+    return damaged
+
+
+def latest(path: Path) -> dict[str, tuple[int, float]]:
+    """The newest number of each measure, as `{name: (epoch, number)}`; epochs count from 1."""
+    found: dict[str, tuple[int, float]] = {}
+    for row in read_rows(path)[0]:
+        for column, value in row.items():
+            if column.startswith("eval_") and value != "":
+                found[column.removeprefix("eval_")] = (int(str(row["epoch"])) + 1, float(str(value)))
+    return found
+
+
+def _write(path: Path, rows: list[_Row]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    groups = ("epoch", "train_", "eval_")
+    names.sort(key=lambda name: next((i for i, group in enumerate(groups) if name.startswith(group)), len(groups)))
+    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, restval="")
+        if rows:
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, object]], list[str]]:
+    """The rows of a table whose first column is `epoch`, and the lines that are none; nothing where there is no file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if not path.exists():
+        return [], []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    rows, damaged = [], []
+    header = next(csv.reader(lines[:1]), [])
+    for line in lines[1:]:
+        cells = next(csv.reader([line]), [])
+        if cells == header:  # of a run that was resumed by an earlier version
+            continue
+        whole = line.endswith("\n") and len(cells) == len(header) and header[:1] == ["epoch"] and cells[0].isdecimal()
+        if whole:
+            rows.append(dict(zip(header, cells, strict=True)))
+        elif line.strip():
+            damaged.append(line.strip())
+    return rows, damaged

@@ -1,0 +1,1 @@
+"""Object detection: COCO annotations, detector, metrics."""

@@ -1,0 +1,403 @@
+"""Annotations in COCO's format: reading, checking before training starts, and samples of a detector."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from ...data import Pixels, check_readable, load_image, sample_seed
+from ...data.formats.decode import printable
+from ...data.sources.folder import ImageFiles
+from ..unreadable import naming
+
+SHOWN = 3  # names in a message
+TOLERANCE = 1.0  # pixels that a box may reach beyond its image: tools round; it is cut there
+
+
+class CocoImage(NamedTuple):
+    """An image and its annotations, as the file has them; a height of 0 where no file names it."""
+
+    id: int
+    path: str
+    name: str
+    height: int
+    width: int
+    annotations: list[dict[str, Any]]
+
+
+class Coco(NamedTuple):
+    """Annotations that passed every check.
+
+    Attributes:
+        file: The JSON.
+        images: In the order of the file.
+        classes: Names in the order of `category_ids`.
+        category_ids: Of the file, sorted; class `i` of a detector is number `i - 1` here, as 0 is the background.
+        left_out: Annotations that were dropped because they are wrong.
+    """
+
+    file: Path
+    images: list[CocoImage]
+    classes: list[str]
+    category_ids: list[int]
+    left_out: int = 0
+
+    @property
+    def annotations(self) -> list[dict[str, Any]]:
+        """Of all images."""
+        return [annotation for image in self.images for annotation in image.annotations]
+
+    def content(self) -> dict[str, Any]:
+        """What an evaluator of COCO reads."""
+        images = [dict(id=i.id, file_name=i.name, height=i.height, width=i.width) for i in self.images]
+        categories = [dict(id=n, name=name) for n, name in zip(self.category_ids, self.classes, strict=True)]
+        return dict(info={}, images=images, annotations=self.annotations, categories=categories)
+
+
+def rle_codec() -> Any:
+    """The module that encodes and decodes COCO's masks.
+
+    Raises:
+        ValueError: faster-coco-eval is missing; says how to install it.
+    """
+    try:
+        from faster_coco_eval.core import mask
+    except ImportError as e:
+        raise ValueError(
+            "Masks and metrics of COCO need a package that is missing: pip install 'timm_convnextv2[detect]' "
+            f"(faster-coco-eval; {e})."
+        ) from e
+    return mask
+
+
+def open_coco(
+    file: str | Path,
+    folder: str | Path,
+    *,
+    masks: bool = True,
+    drop_wrong: bool = False,
+    in_chans: int | None = None,
+    nodata: float | Pixels | None = None,
+) -> Coco:
+    """Reads and checks annotations of objects.
+
+    Args:
+        file: JSON with `images`, `annotations` and `categories`; ids may have gaps. Annotations may be crowds
+            (`iscrowd`), and images may have none.
+        folder: `file_name` of the images is relative to it.
+        masks: Every annotation needs a `segmentation`, polygons or RLE.
+        drop_wrong: Leave wrong annotations out (without area, outside of their image, broken masks) and count them; by
+            default they are refused.
+        in_chans: Decode some images to this number of channels and compare their sizes; None leaves that out.
+        nodata: Stored value of pixels without data, see `timm_convnextv2.data.load_image`.
+
+    Raises:
+        ValueError: The first kind of fault, with its count and the first names.
+    """
+    file, folder = Path(file), Path(folder)
+    content = _read(file)
+    if not folder.is_dir():
+        raise ValueError(f"The folder of the images, '{folder}', does not exist or is a file.")
+    categories = _categories(content["categories"], file)
+    images = _images(content["images"], file, folder)
+    left_out = _attach(content["annotations"], images, categories, file, masks, drop_wrong)
+    ids = sorted(categories)
+    found = Coco(file, list(images.values()), [categories[i] for i in ids], ids, left_out)
+    if in_chans is not None:
+        check_sizes(found, in_chans, nodata)
+    return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"The annotations '{file}' do not exist.") from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"The annotations '{file}' cannot be read as JSON: {e}") from e
+    lists = {"images": dict, "annotations": dict, "categories": dict}
+    for name in lists:
+        part = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(part, list) or not all(isinstance(entry, dict) for entry in part):
+            what = f"has the keys {sorted(content)}" if isinstance(content, dict) else f"is a {type(content).__name__}"
+            raise ValueError(
+                f"'{file}' {what}; expected COCO's format, an object with lists of objects: {', '.join(lists)} "
+                f"('{name}' is missing or none)."
+            )
+        if not part and name != "annotations":
+            raise ValueError(f"'{file}' has no {name}.")
+    return content
+
+
+def _categories(entries: list[dict[str, Any]], file: Path) -> dict[int, str]:
+    wrong = [e for e in entries if not _whole(e.get("id")) or not isinstance(e.get("name"), str)]
+    _refuse(wrong, file, "categories without a whole number `id` and a `name`", map(str, wrong))
+    for key in ("id", "name"):
+        twice = [value for value, n in Counter(e[key] for e in entries).items() if n > 1]
+        _refuse(twice, file, f"{key}s of categories that occur twice", map(str, twice))
+    return {e["id"]: e["name"] for e in entries}
+
+
+def _images(entries: list[dict[str, Any]], file: Path, folder: Path) -> dict[int, CocoImage]:
+    wrong = [e for e in entries if not _whole(e.get("id")) or not isinstance(e.get("file_name"), str)]
+    _refuse(wrong, file, "images without a whole number `id` and a `file_name`", map(str, wrong))
+    wrong = [e for e in entries if not all(_whole(e.get(k)) and e[k] > 0 for k in ("height", "width"))]
+    _refuse(wrong, file, "images without `height` and `width` in pixels", (e["file_name"] for e in wrong))
+    twice = [str(value) for value, n in Counter(e["id"] for e in entries).items() if n > 1]
+    _refuse(twice, file, "ids of images that occur twice", twice)
+    missing = [e["file_name"] for e in entries if not (folder / e["file_name"]).is_file()]
+    _refuse(missing, file, f"images (of {len(entries)}) that are missing in '{folder}'", missing)
+    return {
+        e["id"]: CocoImage(e["id"], str(folder / e["file_name"]), e["file_name"], e["height"], e["width"], [])
+        for e in entries
+    }
+
+
+def _attach(
+    entries: list[dict[str, Any]],
+    images: dict[int, CocoImage],
+    categories: dict[int, str],
+    file: Path,
+    masks: bool,
+    drop_wrong: bool,
+) -> int:
+    """Gives the images their annotations; returns how many were left out."""
+    lost = [e for e in entries if e.get("image_id") not in images]
+    _refuse(lost, file, "annotations of images that it does not list", (f"image_id {e.get('image_id')}" for e in lost))
+    lost = [e for e in entries if e.get("category_id") not in categories]
+    _refuse(lost, file, "annotations of categories that it does not list", (f"id {e.get('category_id')}" for e in lost))
+    faults: dict[str, list[str]] = {}
+    for number, entry in enumerate(entries, 1):
+        image = images[entry["image_id"]]
+        fault = _fault(entry, image, masks)
+        if fault:
+            faults.setdefault(fault, []).append(f"annotation {entry.get('id', number)} of {image.name}")
+            continue
+        x, y, w, h = (float(v) for v in entry["bbox"])
+        area = entry.get("area")
+        fields = dict(iscrowd=int(bool(entry.get("iscrowd", 0))), area=w * h if area is None else area)
+        image.annotations.append({**entry, "id": number, **fields, "bbox": [x, y, w, h]})
+    if not drop_wrong:
+        for fault, names in faults.items():
+            hint = (
+                "pass --boxes-only to train without masks" if fault == _NO_MASK else "or leave them out: --drop-wrong"
+            )
+            _refuse(names, file, fault, names, hint)
+    return sum(map(len, faults.values()))
+
+
+_NO_MASK = "annotations without a `segmentation`"
+
+
+def _fault(entry: dict[str, Any], image: CocoImage, masks: bool) -> str:
+    """What is wrong with an annotation, in the plural; '' for nothing."""
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(_finite(v) for v in box):
+        return "annotations whose `bbox` is not four numbers [x, y, width, height]"
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        return "boxes without area"
+    beyond = max(-x, -y, x + w - image.width, y + h - image.height)
+    inside = min(x + w, image.width) > max(x, 0) and min(y + h, image.height) > max(y, 0)
+    if beyond > TOLERANCE or not inside:
+        return "boxes that reach outside of their image"
+    return _mask_fault(entry.get("segmentation"), image) if masks else ""
+
+
+def _mask_fault(mask: Any, image: CocoImage) -> str:
+    if not mask:
+        return _NO_MASK
+    if isinstance(mask, dict):
+        size, counts = mask.get("size"), mask.get("counts")
+        if size != [image.height, image.width]:
+            return "masks (RLE) of another size than their images"
+        runs = counts if isinstance(counts, list) and all(_whole(n) and n >= 0 for n in counts) else []
+        if not isinstance(counts, str) and sum(runs) != image.height * image.width:
+            return "masks (RLE) whose counts do not add up to the image"
+        return ""
+    rings = isinstance(mask, list) and all(
+        isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0 and all(_finite(v) for v in ring)
+        for ring in mask
+    )
+    return "" if rings else "masks that are neither polygons of three points and more nor RLE"
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _refuse(wrong: Sequence[Any], file: Path, what: str, names: Iterable[str], hint: str = "") -> None:
+    """Raises the one message of a kind of fault, where there are any."""
+    if wrong:
+        shown = ", ".join(printable(name) for name, _ in zip(names, range(SHOWN), strict=False))
+        more = ", ..." if len(wrong) > SHOWN else ""
+        raise ValueError(
+            f"'{file}' has {len(wrong)} {what}: {shown}{more}. Mend the file{f', {hint}' if hint else ''}."
+        )
+
+
+def check_sizes(coco: Coco, in_chans: int, nodata: float | Pixels | None = None) -> None:
+    """Decodes some of the images.
+
+    Raises:
+        ValueError: One cannot be decoded, or has another size than the annotations say.
+    """
+    source = ImageFiles([image.path for image in coco.images], in_chans, nodata)
+    sizes: list[tuple[int, int]] = []
+    bad = check_readable(source, look=lambda x: sizes.append((x.shape[-2], x.shape[-1])))
+    tried = min(32, len(source))
+    if bad:
+        reasons = "\n".join(why for _, why in bad[:SHOWN])
+        raise ValueError(
+            f"{len(bad)} of {tried} images tried (of {len(source)}) cannot be decoded; mend them:\n{reasons}"
+        )
+    images = [coco.images[i * len(source) // tried] for i in range(tried)]
+    wrong = [pair for pair in zip(images, sizes, strict=True) if pair[1] != (pair[0].height, pair[0].width)]
+    names = (f"{i.name} has {w} x {h} pixels, {i.width} x {i.height} there" for i, (h, w) in wrong)
+    _refuse(wrong, coco.file, f"images of another size than the files (of {tried} tried)", names)
+
+
+def _check_size(size: tuple[int, int], image: CocoImage, file: Path) -> None:
+    """Of an image that a run reads; predict knows none."""
+    if image.height and size != (image.height, image.width):
+        raise ValueError(
+            f"The image {image.name} has {size[1]} x {size[0]} pixels, and {image.width} x {image.height} in '{file}'. "
+            "Annotate the images as they are, or mend the file."
+        )
+
+
+def check_classes(coco: Coco, classes: Sequence[str], what: str) -> None:
+    """Refuses annotations of other classes than a model's, or in another order.
+
+    Raises:
+        ValueError: Names what differs.
+    """
+    if list(classes) == coco.classes:
+        return
+    here, there = set(coco.classes), set(classes)
+    parts = [
+        f"only {place} has {', '.join(sorted(names)[:SHOWN])}{', ...' if len(names) > SHOWN else ''} ({len(names)})"
+        for place, names in ((f"'{coco.file}'", here - there), (what, there - here))
+        if names
+    ]
+    raise ValueError(
+        f"The classes of '{coco.file}' are not those of {what}: {'; '.join(parts) or 'they have another order'}. All "
+        "annotations need the categories that the model was trained on."
+    )
+
+
+class DetectionSamples(Dataset):
+    """Images with their targets, where all that is random depends on (seed, epoch, index) only.
+
+    `samples[epoch, index]` gives `(image, target)`: image float `[C, H, W]` (in 0..1, floats as stored), target with
+    `boxes` `[N, 4]` (x1, y1, x2, y2 in pixels), `labels` int64 `[N]` from 1, and `masks` uint8 `[N, H, W]`.
+    Crowds are left out; an image without objects has N = 0.
+
+    Args:
+        coco: From `open_coco`.
+        transform: On `(image, target)`, of `torchvision.transforms.v2`; None for none.
+        masks: Whether targets have masks.
+        in_chans: Channels of the images.
+        nodata: Stored value of pixels without data, or a whole `Pixels`, see `load_image`.
+        seed: Of the transform.
+    """
+
+    def __init__(
+        self,
+        coco: Coco,
+        transform: Any = None,
+        *,
+        masks: bool = True,
+        in_chans: int = 3,
+        nodata: float | Pixels | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.coco, self.transform, self.masks = coco, transform, masks
+        self.in_chans, self.nodata, self.seed = in_chans, nodata, seed
+        self._label = {category: i for i, category in enumerate(coco.category_ids, 1)}
+        self._scale = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
+
+    def __len__(self) -> int:
+        return len(self.coco.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+        epoch, index = key
+        image = self.coco.images[index]
+        with naming(f"The image {printable(image.name)} (id {image.id})"):
+            pixels = load_image(image.path, self.in_chans, self.nodata)
+            _check_size((pixels.shape[-2], pixels.shape[-1]), image, self.coco.file)
+        sample: Any = tv_tensors.Image(pixels), self.target(image)
+        if self.transform is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
+                sample = self.transform(*sample)
+        pixels, target = self._scale(*sample)
+        return pixels.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
+
+    def target(self, image: CocoImage) -> dict[str, Tensor]:
+        """What is to be found in an image, at its own size."""
+        own = [a for a in image.annotations if not a["iscrowd"]]
+        size = (image.height, image.width)
+        boxes: Any = torch.tensor([a["bbox"] for a in own], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes[:, 0::2].clamp_(0, image.width)
+        boxes[:, 1::2].clamp_(0, image.height)
+        box: Any = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)  # pyright: ignore
+        target = dict(boxes=box, labels=torch.tensor([self._label[a["category_id"]] for a in own], dtype=torch.int64))
+        if self.masks:
+            codec = rle_codec() if own else None
+            masks = [decode_mask(a["segmentation"], image.height, image.width, codec) for a in own]
+            target["masks"] = tv_tensors.Mask(
+                torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.uint8)
+            )
+        return target
+
+
+def decode_mask(mask: Any, height: int, width: int, codec: Any) -> np.ndarray:
+    """Polygons or RLE as uint8 `[height, width]`, 1 inside."""
+    parts = (
+        codec.frPyObjects(mask, height, width) if isinstance(mask, list) or isinstance(mask["counts"], list) else mask
+    )
+    return np.ascontiguousarray(codec.decode(codec.merge(parts) if isinstance(parts, list) else parts))
+
+
+def large_scale_jitter(
+    size: int, scale: tuple[float, float] = (0.1, 2.0), *, hflip: float = 0.5, vflip: float = 0.0
+) -> v2.Transform:
+    """Crops of `size` pixels from images resized to `scale` times that, as in the paper (appendix A.3), and flips.
+
+    What is smaller is padded with black, and boxes that the crop leaves no pixel of are removed.
+
+    Raises:
+        ValueError: The scale is not two factors above 0, the smaller first.
+    """
+    if not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"The scale is {scale}, expected two factors above 0, the smaller first (--scale).")
+    return v2.Compose(
+        [
+            v2.RandomHorizontalFlip(hflip),
+            v2.RandomVerticalFlip(vflip),
+            v2.ScaleJitter((size, size), scale),
+            v2.RandomCrop((size, size), pad_if_needed=True),
+            v2.SanitizeBoundingBoxes(min_size=1, labels_getter=lambda sample: sample[1]["labels"]),
+        ]
+    )
+
+
+def collate(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Joins samples to the lists that torchvision's detectors take."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)

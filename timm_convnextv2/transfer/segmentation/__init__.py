@@ -1,0 +1,1 @@
+"""Semantic segmentation: masks, segmenter, sliding window, metrics."""

@@ -1,0 +1,214 @@
+"""What a segmenter finds in images, how good that is, and what it looks like."""
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms.v2 import functional as V
+
+from ...files import whole_file
+from ...report.images import displayable, save_figure
+from ...runs.end import leave_signals_to_parent
+from ...runs.world import Seat
+from .masks import MaskedImages, as_float
+from .segmenter import Segmenter
+from .sliding import predict
+
+
+class Confusion:
+    """Counts of pixels by true and predicted class.
+
+    Args:
+        num_classes: Number of classes.
+        ignore_index: Target of pixels that do not count.
+
+    Attributes:
+        counts: int64 `[true class, predicted class]`, on the CPU.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def add(self, predicted: Tensor, targets: Tensor) -> None:
+        """Counts pixels: classes of any equal shapes."""
+        counted = targets != self.ignore_index
+        pairs = targets[counted].long() * self.num_classes + predicted[counted].long()
+        self.counts += torch.bincount(pairs.cpu(), minlength=self.num_classes**2).view_as(self.counts)
+
+    def join(self, others: Sequence[Tensor]) -> "Confusion":
+        """Takes the sum of these counts, such as those of all processes, instead of its own."""
+        self.counts = torch.stack(list(others)).sum(0)
+        return self
+
+    def measures(self) -> dict[str, Any]:
+        """`miou`, the mean IoU over the classes that are in the targets or the predictions; `accuracy` of the pixels;
+        `mean_accuracy` over the classes in the targets; `iou`, a number a class, None of those in neither.
+
+        Raises:
+            ValueError: No pixel was counted.
+        """
+        counts = self.counts.double()
+        if not counts.sum():
+            raise ValueError("No pixel has a class (all are the ignore index), so that nothing can be measured.")
+        hits, true, found = counts.diagonal(), counts.sum(1), counts.sum(0)
+        union = true + found - hits
+        iou = hits / union
+        return {
+            "miou": float(iou[union > 0].mean()),
+            "accuracy": float(hits.sum() / counts.sum()),
+            "mean_accuracy": float((hits / true)[true > 0].mean()),
+            "iou": [float(x) if n else None for x, n in zip(iou, union, strict=True)],
+        }
+
+
+class Inference(NamedTuple):
+    """How a segmenter is run on whole images.
+
+    Attributes:
+        short_side: Pixels that the shorter side is resized to; None keeps the image's size.
+        window: Side of sliding windows in pixels, None for whole images.
+        stride: See `windows.slide`.
+        scales: See `windows.predict`.
+        flip: Likewise.
+        amp_dtype: Type of mixed precision, None for float32.
+    """
+
+    short_side: int | None = None
+    window: int | None = None
+    stride: int | None = None
+    scales: Sequence[float] = (1.0,)
+    flip: bool = False
+    amp_dtype: torch.dtype | None = None
+
+
+@torch.no_grad()
+def find_classes(model: Segmenter, image: Tensor, testing: Inference = Inference()) -> Tensor:  # noqa: B008  immutable
+    """The class of each pixel, int64 `[H, W]` on the CPU, of an image `[C, H, W]` as `data.load_image` gives it."""
+    device = model.mean.device
+    height, width = image.shape[-2:]
+    x = as_float(image)[None].to(device)
+    if testing.short_side is not None:
+        factor = testing.short_side / min(height, width)
+        x = V.resize(x, [max(1, round(height * factor)), max(1, round(width * factor))])
+    with torch.autocast(device.type, testing.amp_dtype, enabled=testing.amp_dtype is not None):
+        found = predict(
+            model, x, scales=testing.scales, flip=testing.flip, window=testing.window, stride=testing.stride,
+            size=(height, width),
+        )  # fmt: skip
+    return found[0].argmax(0).cpu()
+
+
+def evaluate_segmenter(
+    model: Segmenter,
+    data: MaskedImages,
+    testing: Inference = Inference(),  # noqa: B008  an immutable value
+    *,
+    workers: int = 0,
+    world: Any = None,
+    keep: int = 0,
+) -> tuple[dict[str, Any], dict[int, Tensor]]:
+    """Measures a segmenter.
+
+    Args:
+        model: In eval mode, on its device.
+        data: Images with masks.
+        testing: How the images are run.
+        workers: Processes that decode.
+        world: The processes that share the images (`World`), each of which calls this; None for this one alone.
+        keep: Number of images, spread over the data, whose classes are returned.
+
+    Returns:
+        See `Confusion.measures`; the classes found in the kept images by index, `[H, W]` each.
+
+    Raises:
+        ValueError: An image or a mask cannot be read, or no pixel has a class.
+    """
+    seat: Any = world or Seat(0, 1, True)
+    kept = {i * len(data) // keep for i in range(min(keep, len(data)))} if keep else set()
+    share = list(range(seat.rank, len(data), seat.size))
+    loader = DataLoader(
+        Subset(data, share), batch_size=None, num_workers=workers, generator=torch.Generator(),
+        worker_init_fn=leave_signals_to_parent,
+    )  # fmt: skip
+    confusion = Confusion(len(data.classes), data.ignore_index)
+    found: dict[int, Tensor] = {}
+    for i, (image, target) in zip(share, loader, strict=True):
+        classes = find_classes(model, image, testing)
+        confusion.add(classes, target)
+        if i in kept:
+            found[i] = classes
+    if world is not None:
+        confusion.join(world.gather([confusion.counts]))
+        found = {i: classes for part in world.gather([found]) for i, classes in part.items()}
+    return confusion.measures(), found
+
+
+def save_mask(classes: Tensor, path: str | Path, num_classes: int) -> None:
+    """Writes classes `[H, W]` as an index PNG with a colour for each; of more than 256 classes, as a 16-bit PNG.
+
+    Raises:
+        WriteError: (an OSError) It cannot be written.
+    """
+    if num_classes > 256:
+        image = Image.fromarray(classes.numpy().astype(np.uint16))
+    else:
+        image = Image.fromarray(classes.numpy().astype(np.uint8))
+        image.putpalette(palette(num_classes).flatten().tolist())
+    with whole_file(path) as part:
+        image.save(part, format="png")
+
+
+def palette(num_classes: int) -> np.ndarray:
+    """Colours that differ, uint8 `[num_classes, 3]`; black for class 0."""
+    colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.85 - 0.35 * (i % 2), 0.95) for i in range(1, num_classes)]
+    return np.round(255 * np.array([(0, 0, 0), *colours])).astype(np.uint8)
+
+
+def save_segmentations(path: str | Path, data: MaskedImages, found: dict[int, Tensor], title: str = "") -> None:
+    """Draws images, their masks and what was found in them as a PNG, a row an image; grey has no class.
+
+    Args:
+        path: PNG to write; its folder is made.
+        data: The images.
+        found: Classes by the image's index, see `evaluate_segmenter`.
+        title: Line above.
+
+    Raises:
+        WriteError: (an OSError) It cannot be written.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    colours = palette(len(data.classes))
+    rows, seen = [], set()
+    for i in sorted(found):
+        image, target = data[i]
+        zero, one = torch.zeros(len(image)), torch.ones(len(image))
+        shown = displayable(as_float(image)[None], zero, one)[0]
+        shown = ((shown - shown.min()) / (shown.max() - shown.min()).clamp(min=1e-9)).numpy()
+        ignored = target == data.ignore_index
+        truth = colours[target.masked_fill(ignored, 0).numpy()]
+        truth[ignored.numpy()] = 128
+        rows.append((shown, truth, colours[found[i].numpy()]))
+        seen |= set(target[~ignored].unique().tolist()) | set(found[i].unique().tolist())
+    figure = Figure(figsize=(7.5, 0.8 + 2.2 * len(rows)), dpi=120, layout="constrained")
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for row, images in zip(axes, rows, strict=True):
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.axis("off")
+    for axis, name in zip(axes[0], ("image", "mask", "found"), strict=True):
+        axis.set_title(name, fontsize=9)
+    handles = [Patch(color=tuple(colours[c] / 255), label=data.classes[c]) for c in sorted(seen)[:24]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=7)
+    if title:
+        figure.suptitle(title, fontsize=9, parse_math=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)

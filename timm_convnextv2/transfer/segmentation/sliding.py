@@ -1,0 +1,92 @@
+"""Test of a segmenter: sliding windows, several scales, flips."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from .heads import resize
+
+Model = Callable[[Tensor], Tensor]
+
+
+def slide(model: Model, images: Tensor, window: int, stride: int | None = None) -> Tensor:
+    """Logits as the mean over windows that cover the images.
+
+    Windows lie `stride` pixels apart; the last of a row and of a column ends at the image's edge. An image that is
+    smaller than the window is one window.
+
+    Args:
+        model: Images `[B, C, h, w]` to logits `[B, K, h, w]`.
+        images: `[B, C, H, W]`.
+        window: Side of the windows in pixels.
+        stride: Pixels from one to the next, at most `window`; two thirds of it if None, as in the official code.
+
+    Returns:
+        `[B, K, H, W]`.
+
+    Raises:
+        ValueError: The stride leaves gaps.
+    """
+    stride = max(1, window * 2 // 3) if stride is None else stride
+    if not 1 <= stride <= window:
+        raise ValueError(f"The stride of the windows is {stride}, expected 1 to {window}, the window's side.")
+    height, width = images.shape[-2:]
+    total, counts = None, images.new_zeros(height, width)
+    for top in _starts(height, window, stride):
+        for left in _starts(width, window, stride):
+            place = (..., slice(top, top + window), slice(left, left + window))
+            logits = model(images[place])
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], height, width)
+            total[place] += logits
+            counts[place] += 1
+    assert total is not None
+    return total / counts
+
+
+def _starts(length: int, window: int, stride: int) -> list[int]:
+    last = max(0, length - window)
+    return [*range(0, last, stride), last]
+
+
+def predict(
+    model: Model,
+    images: Tensor,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window: int | None = None,
+    stride: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Probabilities of the classes: the mean over scales and flips.
+
+    Args:
+        model: Images `[B, C, h, w]` to logits `[B, K, h, w]`, in eval mode.
+        images: `[B, C, H, W]`.
+        scales: Factors of the images' size; the paper's multi-scale test has 0.75 to 1.25.
+        flip: Predict the mirrored image, too.
+        window: Side of sliding windows in pixels, see `slide`; None for whole images.
+        stride: See `slide`.
+        size: Height and width of the result; the images' own if None.
+
+    Returns:
+        `[B, K, height, width]`, which sum to 1 over K.
+    """
+    if not scales or any(scale <= 0 for scale in scales):
+        raise ValueError(f"The scales are {list(scales)}, expected one or more numbers above 0.")
+    height, width = images.shape[-2:]
+    size = size or (height, width)
+    total: Tensor | None = None
+    for scale in scales:
+        shape = max(1, round(height * scale)), max(1, round(width * scale))
+        scaled = images if shape == (height, width) else resize(images, shape)
+        for mirrored in (False, True) if flip else (False,):
+            x = scaled.flip(-1) if mirrored else scaled
+            logits = model(x) if window is None else slide(model, x, window, stride)
+            logits = logits.flip(-1) if mirrored else logits
+            logits = logits if logits.shape[-2:] == size else resize(logits, size)
+            part = logits.softmax(1)
+            total = part if total is None else total + part
+    assert total is not None
+    return total / (len(scales) * (2 if flip else 1))
