@@ -1,0 +1,329 @@
+"""Options as frozen dataclasses. A field holds default, limits and help text; a command's config nests its parts.
+
+    @dataclass(frozen=True)
+    class Schedule:
+        epochs: int = option(800, "passes over the images", at_least=1)
+        lr: float | None = option(None, "peak learning rate; replaces --lr-base", above=0)
+
+    @dataclass(frozen=True)
+    class PretrainConfig:
+        schedule: Schedule = part(Schedule, "schedule")
+
+    parser = CommandParser(prog=...)
+    add_options(parser, PretrainConfig)
+    given = words_given(parser, argv)                       # {'epochs': 5}: only what the command line sets
+    config = build(PretrainConfig, read_yaml(PretrainConfig, path), given)  # later layers win; values are checked
+    resolved = evolve(config, lr=1e-3)                      # a second value; the first never changes
+    flat(resolved)                                          # {'epochs': 5, 'lr': 0.001}, as args.yaml records it
+
+Plain dataclasses, because the options have timm's spelling and conventions: flat names over nested parts, `--no-x`,
+`K=V` words, a flat YAML file. tyro and simple-parsing prefix nested names, jsonargparse has its own YAML layout; each
+would need more code to undo than is here.
+"""
+
+import argparse
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .console import CommandParser, closest
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the command line and the checks need beside a field's type and default.
+
+    Attributes:
+        help: Text for `--help`; the default is appended unless the text has one.
+        short: Short form, such as '-b'.
+        metavar: Placeholder for the value.
+        choices: Allowed values.
+        at_least: Smallest value (each of a sequence).
+        at_most: Largest value.
+        above: Exclusive lower limit.
+        parse: Converts a word of the command line; by default the field's type.
+        nargs: As in argparse; by default it follows from the type.
+        const: Value of the option without a word (nargs '?').
+        positional: Takes words without an option name.
+        recorded: Whether `flat` includes the field: False for options of one call, such as --resume.
+    """
+
+    help: str = ""
+    short: str = ""
+    metavar: str | tuple[str, ...] | None = None
+    choices: Sequence[Any] | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    parse: Callable[[str], Any] | None = None
+    nargs: str | int | None = None
+    const: Any = None
+    positional: bool = False
+    recorded: bool = True
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field that is an option of the command line; `...` as default makes it required. See `Option`."""
+    metadata = {"option": Option(help, **more)}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=MISSING if default is ... else default, kw_only=default is ..., metadata=metadata)
+
+
+def part(cls: type, title: str = "") -> Any:
+    """A field that holds another dataclass of options; `title` heads them in `--help`."""
+    return field(default_factory=cls, metadata={"title": title})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One option of a config class: name, type and settings, and the title of its group."""
+
+    name: str
+    type: Any
+    default: Any
+    option: Option
+    title: str
+
+    @property
+    def flag(self) -> str:
+        """As it is typed: '--batch-size'."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def kind(self) -> tuple[type, str]:
+        """Element type, and 'one', 'many' (tuple of any length), 'map', or the length of a tuple."""
+        choices = [t for t in typing.get_args(self.type) if t is not type(None)]
+        optional = typing.get_origin(self.type) in (types.UnionType, typing.Union)
+        inner = choices[0] if optional else self.type
+        origin, args = typing.get_origin(inner), typing.get_args(inner)
+        if origin is tuple:
+            return _plain(args[0]), "many" if args[-1] is Ellipsis else str(len(args))
+        return (str, "map") if origin is dict else (_plain(inner), "one")
+
+
+def _plain(kind: Any) -> type:
+    """A type that converts words; of a union the first."""
+    return kind if isinstance(kind, type) else typing.get_args(kind)[0]
+
+
+@cache
+def entries(cls: type) -> dict[str, Entry]:
+    """All options of a config class by name, those of its parts included, in the order of the fields."""
+    found: dict[str, Entry] = {}
+
+    def collect(cls: type, title: str) -> None:
+        hints = typing.get_type_hints(cls)
+        for f in fields(cls):
+            if "option" in f.metadata:
+                default = f.default_factory() if f.default_factory is not MISSING else f.default
+                if f.name in found:
+                    raise TypeError(f"{cls.__name__}: two options are called '{f.name}'.")
+                found[f.name] = Entry(f.name, hints[f.name], default, f.metadata["option"], title)
+            elif is_dataclass(hints[f.name]):
+                collect(hints[f.name], f.metadata.get("title", "") or title)
+
+    collect(cls, "")
+    return found
+
+
+class _KeyValues(argparse.Action):
+    """`--x a=1 b=c`: a dict whose values are Python literals if they look like ones, as in timm's train.py."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        pairs = [value.partition("=")[::2] for value in values]
+        if wrong := [word for word, (_, value) in zip(values, pairs, strict=True) if not value]:
+            parser.error(f"argument {option_string}: expected NAME=VALUE, got '{wrong[0]}'")
+        setattr(namespace, self.dest, {key: yaml.safe_load(value) for key, value in pairs})
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Adds the options of a config class to a parser, grouped by part. Unset options stay out of the namespace."""
+    groups: dict[str, Any] = {"": parser}
+    for entry in entries(cls).values():
+        if entry.title not in groups:
+            groups[entry.title] = parser.add_argument_group(entry.title)
+        groups[entry.title].add_argument(*_names(entry), **_keywords(entry))
+
+
+def _names(entry: Entry) -> list[str]:
+    if entry.option.positional:
+        return [entry.name]
+    return [entry.option.short, entry.flag] if entry.option.short else [entry.flag]
+
+
+def _keywords(entry: Entry) -> dict[str, Any]:
+    """The keyword arguments of `add_argument`."""
+    spec, (kind, count) = entry.option, entry.kind
+    words: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(entry).replace("%", "%%")}
+    if kind is bool:
+        on_off = entry.default is not False
+        return words | {"action": argparse.BooleanOptionalAction if on_off else "store_true"}
+    if entry.default is MISSING and not spec.positional:
+        words["required"] = True
+    words |= {"metavar": spec.metavar, "choices": spec.choices}
+    if count == "map":
+        return words | {"action": _KeyValues, "nargs": "*", "metavar": spec.metavar or "K=V"}
+    if spec.const is not None:
+        words["const"] = spec.const
+    nargs = spec.nargs or {"one": None, "many": "+"}.get(count, int(count) if count.isdigit() else None)
+    if spec.positional and count == "many" and entry.default is not MISSING:
+        nargs = "*"
+    return words | {"type": spec.parse or kind, "nargs": nargs}
+
+
+def _help(entry: Entry) -> str:
+    """The help text with the default, unless the text has one or there is nothing to say."""
+    text, default = entry.option.help, entry.default
+    if default is MISSING or default is None or default == "" or default is False or default == {} or "default" in text:
+        return text
+    shown = (
+        " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in default)
+        if isinstance(default, tuple)
+        else ("yes" if default is True else f"{default:g}" if isinstance(default, float) else default)
+    )
+    return f"{text} (default: {shown})".lstrip()
+
+
+def words_given(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    """The values that the command line sets, by option name.
+
+    Raises:
+        ValueError: An unknown option or a value of the wrong type (`CommandParser.error`).
+    """
+    return vars(parser.parse_args(list(words)))
+
+
+def read_yaml(cls: type, path: str | Path, option_name: str = "--config") -> dict[str, Any]:
+    """The values that a YAML file of `option: value` lines sets, converted as on the command line.
+
+    Raises:
+        ValueError: The file cannot be read, or has an unknown option or a value of the wrong type.
+    """
+    where = f"{option_name} {path}"
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ValueError(f"{where} cannot be read: {' '.join(str(e).split())}") from e
+    return from_mapping(cls, content, where)
+
+
+def from_mapping(cls: type, content: Any, where: str) -> dict[str, Any]:
+    """Values of a config class from a mapping that a file gave. `where` begins the message of an error."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} holds a {type(content).__name__}, expected `option: value` lines.")
+    known, values = entries(cls), {}
+    for key, value in content.items():
+        entry = known.get(str(key).replace("-", "_"))
+        if entry is None:
+            raise ValueError(f"{where}: unknown option '{key}'.{closest(str(key), known)}")
+        if value is not None:
+            values[entry.name] = _convert(entry, value, f"{where}: '{key}'")
+    return values
+
+
+def _convert(entry: Entry, value: Any, where: str) -> Any:
+    """A value of a file as the field has it; it goes through the parser, which knows types and choices."""
+    kind, count = entry.kind
+    if kind is bool or (entry.option.const is not None and isinstance(value, bool)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} takes true or false, got {value!r}.")
+        return value if kind is bool else entry.option.const if value else None
+    if count == "map":
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} takes a mapping, got {value!r}.")
+        return value
+    parser = CommandParser(add_help=False)
+    parser.add_argument("--value", **{**_keywords(entry), "required": False})
+    try:
+        return parser.parse_args(["--value", *map(str, value if isinstance(value, list) else [value])]).value
+    except ValueError as e:
+        raise ValueError(f"{where}: {str(e).removeprefix('argument --value: ')}") from None
+
+
+def build(cls: type[C], *layers: Mapping[str, Any]) -> C:
+    """A config from defaults and layers of flat values, of which later ones win; checked.
+
+    Raises:
+        ValueError: A value is outside its limits. Names the option.
+    """
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values |= layer
+    config = _nested(cls, values)
+    check_limits(config)
+    return config
+
+
+def _nested(cls: type, values: Mapping[str, Any]) -> Any:
+    hints, own = typing.get_type_hints(cls), {}
+    for f in fields(cls):
+        if "option" not in f.metadata and is_dataclass(hints[f.name]):
+            own[f.name] = _nested(hints[f.name], values)  # pyright: ignore[reportArgumentType]
+        elif f.name in values:
+            value = values[f.name]
+            own[f.name] = tuple(value) if isinstance(value, list) else value
+    return cls(**own)
+
+
+def check_limits(config: Any) -> None:
+    """Refuses values outside the limits of their options.
+
+    Raises:
+        ValueError: Names the option, its value and the limit.
+    """
+    values = flat(config, recorded_only=False)
+    for name, entry in entries(type(config)).items():
+        spec, value = entry.option, values[name]
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, bool) or not isinstance(one, int | float):
+                continue
+            # `not` before the comparison: NaN is refused as well
+            if spec.at_least is not None and not one >= spec.at_least:
+                raise ValueError(f"{entry.flag} must be at least {spec.at_least:g}, got {one:g}.")
+            if spec.above is not None and not one > spec.above:
+                raise ValueError(f"{entry.flag} must be above {spec.above:g}, got {one:g}.")
+            if spec.at_most is not None and not one <= spec.at_most:
+                raise ValueError(f"{entry.flag} must be at most {spec.at_most:g}, got {one:g}.")
+
+
+def evolve(config: C, **values: Any) -> C:
+    """A copy with other values, given by flat option names; the parts that hold them are copied as well."""
+    own, rest = {}, dict(values)
+    for f in fields(config):  # pyright: ignore[reportArgumentType]
+        value = getattr(config, f.name)
+        if f.name in rest:
+            own[f.name] = rest.pop(f.name)
+        elif is_dataclass(value) and "option" not in f.metadata:
+            inside = {name: rest.pop(name) for name in list(rest) if name in entries(type(value))}
+            if inside:
+                own[f.name] = evolve(value, **inside)
+    if rest:
+        raise TypeError(f"{type(config).__name__} has no option {', '.join(rest)}.")
+    return replace(config, **own)  # pyright: ignore[reportArgumentType]
+
+
+def flat(config: Any, recorded_only: bool = True) -> dict[str, Any]:
+    """The options by name, tuples as lists: what args.yaml and checkpoints record.
+
+    Args:
+        config: An instance of a config class.
+        recorded_only: Leave out options of one call, such as --resume; tuples stay tuples otherwise.
+    """
+    found: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if "option" in f.metadata:
+            if f.metadata["option"].recorded or not recorded_only:
+                found[f.name] = list(value) if isinstance(value, tuple) and recorded_only else value
+        elif is_dataclass(value):
+            found |= flat(value, recorded_only)
+    return found
