@@ -21,7 +21,7 @@ REST = """
 import sys
 from pathlib import Path
 import timm_convnextv2
-from timm_convnextv2.cli import main
+from timm_convnextv2.commands.main import main
 
 installed = Path(sys.prefix).resolve()
 assert installed in Path(timm_convnextv2.__file__).resolve().parents, timm_convnextv2.__file__
