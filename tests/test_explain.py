@@ -76,5 +76,5 @@ def test_other_models(model):
 
 
 def test_stock_convnext_is_told_how_to_become_ours(capsys):
-    timm_convnextv2.models.explain(convnext.convnextv2_atto())
+    timm_convnextv2.explain(convnext.convnextv2_atto())
     assert "import timm_convnextv2" in capsys.readouterr().out

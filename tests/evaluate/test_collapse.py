@@ -58,7 +58,7 @@ MODELS = {
     "ours, 1x1 convolutions": lambda: timm_convnextv2.ConvNeXtV2(
         use_grn=True, ls_init_value=None, conv_mlp=True, **SIZE
     ),
-    "ours, V1": lambda: timm_convnextv2.ConvNeXtV2(conv_mlp=True, **SIZE),
+    "ours, V1": lambda: timm_convnextv2.ConvNeXtV2(use_grn=False, ls_init_value=1e-6, conv_mlp=True, **SIZE),
     "timm V1": lambda: ConvNeXt(**SIZE),
     "timm V1, 1x1 convolutions": lambda: ConvNeXt(conv_mlp=True, **SIZE),
     "timm V2": lambda: ConvNeXt(use_grn=True, ls_init_value=None, **SIZE),

@@ -618,3 +618,22 @@ def test_mixer_by_windows_equals_mixer_on_the_map(monkeypatch, ratio):
         found.append((loss, *torch.autograd.grad(loss, [p for n, p in model.named_parameters() if ".head." not in n])))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", ["atto", "tiny"])
+@pytest.mark.parametrize("name", ["convnextv2", "fcmae_convnextv2"])
+def test_constructors_have_the_defaults_of_create_model(name, size):
+    """Whoever builds the exported classes gets the paper's network: GRN in every block, no layer scale."""
+    options = VARIANTS[size]
+    model = timm_convnextv2.ConvNeXtV2(**options) if name == "convnextv2" else FCMAE(**options)
+    assert str(model) == str(timm.create_model(f"{name}_{size}"))
+    plain = {k: v for k, v in vars(model).items() if not k.startswith("_") and isinstance(v, int | float | str | tuple)}
+    assert plain == {k: v for k, v in vars(timm.create_model(f"{name}_{size}")).items() if k in plain}
+
+
+def test_without_arguments_it_is_tiny_and_version_1_is_by_asking():
+    v1 = dict(use_grn=False, ls_init_value=1e-6)
+    for build, name in ((timm_convnextv2.ConvNeXtV2, "convnextv2_tiny"), (FCMAE, "fcmae_convnextv2_tiny")):
+        assert build().state_dict().keys() == timm.create_model(name).state_dict().keys()
+        assert not any("grn" in key for key in build(**v1).state_dict())
+        assert any(key.endswith(".gamma") for key in build(**v1).state_dict())

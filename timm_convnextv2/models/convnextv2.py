@@ -147,6 +147,8 @@ def _layer_id(name: str, depths: list[int], grouped: bool) -> int:
 class ConvNeXtV2(ConvNeXt):
     """timm's `ConvNeXt` with `ConvNeXtV2Block`s: the same arguments, parameters and numbers.
 
+    The defaults are those of ConvNeXt V2 tiny. `use_grn=False, ls_init_value=1e-6`, timm's own, gives ConvNeXt V1.
+
     `forward_packed` runs the feature extractor on visible patches only, and `group_matcher` gives the layers of the
     published layer-wise learning rate decay; everything else is timm's.
 
@@ -162,8 +164,9 @@ class ConvNeXtV2(ConvNeXt):
 
     layer_decay_type = "single"
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, use_grn: bool = True, ls_init_value: float | None = None, **kwargs) -> None:
+        # timm's defaults are those of ConvNeXt V1: no GRN, and layer scale in every block
+        super().__init__(*args, use_grn=use_grn, ls_init_value=ls_init_value, **kwargs)
         # timm builds its own block and stage classes and has no hook for others. Ours add methods and no state, so
         # the instances change class; weights and the random numbers drawn to initialise them stay timm's.
         for module in self.stem.children():

@@ -96,9 +96,9 @@ class FCMAE(nn.Module):
         decoder_depth: Number of decoder blocks, at least 1.
         decoder_dim: Width of the decoder.
         norm_pix_loss: Normalise the target per patch.
-        **encoder_kwargs: Passed to `ConvNeXtV2` (`depths`, `dims`, `kernel_sizes`, `drop_path_rate`, ...). With
-            `use_grn=False` the decoder's blocks have no GRN either: ConvNeXt V1 of the ablation (section 3),
-            whose encoder has layer scale, `ls_init_value=1e-6`.
+        **encoder_kwargs: Passed to `ConvNeXtV2` (`depths`, `dims`, `kernel_sizes`, `drop_path_rate`, ...).
+            `use_grn=False, ls_init_value=1e-6` gives the ConvNeXt V1 of the ablation (section 3); the decoder's blocks
+            then have no GRN either.
 
     Raises:
         ValueError: Sizes that do not divide, a mask ratio that is not in (0, 1), or encoder options that mix patches
