@@ -5,18 +5,22 @@ renamed; then its folder is brought to the disk. So a crash of the process or of
 new one, and two processes never write to the same file.
 """
 
+import argparse
 import contextlib
 import os
+import pickle
 import platform
 import re
 import shutil
 import subprocess
 import uuid
+import zipfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
@@ -186,3 +190,66 @@ def remove_leftovers(folder: str | os.PathLike, names: Sequence[str], *, alone: 
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             removed.append(path)
     return removed
+
+
+class CheckpointError(ValueError):
+    """A file of weights that is missing, damaged, foreign, asks for code, or holds something else. Names the file."""
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a PyTorch or safetensors file to the CPU; nothing in it is ever executed.
+
+    The checksums of a file of `torch.save` are compared first: a bit that flipped on a disk or in a copy is found.
+    Safetensors, and what PyTorch before 1.6 wrote, have no checksums: there only the structure can tell.
+
+    Args:
+        path: `*.safetensors`, or a file of `torch.save`, which may hold tensors, plain data and an
+            `argparse.Namespace` (as training checkpoints of timm and of the official code do).
+
+    Raises:
+        CheckpointError: (a ValueError, and the only error) No such file, a truncated, damaged or foreign file, one
+            whose pickle asks for code, or one that does not hold a dictionary. Names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"Checkpoint '{path}' {what}.")
+    try:
+        content = _read(path)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as e:
+        wanted = re.search(r"(?:GLOBAL|global:) (?!GLOBAL)([\w.]+)", str(e))
+        if wanted:
+            raise CheckpointError(
+                f"Checkpoint '{path}' was refused and not executed: besides tensors and plain data it asks for code, "
+                f"{wanted[1]}. Save the state dict alone, best as safetensors."
+            ) from e
+        raise CheckpointError(
+            f"Checkpoint '{path}' was not read: it is damaged, or not a file of torch.save. Nothing in it was executed."
+        ) from e
+    except Exception as e:  # bytes that say anything: whatever the readers make of them, the file is at fault
+        raise CheckpointError(
+            f"Checkpoint '{path}' ({path.stat().st_size} bytes) cannot be read: it is truncated, or in another format. "
+            f"Copy or download it again. ({type(e).__name__}: {str(e).partition('. ')[0]})"
+        ) from e
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"Checkpoint '{path}' holds a {type(content).__name__}; a dictionary of weights was expected."
+        )
+    return content
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path, device="cpu")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(
+                f"Checkpoint '{path}' ({path.stat().st_size} bytes) is damaged: the checksum of its part '{damaged}' "
+                "is wrong. Copy or download it again."
+            )
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,7 +1,8 @@
 """Checkpoints in and out: the official formats <-> ours, safe loading, export to a timm folder, the Hub."""
 
+from ..files import CheckpointError, load_checkpoint
 from .export import export_encoder, export_fcmae
-from .files import CheckpointError, load_checkpoint, load_model
+from .files import load_model
 from .finetuned import export_finetuned
 from .official import convert_official, to_official
 

@@ -21,6 +21,7 @@ same global batch, or by being resumed in the middle of an epoch:
 Streams (`wds/`, `hfids/`, `tfds/`) have no index: see `TimmStream` and `PretrainStream`.
 """
 
+from ..seeds import sample_seed
 from .formats.decode import image_extensions, load_image
 from .formats.errors import ImageError, MissingPackageError
 from .formats.pixels import Pixels
@@ -28,7 +29,6 @@ from .samples.dataset import PretrainDataset, PretrainStream, collate
 from .samples.order import EpochBatchSampler
 from .samples.statistics import InputStatistics
 from .samples.transform import PretrainTransform
-from .seeds import sample_seed
 from .sources.embedded import EmbeddedSource
 from .sources.folder import FolderSource, left_out
 from .sources.joined import JoinedSource

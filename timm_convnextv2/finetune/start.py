@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from timm.models import clean_state_dict
 
-from ..checkpoint.files import CheckpointError, load_checkpoint, model_pixels, weights_in
+from ..checkpoint.files import model_pixels, weights_in
 from ..checkpoint.finetuned import origin_of_run
 from ..checkpoint.provenance import resolve_license
 from ..console import say
 from ..data import Pixels
+from ..files import CheckpointError, load_checkpoint
 from ..models import ConvNeXtV2
 from ..models.weights import check_weights
 from ..registry import filter_weights

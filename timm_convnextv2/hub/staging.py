@@ -15,11 +15,11 @@ from timm.models import clean_state_dict
 
 from ..checkpoint.card import IMAGES, render_card
 from ..checkpoint.export import export_fcmae
-from ..checkpoint.files import load_checkpoint
 from ..checkpoint.finetuned import export_finetuned, find_checkpoint
 from ..checkpoint.provenance import WEIGHTS, origin_of_config, read_config, resolve_license, training_of
 from ..checkpoint.transfer import TASKS, is_transfer, read_folder_config, render_folder_card
 from ..data import Pixels
+from ..files import load_checkpoint
 from .upload import check_folder
 
 

@@ -17,8 +17,8 @@ from ..data import Pixels
 from ..models import FCMAE
 from ..models.memory import peak_memory
 from ..report import ProgressBar, Stopwatch, save_loss_curve
-from ..report.html import attempt, report_when_due
-from ..runs.end import NotFiniteError
+from ..report.html import report_when_due
+from ..runs.end import NotFiniteError, attempt
 from ..runs.world import World
 from .batches import Bad, Batches
 from .checkpoints import NotSavedError, Progress, RunFolder

@@ -21,7 +21,7 @@ from ..features import collapse
 from ..files import whole_file
 from ..models import FCMAE, ConvNeXtV2
 from ..report import save_reconstructions
-from ..report.html import attempt
+from ..runs.end import attempt
 from ..runs.summary import read_rows
 
 # what may decide, and whether more of it is better

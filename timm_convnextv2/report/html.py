@@ -10,7 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..files import system_reason, whole_file
+from ..files import whole_file
+from ..runs.end import attempt
 from .charts import Line, collapse_chart, epoch_colours, line_chart, spread
 from .kinds import BASELINES, DETECTION, PRETRAINING, SEGMENTATION, Kind
 from .run import RunRecord, read_run
@@ -297,30 +298,3 @@ def report_when_due(folder: Path, due: float, ended: bool, note: Callable[[str],
     attempt("the report", lambda: write_report([folder], folder / "report.html"), note, (OSError, ValueError))
     now = time.monotonic()
     return now + REPORT_PAUSE * (now - start)
-
-
-def attempt(
-    what: str,
-    act: Callable[[], Any],
-    note: Callable[[str], Any],
-    errors: type[Exception] | tuple[type[Exception], ...] = OSError,
-) -> str:
-    """Does something that a run can do without; where the disk refuses, that is a warning.
-
-    Args:
-        what: Its name.
-        act: Does it.
-        note: Prints a line.
-        errors: What is a warning.
-
-    Returns:
-        The warning, '' where all went well.
-    """
-    try:
-        act()
-    except errors as e:
-        reason = system_reason(e) if isinstance(e, OSError) else str(e)
-        warning = f"Warning: {what} failed ({reason}). Training continues without it."
-        note(warning)
-        return warning
-    return ""

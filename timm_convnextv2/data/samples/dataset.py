@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from ...models.masking import random_mask
+from ...seeds import mix, sample_seed
 from ..formats.decode import Choose, Reduced
 from ..formats.errors import ImageError
-from ..seeds import mix, sample_seed
 from ..sources.stream import TimmStream
 
 _KEPT_OF_SKIPPED = 32  # pictures in a row that may be bad where a resumed stream starts

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..seeds import mix
+from ...seeds import mix
 from ..sources.groups import Groups
 
 

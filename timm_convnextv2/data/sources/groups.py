@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..seeds import mix
+from ...seeds import mix
 
 REPEAT = 1 << 32  # in an image's epoch, see `Groups.order`
 _MOST_WEIGHTS = 1000

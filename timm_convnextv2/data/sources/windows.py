@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...seeds import sample_seed
 from ..formats.decode import faults_named
 from ..formats.errors import EmptyError, ImageError, MissingPackageError
 from ..formats.pixels import Pixels
-from ..seeds import sample_seed
 from .pages import DerivedSource
 from .scenes import Scenes, open_scene
 
