@@ -16,13 +16,12 @@ from runs import (
     run,
 )
 
-from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.pretrain import config as options
+from timm_convnextv2.commands.pretrain import main, parse_options
 
 
 def options_of(argv):
     """The options alone, of a model without a folder."""
-    args, start = options.parse_options(argv)
+    args, start = parse_options(argv)
     assert start is None
     return args
 

@@ -10,7 +10,7 @@ from runs import DATA, load, refused, run
 from safetensors.torch import load_file, save_file
 
 from timm_convnextv2.checkpoint import export_encoder, export_fcmae, to_official
-from timm_convnextv2.pretrain import config as options
+from timm_convnextv2.commands.pretrain import parse_options
 from timm_convnextv2.pretrain import setup
 
 KWARGS = dict(depths=(1, 1, 2, 1), dims=(8, 8, 16, 16), decoder_dim=16, img_size=64)  # of the runs
@@ -79,7 +79,7 @@ def test_official_weights_stay_non_commercial(tmp_path, capsys, fcmae):
 @pytest.mark.parametrize("export", [export_encoder, export_fcmae])
 def test_config_beside_tells_licence_options_and_normalisation(tmp_path, fcmae, export):
     folder = export(fcmae, tmp_path / "f", license="apache-2.0", mean=[0.3] * 3, std=[0.2] * 3)
-    args, start = options.parse_options([*DATA[:-2], "--weights", str(folder / "model.safetensors")])
+    args, start = parse_options([*DATA[:-2], "--weights", str(folder / "model.safetensors")])
     assert args.mean == [0.3] * 3 and args.pretrained and args.patch_size == 4
     assert setup.create_model(args, start).encoder.pretrained_cfg["license"] == "apache-2.0"
     assert "state_dict" not in start.overlay
