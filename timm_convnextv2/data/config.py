@@ -1,0 +1,172 @@
+"""Options on which images to read and how stored values become pixels, shared by all commands."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config import option
+from .formats.axes import CHANNELS
+from .formats.pixels import Pixels, one_page
+
+
+@dataclass(frozen=True)
+class ImagePaths:
+    """Where image files are."""
+
+    data_dir: tuple[str, ...] | None = option(
+        None,
+        "images anywhere below these folders, in .tar files, or that match 'scans/*/**/*.png' (quoted); or the root of "
+        "--dataset",
+        metavar="DIR",
+    )
+    data_list: tuple[str, ...] | None = option(
+        None,
+        "images that a .txt (one path per line), .csv or .parquet lists (column path, perhaps weight); paths are "
+        "relative to it, or to --data-dir",
+        metavar="FILE",
+    )
+    index: str | None = option(
+        None, "index of the image names: written if it does not exist, shared by all processes", metavar="FILE"
+    )
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that timm opens, or the demo data set; '' for image files."""
+
+    dataset: str = option("", "timm's hfds/, hfids/, wds/, tfds/, torch/...; or 'embedded'", metavar="NAME")
+    train_split: str = option("train", "split of --dataset", metavar="NAME")
+    train_num_samples: int | None = option(None, "images per epoch of a stream or of 'embedded'", metavar="N")
+    dataset_download: bool = option(False, "let --dataset download itself")
+    input_key: str | None = option(None, "image column of --dataset", metavar="NAME")
+
+
+def page_word(word: str) -> int | str:
+    """A word of --pages: a number, 'all', 'first' or 'channels'."""
+    return word if word in ("all", "first", CHANNELS) else int(word)
+
+
+def _centre_or_file(word: str) -> float | str:
+    return word if word == "file" else float(word)
+
+
+@dataclass(frozen=True)
+class PixelOptions:
+    """How stored values become pixels; `to_pixels` makes the record."""
+
+    nodata: float | None = option(
+        None, 'stored value meaning "no data"; such pixels are filled with the mean of the others', metavar="V"
+    )
+    divide: float | None = option(
+        None, "divide stored values by X (default: 255 or 65535 by type, floats by 1)", metavar="X"
+    )
+    clip_percentiles: tuple[float, float] | None = option(
+        None, "clip each channel to these percentiles of the pixels, measured, e.g. 1 99", metavar=("LO", "HI")
+    )
+    clip_low: tuple[float, ...] | None = option(
+        None, "raise smaller values to this limit, one or one per channel, after the division", metavar="X"
+    )
+    clip_high: tuple[float, ...] | None = option(
+        None, "lower larger values to this limit, one or one per channel", metavar="X"
+    )
+    dicom_window: tuple[float | str, ...] | None = option(
+        None,
+        "DICOM values that become 0 to 1: 'file' for the window stored in each file, or a centre and a width",
+        metavar="X",
+        parse=_centre_or_file,
+    )
+    pages: tuple[int | str, ...] | None = option(
+        None,
+        "pages of multi-page TIFF, stacks, DICOM: all or numbers from 0 (each an image), first, or channels",
+        metavar="P",
+        parse=page_word,
+    )
+
+    @classmethod
+    def of(cls, pixels: Pixels) -> "PixelOptions":
+        """The options that make this record."""
+        window = pixels.dicom_window
+        return cls(
+            nodata=pixels.nodata,
+            divide=pixels.divide,
+            clip_low=pixels.clip_low,
+            clip_high=pixels.clip_high,
+            dicom_window=(window,) if isinstance(window, str) else window,
+            pages=None if pixels.page is None else (pixels.page,),
+        )
+
+    def to_pixels(self, in_chans: int | None = None) -> Pixels:
+        """The record, without the limits that --clip-percentiles measures later.
+
+        Args:
+            in_chans: Checks that the record fits this number of channels; None skips that check.
+
+        Raises:
+            ValueError: Words of an option that exclude each other, or values out of order or range.
+        """
+        if self.clip_percentiles is not None and not 0 <= self.clip_percentiles[0] < self.clip_percentiles[1] <= 100:
+            low, high = self.clip_percentiles
+            raise ValueError(
+                f"--clip-percentiles {low:g} {high:g}: expected two percentages in order, 0 <= LO < HI <= 100, such "
+                "as 1 99."
+            )
+        pixels = Pixels(
+            self.nodata,
+            self.divide,
+            self.clip_low,
+            self.clip_high,
+            page=one_page(check_pages(self.pages)),
+            dicom_window=_window(self.dicom_window),
+        )
+        return pixels if in_chans is None else pixels.check(in_chans)
+
+
+def check_pages(pages: Sequence[int | str] | None) -> Sequence[int | str] | None:
+    """Returns the words of --pages.
+
+    Raises:
+        ValueError: A word beside a number, or a negative number.
+    """
+    numbers = [page for page in pages or () if isinstance(page, int)]
+    if pages and (min(numbers, default=0) < 0 or len(pages) > 1 and len(numbers) < len(pages)):
+        raise ValueError(f"--pages takes all, first, channels, or numbers from 0 up, got {' '.join(map(str, pages))}.")
+    return pages
+
+
+def _window(words: Sequence[float | str] | None) -> str | tuple[float, float] | None:
+    if words is None or list(words) == ["file"]:
+        return None if words is None else "file"
+    if len(words) != 2 or "file" in words:
+        raise ValueError(f"--dicom-window takes 'file', or a centre and a width, got {' '.join(map(str, words))}.")
+    return float(words[0]), float(words[1])
+
+
+@dataclass(frozen=True)
+class WindowOptions:
+    """Which windows to read instead of whole images."""
+
+    window_size: int | None = option(
+        None, "read windows of S x S pixels, drawn by area, instead of whole images", metavar="S", at_least=1
+    )
+    windows_per_image: float | None = option(
+        None, "windows per image and epoch, on average (default: as many as cover it)", metavar="N", above=0
+    )
+    min_content: float = option(
+        0.0, "draw a window again if less than this fraction of it has content", metavar="X", at_least=0
+    )
+    content_std: float = option(
+        0.01,
+        "cells of 16 x 16 pixels have content above this standard deviation, in units of the divided pixels",
+        metavar="X",
+        at_least=0,
+    )
+
+
+def one_place(data: Sequence[str], data_dir: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The folders that a command's DATA or --data-dir names.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    if data and data_dir:
+        raise ValueError(f"DATA ('{' '.join(data)}') and --data-dir ('{' '.join(data_dir)}') exclude each other.")
+    return tuple(data) or data_dir
