@@ -11,7 +11,7 @@ from .models.task import FCMAETask
 from .version import __version__
 
 if TYPE_CHECKING:
-    from . import checkpoint, data
+    from . import checkpoint, data, hub
 
 
 __all__ = [
@@ -23,12 +23,13 @@ __all__ = [
     "checkpoint",
     "data",
     "explain",
+    "hub",
     "random_mask",
 ]
 
 
 def __getattr__(name: str) -> ModuleType:
-    """The subpackages `checkpoint` and `data` are imported when they are first used: models need neither."""
-    if name in ("checkpoint", "data"):
+    """Imports the subpackages `checkpoint`, `data` and `hub` on first use: models need none of them."""
+    if name in ("checkpoint", "data", "hub"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -637,7 +637,7 @@ model = timm.create_model("hf-hub:owner/model@v1", pretrained=True, num_classes=
 timm.models.save_for_hf(model, sys.argv[1], safe_serialization=True)
 
 import timm_convnextv2
-from timm_convnextv2.checkpoint import push_to_hub
+from timm_convnextv2.hub import push_to_hub
 print(push_to_hub(sys.argv[1], "owner/finetuned", private=True, commit_message="From the environment"))
 """
 

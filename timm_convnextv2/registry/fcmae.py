@@ -9,7 +9,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from timm.models import generate_default_cfgs
 from timm.models.convnext import ConvNeXt
 
-from ..checkpoint.provenance import config_beside, origin_of_config
 from ..models.fcmae import FCMAE
 from ..models.variants import VARIANTS, layer_decay_type, register_variants, variant_options
 from ..models.weights import check_weights
@@ -18,6 +17,13 @@ from .convnextv2 import filter_weights
 from .hub import build_model, hub_error
 
 _logger = logging.getLogger(__name__)
+
+
+def _provenance() -> Any:
+    # imported on use: `import timm_convnextv2` must not import `checkpoint` with cards, Pillow and the Hub's client
+    from ..checkpoint import provenance
+
+    return provenance
 
 
 def _fcmae_cfg(name: str) -> dict:
@@ -86,7 +92,7 @@ def _create_fcmae(
         **kwargs,
     )
     if pretrained and model.pretrained_cfg.get("file") and start_config is None:
-        start_config = config_beside(model.pretrained_cfg)  # timm itself parsed a `local-dir:` name
+        start_config = _provenance().config_beside(model.pretrained_cfg)  # timm itself parsed a `local-dir:` name
     _describe_encoder(model, variant.removeprefix("fcmae_"), pretrained, start_config, kwargs)
     return model
 
@@ -95,7 +101,7 @@ def _config_beside_weights(variant: str, kwargs: dict[str, Any]) -> dict[str, An
     """The config.json beside the weights of a `pretrained_cfg_overlay`, which timm does not read; None without one."""
     overlay = kwargs["pretrained_cfg_overlay"]
     try:
-        return config_beside(overlay, kwargs.get("cache_dir"))
+        return _provenance().config_beside(overlay, kwargs.get("cache_dir"))
     except (OSError, HfHubHTTPError) as e:
         raise hub_error(e, overlay["hf_hub_id"], "config.json", variant) from e
 
@@ -117,7 +123,7 @@ def _with_options_of(config: dict[str, Any], variant: str, kwargs: dict[str, Any
         given = key in kwargs and not (key in own and kwargs[key] == own[key])
         if key not in ("num_classes", "global_pool") and not given:
             kwargs[key] = tuple(value) if isinstance(value, list) else value
-    cfg, origin = config.get("pretrained_cfg", {}), origin_of_config(config)
+    cfg, origin = config.get("pretrained_cfg", {}), _provenance().origin_of_config(config)
     about = {k: cfg[k] for k in ("input_size", "interpolation", "crop_pct", "mean", "std") if k in cfg}
     about |= {"license": origin.license, "origin_url": origin.url, "tag": cfg.get("tag"), "hf_hub_id": None}
     kwargs["pretrained_cfg_overlay"] = {**about, **overlay}
@@ -151,7 +157,7 @@ def _describe_encoder(
     if pretrained:
         model.base_model = (source.get("hf_hub_id") or "").partition("@")[0] or None
         if source.get("file") and start_config:
-            model.base_model = origin_of_config(start_config).base_model
+            model.base_model = _provenance().origin_of_config(start_config).base_model
     own = variant_options(name.rpartition("_")[2])
     options = inspect.signature(ConvNeXt.__init__).parameters.keys() - {"device", "dtype"}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items() if k in options}
