@@ -1,4 +1,4 @@
-"""What all commands share: the parser, the way to refuse, and how the user calls a command here."""
+"""Shared by all commands: the parser, messages, and the words with which the user calls a command."""
 
 import argparse
 import difflib
@@ -17,43 +17,42 @@ PACKAGE = "timm_convnextv2"
 
 
 class CommandParser(argparse.ArgumentParser):
-    """`ArgumentParser` without abbreviations, whose errors are a `ValueError`: told as any other mistake, and once."""
+    """`ArgumentParser` without abbreviations, whose errors are a `ValueError` like all other user errors."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-        # argparse takes -0.017 for a number but -1.7e-2 for an option
+        # argparse reads -0.017 as a number but -1.7e-2 as an option
         self._negative_number_matcher = re.compile(r"-(\d+(_\d+)*\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
     def error(self, message: str) -> NoReturn:
-        """Raises the message as a `ValueError`."""
         raise ValueError(message)
 
 
 def say(text: str, error: bool = False) -> None:
-    """Prints on the first process only; errors on the first of each node, which may have folders of its own."""
+    """Prints on rank 0 only; errors on the first process of each node, because nodes may have folders of their own."""
     local_rank, rank, _ = world_info_from_env()
     if (local_rank if error else rank) == 0:
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def refused(command: str, error: Exception) -> int:
-    """Prints a mistake in settings or data as one message; returns exit status 2."""
+    """Prints a user error as one message and returns exit status 2."""
     say(f"{PROGRAM} {command}: error: {error}", error=True)
     return 2
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?' where a known word resembles it, else nothing."""
+    """' Did you mean ...?' if a known word is similar, else ''."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def invocation(command: str, distributed: bool = False) -> list[str]:
-    """The words that start a command where the user is: the script of a clone, the console command, or the module.
+    """The words that start a command as the user did: a clone's script, the console command, or the module.
 
     Args:
         command: Its name, such as 'pretrain'.
-        distributed: Start it as this process was started, under torchrun where that is so.
+        distributed: Include torchrun if this process was started by it.
     """
     script = Path(sys.argv[0])
     if script.parent.name == "train_scripts" and (script.parent / f"{command}.py").is_file():
@@ -64,23 +63,23 @@ def invocation(command: str, distributed: bool = False) -> list[str]:
         return ["torchrun", *_nodes(), "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *words]
     if words[0] == "-m" and shutil.which(PROGRAM):
         return [PROGRAM, command]
-    if script.name == PROGRAM:  # called by its path, of an environment that is not activated
+    if script.name == PROGRAM:  # called by its path because the environment is not activated
         return [str(script), command]
     return [interpreter(), *words]
 
 
 def interpreter() -> str:
-    """'python' where that is this interpreter, else its whole path: of an environment that is not activated."""
+    """'python' if that is this interpreter, else its path (the environment may not be activated)."""
     here, found = os.path.abspath(sys.executable), shutil.which("python")
     return "python" if found and os.path.abspath(found) == here else here
 
 
 def _nodes() -> list[str]:
-    """torchrun's options for several nodes; nothing for one."""
+    """torchrun's options for several nodes; none for one node."""
     nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
     if nodes == "1":
         return []
-    # torchrun tells its processes the first node's name, but not the port of the rendezvous: 29500 is its default
+    # torchrun passes on the first node's name but not the port of the rendezvous; 29500 is its default
     endpoint = f"{os.environ.get('MASTER_ADDR', 'HEAD')}:29500"
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-id", job, "--rdzv-endpoint", endpoint]

@@ -1,4 +1,4 @@
-"""Depthwise convolution whose backward, in training on CPU, is `ops.depthwise`'s."""
+"""Depthwise convolution that uses `ops.depthwise` for its backward when it trains on CPU."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from ..ops.gemm import HAS_ONEDNN, MAX_COLUMNS
 
 
 def is_plain_depthwise(conv: nn.Module) -> bool:
-    """Whether the operations here compute what `conv` does: depthwise, stride and dilation 1, 'same' zero padding."""
+    """Whether `conv` is depthwise with an odd square kernel, stride and dilation 1 and 'same' zero padding."""
     return (
         isinstance(conv, nn.Conv2d)
         and type(conv) in (nn.Conv2d, DepthwiseConv2d)
@@ -23,17 +23,17 @@ def is_plain_depthwise(conv: nn.Module) -> bool:
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` whose backward, in training on CPU, is this module's."""
+    """`nn.Conv2d` whose weight gradient on CPU is computed by columns of the kernel, which is faster."""
 
     @classmethod
     def adopt(cls, conv: nn.Module) -> None:
-        """Turns a plain depthwise convolution into this one in place; leaves any other as it is."""
+        """Turns a plain depthwise convolution into this class in place; leaves any other unchanged."""
         if is_plain_depthwise(conv):
             conv.__class__ = cls
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self.can_fuse(x):
+            if not self.why_eager(x):
                 dtype = autocast_dtype(x) or x.dtype
                 bias = None if self.bias is None else self.bias.to(dtype)
                 x = x.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -42,25 +42,20 @@ class DepthwiseConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def why_eager(self, x: torch.Tensor) -> str:
-        """Why PyTorch's convolution runs on `x` `[B, C, H, W]`; '' where one with a backward of its own does."""
+        """Why PyTorch's convolution runs on `x` `[B, C, H, W]`; '' if `ops.depthwise` does."""
         if not torch.is_grad_enabled():
-            return "no gradient is needed, and the forward is PyTorch's anyway"
+            return "no gradient is needed, and the forward is PyTorch's in any case"
         reason = why_eager(x, (self.weight, self.bias))
         if reason:
             return reason
         if not (x.requires_grad or self.weight.requires_grad):
-            return "no gradient is needed, and the forward is PyTorch's anyway"
+            return "no gradient is needed, and the forward is PyTorch's in any case"
         if not HAS_ONEDNN or x.device.type != "cpu":
             return "only oneDNN on CPU has a weight gradient that is slow"
         if backend("cpu") == "triton":
             return "the backend 'triton' has no kernel for it"
         if not is_plain_depthwise(self) or self.kernel_size[0] <= MAX_COLUMNS:
-            return f"it is no depthwise convolution of stride 1 wider than {MAX_COLUMNS} columns"
+            return f"it is not a depthwise convolution of stride 1 with more than {MAX_COLUMNS} columns"
         if x.ndim != 4 or x.dtype == torch.float64:
-            return "the input is no [B, C, H, W], or float64, which oneDNN does not have"
+            return "the input is not [B, C, H, W], or is float64, which oneDNN does not support"
         return ""
-
-    @torch.jit.unused
-    def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether the backward is this module's; `why_eager` says why not."""
-        return not self.why_eager(x)

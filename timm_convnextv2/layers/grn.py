@@ -10,15 +10,15 @@ from timm.models import register_notrace_module
 from ..ops.functional import global_response_norm
 
 
-@register_notrace_module  # one node in torch.fx graphs (timm's feature_cls='fx'), which cannot ask a dtype
+@register_notrace_module  # torch.fx (timm's feature_cls='fx') cannot trace the check of the dtype
 class GlobalResponseNorm(TimmGlobalResponseNorm):
     """timm's GRN: same parameters, same numbers, fewer passes over the tokens.
 
     `g = ||x||_2` over the tokens of an image, per channel; `n = g / (mean_c g + eps)`;
     `out = x * (1 + weight * n) + bias`.
 
-    The sum of squares is accumulated in float32 whatever the input type (in float16 it overflows), and the scale, a
-    small `[B, 1, 1, C]`, is applied in one pass over `x` where timm takes three.
+    The sum of squares is accumulated in float32 for every input type (float16 would overflow). The scale, a small
+    `[B, 1, 1, C]`, is applied in one pass over `x`; timm takes three.
 
     Shape: `[B, H, W, C]` with `channels_last=True`, else `[B, C, H, W]`; the output has the input's shape and dtype.
     """

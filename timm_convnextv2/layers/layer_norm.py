@@ -1,4 +1,4 @@
-"""LayerNorm of the stem and of downsampling, by a Triton kernel, and on CPU with a faster backward."""
+"""LayerNorm of the stem and of downsampling: a Triton kernel on CUDA, a faster backward on CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -10,21 +10,21 @@ from ..ops.layer_norm import fused_layer_norm
 
 
 class LayerNorm2d(TimmLayerNorm2d):
-    """timm's `LayerNorm2d`: same parameters, same numbers, and under autocast no copies in float32.
+    """timm's `LayerNorm2d` with the same parameters and numbers, and without float32 copies under autocast.
 
     Shape: `[B, C, H, W]` to `[B, C, H, W]`, channels-last.
 
     Attributes:
-        feeds_conv: Whether a convolution, and nothing else, reads the output. Under autocast it comes in autocast's
-            type then, to which the convolution would round it; else in float32, as in plain PyTorch on CUDA.
+        feeds_conv: Whether only a convolution reads the output. Under autocast the output then has autocast's type, to
+            which the convolution would round it; else float32, as in plain PyTorch on CUDA.
     """
 
     feeds_conv = False
 
     @classmethod
     def adopt(cls, norm: nn.Module, feeds_conv: bool) -> None:
-        """Turns timm's LayerNorm of maps into this one in place; leaves any other as it is, and one without weight and
-        bias or made while `timm.layers.set_fast_norm` was on, which has types of its own."""
+        """Turns timm's LayerNorm of maps into this class in place if it has weight and bias."""
+        # a norm made under `timm.layers.set_fast_norm` has other types under autocast
         plain = type(norm) is TimmLayerNorm2d and not norm._fast_norm
         if plain and norm.weight is not None and norm.bias is not None:
             norm.__class__ = cls
@@ -33,7 +33,7 @@ class LayerNorm2d(TimmLayerNorm2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self.can_fuse(x):
+            if not self.why_eager(x):
                 dtype = autocast_dtype(x)
                 dtype = x.dtype if dtype is None else dtype if self.feeds_conv else torch.float32
                 out = fused_layer_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps, dtype)
@@ -43,17 +43,12 @@ class LayerNorm2d(TimmLayerNorm2d):
 
     @torch.jit.unused
     def why_eager(self, x: torch.Tensor) -> str:
-        """Why PyTorch's operations run on `x` `[B, C, H, W]`; '' where an operation of `ops` does."""
+        """Why PyTorch's operations run on `x` `[B, C, H, W]`; '' if an operation of `ops` does."""
         reason = why_eager(x, (self.weight, self.bias))
         if reason or backend(x.device) == "triton":
             return reason
         if x.device.type != "cpu" or x.dtype != torch.float32 or autocast_dtype(x) is not None:
-            return "only the backend 'triton' has a kernel for it, and the CPU in float32 a faster backward"
+            return "only the backend 'triton' has a kernel for it, and only the CPU in float32 a faster backward"
         if not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
-            return "no gradient is needed, and the forward is PyTorch's anyway"
+            return "no gradient is needed, and the forward is PyTorch's in any case"
         return ""
-
-    @torch.jit.unused
-    def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether an operation of `ops` runs; `why_eager` says why not."""
-        return not self.why_eager(x)

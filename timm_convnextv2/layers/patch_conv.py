@@ -1,4 +1,4 @@
-"""Convolution whose kernel is its stride, as a matrix product where that is faster."""
+"""Convolution whose kernel equals its stride, as a matrix product if that is faster."""
 
 import torch
 from torch import nn
@@ -8,15 +8,15 @@ from ..ops.patch_conv import patch_product
 
 
 class PatchConv2d(nn.Conv2d):
-    """`nn.Conv2d` that does not let a narrow map, as a packed map is one, slow the CPU's convolution.
+    """`nn.Conv2d` that uses a matrix product for narrow maps, such as packed maps, on CPU.
 
-    With one or two patches in a row, one training step of the downsampling layer took 1.2 to 3 times as long as the
-    matrix product of its patches; in wider maps the convolution is faster.
+    For maps one or two patches wide, the convolution's training step took 1.2 to 3 times as long as the matrix product;
+    for wider maps the convolution is faster.
     """
 
     @classmethod
     def adopt(cls, conv: nn.Module) -> None:
-        """Turns a convolution without overlap, padding or groups into this one in place; leaves any other as it is."""
+        """Turns a convolution without overlap, padding or groups into this class in place; leaves others unchanged."""
         if (
             type(conv) is nn.Conv2d
             and conv.kernel_size == conv.stride
@@ -29,7 +29,7 @@ class PatchConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self.can_fuse(x):
+            if not self.why_eager(x):
                 k = self.kernel_size[0]
                 B, C, H, W = x.shape
                 patches = x.permute(0, 2, 3, 1).reshape(B, H // k, k, W // k, k, C).transpose(2, 3)
@@ -38,7 +38,7 @@ class PatchConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def why_eager(self, x: torch.Tensor) -> str:
-        """Why PyTorch's convolution runs on `x` `[B, C, H, W]`; '' where a matrix product does."""
+        """Why PyTorch's convolution runs on `x` `[B, C, H, W]`; '' if a matrix product does."""
         reason = why_eager(x, (self.weight, self.bias))
         if reason:
             return reason
@@ -50,12 +50,7 @@ class PatchConv2d(nn.Conv2d):
         if autocast_dtype(x) is not None:
             return "autocast is on"
         if x.ndim != 4 or x.shape[3] > 2 * k:
-            return "the map is wider than two patches, where the convolution is faster"
+            return "the map is wider than two patches, for which the convolution is faster"
         if x.shape[2] % k or x.shape[3] % k:
             return "its patches do not cover the map"
         return ""
-
-    @torch.jit.unused
-    def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether a matrix product runs; `why_eager` says why not."""
-        return not self.why_eager(x)

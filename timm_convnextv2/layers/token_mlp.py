@@ -17,21 +17,19 @@ from .grn import GlobalResponseNorm
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """1x1 convolution weights, applied to channels-last tokens `[..., Cin]` as a matrix product, which is faster."""
+    """1x1 convolution applied to channels-last tokens `[..., Cin]` as a matrix product, which is faster."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class TokenMlp(GlobalResponseNormMlp):
-    """timm's `GlobalResponseNormMlp` on channels-last tokens, whether its weights are `Linear` or 1x1 `Conv2d`.
-
-    timm runs the second kind (`use_conv=True`, atto to nano) as convolutions on `[B, C, H, W]`.
+    """timm's `GlobalResponseNormMlp` on channels-last tokens, with `Linear` or 1x1 `Conv2d` weights (atto to nano).
 
     Shape: `[B, H, W, C]` to `[B, H, W, C]`.
 
     Attributes:
-        recompute: Whether `fused` computes its pre-activation again in the backward, rather than keep it.
+        recompute: Whether `fused` recomputes its pre-activation in the backward instead of saving it.
     """
 
     if TYPE_CHECKING:  # nn.Module types them as Tensor | Module
@@ -42,7 +40,7 @@ class TokenMlp(GlobalResponseNormMlp):
 
     @classmethod
     def adopt(cls, mlp: GlobalResponseNormMlp) -> None:
-        """Turns timm's module into this one in place: parameters and their names stay."""
+        """Turns timm's module into this class in place; parameters and their names stay."""
         mlp.__class__ = cls
         for fc in (mlp.fc1, mlp.fc2):
             if isinstance(fc, nn.Conv2d):
@@ -52,15 +50,10 @@ class TokenMlp(GlobalResponseNormMlp):
         grn.spatial_dim, grn.channel_dim, grn.wb_shape = (1, 2), -1, (1, 1, 1, -1)
 
     def why_eager(self, x: torch.Tensor, norm: Any, path: nn.Module) -> str:
-        """Why `fused` may not take the place of the modules, one after the other; '' where it may.
+        """Why `fused` may not replace the modules on the mixer's output `x` `[B, C, H, W]`; '' if it may.
 
-        It computes what they do only while they are of the kinds it knows, and nobody looks between them
-        (`ops.dispatch.why_eager`).
-
-        Args:
-            x: The mixer's output, `[B, C, H, W]`.
-            norm: The norm before the MLP.
-            path: The drop path after it.
+        It computes the same only if norm, MLP and drop path are of known types and nothing intercepts the operations
+        between them (`ops.dispatch.why_eager`).
         """
         reason = self._unknown_module(norm, path)
         if reason:
@@ -72,9 +65,9 @@ class TokenMlp(GlobalResponseNormMlp):
         return why_eager(x, weights, (self, norm, fc1, self.act, self.drop1, grn, fc2, self.drop2, path))
 
     def _unknown_module(self, norm: nn.Module, path: nn.Module) -> str:
-        """Which of the modules is none that `fused` knows; '' where all are."""
+        """The module that `fused` cannot replace; '' if there is none."""
         if type(norm) not in (LayerNorm, LayerNorm2d, nn.LayerNorm) or norm.weight is None or norm.bias is None:
-            return "its norm is no LayerNorm with weight and bias"
+            return "its norm is not a LayerNorm with weight and bias"
         for fc in (self.fc1, self.fc2):
             if type(fc) not in (nn.Linear, PointwiseConv2d) or fc.bias is None:
                 return "a Linear was replaced by another kind of module, or has no bias"
@@ -88,22 +81,8 @@ class TokenMlp(GlobalResponseNormMlp):
             return "it has dropout"
         return ""
 
-    def can_fuse(self, x: torch.Tensor, norm: Any, path: nn.Module) -> bool:
-        """Whether `fused` may run; `why_eager` says why not."""
-        return not self.why_eager(x, norm, path)
-
     def fused(self, x: torch.Tensor, shortcut: torch.Tensor, norm: Any, path: nn.Module) -> torch.Tensor:
-        """`shortcut + path(mlp(norm(x)))` as one operation, where `can_fuse` allows it.
-
-        Args:
-            x: The mixer's output, `[B, C, H, W]`.
-            shortcut: `[B, C, H, W]`.
-            norm: The norm before the MLP.
-            path: The drop path after it.
-
-        Returns:
-            `[B, C, H, W]`, channels-last.
-        """
+        """`shortcut + path(mlp(norm(x)))` of `[B, C, H, W]` as one operation; only if `why_eager` gives ''."""
         B, C, H, W = x.shape
         keep = None
         if type(path) is DropPath and path.training and path.drop_prob:

@@ -22,15 +22,15 @@ from ..layers import DepthwiseConv2d, LayerNorm2d, PatchConv2d, TokenMlp
 
 
 class Layout(Protocol):
-    """What the mixer asks of a packed layout; `models.packing.PackedLayout` is one."""
+    """The part of a packed layout that the mixer uses; `models.packing.PackedLayout` implements it."""
 
     def mix(self, x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
-        """Applies `conv` to packed features `x` as if they lay in their image, and packs the result."""
+        """Applies `conv` to packed features `x` at their positions in the image, and packs the result."""
         ...
 
 
 class ConvNeXtV2Block(ConvNeXtBlock):
-    """timm's `ConvNeXtBlock`, split into the mixer (which asks the layout) and the token MLP (which does not)."""
+    """timm's `ConvNeXtBlock`, split into the mixer, which depends on the layout, and the token MLP, which does not."""
 
     if TYPE_CHECKING:  # nn.Module types them as Tensor | Module
         conv_dw: Any
@@ -43,7 +43,7 @@ class ConvNeXtV2Block(ConvNeXtBlock):
 
     @staticmethod
     def adopt(block: ConvNeXtBlock) -> None:
-        """Turns timm's block into ours in place: parameters and their names stay."""
+        """Turns timm's block into ours in place; parameters and their names stay."""
         block.__class__ = ConvNeXtV2Block
         assert isinstance(block, ConvNeXtV2Block)
         DepthwiseConv2d.adopt(block.conv_dw)
@@ -54,23 +54,18 @@ class ConvNeXtV2Block(ConvNeXtBlock):
 
     @torch.jit.unused
     def why_eager(self, x: torch.Tensor) -> str:
-        """Why the modules after the mixer run one by one on its output `x`; '' where the fused token MLP does."""
+        """Why the modules after the mixer run one by one on its output `x`; '' if the fused token MLP does."""
         if not isinstance(self.mlp, TokenMlp):
             return "its MLP has no GRN"
         if self.gamma is not None:
             return "it has layer scale"
         return self.mlp.why_eager(x, self.norm, self.drop_path)
 
-    @torch.jit.unused
-    def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether the fused token MLP runs; `why_eager` says why not."""
-        return not self.why_eager(x)
-
     def _token_mlp(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if self.can_fuse(x):
+            if not self.why_eager(x):
                 return self.mlp.fused(x, self.shortcut(shortcut), self.norm, self.drop_path)
-        if self.use_conv_mlp:  # a norm for [B, C, H, W], else for [B, H, W, C]
+        if self.use_conv_mlp:  # a norm of [B, C, H, W], else of [B, H, W, C]
             x = self.norm(x)
         if self.mlp_channels_last:
             x = x.permute(0, 2, 3, 1)
@@ -89,7 +84,7 @@ class ConvNeXtV2Block(ConvNeXtBlock):
 
         Args:
             x: Dense `[B, C, H, W]`, or packed in the layout's own shape (`[B, C, K * p, p]` for `PackedLayout`).
-            layout: A `Layout` for packed features. (TorchScript, which runs dense ones only, cannot be told the type.)
+            layout: A `Layout` for packed features; untyped, because TorchScript knows no protocols.
         """
         if not torch.jit.is_scripting():
             if layout is not None:
@@ -113,11 +108,10 @@ class ConvNeXtV2Stage(ConvNeXtStage):
 
     @torch.jit.unused
     def _run_blocks(self, x: torch.Tensor, layout: Any) -> torch.Tensor:
-        """With checkpointing the fused token MLP recomputes what is large, four times as wide as the rest; other
-        blocks, everything."""
+        # with checkpointing the fused token MLP recomputes its own wide activation; other blocks are recomputed whole
         for block in self.blocks:
             forward = block if layout is None else partial(block, layout=layout)
-            whole = self.grad_checkpointing and not (block.can_fuse(x) and block.mlp.recompute)
+            whole = self.grad_checkpointing and not (not block.why_eager(x) and block.mlp.recompute)
             x = checkpoint_seq([forward], x) if whole else forward(x)
         return x
 
@@ -134,7 +128,7 @@ def _layer_id(name: str, depths: list[int], grouped: bool) -> int:
         stage, index = len(depths), 0
     if not grouped:
         return sum(depths[:stage]) + (index or 0) + 1
-    last = 3 + math.ceil(depths[2] / 3)  # 12 where the official code has it
+    last = 3 + math.ceil(depths[2] / 3)  # 12 for the official depths
     if stage == 0:
         return 0 if index is None else 1
     if stage == 1:
@@ -147,14 +141,13 @@ def _layer_id(name: str, depths: list[int], grouped: bool) -> int:
 class ConvNeXtV2(ConvNeXt):
     """timm's `ConvNeXt` with `ConvNeXtV2Block`s: the same arguments, parameters and numbers.
 
-    The defaults are those of ConvNeXt V2 tiny. `use_grn=False, ls_init_value=1e-6`, timm's own, gives ConvNeXt V1.
-
-    `forward_packed` runs the feature extractor on visible patches only, and `group_matcher` gives the layers of the
-    published layer-wise learning rate decay; everything else is timm's.
+    The defaults build ConvNeXt V2 tiny; `use_grn=False, ls_init_value=1e-6`, timm's own, builds ConvNeXt V1.
+    `forward_packed` runs the feature extractor on visible patches only; `group_matcher` returns the layers of the
+    published layer-wise learning rate decay.
 
     Attributes:
-        layer_decay_type: What one layer of that decay is, by the official names: 'single', a block, or 'group', about
-            three blocks. `timm.create_model` sets 'group' for base, large and huge, as their recipes have it.
+        layer_decay_type: Layers of that decay: 'single' (a block each) or 'group' (about three blocks each).
+            `timm.create_model` sets 'group' for base, large and huge, as in their recipes.
     """
 
     if TYPE_CHECKING:  # nn.Module types them as Tensor | Module
@@ -167,10 +160,10 @@ class ConvNeXtV2(ConvNeXt):
     def __init__(self, *args, use_grn: bool = True, ls_init_value: float | None = None, **kwargs) -> None:
         # timm's defaults are those of ConvNeXt V1: no GRN, and layer scale in every block
         super().__init__(*args, use_grn=use_grn, ls_init_value=ls_init_value, **kwargs)
-        # timm builds its own block and stage classes and has no hook for others. Ours add methods and no state, so
-        # the instances change class; weights and the random numbers drawn to initialise them stay timm's.
+        # timm has no hook for other block and stage classes. Ours add methods and no state, so the instances change
+        # class; weights, and the random numbers that initialise them, stay timm's.
         for module in self.stem.children():
-            LayerNorm2d.adopt(module, feeds_conv=False)  # the first stage's residual sums begin with it, too
+            LayerNorm2d.adopt(module, feeds_conv=False)  # the first stage's residual sums read it as well
         for stage in self.stages:
             stage.__class__ = ConvNeXtV2Stage
             for module in stage.downsample.children():
@@ -183,15 +176,12 @@ class ConvNeXtV2(ConvNeXt):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], int]:
         """Layers of the official layer-wise learning rate decay, for `timm.optim.param_groups_layer_decay`.
 
-        Source: `optim_factory.py` of the official repository. There, `base`, `large` and `huge` have 27 blocks in
-        stage 2; other depths go on by the same rule. timm numbers the layers anew without gaps, which changes no
-        learning rate: the decay counts from the last layer, and only the ids below the first one in use can be absent.
-
-        Args:
-            coarse: True gives timm's own coarse groups, the stem and whole stages.
+        Source: `optim_factory.py` of the official repository, whose grouped models have 27 blocks in stage 2; other
+        depths continue its rule. timm renumbers the layers without gaps, which changes no learning rate: the decay
+        counts from the last layer.
 
         Returns:
-            timm's patterns if `coarse`, else a function from a parameter's name to its layer id.
+            A function from a parameter's name to its layer id; if `coarse`, timm's patterns of stem and stages.
         """
         if coarse:
             return super().group_matcher(coarse=True)
@@ -202,10 +192,10 @@ class ConvNeXtV2(ConvNeXt):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]  (typed for its other form)
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes in the backward pass what takes most memory.
+        """Recomputes activations in the backward pass to save memory.
 
-        With the fused token MLP (`ops.backend`) that is its pre-activation, a sixth more matrix products; else, as in
-        timm, whole blocks, a third more work.
+        The fused token MLP (`ops.backend`) recomputes its pre-activation, 17 % more matrix products; otherwise whole
+        blocks are recomputed as in timm, 33 % more compute.
         """
         super().set_grad_checkpointing(enable)
         for mlp in (m for m in self.stages.modules() if isinstance(m, TokenMlp)):
@@ -216,7 +206,7 @@ class ConvNeXtV2(ConvNeXt):
 
         Args:
             x: Packed pixels, `[B, in_chans, K * stride, stride]` for `PackedLayout`.
-            layout: Puts the mixer's neighbourhood back together.
+            layout: Gives the mixer the neighbourhood of each patch.
 
         Returns:
             Packed features of the last stage, `[B, num_features, K, 1]` for `PackedLayout`.

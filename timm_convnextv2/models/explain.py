@@ -1,4 +1,4 @@
-"""What runs: `explain(model)` prints which layers take the fused operations on a device, and why the others do not."""
+"""`explain(model)` prints which layers use the fused operations on a device, and why the others do not."""
 
 import platform
 from collections import Counter
@@ -32,14 +32,14 @@ def explain(model: nn.Module, device: torch.device | str | None = None) -> None:
 
 
 def explanation(model: nn.Module, device: torch.device | str | None = None) -> str:
-    """For each kind of layer how many there are, what runs in a training step, and why not the fused operation.
+    """Count, implementation in a training step, and reason against the fused operation for each kind of layer.
 
-    It asks the layers themselves, about inputs of the model's own image size and dtype, under the autocast, the hooks
-    and the backend that are in force here. No forward runs, and a GPU that is asked about need not be there.
+    The layers decide for inputs of the model's image size and dtype, under the current autocast, hooks and backend. No
+    forward runs, and the GPU in question need not be present.
 
     Args:
-        model: A ConvNeXtV2, an FCMAE, or what contains one. Other models have none of these layers.
-        device: What to tell about; by default the model's device, and 'cuda' too where there is one.
+        model: A ConvNeXtV2, an FCMAE, or a model that contains one.
+        device: By default the model's device, and also 'cuda' if there is one.
     """
     parameter = next(iter(model.parameters()), None)
     here = torch.device("cpu") if parameter is None else parameter.device
@@ -87,7 +87,7 @@ def _on_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> li
         reasons = Counter(why for what, _, why in found if what == kind)
         for why, count in sorted(reasons.items(), key=lambda item: bool(item[0])):
             first = next(module for what, module, reason in found if (what, reason) == (kind, why))
-            # MinkowskiEngine has nothing but the packed convolution
+            # MinkowskiEngine only replaces the packed convolution
             fused = "fused" if name == "minkowski" and kind != KINDS[2] else name
             runs = fused if not why else f"eager: {why}"
             where = f" ({first})" if why and len(reasons) > 1 else ""
@@ -98,7 +98,7 @@ def _on_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> li
 
 
 def _layers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
-    """Every layer of these kinds, as an image of the model's size meets it."""
+    """Every layer of these kinds, for an image of the model's size."""
     packed: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, FCMAE):
@@ -119,7 +119,7 @@ def _of_encoder(
     encoder: ConvNeXtV2, name: str, size: tuple[int, int], layout: PackedLayout | None, device: torch.device,
     dtype: torch.dtype,
 ) -> Iterator[Found]:  # fmt: skip
-    """The layers of all stages, with the maps that images of `size` give them."""
+    """The layers of all stages, for images of `size`."""
     reduction = encoder.feature_info[0]["reduction"]
     x = _map(size, reduction, layout, encoder.feature_info[0]["num_chs"], device, dtype)
     yield from _norms(encoder.stem, _join(name, "stem"), x)
@@ -142,12 +142,12 @@ def _of_encoder(
 
 
 def _norms(parts: nn.Module, name: str, x: torch.Tensor) -> Iterator[Found]:
-    """The norm among `parts`, which meets `x`."""
+    """The norm among `parts`, for an input like `x`."""
     for path, norm in parts.named_children():
         if isinstance(norm, LayerNorm2d):
             yield KINDS[4], _join(name, path), norm.why_eager(x)
         elif not isinstance(norm, nn.Conv2d) and any(True for _ in norm.parameters()):
-            yield KINDS[4], _join(name, path), "it is no LayerNorm with weight and bias, or timm's fast one"
+            yield KINDS[4], _join(name, path), "it is not a LayerNorm with weight and bias, or it is timm's fast one"
 
 
 def _of_block(
@@ -161,7 +161,7 @@ def _of_block(
         yield KINDS[2], f"{name}.conv_dw", layout.why_eager(x, conv)
     else:
         adopted = isinstance(conv, DepthwiseConv2d)
-        yield KINDS[1], f"{name}.conv_dw", conv.why_eager(x) if adopted else "it is no plain depthwise convolution"
+        yield KINDS[1], f"{name}.conv_dw", conv.why_eager(x) if adopted else "it is not a plain depthwise convolution"
     yield KINDS[0], f"{name}.mlp", block.why_eager(_tensor((1, conv.out_channels, *shape), device, dtype))
 
 
@@ -177,7 +177,7 @@ def _map(
 
 
 def _tensor(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor that says where it is and has no memory there."""
+    """A tensor with device and shape but without memory."""
     with FakeTensorMode():
         return torch.empty(shape, device=device, dtype=dtype)
 

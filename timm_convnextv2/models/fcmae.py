@@ -24,12 +24,12 @@ from .packing import PackedLayout
 
 
 class FCMAEOutput(NamedTuple):
-    """What a forward pass of `FCMAE` returns.
+    """Output of `FCMAE`.
 
     Attributes:
-        loss: Scalar, mean squared error over the pixels of the removed patches; float32, or float64 for float64 images.
-        pred: Predicted pixels of every patch, `[B, h * w, stride^2 * C]`, in (row, column, channel) order, in the
-            units of the target (normalised per patch where `norm_pix_loss`); None where not asked for.
+        loss: Scalar mean squared error over the pixels of the removed patches; float32, or float64 for float64 images.
+        pred: Predicted pixels of all patches, `[B, h * w, stride^2 * C]`, in (row, column, channel) order and in the
+            target's units (normalised per patch if `norm_pix_loss`); None if `return_pred=False`.
         mask: Bool `[B, h, w]`, True = removed.
     """
 
@@ -59,19 +59,18 @@ def normalize_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
         The normalised patches, and the mean and standard deviation `[..., 1]` that undo it: `x * std + mean`.
     """
     n = patches.shape[-1]
-    shrink = (n - 1) / n  # the biased variance, which LayerNorm takes, over the unbiased one
+    shrink = (n - 1) / n  # ratio of the biased variance, which LayerNorm computes, to the unbiased one
     normal, mean, rstd = torch.native_layer_norm(patches, [n], None, None, 1e-6 * shrink)
     return normal * shrink**0.5, mean, 1 / (rstd * shrink**0.5)
 
 
 def channel_loss(pred: torch.Tensor, target: torch.Tensor, channels: torch.Tensor, norm_pix_loss: bool) -> torch.Tensor:
-    """The loss without the pixels of removed channels: of each image the mean over the others, then over the images.
+    """The loss without removed channels: the mean over each image's remaining pixels, then over the images.
 
     Args:
-        pred: Predicted patches `[B, M, n]`, `n` in (row, column, channel) order.
-        target: Pixels `[B, M, n]`, finite.
-        channels: Bool `[B, C]`, True = removed; at least one of each image stays.
-        norm_pix_loss: Normalise each patch as `normalize_target`, by what stays of it.
+        pred: Predicted patches `[B, M, n]`, `n` in (row, column, channel) order; `target` likewise, finite.
+        channels: Bool `[B, C]`, True = removed; each image keeps at least one.
+        norm_pix_loss: Normalise each patch as `normalize_target` does, by its remaining pixels.
     """
     kept = (~channels).to(target.dtype)
     weight = kept.repeat(1, target.shape[-1] // kept.shape[1]).unsqueeze(1)
@@ -87,29 +86,27 @@ class FCMAE(nn.Module):
     """Masked autoencoder whose encoder computes the visible patches only.
 
     Args:
-        img_size: Nominal image size, an int or (H, W), for checks and records; `forward` takes any multiple of the
+        img_size: Nominal image size, an int or (H, W), for checks and records; `forward` accepts any multiple of the
             stride.
-        in_chans: Number of image channels.
-        patch_size: Stem patch size, 1 to 7. The mask's patch is the encoder's total stride (`stride`): 8 x
-            `patch_size`; 32 for `patch_size` 2 too, where timm's ConvNeXt adds a downsampling layer.
-        mask_ratio: Share of patches to remove where no mask is given.
+        patch_size: Stem patch size, 1 to 7. A patch of the mask has the encoder's total `stride`: 8 x `patch_size`;
+            also 32 for `patch_size=2`, for which timm's ConvNeXt adds a downsampling layer.
+        mask_ratio: Fraction of patches to remove if no mask is given.
         decoder_depth: Number of decoder blocks, at least 1.
-        decoder_dim: Width of the decoder.
         norm_pix_loss: Normalise the target per patch.
         **encoder_kwargs: Passed to `ConvNeXtV2` (`depths`, `dims`, `kernel_sizes`, `drop_path_rate`, ...).
             `use_grn=False, ls_init_value=1e-6` gives the ConvNeXt V1 of the ablation (section 3); the decoder's blocks
             then have no GRN either.
 
     Raises:
-        ValueError: Sizes that do not divide, a mask ratio that is not in (0, 1), or encoder options that mix patches
-            outside the mixer (`stem_type` other than 'patch', `output_stride` below 32).
+        ValueError: The stride does not divide `img_size`, `mask_ratio` is outside (0, 1), or encoder options mix
+            patches outside the mixer (`stem_type` other than 'patch', `output_stride` below 32).
     """
 
-    if TYPE_CHECKING:  # what timm's factory sets, and what nn.Module types as Tensor | Module
+    if TYPE_CHECKING:  # set by timm's factory, or typed by nn.Module as Tensor | Module
         pretrained_cfg: dict[str, Any]
         encoder: ConvNeXtV2
 
-    base_model: str | None = None  # the model on the Hub that the weights started from; timm's factory sets it
+    base_model: str | None = None  # Hub model that the weights started from; set by timm's factory
 
     def __init__(
         self,
@@ -134,7 +131,7 @@ class FCMAE(nn.Module):
         for option, needed in (("stem_type", "patch"), ("output_stride", 32)):
             if encoder_kwargs.get(option, needed) != needed:
                 raise ValueError(
-                    f"The sparse encoder needs {option}={needed!r}, where only the mixer crosses patch borders; got "
+                    f"The sparse encoder needs {option}={needed!r}, so that only the mixer crosses patch borders; got "
                     f"{encoder_kwargs[option]!r}. Other values work in the dense convnextv2_* models."
                 )
         if decoder_depth < 1:
@@ -160,7 +157,7 @@ class FCMAE(nn.Module):
         self.num_features = self.encoder.num_features
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
-        num_visible(self.grid(*self.img_size), mask_ratio)  # both checks, before anything is built on them
+        num_visible(self.grid(*self.img_size), mask_ratio)  # checks size and ratio before anything depends on them
 
         self.proj = nn.Conv2d(self.num_features, decoder_dim, kernel_size=1, **dd)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1, **dd))
@@ -172,7 +169,7 @@ class FCMAE(nn.Module):
         for module in (self.proj, *self.decoder.modules(), self.pred):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]  (all of them have one)
+                nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]  (all have a bias)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -191,9 +188,9 @@ class FCMAE(nn.Module):
         return height // s, width // s
 
     def _nearest_sizes(self, height: int, width: int) -> str:
-        """Sizes around one that does not fit, among those whose grid `mask_ratio` can split in two."""
+        """The nearest sizes whose grid `mask_ratio` can split into visible and removed patches."""
         s = self.stride
-        for more in range(1, 65):  # a high ratio needs more patches than the nearest multiples have
+        for more in range(1, 65):  # a high ratio may need more patches than the nearest multiples have
             pairs = product(*({max(s, v // s * s), -(-v // s) * s, (v // s + more) * s} for v in (height, width)))
             fits = [(h, w) for h, w in pairs if 0 < int(h * w // s**2 * (1 - self.mask_ratio)) < h * w // s**2]
             if height == width:
@@ -204,15 +201,11 @@ class FCMAE(nn.Module):
         return f"multiples of {s}"
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes in the backward pass what takes most memory; see `ConvNeXtV2.set_grad_checkpointing`."""
+        """Saves memory by recomputing activations; see `ConvNeXtV2.set_grad_checkpointing`."""
         self.encoder.set_grad_checkpointing(enable)
 
     def visible(self, images: torch.Tensor, mask: torch.Tensor | None = None) -> PackedLayout:
-        """The layout of a batch, from a mask that is given (and checked) or drawn with `self.mask_ratio`.
-
-        Args:
-            images: `[B, in_chans, H, W]`.
-            mask: Bool `[B, h, w]`, True = removed.
+        """The layout of images `[B, in_chans, H, W]`, from a mask (bool `[B, h, w]`, True = removed) or a random one.
 
         Raises:
             ValueError: See `grid`, `masking.check_mask` and `masking.num_visible`.
@@ -251,21 +244,21 @@ class FCMAE(nn.Module):
         return_pred: bool = True,
         channels: torch.Tensor | None = None,
     ) -> FCMAEOutput:
-        """Masks, encodes, decodes, and compares the removed patches with the image.
+        """Masks, encodes, decodes, and compares the predicted patches with the image.
 
         Args:
             images: Float `[B, in_chans, H, W]`, H and W multiples of `stride`.
-            mask: Bool `[B, h, w]`, True = removed, the same number in each image; drawn where None. A `PackedLayout`
-                from `self.visible(images, mask)` is taken as it is: its checks are done, so that a compiled forward
-                has static shapes and nothing to wait for.
-            return_pred: Predict the visible patches too. Without, `pred` is None and only the removed patches, all
-                that the loss needs, go through the prediction layer.
-            channels: Bool `[B, in_chans]`, True = removed: such a channel is 0 at the input, whatever its pixels are,
-                and they are no part of the loss. At least one of each image must stay (`masking.random_channels`).
+            mask: Bool `[B, h, w]`, True = removed, the same number in each image; random if None. A `PackedLayout`
+                from `self.visible(images, mask)` is checked already, so that a compiled forward has static shapes and
+                does not wait for the device.
+            return_pred: Predict all patches. If False, `pred` is None and only the removed patches, which the loss
+                needs, pass through the prediction layer.
+            channels: Bool `[B, in_chans]`, True = removed: such a channel is 0 at the input and excluded from the
+                loss. Each image must keep at least one (`masking.random_channels`).
 
         Raises:
-            ValueError: See `visible`; also a mask without a visible or without a removed patch, or `channels` of
-                another type or shape.
+            ValueError: See `visible`; also a mask without visible or without removed patches, or `channels` of the
+                wrong type or shape.
         """
         if channels is not None:
             if channels.dtype != torch.bool or channels.shape != images.shape[:2]:

@@ -1,7 +1,7 @@
-"""Masks: how many patches stay visible, which, and whether a mask that was given is one.
+"""Masks: random ones, checks of given ones, and the number of visible patches.
 
-Words: a *patch* is `stride x stride` pixels; the *grid* `(h, w)` is the image in patches; a *mask* is bool
-`[B, h, w]` with **True = removed**; every image of a batch keeps the same number `K` of patches.
+A *patch* is `stride x stride` pixels; the *grid* `(h, w)` is the image size in patches; a *mask* is bool `[B, h, w]`
+with **True = removed**; every image of a batch keeps the same number `K` of patches.
 """
 
 import math
@@ -11,10 +11,6 @@ import torch
 
 def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
     """Number of patches `K = int(h * w * (1 - mask_ratio))` that each image keeps (official `gen_random_mask`).
-
-    Args:
-        grid: Image size in patches, `(h, w)`.
-        mask_ratio: Share of the patches to remove.
 
     Raises:
         ValueError: The ratio is outside (0, 1), or leaves no visible or no masked patch on this grid.
@@ -29,7 +25,7 @@ def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
         )
     visible = int(total * (1 - mask_ratio))
     if not 1 <= visible < total:
-        # rounded down, so that the ratio that is named works when it is typed
+        # rounded down, so that the suggested ratio works as typed
         largest = math.floor(1e4 * (1 - 1 / total)) / 1e4
         if int(total * (1 - largest)) < 1:  # 10 * (1 - 0.9) is 0.9999999999999998
             largest = round(largest - 1e-4, 4)
@@ -48,20 +44,12 @@ def random_mask(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Draws a mask that removes the same number of patches, chosen uniformly, from each image.
+    """A random bool mask `[B, h, w]`, True = removed, that removes the same number of patches from each image.
 
     Args:
-        batch_size: Number of images.
         grid: Image size in patches, `(h, w)`.
-        mask_ratio: Share of the patches to remove.
-        generator: Source of randomness on `device`; the default generator otherwise.
-        device: Device of the mask.
-
-    Returns:
-        Bool mask `[B, h, w]`, True = removed.
-
-    Raises:
-        ValueError: See `num_visible`.
+        mask_ratio: Fraction of the patches to remove; a ValueError as in `num_visible`.
+        generator: Source of randomness on `device`; by default PyTorch's own.
     """
     keep = num_visible(grid, mask_ratio)
     total = grid[0] * grid[1]
@@ -72,19 +60,10 @@ def random_mask(
 
 
 def random_channels(count: int, in_chans: int, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draws which channels of each image are removed, each with probability `p`; one of them always stays.
-
-    Args:
-        count: Number of images.
-        in_chans: Their channels `C`.
-        p: Probability.
-        generator: Source of randomness on the CPU; the default generator otherwise.
-
-    Returns:
-        Bool `[count, C]`, True = removed.
+    """Removes each channel of each image with probability `p` and always keeps one: bool `[count, C]`, True = removed.
 
     Raises:
-        ValueError: There is one channel only, or `p` is outside [0, 1).
+        ValueError: There is only one channel, or `p` is outside [0, 1).
     """
     if not 0 <= p < 1:
         raise ValueError(f"The share of channels to remove must lie in [0, 1), got {p}.")
@@ -95,10 +74,10 @@ def random_channels(count: int, in_chans: int, p: float, generator: torch.Genera
 
 
 def check_mask(mask: torch.Tensor, batch_size: int, grid: tuple[int, int]) -> int:
-    """Checks a mask that was given and returns its number `K` of visible patches per image.
+    """Checks a mask and returns its number `K` of visible patches per image.
 
     Raises:
-        ValueError: Wrong dtype or shape, or images that keep different numbers of patches.
+        ValueError: Wrong dtype or shape, or images with different numbers of visible patches.
     """
     shape = (batch_size, *grid)
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:

@@ -1,4 +1,4 @@
-"""What memory a training step takes: estimated before it, and measured."""
+"""Memory of a training step: an estimate before it, and the measured peak."""
 
 import copy
 import resource
@@ -15,17 +15,15 @@ from .packing import PackedLayout
 def memory_estimate(
     model: FCMAE, batch_size: int, ema: bool = False, amp: bool = False, device: torch.device | str | None = None
 ) -> tuple[float, float]:
-    """Memory that training takes, in GiB: weights, gradients and AdamW's state; what a step keeps for its backward.
+    """Memory of training in GiB: weights, gradients and AdamW's state; activations that a step saves for its backward.
 
-    The second is counted on one image of `model.img_size` on the meta device, where tensors have shapes and no memory.
-    With the backend 'eager' it is what the operations of a GPU keep; those of a CPU keep up to a third less.
+    Activations are counted for one image of `model.img_size` on the meta device. With the backend 'eager' the count is
+    that of a GPU; a CPU saves up to a third less.
 
     Args:
-        model: On any device; left as it is.
-        batch_size: Images per step.
-        ema: Counts a moving average of the weights.
-        amp: Mixed precision: nearly all that is kept is half as large.
-        device: What trains, whose `ops.backend` decides what is kept; by default where the model is.
+        ema: Count a moving average of the weights.
+        amp: Mixed precision: nearly all activations take half the memory.
+        device: Training device, whose `ops.backend` decides what is saved; by default the model's.
     """
     device = next(model.parameters()).device if device is None else device
     twin = copy.deepcopy(model).to("meta")
@@ -34,7 +32,7 @@ def memory_estimate(
     layout = PackedLayout(mask, num_visible(grid, twin.mask_ratio))
     images = torch.empty(1, twin.in_chans, *twin.img_size, device="meta")
     weights = {p.untyped_storage()._cdata for p in twin.parameters()}
-    kept: dict[int, torch.Tensor] = {}  # holds the tensors: the address of a freed one may be used again
+    kept: dict[int, torch.Tensor] = {}  # holds the tensors, because the address of a freed one may be reused
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         if x.untyped_storage()._cdata not in weights:
@@ -49,7 +47,7 @@ def memory_estimate(
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak GiB: of the GPU's memory, or of the process."""
+    """Peak memory in GiB of the GPU, or of the process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,10 +1,9 @@
-"""The packed layout, which lets dense modules run on visible patches only.
+"""The packed layout, with which dense modules run on visible patches only.
 
-A *packed map* holds the visible patches of each image, stacked downwards in row-major grid order, as
-`[B, C, K * p, p]` in channels-last memory, where `p` is the side of a patch in the current feature map. A packed map is
-an ordinary batch of images, so everything that does not cross patch borders (stem, downsampling, LayerNorm, the token
-MLP, GRN's per-image sums, drop path) runs on it unchanged and exactly. Only the depthwise convolution looks beyond its
-patch: `PackedLayout.mix` gives it the neighbourhood back.
+A *packed map* holds the visible patches of each image, stacked vertically in row-major grid order, as
+`[B, C, K * p, p]` in channels-last memory; `p` is the side of a patch in the current feature map. Everything that does
+not cross patch borders (stem, downsampling, LayerNorm, token MLP, GRN's per-image sums, drop path) runs on it unchanged
+and exactly. Only the depthwise convolution reads beyond its patch: `PackedLayout.mix` restores the neighbourhood.
 """
 
 from typing import Any
@@ -26,7 +25,7 @@ def _scatter(x: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor
 
 
 class _GatherRows(torch.autograd.Function):
-    """`x[rows]` for unique rows. The gradient is a plain copy, where autograd's would be an atomic add."""
+    """`x[rows]` for unique rows. The gradient is a plain copy; autograd's would be an atomic add."""
 
     @staticmethod
     def forward(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -45,11 +44,11 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _ScatterRows(torch.autograd.Function):
-    """The transpose of `_GatherRows`: rows of `x` to their places among `num_rows`, zeros elsewhere."""
+    """The transpose of `_GatherRows`: puts rows of `x` at `rows` of `num_rows` rows, zeros elsewhere."""
 
     @staticmethod
     def forward(x: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)  # in place: no second copy
+        return x.new_zeros(num_rows, *x.shape[1:]).index_copy_(0, rows, x)  # in place, without a second copy
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -62,7 +61,7 @@ class _ScatterRows(torch.autograd.Function):
 
 
 def _nhwc(x: torch.Tensor) -> torch.Tensor:
-    """`[B, C, H, W]` as contiguous `[B, H, W, C]`: a view where the memory is channels-last already."""
+    """`[B, C, H, W]` as contiguous `[B, H, W, C]`: a view if the memory is channels-last already."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
@@ -70,23 +69,22 @@ class PackedLayout:
     """Which patches of a batch are visible: packs images and features, unpacks tokens, feeds the mixer.
 
     Args:
-        mask: Bool `[B, h, w]`, True = removed, the same number of visible patches in each image (`check_mask`).
+        mask: Bool `[B, h, w]`, True = removed, with the same number of visible patches in each image (`check_mask`).
         num_visible: That number, `K`.
-        device: Where the features live; the mask's device by default.
+        device: Device of the features; by default the mask's.
 
     Attributes:
-        mask: The mask, on `device`.
         ids: Visible patches in row-major order, int64 `[B, K]` into the `h * w` patches.
-        masked_ids: Removed patches likewise, `[B, h * w - K]`.
+        masked_ids: Removed patches in the same order, `[B, h * w - K]`.
     """
 
     def __init__(self, mask: torch.Tensor, num_visible: int, device: torch.device | None = None) -> None:
         self.batch_size, *grid = mask.shape
         self.grid = tuple(grid)
         self.num_visible = num_visible
-        # stable: False (visible) sorts first and both halves keep row-major order
+        # stable sort: visible (False) patches first, both parts in row-major order
         order = mask.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
-        # a copy to the CPU must not be read before it is complete
+        # an asynchronous copy to the CPU could be read before it is complete
         later = device is not None and torch.device(device).type != "cpu"
         order = order.to(device, non_blocking=later)
         self.mask = mask.to(device, non_blocking=later)
@@ -113,10 +111,10 @@ class PackedLayout:
         return self._patches(images, self.masked_ids, stride).flatten(2)
 
     def rows(self, p: int) -> torch.Tensor:
-        """Where the rows of a packed map lie in the dense map: int64 `[B * K * p]`.
+        """Positions of a packed map's rows in the dense map: int64 `[B * K * p]`.
 
-        Row `r` of a patch is `p` neighbouring tokens, contiguous in both layouts; the index counts such runs in
-        `[B, h, p, w]` order.
+        A row of a patch is `p` neighbouring tokens, contiguous in both layouts; the index counts rows in `[B, h, p, w]`
+        order.
         """
         if p not in self._rows:
             h, w = self.grid
@@ -127,18 +125,10 @@ class PackedLayout:
         return self._rows[p]
 
     def mix(self, x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
-        """Submanifold `conv`: removed positions are zero before it and are dropped after it.
-
-        Args:
-            x: Packed map `[B, C, K * p, p]`.
-            conv: Convolution of stride 1 that keeps the spatial size.
-
-        Returns:
-            Packed map of the same shape.
-        """
+        """Submanifold `conv` of a packed map `[B, C, K * p, p]`: zero at removed positions before, dropped after."""
         B, C, _, p = x.shape
         h, w = self.grid
-        if self.can_fuse(x, conv):
+        if not self.why_eager(x, conv):
             patches = _nhwc(x).view(-1, p, p, C)
             if backend(x.device) == "minkowski":
                 out = minkowski_depthwise(patches.view(-1, C), conv.weight, conv.bias, self.coordinates(p))
@@ -146,7 +136,7 @@ class PackedLayout:
                 out = window_depthwise(patches, conv.weight, conv.bias, self.windows(p, int(conv.padding[0])))
             return out.reshape(B, -1, p, C).permute(0, 3, 1, 2)
         rows = self.rows(p)
-        # their vmap and jvp are those of plain operations, which a compiler would not follow in them
+        # a compiler cannot trace vmap and jvp through the autograd functions
         plain = transformed()
         gather, scatter = (_gather, _scatter) if plain else (_GatherRows.apply, _ScatterRows.apply)
         dense = scatter(_nhwc(x).view(-1, p * C), rows, B * h * p * w)
@@ -155,33 +145,22 @@ class PackedLayout:
         return out.view(B, -1, p, dense.shape[1]).permute(0, 3, 1, 2)
 
     def why_eager(self, x: torch.Tensor, conv: Any) -> str:
-        """Why `conv` runs on the whole map with zeros in it; '' where visible patches and their neighbours suffice.
-
-        Where kernels gather windows into memory, positions are counted: each output costs about as much as reading six
-        (forward and both gradients of a 7x7 kernel on CPU, where alone this was measured), and a window reads more of
-        them than a patch has.
-
-        Args:
-            x: Packed map `[B, C, K * p, p]`.
-            conv: The convolution.
-        """
+        """Why `conv` runs on the whole map with zeros; '' if it runs on windows of the visible patches."""
         if not is_plain_depthwise(conv):
-            return "it is no depthwise convolution of stride 1 with zero padding"
+            return "it is not a depthwise convolution of stride 1 with zero padding"
         reason = why_eager(x, (conv.weight, conv.bias), (conv,))
-        if reason or backend(x.device) in ("triton", "minkowski"):  # which read a border from where it lies
+        if reason or backend(x.device) in ("triton", "minkowski"):  # their kernels read a patch's border in place
             return reason
         p, patches = x.shape[3], self.grid[0] * self.grid[1]
         side = p + 2 * conv.padding[0]
+        # Gathering windows reads more positions than a patch has. An output costs about as much as reading six, as
+        # measured on CPU for forward and both gradients of a 7x7 kernel.
         if self.num_visible * (6 * p**2 + side**2) >= patches * 6 * p**2:
-            return "so many patches are visible that their windows have more positions than the map"
+            return "so many patches are visible that their windows cost more than the whole map"
         return ""
 
-    def can_fuse(self, x: torch.Tensor, conv: Any) -> bool:
-        """Whether only visible patches are convolved; `why_eager` says why not."""
-        return not self.why_eager(x, conv)
-
     def coordinates(self, p: int) -> torch.Tensor:
-        """Where each token of a packed map lies, for `ops.minkowski_depthwise`: image, row, column, int32 `[T, 3]`."""
+        """Image, row and column of each token of a packed map, for `ops.minkowski_depthwise`: int32 `[T, 3]`."""
         if p not in self._coordinates:
             ids, inner = self.ids[..., None, None], torch.arange(p, device=self.ids.device)
             batch = torch.arange(self.batch_size, device=ids.device).view(-1, 1, 1, 1)
@@ -195,7 +174,7 @@ class PackedLayout:
         if (p, border) not in self._windows:
             h, w = self.grid
             count = self.ids.numel()
-            slot = self.ids.new_full((self.batch_size, h * w), count)  # which packed patch lies there, if any
+            slot = self.ids.new_full((self.batch_size, h * w), count)  # number of the packed patch at each position
             slot.scatter_(1, self.ids, torch.arange(count, device=self.ids.device).view_as(self.ids))
             near = torch.arange(-border, p + border, device=self.ids.device)
             y = (self.ids // w * p).view(-1, 1, 1) + near.view(-1, 1)
@@ -212,7 +191,7 @@ class PackedLayout:
         return self._windows[p, border]
 
     def unpack(self, tokens: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-        """Tokens `[B, K, C]` at their places in the grid, `fill` `[C]` everywhere else: `[B, h * w, C]`."""
+        """Tokens `[B, K, C]` at their positions in the grid, `fill` `[C]` elsewhere: `[B, h * w, C]`."""
         B, _, C = tokens.shape
         dense = fill.to(tokens.dtype).expand(B, self.grid[0] * self.grid[1], C)
         return dense.scatter(1, self.ids.unsqueeze(-1).expand(-1, -1, C), tokens)

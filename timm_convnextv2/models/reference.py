@@ -1,7 +1,7 @@
-"""The plain reference: dense convolutions on whole images, the mask applied before and after every one of them.
+"""The plain reference: dense convolutions on whole images, with the mask applied before and after each of them.
 
-Slow on purpose and written apart from the packed code, as the paper's section 3 describes it: tests compare the packed
-model with it, benchmarks take it as their baseline.
+It is slow on purpose and independent of the packed code, as the paper's section 3 describes it. Tests compare the
+packed model with it; benchmarks use it as their baseline.
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ def reference_features(model: FCMAE, images: torch.Tensor, mask: torch.Tensor) -
 def _channel_loss(
     pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, channels: torch.Tensor, normalize: bool
 ) -> torch.Tensor:
-    """Image by image, with the pixels of its own channels only; shapes as `pred` and `mask` of `FCMAEOutput`."""
+    """The loss image by image, over the remaining channels only; shapes as in `FCMAEOutput`."""
     losses = []
     for own_pred, own, gone, removed in zip(pred, target, mask.flatten(1), channels, strict=True):
         own_pred, own = (x[gone].unflatten(-1, (-1, len(removed)))[..., ~removed].flatten(1) for x in (own_pred, own))
@@ -65,8 +65,6 @@ def reference_forward(
     """Loss and prediction of `model` on `[B, C, H, W]` images, computed densely with the model's own parameters.
 
     Args:
-        model: FCMAE with LayerNorm; GRN and layer scale where its blocks have them.
-        images: `[B, C, H, W]`.
         mask: Bool `[B, h, w]`, True = removed.
         channels: Bool `[B, C]`, True = removed.
     """

@@ -13,11 +13,7 @@ class FCMAETask(TrainingTask):
     """timm `TrainingTask` for FCMAE: DDP, compile, EMA and checkpoint state are timm's.
 
     Args:
-        model: The model to train. The head of its encoder is left over from timm's ConvNeXt and takes no part in
-            pretraining, so it is frozen here; DDP would wait for its gradients.
-        device: Device for task tensors.
-        dtype: Dtype for task tensors.
-        verbose: Enable info logging.
+        model: The model to train; its encoder's unused head is frozen.
     """
 
     def __init__(
@@ -28,9 +24,9 @@ class FCMAETask(TrainingTask):
         verbose: bool = True,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        model.encoder.head.requires_grad_(False)
+        model.encoder.head.requires_grad_(False)  # DDP would wait for its gradients
         self.trainable_module = model
-        self._layout = model.visible  # outlives the DDP and compile wrappers
+        self._layout = model.visible  # the unwrapped model's method: DDP and compile wrappers hide it
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> "FCMAETask":
         """Wraps the model in DistributedDataParallel."""
@@ -48,16 +44,12 @@ class FCMAETask(TrainingTask):
     def forward(
         self, input: torch.Tensor, target: torch.Tensor | None = None, channels: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Loss of a batch.
+        """'loss' (scalar) and 'mask' of images `[B, C, H, W]`.
 
         Args:
-            input: Images `[B, C, H, W]`.
-            target: Masks, bool `[B, h, w]`, True = removed; drawn where None. Masks on the CPU are checked there,
-                without waiting for the GPU.
-            channels: Removed channels, bool `[B, C]`, True = removed; None for none.
-
-        Returns:
-            Dictionary with 'loss' (scalar) and 'mask'.
+            target: Masks, bool `[B, h, w]`, True = removed; random if None. Masks on the CPU are checked there, without
+                waiting for the GPU.
+            channels: Removed channels, bool `[B, C]`, True = removed.
         """
         output = self.trainable_module(input, self._layout(input, target), return_pred=False, channels=channels)
         return {"loss": output.loss, "mask": output.mask}

@@ -1,4 +1,4 @@
-"""The published sizes, and how an entrypoint of each is registered with timm."""
+"""The published sizes, and the registration of their entrypoints with timm."""
 
 import sys
 import warnings
@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import register_model
 from torch import nn
 
-# depths, dims, and whether the token MLP is written as 1x1 Conv2d (timm: atto to nano)
+# depths, dims, and whether the token MLP has 1x1 Conv2d weights (timm: atto to nano)
 VARIANTS: dict[str, dict[str, Any]] = {
     "atto": dict(depths=(2, 2, 6, 2), dims=(40, 80, 160, 320), conv_mlp=True),
     "femto": dict(depths=(2, 2, 6, 2), dims=(48, 96, 192, 384), conv_mlp=True),
@@ -22,26 +22,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# Sizes whose published recipe decays the learning rate by groups of three blocks; the others by single blocks.
+# The published recipes of these sizes decay the learning rate by groups of three blocks, the others by single blocks.
 GROUPED_LAYER_DECAY = ("base", "large", "huge")
 
 
 def layer_decay_type(variant: str) -> str:
-    """'group' or 'single', as the published recipe of a size has it, from a name that ends in the size."""
+    """'group' or 'single' as in the published recipe; `variant` ends in the size."""
     return "group" if variant.endswith(GROUPED_LAYER_DECAY) else "single"
 
 
 def variant_options(size: str) -> dict[str, Any]:
-    """What the entrypoint of a size passes for itself."""
+    """The options that the entrypoint of a size passes."""
     return {**VARIANTS[size], "use_grn": True, "ls_init_value": None}
 
 
 def register_variants(module_name: str, prefix: str, create: Callable[..., nn.Module]) -> None:
-    """Defines and registers one timm entrypoint a variant, `prefix + name`, in the module that calls.
+    """Registers one timm entrypoint per size, `prefix + size`.
 
     Args:
-        module_name: `__name__` of the module, where timm looks for `default_cfgs`.
-        prefix: Start of the model names.
+        module_name: `__name__` of the calling module, in which timm finds `default_cfgs`.
         create: Takes `(variant, pretrained, **kwargs)`.
     """
     module = sys.modules[module_name]
@@ -56,6 +55,6 @@ def register_variants(module_name: str, prefix: str, create: Callable[..., nn.Mo
         entrypoint.__doc__ = f"{name}: depths {size_args['depths']}, dims {size_args['dims']}."
         setattr(module, name, entrypoint)
         with warnings.catch_warnings():
-            # replacing timm's own entries is what this package is for
+            # replacing timm's own entries is intended
             warnings.filterwarnings("ignore", message="Overwriting .* in registry", category=UserWarning)
             register_model(entrypoint)

@@ -1,7 +1,6 @@
-"""Depthwise convolution as differentiable operations: of maps, and of packed patches with a border of their visible
-neighbours.
+"""Depthwise convolution as differentiable operations: of maps, and of packed patches with a border of neighbours.
 
-On maps, what PyTorch does better is left to it; on CPU that is all but the weight gradient (`ops.columns`).
+On maps PyTorch's operations run where they are faster: on CPU all but the weight gradient (`ops.gemm.weight_grad`).
 """
 
 import math
@@ -28,7 +27,7 @@ def _depthwise_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, weight and bias; outputs whose `need_*` flag is False are placeholders."""
     C, k = len(weight), weight.shape[-1]
-    # with an odd kernel, the transpose is the same operation with the kernel turned round
+    # with an odd kernel the transpose is the same operation with the flipped kernel
     with torch.autocast(x.device.type, enabled=False):
         grad_x = F.conv2d(grad, weight.flip(2, 3), padding=k // 2, groups=C) if need_x else x.new_empty(0)
     grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
@@ -62,9 +61,9 @@ def _dense_backward(ctx, grad):
     x, weight = ctx.saved_tensors
     C, k = len(weight), weight.shape[-1]
     needs = ctx.needs_input_grad
-    # channels-last; asked for by name, it is none that vmap knows
+    # channels-last; vmap does not know the memory format by name
     grad = grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    if torch.is_grad_enabled():  # a gradient of gradients was asked for; this one can be differentiated
+    if torch.is_grad_enabled():  # double backward: this operation is differentiable
         pad = [k // 2] * 2
         return aten.convolution_backward(grad, x, weight, [C], [1, 1], pad, [1, 1], False, [0, 0], C, needs)
     found = _depthwise_backward(grad, x, weight, *needs)
@@ -121,7 +120,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     x, weight, index = ctx.saved_tensors
     need_x, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():  # a gradient of gradients was asked for: differentiate the plain form
+    if torch.is_grad_enabled():  # double backward: differentiate the plain form
         return *_plain_window_gradients(grad, x, weight, index, needs), None, None
     found = _window_depthwise_backward(
         grad.contiguous(), x, weight, index, ctx.kernels, need_x, need_weight or need_bias
@@ -133,8 +132,8 @@ def _plain_window_gradients(grad, x, weight, index, needs) -> list[torch.Tensor 
     """Gradients of x, weight and bias that can be differentiated again; None where not needed."""
     C = x.shape[-1]
     with torch.autocast(x.device.type, enabled=False):
-        bias = weight.new_zeros(C, requires_grad=needs[2])  # only its gradient counts, which has no values in it
-        tokens = torch.cat([x.reshape(-1, C), x.new_zeros(1, C)])  # the last one stands for what is not there
+        bias = weight.new_zeros(C, requires_grad=needs[2])  # its values do not affect any gradient
+        tokens = torch.cat([x.reshape(-1, C), x.new_zeros(1, C)])  # the last token stands for positions without one
         out = F.conv2d(tokens[index].permute(0, 3, 1, 2), weight, bias, groups=C).permute(0, 2, 3, 1)
         leaves = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
         found = iter(torch.autograd.grad(out, leaves, grad, create_graph=True))
@@ -147,17 +146,12 @@ _window_depthwise.register_autograd(_backward, setup_context=_setup_context)
 def window_depthwise(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor
 ) -> torch.Tensor:
-    """Submanifold depthwise convolution of packed patches; work and memory go with the number of patches.
+    """Submanifold depthwise convolution of packed patches `[N, p, p, C]`; cost is proportional to their number.
 
     Args:
-        x: Packed patches `[N, p, p, C]`.
         weight: Kernel `[C, 1, k, k]`, k odd.
-        bias: `[C]` or None.
-        index: For each patch its tokens with a border of `k // 2`, int64 `[N, p + k - 1, p + k - 1]` into the
-            `N * p * p` tokens, `N * p * p` where there is none (removed, or outside of the image).
-
-    Returns:
-        `[N, p, p, C]`.
+        index: The tokens of each patch with a border of `k // 2`, int64 `[N, p + k - 1, p + k - 1]` into the
+            `N * p * p` tokens; `N * p * p` for removed positions and those outside the image.
     """
     dtype = dispatch.autocast_dtype(x)
     if dtype is not None:

@@ -1,13 +1,10 @@
 """Which implementation of the numerics runs, and why not the fused one.
 
-`backend()` tells which, `TIMM_CONVNEXTV2_BACKEND` or `set_backend` forces another. `why_eager` is the one rule of what
-must be true of a tensor, its weights and the modules for a fused operation to take their place. A layer adds only what
-concerns itself.
+`backend()` names it; `TIMM_CONVNEXTV2_BACKEND` or `set_backend` forces another. `why_eager` is the one rule for a fused
+operation to replace modules; a layer adds only conditions of its own.
 """
 
-import functools
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -25,31 +22,18 @@ from .engine import engine
 
 ENV = "TIMM_CONVNEXTV2_BACKEND"
 BACKENDS = {
-    "eager": "plain PyTorch operations, what compilers and exporters see",
-    "fused": "a fused token MLP with a backward of its own, and convolutions around visible patches, in PyTorch calls",
+    "eager": "plain PyTorch operations, as compilers and exporters see them",
+    "fused": "a fused token MLP with its own backward, and convolutions around visible patches, in PyTorch calls",
     "triton": "the same with Triton kernels; needs a CUDA GPU, or TRITON_INTERPRET=1",
-    "minkowski": "as 'fused', with MinkowskiEngine's convolution of visible patches; it has to be built",
+    "minkowski": "like 'fused', with MinkowskiEngine's convolution of visible patches; it must be built from source",
 }
-_RENAMED = {"reference": "eager", "torch": "fused"}
 _KERNELS = {"fused": "torch_kernels", "triton": "triton"}
 _PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
 
 _forced: str | None = None
 
 
-@functools.cache
-def _renamed(name: str, source: str) -> str:
-    """The new name of a backend; warns once a process."""
-    new = _RENAMED[name]
-    warnings.warn(
-        f"{source} asks for the backend '{name}', which is called '{new}' now.", category=FutureWarning, stacklevel=4
-    )
-    return new
-
-
 def _check(name: str, source: str) -> str:
-    if name in _RENAMED:
-        return _renamed(name, source)
     if name not in BACKENDS:
         known = ", ".join(f"{key} ({what})" for key, what in BACKENDS.items())
         raise ValueError(f"{source} asks for the backend '{name}'. There are: {known}.")
@@ -70,10 +54,10 @@ def _check(name: str, source: str) -> str:
 
 
 def backend(device: torch.device | str = "cpu") -> str:
-    """What runs on `device`: 'eager', 'fused', 'triton' or 'minkowski'.
+    """The backend of `device`: 'eager', 'fused', 'triton' or 'minkowski'.
 
-    A choice forced by `set_backend` comes first, then the environment variable `TIMM_CONVNEXTV2_BACKEND`. By default
-    the CPU takes 'fused'. CUDA takes 'eager': no other has been measured there yet.
+    `set_backend` has precedence over the environment variable `TIMM_CONVNEXTV2_BACKEND`. The default is 'fused' on CPU
+    and 'eager' on CUDA, where no other has been measured yet.
 
     Raises:
         ValueError: An unknown name was forced.
@@ -86,19 +70,14 @@ def backend(device: torch.device | str = "cpu") -> str:
 
 
 def set_backend(name: str | None) -> None:
-    """Forces a backend for this process; None gives the choice back to the environment variable and the default.
-
-    Raises:
-        ValueError: Unknown name.
-        RuntimeError: 'triton' or 'minkowski' cannot run here.
-    """
+    """Forces a backend for this process; None restores the default. Raises as `backend` does."""
     global _forced
     _forced = None if name is None else _check(name, "set_backend")
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """`set_backend` for a `with` block. What a forward has run in it is differentiated the same way."""
+    """`set_backend` for a `with` block. A forward inside it keeps its backend for the backward."""
     before = _forced
     set_backend(name)
     try:
@@ -108,7 +87,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def kernels_name(device: torch.device) -> str:
-    """Whose kernels a fused operation on `device` takes: 'triton' where that is the backend, else 'fused'."""
+    """Name of the kernels for a fused operation on `device`: 'triton' if that is the backend, else 'fused'."""
     return "triton" if backend(device) == "triton" else "fused"
 
 
@@ -118,25 +97,25 @@ def kernels(name: str) -> ModuleType:
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The type that autocast wants matrix products and convolutions of `x` in; None where it is off."""
+    """The type to which autocast converts `x` for matrix products and convolutions; None if autocast is off."""
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # asked about 'meta', it raises
+    if device != "meta" and torch.is_autocast_enabled(device):  # is_autocast_enabled raises for 'meta'
         return torch.get_autocast_dtype(device)
     return None
 
 
 def dispatch_mode_active() -> bool:
-    """Whether something looks at the operations that run, as `FlopCounterMode` does; a compiler does not count."""
+    """Whether a dispatch mode such as `FlopCounterMode` intercepts operations; a compiler does not count."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 
 def transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode differentiation looks at the operations that run."""
+    """Whether a `torch.func` transform or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _onlooker() -> str:
-    """Who looks on and wants plain operations: an exporter, a tracer, a transform; '' for nobody."""
+def _interceptor() -> str:
+    """The exporter, tracer or transform that needs plain operations; '' if there is none."""
     if torch.compiler.is_exporting():
         return "torch.export"
     if torch.jit.is_tracing():
@@ -147,7 +126,7 @@ def _onlooker() -> str:
         return "forward-mode differentiation"
     if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack() > 0:
         for mode in _get_current_function_mode_stack():
-            if type(mode) is not DeviceContext:  # of `with torch.device(...)`
+            if type(mode) is not DeviceContext:  # `with torch.device(...)` sets one; it changes no operation
                 return f"the mode {type(mode).__name__} of __torch_function__"
     return ""
 
@@ -159,20 +138,20 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def why_eager(x: torch.Tensor, weights: Iterable[torch.Tensor | None] = (), skipped: Iterable[nn.Module] = ()) -> str:
-    """Why plain PyTorch operations must run on `x`; '' where a fused operation may.
+    """Why plain PyTorch operations must run on `x`; '' if a fused operation may.
 
     Args:
         x: The input.
         weights: Parameters that the operation reads.
-        skipped: Modules that it takes the place of, so that their hooks would not run.
+        skipped: Modules that it replaces, whose hooks would not run.
     """
     if type(x) not in _PLAIN:
         return f"the input is a {type(x).__name__}, no plain tensor"
     if backend(x.device) == "eager":
         return "the backend is 'eager'"
-    onlooker = _onlooker()
-    if onlooker:
-        return f"{onlooker} looks on"
+    interceptor = _interceptor()
+    if interceptor:
+        return f"{interceptor} is active"
     if x.numel() == 0 or not x.is_floating_point():
         return "the input is empty or no floating-point tensor"
     converts = autocast_dtype(x) is not None

@@ -1,4 +1,4 @@
-"""MinkowskiEngine, an optional library of sparse tensors that has to be built: its import, and what to do without."""
+"""Import of MinkowskiEngine, an optional library for sparse tensors that must be built from source."""
 
 import collections
 import collections.abc
@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 BUILD = (
-    "It has to be built from source, which takes minutes (docs/performance.md, 'MinkowskiEngine'): a BLAS with headers "
+    "It must be built from source, which takes minutes (docs/performance.md, 'MinkowskiEngine'): a BLAS with headers "
     "(`apt-get install libopenblas-dev`), `pip install 'setuptools<65' 'numpy<2' ninja`, `pip download --no-binary "
     ":all: --no-deps --no-build-isolation MinkowskiEngine==0.5.4`, and in the unpacked folder `python setup.py install "
     "--cpu_only --blas=openblas`."
@@ -16,12 +16,8 @@ BUILD = (
 
 @functools.cache
 def engine() -> Any:
-    """The module MinkowskiEngine.
-
-    Raises:
-        RuntimeError: It is not installed, or was built for another PyTorch; says how to build it.
-    """
-    lent = not hasattr(collections, "Sequence")  # Python 3.10 took the name away, from which its last release imports
+    """Imports MinkowskiEngine; a RuntimeError says how to build it if it is missing or built for another PyTorch."""
+    lent = not hasattr(collections, "Sequence")  # its last release imports the name, which Python 3.10 removed
     if lent:
         collections.Sequence = collections.abc.Sequence  # pyright: ignore[reportAttributeAccessIssue]
     try:

@@ -1,4 +1,4 @@
-"""The plain definitions, in ordinary PyTorch operations: what every fast path is tested against.
+"""Plain definitions in ordinary PyTorch operations; every fast path is tested against them.
 
 Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); `timm.layers.GlobalResponseNormMlp`.
 """
@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 
 def stats_dtype(x: torch.Tensor) -> torch.dtype:
-    """What statistics of `x` are accumulated in: float32, float64 for float64."""
+    """Type in which statistics of `x` are accumulated: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """LayerNorm over the last axis of `[..., C]`, computed in float32 (float64 for float64) and given in `dtype`."""
+    """LayerNorm over the last axis of `[..., C]`, computed in float32 (float64 for float64), returned in `dtype`."""
     full = stats_dtype(x)
     return F.layer_norm(x.to(full), x.shape[-1:], weight.to(full), bias.to(full), eps).to(dtype)
 
@@ -24,8 +24,8 @@ def spatial_norm(x: torch.Tensor, dim: tuple[int, int]) -> torch.Tensor:
     """L2 norm over two axes, kept as size 1, accumulated and returned in float32 (float64 for float64)."""
     if x.is_cuda:
         return torch.linalg.vector_norm(x, ord=2, dim=dim, keepdim=True, dtype=stats_dtype(x))
-    # On CPU vector_norm is not vectorised over axes that are not the last: this takes a quarter of its time. The clamp
-    # keeps the gradient of an all-zero channel at zero, as vector_norm does.
+    # On CPU vector_norm is vectorised over the last axis only: this takes a quarter of its time. The clamp keeps the
+    # gradient of an all-zero channel at zero, as vector_norm does.
     return x.to(stats_dtype(x)).square().sum(dim=dim, keepdim=True).clamp(min=1e-30).sqrt()
 
 
@@ -37,15 +37,11 @@ def norm_ratio(g: torch.Tensor, eps: float, channel_dim: int = -1) -> torch.Tens
 def global_response_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dim: tuple[int, int], channel_dim: int
 ) -> torch.Tensor:
-    """GRN in plain operations: the reference, and what compilers and exporters see.
+    """GRN in plain operations: the reference, and the form that compilers and exporters see.
 
     Args:
         x: `[B, H, W, C]` with `dim=(1, 2)`, `channel_dim=-1`; or `[B, C, H, W]` with `(2, 3)` and `1`.
-        weight: Shaped to broadcast against `x`.
-        bias: Likewise.
-        eps: Added to the mean norm.
-        dim: The two axes of the tokens.
-        channel_dim: The axis of the channels.
+        weight: Broadcasts against `x`, as `bias` does.
     """
     scale = 1 + weight * norm_ratio(spatial_norm(x, dim), eps, channel_dim)
     return torch.addcmul(bias.to(x.dtype), x, scale.to(x.dtype))
@@ -56,23 +52,9 @@ def token_mlp(
     grn_weight: torch.Tensor, grn_bias: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor, norm_eps: float = 1e-6,
     grn_eps: float = 1e-6,
 ) -> torch.Tensor:  # fmt: skip
-    """The branch in plain operations: the reference of `fused_token_mlp`, without drop path and residual.
+    """`[B, T, C]` to `[B, T, C]`: the reference of `fused_token_mlp`, whose parameters have the same shapes.
 
-    Args:
-        x: Tokens `[B, T, C]`.
-        norm_weight: LayerNorm's, `[C]`.
-        norm_bias: `[C]`.
-        w1: First Linear, `[4C, C]`.
-        b1: `[4C]`.
-        grn_weight: `[4C]`.
-        grn_bias: `[4C]`.
-        w2: Second Linear, `[C, 4C]`.
-        b2: `[C]`.
-        norm_eps: LayerNorm's epsilon.
-        grn_eps: GRN's.
-
-    Returns:
-        `[B, T, C]`.
+    Drop path and residual are left out.
     """
     x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
     x = F.gelu(F.linear(x, w1, b1)).unsqueeze(1)

@@ -1,8 +1,9 @@
-"""Matrix products on CPU, by whichever of PyTorch's two libraries is faster there: MKL or oneDNN.
+"""Building blocks for CPU: matrix products by the faster of PyTorch's two libraries (MKL, oneDNN), the depthwise weight
+gradient by columns, and scratch memory.
 
-PyTorch takes MKL for float32. On AMD's CPUs with AVX-512 oneDNN is faster (`benchmarks.gemm`), most so with the few
-hundred rows of the last stages, but not for gradients of weights. The choice follows from the CPU, the shape and where
-the result must lie, never from a time measured at run time: a run that is repeated or resumed must round the same way.
+PyTorch uses MKL for float32. On AMD CPUs with AVX-512 oneDNN is faster (`benchmarks.gemm`), most of all with the few
+hundred rows of the last stages, but not for weight gradients. The choice depends on the CPU, the shape and the output's
+memory, never on a time measured at run time: a repeated or resumed run must round the same way.
 """
 
 import functools
@@ -16,16 +17,20 @@ from torch import Tensor
 
 from .functional import stats_dtype
 
-LARGEST = 64 * 2**20  # bytes of one buffer that is kept
+LARGEST = 64 * 2**20  # bytes of the largest buffer that is kept
+MAX_COLUMNS = 3  # oneDNN's depthwise weight gradient has no fast code for wider kernels ("kw > 3" in its source)
+CHUNK_BYTES = 8 * 2**20  # gradient bytes at a time: what is gathered for them stays in the cache
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+SMALLEST = 64  # channels on both sides, below which MKL is as fast
 
-
+aten = torch.ops.aten
 _local = threading.local()
 
 
 def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised tensor. On CPU its memory stays for the next call of this thread that names the same slot.
+    """An uninitialised tensor. On CPU the thread's next call with the same slot reuses its memory.
 
-    There, fresh pages cost as much as a pass over them. What is written must have been read before that call.
+    Fresh pages cost as much as a pass over them. Read the contents before that next call.
     """
     numel = math.prod(shape)
     if device.type != "cpu" or numel * dtype.itemsize > LARGEST:
@@ -34,21 +39,9 @@ def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     key = slot, dtype
     buffer = held.get(key)
     if buffer is None or buffer.numel() < numel:
-        with torch.inference_mode(False):  # else it could only be used in that mode
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be used outside it
             buffer = held[key] = torch.empty(numel, dtype=dtype, device=device)
     return buffer[:numel].view(shape)
-
-
-MAX_COLUMNS = 3  # of the kernel, in oneDNN's depthwise weight gradient (jit_uni_dw_conv_kernel_utils.cpp, "kw > 3")
-
-
-CHUNK_BYTES = 8 * 2**20  # of the gradient, at a time: what is gathered for it stays in the cache
-
-
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
-
-aten = torch.ops.aten
 
 
 def _column_groups(k: int) -> list[tuple[int, int]]:
@@ -64,13 +57,11 @@ def _column_groups(k: int) -> list[tuple[int, int]]:
 def weight_grad(
     grad: torch.Tensor, k: int, part: Callable[[slice, int, int], tuple[torch.Tensor, tuple[int, int]]]
 ) -> torch.Tensor:
-    """Weight gradient `[C, 1, k, k]`.
+    """Depthwise weight gradient `[C, 1, k, k]` from the output's gradient `[N, C, H, W]`, channels-last.
 
     Args:
-        grad: Gradient of the output, `[N, C, H, W]`, channels-last.
-        k: Side of the kernel.
-        part: Takes images (or patches), first kernel column and number of columns, returns the input that this part of
-            the kernel has seen, and its padding (rows, columns).
+        part: Takes images (or patches), first kernel column and number of columns; returns the input that this part of
+            the kernel reads, and its padding (rows, columns).
     """
     N, C, H, W = grad.shape
     groups, n, dtype = [(0, k)], N, grad.dtype
@@ -96,12 +87,12 @@ def bias_grad(grad: torch.Tensor) -> torch.Tensor:
 
 
 def shifted(x: torch.Tensor, first: int, width: int, k: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """What `width` kernel columns from `first` on see of `[N, C, H, W]`, and the padding that is left to the call.
+    """The part of `[N, C, H, W]` that `width` kernel columns from `first` on read, and the padding that remains.
 
-    The middle columns see the input itself. What others see is written to memory that the next call writes over.
+    The middle columns read the input itself; for the others a shifted copy is written to scratch memory.
     """
     N, C, H, W = x.shape
-    rows = k // 2 if H >= k else 0  # for a kernel higher than its map oneDNN has no depthwise one either
+    rows = k // 2 if H >= k else 0  # oneDNN has no fast code for a kernel higher than its map
     if first + width // 2 == k // 2 and rows:
         return x, (rows, width // 2)
     top, left, out_width = k // 2 - rows, k // 2 - first, W + width - 1
@@ -114,17 +105,14 @@ def shifted(x: torch.Tensor, first: int, width: int, k: int) -> tuple[torch.Tens
     return seen.permute(0, 3, 1, 2), (rows, 0)
 
 
-SMALLEST = 64  # channels on both sides, below which MKL is as fast
-
-
-# `torch.compile` calls it for its own Linears; of PyTorch's public operations, none reaches oneDNN's float32 product.
+# Private, but `torch.compile` uses it too; no public operation reaches oneDNN's float32 product.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 @functools.cache
 def _cpu_prefers_onednn() -> bool:
-    """Whether this CPU has AVX-512 and is AMD's, for which MKL has no AVX-512 code."""
-    describe = getattr(torch.cpu, "get_capabilities", None)  # older releases have none
+    """Whether this is an AMD CPU with AVX-512; MKL has no AVX-512 code for AMD."""
+    describe = getattr(torch.cpu, "get_capabilities", None)  # missing in older releases
     if describe is None or _ONEDNN is None or not torch.backends.mkldnn.is_available():
         return False
     found = describe()
@@ -143,14 +131,11 @@ def onednn_is_faster(x: Tensor, w: Tensor) -> bool:
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, out: Tensor | None = None, slot: str = "") -> Tensor:
-    """`x @ w.T + bias`, without autograd.
+    """`x @ w.T + bias` without autograd: `[M, K]`, `[N, K]` in any memory order, `[N]` or None, to `[M, N]`.
 
     Args:
-        x: `[M, K]`.
-        w: `[N, K]`, in any order in memory.
-        bias: `[N]`, or None.
-        out: Where the result must be written, `[M, N]`; oneDNN, which cannot, is then not asked.
-        slot: Of `ops.scratch`, where the result may be written.
+        out: Tensor to write the result to; oneDNN cannot and is not used then.
+        slot: Scratch memory that may hold the result.
     """
     if out is None and _ONEDNN is not None and onednn_is_faster(x, w):
         return _ONEDNN(x, w, bias, "none", [], "")

@@ -1,7 +1,7 @@
 """LayerNorm of tokens as a differentiable operation.
 
-Triton's kernels read and write each type as it comes: PyTorch under autocast copies to float32 before, and back after.
-On CPU only the backward gains (`ops.torch_kernels.layer_norm_backward`).
+The Triton kernels read and write each type directly; PyTorch under autocast copies to float32 and back. On CPU only the
+backward is faster (`ops.torch_kernels.layer_norm_backward`).
 
 Source: Layer Normalization, https://arxiv.org/abs/1607.06450; the plain form is `ops.functional.layer_norm`.
 """
@@ -31,7 +31,7 @@ def _layer_norm_backward(
     dx = x.new_empty(0) if dx is None else dx
     if not need_weight:
         return dx, weight.new_empty(0), weight.new_empty(0)
-    # copies: they are two views of one sum, and outputs of an operation share no memory
+    # copies: both are views of one sum, and outputs of a custom operation must not share memory
     return dx, d_weight.to(weight.dtype, copy=True), d_bias.to(weight.dtype, copy=True)
 
 
@@ -60,7 +60,7 @@ def _backward(ctx, grad, _grad_mean, _grad_rstd):
         return (None,) * 6
     x, weight, mean, rstd = ctx.saved_tensors
     need_x, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():  # a gradient of gradients was asked for: differentiate the plain form
+    if torch.is_grad_enabled():  # double backward: differentiate the plain form
         return *_plain_gradients(grad, x, weight, ctx.eps, needs), None, None, None
     wanted = need_x, need_weight or need_bias
     found = _layer_norm_backward(grad.contiguous(), x, mean, rstd, weight, ctx.kernels, *wanted)
@@ -72,7 +72,7 @@ _layer_norm.register_autograd(_backward, setup_context=_setup_context)
 
 def _plain_gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float, needs) -> list[Tensor | None]:
     """Gradients of x, weight and bias that can be differentiated again; None where not needed."""
-    bias = torch.zeros_like(weight, requires_grad=needs[2])  # only its gradient counts, which has no values in it
+    bias = torch.zeros_like(weight, requires_grad=needs[2])  # its values do not affect any gradient
     leaves = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
     with torch.autocast(x.device.type, enabled=False):
         out = layer_norm(x, weight, bias, eps, grad.dtype)
@@ -81,16 +81,5 @@ def _plain_gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float, needs)
 
 
 def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm over the last axis, with float32 statistics.
-
-    Args:
-        x: `[..., C]`, float32, bfloat16 or float16.
-        weight: `[C]`.
-        bias: `[C]`.
-        eps: Added to the variance.
-        dtype: Of the result, one of these types; rounded once.
-
-    Returns:
-        `[..., C]`, contiguous.
-    """
+    """LayerNorm over the last axis of `[..., C]`, with float32 statistics; contiguous, rounded once to `dtype`."""
     return _layer_norm(x.contiguous(), weight, bias, eps, dtype, dispatch.kernels_name(x.device))[0]

@@ -1,8 +1,8 @@
 """The packed depthwise convolution on MinkowskiEngine, the library of the official pretraining code.
 
-The engine finds which visible tokens are neighbours, in a map of coordinates of its own, and runs its
-`MinkowskiChannelwiseConvolution` on them. The gradient of the input is the same convolution with the kernel turned
-round; the weight's is a sum over the engine's pairs of neighbours.
+The engine finds neighbouring visible tokens in its coordinate map and runs `MinkowskiChannelwiseConvolution` on them.
+The input's gradient is the same convolution with the flipped kernel; the weight's gradient is a sum over the engine's
+pairs of neighbours.
 """
 
 import functools
@@ -18,23 +18,19 @@ from .engine import BUILD, engine
 
 
 class _Map(NamedTuple):
-    """Tokens in the engine's map of coordinates."""
+    """Tokens in the engine's coordinate map."""
 
     manager: Any
     key: Any
-    order: torch.Tensor | None  # rows of the tokens in the engine's order, `[T]`; None where it kept ours
-    back: torch.Tensor | None  # and the reverse
+    order: torch.Tensor | None  # rows of the tokens in the engine's order, `[T]`; None if it kept our order
+    back: torch.Tensor | None  # the inverse permutation
 
 
 _maps = WeakTensorKeyDictionary()  # built once for the blocks of a stage, forward and backward
 
 
 def _map(coordinates: torch.Tensor) -> _Map:
-    """The engine's map of `coordinates`, int32 `[T, 3]`.
-
-    Raises:
-        RuntimeError: They lie on a GPU, and the engine was built for the CPU alone.
-    """
+    """The engine's map of `coordinates`, int32 `[T, 3]`; a RuntimeError if it was built without the GPU they are on."""
     found = _maps.get(coordinates)
     if found is None:
         me = engine()
@@ -46,7 +42,7 @@ def _map(coordinates: torch.Tensor) -> _Map:
         kind = me.CoordinateMapType.CUDA if coordinates.is_cuda else me.CoordinateMapType.CPU
         manager = me.CoordinateManager(D=2, coordinate_map_type=kind)
         key, (order, back) = manager.insert_and_map(coordinates, 1)
-        kept = len(back) == 0  # as it says that nothing moved
+        kept = len(back) == 0  # an empty map means that no token moved
         found = _Map(manager, key, None if kept else order.long(), None if kept else back.long())
         _maps[coordinates] = found
     return found
@@ -54,12 +50,12 @@ def _map(coordinates: torch.Tensor) -> _Map:
 
 @functools.cache
 def _module(channels: int, k: int) -> Any:
-    """The engine's module, which is called with the weights of ours."""
+    """The engine's module, called with our weights."""
     return engine().MinkowskiChannelwiseConvolution(channels, kernel_size=k, bias=True, dimension=2)
 
 
 def kernel_rows(weight: torch.Tensor) -> torch.Tensor:
-    """A depthwise kernel `[C, 1, k, k]` as the engine has it, `[k * k, C]`: column-major."""
+    """A depthwise kernel `[C, 1, k, k]` in the engine's column-major layout, `[k * k, C]`."""
     return weight.squeeze(1).permute(2, 1, 0).flatten(0, 1)
 
 
@@ -137,7 +133,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     x, weight, bias, coordinates = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():  # a gradient of gradients was asked for: differentiate the engine's module
+    if torch.is_grad_enabled():  # double backward: differentiate the engine's module
         leaves = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
         with torch.autocast(x.device.type, enabled=False):
             out = _convolve(x, weight, bias, coordinates)
@@ -153,19 +149,13 @@ _minkowski_depthwise.register_autograd(_backward, setup_context=_setup_context)
 def minkowski_depthwise(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, coordinates: torch.Tensor
 ) -> torch.Tensor:
-    """Submanifold depthwise convolution of tokens that say where they are.
+    """Submanifold depthwise convolution of tokens `[T, C]` with a kernel `[C, 1, k, k]`, k odd.
 
     Args:
-        x: Tokens `[T, C]`.
-        weight: Kernel `[C, 1, k, k]`, k odd.
-        bias: `[C]` or None.
-        coordinates: Image, row and column of each token, int32 `[T, 3]`; no two are the same.
-
-    Returns:
-        `[T, C]`.
+        coordinates: Image, row and column of each token, int32 `[T, 3]`, unique.
 
     Raises:
-        RuntimeError: MinkowskiEngine is not there, or was built without CUDA for tensors on a GPU.
+        RuntimeError: MinkowskiEngine is missing, or was built without CUDA and the tensors are on a GPU.
     """
     dtype = dispatch.autocast_dtype(x)
     if dtype is not None:

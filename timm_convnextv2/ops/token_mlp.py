@@ -1,12 +1,12 @@
 """LayerNorm, Linear, GELU, GRN, Linear, drop path and residual as one differentiable operation.
 
-Between forward and backward it keeps its input `x`, the pre-activation `h` and GRN's norms; LayerNorm and GELU are
-recomputed, and with `recompute` (gradient checkpointing) the first Linear too, in place of keeping `h`. Where the
-tokens of an image outnumber the channels enough, GRN's scale goes into the second Linear's weight, an image at a time,
-and its bias into that Linear's (kernels that have no activation to multiply that weight with do not). The CPU works on
-a few images at a time, so that what one step writes the next one finds in the cache.
+It saves its input `x`, the pre-activation `h` and GRN's norms for the backward, which recomputes LayerNorm and GELU;
+with `recompute` (gradient checkpointing) it recomputes the first Linear too and does not save `h`. If an image has many
+more tokens than channels, GRN's scale is folded into the second Linear's weight image by image, and its bias into that
+Linear's bias (only with kernels that keep the activation). The CPU works on a few images at a time, so that each step
+finds the previous step's output in the cache.
 
-LayerNorm and what lies between the two Linears are left to the kernels: `ops.torch_kernels` or `ops.triton`.
+LayerNorm and everything between the two Linears are done by the kernels: `ops.torch_kernels` or `ops.triton`.
 
 Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); the plain form is `ops.functional.token_mlp`.
 """
@@ -24,14 +24,14 @@ from . import dispatch
 from .functional import norm_ratio, stats_dtype, token_mlp
 from .gemm import linear, onednn_is_faster, scratch
 
-# Tuned on two CPU cores: of `h`, what stays in the cache, and the rows that a matrix product needs to be fast.
+# Tuned on two CPU cores: the part of `h` that stays in the cache, and the rows that a fast matrix product needs.
 CHUNK_BYTES = 4 * 2**20
 MIN_ROWS = 1024
 FOLD_RATIO = 4  # tokens per channel from which scaling the weight is cheaper than scaling the tokens
 
 
 class Weights(NamedTuple):
-    """Parameters of the token MLP, in the order in which the operations take them."""
+    """Parameters of the token MLP, in the order of the operations' arguments."""
 
     norm_weight: Tensor  # LayerNorm's, [C]
     norm_bias: Tensor
@@ -60,7 +60,7 @@ _WEIGHTS_SCHEMA = (
 
 
 def _chunk(B: int, T: int, hidden: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Images at a time."""
+    """Number of images per chunk."""
     if device.type != "cpu":
         return B
     rows = max(CHUNK_BYTES // (hidden * dtype.itemsize), MIN_ROWS)
@@ -68,7 +68,7 @@ def _chunk(B: int, T: int, hidden: int, dtype: torch.dtype, device: torch.device
 
 
 def _folds(kernels: ModuleType, T: int, C: int, dtype: torch.dtype) -> bool:
-    """Whether GRN's scale goes into the second Linear's weight."""
+    """Whether GRN's scale is folded into the second Linear's weight."""
     return kernels.KEEPS_ACTIVATION and T >= FOLD_RATIO * C and dtype in (torch.float32, torch.float64)
 
 
@@ -95,7 +95,7 @@ def _forward(
     hidden = len(p.w1)
     w1, b1, w2 = p.w1.to(dtype), p.b1.to(dtype), p.w2.to(dtype)
     fold = _folds(kernels, T, C, dtype)
-    # taking GRN's bias through the second Linear is one more reading of its weight
+    # passing GRN's bias through the second Linear costs one more read of its weight
     b2 = torch.addmv(p.b2, p.w2, p.grn_bias) if fold else p.b2
     out = torch.empty(B, T, len(w2), dtype=_out_dtype(shortcut, dtype), device=x.device)
     n, keep_h, norms = _chunk(B, T, hidden, dtype, x.device), save and not recompute, []
@@ -130,7 +130,7 @@ def _times(value: Tensor, kept: Tensor | None) -> Tensor:
 def _second_linear(a: Tensor, w: Tensor, b: Tensor, kept: Tensor | None, shortcut: Tensor, out: Tensor) -> None:
     """`shortcut + kept * b + a @ w.T` into `out`, which may have a higher precision than `a`."""
     flat = a.view(-1, a.shape[-1])
-    if onednn_is_faster(flat, w) and kept is None and out.dtype == a.dtype:  # the sum in as many passes as below
+    if onednn_is_faster(flat, w) and kept is None and out.dtype == a.dtype:  # as many passes as below
         torch.add(shortcut, linear(flat, w, b).view_as(out), out=out)
         return
     torch.add(shortcut, _times(b, kept), out=out)
@@ -150,7 +150,7 @@ def _token_mlp(x, shortcut, keep, *rest):
 
 
 def _run(x, shortcut, keep, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    """The operation's function, without the operation."""
+    """The function that the operation wraps."""
     dtype, save, recompute, kernels = rest[10:]
     with torch.autocast(x.device.type, enabled=False):
         return _forward(x, shortcut, keep, Weights(*rest[:10]), dtype, save, recompute, dispatch.kernels(kernels))
@@ -172,14 +172,12 @@ def _(x, shortcut, keep, *rest):
 
 
 class _Backward:
-    """The gradients, summed over chunks of images, and what stays the same from chunk to chunk.
+    """Gradients summed over chunks of images, and the values that all chunks share.
 
     Args:
         x: Input of all images, `[B, T, C]`.
-        p: The parameters.
-        dtype: What the matrix products run in.
-        kernels: Of the middle.
-        needs: Gradients that are needed; the others are placeholders.
+        dtype: Type of the matrix products.
+        needs: The gradients to compute; the others are placeholders.
     """
 
     def __init__(self, x: Tensor, p: Weights, dtype: torch.dtype, kernels: ModuleType, needs: Needs) -> None:
@@ -195,7 +193,7 @@ class _Backward:
         self.grn_weight, self.second_bias = zeros(p.grn_weight), zeros(p.b2)
 
     def add(self, images: slice, x: Tensor, h: Tensor | None, g: Tensor, dy: Tensor) -> None:
-        """Adds the gradients of some images: their `x`, pre-activation (None: computed again), norms and gradient."""
+        """Adds the gradients of some images, given their `x`, pre-activation (None: recompute), norms and gradient."""
         p, started = self.p, images.start > 0
         normalised = None
         if h is None:
@@ -214,7 +212,7 @@ class _Backward:
         self._first_linear(images, dh.view(-1, len(p.w1)), x, normalised or self._normalise(x))
 
     def _normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """LayerNorm in the type of the matrix products, its mean and its reciprocal standard deviation."""
+        """LayerNorm in the matrix products' type, its mean and its reciprocal standard deviation."""
         return self.kernels.layer_norm(x, self.p.norm_weight, self.p.norm_bias, self.p.norm_eps, self.dtype)
 
     def _second_linear(
@@ -231,7 +229,7 @@ class _Backward:
     def _folded_second_linear(
         self, dy: Tensor, h: Tensor, act: Tensor, scale: Tensor, started: bool
     ) -> tuple[Tensor, Tensor]:
-        """Likewise, with the scale in the weight: the gradient of GRN's output comes times the scale."""
+        """The same with the scale folded into the weight; the gradient of GRN's output includes the scale."""
         pairs = torch.bmm(dy.transpose(1, 2), act)  # [b, C, F]
         d_scale = torch.linalg.vecdot(pairs, self.w2, dim=1).unsqueeze(1)
         if self.needs.second:
@@ -258,16 +256,16 @@ class _Backward:
                 total += more
 
     def gradients(self) -> tuple[Tensor, ...]:
-        """Of x and of the eight parameters."""
+        """Gradients of x and of the eight parameters."""
         grn_bias = self.p.w2.t().to(self.second_bias.dtype) @ self.second_bias
         found = (*self.norm, self.first, self.first_bias, self.grn_weight, grn_bias, self.second, self.second_bias)
         return self.x, *(total.to(weight.dtype) for total, weight in zip(found, self.p[:8], strict=True))
 
 
 def _grn_pull(d_ratio: Tensor, g: Tensor, ratio: Tensor, eps: float) -> Tensor:
-    """What the norms `g` add to an activation's gradient, per unit of activation: their own gradient over them."""
+    """What the norms `g` add to the gradient per unit of activation: their own gradient divided by them."""
     d_g = (d_ratio - (d_ratio * ratio).mean(dim=-1, keepdim=True)) / (g.mean(dim=-1, keepdim=True) + eps)
-    return torch.where(g > 1e-15, d_g / g, 0.0)  # no gradient where all is zero: its sqrt has none
+    return torch.where(g > 1e-15, d_g / g, 0.0)  # a channel of zeros gets no gradient: sqrt has none at 0
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, started: bool) -> None:
@@ -304,7 +302,7 @@ def _(grad, x, h, norms, keep, *rest):
     return *(torch.empty_like(t) for t in (x, *p[:7])), p.w2.new_empty(len(p.w2))
 
 
-# What `torch.utils.flop_counter` counts, the matrix products of the plain form: an operation it does not know has none.
+# `torch.utils.flop_counter` counts nothing for an operation without a formula: count the plain form's products.
 
 
 @register_flop_formula(torch.ops.timm_convnextv2.token_mlp)
@@ -324,7 +322,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, shortcut, keep, *parameters = inputs[:11]
     _, h, norms = output
     ctx.mark_non_differentiable(h, norms)
-    ctx.set_materialize_grads(False)  # a gradient of `h` would be zeros of its size
+    ctx.set_materialize_grads(False)  # else autograd would materialise zeros of the size of `h`
     ctx.save_for_backward(x, h, norms, keep, *parameters)
     ctx.norm_eps, ctx.grn_eps, ctx.dtype, _, _, ctx.kernels = inputs[11:]
     ctx.shortcut_dtype = shortcut.dtype
@@ -335,10 +333,10 @@ def _backward(ctx, grad, _grad_h, _grad_norms):
         return (None,) * 17
     x, h, norms, keep, *parameters = ctx.saved_tensors
     p = Weights(*parameters, norm_eps=ctx.norm_eps, grn_eps=ctx.grn_eps)
-    grad = grad.contiguous()  # the shortcut's too: what is upstream then finds it in channels-last memory
+    grad = grad.contiguous()  # also for the shortcut: upstream layers then get channels-last memory
     needs = ctx.needs_input_grad
     wanted = (needs[0], *needs[3:11])
-    if torch.is_grad_enabled():  # a gradient of gradients was asked for: differentiate the plain form
+    if torch.is_grad_enabled():  # double backward: differentiate the plain form
         grads = _plain_gradients(grad, x, keep, p, wanted)
     else:
         groups = (needs[0], any(needs[3:7]), any(needs[7:11]))
@@ -375,19 +373,13 @@ def fused_token_mlp(
     Args:
         x: Tokens `[B, T, C]`; GRN's statistics are those of each image, `[T, 4C]`.
         shortcut: Added to the result, `[B, T, C]`.
-        keep: Drop path's factor of each image, `[B]`, or None. It is not differentiated.
-        norm_weight: LayerNorm's, `[C]`.
-        norm_bias: `[C]`.
-        w1: First Linear, `[4C, C]`.
-        b1: `[4C]`.
-        grn_weight: `[4C]`.
-        grn_bias: `[4C]`.
-        w2: Second Linear, `[C, 4C]`.
-        b2: `[C]`.
-        norm_eps: LayerNorm's epsilon.
-        grn_eps: GRN's.
-        recompute: Compute the pre-activation again in the backward, rather than keep it: a sixth of the step's
-            matrix products for two thirds of what it keeps.
+        keep: Drop path's factor per image, `[B]`, or None; not differentiated.
+        norm_weight: `[C]`, as `norm_bias`, of LayerNorm.
+        w1: First Linear, `[4C, C]`, with `b1` `[4C]`.
+        grn_weight: `[4C]`, as `grn_bias`.
+        w2: Second Linear, `[C, 4C]`, with `b2` `[C]`.
+        recompute: Recompute the pre-activation in the backward instead of saving it: a sixth more matrix products for
+            two thirds less saved memory.
 
     Returns:
         `[B, T, C]`, in the type that the residual sum has in plain PyTorch.
@@ -395,7 +387,7 @@ def fused_token_mlp(
     dtype = dispatch.autocast_dtype(x) or x.dtype
     p = Weights(norm_weight, norm_bias, w1, b1, grn_weight, grn_bias, w2, b2, norm_eps, grn_eps)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, shortcut, *p[:8]))
-    # Between it and its function an operation takes 0.2 ms on CPU, which small models notice at inference.
+    # A custom operation costs 0.2 ms per call on CPU, which matters for small models at inference.
     direct = not (save or torch.compiler.is_compiling() or dispatch.dispatch_mode_active()) and type(x) is Tensor
     run = _run if direct else _token_mlp
     return run(x.contiguous(), shortcut, keep, *p, dtype, save, recompute, dispatch.kernels_name(x.device))[0]

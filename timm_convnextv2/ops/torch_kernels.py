@@ -1,7 +1,7 @@
 """The kernels of the fused operations in PyTorch calls: the twin of `ops.triton`, with the same functions.
 
-GELU's activation `a = gelu(h)` is computed once and handed from one function to the next. It lies in scratch memory:
-it is valid until the next call of `gelu`, and `gelu_scale` writes over it.
+The activation `a = gelu(h)` is computed once and passed from function to function. It lies in scratch memory: the next
+call of `gelu` overwrites it, and so does `gelu_scale`.
 """
 
 import torch
@@ -25,8 +25,8 @@ __all__ = [
     "window_conv_weight_grad",
 ]
 
-# Whether `gelu` returns the activation. Only then can a matrix product read it, as folding GRN's scale into the second
-# Linear's weight does.
+# Whether `gelu` returns the activation. Folding GRN's scale into the second Linear's weight needs it, because a matrix
+# product then reads it.
 KEEPS_ACTIVATION = True
 
 aten = torch.ops.aten
@@ -51,22 +51,17 @@ def layer_norm(
 def layer_norm_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, in its dtype, and of weight and bias, in float32 or float64; None where not wanted.
+    """Gradients of x, in its dtype, and of weight and bias, in float32 or float64; None if not needed.
 
     Args:
-        grad: Of the tokens, like `x`.
-        x: `[..., C]`.
-        mean: From `layer_norm`.
-        rstd: From `layer_norm`.
-        weight: `[C]`.
-        need_x: Whether the gradient of `x` is wanted.
-        need_weight: Whether those of weight and bias are.
+        grad: Gradient of the tokens, like `x` `[..., C]`.
+        mean: From `layer_norm`, as `rstd`.
     """
     w = weight.to(stats_dtype(x))
-    # of the bias, whose place the last `w` takes, only the shape counts
+    # the last `w` stands for the bias, of which only the shape counts
     known = (grad.to(w.dtype), x.to(w.dtype), x.shape[-1:], mean, rstd, w, w)
     dx = d_weight = d_bias = None
-    # On CPU, asked for everything at once, it takes longer than for both together.
+    # On CPU one call for all three gradients takes longer than these two calls.
     if need_x:
         dx = aten.native_layer_norm_backward(*known, [True, False, False])[0].to(x.dtype)
     if need_weight:
@@ -78,7 +73,7 @@ def layer_norm_backward(
 
 
 def gelu(h: Tensor) -> Tensor | None:
-    """`gelu(h)`, which the functions below take as `act`; None from kernels that compute it anew."""
+    """`gelu(h)`, which the functions below take as `act`; None from kernels that recompute it."""
     return aten.gelu.out(h, out=_scratch_like(h, "act"))
 
 
@@ -98,19 +93,7 @@ def gelu_scale(h: Tensor, act: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 def gelu_reductions(
     h: Tensor, act: Tensor, grad: Tensor, scale: Tensor, bias: Tensor, need_out: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What the backward of `gelu_scale` sums, and its output again.
-
-    Args:
-        h: Pre-activation.
-        act: From `gelu`.
-        grad: Gradient of the output, like `h`.
-        scale: `[b, 1, F]`.
-        bias: `[F]`.
-        need_out: Whether the output is wanted too.
-
-    Returns:
-        The scale's gradient `sum_t grad * gelu(h)`, `[b, 1, F]`; `gelu(h) * scale + bias` like `h`, or None.
-    """
+    """The scale's gradient `sum_t grad * gelu(h)`, `[b, 1, F]`, and `gelu(h) * scale + bias` if needed."""
     product = torch.mul(grad, act, out=_scratch_like(act, "product"))
     d_scale = product.sum(dim=1, keepdim=True, dtype=stats_dtype(grad))
     if not need_out:
@@ -122,11 +105,9 @@ def gelu_backward(h: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None, pu
     """`gelu'(h) * (grad * scale + pull * gelu(h))`: the gradient of `h` through the scaling and through the norms.
 
     Args:
-        h: Pre-activation.
-        act: From `gelu`.
-        grad: Gradient of `gelu_scale`'s output, like `h`; it may be written over.
-        scale: `[b, 1, F]`; None where `grad` has it already, folded into the product that computed it.
-        pull: `[b, 1, F]`, what the norms add: their gradient over the norm.
+        grad: Gradient of `gelu_scale`'s output, like `h`; may be overwritten.
+        scale: `[b, 1, F]`; None if `grad` contains it already.
+        pull: `[b, 1, F]`, the gradient of the norms divided by the norms.
 
     Returns:
         The gradient of `h`; its sum over images and tokens, `[F]` in float32 or float64.
@@ -134,7 +115,7 @@ def gelu_backward(h: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None, pu
     if grad.dtype == stats_dtype(grad):
         grad = grad if scale is None else grad.mul_(scale)
         grad.addcmul_(act, pull)
-    else:  # the pull can be too large for float16, and its product with the activation fit
+    else:  # pull can overflow float16 although its product with the activation fits
         full = scratch("full", tuple(grad.shape), pull.dtype, grad.device)
         full = full.copy_(grad) if scale is None else torch.mul(grad, scale, out=full)
         grad = grad.copy_(full.addcmul_(act, pull))
@@ -152,7 +133,7 @@ def window_conv(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -
 
 
 def window_conv_input_grad(grad: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    """Gradient of `window_conv` for `x`. Neighbourhood is mutual: the same operation, the kernel turned round."""
+    """Gradient of `window_conv` for `x`. Neighbourhood is mutual: the same operation with the flipped kernel."""
     return window_conv(grad, weight.flip(2, 3), None, index)
 
 
@@ -167,10 +148,7 @@ def window_conv_weight_grad(x: Tensor, grad: Tensor, index: Tensor, k: int) -> t
 
 
 def _windows(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens `[N, p, p, C]` at `index` `[N, q, q]`, zeros where it is `N * p * p`, as channels-last `[N, C, q, q]`.
-
-    On CPU in memory that the next call writes over.
-    """
+    """Tokens `[N, p, p, C]` at `index` `[N, q, q]` (zeros for `N * p * p`) as channels-last maps; scratch on CPU."""
     return _gather(_with_zero(x), index)
 
 

@@ -1,4 +1,4 @@
-"""The kernels of the fused operations in Triton: the twin of `ops.torch_kernels`, with the same functions.
+"""The kernels of the fused operations in Triton: the twin of `ops.torch_kernels`, with the same functions and shapes.
 
 Plain functions from tensors to tensors, without autograd. Inputs are contiguous and float32, bfloat16 or float16; all
 arithmetic in registers is float32 and a result is rounded once. Every reduction is deterministic: programs write

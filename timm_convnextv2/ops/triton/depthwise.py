@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""Triton kernels of the packed depthwise convolution, and what launches them."""
+"""Triton kernels of the packed depthwise convolution, and their launchers."""
 
 import torch
 import triton
@@ -114,18 +114,7 @@ def _depthwise_launch(
 
 
 def window_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor:
-    """Submanifold depthwise convolution of packed patches, without a window or a dense map in memory.
-
-    Args:
-        x: Packed patches `[N, p, p, C]`.
-        weight: Kernel `[C, 1, k, k]`, k odd.
-        bias: `[C]` or None.
-        index: For each patch its tokens with a border of `k // 2`, int64 `[N, p + k - 1, p + k - 1]` into the
-            `N * p * p` tokens, `N * p * p` where there is none.
-
-    Returns:
-        `[N, p, p, C]` in the dtype of `x`.
-    """
+    """Submanifold depthwise convolution of packed patches, without a window or a dense map in memory."""
     weight = weight.contiguous()
     check(x=x, weight=weight, bias=bias, index=index)
     _check_packed("x", x, index, weight.shape[-1])
@@ -135,16 +124,7 @@ def window_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def window_conv_input_grad(grad: torch.Tensor, weight: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Gradient of `window_conv` for `x`. Neighbourhood is mutual: the same kernel, turned round.
-
-    Args:
-        grad: Gradient of the output, `[N, p, p, C]`.
-        weight: `[C, 1, k, k]`.
-        index: As forward.
-
-    Returns:
-        `[N, p, p, C]` in the dtype of `grad`.
-    """
+    """Gradient of `window_conv` for `x`. Neighbourhood is mutual: the same operation with the flipped kernel."""
     weight = weight.contiguous()
     check(grad=grad, weight=weight, index=index)
     _check_packed("grad", grad, index, weight.shape[-1])
@@ -154,17 +134,7 @@ def window_conv_input_grad(grad: torch.Tensor, weight: torch.Tensor, index: torc
 def window_conv_weight_grad(
     x: torch.Tensor, grad: torch.Tensor, index: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `window_conv` for the weight and the bias (which costs next to nothing beside the weight's).
-
-    Args:
-        x: Packed patches `[N, p, p, C]`.
-        grad: Gradient of the output, likewise.
-        index: As forward.
-        k: Size of the kernel.
-
-    Returns:
-        Float32 `[C, 1, k, k]` and `[C]`.
-    """
+    """Gradients of `window_conv` for the weight and the bias (which costs next to nothing beside the weight's)."""
     check(x=x, grad=grad, index=index)
     _check_packed("x", x, index, k)
     same("grad", grad.shape, x.shape)

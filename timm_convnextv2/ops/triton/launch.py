@@ -1,4 +1,4 @@
-"""What the launchers share: checks of their inputs and sizes of blocks."""
+"""Input checks and block sizes that the launchers share."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check(**tensors: torch.Tensor | None) -> None:
-    """Raises ValueError for what a kernel would read wrongly."""
+    """Raises a ValueError for inputs that a kernel would misread."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     device = next(iter(given.values())).device
     for name, tensor in given.items():

@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""Triton kernels of LayerNorm, and what launches them.
+"""Triton kernels of LayerNorm, and their launchers.
 
 A program holds whole rows in registers: forward reads the input once and writes the tokens once, in their own types.
 
@@ -70,7 +70,7 @@ def _layer_norm_backward(
         centre = tl.load(mean + t, mask=t < count, other=0.0)[:, None]
         scale = tl.load(rstd + t, mask=t < count, other=0.0)[:, None]
         value = (value - centre) * scale
-        if SUMS:  # zero outside: there dy is
+        if SUMS:  # dy is zero outside
             d_weight += dy * value
             d_bias += dy
         if DX:
@@ -95,18 +95,7 @@ def _blocks(rows: int, channels: int) -> dict[str, int]:
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """LayerNorm over the last axis in one read and one write.
-
-    Args:
-        x: `[..., C]`.
-        weight: `[C]`.
-        bias: `[C]`.
-        eps: Added to the variance.
-        dtype: Of the tokens.
-
-    Returns:
-        The tokens, `[..., C]` in `dtype`; float32 mean and reciprocal standard deviation, `[..., 1]`.
-    """
+    """LayerNorm over the last axis in one read and one write."""
     check(x=x, weight=weight, bias=bias)
     C = x.shape[-1]
     same("weight", weight.shape, (C,))
@@ -124,20 +113,7 @@ def layer_norm_backward(
     grad: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor,
     need_x: bool, need_weight: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """Gradients of `layer_norm` in one read of `grad` and `x` and one write; sums of a program's rows beside it.
-
-    Args:
-        grad: Of the tokens, like `x`.
-        x: `[..., C]`.
-        mean: From `layer_norm`.
-        rstd: From `layer_norm`.
-        weight: `[C]`.
-        need_x: Whether the gradient of `x` is wanted.
-        need_weight: Whether those of weight and bias are.
-
-    Returns:
-        The gradient of `x`, in its dtype; float32 gradients of weight and bias, `[C]`; None where not wanted.
-    """
+    """Gradients of `layer_norm` in one read of `grad` and `x` and one write; sums of a program's rows beside it."""
     check(grad=grad, x=x, mean=mean, rstd=rstd, weight=weight)
     C = x.shape[-1]
     same("grad", grad.shape, x.shape)

@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-"""Triton kernels of the token MLP's middle (GELU and GRN), and what launches them.
+"""Triton kernels of the token MLP's middle (GELU and GRN), and their launchers.
 
 They compute GELU anew where they need it, in registers, so that the activation is never in memory by itself.
 
@@ -26,7 +26,7 @@ _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def _gelu_place(T, F, parts, TOKENS: tl.constexpr, BLOCK_F: tl.constexpr):
-    """What a program works on: its image, number of tokens, where they begin in `[B, T, F]`, row of the partial sums
+    """The work of a program: its image, number of tokens, where they begin in `[B, T, F]`, row of the partial sums
     and channels.
 
     Channel blocks come first, so that programs that run together read whole rows.
@@ -124,7 +124,7 @@ def _gelu_backward(
         cdf = _normal_cdf(x)
         slope = cdf + x * tl.exp(-0.5 * x * x) * _INV_SQRT_2PI
         dx = slope * (dy * s + p * (x * cdf))
-        total += dx  # zero outside: there x and dy are
+        total += dx  # x and dy are zero outside, so is their product
         tl.store(dh + place, dx.to(dh.dtype.element_ty), mask=inside)
     tl.store(db + slot * F + f, tl.sum(total, 0), mask=f < F)
 
@@ -166,17 +166,7 @@ def gelu_norms(h: torch.Tensor, act: None) -> torch.Tensor:
 
 
 def gelu_scale(h: torch.Tensor, act: None, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`gelu(h) * scale + bias` in one read and one write.
-
-    Args:
-        h: `[B, T, F]`.
-        act: None, see `gelu`.
-        scale: `[B, 1, F]`.
-        bias: `[F]` or `[B, 1, F]`.
-
-    Returns:
-        `[B, T, F]` in the dtype of `h`.
-    """
+    """`gelu(h) * scale + bias` in one read and one write."""
     check(h=h, scale=scale, bias=bias)
     B, T, F = h.shape
     same("scale", scale.shape, (B, 1, F))
@@ -192,19 +182,7 @@ def gelu_scale(h: torch.Tensor, act: None, scale: torch.Tensor, bias: torch.Tens
 def gelu_reductions(
     h: torch.Tensor, act: None, grad: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, need_out: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the backward of `gelu_scale` sums, and its output again, in one read of `h` and `grad` and one write.
-
-    Args:
-        h: `[B, T, F]`.
-        act: None, see `gelu`.
-        grad: Gradient of the output, like `h`.
-        scale: `[B, 1, F]`.
-        bias: `[F]`.
-        need_out: Whether the output is wanted too.
-
-    Returns:
-        `sum_t grad * gelu(h)`, float32 `[B, 1, F]`; `gelu(h) * scale + bias` in the dtype of `h`, or None.
-    """
+    """What the backward of `gelu_scale` sums, and its output again, in one read of `h` and `grad` and one write."""
     check(h=h, grad=grad, scale=scale, bias=bias)
     B, T, F = h.shape
     same("grad", grad.shape, h.shape)
@@ -225,18 +203,7 @@ def gelu_reductions(
 def gelu_backward(
     h: torch.Tensor, act: None, grad: torch.Tensor, scale: torch.Tensor, pull: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`gelu'(h) * (grad * scale + pull * gelu(h))`: the gradient of `h` through the scaling and through the norms.
-
-    Args:
-        h: `[B, T, F]`.
-        act: None, see `gelu`.
-        grad: Gradient of `gelu_scale`'s output, like `h`; written over if it has the dtype of `h`.
-        scale: `[B, 1, F]`. Never folded into `grad` before: that takes the activation.
-        pull: `[B, 1, F]`, what the norms add: their gradient over the norm.
-
-    Returns:
-        The gradient of `h`, `[B, T, F]` in its dtype; its sum over images and tokens before rounding, float32 `[F]`.
-    """
+    """`gelu'(h) * (grad * scale + pull * gelu(h))`: the gradient of `h` through the scaling and through the norms."""
     check(h=h, grad=grad, scale=scale, pull=pull)
     B, T, F = h.shape
     same("grad", grad.shape, h.shape)
