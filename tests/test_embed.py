@@ -202,10 +202,10 @@ def test_a_failure_leaves_the_old_output_alone(small, images_dir, tmp_path, monk
 
 
 def test_a_missing_package_is_no_bad_image(small, images_dir, tmp_path, monkeypatch):
-    def load(path, in_chans, nodata):
+    def load(path, in_chans, pixels):
         if path.endswith("b.png"):
             raise MissingPackageError("run `pip install tifffile`")
-        return load_image(path, in_chans, nodata)
+        return load_image(path, in_chans, pixels)
 
     monkeypatch.setattr("timm_convnextv2.data.formats.decode.load_image", load)
     monkeypatch.setattr(run, "check_readable", lambda source: [])

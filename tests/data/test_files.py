@@ -24,6 +24,7 @@ from timm_convnextv2.data import (
     FolderSource,
     ImageError,
     MissingPackageError,
+    Pixels,
     PretrainDataset,
     PretrainTransform,
     check_readable,
@@ -438,6 +439,6 @@ def test_nodata_in_every_kind_of_source(tmp_path):
     kinds += [dict(data_dir=tmp_path, dataset="torch/image_folder")]
     for kind in kinds:
         for nodata, expected in ((None, [5, 9]), (9.0, [5])):
-            source = create_source(**kind, in_chans=1, nodata=nodata)
+            source = create_source(**kind, in_chans=1, pixels=Pixels(nodata))
             image = next(iter(source)) if hasattr(source, "undecoded") else source[0]
             assert image.unique().tolist() == expected

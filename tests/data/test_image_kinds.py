@@ -1,6 +1,6 @@
 """Every kind of image file, as it reaches the network of each command, against the truth made in numpy.
 
-A command is a reader: `(folder, in_chans, nodata) -> (image, reason)`, with the one image of the folder as it goes into
+A command is a reader: `(folder, in_chans, pixels) -> (image, reason)`, with the one image of the folder as it goes into
 the network, float32 `[C, S, S]` with mean 0 and std 1 taken off, or None and why it was left out. Add yours to READERS.
 """
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, TiffImagePlugin
 
-from timm_convnextv2.data import FolderSource, PretrainDataset, PretrainTransform
+from timm_convnextv2.data import FolderSource, Pixels, PretrainDataset, PretrainTransform
 from timm_convnextv2.data.samples.batches import map_batches, preprocessing
 from timm_convnextv2.finetune import images
 from timm_convnextv2.finetune.folders import FolderReader
@@ -31,9 +31,9 @@ LUMA = np.array([0.299, 0.587, 0.114])
 Reader = Callable[[Path, int, float | None], tuple[torch.Tensor | None, str]]
 
 
-def pretrain(folder, in_chans, nodata):
+def pretrain(folder, in_chans, pixels):
     whole = dict(scale=(1, 1), ratio=(1, 1), hflip=0.0, mean=[0.0] * in_chans, std=[1.0] * in_chans)
-    source = FolderSource(folder, in_chans, nodata)
+    source = FolderSource(folder, in_chans, pixels)
     dataset = PretrainDataset(source, PretrainTransform(S, **whole), (2, 2), 0.5)
     try:
         return dataset[0, 0][0], ""
@@ -41,19 +41,19 @@ def pretrain(folder, in_chans, nodata):
         return None, str(error)
 
 
-def embed(folder, in_chans, nodata):
+def embed(folder, in_chans, pixels):
     config = dict(input_size=(in_chans, S, S), interpolation="bicubic", crop_pct=1.0, crop_mode="center")
     transform = preprocessing({**config, "mean": [0.0] * in_chans, "std": [1.0] * in_chans})
-    (batch,) = map_batches(FolderSource(folder, in_chans, nodata), transform, 1, [0], 0)
+    (batch,) = map_batches(FolderSource(folder, in_chans, pixels), transform, 1, [0], 0)
     return batch.items[0].image, str(batch.items[0].error or "")
 
 
-def finetune(folder, in_chans, nodata):
+def finetune(folder, in_chans, pixels):
     """What finetune, validate and predict hand to timm's scripts, through its loader and evaluation transform."""
     (file,) = folder.iterdir()
     (folder / "class").mkdir()
     file.rename(folder / "class" / file.name)
-    dataset = images.Images(FolderReader(folder), in_chans, strict=True, nodata=nodata)
+    dataset = images.Images(FolderReader(folder), in_chans, strict=True, pixels=pixels)
     loader = images.create_loader(
         dataset, (in_chans, S, S), 1, mean=(0.0,) * in_chans, std=(1.0,) * in_chans, interpolation="bicubic",
         crop_pct=1.0, num_workers=0, persistent_workers=False, device=torch.device("cpu"),
@@ -377,7 +377,7 @@ def test_what_reaches_the_network(tmp_path, kind, command):
     write, in_chans, truth, nodata, tolerance = KINDS[kind]
     write(tmp_path)
     (name,) = (path.name for path in tmp_path.iterdir())
-    image, reason = READERS[command](tmp_path, in_chans, nodata)
+    image, reason = READERS[command](tmp_path, in_chans, Pixels(nodata))
     if isinstance(truth, str):
         assert image is None
         assert name in reason and re.search(truth, reason), reason

@@ -70,7 +70,7 @@ def test_each_page_is_an_image(kind, tmp_path):
         image = image.float() / 255 if image.dtype == torch.uint8 else image
         truth = torch.from_numpy(page.astype(np.float32)) / np.iinfo(page.dtype).max
         assert torch.equal(image, truth) and source.name(i) == f"{path}, page {i}"
-        scene = open_scene(path, in_chans, source.pixels(i))
+        scene = open_scene(path, in_chans, source.page_pixels(i))
         assert scene.size == page.shape[1:]
         assert torch.equal(scene.read(3, 2, 4, 5), source[i][:, 3:7, 2:7]) and scene.whole == (kind == "GIF")
         scene.close()

@@ -174,7 +174,7 @@ def test_a_divisor_replaces_the_scale_of_every_kind(tmp_path):
 )
 def test_a_record_that_does_not_suit_is_refused(tmp_path, pixels, words):
     with pytest.raises(ValueError, match=words):
-        create_source(tmp_path, in_chans=CHANS, nodata=pixels)
+        create_source(tmp_path, in_chans=CHANS, pixels=pixels)
 
 
 def test_headers_tell_what_decoding_does(tmp_path):

@@ -246,7 +246,7 @@ def scenes(folder, *sizes, channels=1, dtype="u1"):
 
 
 def open_windows(folder, size, in_chans=1, nodata=None, **more):
-    return WindowSource(FolderSource(folder, in_chans, nodata), Windows(size, **more))
+    return WindowSource(FolderSource(folder, in_chans, Pixels(nodata)), Windows(size, **more))
 
 
 def counts(source):

@@ -115,7 +115,7 @@ def test_nodata_reaches_the_data_set_and_the_record(run, refused, holed, monkeyp
     fed = []
     monkeypatch.setattr(launcher, "feed", lambda script, **more: fed.append(more))
     assert run("--nodata=-9999", data=holed)["args"]["pixels"] == {"nodata": -9999}
-    assert fed[0]["nodata"] == Pixels(nodata=-9999)
+    assert fed[0]["pixels"] == Pixels(nodata=-9999)
     data = images.create_dataset("", root=str(holed), split="train", **fed[0])
     assert 0 <= data[0][0].min() and data[0][0].max() <= 1
 

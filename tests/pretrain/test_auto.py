@@ -107,7 +107,7 @@ def test_other_commands_apply_them_without_being_told(bands, made, monkeypatch, 
     with tarfile.open(tmp_path / "data.tar", "w") as tar:
         tar.add(bands / "00.tif", "one/00.tif")
     for root in (folder.parent, tmp_path / "data.tar"):
-        dataset = images.create_dataset(root=str(root), in_chans=CHANS, nodata=pixels, split="")
+        dataset = images.create_dataset(root=str(root), in_chans=CHANS, pixels=pixels, split="")
         assert torch.equal(dataset.load(0)[0], wanted)
     with pytest.raises(ValueError, match="pixels of other channels"):
         choose_pixels(None, model, 3)

@@ -90,6 +90,6 @@ def test_training_evaluation_and_prediction_read_alike(encoder, data, tmp_path, 
 def test_samples_hold_prepared_values(encoder, data):
     pixels = create_backbone(encoder, pretrained=False).pixels
     coco = open_coco(data / "train.json", data / "train/images")
-    image = DetectionSamples(coco, nodata=pixels)[0, 0][0]
-    masked = MaskedImages(*open_split(data, "train"), read_classes(data / "classes.txt"), nodata=pixels)
+    image = DetectionSamples(coco, pixels=pixels)[0, 0][0]
+    masked = MaskedImages(*open_split(data, "train"), read_classes(data / "classes.txt"), pixels=pixels)
     assert torch.equal(image, masked[0][0]) and image.min() >= 0.1 and image.max() == 2.5

@@ -68,7 +68,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
     listing = listed(args, data_dir) if args.index else None
     page = one_page(args.pages)
     pixels = Pixels(args.nodata, page=0 if args.pages and page is None else page)
-    source = create_source(data_dir, nodata=pixels, data_list=args.data_list, listing=listing)
+    source = create_source(data_dir, pixels=pixels, data_list=args.data_list, listing=listing)
     if not hasattr(source, "path"):
         raise ValueError("check looks at files, and a tar file is one: unpack it, and give the folder.")
     near = perceptual_hash()

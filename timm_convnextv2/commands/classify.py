@@ -65,7 +65,7 @@ def _prepare(script: ModuleType, words: list[str], labelled: bool, nodata: float
     args = _resolve(script, words)
     check_device(args.device)
     check_input_mode(getattr(args, "input_img_mode", None))
-    class_to_idx, pixels = None, Pixels.of(nodata)
+    class_to_idx, pixels = None, Pixels(nodata)
     if not _names_several(args):
         model = create_meta_model(
             args.model, need_weights=not args.checkpoint, num_classes=args.num_classes, model_kwargs=args.model_kwargs
@@ -80,7 +80,7 @@ def _prepare(script: ModuleType, words: list[str], labelled: bool, nodata: float
             check_start_file("--checkpoint", args.checkpoint, model)
         pixels = choose_pixels(nodata, args.model, channels(args))
         class_to_idx = _check_images(args, model, labelled, pixels)
-    feed(script, in_chans=channels(args), strict=not labelled, nodata=pixels, class_to_idx=class_to_idx)
+    feed(script, in_chans=channels(args), strict=not labelled, pixels=pixels, class_to_idx=class_to_idx)
     return words
 
 
@@ -175,7 +175,7 @@ def _check_images(args: argparse.Namespace, model: nn.Module, labelled: bool, pi
         say(line)
     if class_to_idx is not None and len(reader.class_to_idx) < len(class_to_idx):
         say(f"{len(reader.class_to_idx)} of the model's {len(class_to_idx)} classes are there; matched by their names.")
-    kinds = probe(Images(reader, channels(args), nodata=pixels))
+    kinds = probe(Images(reader, channels(args), pixels=pixels))
     refuse_for_tensors(kinds, vars(args), resolve_data_config(vars(args), model=model)["crop_mode"])
     return class_to_idx
 

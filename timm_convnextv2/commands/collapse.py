@@ -145,7 +145,7 @@ def collapse_of_models(
     for name, (network, config) in networks.items():
         in_chans = config["input_size"][0]
         scale = model_pixels(name_of_model(name), in_chans, nodata)
-        source = create_source(data_dir, dataset, split, in_chans=in_chans, nodata=scale, data_list=data_list)
+        source = create_source(data_dir, dataset, split, in_chans=in_chans, pixels=scale, data_list=data_list)
         if isinstance(source, TimmStream):
             raise ValueError(f"--dataset {dataset} is a stream, from which images cannot be drawn. Give a folder.")
         images = _draw(source, num_images, preprocessing(config), seed, tell if not found else lambda line: None)

@@ -198,7 +198,7 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
     check_logs(args.log_wandb, args.log_tensorboard)
     rle_codec()
     masks, root = not args.boxes_only, Path(args.data_dir)
-    opened = dict(masks=masks, drop_wrong=args.drop_wrong)
+    opened: dict[str, Any] = dict(masks=masks, drop_wrong=args.drop_wrong)
     coco = open_coco(root / args.train, root / args.train_images, **opened)
     validation = open_coco(root / args.val, root / args.val_images, **opened)
     if not coco.annotations:
@@ -220,7 +220,7 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
     samples = DetectionSamples(
         coco,
         large_scale_jitter(args.img_size, tuple(args.scale), hflip=args.hflip, vflip=args.vflip),
-        masks=masks, in_chans=backbone.in_chans, nodata=backbone.pixels, seed=args.seed,
+        masks=masks, in_chans=backbone.in_chans, pixels=backbone.pixels, seed=args.seed,
     )  # fmt: skip
     loader = create_loader(samples, collate, world, batch_size=args.batch_size, workers=args.workers, seed=args.seed)
     per_epoch = len(loader) // args.grad_accum_steps
@@ -256,7 +256,7 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
     evaluate = partial(
         evaluate_epoch, coco=validation, folder=folder, world=world, masks=masks, shown=args.shown_images,
         how=dict(
-            device=world.device, in_chans=backbone.in_chans, nodata=backbone.pixels, batch_size=args.batch_size,
+            device=world.device, in_chans=backbone.in_chans, pixels=backbone.pixels, batch_size=args.batch_size,
             workers=args.workers, amp_dtype=amp_dtype,
         ),
         about=dict(dataset=data_name(args.data_dir), info=how_made(settings)),
@@ -314,7 +314,7 @@ def evaluate_epoch(
             ids = [image.id for image in coco.images if image.annotations][:shown] or [coco.images[0].id]
             save_found(
                 folder.path / "predictions" / f"epoch-{epoch:04d}.png", coco, results, image_ids=ids, masks=masks,
-                in_chans=how["in_chans"], nodata=how["nodata"],
+                in_chans=how["in_chans"], pixels=how["pixels"],
             )  # fmt: skip
         export_detector(model, folder.path / "model", classes=coco.classes, metrics=metrics, **about)  # pyright: ignore
         if last:
@@ -346,7 +346,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     masks, root = not detector.made_of["boxes_only"], Path(args.data_dir)  # pyright: ignore
     coco = open_coco(
         root / args.val, root / args.val_images, masks=masks, drop_wrong=args.drop_wrong, in_chans=backbone.in_chans,
-        nodata=backbone.pixels,
+        pixels=backbone.pixels,
     )  # fmt: skip
     check_classes(coco, classes, f"the model '{args.model}'")
     rle_codec()
@@ -389,7 +389,7 @@ def predict_command(args: argparse.Namespace) -> None:
 def reading(args: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
     """How images are read and models run, of eval and predict."""
     return dict(
-        device=torch.device(args.device), in_chans=backbone.in_chans, nodata=backbone.pixels,
+        device=torch.device(args.device), in_chans=backbone.in_chans, pixels=backbone.pixels,
         batch_size=args.batch_size, workers=args.workers,
         amp_dtype=getattr(torch, args.amp_dtype) if args.amp else None,
     )  # fmt: skip

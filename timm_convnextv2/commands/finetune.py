@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     keep_label_names(plan)
     args = plan.options.values
-    feed(plan.script, in_chans=channels(args), nodata=Pixels.from_record(args.pixels))
+    feed(plan.script, in_chans=channels(args), pixels=Pixels.from_record(args.pixels))
     with arguments(plan), telling(plan):
         plan.script.main()
     return finish(plan) if world_info_from_env()[1] == 0 else 0

@@ -15,7 +15,6 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from ..console import PROGRAM, CommandParser, invocation, refused, say
-from ..data import Pixels
 from ..data.formats.decode import printable
 from ..data.sources.folder import ImageFiles
 from ..files import whole_file
@@ -245,7 +244,7 @@ def set_up(args: argparse.Namespace, recipe: Recipe | None, world: World, comman
 def open_data(args: argparse.Namespace, split: str, classes: Sequence[str], backbone: Backbone) -> MaskedImages:
     """The images and masks of a split, not yet checked."""
     return MaskedImages(
-        *open_split(args.data_dir, split), classes, in_chans=backbone.in_chans, nodata=backbone.pixels,
+        *open_split(args.data_dir, split), classes, in_chans=backbone.in_chans, pixels=backbone.pixels,
         ignore_index=args.ignore_index, reduce_zero_label=args.reduce_zero_label,
     )  # fmt: skip
 
@@ -313,7 +312,7 @@ def about(
             f"note: the recipe {recipe.name} is for {recipe.global_batch} images an update, and this run has {batch}: "
             "choose --batch-size or --grad-accum-steps so, or another --lr."
         )
-    if prepared := str(Pixels.of(data.source.nodata)):
+    if prepared := str(data.source.pixels):
         lines.append(f"stored values are prepared as those that the model was trained on: {prepared}")
     for part, name, pixels in zip((data, validation), ("train", "validation"), counts, strict=True):
         absent = [part.classes[i] for i in range(len(part.classes)) if not pixels[i]]

@@ -63,7 +63,7 @@ def measure_options(args: argparse.Namespace) -> tuple[Measured, Pixels]:
     def open_source(pixels: Pixels) -> Any:
         source = partial(
             create_source, data_dir, args.dataset, args.train_split, input_key=args.input_key,
-            download=args.dataset_download, num_samples=args.train_num_samples, seed=args.seed, nodata=pixels,
+            download=args.dataset_download, num_samples=args.train_num_samples, seed=args.seed, pixels=pixels,
             data_list=args.data_list, listing=listing,
         )  # fmt: skip
         if "source" not in opened:

@@ -102,7 +102,7 @@ def embed(
             num_samples=num_samples,
             batch_size=batch_size,
             whole=True,
-            nodata=pixels,
+            pixels=pixels,
             data_list=data_list,
             listing=listing,
         )

@@ -135,7 +135,7 @@ def evaluate_models(
     @cache
     def labelled(in_chans: int, scale: Pixels) -> Labelled:
         return open_labelled(
-            data_dir, in_chans=in_chans, validation_share=validation_share, seed=seed, nodata=scale
+            data_dir, in_chans=in_chans, validation_share=validation_share, seed=seed, pixels=scale
         )  # fmt: skip
 
     networks = [load_network(name, img_size, "cpu") for name in names]

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data import FolderSource, Pixels, check_readable
 from ..data.formats.decode import printable
 from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS
+from ..data.formats.pixels import PLAIN
 from ..data.sources.folder import ImageFiles
 
 SEPARATOR = ";"
@@ -64,7 +65,7 @@ def open_labelled(
     in_chans: int = 3,
     validation_share: float = 0.25,
     seed: int = 0,
-    nodata: float | Pixels | None = None,
+    pixels: Pixels = PLAIN,
 ) -> Labelled:
     """Opens labelled images.
 
@@ -80,7 +81,7 @@ def open_labelled(
         in_chans: Channels of the images, see `timm_convnextv2.data.load_image`.
         validation_share: Share of the images that become `test` where they are split, above 0 and below 1.
         seed: Of that split.
-        nodata: Stored value of pixels without data, or a whole `Pixels`, see `load_image`.
+        pixels: How stored values become pixels, see `Pixels`.
 
     Raises:
         ValueError: No such place, a single class, classes that differ between the parts, a row without label or file,
@@ -93,21 +94,21 @@ def open_labelled(
         raise ValueError(f"The labelled images '{printable(path)}' do not exist; expected a folder or a CSV.")
     parts = None if path.is_file() else _parts(path)
     if parts is not None:
-        train, test = _folder(parts[0], in_chans, nodata), _folder(parts[1], in_chans, nodata)
+        train, test = _folder(parts[0], in_chans, pixels), _folder(parts[1], in_chans, pixels)
         _check_same(train, test, parts)
         classes = _names(train)
         _check_classes(classes, path)
         (train_files, train_labels), (test_files, test_labels) = train, test
     else:
-        files, labels = _table(path) if path.is_file() else _folder(path, in_chans, nodata)
+        files, labels = _table(path) if path.is_file() else _folder(path, in_chans, pixels)
         classes = _names((files, labels))
         _check_classes(classes, path)
         chosen = _held(labels, validation_share, seed)
         train_files, train_labels = _pick(files, labels, [i for i in range(len(files)) if i not in chosen])
         test_files, test_labels = _pick(files, labels, sorted(chosen))
     several = any(len(label) > 1 for label in train_labels + test_labels)
-    train_split = Split(ImageFiles(train_files, in_chans, nodata), _numbers(train_labels, classes, several))
-    test_split = Split(ImageFiles(test_files, in_chans, nodata), _numbers(test_labels, classes, several))
+    train_split = Split(ImageFiles(train_files, in_chans, pixels), _numbers(train_labels, classes, several))
+    test_split = Split(ImageFiles(test_files, in_chans, pixels), _numbers(test_labels, classes, several))
     for split in (train_split, test_split):
         bad = check_readable(split.source)
         if bad:
@@ -142,8 +143,8 @@ def _has_folders(folder: Path) -> bool:
     return folder.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir())
 
 
-def _folder(root: Path, in_chans: int, nodata: float | Pixels | None) -> Files:
-    source = FolderSource(root, in_chans, nodata)
+def _folder(root: Path, in_chans: int, pixels: Pixels) -> Files:
+    source = FolderSource(root, in_chans, pixels)
     paths = sorted((source.path(i) for i in range(len(source))), key=natural_key)
     labels = [os.path.basename(os.path.dirname(os.path.relpath(path, root))) for path in paths]
     if "" in labels:

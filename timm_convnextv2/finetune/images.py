@@ -34,6 +34,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from ..console import say
 from ..data import ImageError, Pixels, image_extensions
 from ..data.formats.decode import from_pil, is_8_bit, printable, to_mode
+from ..data.formats.pixels import PLAIN
 from ..data.paths.walk import open_tar
 from ..data.sources.stream import decode_undecoded, leave_undecoded, undecoded_picture
 from ..data.sources.timm import decode_any
@@ -70,18 +71,16 @@ class Images(ImageDataset):
         reader: One of timm's, or a `FolderReader`.
         in_chans: Channels that images are converted to.
         strict: An image that cannot be decoded is an error.
-        nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `timm_convnextv2.data.load_image`.
+        pixels: How stored values become pixels, see `Pixels`.
 
     Raises:
         ValueError: By a sample: a package is missing; or, where it is strict, the image cannot be decoded.
         RuntimeError: By a sample: it and those that follow cannot be decoded.
     """
 
-    def __init__(
-        self, reader: Any, in_chans: int = 3, strict: bool = False, nodata: float | Pixels | None = None
-    ) -> None:
+    def __init__(self, reader: Any, in_chans: int = 3, strict: bool = False, pixels: Pixels = PLAIN) -> None:
         super().__init__(None, reader=reader)
-        self.in_chans, self.strict, self.nodata = in_chans, strict, nodata
+        self.in_chans, self.strict, self.pixels = in_chans, strict, pixels
 
     def load(self, index: int) -> tuple[Any, ...]:
         """Image, target and what else timm's reader gives, before any transform.
@@ -91,7 +90,7 @@ class Images(ImageDataset):
         """
         reader: Any = self.reader
         picture, *rest = reader[index]
-        image = decode_any(picture, self.name(index), self.in_chans, nodata=self.nodata, convert=_keep_8_bit)
+        image = decode_any(picture, self.name(index), self.in_chans, pixels=self.pixels, convert=_keep_8_bit)
         return _pil_if_8_bit(image, self.in_chans), *rest
 
     def name(self, index: int) -> str:
@@ -141,7 +140,7 @@ class ImageStream(IterableImageDataset):
         reader: timm's.
         name: Of the data set.
         input_key: Field that holds the image; of `wds/` several, separated by `;`.
-        in_chans, strict, nodata: See `Images`.
+        in_chans, strict, pixels: See `Images`.
 
     Raises:
         ValueError: By iteration: see `Images`; there are fewer shards than workers; or as many images in a row as timm
@@ -155,11 +154,11 @@ class ImageStream(IterableImageDataset):
         input_key: str,
         in_chans: int = 3,
         strict: bool = False,
-        nodata: float | Pixels | None = None,
+        pixels: Pixels = PLAIN,
     ) -> None:
         super().__init__(None, reader=reader)
         self.dataset_name, self.input_key = name, input_key
-        self.in_chans, self.strict, self.nodata = in_chans, strict, nodata
+        self.in_chans, self.strict, self.pixels = in_chans, strict, pixels
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         leave_undecoded(self.reader, self.dataset_name, self.input_key, labelled=True)
@@ -168,7 +167,7 @@ class ImageStream(IterableImageDataset):
             name, picture = undecoded_picture(item, f"{self.dataset_name} sample {number}")
             try:
                 image = decode_undecoded(
-                    picture, name, self.input_key, self.in_chans, nodata=self.nodata, convert=_keep_8_bit
+                    picture, name, self.input_key, self.in_chans, pixels=self.pixels, convert=_keep_8_bit
                 )
             except (ImageError, OSError) as e:
                 bad += 1
@@ -321,7 +320,7 @@ def create_dataset(
     *,
     in_chans: int,
     strict: bool = False,
-    nodata: float | Pixels | None = None,
+    pixels: Pixels = PLAIN,
     class_to_idx: Mapping[str, int] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -329,7 +328,7 @@ def create_dataset(
 
     Args:
         name, root, split, class_map, load_bytes, input_key, kwargs: timm's.
-        in_chans, strict, nodata: See `Images`.
+        in_chans, strict, pixels: See `Images`.
         class_to_idx: Class by the name of its folder, instead of `class_map`.
 
     Raises:
@@ -338,12 +337,12 @@ def create_dataset(
     prefix = name.partition("/")[0].lower() if is_opaque(name) else ""
     if root is not None and os.path.isdir(root) and not is_opaque(name) and not load_bytes:
         reader = FolderReader(split_folder(root, split), class_to_idx or class_map, input_key)
-        return Images(reader, in_chans, strict, nodata)
+        return Images(reader, in_chans, strict, pixels)
     if root is not None and root.lower().endswith(".tar") and os.path.isfile(root) and not prefix and not load_bytes:
         tar, left = open_tar(root, class_map, input_key.lower().split(";") if input_key else None)
         if str(left):
             say(f"{root}: {left}")
-        return Images(tar, in_chans, strict, nodata)
+        return Images(tar, in_chans, strict, pixels)
     if prefix == "tfds" and in_chans not in (1, 3):
         raise ValueError(f"Data set '{name}' gives images with 1 or 3 channels, got {in_chans}.")
     if prefix == "wds":
@@ -356,12 +355,12 @@ def create_dataset(
     if load_bytes:
         return dataset
     if isinstance(dataset, IterableImageDataset):
-        return ImageStream(dataset.reader, name, input_key or "image", in_chans, strict, nodata)
+        return ImageStream(dataset.reader, name, input_key or "image", in_chans, strict, pixels)
     if prefix == "torch":
-        return Images(TorchReader(dataset), in_chans, strict, nodata)
+        return Images(TorchReader(dataset), in_chans, strict, pixels)
     if type(dataset) is not ImageDataset:
         return dataset
-    images = Images(dataset.reader, in_chans, strict, nodata)
+    images = Images(dataset.reader, in_chans, strict, pixels)
     images.additional_features = dataset.additional_features
     return images
 
@@ -385,15 +384,15 @@ def feed(
     *,
     in_chans: int,
     strict: bool = False,
-    nodata: float | Pixels | None = None,
+    pixels: Pixels = PLAIN,
     class_to_idx: Mapping[str, int] | None = None,
 ) -> None:
     """Lets one of timm's scripts, imported, read its images by this package's decoder.
 
     Args:
         script: train.py, validate.py or inference.py.
-        in_chans, strict, nodata, class_to_idx: See `create_dataset`.
+        in_chans, strict, pixels, class_to_idx: See `create_dataset`.
     """
-    reading: dict[str, Any] = dict(in_chans=in_chans, strict=strict, nodata=nodata, class_to_idx=class_to_idx)
+    reading: dict[str, Any] = dict(in_chans=in_chans, strict=strict, pixels=pixels, class_to_idx=class_to_idx)
     opened = partial(create_dataset, **reading)
     vars(script).update(create_dataset=opened, create_loader=create_loader, FastCollateMixup=CollateMixup)

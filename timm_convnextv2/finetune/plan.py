@@ -190,7 +190,7 @@ def make_plan(
     args.device_modules = list(dict.fromkeys([*(args.device_modules or []), PLUGIN]))
     pixels = choose_pixels(args.nodata, args.model, channels(args), args.pixels)
     args.pixels = pixels.record()
-    opened = (Images(split.reader, channels(args), nodata=pixels) for split in splits)
+    opened = (Images(split.reader, channels(args), pixels=pixels) for split in splits)
     kinds = ", ".join(dict.fromkeys(filter(None, map(probe, opened))))
     refuse_for_tensors(kinds, vars(args), resolve_data_config(vars(args), model=model)["crop_mode"])
     return Plan(script, recipe, options, rest, splits, world_size, global_batch, updates, model, folder, kinds)

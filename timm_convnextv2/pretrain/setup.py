@@ -215,7 +215,7 @@ def open_source(args: argparse.Namespace, pixels: Pixels, listing: Listing | Non
     """The images that the options name, or their windows and pages; the first process shows how far it is."""
     source = create_source(
         args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key, args.dataset_download,
-        args.train_num_samples, args.batch_size, args.seed, nodata=pixels, data_list=args.data_list,
+        args.train_num_samples, args.batch_size, args.seed, pixels=pixels, data_list=args.data_list,
         source_weights=args.source_weights, listing=listing,
     )  # fmt: skip
     return with_progress(lambda tick: parts_of(args, source, tick), primary)
@@ -302,7 +302,7 @@ def held_out_loader(images: Dataset, batch_size: int, workers: int) -> DataLoade
 
 def open_probe(args: argparse.Namespace, device: torch.device) -> Probe:
     """The labelled images that the options name, with the evaluation transform of the run's size."""
-    labelled = open_labelled(args.probe_dir, in_chans=args.in_chans, seed=args.seed, nodata=pixels_of(args))
+    labelled = open_labelled(args.probe_dir, in_chans=args.in_chans, seed=args.seed, pixels=pixels_of(args))
     config = dict(input_size=args.input_size, interpolation="bicubic", crop_pct=0.875, crop_mode="center")
     transform = preprocessing({**config, "mean": args.mean, "std": args.std})
     return Probe(labelled, args.probe_dir, transform, args.batch_size, args.workers, device, args.amp)

@@ -17,7 +17,7 @@ from .dicom import DICOM_EXTENSIONS, is_dicom, load_dicom
 from .errors import ImageError, MissingPackageError, installed, refuse_page, wrong_channels
 from .files import open_image_file
 from .nodata import Nodata, fill_nodata, parse_tag
-from .pixels import Pixels
+from .pixels import PLAIN, Pixels
 from .tiff import NODATA_TAG, is_tiff, pillow_keeps_all, read_tiff
 from .zarrs import is_zarr, open_zarr
 
@@ -60,7 +60,7 @@ def image_extensions() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def load_image(path: str | os.PathLike, in_chans: int = 3, nodata: float | Pixels | None = None) -> torch.Tensor:
+def load_image(path: str | os.PathLike, in_chans: int = 3, pixels: Pixels = PLAIN) -> torch.Tensor:
     """Decodes one picture file to exactly `in_chans` channels.
 
     With 1 or 3 channels any Pillow mode is converted as timm does it: grey to RGB and back, palettes and CMYK to
@@ -73,9 +73,9 @@ def load_image(path: str | os.PathLike, in_chans: int = 3, nodata: float | Pixel
     Args:
         path: Picture file.
         in_chans: Number of channels wanted.
-        nodata: Stored value of pixels that are no data, replaced by their channel's mean over the other pixels of the
-            picture; then NaN and infinity are, too. So is, in any case, the value of a TIFF's tag 42113 (GDAL_NODATA).
-            Or a whole `Pixels`: that value, another divisor, and limits.
+        pixels: How stored values become pixels: the value that means "no data", the divisor, limits. Nodata is replaced
+            by the mean of the channel's other pixels; if a value is named, so are NaN and infinity. The value of a
+            TIFF's tag 42113 (GDAL_NODATA) is always replaced.
 
     Returns:
         `[C, H, W]`: uint8 for 8-bit pictures; otherwise float32, where integers are divided by the largest value of
@@ -89,7 +89,7 @@ def load_image(path: str | os.PathLike, in_chans: int = 3, nodata: float | Pixel
             once that number Pillow only warns).
         MissingPackageError: (a ValueError) The file needs a package that is not installed.
     """
-    return decode(path, in_chans, printable(path), nodata=nodata)  # type: ignore[return-value]  # no `choose`
+    return decode(path, in_chans, printable(path), pixels=pixels)  # type: ignore[return-value]  # no `choose`
 
 
 def printable(path: str | os.PathLike) -> str:
@@ -101,7 +101,7 @@ def decode(
     in_chans: int,
     name: str,
     choose: Choose | None = None,
-    nodata: float | Pixels | None = None,
+    pixels: Pixels = PLAIN,
     convert: Callable[[Image.Image, int], Any] | None = None,
 ) -> Any:
     """Decodes a file (its path, or its content as bytes); every fault becomes an error that starts with `name`.
@@ -109,7 +109,6 @@ def decode(
     Grey and RGB JPEGs are asked about by `choose`, if given, and come as `Reduced` where it says more than 1. `convert`
     makes of `(image, in_chans)` what is returned for what Pillow reads whole, but TIFF; without, it is a tensor.
     """
-    pixels = Pixels.of(nodata)
     with faults_named(name):
         if is_zarr(file):
             return pixels.clip(open_zarr(file, in_chans, pixels.page).read(Nodata.of(pixels)))
@@ -221,9 +220,9 @@ def _reduce(image: Image.Image, choose: Choose) -> tuple[tuple[int, int], tuple[
     return size, (top, left, frame_height, frame_width)
 
 
-def from_pil(image: Image.Image, in_chans: int, nodata: float | Pixels | None = None) -> torch.Tensor:
+def from_pil(image: Image.Image, in_chans: int, pixels: Pixels = PLAIN) -> torch.Tensor:
     """A Pillow image, upright, with the channels asked for, see `load_image`."""
-    return Pixels.of(nodata).clip(convert_image(image, in_chans, Nodata.of(nodata)))
+    return pixels.clip(convert_image(image, in_chans, Nodata.of(pixels)))
 
 
 def is_8_bit(image: Image.Image) -> bool:

@@ -29,9 +29,8 @@ class Nodata(NamedTuple):
     stored: Stored | None = None
 
     @classmethod
-    def of(cls, value: float | Pixels | None) -> "Nodata":
-        """That of the option, or of the whole record."""
-        pixels = Pixels.of(value)
+    def of(cls, pixels: Pixels) -> "Nodata":
+        """The part of the record that is about stored values."""
         named = () if pixels.nodata is None else (float(pixels.nodata),)
         return cls(named, bool(named), pixels.divide, pixels.stored)
 

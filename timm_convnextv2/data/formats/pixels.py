@@ -48,15 +48,10 @@ class Pixels(NamedTuple):
     page: int | str | None = None
     dicom_window: str | tuple[float, float] | None = None
 
-    @classmethod
-    def of(cls, value: "float | Pixels | None") -> "Pixels":
-        """A record, or the one that has this value as `nodata` and nothing else."""
-        return value if isinstance(value, Pixels) else cls(None if value is None else float(value))
-
     @property
     def plain(self) -> bool:
         """Whether nothing differs from the usual scale."""
-        return self._replace(page=None, dicom_window=None) == Pixels()
+        return self._replace(page=None, dicom_window=None) == PLAIN
 
     def check(self, in_chans: int) -> "Pixels":
         """Itself, if it suits images of so many channels.
@@ -143,6 +138,9 @@ class Pixels(NamedTuple):
         elif self.dicom_window is not None:
             parts.append("DICOM in the window with centre {:g} and width {:g}".format(*self.dicom_window))
         return ", ".join(parts)
+
+
+PLAIN = Pixels()  # immutable, so a safe default of parameters
 
 
 def one_page(pages: Any) -> int | str | None:

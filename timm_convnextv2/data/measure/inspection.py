@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..formats.decode import faults_named, load_image, printable
 from ..formats.errors import ImageError
 from ..formats.header import Header, read_header
-from ..formats.pixels import Pixels
+from ..formats.pixels import PLAIN, Pixels
 from ..formats.zarrs import is_zarr
 from ..sources.scenes import open_scene
 
@@ -68,11 +68,11 @@ class _Files(Dataset):
         except OSError as error:
             return Look(name, None, str(error))
         try:
-            header = read_header(path, Pixels.of(source.nodata).page)
+            header = read_header(path, source.pixels.page)
         except (ImageError, OSError) as error:
             return Look(name, None, str(error), digest=digest)
         try:
-            image = load_part(path, header.channels, source.nodata, self.window)
+            image = load_part(path, header.channels, source.pixels, self.window)
         except (ImageError, OSError) as error:
             return Look(name, header, str(error).removeprefix(f"{name}: "), digest=digest)
         flat = bool((image.amin((1, 2)) == image.amax((1, 2))).all())
@@ -81,12 +81,12 @@ class _Files(Dataset):
 
 
 def load_part(
-    path: str | os.PathLike, in_chans: int, nodata: float | Pixels | None = None, window: int | None = None
+    path: str | os.PathLike, in_chans: int, pixels: Pixels = PLAIN, window: int | None = None
 ) -> torch.Tensor:
     """An image as `load_image` gives it; with a window, its middle of at most so many pixels a side, read alone."""
     if window is None:
-        return load_image(path, in_chans, nodata)
-    scene = open_scene(os.fspath(path), in_chans, Pixels.of(nodata))
+        return load_image(path, in_chans, pixels)
+    scene = open_scene(os.fspath(path), in_chans, pixels)
     try:
         sides = [min(window, n) for n in scene.size]
         top, left = ((n - side) // 2 for n, side in zip(scene.size, sides, strict=True))
@@ -110,7 +110,7 @@ def inspect_folder(
     """Looks at each file, in the order of the folder: all of it is read and decoded, or a window in its middle.
 
     Args:
-        source: Of files, with `path(i)` and `name(i)`; its `nodata` is applied.
+        source: Of files, with `path(i)` and `name(i)`; its `pixels` are applied.
         near: Perceptual hash of a thumbnail, see `perceptual_hash`; None: none.
         workers: Processes; 0: this one.
         window: Side of the window in pixels, see `load_part`; None: images are decoded whole.

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..formats.errors import ImageError
 from ..formats.header import Header, groups_of, read_header
-from ..formats.pixels import Pixels, Stored
+from ..formats.pixels import PLAIN, Pixels, Stored
 from ..sources.folder import FolderSource
 from ..sources.joined import JoinedSource
 from ..sources.pages import PageSource
@@ -80,7 +80,7 @@ class _Looks(Dataset):
 
 
 def _look(load: Callable[[], Any], name: Callable[[], str], source: Any) -> _Look:
-    stored: Stored | None = Pixels.of(getattr(source, "nodata", None)).stored
+    stored: Stored | None = getattr(source, "pixels", PLAIN).stored
     try:
         image = load()
     except (ImageError, OSError) as error:
@@ -115,7 +115,7 @@ def measure(
     on the source and the seed, not on the workers.
 
     Args:
-        source: Map-style or a stream, opened with `nodata=measuring(...)`.
+        source: Map-style or a stream, opened with `pixels=measuring(...)`.
         seed: Of the order.
         error: Wanted standard error of the mean, in standard deviations of the pixels.
         max_images: Largest number of images to read.
@@ -252,7 +252,7 @@ def measure_pixels(
     low, high = zip(*limits, strict=True)
     pixels = pixels._replace(clip_low=low, clip_high=high)
     if isinstance(source, FolderSource | JoinedSource | PageSource | WindowSource):  # neither listed nor scanned again
-        source.nodata = measuring(pixels)
+        source.pixels = measuring(pixels)
     else:
         source = open_source(measuring(pixels))
     return measure(source, **options)._replace(stored=found.stored), pixels

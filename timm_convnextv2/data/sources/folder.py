@@ -17,7 +17,7 @@ from ..formats.decode import (
     load_image,
     printable,
 )
-from ..formats.pixels import Pixels
+from ..formats.pixels import PLAIN, Pixels
 from ..paths.lists import FileNames
 from ..paths.places import list_folder
 from ..paths.walk import LeftOut
@@ -34,7 +34,7 @@ class FolderSource(Dataset):
     Args:
         root: The folder.
         in_chans: Channels that pictures are converted to, see `load_image`.
-        nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `load_image`.
+        pixels: How stored values become pixels, see `Pixels`.
         names: Files to read instead of all below the folder, relative to it (or absolute); nothing is listed then.
 
     Attributes:
@@ -52,11 +52,11 @@ class FolderSource(Dataset):
         self,
         root: str | os.PathLike,
         in_chans: int = 3,
-        nodata: float | Pixels | None = None,
+        pixels: Pixels = PLAIN,
         names: FileNames | None = None,
     ) -> None:
         self.root = os.fspath(root)
-        self.in_chans, self.nodata = check_in_chans(in_chans), nodata
+        self.in_chans, self.pixels = check_in_chans(in_chans), pixels
         self.names, self.left = list_folder(self.root) if names is None else (names, LeftOut())
         self.grows = names is None
 
@@ -64,12 +64,12 @@ class FolderSource(Dataset):
         return len(self.names)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return load_image(self.path(i), self.in_chans, self.nodata)
+        return load_image(self.path(i), self.in_chans, self.pixels)
 
     def load_reduced(self, i: int, choose: Choose) -> torch.Tensor | Reduced:
         """Picture `i`, `Reduced` if it is a JPEG whose size makes `choose` answer more than 1."""
         path = self.path(i)
-        return decode(path, self.in_chans, printable(path), choose, self.nodata)
+        return decode(path, self.in_chans, printable(path), choose, self.pixels)
 
     def path(self, i: int) -> str:
         """Path of picture `i`, as the file system knows it."""
@@ -95,17 +95,17 @@ class ImageFiles(Dataset):
     Args:
         paths: Of the files.
         in_chans: Channels, see `timm_convnextv2.data.load_image`.
-        nodata: Likewise.
+        pixels: How stored values become pixels, see `Pixels`.
     """
 
-    def __init__(self, paths: Sequence[str], in_chans: int = 3, nodata: float | Pixels | None = None) -> None:
-        self.paths, self.in_chans, self.nodata = list(paths), in_chans, nodata
+    def __init__(self, paths: Sequence[str], in_chans: int = 3, pixels: Pixels = PLAIN) -> None:
+        self.paths, self.in_chans, self.pixels = list(paths), in_chans, pixels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> Tensor:
-        return load_image(self.paths[i], self.in_chans, self.nodata)
+        return load_image(self.paths[i], self.in_chans, self.pixels)
 
     def path(self, i: int) -> str:
         """Path of image `i`."""

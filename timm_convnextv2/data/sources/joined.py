@@ -76,11 +76,11 @@ class JoinedSource(Dataset):
             part.in_chans = check_in_chans(in_chans)
 
     @property
-    def nodata(self) -> float | Pixels | None:
+    def pixels(self) -> Pixels:
         """See `decode.load_image`."""
-        return self.parts[0].nodata
+        return self.parts[0].pixels
 
-    @nodata.setter
-    def nodata(self, nodata: float | Pixels | None) -> None:
+    @pixels.setter
+    def pixels(self, pixels: Pixels) -> None:
         for part in self.parts:
-            part.nodata = nodata
+            part.pixels = pixels

@@ -11,7 +11,7 @@ from ..formats.decode import (
     printable,
 )
 from ..formats.errors import ImageError
-from ..formats.pixels import Pixels
+from ..formats.pixels import PLAIN, Pixels
 from ..paths.places import Dirs, Listing, list_files, places_of
 from ..samples.dataset import Bad, _named
 from .embedded import EmbeddedSource
@@ -53,7 +53,7 @@ def create_source(
     batch_size: int = 1,
     seed: int = 0,
     whole: bool = False,
-    nodata: float | Pixels | None = None,
+    pixels: Pixels = PLAIN,
     data_list: Dirs = None,
     source_weights: Sequence[float] | None = None,
     listing: Listing | None = None,
@@ -77,7 +77,7 @@ def create_source(
         batch_size: Images per batch (streams).
         seed: Seed of the order (streams).
         whole: All images once, in order, for every process (streams; others always are).
-        nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `load_image`; the embedded data set
+        pixels: How stored values become pixels, see `Pixels`.
             has neither.
         data_list: Lists of pictures, see `lists.read_list`; their names are relative to `data_dir`, or where that is
             None to the folder of the list.
@@ -87,22 +87,22 @@ def create_source(
     Raises:
         ValueError: Nothing is named, the name is unknown, or the source cannot be opened.
     """
-    pixels = Pixels.of(nodata).check(in_chans)
+    pixels = pixels.check(in_chans)
     root = check_dataset(data_dir, dataset, data_list, source_weights)
     if dataset == "embedded":
         if pixels.divide is not None or pixels.clip_low is not None:
             raise ValueError("The embedded data set is 8-bit in 0..255: leave out --divide and clip limits.")
         return EmbeddedSource(num_samples or 2048, in_chans=in_chans, seed=int(split != "train"))
     if _prefix(dataset) in _STREAM_PREFIXES:
-        reading = (seed, input_key, download, whole, nodata)
+        reading = (seed, input_key, download, whole, pixels)
         return TimmStream(dataset, root, split, in_chans, num_samples, batch_size, *reading)
     if _prefix(dataset) in _MAP_PREFIXES:
-        return TimmSource(dataset, root, split, in_chans, input_key, download, nodata)
+        return TimmSource(dataset, root, split, in_chans, input_key, download, pixels)
     if dataset:
         raise _unknown_dataset(dataset)
     pass
 
-    return open_places(data_dir, data_list, source_weights, listing, in_chans, nodata)
+    return open_places(data_dir, data_list, source_weights, listing, in_chans, pixels)
 
 
 def open_places(
@@ -111,7 +111,7 @@ def open_places(
     source_weights: Sequence[float] | None = None,
     listing: Listing | None = None,
     in_chans: int = 3,
-    nodata: float | Pixels | None = None,
+    pixels: Pixels = PLAIN,
 ) -> FolderSource | TimmSource | JoinedSource:
     """Opens the places that `--data-dir` and `--data-list` name, one as it is, several as one.
 
@@ -119,7 +119,7 @@ def open_places(
         data_dir, data_list: See `places.places_of`.
         source_weights: See `weights.sampling_groups`.
         listing: Of these places, where they have been listed before.
-        in_chans, nodata: See `FolderSource`.
+        in_chans, pixels: See `FolderSource`.
 
     Raises:
         ValueError: A place cannot be opened, has no image, or weights do not fit.
@@ -129,9 +129,9 @@ def open_places(
     parts = []
     for place, names in listing.parts():
         if place.kind == "tar":
-            parts.append(TimmSource("", place.root, in_chans=in_chans, nodata=nodata))
+            parts.append(TimmSource("", place.root, in_chans=in_chans, pixels=pixels))
         else:
-            parts.append(FolderSource(place.root, in_chans, nodata, names))
+            parts.append(FolderSource(place.root, in_chans, pixels, names))
             parts[-1].grows = place.kind != "list"
     source = parts[0] if len(parts) == 1 else JoinedSource(parts)
     source.left.merge(listing.left)

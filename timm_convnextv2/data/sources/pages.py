@@ -37,13 +37,13 @@ class DerivedSource(Dataset):
         self.source.in_chans = value
 
     @property
-    def nodata(self) -> Any:
-        """The record of pixels, or the value of those without data."""
-        return self.source.nodata
+    def pixels(self) -> Pixels:
+        """How stored values become pixels."""
+        return self.source.pixels
 
-    @nodata.setter
-    def nodata(self, value: Any) -> None:
-        self.source.nodata = value
+    @pixels.setter
+    def pixels(self, value: Pixels) -> None:
+        self.source.pixels = value
 
 
 def pages_in(path: str) -> int:
@@ -72,7 +72,7 @@ class PageSource(DerivedSource):
     """The pages of another source's files, each an image.
 
     Args:
-        source: With `path(i)`, `name(i)`, `in_chans` and `nodata`: a `FolderSource`, or one like it.
+        source: With `path(i)`, `name(i)`, `in_chans` and `pixels`: a `FolderSource`, or one like it.
         pages: Their numbers, from 0, the same of each file; None: all.
         tick: Called with 1 after each header that was read.
 
@@ -113,27 +113,27 @@ class PageSource(DerivedSource):
 
     def __getitem__(self, i: int) -> torch.Tensor:
         path = self.path(i)
-        return decode(path, self.in_chans, printable(path), nodata=self.pixels(i))
+        return decode(path, self.in_chans, printable(path), pixels=self.page_pixels(i))
 
     def load_reduced(self, i: int, choose: Choose) -> torch.Tensor | Reduced:
         """Page `i`, `Reduced` if it is a JPEG whose size makes `choose` answer more than 1."""
         path = self.path(i)
-        return decode(path, self.in_chans, printable(path), choose, self.pixels(i))
+        return decode(path, self.in_chans, printable(path), choose, self.page_pixels(i))
 
     def path(self, i: int) -> str:
         """Path of the file of page `i`."""
         return self.source.path(self._place(i)[0])
 
-    def pixels(self, i: int) -> Pixels:
+    def page_pixels(self, i: int) -> Pixels:
         """How stored values of page `i` become pixels, and which page of its file it is."""
         file, number, count = self._place(i)
         single = self.pages is None and count == 1
         page = None if single else number if self.pages is None else self.pages[number]
-        return Pixels.of(self.nodata)._replace(page=page)
+        return self.pixels._replace(page=page)
 
     def name(self, i: int) -> str:
         """Path of the file, and which of its pages."""
-        page = self.pixels(i).page
+        page = self.page_pixels(i).page
         return self.source.name(self._place(i)[0]) + ("" if page is None else f", page {page}")
 
     def _place(self, i: int) -> tuple[int, int, int]:

@@ -73,7 +73,7 @@ class _Whole:
         self.path, self.in_chans, self.pixels, self.size = path, in_chans, pixels, size
 
     def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
-        image = decode(self.path, self.in_chans, printable(self.path), nodata=self.pixels)
+        image = decode(self.path, self.in_chans, printable(self.path), pixels=self.pixels)
         return image[:, top : top + height, left : left + width].clone()
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from ..formats.decode import (
     image_extensions,
 )
 from ..formats.errors import ImageError
-from ..formats.pixels import Pixels
+from ..formats.pixels import PLAIN, Pixels
 from .timm import _STREAM_PREFIXES, _create_timm_dataset, _pick, _prefix, _target, decode_any
 
 
@@ -38,7 +38,7 @@ class TimmStream(IterableDataset):
         input_key: Field that holds the picture; default 'image', for `wds/` any picture extension (separated by ;).
         download: Download the data set first (`hfids/`, `tfds/`).
         whole: Every process gets all images once, unshuffled, in the order of the shards.
-        nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `load_image`.
+        pixels: How stored values become pixels, see `Pixels`.
 
     Raises:
         ValueError: timm cannot open the data set, its length is not known, or it is no stream.
@@ -57,13 +57,13 @@ class TimmStream(IterableDataset):
         input_key: str | None = None,
         download: bool = False,
         whole: bool = False,
-        nodata: float | Pixels | None = None,
+        pixels: Pixels = PLAIN,
     ) -> None:
         super().__init__()
         self.kind = _prefix(name)
         if self.kind not in _STREAM_PREFIXES:
             raise ValueError(f"Data set '{name}' is no stream (wds/, hfids/, tfds/). Use TimmSource.")
-        self.dataset_name, self.in_chans, self.nodata = name, check_in_chans(in_chans), nodata
+        self.dataset_name, self.in_chans, self.pixels = name, check_in_chans(in_chans), pixels
         self.input_key = input_key or "image"
         kwargs: dict[str, Any] = dict(num_samples=num_samples, input_img_mode="")
         if self.kind == "wds":
@@ -137,7 +137,7 @@ class TimmStream(IterableDataset):
             )
 
     def _load(self, picture: Any, name: str, choose: Choose | None = None) -> torch.Tensor | Reduced:
-        return decode_undecoded(picture, name, self.input_key, self.in_chans, choose, self.nodata)
+        return decode_undecoded(picture, name, self.input_key, self.in_chans, choose, self.pixels)
 
 
 def undecoded_picture(item: Any, name: str) -> tuple[str, Any]:

@@ -19,7 +19,7 @@ from ..formats.decode import (
     printable,
 )
 from ..formats.errors import ImageError, MissingPackageError
-from ..formats.pixels import Pixels
+from ..formats.pixels import PLAIN, Pixels
 from ..paths.walk import LeftOut, open_tar
 from .groups import Groups
 
@@ -42,7 +42,7 @@ class TimmSource(Dataset):
         in_chans: Channels that pictures are converted to, see `load_image`.
         input_key: Column that holds the picture (`hfds/`, default 'image') or extensions (folders).
         download: Let torchvision download the data set.
-        nodata: Stored value of pixels that are no data, or a whole `Pixels`, see `load_image`.
+        pixels: How stored values become pixels, see `Pixels`.
 
     Raises:
         ValueError: timm cannot open the data set, or it is a stream.
@@ -59,9 +59,9 @@ class TimmSource(Dataset):
         in_chans: int = 3,
         input_key: str | None = None,
         download: bool = False,
-        nodata: float | Pixels | None = None,
+        pixels: Pixels = PLAIN,
     ) -> None:
-        self.dataset_name, self.in_chans, self.nodata = name or str(root), check_in_chans(in_chans), nodata
+        self.dataset_name, self.in_chans, self.pixels = name or str(root), check_in_chans(in_chans), pixels
         self.prefix = prefix = _prefix(name)
         if prefix in _STREAM_PREFIXES:
             raise ValueError(f"Data set '{name}' is a stream, which has no index. Use TimmStream.")
@@ -104,11 +104,11 @@ class TimmSource(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return decode_any(*self._read(i), self.in_chans, nodata=self.nodata)
+        return decode_any(*self._read(i), self.in_chans, pixels=self.pixels)
 
     def load_reduced(self, i: int, choose: Choose) -> torch.Tensor | Reduced:
         """Picture `i`, `Reduced` if it is a JPEG whose size makes `choose` answer more than 1."""
-        return decode_any(*self._read(i), self.in_chans, choose, self.nodata)
+        return decode_any(*self._read(i), self.in_chans, choose, self.pixels)
 
     def _read(self, i: int) -> tuple[Any, str]:
         """What timm's reader gives as sample `i`, and its name for messages."""
@@ -166,7 +166,7 @@ def decode_any(
     name: str,
     in_chans: int,
     choose: Choose | None = None,
-    nodata: float | Pixels | None = None,
+    pixels: Pixels = PLAIN,
     convert: Callable[[Image.Image, int], Any] | None = None,
 ) -> Any:
     """Decodes what the readers of timm and torchvision give: a path, bytes, an open file, or a Pillow image.
@@ -176,9 +176,9 @@ def decode_any(
     if isinstance(picture, Image.Image):
         try:
             picture = picture.copy()  # converting turns an image in place
-            if convert is not None and Pixels.of(nodata).plain:
+            if convert is not None and pixels.plain:
                 return convert(picture, in_chans)
-            return from_pil(picture, in_chans, nodata)
+            return from_pil(picture, in_chans, pixels)
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
     if hasattr(picture, "read"):
@@ -186,7 +186,7 @@ def decode_any(
             picture = picture.read()
     if not isinstance(picture, str | bytes):
         raise ImageError(f"{name}: is {type(picture).__name__}, expected a picture; check the name of the input key")
-    return decode(picture, in_chans, name, choose, nodata, convert)
+    return decode(picture, in_chans, name, choose, pixels, convert)
 
 
 def _pick(

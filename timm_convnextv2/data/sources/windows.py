@@ -82,7 +82,7 @@ class WindowSource(DerivedSource):
     the one that shows most is taken.
 
     Args:
-        source: With `path(i)`, `name(i)`, `in_chans` and `nodata`: a `FolderSource`, or one like it.
+        source: With `path(i)`, `name(i)`, `in_chans` and `pixels`: a `FolderSource`, or one like it.
         windows: Which ones.
         tick: Called with 1 after each header that was read.
 
@@ -210,7 +210,7 @@ class WindowSource(DerivedSource):
 
 def _pixels(source: Any, i: int) -> Pixels:
     """The record for image `i`; of a `PageSource` each has its own."""
-    return source.pixels(i) if hasattr(source, "pixels") else Pixels.of(source.nodata)
+    return source.page_pixels(i) if hasattr(source, "page_pixels") else source.pixels
 
 
 def _named(name: str, file: str, error: Exception) -> ImageError:

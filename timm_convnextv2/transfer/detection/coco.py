@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from ...data import Pixels, check_readable, load_image, sample_seed
 from ...data.formats.decode import printable
+from ...data.formats.pixels import PLAIN
 from ...data.sources.folder import ImageFiles
 from ..unreadable import naming
 
@@ -86,7 +87,7 @@ def open_coco(
     masks: bool = True,
     drop_wrong: bool = False,
     in_chans: int | None = None,
-    nodata: float | Pixels | None = None,
+    pixels: Pixels = PLAIN,
 ) -> Coco:
     """Reads and checks annotations of objects.
 
@@ -98,7 +99,7 @@ def open_coco(
         drop_wrong: Leave wrong annotations out (without area, outside of their image, broken masks) and count them; by
             default they are refused.
         in_chans: Decode some images to this number of channels and compare their sizes; None leaves that out.
-        nodata: Stored value of pixels without data, see `timm_convnextv2.data.load_image`.
+        pixels: How stored values become pixels, see `Pixels`.
 
     Raises:
         ValueError: The first kind of fault, with its count and the first names.
@@ -113,7 +114,7 @@ def open_coco(
     ids = sorted(categories)
     found = Coco(file, list(images.values()), [categories[i] for i in ids], ids, left_out)
     if in_chans is not None:
-        check_sizes(found, in_chans, nodata)
+        check_sizes(found, in_chans, pixels)
     return found
 
 
@@ -249,13 +250,13 @@ def _refuse(wrong: Sequence[Any], file: Path, what: str, names: Iterable[str], h
         )
 
 
-def check_sizes(coco: Coco, in_chans: int, nodata: float | Pixels | None = None) -> None:
+def check_sizes(coco: Coco, in_chans: int, pixels: Pixels = PLAIN) -> None:
     """Decodes some of the images.
 
     Raises:
         ValueError: One cannot be decoded, or has another size than the annotations say.
     """
-    source = ImageFiles([image.path for image in coco.images], in_chans, nodata)
+    source = ImageFiles([image.path for image in coco.images], in_chans, pixels)
     sizes: list[tuple[int, int]] = []
     bad = check_readable(source, look=lambda x: sizes.append((x.shape[-2], x.shape[-1])))
     tried = min(32, len(source))
@@ -311,7 +312,7 @@ class DetectionSamples(Dataset):
         transform: On `(image, target)`, of `torchvision.transforms.v2`; None for none.
         masks: Whether targets have masks.
         in_chans: Channels of the images.
-        nodata: Stored value of pixels without data, or a whole `Pixels`, see `load_image`.
+        pixels: How stored values become pixels, see `Pixels`.
         seed: Of the transform.
     """
 
@@ -322,11 +323,11 @@ class DetectionSamples(Dataset):
         *,
         masks: bool = True,
         in_chans: int = 3,
-        nodata: float | Pixels | None = None,
+        pixels: Pixels = PLAIN,
         seed: int = 0,
     ) -> None:
         self.coco, self.transform, self.masks = coco, transform, masks
-        self.in_chans, self.nodata, self.seed = in_chans, nodata, seed
+        self.in_chans, self.pixels, self.seed = in_chans, pixels, seed
         self._label = {category: i for i, category in enumerate(coco.category_ids, 1)}
         self._scale = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
 
@@ -337,15 +338,15 @@ class DetectionSamples(Dataset):
         epoch, index = key
         image = self.coco.images[index]
         with naming(f"The image {printable(image.name)} (id {image.id})"):
-            pixels = load_image(image.path, self.in_chans, self.nodata)
-            _check_size((pixels.shape[-2], pixels.shape[-1]), image, self.coco.file)
-        sample: Any = tv_tensors.Image(pixels), self.target(image)
+            loaded = load_image(image.path, self.in_chans, self.pixels)
+            _check_size((loaded.shape[-2], loaded.shape[-1]), image, self.coco.file)
+        sample: Any = tv_tensors.Image(loaded), self.target(image)
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
                 sample = self.transform(*sample)
-        pixels, target = self._scale(*sample)
-        return pixels.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
+        image, target = self._scale(*sample)
+        return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
 
     def target(self, image: CocoImage) -> dict[str, Tensor]:
         """What is to be found in an image, at its own size."""

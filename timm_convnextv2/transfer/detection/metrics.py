@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ...data import Pixels
+from ...data.formats.pixels import PLAIN
 from ...files import whole_file
 from ...report.images import displayable
 from ...runs.world import Seat
@@ -30,7 +31,7 @@ def find_objects(
     *,
     device: torch.device,
     in_chans: int,
-    nodata: float | Pixels | None = None,
+    pixels: Pixels = PLAIN,
     batch_size: int = 1,
     workers: int = 0,
     amp_dtype: torch.dtype | None = None,
@@ -45,7 +46,7 @@ def find_objects(
         coco: The images; their annotations are not looked at.
         device: Of the detector.
         in_chans: Channels of the images.
-        nodata: Stored value of pixels without data, or a whole `Pixels`, see `load_image`.
+        pixels: How stored values become pixels, see `Pixels`.
         batch_size: Images at a time.
         workers: Processes that decode images.
         amp_dtype: Type of mixed precision, None for float32.
@@ -60,7 +61,7 @@ def find_objects(
     blank = coco._replace(images=[image._replace(annotations=[]) for image in coco.images[seat.rank :: seat.size]])
     if not blank.images:
         return []
-    samples = DetectionSamples(blank, masks=False, in_chans=in_chans, nodata=nodata)
+    samples = DetectionSamples(blank, masks=False, in_chans=in_chans, pixels=pixels)
     keys: Any = [(0, i) for i in range(len(samples))]
     loader = DataLoader(
         samples, batch_size, sampler=keys, num_workers=workers, collate_fn=collate, generator=torch.Generator()
@@ -154,7 +155,7 @@ def save_found(
     image_ids: Sequence[int],
     in_chans: int,
     masks: bool,
-    nodata: float | Pixels | None = None,
+    pixels: Pixels = PLAIN,
     min_score: float = 0.5,
 ) -> None:
     """Draws the truth (left) and what was found (right) of some images as one PNG.
@@ -166,7 +167,7 @@ def save_found(
         image_ids: Which images, a row each.
         in_chans: Channels of the images; the first three are shown, or the first as grey.
         masks: Whether the results and the truth have masks.
-        nodata: Stored value of pixels without data, or a whole `Pixels`, see `load_image`.
+        pixels: How stored values become pixels, see `Pixels`.
         min_score: What is less certain is left out.
 
     Raises:
@@ -174,14 +175,14 @@ def save_found(
     """
     from matplotlib.figure import Figure
 
-    samples = DetectionSamples(coco, masks=masks, in_chans=in_chans, nodata=nodata)
+    samples = DetectionSamples(coco, masks=masks, in_chans=in_chans, pixels=pixels)
     index = {image.id: i for i, image in enumerate(coco.images)}
     figure = Figure(figsize=(8, 4 * len(image_ids)), dpi=100, layout="constrained")
     axes = figure.subplots(len(image_ids), 2, squeeze=False)
     for row, image_id in zip(axes, image_ids, strict=True):
-        pixels, truth = samples[0, index[image_id]]
+        image, truth = samples[0, index[image_id]]
         sure = [r for r in results if r["image_id"] == image_id and r["score"] >= min_score]
-        shown = _as_rgb(pixels)
+        shown = _as_rgb(image)
         for axis, title, target in (
             (row[0], coco.images[index[image_id]].name, truth),
             (row[1], f"found, score >= {min_score:g}", _target(sure, coco, masks)),

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as V
 from ...data import FolderSource, Pixels, check_readable, load_image, sample_seed
 from ...data.formats.decode import printable
 from ...data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file
+from ...data.formats.pixels import PLAIN
 from ...data.sources.folder import ImageFiles
 from ..unreadable import naming
 
@@ -77,7 +78,7 @@ class MaskedImages(Dataset):
         masks: Folder of the masks.
         classes: Names of the classes by index.
         in_chans: Channels of the images, see `data.load_image`.
-        nodata: Likewise.
+        pixels: How stored values become pixels, see `Pixels`.
         ignore_index: Value of pixels without a class, in the masks and in what comes of them.
         reduce_zero_label: 0 in a mask means no class, and class i is written as i + 1, as in ADE20K.
 
@@ -95,7 +96,7 @@ class MaskedImages(Dataset):
         classes: Sequence[str],
         *,
         in_chans: int = 3,
-        nodata: float | Pixels | None = None,
+        pixels: Pixels = PLAIN,
         ignore_index: int = 255,
         reduce_zero_label: bool = False,
     ) -> None:
@@ -114,7 +115,7 @@ class MaskedImages(Dataset):
             )
         self.masks = [there[stem] for stem in found]
         self.unused = [path for stem, path in there.items() if stem not in found]
-        self.source = ImageFiles(list(found.values()), in_chans, nodata)
+        self.source = ImageFiles(list(found.values()), in_chans, pixels)
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -208,7 +209,7 @@ def _image_size(source: ImageFiles, i: int) -> tuple[int, int]:
                 return (image.width, image.height) if turned else (image.height, image.width)
         except Exception as e:
             raise ValueError(f"{printable(path)} cannot be decoded ({type(e).__name__}: {e})") from e
-    height, width = load_image(path, source.in_chans, source.nodata).shape[-2:]
+    height, width = load_image(path, source.in_chans, source.pixels).shape[-2:]
     return height, width
 
 
