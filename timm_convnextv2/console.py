@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,6 +45,38 @@ def closest(word: str, known: Iterable[str]) -> str:
     """' Did you mean ...?' if a known word is similar, else ''."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def check_same_classes(
+    here: Sequence[str], there: Sequence[str], where: tuple[object, object], *, remedy: str, ordered: bool = True
+) -> None:
+    """Refuses class names that differ between two data sets, or between data and a model.
+
+    Args:
+        here: Class names of the first.
+        there: Class names of the second.
+        where: What has these classes, for the message.
+        remedy: Last sentence of the message.
+        ordered: The order counts: class `i` must have the same name in both.
+
+    Raises:
+        ValueError: Names the first differences.
+    """
+    if list(here) == list(there) or (not ordered and set(here) == set(there)):
+        return
+    parts = []
+    for place, one, other in ((where[0], here, there), (where[1], there, here)):
+        if only := [name for name in one if name not in set(other)]:
+            shown = ", ".join(only[:5]) + (", ..." if len(only) > 5 else "")
+            parts.append(f"only {place} has {shown} ({len(only)})")
+    moved = [i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b]
+    if not parts:
+        first = ", ".join(f"{i} ('{here[i]}' and '{there[i]}')" for i in moved[:3])
+        parts = [f"their order differs at {len(moved)} indices: {first}"]
+    raise ValueError(
+        f"The classes of {where[0]} ({len(here)}) are not those of {where[1]} ({len(there)}): {'; '.join(parts)}. "
+        f"{remedy}"
+    )
 
 
 def invocation(command: str, distributed: bool = False) -> list[str]:

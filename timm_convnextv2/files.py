@@ -165,6 +165,41 @@ def system_reason(error: BaseException) -> str | None:
     return None
 
 
+def claim_folder(output: str | os.PathLike, names: Sequence[str] = (), *, overwrite: bool) -> Path:
+    """Makes the folder of --output, unless it holds files that would be replaced without --overwrite.
+
+    Args:
+        output: The folder.
+        names: Files that will be written; none if any file in the folder is in the way.
+        overwrite: Existing files may be replaced.
+
+    Raises:
+        ValueError: It is a file, or holds such files.
+        OSError: It cannot be made.
+    """
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output '{folder}' is a file, expected a folder.")
+    found = [name for name in names if (folder / name).exists()]
+    if not overwrite and (found or (not names and folder.is_dir() and any(folder.iterdir()))):
+        what = f"already has {', '.join(found)}" if found else "is not empty"
+        raise ValueError(f"--output '{folder}' {what}. Pass --overwrite, or choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_free(path: str | os.PathLike, *, overwrite: bool) -> Path:
+    """The path of a file to write, which does not exist or may be replaced.
+
+    Raises:
+        ValueError: It exists, and --overwrite was not given.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise ValueError(f"--output '{path}' exists. Pass --overwrite, or choose another --output.")
+    return path
+
+
 def remove_leftovers(folder: str | os.PathLike, names: Sequence[str], *, alone: bool = False) -> list[Path]:
     """Removes what processes that are dead left of files (or folders) that they were writing.
 

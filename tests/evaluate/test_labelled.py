@@ -97,7 +97,7 @@ BAD = {
     "do not exist; expected a folder or a CSV": lambda root: root / "nowhere",
     "has one class, cat; expected at least two": lambda root: folders(root, ["cat"]),
     "one class, dog": lambda root: halves(root, ["dog"], ["dog"]),
-    r"classes differ: only .*train has cat; only .*validation has bird": lambda root: halves(
+    r"only .*train. has cat .*; only .*validation. has bird": lambda root: halves(
         root, ["cat", "dog"], ["bird", "dog"]
     ),
     r"has train/ and no folder to validate on, expected one of val, .*give '.*train'": lambda root: (

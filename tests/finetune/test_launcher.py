@@ -23,14 +23,14 @@ from safetensors.torch import load_file
 from timm_convnextv2.commands import finetune, predict, validate
 from timm_convnextv2.commands import finetune as launcher
 from timm_convnextv2.commands.finetune import main
-from timm_convnextv2.finetune.recipe import load_recipe
+from timm_convnextv2.recipes import load_recipe
 
 SCRIPT = SCRIPTS / "finetune.py"
 
 
 def test_train_script_gets_recipe_options_and_what_was_found_out(run, train, encoder, data):
     seen = run("--lr-base", "0.5", "--hflip", "0")
-    args, recipe = seen["args"], load_recipe("smoke").values
+    args, recipe = seen["args"], load_recipe("smoke", RECIPES).values
     expected = {**recipe, "lr_base": 0.5, "hflip": 0, "device": "cpu", "batch_size": 8}
     expected |= {"num_classes": 3, "model": f"local-dir:{encoder}", "data_dir": str(data), "experiment": "x"}
     assert {k: args[k] for k in expected} == expected

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import RECIPES
 
 from timm_convnextv2.commands.finetune import main
-from timm_convnextv2.finetune.recipe import load_recipe
+from timm_convnextv2.recipes import load_recipe
 
 
 @pytest.mark.parametrize("key, near", [("epoch", "epochs"), ("layer-decay", "layer_decay"), ("xyzzy", None)])
@@ -41,7 +42,7 @@ def test_global_batch(run, monkeypatch, capsys, world, wanted, steps):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     args = run("--global-batch-size", str(wanted))["args"]
     assert args["grad_accum_steps"] == steps and args["batch_size"] * steps * world == wanted
-    lr = load_recipe("smoke").values["lr_base"] * wanted / 256
+    lr = load_recipe("smoke", RECIPES).values["lr_base"] * wanted / 256
     assert f"global batch {wanted} = 8 images" in (out := capsys.readouterr().out)
     assert float(re.search(r"lr ([\d.e-]+) \(", out)[1]) == pytest.approx(lr, rel=1e-3)
 

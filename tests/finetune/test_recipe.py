@@ -4,7 +4,7 @@ import pytest
 from helpers import RECIPES
 
 from timm_convnextv2.commands.finetune import main
-from timm_convnextv2.finetune.recipe import load_recipe, recipe_names
+from timm_convnextv2.recipes import load_recipe, recipe_names
 
 
 def test_list_recipes(capsys):
@@ -15,7 +15,7 @@ def test_list_recipes(capsys):
 
 
 def test_recipe_and_its_header(recipe_file):
-    recipe = load_recipe("finetune-1k-tiny")
+    recipe = load_recipe("finetune-1k-tiny", RECIPES)
     assert recipe.path == RECIPES / "finetune-1k-tiny.yaml" and recipe.name == "finetune-1k-tiny"
     assert recipe.description == "ConvNeXt V2 tiny: finetune on ImageNet-1K at 224 px after FCMAE pretraining"
     assert recipe.global_batch == 1024 and recipe.values["pretrained"] and recipe.values["epochs"] == 260
@@ -23,13 +23,13 @@ def test_recipe_and_its_header(recipe_file):
     assert scratch.values == {**recipe.values, "pretrained": False} and scratch.path == recipe.path
     path = recipe_file(epochs=3)
     path.write_text(f"# Mine\n\n# Global batch: 2,048\n{path.read_text()}# Global batch: 7\n")
-    mine = load_recipe(str(path))
+    mine = load_recipe(str(path), RECIPES)
     assert (mine.name, mine.description, mine.global_batch, mine.values) == ("mine", "Mine", 2048, {"epochs": 3})
 
 
 def test_unknown_recipe_lists_all(refused):
     message = refused(recipe="finetune-1k-tinny")
-    assert "Did you mean 'finetune-1k-tiny'?" in message and all(n in message for n in recipe_names())
+    assert "Did you mean 'finetune-1k-tiny'?" in message and all(n in message for n in recipe_names(RECIPES))
 
 
 @pytest.mark.parametrize(

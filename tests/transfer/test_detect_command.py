@@ -15,7 +15,7 @@ from timm_convnextv2.commands.dense import add_recipe, known_options
 from timm_convnextv2.commands.detect import RECIPES, _add_train, main, parse
 from timm_convnextv2.commands.main import main as cli
 from timm_convnextv2.data.sources.embedded import write_folder
-from timm_convnextv2.finetune.recipe import load_recipe, recipe_names
+from timm_convnextv2.recipes import load_recipe, recipe_names
 from timm_convnextv2.runs.summary import read_rows
 from timm_convnextv2.transfer.detection.coco import open_coco
 

@@ -12,7 +12,7 @@ from timm_convnextv2.commands import segment as segment_command
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.commands.segment import RECIPES, parse
 from timm_convnextv2.data.sources.embedded import write_folder
-from timm_convnextv2.finetune.recipe import load_recipe, recipe_names
+from timm_convnextv2.recipes import load_recipe, recipe_names
 from timm_convnextv2.runs.summary import read_rows
 from timm_convnextv2.transfer import find_classes, open_segmenter
 from timm_convnextv2.transfer.segmentation.masks import MaskedImages, open_split, read_classes

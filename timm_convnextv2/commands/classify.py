@@ -15,9 +15,10 @@ from ..data import ImageError, Pixels
 from ..finetune import folders
 from ..finetune.images import Images, feed, probe, refuse_for_tensors
 from ..finetune.plan import channel_words, channels, check_input_mode, fit_channels
-from ..finetune.preflight import Split, check_device, check_folder_weights, create_meta_model, open_split
+from ..finetune.preflight import Split, check_folder_weights, create_meta_model, open_split
 from ..finetune.start import check_start_file, choose_pixels
 from ..finetune.train_script import find_script, load_script, script_path
+from ..runs.device import check_device
 
 SHOWN = 5  # names in a message
 

@@ -26,9 +26,9 @@ from ..features.collapse import BlockCollapse, blocks_of, channel_maps, collapse
 from ..features.evaluate import check_devices
 from ..features.figures import save_channels, save_distances
 from ..features.network import load_network, name_of_model
-from ..files import whole_file
+from ..files import claim_folder, whole_file
 from ..report.images import displayable
-from .evaluate import add_image_options, claim
+from .evaluate import add_image_options
 
 FILES = ("collapse.csv", "collapse.png", "channels.png")
 SHOWN = 3  # images in the figure of channels
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; a user's mistake is one message and exit status 2."""
     try:
         options = vars(build_parser().parse_args(argv))
-        folder = claim(options.pop("output"), FILES, options.pop("overwrite"))
+        folder = claim_folder(options.pop("output"), FILES, overwrite=options.pop("overwrite"))
         names = list(dict.fromkeys(options.pop("models")))
         found, shown, maps = collapse_of_models(names, **options, progress=True)
         with whole_file(folder / FILES[0]) as part, open(part, "w", newline="", encoding="utf-8") as file:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..console import PROGRAM, CommandParser, closest, refused, say
-from ..finetune.recipe import Recipe, load_recipe
+from ..recipes import Recipe, load_recipe
 from ..runs.end import NotFiniteError, end_workers
 from ..runs.folder import NotSavedError
 from ..runs.lock import release_locks

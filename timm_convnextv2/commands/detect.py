@@ -16,7 +16,7 @@ from torch import nn
 from ..console import PROGRAM, CommandParser, invocation, refused, say
 from ..data import FolderSource
 from ..files import whole_file
-from ..finetune.recipe import Recipe, list_recipes
+from ..recipes import Recipe, list_recipes
 from ..report import check_logs, open_logs
 from ..runs.folder import TransferFolder
 from ..runs.world import World

@@ -1,8 +1,6 @@
 """The options of `timm-convnextv2 evaluate`, its table and its files."""
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ from ..console import PROGRAM, CommandParser, refused, say
 from ..features.evaluate import evaluate_models
 from ..features.figures import save_measures
 from ..features.knn import NEIGHBOURS, TEMPERATURE
-from ..files import whole_file
+from ..files import claim_folder, whole_file
 
 FILES = ("evaluation.json", "evaluation.png")
 
@@ -64,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = vars(build_parser().parse_args(argv))
         output, overwrite = options.pop("output"), options.pop("overwrite")
-        folder = None if output is None else claim(output, FILES, overwrite)
+        folder = None if output is None else claim_folder(output, FILES, overwrite=overwrite)
         devices = [device.strip() for device in options.pop("device").split(",")]
         found = evaluate_models(**options, devices=devices, progress=True)
         say(table(found))
@@ -79,23 +77,6 @@ def main(argv: list[str] | None = None) -> int:
         say("Stopped; nothing was written.", error=True)
         return 130
     return 0
-
-
-def claim(output: str, names: Sequence[str], overwrite: bool) -> Path:
-    """Makes the folder to write to, before the work starts.
-
-    Raises:
-        ValueError: It holds one of these files, and they are not to be overwritten.
-        OSError: It cannot be made.
-    """
-    folder = Path(output)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output '{folder}' is a file, expected a folder.")
-    there = [name for name in names if (folder / name).exists()]
-    if there and not overwrite:
-        raise ValueError(f"'{folder}' has {', '.join(there)} already. Pass --overwrite, or another --output.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def table(found: dict[str, Any]) -> str:

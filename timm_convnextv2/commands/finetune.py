@@ -40,10 +40,13 @@ from ..finetune.plan import (
     resolve_options,
     warnings,
 )
-from ..finetune.preflight import check_augmentation, check_device
-from ..finetune.recipe import RECIPES, list_recipes, load_recipe, recipe_names
+from ..finetune.preflight import check_augmentation
 from ..finetune.start import tell
 from ..finetune.train_script import find_train_script, load_train_script, script_path
+from ..recipes import list_recipes, load_recipe, recipe_names
+from ..runs.device import check_device
+
+RECIPES = Path(__file__).parents[1] / "finetune" / "recipes"
 
 # What validate.py must be told as train.py was.
 EVALUATION_OPTIONS = ("dataset", "class_map", "input_img_mode", "input_key", "target_key", "device")
@@ -84,10 +87,10 @@ def prepare(argv: list[str]) -> Plan | None:
     own, rest = build_parser().parse_known_args(argv)
     rest += [f"--{name}={getattr(own, name)}" for name in ADDED_OPTIONS if getattr(own, name) is not None]
     if own.list_recipes:
-        say(list_recipes())
+        say(list_recipes(RECIPES))
         return None
     check_words(own.recipe, rest)
-    recipe = load_recipe(own.recipe)
+    recipe = load_recipe(own.recipe, RECIPES)
     if own.from_scratch:
         recipe = recipe.from_scratch()
     script = load_train_script(find_train_script(own.timm_train))
@@ -113,7 +116,7 @@ def prepare(argv: list[str]) -> Plan | None:
 def check_words(recipe: str | None, rest: list[str]) -> None:
     """Asks for the recipe, which is train.py's --config."""
     if not recipe:
-        raise ValueError(f"--recipe is needed: {', '.join(recipe_names())}, or the path of a .yaml file.")
+        raise ValueError(f"--recipe is needed: {', '.join(recipe_names(RECIPES))}, or the path of a .yaml file.")
     if any(word in ("-c", "--config") or word.startswith("--config=") for word in rest):
         raise ValueError("--config is what the launcher gives to train.py: give your file as --recipe FILE.")
 

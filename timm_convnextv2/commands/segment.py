@@ -18,7 +18,7 @@ from ..console import PROGRAM, CommandParser, invocation, refused, say
 from ..data.formats.decode import printable
 from ..data.sources.folder import ImageFiles
 from ..files import whole_file
-from ..finetune.recipe import Recipe, list_recipes
+from ..recipes import Recipe, list_recipes
 from ..report import check_logs, open_logs
 from ..runs.folder import TransferFolder
 from ..runs.world import World

@@ -13,6 +13,7 @@ from ..checkpoint.files import model_pixels
 from ..console import say
 from ..data import Pixels
 from ..data.samples.batches import preprocessing
+from ..runs.device import check_device
 from ..runs.progress import ImageProgress
 from .extract import features, image_batches, pixels
 from .knn import NEIGHBOURS, TEMPERATURE, capped, knn_scores
@@ -218,10 +219,7 @@ def check_devices(devices: Sequence[str]) -> None:
     if not devices:
         raise ValueError("There is no device to compute on.")
     for device in devices:
-        try:
-            torch.empty(1, device=device)
-        except (AssertionError, RuntimeError) as e:
-            raise ValueError(f"--device {device} cannot be used: {str(e).splitlines()[0]}") from e
+        check_device(device)
 
 
 def describe(data: Labelled, place: str | os.PathLike) -> str:

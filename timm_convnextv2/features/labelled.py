@@ -10,6 +10,7 @@ import torch
 from timm.utils.misc import natural_key
 from torch import Tensor
 
+from ..console import check_same_classes
 from ..data import FolderSource, Pixels, check_readable
 from ..data.formats.decode import printable
 from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS
@@ -95,7 +96,13 @@ def open_labelled(
     parts = None if path.is_file() else _parts(path)
     if parts is not None:
         train, test = _folder(parts[0], in_chans, pixels), _folder(parts[1], in_chans, pixels)
-        _check_same(train, test, parts)
+        check_same_classes(
+            _names(train),
+            _names(test),
+            tuple(f"'{printable(folder)}'" for folder in parts),  # pyright: ignore[reportArgumentType]
+            ordered=False,
+            remedy="Both parts need the same class folders.",
+        )
         classes = _names(train)
         _check_classes(classes, path)
         (train_files, train_labels), (test_files, test_labels) = train, test
@@ -182,17 +189,6 @@ def _check_classes(classes: list[str], place: Path) -> None:
     if len(classes) < 2:
         has = f"one class, {classes[0]}" if classes else "no images"
         raise ValueError(f"'{printable(place)}' has {has}; expected at least two classes to tell apart.")
-
-
-def _check_same(train: Files, test: Files, folders: tuple[Path, Path]) -> None:
-    a, b = set(_names(train)), set(_names(test))
-    if a != b:
-        only = [
-            f"only {printable(folder)} has {', '.join(sorted(names, key=natural_key)[:5])}"
-            for folder, names in zip(folders, (a - b, b - a), strict=True)
-            if names
-        ]
-        raise ValueError(f"The classes differ: {'; '.join(only)}. Both parts need the same class folders.")
 
 
 def _held(labels: list[tuple[str, ...]], share: float, seed: int) -> set[int]:

@@ -18,10 +18,10 @@ from timm.utils.distributed import world_info_from_env
 
 from ..console import CommandParser, closest, say
 from ..models import ConvNeXtV2
+from ..recipes import Recipe
 from . import folders
 from .images import Images, probe, refuse_for_tensors
 from .preflight import Split, check_data, check_folder_weights, create_meta_model
-from .recipe import Recipe
 from .start import check_resume, check_start_file, choose_pixels, newest_whole, settle_license
 from .train_script import allow_processes_on_cpu, matching_script, script_path, script_version
 

@@ -14,7 +14,7 @@ from timm.models import parse_model_name
 
 from ..checkpoint import load_checkpoint
 from ..checkpoint.provenance import read_config
-from ..console import closest
+from ..console import check_same_classes, closest
 from ..models import ConvNeXtV2
 from ..registry import filter_weights
 from .folders import FolderReader, is_opaque, split_folder
@@ -190,7 +190,14 @@ def check_data(
     splits = [open_split(root, train_split, "--train-split", **options)]
     if val_split:
         splits.append(open_split(root, val_split, "--val-split", **options))
-    _check_same_classes(splits[0], splits[-1])
+    train, val = splits[0], splits[-1]
+    check_same_classes(
+        train.classes,
+        val.classes,
+        (train.root, val.root),
+        ordered=False,
+        remedy="Both need a sub-folder with images for every class, of the same name.",
+    )
     return splits
 
 
@@ -222,31 +229,7 @@ def open_split(root: Path, split: str, option: str, **options: Any) -> Split:
     return Split(split, folder, reader)
 
 
-def _check_same_classes(train: Split, val: Split) -> None:
-    if set(train.classes) == set(val.classes):
-        return
-    differ = []
-    for one, other in ((train, val), (val, train)):
-        only = [c for c in one.classes if c not in other.classes]
-        if only:
-            differ.append(f"only in {one.root}: {', '.join(only[:5])}{', ...' if len(only) > 5 else ''}")
-    raise ValueError(
-        f"{train.root} has {len(train.classes)} classes and {val.root} {len(val.classes)} ({'; '.join(differ)}). "
-        "Both need a sub-folder with images for every class, of the same name."
-    )
-
-
 # --------------------------------------------------------------------------------------------- device and augmentation
-
-
-def check_device(device: str) -> None:
-    """Refuses a GPU that is not there.
-
-    Raises:
-        ValueError: PyTorch sees no CUDA GPU, and `device` is one.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: PyTorch {torch.__version__} sees no CUDA GPU here. Use --device cpu.")
 
 
 def check_augmentation(policy: str | None) -> None:

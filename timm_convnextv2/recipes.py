@@ -1,4 +1,4 @@
-"""Recipes: YAML files with options of timm's train.py; those of this package lie in `recipes/`."""
+"""Recipes: YAML files of a command's options, with their source, batch size and cost in a header of comments."""
 
 import re
 from dataclasses import dataclass, replace
@@ -7,9 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..console import closest
-
-RECIPES = Path(__file__).parent / "recipes"
+from .console import closest
 
 
 @dataclass(frozen=True)
@@ -18,11 +16,11 @@ class Recipe:
 
     Attributes:
         name: The file's name without its ending.
-        path: Where it lies.
-        values: Values by train.py's option names, with underscores.
+        path: Absolute path of the file.
+        values: Values by option name.
         description: First line of the header.
         global_batch: Images per update over all processes that the schedule was made for, from the header's
-            `Global batch:`; None where it names none.
+            `Global batch:`; None if the header names none.
     """
 
     name: str
@@ -36,17 +34,17 @@ class Recipe:
         return replace(self, values={**self.values, "pretrained": False})
 
 
-def recipe_names(folder: Path = RECIPES) -> list[str]:
-    """Names of the recipes that come with this package, in its folder of them for a command."""
+def recipe_names(folder: Path) -> list[str]:
+    """Names of the recipes in a folder of this package."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
-    """Reads a recipe by its name, or by the path of a YAML file.
+def load_recipe(name: str, folder: Path) -> Recipe:
+    """Reads a recipe.
 
     Args:
-        name: See above.
-        folder: Where the named ones lie.
+        name: A name in `folder`, or the path of a .yaml file.
+        folder: The recipes of a command.
 
     Raises:
         ValueError: No such recipe, or the file is not a mapping.
@@ -55,8 +53,8 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
     path = folder / f"{name}.yaml" if name in known else Path(name)
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(
-            f"--recipe {name} is unknown.{closest(name, known)} There are: {', '.join(known)}; "
-            "or give the path of a .yaml file."
+            f"--recipe {name} is unknown.{closest(name, known)} Expected one of {', '.join(known)}, "
+            "or the path of a .yaml file."
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -65,25 +63,20 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Recipe:
         raise ValueError(f"--recipe {name} cannot be read: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict) or not values:
         raise ValueError(f"--recipe {name} holds {type(values).__name__}, expected lines of `option: value`.")
-    header = _header(text)
+    comment = re.match(r"(?:#.*\n|\n)*", text)  # only before the first option: later comments explain single values
+    header = [line[1:].strip() for line in comment[0].splitlines()] if comment else []
     batch = re.search(r"^Global batch: ([\d,]+)", "\n".join(header), re.M)
     return Recipe(
         name=path.stem,
         path=path.resolve(),
         values=values,
-        description=next(iter(header), ""),
+        description=header[0] if header else "",
         global_batch=int(batch[1].replace(",", "")) if batch else None,
     )
 
 
-def _header(text: str) -> list[str]:
-    """The comment lines before the first option, without their `#`."""
-    comment = re.match(r"(?:#.*\n|\n)*", text)
-    return [line[1:].strip() for line in comment[0].splitlines()] if comment else []
-
-
-def list_recipes(folder: Path = RECIPES) -> str:
-    """One line a recipe of a folder: its name and what it is for."""
+def list_recipes(folder: Path) -> str:
+    """One line per recipe of a folder: its name and what it is for."""
     recipes = [load_recipe(name, folder) for name in recipe_names(folder)]
     width = max(len(recipe.name) for recipe in recipes)
     return "\n".join(f"{recipe.name:{width}}  {recipe.description}" for recipe in recipes)
