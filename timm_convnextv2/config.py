@@ -22,6 +22,7 @@ would need more code to undo than is here.
 """
 
 import argparse
+import ast
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -142,7 +143,14 @@ class _KeyValues(argparse.Action):
         pairs = [value.partition("=")[::2] for value in values]
         if wrong := [word for word, (_, value) in zip(values, pairs, strict=True) if not value]:
             parser.error(f"argument {option_string}: expected NAME=VALUE, got '{wrong[0]}'")
-        setattr(namespace, self.dest, {key: yaml.safe_load(value) for key, value in pairs})
+        setattr(namespace, self.dest, {key: _literal(value) for key, value in pairs})
+
+
+def _literal(word: str) -> Any:
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:

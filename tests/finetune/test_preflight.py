@@ -27,7 +27,10 @@ BROKEN = {
     "no train": (lambda root: without(root / "train"), ["--train-split 'train'", "it has validation"]),
     "empty": (lambda root: [p.unlink() for p in (root / "validation").rglob("*.png")], ["0 images", "sub-folder"]),
     "class less": (lambda root: without(root / "validation" / "b"), ["(3)", "(2)", "only", "b (1)"]),
-    "other class": (lambda root: (root / "train" / "c").rename(root / "train" / "d"), ["/train has d", "/validation has c"]),
+    "other class": (
+        lambda root: (root / "train" / "c").rename(root / "train" / "d"),
+        ["/train has d", "/validation has c"],
+    ),
     "no classes": (lambda root: shutil.copy(root / "train" / "a" / "0.png", root / "train"), ["in no sub-folder"]),
     "nothing": (lambda root: without(root), ["does not exist", "train/ and validation/"]),
 }
