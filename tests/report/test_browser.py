@@ -6,7 +6,7 @@ import shutil
 import pytest
 from planted import EVIL, plant
 
-from timm_convnextv2.report import write_report
+from timm_convnextv2.report.html import write_report
 
 if importlib.util.find_spec("playwright") is None:
     pytest.skip("the package playwright is not installed: pip install -e '.[browser]'", allow_module_level=True)

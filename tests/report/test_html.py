@@ -16,8 +16,9 @@ from planted import COMMAND, EVIL, draw, plant, table
 
 from timm_convnextv2.commands.report import main
 from timm_convnextv2.report import html as report_html
-from timm_convnextv2.report import save_collapse_curves, save_neighbours, write_report
 from timm_convnextv2.report.charts import Line, line_chart, spread
+from timm_convnextv2.report.html import write_report
+from timm_convnextv2.report.images import save_collapse_curves, save_neighbours
 from timm_convnextv2.report.run import read_run
 from timm_convnextv2.runs.folder import head_comment
 

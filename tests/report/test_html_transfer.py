@@ -9,7 +9,7 @@ from test_html import Page
 
 from timm_convnextv2.commands.report import main
 from timm_convnextv2.report import html as report_html
-from timm_convnextv2.report import write_report
+from timm_convnextv2.report.html import write_report
 from timm_convnextv2.report.run import read_run
 from timm_convnextv2.runs.folder import head_comment
 

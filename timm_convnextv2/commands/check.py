@@ -20,7 +20,8 @@ from ..data import ImageError, Pixels, create_source
 from ..data.formats.pixels import one_page
 from ..data.measure.inspection import Finding, Look, findings, inspect_folder, load_part, perceptual_hash, thumbnail
 from ..files import whole_file
-from ..report import ImageProgress, save_contact_sheet
+from ..report.images import save_contact_sheet
+from ..runs.progress import ImageProgress
 from .images import add_place_options, one_place, page_word
 from .stats import check_output, listed
 

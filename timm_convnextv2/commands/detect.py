@@ -17,8 +17,8 @@ from ..console import PROGRAM, CommandParser, invocation, refused, say
 from ..data import FolderSource
 from ..files import whole_file
 from ..recipes import Recipe, list_recipes
-from ..report import check_logs, open_logs
 from ..runs.folder import TransferFolder
+from ..runs.logs import check_logs, open_logs
 from ..runs.world import World
 from ..transfer.backbone import Backbone, create_backbone
 from ..transfer.detection.coco import (

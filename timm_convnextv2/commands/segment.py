@@ -19,8 +19,8 @@ from ..data.formats.decode import printable
 from ..data.sources.folder import ImageFiles
 from ..files import whole_file
 from ..recipes import Recipe, list_recipes
-from ..report import check_logs, open_logs
 from ..runs.folder import TransferFolder
+from ..runs.logs import check_logs, open_logs
 from ..runs.world import World
 from ..transfer.backbone import Backbone
 from ..transfer.groups import parameter_groups

@@ -19,7 +19,8 @@ from ..data.measure.measure import ERROR, Measured, find_channels, measure_pixel
 from ..data.paths.index import check_index_option, find_images
 from ..data.paths.places import Dirs, Listing, as_list, base_of
 from ..files import whole_file
-from ..report import ImageProgress, save_histograms, with_progress
+from ..report.images import save_histograms
+from ..runs.progress import ImageProgress, with_progress
 from .images import add_source_options, check_percentiles, one_place, parts_of, pixels_of
 
 _COLUMNS = ("mean", "std", "min", "p1", "p5", "p50", "p95", "p99", "max", "zeros", "saturated", "missing")

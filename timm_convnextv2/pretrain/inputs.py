@@ -14,7 +14,7 @@ import torch
 from ..commands.images import pixels_of
 from ..data import InputStatistics, Pixels
 from ..data.measure.measure import Measured, measure_pixels, measured_options
-from ..report import ImageProgress
+from ..runs.progress import ImageProgress
 from ..runs.world import World
 from .config import AUTO
 

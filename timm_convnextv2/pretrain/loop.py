@@ -16,9 +16,10 @@ from ..checkpoint import export_encoder
 from ..data import Pixels
 from ..models import FCMAE
 from ..models.memory import peak_memory
-from ..report import ProgressBar, Stopwatch, save_loss_curve
 from ..report.html import report_when_due
+from ..report.images import save_loss_curve
 from ..runs.end import NotFiniteError, attempt
+from ..runs.progress import ProgressBar, Stopwatch
 from ..runs.world import World
 from .batches import Bad, Batches
 from .checkpoints import NotSavedError, Progress, RunFolder

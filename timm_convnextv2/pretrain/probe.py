@@ -18,7 +18,7 @@ from ..features import extract as features
 from ..features.knn import nearest
 from ..files import whole_file
 from ..models import ConvNeXtV2
-from ..report import save_neighbours
+from ..report.images import save_neighbours
 
 Run = Callable[[int, ConvNeXtV2], dict[str, float]]
 NEIGHBOURS = 20

@@ -21,9 +21,10 @@ from ..data.samples.batches import preprocessing
 from ..features import open_labelled
 from ..models import FCMAE
 from ..models.memory import memory_estimate
-from ..report import ImageProgress, ProgressBar, check_logs, open_logs, with_progress
 from ..runs.end import VERSIONS, leave_signals_to_parent
 from ..runs.folder import experiment_name
+from ..runs.logs import check_logs, open_logs
+from ..runs.progress import ImageProgress, ProgressBar, with_progress
 from ..runs.summary import read_rows
 from ..runs.world import Seat, World
 from .batches import Batches, open_batches

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data import EpochBatchSampler, sample_seed
 from ..models.memory import peak_memory
-from ..report import ProgressBar, Stopwatch
 from ..report.html import report_when_due
 from ..runs import summary
 from ..runs.end import NotFiniteError, leave_signals_to_parent
 from ..runs.folder import TransferFolder
+from ..runs.progress import ProgressBar, Stopwatch
 from ..runs.world import World
 from .unreadable import UnreadableError
 
@@ -283,7 +283,7 @@ class Run:
         eval_interval: Epochs between two evaluations.
         checkpoint_interval: Epochs between two checkpoints.
         log_interval: Updates between two lines.
-        logs: From `report.open_logs`.
+        logs: From `runs.logs.open_logs`.
         stop: Name of the signal at which it ended, else ''.
         measured: The last evaluation.
 
