@@ -24,7 +24,7 @@ class Config:
         None, "per channel, or auto", parse=lambda w: w if w == "auto" else float(w)
     )
     flip: bool = option(True, "flip half of the images")
-    amp: bool = option(False, "mixed precision")
+    amp: bool = option(False, "mixed precision", negatable=True)
     warmup: bool | None = option(None, "shorter average at first")
     compile: str | None = option(None, "backend", nargs="?", const="inductor")
     dtype: str = option("bfloat16", "of AMP", choices=("bfloat16", "float16"))
@@ -53,11 +53,11 @@ def test_defaults_file_and_command_line(tmp_path):
 
 
 def test_words_of_each_kind():
-    got = parse(
-        *"--data-dir a b --betas .8 .9 --no-warmup --compile --model-kwargs n=3 s=x t=[1,2] --resume auto".split()
-    )
+    words = "--data-dir a b --betas .8 .9 --no-warmup --compile --model-kwargs n=3 s=x t=(1,2) --no-amp --resume auto"
+    got = parse(*words.split())
     assert got.data_dir == ("a", "b") and got.schedule.betas == (0.8, 0.9) and got.warmup is False
-    assert got.compile == "inductor" and got.model_kwargs == {"n": 3, "s": "x", "t": [1, 2]} and got.resume == "auto"
+    assert got.compile == "inductor" and got.resume == "auto" and not got.amp
+    assert got.model_kwargs == {"n": 3, "s": "x", "t": (1, 2)}
     assert parse("--compile", "eager").compile == "eager"
 
 

@@ -54,6 +54,7 @@ class Option:
         nargs: As in argparse; by default it follows from the type.
         const: Value of the option without a word (nargs '?').
         positional: Takes words without an option name.
+        negatable: A switch that is off by default has --no-x as well, which undoes what a file sets.
         recorded: Whether `flat` includes the field: False for options of one call, such as --resume.
     """
 
@@ -68,6 +69,7 @@ class Option:
     nargs: str | int | None = None
     const: Any = None
     positional: bool = False
+    negatable: bool = False
     recorded: bool = True
 
 
@@ -173,7 +175,7 @@ def _keywords(entry: Entry) -> dict[str, Any]:
     spec, (kind, count) = entry.option, entry.kind
     words: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(entry).replace("%", "%%")}
     if kind is bool:
-        on_off = entry.default is not False
+        on_off = spec.negatable or entry.default is not False
         return words | {"action": argparse.BooleanOptionalAction if on_off else "store_true"}
     if entry.default is MISSING and not spec.positional:
         words["required"] = True

@@ -1,6 +1,10 @@
-"""Seeds from numbers."""
+"""Seeds from numbers, and random numbers from a seed."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 
 def mix(*numbers: int) -> int:
@@ -12,3 +16,12 @@ def mix(*numbers: int) -> int:
 def sample_seed(seed: int, epoch: int, index: int) -> int:
     """Seed in 0 .. 2**63 - 1 of one sample in one epoch, well mixed, the same everywhere and always."""
     return mix(seed, epoch, index)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws of PyTorch on the CPU inside the block follow from the seed and change nothing outside of it."""
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed: it would reseed the accelerators too, which fork_rng does not restore
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from ...models.masking import random_mask
-from ...seeds import mix, sample_seed
+from ...seeds import mix, sample_seed, seeded
 from ..formats.decode import Choose, Reduced
 from ..formats.errors import ImageError
 from ..sources.stream import TimmStream
@@ -21,14 +20,6 @@ _KEPT_OF_SKIPPED = 32  # pictures in a row that may be bad where a resumed strea
 _MAX_BAD_IN_A_ROW = 1000  # a damaged folder or shard; --max-bad-images stops most runs before
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed: it would reseed the accelerators too, which fork_rng does not restore
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
 def _choose(transform: Callable, seed: int) -> Choose | None:
     """How far pictures may be reduced for the crop that `transform` makes with this seed; None if it cannot tell."""
     reduction = getattr(transform, "reduction", None)
@@ -36,7 +27,7 @@ def _choose(transform: Callable, seed: int) -> Choose | None:
         return None
 
     def choose(size: tuple[int, int]) -> int:
-        with _seeded(seed):
+        with seeded(seed):
             return reduction(size)
 
     return choose
@@ -45,7 +36,7 @@ def _choose(transform: Callable, seed: int) -> Choose | None:
 def _make_sample(
     image: torch.Tensor | Reduced, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with _seeded(seed):
+    with seeded(seed):
         sample = transform(image)
     generator = torch.Generator().manual_seed(mix(seed, 1))
     return sample, random_mask(1, grid, mask_ratio, generator=generator)[0]

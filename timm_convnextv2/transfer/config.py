@@ -1,0 +1,332 @@
+"""The options of `detect` and `segment`: parts that both share, and a config for each of their actions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import option, part
+from .detection.soft_nms import METHODS
+
+# ------------------------------------------------------------------------------------------------------ shared parts
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from."""
+
+    model: str = option("", "a model of timm, local-dir:FOLDER or hf-hub:USER/NAME", metavar="NAME")
+    recipe: str | None = option(
+        None, "settings by name, or a .yaml file; options on the command line win", metavar="NAME"
+    )
+    list_recipes: bool = option(False, "list the recipes and exit", recorded=False)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a run exported."""
+
+    model: str = option(..., "exported model: RUN/model, or hf-hub:USER/NAME", metavar="FOLDER")
+    overwrite: bool = option(False, "replace existing files")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How images are read and where models run."""
+
+    nodata: float | None = option(
+        None,
+        'stored value meaning "no data"; such pixels are filled with the mean of the others (default: the model\'s)',
+        metavar="V",
+    )
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "", metavar="NAME")
+    amp: bool = option(False, "mixed precision", negatable=True)
+    amp_dtype: str = option("bfloat16", "", choices=("bfloat16", "float16"))
+    workers: int = option(4, "data loading processes per process", short="-j", metavar="N", at_least=0)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Type of mixed precision; None for float32."""
+        return getattr(torch, self.amp_dtype) if self.amp else None
+
+
+@dataclass(frozen=True)
+class BackboneOptions:
+    """The model below pyramid and heads."""
+
+    from_scratch: bool = option(False, "random weights in the backbone, for comparison")
+    frozen: bool = option(False, "train only what stands on the backbone")
+    in_chans: int | None = option(None, "channels of the images (default: the model's)", metavar="N", at_least=1)
+    drop_path: float | None = option(None, "fraction of residual paths dropped in training", metavar="X")
+    model_kwargs: dict[str, Any] = option({}, "more options of timm.create_model")
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What training does to images."""
+
+    img_size: int = option(1024, "side of the training crops in pixels", metavar="N", at_least=1)
+    scale: tuple[float, float] = option((0.1, 2.0), "image size before the crop, relative to --img-size", metavar="X")
+    hflip: float = option(0.5, "probability of a horizontal flip", metavar="P")
+    vflip: float = option(0.0, "probability of a vertical flip", metavar="P")
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Length, batch, optimizer and schedule."""
+
+    epochs: int = option(36, "passes over the images", metavar="N", at_least=1)
+    batch_size: int = option(4, "images per process and step", short="-b", metavar="N", at_least=1)
+    grad_accum_steps: int = option(1, "steps per update", metavar="N", at_least=1)
+    opt: str = option("adamw", "any optimizer of timm", metavar="NAME")
+    lr: float = option(1e-4, "learning rate of everything above the backbone", metavar="X")
+    weight_decay: float = option(0.05, "", metavar="X")
+    layer_decay: float = option(1.0, "learning rate of a layer relative to the next higher one", metavar="X")
+    layer_decay_type: str = option("group", "layers of a ConvNeXt V2", choices=("group", "single"))
+    clip_grad: float | None = option(None, "clip the gradient's norm (default: no clipping)", metavar="NORM")
+    model_ema: bool = option(False, "evaluate and export a moving average of the weights", negatable=True)
+    model_ema_decay: float = option(0.9998, "", metavar="X")
+    sched: str = option("step", "", choices=("step", "cosine", "poly"))
+    warmup_updates: int = option(1000, "updates of linear warmup", metavar="N", at_least=0)
+    seed: int = option(42, "", metavar="N")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run is written and what it reports."""
+
+    output: str = option("output", "", metavar="DIR")
+    experiment: str = option("", "sub-folder of --output (default: time, task and model)", metavar="NAME")
+    resume: str = option(
+        "", "auto: continue the run of --experiment if there is one", choices=("", "auto"), recorded=False
+    )
+    overwrite: bool = option(False, "first remove what an earlier run wrote to the folder", recorded=False)
+    eval_interval: int = option(1, "epochs between evaluations", metavar="N", at_least=1)
+    shown_images: int = option(4, "images drawn at each evaluation", metavar="N", at_least=0)
+    log_interval: int = option(20, "updates between progress lines", metavar="N", at_least=1)
+    log_wandb: bool = option(False, "log to Weights & Biases")
+    wandb_project: str | None = option(None, "project in Weights & Biases", metavar="NAME")
+    log_tensorboard: bool = option(False, "log to TensorBoard")
+    dry_run: bool = option(False, "check everything and exit before training", recorded=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- detection
+
+
+@dataclass(frozen=True)
+class DetectData:
+    """Annotated images to evaluate on."""
+
+    data_dir: str = option("", "root of the data set; the paths below are relative to it", metavar="DIR")
+    val: str = option("validation.json", "annotations to evaluate on, in COCO's format", metavar="FILE")
+    val_images: str = option("validation/images", "their images", metavar="DIR")
+    drop_wrong: bool = option(False, "leave out wrong annotations and report their number instead of stopping")
+
+
+@dataclass(frozen=True)
+class DetectTrainData(DetectData):
+    """Annotated images to train and evaluate on."""
+
+    train: str = option("train.json", "annotations to train on, in COCO's format", metavar="FILE")
+    train_images: str = option("train/images", "their images", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class DetectModel(BackboneOptions):
+    """A detector."""
+
+    boxes_only: bool = option(False, "Faster R-CNN: boxes without masks")
+    out_channels: int = option(256, "channels of the pyramid", metavar="N", at_least=1)
+    detector_kwargs: dict[str, Any] = option(
+        {}, "more options of torchvision's MaskRCNN, such as box_detections_per_img=300"
+    )
+
+
+@dataclass(frozen=True)
+class DetectCrops(Crops):
+    """Large-scale jitter, and the size in evaluation."""
+
+    test_size: tuple[int, int] | None = option(
+        None,
+        "image size in evaluation: shorter side, and limit of the longer one (default: --img-size for both)",
+        metavar=("SHORT", "LONG"),
+        at_least=1,
+    )
+
+
+@dataclass(frozen=True)
+class DetectLearning(Learning):
+    """With the defaults of the paper's appendix A.3."""
+
+    decay_epochs: tuple[float, ...] = option(
+        (27.0, 33.0), "epochs after which 'step' divides the learning rate by 10", metavar="N"
+    )
+
+
+@dataclass(frozen=True)
+class DetectConfig:
+    """`detect train`."""
+
+    start: Start = part(Start)
+    data: DetectTrainData = part(DetectTrainData)
+    compute: Compute = part(Compute)
+    model: DetectModel = part(DetectModel, "model")
+    crops: DetectCrops = part(DetectCrops, "images")
+    learning: DetectLearning = part(DetectLearning, "training")
+    run: RunOptions = part(RunOptions, "run")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How an exported detector runs."""
+
+    soft_nms: str | None = option(
+        None,
+        "lower the scores of boxes that overlap better ones, as in the paper, instead of removing them "
+        "(default: remove)",
+        choices=METHODS,
+    )
+    batch_size: int = option(2, "images per batch", short="-b", metavar="N", at_least=1)
+
+
+@dataclass(frozen=True)
+class DetectEvalConfig:
+    """`detect eval`."""
+
+    exported: Exported = part(Exported)
+    data: DetectData = part(DetectData)
+    output: str | None = option(None, "folder for metrics.json and predictions.json", metavar="DIR")
+    compute: Compute = part(Compute)
+    finding: Finding = part(Finding)
+
+
+@dataclass(frozen=True)
+class DetectPredictConfig:
+    """`detect predict`."""
+
+    exported: Exported = part(Exported)
+    images: str = option(..., "folder with images at any depth", metavar="DIR")
+    output: str = option(..., "JSON file to write, in COCO's format", metavar="FILE")
+    min_score: float = option(0.05, "leave out objects with a lower score", metavar="X")
+    compute: Compute = part(Compute)
+    finding: Finding = part(Finding)
+
+
+# ------------------------------------------------------------------------------------------------------- segmentation
+
+
+@dataclass(frozen=True)
+class SegmentData:
+    """Images with masks."""
+
+    data_dir: str = option(
+        "",
+        "folder with SPLIT/images and SPLIT/masks, or images/SPLIT and masks/SPLIT, for the splits train and "
+        "validation",
+        metavar="DIR",
+    )
+    classes: str | None = option(
+        None, "class names, one per line, line 1 is index 0 (default: DATA_DIR/classes.txt)", metavar="FILE"
+    )
+    ignore_index: int = option(255, "value in masks of pixels that do not count", metavar="N")
+    reduce_zero_label: bool = option(
+        False, "0 in a mask means no class and the first class is 1, as in ADE20K", negatable=True
+    )
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """How a segmenter runs on whole images."""
+
+    short_side: int | None = option(
+        None,
+        "resize images so that the shorter side has N pixels (default: their own size)",
+        metavar="N",
+        at_least=1,
+    )
+    window: int | None = option(
+        None, "evaluate in sliding windows of N pixels (default: whole images)", metavar="N", at_least=1
+    )
+    stride: int | None = option(
+        None, "pixels between windows (default: two thirds of --window)", metavar="N", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class Averaging(Sliding):
+    """The same, averaged over scales and flips."""
+
+    scales: tuple[float, ...] = option(
+        (1.0,), "relative image sizes whose probabilities are averaged", metavar="X", above=0
+    )
+    flip: bool = option(False, "average with the mirrored image")
+
+
+@dataclass(frozen=True)
+class SegmentModel(BackboneOptions):
+    """A segmenter."""
+
+    channels: int = option(512, "channels of the head", metavar="N", at_least=1)
+    auxiliary_channels: int = option(256, "channels of the auxiliary head, 0 for none", metavar="N", at_least=0)
+
+
+@dataclass(frozen=True)
+class SegmentCrops(Crops):
+    """Scale, crop, flip and colours in training."""
+
+    img_size: int = option(512, "side of the training crops in pixels", metavar="N", at_least=1)
+    scale: tuple[float, float] = option(
+        (0.5, 2.0), "image size before the crop, relative to the original or to --short-side", metavar="X"
+    )
+    colours: bool = option(True, "distort the colours of images with three channels")
+
+
+@dataclass(frozen=True)
+class SegmentLearning(Learning):
+    """With the defaults for small data; the recipes have the paper's."""
+
+    epochs: int = option(100, "passes over the images", metavar="N", at_least=1)
+    batch_size: int = option(
+        8, "images per process and step, at least 2 for batch normalisation", short="-b", metavar="N", at_least=2
+    )
+    sched: str = option("poly", "poly: linear to 0", choices=("poly", "cosine"))
+    warmup_updates: int = option(0, "updates of linear warmup", metavar="N", at_least=0)
+    updates: int | None = option(None, "length of the run in updates, instead of --epochs", metavar="N", at_least=1)
+    warmup_share: float = option(1e-6, "first learning rate of the warmup, relative to --lr", metavar="X")
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """`segment train`."""
+
+    start: Start = part(Start)
+    data: SegmentData = part(SegmentData)
+    compute: Compute = part(Compute)
+    model: SegmentModel = part(SegmentModel, "model")
+    crops: SegmentCrops = part(SegmentCrops, "images")
+    sliding: Sliding = part(Sliding, "images")
+    learning: SegmentLearning = part(SegmentLearning, "training")
+    run: RunOptions = part(RunOptions, "run")
+
+
+@dataclass(frozen=True)
+class SegmentEvalConfig:
+    """`segment eval`."""
+
+    exported: Exported = part(Exported)
+    data: SegmentData = part(SegmentData)
+    split: str = option("validation", "split to evaluate on", choices=("train", "validation", "test"))
+    output: str | None = option(None, "folder for metrics.json", metavar="DIR")
+    compute: Compute = part(Compute)
+    averaging: Averaging = part(Averaging)
+
+
+@dataclass(frozen=True)
+class SegmentPredictConfig:
+    """`segment predict`."""
+
+    exported: Exported = part(Exported)
+    images: str = option(..., "folder with images at any depth", metavar="DIR")
+    output: str = option(..., "folder for the index PNGs", metavar="DIR")
+    compute: Compute = part(Compute)
+    averaging: Averaging = part(Averaging)
