@@ -169,7 +169,6 @@ def test_patch_conv_steps_aside():
     conv, x = patch_conv(2), torch.randn(2, 5, 4, 2, requires_grad=True)
     with use_backend("eager"):
         assert not uses_own(conv, x)
-    assert not uses_own(conv, torch.randn(2, 5, 5, 3, requires_grad=True))  # the last row and column are dropped
     for other in (
         nn.Conv2d(5, 7, 2, stride=1),
         nn.Conv2d(5, 7, 2, stride=2, padding=1),
@@ -177,6 +176,17 @@ def test_patch_conv_steps_aside():
     ):
         PatchConv2d.adopt(other)
         assert type(other) is nn.Conv2d
+
+
+@pytest.mark.parametrize("size", [(5, 2), (4, 3), (5, 3), (1, 4)], ids=str)
+def test_patch_conv_drops_rows_and_columns_that_fill_no_patch(size):
+    conv, x = patch_conv(2), torch.randn(2, 5, *size, requires_grad=True)
+    if min(size) < 2:
+        with pytest.raises(RuntimeError):
+            conv(x)
+        return
+    assert not uses_own(conv, x)
+    assert_same(conv, x, PatchConv2d)
 
 
 def test_patch_conv_second_derivative():
