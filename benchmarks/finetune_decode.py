@@ -31,7 +31,8 @@ def compare(size: int, img_size: int, count: int, rounds: int) -> dict[str, str]
             folder.mkdir()
             write_photographs(folder, size, count)
         options: Any = dict(root=name, split="train", search_split=False)
-        ours, timms = images.create_dataset("", name, "train", in_chans=3), create_dataset("", **options)
+        ours = images.create_dataset("", name, "train", reading=images.Reading())
+        timms = create_dataset("", **options)
         transform = create_transform((3, img_size, img_size), is_training=True, use_prefetcher=True)
         timms.transform, ours.transform = transform, images.ByKind(transform)
 

@@ -13,7 +13,7 @@ from timm_convnextv2.checkpoint import export_encoder
 from timm_convnextv2.checkpoint.card import render_card
 from timm_convnextv2.checkpoint.provenance import ConfigError, config_beside, read_config
 from timm_convnextv2.commands.pretrain import parse_options
-from timm_convnextv2.finetune.preflight import check_folder_weights, create_meta_model
+from timm_convnextv2.finetune.model import check_folder_weights, create_meta_model
 from timm_convnextv2.hub.staging import Stated, stage
 from timm_convnextv2.pretrain.start import create_fcmae
 

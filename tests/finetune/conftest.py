@@ -11,13 +11,13 @@ from folders import write_images
 from PIL import ImageOps
 from timm.models import save_for_hf
 
-from timm_convnextv2.commands import finetune as launcher
 from timm_convnextv2.commands.finetune import main
+from timm_convnextv2.finetune import launch
 
 
 @pytest.fixture(scope="session")
 def stand_in():
-    """Source of a train.py in small."""
+    """Source of a train.py in miniature."""
     return Path(__file__).with_name("stand_in_train.py").read_text(encoding="utf-8")
 
 
@@ -56,7 +56,7 @@ def train(stand_in, tmp_path, monkeypatch):
         (folder / "exported").write_text(str(source))
         return folder
 
-    monkeypatch.setattr(launcher, "export_finetuned", export_finetuned)
+    monkeypatch.setattr(launch, "export_finetuned", export_finetuned)
     monkeypatch.setattr(ImageOps, "posterize", lambda image, bits: image)  # as Pillow before 13, for any bits
     monkeypatch.chdir(tmp_path)
     return path

@@ -48,7 +48,7 @@ def test_other_files_are_counted_and_named(root):
     assert str(reader.left) == "8 other files ignored: 4 .doc, 3 .heic, 1 without extension"
     first, second, third = folders.describe(reader)
     assert first == f"{root}: 12 images of 3 classes: a 4, b 4, c 4" and "8 other files" in second
-    assert third.endswith("no image in d")
+    assert third.endswith("no images in d")
 
 
 def test_no_images(tmp_path):
@@ -62,7 +62,7 @@ def test_class_map_and_extensions(root, tmp_path):
     (tmp_path / "map.txt").write_text("c\na\n")
     reader = folders.FolderReader(root, str(tmp_path / "map.txt"), ".png")
     assert reader.counts() == {"c": 4, "a": 4} and reader.unlabelled == {"b": 4}
-    assert "4 images are left out" in folders.describe(reader)[-1]
+    assert "left out 4 images" in folders.describe(reader)[-1]
     with pytest.raises(ValueError, match="--class-map nowhere.txt"):
         folders.FolderReader(root, "nowhere.txt")
     with pytest.raises(ValueError, match="Images are .jpg"):
@@ -78,7 +78,7 @@ def test_imbalance(counts, said):
 def test_counts_of_many_classes_are_their_extremes(tmp_path):
     write_images(tmp_path, classes=[f"k{i}" for i in range(20)], n=1)
     write_images(tmp_path / "k3", classes=["k3"], n=2)
-    assert folders.describe(folders.FolderReader(tmp_path))[0].endswith("of 20 classes: from 1 (k0) to 3 (k3) a class")
+    assert folders.describe(folders.FolderReader(tmp_path))[0].endswith("from 1 (k0) to 3 (k3) per class")
 
 
 def test_finetune_says_it(run, data, tmp_path, capsys):

@@ -95,7 +95,7 @@ def script():
 def loaded(root, in_chans, *, workers=0, dataset=lambda d: d, **options):
     """The images and targets of one epoch through a fed script's data set and loader."""
     fed = script()
-    images.feed(fed, in_chans=in_chans)
+    images.feed(fed, images.Reading(in_chans))
     data = dataset(fed.create_dataset("", root=str(root), split="train", is_training=True, input_img_mode="RGB"))
     mean, std = [0.1 * (k + 1) for k in range(in_chans)], [0.2 + 0.1 * k for k in range(in_chans)]
     options = dict(batch_size=4, mean=mean, std=std, num_workers=workers, device=torch.device("cpu")) | options
@@ -178,7 +178,7 @@ def test_8_bit_images_are_as_timm_gives_them(way, in_chans, tmp_path):
         mixup = options.pop("mixup", None)
         fake = script()
         if fed:
-            images.feed(fake, in_chans=in_chans)
+            images.feed(fake, images.Reading(in_chans))
         if mixup:
             options["collate_fn"] = fake.FastCollateMixup(**mixup)
         timm.utils.random_seed(0)
@@ -209,9 +209,9 @@ def test_damaged_images_are_replaced_or_named(mixed, caplog):
         assert torch.equal(torch.as_tensor(np.array(data[bad][0])), torch.as_tensor(np.array(data[bad + 1][0])))
     assert str(mixed / "train" / "a" / "1.tif") in caplog.text
     with pytest.raises(ImageError, match="1.tif"):
-        images.Images(data.reader, strict=True)[bad]
+        images.Images(data.reader, images.Reading(strict=True))[bad]
     with pytest.raises(ValueError, match="has 3 channels.*expected 5"):
-        images.probe(images.Images(data.reader, in_chans=5))
+        images.probe(images.Images(data.reader, images.Reading(5)))
     assert images.probe(data) == "not 8-bit with 3 channels"
 
 
@@ -224,10 +224,10 @@ def test_tar_is_read_alike(mixed):
     with tarfile.open(mixed / "x.tar", "w") as tar:
         tar.add(mixed / "train" / "a", "a")
     fed = script()
-    images.feed(fed, in_chans=3)
+    images.feed(fed, images.Reading())
     data = fed.create_dataset("", root=str(mixed / "x.tar"))
     assert isinstance(data, images.Images) and len(data) > 0
-    assert images.Images(data.reader, strict=True)[0][0].size == (24, 20)
+    assert images.Images(data.reader, images.Reading(strict=True))[0][0].size == (24, 20)
 
 
 # ------------------------------------------------------------------------------- tars, torchvision's, streams: labelled
@@ -295,7 +295,7 @@ def test_labelled_data_sets_are_decoded_alike(place, in_chans, tmp_path, capsys,
     found = list(samples(kinds, 6))
     name, root, split = PLACES[place](tmp_path, found)
     fed = script()
-    images.feed(fed, in_chans=in_chans)
+    images.feed(fed, images.Reading(in_chans))
     data = fed.create_dataset(
         name, root=str(root), split=split, input_img_mode="RGB", num_samples=6, batch_size=6, is_training=False
     )
@@ -317,12 +317,12 @@ def test_bad_images_of_a_stream_are_left_out_or_an_error(tmp_path, caplog):
     pytest.importorskip("webdataset", reason="the package webdataset is not installed")
     found = [(name, b"junk" if i == 1 else c, *rest) for i, (name, c, *rest) in enumerate(samples([grey16_png], 4))]
     name, root, split = write_wds(tmp_path, found)
-    open_ = partial(images.create_dataset, name, root=str(root), split=split, num_samples=4, in_chans=1)
-    assert len(list(open_())) == 3 and "0001.png" in caplog.text
+    open_ = partial(images.create_dataset, name, root=str(root), split=split, num_samples=4)
+    assert len(list(open_(reading=images.Reading(1)))) == 3 and "0001.png" in caplog.text
     with pytest.raises(ImageError, match="0001.png"):
-        list(open_(strict=True))
+        list(open_(reading=images.Reading(1, strict=True)))
 
 
 def test_tfds_gives_1_or_3_channels():
     with pytest.raises(ValueError, match="1 or 3 channels, got 5"):
-        images.create_dataset("tfds/x", in_chans=5)
+        images.create_dataset("tfds/x", reading=images.Reading(5))

@@ -20,9 +20,9 @@ from helpers import RECIPES, ROOT, SCRIPTS
 from PIL import Image
 from safetensors.torch import load_file
 
-from timm_convnextv2.commands import finetune, predict, validate
-from timm_convnextv2.commands import finetune as launcher
+from timm_convnextv2.commands import finetune, validate
 from timm_convnextv2.commands.finetune import main
+from timm_convnextv2.finetune import launch
 from timm_convnextv2.recipes import load_recipe
 
 SCRIPT = SCRIPTS / "finetune.py"
@@ -71,12 +71,12 @@ def test_result_is_exported_and_next_commands_are_printed(
 
 @pytest.mark.parametrize("epochs, ended", [(3, "Stopped after 3 epochs of 10"), (10, "Done: ")])
 def test_a_run_that_was_stopped_is_not_done(epochs, ended, command, train, tmp_path, capsys):
-    plan = launcher.prepare(command())  # 9 epochs + 1 of warmup
+    plan = finetune.prepare(command())  # 9 epochs + 1 of warmup
     plan.folder.mkdir(parents=True)
     (plan.folder / "last.pth.tar").touch()
     rows = [f"{epoch},1.0" for epoch in range(epochs)]
     (plan.folder / "summary.csv").write_text("\n".join(["epoch,train_loss", *rows]) + "\n")
-    assert launcher.finish(plan) == 0
+    assert finetune.finish(plan) == 0
     printed = capsys.readouterr().out
     assert ended in printed and ("--resume" in printed) == (epochs < 10)
     assert ("Done: " in printed) == (epochs == 10)
@@ -132,7 +132,7 @@ def test_failed_export_is_an_error(command, monkeypatch, capsys):
     def fail(*_, **__):
         raise ValueError("it cannot be")
 
-    monkeypatch.setattr(launcher, "export_finetuned", fail)
+    monkeypatch.setattr(launch, "export_finetuned", fail)
     assert main(command()) == 1
     assert "it cannot be" in capsys.readouterr().err
 
@@ -404,15 +404,3 @@ def test_mistakes_of_validate_are_one_message(mistake, tuned, encoder, data, tim
     assert validate.main(["--timm-train", str(timm_train), *words, *(["--device", "cpu"] * bool(words))]) == 2
     err = capsys.readouterr().err
     assert err.startswith("timm-convnextv2 validate: error: ") and expected in err and err.count("error:") == 1
-
-
-def test_scripts_are_found_beside_train_script(train, tmp_path, monkeypatch, capsys):
-    assert predict.main(["x", "--data-dir", "y"]) == 2
-    message = capsys.readouterr().err
-    assert "there is no inference.py there" in message and f"v{timm.__version__}/inference.py" in message
-    (train.parent / "inference.py").write_text("x = 1\n")
-    assert predict.main(["x", "--data-dir", "y"]) == 2
-    assert "is not timm's inference.py: it has no main" in capsys.readouterr().err
-    monkeypatch.delenv("TIMM_TRAIN")
-    assert predict.main(["x", "--data-dir", "y"]) == 2
-    assert "--timm-train PATH" in capsys.readouterr().err

@@ -145,7 +145,7 @@ def test_folder_of_another_run(run, refused, encoder, tmp_path):
     run()
     message = refused()
     assert f"Resume it: --resume {tmp_path}/out/x/last.pth.tar" in message and "--experiment" in message
-    assert "no such file" in refused("--resume", str(tmp_path / "none.pth.tar"))
+    assert "does not exist" in refused("--resume", str(tmp_path / "none.pth.tar"))
     shutil.rmtree(tmp_path / "out" / "x" / "model")
     last = tmp_path / "out" / "x" / "last.pth.tar"
     assert "is not of this model" in refused("--resume", str(last))  # the stand-in trains none

@@ -13,7 +13,7 @@ from timm.data import rand_augment_transform
 from timm.models import save_for_hf
 
 from timm_convnextv2.commands.finetune import main
-from timm_convnextv2.finetune.preflight import check_folder_weights
+from timm_convnextv2.finetune.model import check_folder_weights
 
 # ----------------------------------------------------------------------------------------------------------------- data
 

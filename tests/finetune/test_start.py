@@ -12,9 +12,8 @@ import torch
 from test_foreign_names import HUGGING_FACE, MMPRETRAIN, renamed
 
 from timm_convnextv2.checkpoint import to_official
-from timm_convnextv2.commands import finetune as launcher
 from timm_convnextv2.data import Pixels
-from timm_convnextv2.finetune import images
+from timm_convnextv2.finetune import images, launch
 
 SHAPE = dict(patch_size=1, depths=(1, 1, 2, 1), dims=(8, 8, 16, 16))
 FORMATS = ["timm", "encoder", "official", "transformers", "mmpretrain", "pretraining"]
@@ -62,7 +61,7 @@ def test_weights_that_timm_loads_as_they_are(run, refused, classifier, tmp_path,
         assert run(*words)["args"]["license"] == "mit"
         return
     message = refused(*words)
-    what = "is loaded as it is" if option == "--initial-checkpoint" else "is not a checkpoint of train.py"
+    what = "is loaded without conversion" if option == "--initial-checkpoint" else "is not a checkpoint of train.py"
     assert what in message and f"--pretrained --pretrained-path {words[1]}" in message
 
 
@@ -113,10 +112,10 @@ def holed(tmp_path):
 def test_nodata_reaches_the_data_set_and_the_record(run, refused, holed, monkeypatch):
     assert "--nodata=-9999" in refused(data=holed)
     fed = []
-    monkeypatch.setattr(launcher, "feed", lambda script, **more: fed.append(more))
+    monkeypatch.setattr(launch, "feed", lambda script, reading: fed.append(reading))
     assert run("--nodata=-9999", data=holed)["args"]["pixels"] == {"nodata": -9999}
-    assert fed[0]["pixels"] == Pixels(nodata=-9999)
-    data = images.create_dataset("", root=str(holed), split="train", **fed[0])
+    assert fed[0].pixels == Pixels(nodata=-9999)
+    data = images.create_dataset("", root=str(holed), split="train", reading=fed[0])
     assert 0 <= data[0][0].min() and data[0][0].max() <= 1
 
 
@@ -124,11 +123,11 @@ def test_pixels_are_those_of_the_encoder_by_default(run, holed, with_nodata, cap
     record = {"nodata": -9999, "divide": 2}
     seen = run(model=with_nodata, data=holed)
     assert seen["args"]["pixels"] == record and f"--pixels={json.dumps(seen['args']['pixels'])}" in seen["argv"]
-    told = f"Pixels as of the images that {with_nodata} was trained on: -9999 is nodata, divided by 2"
-    assert f"{told}; --nodata=nan: none." in capsys.readouterr().out
+    note = f"Pixels are read as {with_nodata} was trained on them: -9999 is nodata, divided by 2"
+    assert f"{note}; --nodata=nan: none." in capsys.readouterr().out
     seen = run("--nodata", "7", model=with_nodata, experiment="y")
     assert seen["args"]["pixels"] == {**record, "nodata": 7} and seen["argv"].count("--nodata=7.0") == 1
-    assert f"{told}; --nodata=7 replaces that." in capsys.readouterr().out
+    assert f"{note}; --nodata=7 replaces that." in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------- what tensors are not taken for

@@ -21,7 +21,7 @@ from timm_convnextv2.data.sources.folder import ImageFiles
 from timm_convnextv2.features.embed import embed
 from timm_convnextv2.features.evaluate import evaluate_models
 from timm_convnextv2.finetune import images
-from timm_convnextv2.finetune.start import choose_pixels
+from timm_convnextv2.finetune.model import choose_pixels
 from timm_convnextv2.pretrain import inputs as auto
 from timm_convnextv2.pretrain.setup import open_probe
 
@@ -103,11 +103,11 @@ def test_other_commands_apply_them_without_being_told(bands, made, monkeypatch, 
     folder = tmp_path / "data" / "one"
     folder.mkdir(parents=True)
     (folder / "00.tif").symlink_to(bands / "00.tif")
-    pixels = choose_pixels(None, model, CHANS)
+    pixels, _ = choose_pixels(None, model, CHANS)
     with tarfile.open(tmp_path / "data.tar", "w") as tar:
         tar.add(bands / "00.tif", "one/00.tif")
     for root in (folder.parent, tmp_path / "data.tar"):
-        dataset = images.create_dataset(root=str(root), in_chans=CHANS, pixels=pixels, split="")
+        dataset = images.create_dataset(root=str(root), reading=images.Reading(CHANS, pixels), split="")
         assert torch.equal(dataset.load(0)[0], wanted)
     with pytest.raises(ValueError, match="pixels of other channels"):
         choose_pixels(None, model, 3)

@@ -8,14 +8,9 @@ in pretraining and finetuning: 16 bits, many channels, TIFF, .npy; one that cann
 Options that are not listed below go to inference.py, which needs pandas.
 """
 
-import sys
-
-import timm_convnextv2  # noqa: F401  registers the models
-
-from .classify import run_script
+from .validate import evaluate
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; a user's mistake is one message and exit status 2."""
-    words = sys.argv[1:] if argv is None else argv
-    return run_script("predict", "inference.py", __doc__ or "", words, labelled=False)
+    """Runs the command and returns its exit status."""
+    return evaluate("predict", "inference.py", __doc__ or "", argv, labelled=False)

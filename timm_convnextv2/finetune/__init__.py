@@ -1,6 +1,7 @@
-"""Finetuning with timm's own train.py and a recipe: `timm-convnextv2 finetune`.
+"""Finetuning, validation and prediction with timm's own scripts, fed with this package's images.
 
-`launcher` is the command and reads like a page; `train_script` finds and verifies train.py,
-`preflight` checks model and data, `start` what weights are started from, `plan` resolves options and works out batch,
-learning rate and length.
+Finetuning: `plan` checks everything and derives train.py's options, `launch` runs train.py and exports the result.
+`evaluation` does the same for validate.py and inference.py. Below them: `scripts` finds and imports timm's scripts,
+`options` resolves their options, `folders` and `images` give them data, `model` and `checkpoints` check the files that
+they would load. Recipes are in `recipes/`.
 """

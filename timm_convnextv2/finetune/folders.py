@@ -1,24 +1,30 @@
-"""A folder of labelled images, one sub-folder a class: what is listed, what is left out, and how that is told."""
+"""Folders of labelled images, one sub-folder per class: listed, checked and described."""
 
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
-from ..data import image_extensions, left_out
+from ..console import check_same_classes
+from ..data import image_extensions
 from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS
 from ..data.paths.walk import LeftOut, walk
 
-# Data sets whose classes can only be known by opening them; everything else is a folder (or tar) of images.
+# The classes of these data sets are known only once they are open; everything else is a folder (or tar) of images.
 OPAQUE_DATASETS = ("torch", "hfds", "hfids", "tfds", "wds")
-SYNONYMS = (TRAIN_FOLDERS, VALIDATION_FOLDERS)
+SHOWN = 5  # names in a message
 FEW_CLASSES = 12  # as many counts fit in a line
 IMBALANCE = 10
+
+
+def shown(names: list[str]) -> str:
+    """The first names of a list, for a message."""
+    return f"{', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}"
 
 
 def is_opaque(dataset: str) -> bool:
@@ -28,33 +34,33 @@ def is_opaque(dataset: str) -> bool:
 
 
 def split_folder(root: str | os.PathLike, split: str) -> Path:
-    """The folder of a split as timm finds it: of that name, of another usual one, else `root` itself."""
+    """The folder that timm takes for a split: of that name, of a synonym, else `root` itself."""
     name = split.partition("[")[0]
-    names = [name, *next((synonyms for synonyms in SYNONYMS if name in synonyms), ())]
-    return next((Path(root) / n for n in names if (Path(root) / n).exists()), Path(root))
+    synonyms = next((names for names in (TRAIN_FOLDERS, VALIDATION_FOLDERS) if name in names), ())
+    return next((Path(root) / n for n in (name, *synonyms) if (Path(root) / n).exists()), Path(root))
 
 
 class FolderReader(ReaderImageFolder):
     """timm's reader of a folder, for every kind of image that pretraining reads.
 
-    The folder that holds an image is its class. Hidden files and folders (leading dot) are skipped, as in pretraining;
-    only regular files count. Order of images and classes are timm's.
+    The folder that holds an image is its class. Hidden files and folders (leading dot) are skipped. Images and classes
+    are in timm's order.
 
     Args:
         root: The folder.
-        class_map: Class by folder name: a file as of timm's `--class-map`, or a mapping. Images of other folders are
+        class_map: Class by folder name: a file as of timm's `--class-map`, or a mapping. Images in other folders are
             left out.
         input_key: Extensions that count as images, separated by `;`; None for all of `image_extensions()`.
 
     Attributes:
         samples: `(path, class)` of each image.
         class_to_idx: Class by name.
-        left: What is there besides the images.
-        unlabelled: Number of images by the name of their folder, where the class map does not have it.
-        barren: Names of folders that have files and none that is an image.
+        left: The files that are not images.
+        unlabelled: Number of images by the name of their folder, if the class map lacks it.
+        imageless: Names of folders whose files are not images.
 
     Raises:
-        ValueError: There is no image, a folder cannot be listed, or the class map cannot be read.
+        ValueError: There are no images, a folder cannot be listed, or the class map cannot be read.
     """
 
     def __init__(
@@ -64,16 +70,16 @@ class FolderReader(ReaderImageFolder):
         extensions = tuple(input_key.lower().split(";")) if input_key else image_extensions()
         found: list[tuple[str, str]] = []  # path, class
         self.left = LeftOut()
-        self.barren: list[str] = []
+        self.imageless: list[str] = []
         for folder, images, others in walk(self.root, extensions, self.left):
             label = os.path.basename(folder)
             found += [(os.path.join(self.root, folder, name), label) for name in images]
             if others and not images and label:
-                self.barren.append(label)
+                self.imageless.append(label)
         if not found:
             raise ValueError(
-                f"0 images in {self.root}: {self.left or 'it has no files'} (hidden files and "
-                f"folders are skipped). Images are {input_key or 'all that Pillow opens, and .npy'}."
+                f"0 images in {self.root}: {self.left or 'it has no files'} (hidden files and folders are skipped). "
+                f"Images are {input_key or 'all that Pillow opens, and .npy'}."
             )
         names = sorted({label for _, label in found}, key=natural_key)
         self.class_to_idx: dict[str, int] = (
@@ -86,10 +92,15 @@ class FolderReader(ReaderImageFolder):
     def __getitem__(self, index: int) -> tuple[str, int]:  # type: ignore[override]
         return self.samples[index]
 
+    @property
+    def classes(self) -> list[str]:
+        """Names in the order of the class index."""
+        return sorted(self.class_to_idx, key=self.class_to_idx.__getitem__)
+
     def counts(self) -> dict[str, int]:
-        """Number of images of each class, by its name, in the order of the class index."""
+        """Number of images by class name, in the order of the class index."""
         counted = Counter(target for _, target in self.samples)
-        return {name: counted[i] for name, i in sorted(self.class_to_idx.items(), key=lambda item: item[1])}
+        return {name: counted[self.class_to_idx[name]] for name in self.classes}
 
 
 def _load_class_map(class_map: str | Mapping[str, int], root: str) -> dict[str, int]:
@@ -101,41 +112,125 @@ def _load_class_map(class_map: str | Mapping[str, int], root: str) -> dict[str, 
         raise ValueError(f"--class-map {class_map} cannot be read: {e}") from e
 
 
-# ------------------------------------------------------------------------------------------------------ what is said
+# ------------------------------------------------------------------------------------------------------------- splits
 
 
-def describe_classes(counts: Mapping[str, int]) -> str:
-    """Images of each class: all where they are few, else the extremes."""
-    if len(counts) <= FEW_CLASSES:
-        return ", ".join(f"{name} {n}" for name, n in counts.items())
-    (least, low), (most, high) = (f(counts.items(), key=lambda item: item[1]) for f in (min, max))
-    return f"from {low} ({least}) to {high} ({most}) a class"
+@dataclass(frozen=True)
+class FolderOptions:
+    """Options of timm's scripts on which files of a folder are images, and on their classes; see `FolderReader`."""
+
+    class_map: str = ""
+    input_key: str | None = None
+
+    def open(self, folder: Path) -> FolderReader:
+        """Lists a folder."""
+        return FolderReader(folder, self.class_map, self.input_key)
+
+
+def open_splits(
+    data_dir: str | None, splits: Mapping[str, str], options: FolderOptions, dataset: str = ""
+) -> list[FolderReader]:
+    """Lists the splits of a folder of images.
+
+    Args:
+        data_dir: The folder.
+        splits: Name of each split by the option that gave it, such as '--train-split'; an empty name is left out.
+        options: Options of the reader.
+        dataset: timm's `--dataset`.
+
+    Returns:
+        The splits; none for other data sets (a tar, `hfds/...`), which timm's script opens.
+
+    Raises:
+        ValueError: A split is missing or empty, or the splits differ in their classes.
+    """
+    if is_opaque(dataset) or data_dir and Path(data_dir).is_file():
+        return []
+    if not data_dir:
+        raise ValueError(
+            "--data-dir is needed: a folder with train/ and validation/, each with a sub-folder per class."
+        )
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise ValueError(f"--data-dir {root} does not exist. Expected a folder with train/ and validation/.")
+    found = [open_split(root, split, option, options) for option, split in splits.items() if split]
+    check_same_classes(
+        found[0].classes,
+        found[-1].classes,
+        (found[0].root, found[-1].root),
+        ordered=False,
+        remedy="Both need a sub-folder with images for every class, with the same name.",
+    )
+    return found
+
+
+def open_split(root: Path, split: str, option: str, options: FolderOptions) -> FolderReader:
+    """Lists one split.
+
+    Args:
+        root: The data folder.
+        split: Name of the split.
+        option: The option that gave it, for messages.
+        options: Options of the reader.
+
+    Raises:
+        ValueError: There is no folder of that name, or it has no images or no classes.
+    """
+    expected = f"Expected {root / split} with one sub-folder of images per class, or another {option}."
+    folder = split_folder(root, split)
+    # timm would take the root itself for the split then, and `train` for a class
+    if folder.resolve() == root.resolve():
+        there = sorted(p.name for p in root.iterdir() if p.is_dir())
+        listed = ", ".join(there[:10]) or "no folders"
+        raise ValueError(f"{root} has no {option} '{split}'; it has {listed}. {expected}")
+    try:
+        reader = options.open(folder)
+    except ValueError as e:
+        raise ValueError(f"{option} {split} of {root}: {e} {expected}") from e
+    check_labelled(reader, expected)
+    return reader
+
+
+def check_labelled(reader: FolderReader, expected: str = "") -> None:
+    """Refuses images that are in no sub-folder."""
+    if "" in reader.class_to_idx:
+        raise ValueError(f"{reader.root} has images that are in no sub-folder, so their class is unknown. {expected}")
+
+
+# -------------------------------------------------------------------------------------------------------- description
 
 
 def describe(reader: FolderReader) -> list[str]:
-    """Lines on what a folder has: images, classes, and what is left out."""
+    """Lines on the contents of a folder: images, classes, and the files that are left out."""
     counts = reader.counts()
-    lines = [f"{reader.root}: {len(reader)} images"]
+    lines = [f"{len(reader)} images"]
     if set(counts) != {""}:
-        lines[0] += f" of {len(counts)} class{'es' * (len(counts) != 1)}: {describe_classes(counts)}"
-    if left_out(reader):
-        lines.append(f"{reader.root}: {left_out(reader)}")
-    if reader.barren:
-        lines.append(f"{reader.root}: no image in {', '.join(reader.barren[:5])}{', ...' * (len(reader.barren) > 5)}")
+        lines[0] += f" of {len(counts)} class{'es' * (len(counts) != 1)}: {_describe_classes(counts)}"
+    if str(reader.left):
+        lines.append(str(reader.left))
+    if reader.imageless:
+        lines.append(f"no images in {shown(reader.imageless)}")
     if reader.unlabelled:
-        left = sum(reader.unlabelled.values())
-        names = ", ".join(list(reader.unlabelled)[:5])
-        lines.append(f"{reader.root}: {left} images are left out, whose folder is not in the class map: {names}")
-    return lines
+        names = ", ".join(list(reader.unlabelled)[:SHOWN])
+        lines.append(f"left out {reader.unlabelled.total()} images whose folder is not in the class map: {names}")
+    return [f"{reader.root}: {line}" for line in lines]
+
+
+def _describe_classes(counts: Mapping[str, int]) -> str:
+    """Images per class: all counts if they are few, else the extremes."""
+    if len(counts) <= FEW_CLASSES:
+        return ", ".join(f"{name} {n}" for name, n in counts.items())
+    (least, low), (most, high) = (f(counts.items(), key=lambda item: item[1]) for f in (min, max))
+    return f"from {low} ({least}) to {high} ({most}) per class"
 
 
 def imbalance(counts: Mapping[str, int]) -> str:
-    """What to know where the largest class has over ten times as many images as the smallest; else empty."""
-    present: dict[Any, int] = {name: n for name, n in counts.items() if n}
-    if not present or max(present.values()) <= IMBALANCE * min(present.values()):
+    """A warning if the largest class has over ten times as many images as the smallest; else empty."""
+    present = [(n, name) for name, n in counts.items() if n]
+    if not present or max(present)[0] <= IMBALANCE * min(present)[0]:
         return ""
-    least, most = min(present, key=present.__getitem__), max(present, key=present.__getitem__)
+    (low, least), (high, most) = min(present), max(present)
     return (
-        f"the classes are unequal, {present[most]} images of {most} against {present[least]} of {least}: top-1 "
-        "accuracy says little of the small ones. validate --metrics-avg macro (needs scikit-learn) counts all alike."
+        f"the classes are unequal, {high} images of {most} against {low} of {least}: top-1 accuracy says little about "
+        "the small ones. validate --metrics-avg macro (needs scikit-learn) weights all classes equally."
     )

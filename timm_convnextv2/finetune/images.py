@@ -1,19 +1,20 @@
 """timm's scripts fed by this package's decoder: the data sets, transforms and batches that they get.
 
-timm's own reader converts every image to 8-bit RGB or grey, which clips 16-bit values to white and drops bands. Here
-`feed` replaces what a script uses to open its data. Images of 8 bits with 1 or 3 channels stay Pillow images and go
-through timm's own transforms, collation and mixup: the same numbers as by the script alone (EXIF rotation apart, which
-timm ignores). All others, 16-bit, float and with other numbers of channels, are tensors:
+timm's own reader converts every image to 8-bit RGB or grey, which clips 16-bit values to white and drops bands. `feed`
+replaces the functions with which a script opens its data. Images of 8 bits with 1 or 3 channels stay Pillow images and
+go through timm's own transforms, collation and mixup: the numbers are those of the script alone (except for EXIF
+rotation, which timm ignores). All others, 16-bit, float and with other numbers of channels, are tensors:
 
 - geometry (crop, scale, ratio, flips, interpolation) is timm's, which takes tensors too; RandAugment, AutoAugment,
   colour jitter and grey conversion are for 8-bit images and are left out;
-- where timm's prefetcher normalises, on the device and by mean and std in units of 255, a batch that is not all
-  uint8 is float32 in these units. Where it does not, the transform normalises.
+- if timm's prefetcher normalises, on the device and by mean and std in units of 255, a batch that is not all uint8 is
+  float32 in these units. Otherwise the transform normalises.
 """
 
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -42,59 +43,72 @@ from .folders import FolderReader, is_opaque, split_folder
 
 _logger = logging.getLogger(__name__)
 
-# Of timm's transforms, those that are defined on 8-bit images only.
+# those of timm's transforms that are defined on 8-bit images only
 _COLOURS = (RandAugment, AutoAugment, AugMixAugment, ColorJitter, RandomGrayscale)
 
 
-# ------------------------------------------------------------------------------------------------------------ data set
+@dataclass(frozen=True)
+class Reading:
+    """How a script reads images.
+
+    Attributes:
+        in_chans: Channels that images are converted to.
+        pixels: How stored values become pixels.
+        strict: Raise an error for an image that cannot be decoded; by default a warning names it, and the next image
+            replaces it (in a stream it is left out).
+    """
+
+    in_chans: int = 3
+    pixels: Pixels = PLAIN
+    strict: bool = False
+
+    def convert(self, image: Image.Image, in_chans: int) -> Image.Image | torch.Tensor:
+        """A Pillow image if timm's transforms are for it, else a tensor."""
+        return to_mode(image, in_chans) if in_chans in (1, 3) and is_8_bit(image) else from_pil(image, in_chans)
+
+    def decode(self, image: Any, name: str, decode: Any = decode_any) -> Image.Image | torch.Tensor:
+        """An image of 8 bits with 1 or 3 channels as a Pillow image, any other as a tensor `[C, H, W]`.
+
+        Raises:
+            ImageError, OSError: It cannot be read or decoded; names it.
+        """
+        image = decode(image, name, in_chans=self.in_chans, pixels=self.pixels, convert=self.convert)
+        # .npy and tifffile give tensors of 8-bit images too
+        small = isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and self.in_chans in (1, 3)
+        return to_pil_image(image) if small else image
 
 
-def _keep_8_bit(image: Image.Image, in_chans: int) -> Image.Image | torch.Tensor:
-    """A Pillow image where timm's transforms are for it, else a tensor."""
-    return to_mode(image, in_chans) if in_chans in (1, 3) and is_8_bit(image) else from_pil(image, in_chans)
-
-
-def _pil_if_8_bit(image: Image.Image | torch.Tensor, in_chans: int) -> Image.Image | torch.Tensor:
-    """What came as a tensor, from `.npy` or tifffile, as a Pillow image where timm's transforms are for it."""
-    as_tensor = isinstance(image, torch.Tensor)
-    return to_pil_image(image) if as_tensor and image.dtype == torch.uint8 and in_chans in (1, 3) else image
+# ----------------------------------------------------------------------------------------------------------- data sets
 
 
 class Images(ImageDataset):
-    """timm's `ImageDataset`, whose images are decoded as for pretraining.
-
-    `dataset[i]` is `(image, target)`: before `transform` a Pillow image (8 bits, mode L or RGB), else a tensor
-    `[C, H, W]` as of `load_image`. An image that cannot be decoded is replaced by the next one with a warning that
-    names it, as timm does.
+    """timm's `ImageDataset` with images decoded as in pretraining; `dataset[i]` is `(image, target)`.
 
     Args:
-        reader: One of timm's, or a `FolderReader`.
-        in_chans: Channels that images are converted to.
-        strict: An image that cannot be decoded is an error.
-        pixels: How stored values become pixels, see `Pixels`.
+        reader: A reader of timm, or a `FolderReader`.
+        reading: Channels, pixels, and what happens to corrupt images.
 
     Raises:
-        ValueError: By a sample: a package is missing; or, where it is strict, the image cannot be decoded.
+        ValueError: By a sample: a package is missing; or, if strict, the image cannot be decoded.
         RuntimeError: By a sample: it and those that follow cannot be decoded.
     """
 
-    def __init__(self, reader: Any, in_chans: int = 3, strict: bool = False, pixels: Pixels = PLAIN) -> None:
+    def __init__(self, reader: Any, reading: Reading = Reading()) -> None:  # noqa: B008  frozen
         super().__init__(None, reader=reader)
-        self.in_chans, self.strict, self.pixels = in_chans, strict, pixels
+        self.reading = reading
 
     def load(self, index: int) -> tuple[Any, ...]:
-        """Image, target and what else timm's reader gives, before any transform.
+        """Image, target and other values of timm's reader, before any transform.
 
         Raises:
-            ImageError, OSError: It cannot be read or decoded; names the file.
+            ImageError, OSError: The image cannot be read or decoded; names the file.
         """
         reader: Any = self.reader
-        picture, *rest = reader[index]
-        image = decode_any(picture, self.name(index), self.in_chans, pixels=self.pixels, convert=_keep_8_bit)
-        return _pil_if_8_bit(image, self.in_chans), *rest
+        image, *rest = reader[index]
+        return self.reading.decode(image, self.name(index)), *rest
 
     def name(self, index: int) -> str:
-        """File name of a sample, or its number where only reading the sample tells it."""
+        """File name of a sample, or its number if only reading the sample gives the name."""
         known = hasattr(self.reader, "samples")
         return printable(str(self.filename(index, absolute=True))) if known else f"sample {index}"
 
@@ -104,7 +118,7 @@ class Images(ImageDataset):
                 image, target, *features = self.load(index)
                 break
             except (ImageError, OSError) as e:
-                if self.strict:
+                if self.reading.strict:
                     raise
                 _logger.warning(f"Skipped: {e}")
                 index = (index + 1) % len(self.reader)
@@ -116,7 +130,7 @@ class Images(ImageDataset):
 
 
 class TorchReader:
-    """A map-style data set of torchvision as a reader for `Images`: what it finds, not decoded where that is a file."""
+    """A map-style data set of torchvision as a reader for `Images`; files are not decoded."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -131,52 +145,40 @@ class TorchReader:
 
 
 class ImageStream(IterableImageDataset):
-    """timm's `IterableImageDataset` for `wds/`, `hfids/` and `tfds/`, whose images are decoded as those of `Images`.
+    """timm's `IterableImageDataset` for `wds/`, `hfids/` and `tfds/`, with images decoded as by `Images`.
 
-    Order and targets are timm's. An image that cannot be decoded is left out with a warning that names it. TensorFlow
-    decodes those of `tfds/`, as 8 bits.
+    Order and targets are timm's. TensorFlow decodes the images of `tfds/`, as 8 bits.
 
     Args:
-        reader: timm's.
-        name: Of the data set.
-        input_key: Field that holds the image; of `wds/` several, separated by `;`.
-        in_chans, strict, pixels: See `Images`.
+        reader: timm's reader.
+        name: Name of the data set.
+        input_key: Field that holds the image; for `wds/` several, separated by `;`.
+        reading: See `Images`.
 
     Raises:
-        ValueError: By iteration: see `Images`; there are fewer shards than workers; or as many images in a row as timm
-            retries cannot be decoded.
+        ValueError: By iteration: there are fewer shards than workers; or an image cannot be decoded, if strict or after
+            as many in a row as timm retries.
     """
 
-    def __init__(
-        self,
-        reader: Any,
-        name: str,
-        input_key: str,
-        in_chans: int = 3,
-        strict: bool = False,
-        pixels: Pixels = PLAIN,
-    ) -> None:
+    def __init__(self, reader: Any, name: str, input_key: str, reading: Reading) -> None:
         super().__init__(None, reader=reader)
-        self.dataset_name, self.input_key = name, input_key
-        self.in_chans, self.strict, self.pixels = in_chans, strict, pixels
+        self.dataset_name, self.input_key, self.reading = name, input_key, reading
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         leave_undecoded(self.reader, self.dataset_name, self.input_key, labelled=True)
-        bad, reader = 0, iter(self.reader)  # type: ignore[arg-type]  # one of a stream
+        decode = partial(decode_undecoded, input_key=self.input_key)
+        bad, reader = 0, iter(self.reader)  # type: ignore[arg-type]  # timm's readers of streams are iterable
         for number, (item, target) in enumerate(reader):
-            name, picture = undecoded_picture(item, f"{self.dataset_name} sample {number}")
+            name, stored = undecoded_picture(item, f"{self.dataset_name} sample {number}")
             try:
-                image = decode_undecoded(
-                    picture, name, self.input_key, self.in_chans, pixels=self.pixels, convert=_keep_8_bit
-                )
+                image = self.reading.decode(stored, name, decode)
             except (ImageError, OSError) as e:
                 bad += 1
-                if self.strict or bad >= _ERROR_RETRY:
+                if self.reading.strict or bad >= _ERROR_RETRY:
                     raise
                 _logger.warning(f"Skipped: {e}")
                 continue
             bad = 0
-            image = _pil_if_8_bit(image, self.in_chans)
             image = image if self.transform is None else self.transform(image)
             yield image, target if self.target_transform is None else self.target_transform(target)
 
@@ -185,10 +187,10 @@ def probe(dataset: Images, tries: int = 32) -> str:
     """Decodes images spread over a data set before a script is started on it.
 
     Returns:
-        What is not 8-bit about them, such as 'float32 with 3 channels'; empty where all are.
+        Kinds of images that timm's transforms for 8-bit images do not suit, such as 'not 8-bit with 3 channels'.
 
     Raises:
-        ValueError: None can be decoded; names the first. Or a package is missing.
+        ValueError: No image can be decoded; names the first. Or a package is missing.
     """
     n, kinds, bad = max(1, min(tries, len(dataset))), {}, []
     for i in (k * len(dataset) // n for k in range(n)):
@@ -204,16 +206,16 @@ def probe(dataset: Images, tries: int = 32) -> str:
     return ", ".join(kinds)
 
 
-def refuse_for_tensors(kinds: str, options: dict[str, Any], crop_mode: str | None) -> None:
-    """Refuses what timm has for 8-bit images only, and what would stop the script at some image.
+def refuse_for_tensors(kinds: str, options: Mapping[str, Any], crop_mode: str | None) -> None:
+    """Refuses options that timm has for 8-bit images only and that would stop the script at some image.
 
     Args:
-        kinds: What is not 8-bit RGB or grey about the images, see `probe`; empty where all are.
-        options: Of a script of timm.
-        crop_mode: For evaluation, as timm resolves it.
+        kinds: See `probe`; empty if all images are 8-bit RGB or grey.
+        options: Options of the script.
+        crop_mode: As timm resolves it for evaluation.
 
     Raises:
-        ValueError: Names the option and what to use instead.
+        ValueError: Names the option and an alternative.
     """
     mixes = options.get("mixup") or options.get("cutmix") or options.get("cutmix_minmax")
     wrong = {
@@ -222,8 +224,8 @@ def refuse_for_tensors(kinds: str, options: dict[str, Any], crop_mode: str | Non
         "--naflex-loader": (options.get("naflex_loader"), "leave it out"),
         "--tf-preprocessing": (options.get("tf_preprocessing"), "leave it out"),
     }
-    for option, (there, remedy) in wrong.items():
-        if kinds and there:
+    for option, (is_set, remedy) in wrong.items():
+        if kinds and is_set:
             raise ValueError(f"{option} is for 8-bit RGB or grey, and there are images {kinds}: {remedy}.")
 
 
@@ -231,12 +233,11 @@ def refuse_for_tensors(kinds: str, options: dict[str, Any], crop_mode: str | Non
 
 
 def _is_colour(step: Any) -> bool:
-    inner = step.transforms[0] if isinstance(step, RandomApply) else step
-    return isinstance(inner, _COLOURS)
+    return isinstance(step.transforms[0] if isinstance(step, RandomApply) else step, _COLOURS)
 
 
 def _times_255(image: torch.Tensor) -> torch.Tensor:
-    """uint8 as it is, float in the units of timm's prefetcher, 0..255."""
+    """uint8 unchanged, float in the units of timm's prefetcher, 0..255."""
     return image if image.dtype == torch.uint8 else image * 255
 
 
@@ -244,7 +245,7 @@ class ByKind:
     """One of timm's transforms for Pillow images, and the same geometry for tensors `[C, H, W]`.
 
     Args:
-        transform: What `timm.data.create_transform` made: ends in a uint8 tensor, or in a normalised one.
+        transform: From `timm.data.create_transform`: ends in a uint8 tensor, or in a normalised one.
     """
 
     def __init__(self, transform: Any) -> None:
@@ -257,15 +258,15 @@ class ByKind:
     def __call__(self, image: Any) -> torch.Tensor:
         if not isinstance(image, torch.Tensor):
             return self.transform(image)
-        self._tell()
+        self._warn_once()
         for step in self.steps:
             if isinstance(step, CenterCropOrPad) and isinstance(step.fill, list | tuple):
                 raise ValueError("--crop-mode border is for 8-bit images; use center or squash.")
             image = step(image)
         return image
 
-    def _tell(self) -> None:
-        """Says once what the images do without."""
+    def _warn_once(self) -> None:
+        """Names the steps that are left out; of all data workers only the first does."""
         worker = get_worker_info()
         if self.left_out and (worker is None or worker.id == 0):
             names = ", ".join(type(step).__name__ for step in self.left_out)
@@ -287,8 +288,8 @@ def _by_kind(dataset: Any) -> None:
 
 
 def collate(batch: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
-    """timm's `fast_collate`; float32 in 0..255 where not all images are uint8, which timm would truncate."""
-    views = [x if isinstance(x, tuple) else (x,) for x, *_ in batch]  # of AugMix several of each image
+    """timm's `fast_collate`; float32 in 0..255 unless all images are uint8, because timm would truncate."""
+    views = [x if isinstance(x, tuple) else (x,) for x, *_ in batch]  # AugMix gives several of each image
     if all(view.dtype == torch.uint8 for image in views for view in image):
         return fast_collate(batch)
     images = torch.stack([image[k].float() for k in range(len(views[0])) for image in views])
@@ -297,7 +298,7 @@ def collate(batch: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class CollateMixup(FastCollateMixup):
-    """timm's mixup and cutmix in collation; on float32 in 0..255 where not all images are uint8."""
+    """timm's mixup and cutmix in collation; on float32 in 0..255 unless all images are uint8."""
 
     def __call__(self, batch: list[tuple], _: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         if all(image.dtype == torch.uint8 for image, *_ in batch):
@@ -314,53 +315,45 @@ def create_dataset(
     name: str = "",
     root: str | None = None,
     split: str = "validation",
-    class_map: Any = "",
-    load_bytes: bool = False,
-    input_key: str | None = None,
     *,
-    in_chans: int,
-    strict: bool = False,
-    pixels: Pixels = PLAIN,
+    reading: Reading,
     class_to_idx: Mapping[str, int] | None = None,
     **kwargs: Any,
 ) -> Any:
     """timm's `create_dataset`; folders, tars, `hfds/` and `torch/` give `Images`, streams `ImageStream`.
 
     Args:
-        name, root, split, class_map, load_bytes, input_key, kwargs: timm's.
-        in_chans, strict, pixels: See `Images`.
+        name, root, split, kwargs: timm's arguments.
+        reading: See `Images`.
         class_to_idx: Class by the name of its folder, instead of `class_map`.
 
     Raises:
-        ValueError: A folder or tar has no image, or the data set has not as many channels.
+        ValueError: A folder or tar has no image, or the data set cannot have so many channels.
     """
+    class_map, input_key = class_to_idx or kwargs.get("class_map", ""), kwargs.get("input_key")
+    if root is not None and not is_opaque(name):
+        if os.path.isdir(root):
+            return Images(FolderReader(split_folder(root, split), class_map, input_key), reading)
+        if root.lower().endswith(".tar") and os.path.isfile(root):
+            tar, left = open_tar(root, class_map, input_key.lower().split(";") if input_key else None)
+            if str(left):
+                say(f"{root}: {left}")
+            return Images(tar, reading)
     prefix = name.partition("/")[0].lower() if is_opaque(name) else ""
-    if root is not None and os.path.isdir(root) and not is_opaque(name) and not load_bytes:
-        reader = FolderReader(split_folder(root, split), class_to_idx or class_map, input_key)
-        return Images(reader, in_chans, strict, pixels)
-    if root is not None and root.lower().endswith(".tar") and os.path.isfile(root) and not prefix and not load_bytes:
-        tar, left = open_tar(root, class_map, input_key.lower().split(";") if input_key else None)
-        if str(left):
-            say(f"{root}: {left}")
-        return Images(tar, in_chans, strict, pixels)
-    if prefix == "tfds" and in_chans not in (1, 3):
-        raise ValueError(f"Data set '{name}' gives images with 1 or 3 channels, got {in_chans}.")
-    if prefix == "wds":
-        input_key = input_key or ";".join(extension[1:] for extension in image_extensions())
+    if prefix == "tfds" and reading.in_chans not in (1, 3):
+        raise ValueError(f"Data set '{name}' gives images with 1 or 3 channels, got {reading.in_chans}.")
+    if prefix == "wds" and not input_key:
+        kwargs["input_key"] = ";".join(extension[1:] for extension in image_extensions())
     if prefix in ("wds", "hfids"):
-        kwargs["input_img_mode"] = ""
-    dataset = timm.data.create_dataset(
-        name, root=root, split=split, class_map=class_map, load_bytes=load_bytes, input_key=input_key, **kwargs
-    )
-    if load_bytes:
-        return dataset
+        kwargs["input_img_mode"] = ""  # else timm's reader converts
+    dataset = timm.data.create_dataset(name, root=root, split=split, **kwargs)
     if isinstance(dataset, IterableImageDataset):
-        return ImageStream(dataset.reader, name, input_key or "image", in_chans, strict, pixels)
+        return ImageStream(dataset.reader, name, kwargs.get("input_key") or "image", reading)
     if prefix == "torch":
-        return Images(TorchReader(dataset), in_chans, strict, pixels)
+        return Images(TorchReader(dataset), reading)
     if type(dataset) is not ImageDataset:
         return dataset
-    images = Images(dataset.reader, in_chans, strict, pixels)
+    images = Images(dataset.reader, reading)
     images.additional_features = dataset.additional_features
     return images
 
@@ -379,20 +372,7 @@ def create_loader(dataset: Any, *args: Any, **kwargs: Any) -> Any:
     return loader
 
 
-def feed(
-    script: ModuleType,
-    *,
-    in_chans: int,
-    strict: bool = False,
-    pixels: Pixels = PLAIN,
-    class_to_idx: Mapping[str, int] | None = None,
-) -> None:
-    """Lets one of timm's scripts, imported, read its images by this package's decoder.
-
-    Args:
-        script: train.py, validate.py or inference.py.
-        in_chans, strict, pixels, class_to_idx: See `create_dataset`.
-    """
-    reading: dict[str, Any] = dict(in_chans=in_chans, strict=strict, pixels=pixels, class_to_idx=class_to_idx)
-    opened = partial(create_dataset, **reading)
+def feed(script: ModuleType, reading: Reading, class_to_idx: Mapping[str, int] | None = None) -> None:
+    """Lets an imported script of timm read its images by this package's decoder; see `create_dataset`."""
+    opened = partial(create_dataset, reading=reading, class_to_idx=class_to_idx)
     vars(script).update(create_dataset=opened, create_loader=create_loader, FastCollateMixup=CollateMixup)

@@ -1,4 +1,4 @@
-"""What a finetuning that failed or was killed leaves behind: it is told rightly, and resumed."""
+"""Checkpoints that a failed or killed finetuning leaves behind: named in a message, and resumed."""
 
 import os
 import random
@@ -14,7 +14,7 @@ import torch
 from helpers import environment
 
 from timm_convnextv2.commands.finetune import main
-from timm_convnextv2.finetune.start import newest_whole, tell
+from timm_convnextv2.finetune.checkpoints import after_failure, newest_whole
 
 
 def save(path, epoch):
@@ -29,8 +29,8 @@ def test_failure_is_told_with_what_is_whole(command, encoder, tmp_path, capsys):
     message = capsys.readouterr().err
     assert message.count("train.py failed (RuntimeError).") == 1
     assert f"The last whole checkpoint is {folder / 'last.pth.tar'} (after epoch 3 of 10)." in message
-    assert "tmp.pth.tar (0.0 MiB), which was being written, is removed." in message
-    assert f"The same command with --experiment x --resume {folder / 'last.pth.tar'} resumes it." in message
+    assert "Removed tmp.pth.tar (0.0 MiB)" in message
+    assert f"--experiment x --resume {folder / 'last.pth.tar'}." in message
     assert not (folder / "tmp.pth.tar").exists()
     content = torch.load(folder / "last.pth.tar", weights_only=False)  # the stand-in trains no model
     content["state_dict"] = timm.create_model(f"local-dir:{encoder}", num_classes=3).state_dict()
@@ -41,7 +41,7 @@ def test_failure_is_told_with_what_is_whole(command, encoder, tmp_path, capsys):
 def test_nothing_was_saved(command, capsys):
     with pytest.raises(SystemExit):
         main(command("--seed", "13"))
-    assert "No whole checkpoint is in" in capsys.readouterr().err
+    assert "has no whole checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("state", ["torn last", "between two renames", "only an epoch's"])
@@ -53,7 +53,7 @@ def test_newest_whole_one(tmp_path, state):
         save(tmp_path / "tmp.pth.tar", 1)
         (tmp_path / "last.pth.tar").unlink()
         assert newest_whole(tmp_path) == (tmp_path / "tmp.pth.tar", 2)
-        assert "after epoch 2 of 9" in tell(tmp_path, 9, "x") and (tmp_path / "tmp.pth.tar").exists()
+        assert "after epoch 2 of 9" in after_failure(tmp_path, 9, "x") and (tmp_path / "tmp.pth.tar").exists()
         return
     if state == "torn last":  # a copy of a file system without links
         (tmp_path / "last.pth.tar").unlink()

@@ -1,0 +1,159 @@
+"""Validation and prediction: model and images are checked, then timm's validate.py or inference.py reads them."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from timm.data import resolve_data_config
+from timm.models import parse_model_name
+from torch import nn
+
+from ..data import Pixels
+from ..runs.device import check_device
+from .folders import FolderOptions, FolderReader, check_labelled, describe, is_opaque, open_split, shown, split_folder
+from .images import Images, Reading, feed, probe, refuse_for_tensors
+from .model import check_folder_weights, check_weights_file, choose_pixels, create_meta_model
+from .options import ScriptOptions, check_input_mode, fit_channels, resolve_options
+
+
+def prepare_evaluation(
+    script: ModuleType, words: list[str], *, labelled: bool, nodata: float | None
+) -> tuple[list[str], list[str]]:
+    """Checks options, model and images, and lets the script read the images.
+
+    Args:
+        script: validate.py or inference.py, imported.
+        words: Its options; the first word may be the model instead.
+        labelled: Compare the folder's classes with the model's. Otherwise an image that cannot be decoded is an error,
+            because it would get the answer for the next one.
+        nodata: Value of --nodata; None for the model's.
+
+    Returns:
+        The command line of the script, and notes for the user.
+
+    Raises:
+        ValueError: A user's mistake, in one message.
+    """
+    words = _with_model(words)
+    options = resolved = resolve_options(script, words)
+    if options.model == options.defaults["model"]:
+        raise ValueError("--model is needed: --model local-dir:FOLDER, the `model` folder of a finetuning, or a name.")
+    if not options.data_folder and not options.dataset:
+        raise ValueError("--data-dir is needed: the folder of the images.")
+    check_device(options.device)
+    check_input_mode(options)
+    class_to_idx, pixels, notes = None, Pixels(nodata), []
+    if not _names_several(options):
+        options, model, notes = _with_channels(options)
+        pixels, read = choose_pixels(nodata, options.model, options.channels)
+        class_to_idx, said = _check_images(options, model, labelled, pixels)
+        notes += [*read, *said]
+    feed(script, Reading(options.channels, pixels, strict=not labelled), class_to_idx)
+    return [*words, *options.words_since(resolved)], notes
+
+
+def _with_model(words: list[str]) -> list[str]:
+    """The words, with --model before the first if that is a name or a folder."""
+    if not words or words[0].startswith("-"):
+        return list(words)
+    name, *rest = words
+    if any(word in ("-m", "--model") or word.startswith("--model=") for word in rest):
+        raise ValueError(f"'{name}' and --model both name a model; the folder of the images is --data-dir.")
+    return ["--model", f"local-dir:{name}" if Path(name).is_dir() else name, *rest]
+
+
+def _names_several(options: ScriptOptions) -> bool:
+    """Whether validate.py will evaluate several models or checkpoints, which it finds itself."""
+    pattern = options.model == "all" or any(c in options.model for c in "*?[") or Path(options.model).is_file()
+    return pattern or Path(options.checkpoint or "?").is_dir()
+
+
+def _with_channels(options: ScriptOptions) -> tuple[ScriptOptions, nn.Module, list[str]]:
+    """Creates the model on the meta device and checks its weights; sets channels, size, mean and std from its config.
+
+    Returns:
+        The options, the model, and notes for the user.
+    """
+    model = create_meta_model(
+        options.model,
+        need_weights=not options.checkpoint,
+        num_classes=options.num_classes,
+        **(options.model_kwargs or {}),
+    )
+    if not getattr(model, "num_classes", 0):
+        raise ValueError(f"--model {options.model} has no classifier. Finetune it first, or see `embed`.")
+    source, folder = parse_model_name(options.model)
+    if source == "local-dir" and not options.checkpoint:
+        check_folder_weights(Path(folder), model)
+    cfg: Any = model.pretrained_cfg
+    in_chans = (cfg.get("input_size") or (3,))[0]
+    if not options.in_chans and not options.input_size and in_chans != 3:  # the script would build 3 channels
+        options = options.evolve(in_chans=in_chans)
+    options, notes = fit_channels(options, model)
+    if options.checkpoint:
+        check_weights_file("--checkpoint", options.checkpoint, model)
+    return options, model, notes
+
+
+def _check_images(
+    options: ScriptOptions, model: nn.Module, labelled: bool, pixels: Pixels
+) -> tuple[dict[str, int] | None, list[str]]:
+    """Lists the folder and compares its classes with the model's.
+
+    Returns:
+        Class index by folder name, if the model's config has the names of its classes; and notes for the user.
+    """
+    folder = options.data_folder
+    if is_opaque(options.dataset) or not folder or Path(folder).is_file():
+        return None, []
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"--data-dir {root} does not exist.")
+    reading = FolderOptions(options.class_map, getattr(options, "input_key", None))
+    class_to_idx = None
+    if labelled:
+        reader = _open_labelled(root, options.split, reading)
+        cfg: Any = model.pretrained_cfg
+        names, num_classes = cfg.get("label_names"), int(model.num_classes)  # type: ignore[arg-type]
+        if isinstance(names, list | tuple) and not options.class_map and not getattr(options, "valid_labels", ""):
+            class_to_idx = _match(reader, [str(name) for name in names])
+        elif max(reader.class_to_idx.values()) >= num_classes:
+            raise ValueError(
+                f"{reader.root} has {len(reader.classes)} classes and --model {options.model} {num_classes}."
+            )
+    else:
+        reader = reading.open(split_folder(root, options.split))
+    notes = describe(reader)
+    if class_to_idx is not None and len(reader.class_to_idx) < len(class_to_idx):
+        notes.append(
+            f"{len(reader.class_to_idx)} of the model's {len(class_to_idx)} classes are present; matched by name."
+        )
+    values = dict(options.values)
+    kinds = probe(Images(reader, Reading(options.channels, pixels)))
+    refuse_for_tensors(kinds, values, resolve_data_config(values, model=model)["crop_mode"])
+    return class_to_idx, notes
+
+
+def _open_labelled(root: Path, split: str, options: FolderOptions) -> FolderReader:
+    """The split below a data folder, or the folder itself if it has a sub-folder per class."""
+    folder = split_folder(root, split)
+    if folder.resolve() != root.resolve() or not any(p.is_dir() for p in root.iterdir()):
+        return open_split(root, split, "--split", options)
+    reader = options.open(root)
+    check_labelled(reader)
+    return reader
+
+
+def _match(reader: FolderReader, names: list[str]) -> dict[str, int]:
+    """The model's class index by name.
+
+    Raises:
+        ValueError: The folder has a class that the model does not have.
+    """
+    class_to_idx = {name: i for i, name in enumerate(names)}
+    if unknown := [name for name in reader.classes if name not in class_to_idx]:
+        raise ValueError(
+            f"{reader.root} has {len(unknown)} classes that the model does not have: {shown(unknown)}. The model's: "
+            f"{shown(names)}. Rename the folders, or give their order with --class-map FILE."
+        )
+    return class_to_idx

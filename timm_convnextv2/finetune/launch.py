@@ -1,0 +1,94 @@
+"""Running train.py by a plan, and what follows: the export, and the commands that evaluate and publish the result."""
+
+import csv
+import json
+import os
+import shlex
+import tempfile
+from pathlib import Path
+
+import yaml
+from timm.utils.distributed import world_info_from_env
+
+from ..checkpoint import export_finetuned
+from ..checkpoint.finetuned import LABEL_NAMES
+from ..console import invocation
+from .checkpoints import after_failure
+from .images import Reading, feed
+from .plan import Plan
+from .scripts import run_script, script_path
+
+# validate.py must get the same values of these as train.py did
+EVALUATION_OPTIONS = ("dataset", "class_map", "input_img_mode", "input_key", "target_key", "device")
+
+
+def run_plan(plan: Plan) -> None:
+    """Runs train.py in this process, with our images; its errors pass through."""
+    _keep_label_names(plan)
+    feed(plan.script, Reading(plan.options.channels, plan.pixels))
+    with tempfile.TemporaryDirectory() as folder:
+        config = plan.recipe.path
+        if yaml.safe_load(config.read_text(encoding="utf-8")) != plan.recipe.values:  # --from-scratch
+            config = Path(folder) / config.name
+            config.write_text(yaml.safe_dump(plan.recipe.values), encoding="utf-8")
+        run_script(plan.script, ["--config", str(config), *plan.words])
+
+
+def _keep_label_names(plan: Plan) -> None:
+    """Writes the names of the classes into the run's folder: the data may be gone when the model is exported again."""
+    if not plan.splits or world_info_from_env()[1] != 0:
+        return
+    reader = plan.splits[0]
+    if sorted(reader.class_to_idx.values()) == list(range(plan.options.num_classes)):  # a class map may leave gaps
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(reader.classes, ensure_ascii=False, indent=0)
+        (plan.folder / LABEL_NAMES).write_text(text + "\n", encoding="utf-8")
+
+
+def failure(plan: Plan, error: BaseException) -> str:
+    """The message for an error of train.py: which checkpoint is whole, and how to resume. Empty for exit status 0."""
+    if isinstance(error, SystemExit) and error.code in (None, 0):
+        return ""
+    left = after_failure(plan.folder, plan.epochs, plan.options.experiment)
+    return f"train.py failed ({type(error).__name__}). {left}"
+
+
+def export(plan: Plan) -> Path:
+    """Exports the result of train.py to the folder `model` of the run.
+
+    Raises:
+        ValueError: There is no checkpoint, or it could not be exported.
+    """
+    if not any((plan.folder / name).is_file() for name in ("model_best.pth.tar", "last.pth.tar")):
+        raise ValueError(f"train.py ended without a checkpoint in {plan.folder}; there is nothing to export.")
+    try:
+        return export_finetuned(plan.folder, plan.folder / "model", info={"Recipe": plan.recipe.name})
+    except (OSError, ValueError, RuntimeError) as e:
+        raise ValueError(f"the run in {plan.folder} is complete, but its model could not be exported: {e}") from e
+
+
+def epochs_done(folder: Path) -> int | None:
+    """Finished epochs by the run's summary.csv; None if it has none."""
+    try:
+        with open(folder / "summary.csv", newline="", encoding="utf-8") as file:
+            return int(list(csv.DictReader(file))[-1]["epoch"]) + 1
+    except (OSError, IndexError, KeyError, ValueError):
+        return None
+
+
+def next_commands(plan: Plan, model: Path) -> list[str]:
+    """Commands that evaluate the exported model and show what publishing would send."""
+    options = plan.options
+    commands = []
+    if options.val_split:
+        words = [*invocation("validate"), "--model", f"local-dir:{model}"]
+        words += [] if os.environ.get("TIMM_TRAIN") else ["--timm-train", str(script_path(plan.script))]
+        words += ["--data-dir", options.data_folder] if options.data_folder else []
+        words += ["--split", options.val_split] if options.val_split != "validation" else []
+        for name in EVALUATION_OPTIONS:
+            if getattr(options, name) != options.defaults[name]:
+                words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+        words += ["--amp", "--amp-dtype", options.amp_dtype] if options.amp else []
+        commands.append(shlex.join(words))
+    commands.append(shlex.join([*invocation("publish"), str(plan.folder), "USER/NAME", "--dry-run"]))
+    return commands

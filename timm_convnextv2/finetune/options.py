@@ -1,0 +1,152 @@
+"""Options of timm's scripts, resolved by the scripts' own parsers, and changed only by making a second value."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..console import CommandParser, closest
+from ..recipes import Recipe
+from .scripts import matching_script, script_path, script_version
+
+PLUGIN = "timm_convnextv2"  # for train.py's --device-modules
+# Options of ours that train.py's parser takes too: so they are in its args.yaml and checkpoints, and recipes may set
+# them. `pixels` is not typed: the launcher derives it from the model and --nodata.
+ADDED_OPTIONS = {"nodata": float, "license": str, "pixels": json.loads}
+
+
+@dataclass(frozen=True)
+class ScriptOptions:
+    """Options of one of timm's scripts as it will resolve them; each can be read as an attribute.
+
+    Attributes:
+        values: Value by option name, with underscores: command line over recipe over the script's defaults.
+        defaults: The script's defaults.
+        given: Names of the options on the command line.
+    """
+
+    values: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    given: frozenset[str]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(f"the script has no option '{name}'") from None
+
+    def evolve(self, **values: Any) -> "ScriptOptions":
+        """A copy with other values."""
+        return replace(self, values={**self.values, **values})
+
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from the script's defaults."""
+        return {name: value for name, value in self.values.items() if value != self.defaults[name]}
+
+    def words_since(self, before: "ScriptOptions") -> list[str]:
+        """The command line that turns the values of `before` into these."""
+        words: list[str] = []
+        for name, value in self.values.items():
+            flag = f"--{name.replace('_', '-')}"
+            if value == before.values[name]:
+                continue
+            if isinstance(value, list | tuple):
+                words += [flag, *map(str, value)]
+            else:  # with '=', so that a negative number is not taken for an option
+                words.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+        return words
+
+    @property
+    def data_folder(self) -> str | None:
+        """--data-dir, or the word without an option name that timm also takes for it."""
+        return self.data_dir or self.data
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images."""
+        return self.in_chans or (self.input_size[0] if self.input_size else 3)
+
+
+def resolve_options(script: ModuleType, words: list[str], recipe: Recipe | None = None) -> ScriptOptions:
+    """Resolves recipe and command line with the script's own parser, which also refuses unknown options.
+
+    Args:
+        script: The imported script.
+        words: Its command line.
+        recipe: For train.py, whose parser also gets our options.
+
+    Raises:
+        ValueError: The script does not know an option or does not accept a value, or train.py has no --device-modules.
+    """
+    parser = script.parser
+    parser.error = MethodType(CommandParser.error, parser)  # raises; argparse would print a usage of 150 options first
+    if recipe:
+        for name, kind in ADDED_OPTIONS.items():
+            parser.add_argument(f"--{name}", type=kind)
+    defaults = vars(parser.parse_args([]))
+    if recipe:
+        _check_recipe(script, recipe, defaults)
+    unset = object()
+    given = vars(parser.parse_args(words, SimpleNamespace(**dict.fromkeys(defaults, unset))))
+    if recipe:
+        parser.set_defaults(**recipe.values)  # as train.py does with its --config
+    return ScriptOptions(
+        values=vars(parser.parse_args(words)),
+        defaults=defaults,
+        # argparse sets a positional word even if it is missing
+        given=frozenset(k for k, v in given.items() if v is not unset and not (k == "data" and v is None)),
+    )
+
+
+def _check_recipe(script: ModuleType, recipe: Recipe, known: dict[str, Any]) -> None:
+    path, version = script_path(script), script_version(script)
+    if "device_modules" not in known:
+        raise ValueError(f"{path} has no --device-modules: it is too old for {PLUGIN}. {matching_script()}")
+    for key in map(str, recipe.values):
+        if key not in known:
+            raise ValueError(
+                f"Recipe {recipe.path} sets '{key}', which {path}{f' (timm {version})' if version else ''} does not "
+                f"have.{closest(key.replace('-', '_'), known)}"
+            )
+
+
+def fit_channels(options: ScriptOptions, model: torch.nn.Module) -> tuple[ScriptOptions, list[str]]:
+    """Sets image size, mean and std if the model's own are for another number of channels than the images have.
+
+    Otherwise timm would load images with the model's number of channels, and normalise by its mean and std.
+
+    Returns:
+        The options, and notes for the user.
+    """
+    cfg: Any = model.pretrained_cfg
+    wanted, size = options.channels, tuple(cfg.get("input_size") or (3, 224, 224))
+    if options.input_size is None and size[0] != wanted:
+        options = options.evolve(input_size=[wanted, *((options.img_size,) * 2 if options.img_size else size[1:])])
+    notes = []
+    for name, usual in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        given = getattr(options, name)
+        values = given or cfg.get(name) or usual
+        if len(values) in (1, wanted):
+            continue
+        if given:
+            raise ValueError(f"--{name} has {len(values)} numbers, expected one or {wanted}: one per channel.")
+        average = float(f"{sum(values) / len(values):.6g}")
+        options = options.evolve(**{name: [average] * wanted})
+        notes.append(
+            f"--{name} {average:g}: the average of the model's {len(values)} channels, because the images have "
+            f"{wanted}; give --{name} for your images."
+        )
+    return options, notes
+
+
+def check_input_mode(options: ScriptOptions) -> None:
+    """Refuses timm's --input-img-mode: our reader converts images to --in-chans channels."""
+    if mode := getattr(options, "input_img_mode", None):
+        raise ValueError(
+            f"--input-img-mode {mode} is for timm's own reader. Leave it out: images are converted to --in-chans "
+            "channels."
+        )

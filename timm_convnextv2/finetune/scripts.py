@@ -1,0 +1,147 @@
+"""timm's scripts train.py, validate.py and inference.py, which its wheel lacks: found, imported and run."""
+
+import ast
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import timm
+
+TIMM_RAW = "https://raw.githubusercontent.com/huggingface/pytorch-image-models"
+# top-level names that we use of each script
+NEEDED = {
+    "train.py": ("main", "parser", "config_parser"),
+    "validate.py": ("main", "parser", "create_loader"),
+    "inference.py": ("main", "parser", "create_loader"),
+}
+
+
+def script_url(name: str) -> str:
+    """Address of the installed timm version's script."""
+    return f"{TIMM_RAW}/v{timm.__version__}/{name}"
+
+
+def matching_script(name: str = "train.py") -> str:
+    """The remedy if a script does not fit the installed timm."""
+    return f"Give the {name} of timm {timm.__version__} with --timm-train: {script_url(name)}"
+
+
+def find_script(name: str, option: str | None = None) -> Path:
+    """Path of one of timm's scripts: from the option, from TIMM_TRAIN, or in the clone that timm is installed from.
+
+    Args:
+        name: 'train.py', 'validate.py' or 'inference.py'.
+        option: Value of --timm-train: the script, another script beside it, or the folder of a clone.
+
+    Raises:
+        ValueError: The script is not there; the message says how to get it.
+    """
+    for source, value in (("--timm-train", option), ("TIMM_TRAIN", os.environ.get("TIMM_TRAIN"))):
+        if not value:
+            continue
+        path = Path(value)
+        if path.is_dir():
+            path /= name
+        elif name != "train.py":  # TIMM_TRAIN names train.py; that file may have another name
+            path = path.with_name(name)
+        if path.is_file():
+            return path.resolve()
+        raise ValueError(
+            f"{source} is {value}, but there is no {name} there. Save {script_url(name)} there, or give the folder of "
+            "a clone of timm."
+        )
+    beside = Path(timm.__file__).resolve().parents[1] / name
+    if not script_problem(beside, name):
+        return beside
+    raise ValueError(
+        f"timm's {name} is needed and is not part of timm's package. Save {script_url(name)} and give its path with "
+        "--timm-train PATH or set TIMM_TRAIN=PATH; or install timm from a clone of its repository (pip install -e "
+        "CLONE)."
+    )
+
+
+def script_problem(path: Path, name: str) -> str:
+    """Why a file is not timm's script of that name, or not all of it; empty if it is."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as e:  # UnicodeDecodeError is a ValueError
+        return f"it is not Python ({e})" if path.is_file() else str(e)
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+    if missing := [needed for needed in NEEDED[name] if needed not in names]:
+        return f"it has no {', no '.join(missing)}"
+    # a file that was cut off between two functions is still Python, but lacks `if __name__ == "__main__"`
+    return "" if isinstance(tree.body[-1], ast.If) else "its end is missing"
+
+
+def script_version(script: ModuleType) -> str:
+    """Version of the clone of timm that an imported script lies in; empty if it lies elsewhere."""
+    beside = script_path(script).parent / "timm" / "version.py"
+    found = beside.is_file() and re.search(r"__version__ = ['\"](.+?)['\"]", beside.read_text(encoding="utf-8"))
+    return found[1] if found else ""
+
+
+def script_path(script: ModuleType) -> Path:
+    """The file of an imported script."""
+    return Path(str(script.__file__))
+
+
+def load_script(name: str, option: str | None = None) -> ModuleType:
+    """Finds and imports one of timm's scripts, see `find_script`; its main() does not run.
+
+    Raises:
+        ValueError: The script is missing, is another file, fits another timm, or needs a package that is missing.
+    """
+    path = find_script(name, option)
+    if problem := script_problem(path, name):
+        raise ValueError(f"{path} is not timm's {name}: {problem}.")
+    spec = importlib.util.spec_from_file_location(f"timm_{Path(name).stem}_script", path)
+    assert spec and spec.loader  # holds for every file that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as e:
+        package = (e.name or "").partition(".")[0]
+        if package and package != "timm" and isinstance(e, ModuleNotFoundError):
+            raise ValueError(f"timm's {name} needs the package {package}; run `pip install {package}`.") from e
+        raise ValueError(
+            f"{path} does not fit the installed timm {timm.__version__} ({e}). {matching_script(name)}"
+        ) from e
+    return module
+
+
+def run_script(script: ModuleType, words: list[str]) -> None:
+    """Runs main() of an imported script with a command line of its own."""
+    before = sys.argv
+    sys.argv = [str(script_path(script)), *words]
+    try:
+        script.main()
+    finally:
+        sys.argv = before
+
+
+def allow_processes_on_cpu(script: ModuleType) -> None:
+    """Lets train.py run in several processes without GPUs.
+
+    train.py passes the device to DistributedDataParallel, which accepts GPUs only.
+
+    Raises:
+        ValueError: The script is older than timm.task.
+    """
+    if not hasattr(script, "ClassificationTask"):
+        raise ValueError(f"{script_path(script)} is too old to train in several processes on CPU. {matching_script()}")
+
+    class Task(script.ClassificationTask):
+        def prepare_distributed(self, device_ids: list | None = None, **kwargs: Any) -> Any:
+            return super().prepare_distributed(device_ids=None, **kwargs)
+
+    vars(script)["ClassificationTask"] = Task
