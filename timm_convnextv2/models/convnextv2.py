@@ -111,7 +111,7 @@ class ConvNeXtV2Stage(ConvNeXtStage):
         # with checkpointing the fused token MLP recomputes its own wide activation; other blocks are recomputed whole
         for block in self.blocks:
             forward = block if layout is None else partial(block, layout=layout)
-            whole = self.grad_checkpointing and not (not block.why_eager(x) and block.mlp.recompute)
+            whole = self.grad_checkpointing and (block.why_eager(x) or not block.mlp.recompute)
             x = checkpoint_seq([forward], x) if whole else forward(x)
         return x
 
