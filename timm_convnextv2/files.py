@@ -7,6 +7,7 @@ new one, and two processes never write to the same file.
 
 import argparse
 import contextlib
+import json
 import os
 import pickle
 import platform
@@ -136,6 +137,17 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: Any, indent: int | None = None) -> None:
+    """Writes a JSON file, whole or not at all; its folder is made if needed.
+
+    Raises:
+        WriteError: See `whole_file`.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(content, indent=indent) + ("" if indent is None else "\n"), encoding="utf-8")
 
 
 def save_torch(content: Any, path: str | os.PathLike) -> None:

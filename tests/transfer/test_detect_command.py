@@ -11,9 +11,9 @@ from detectors import FAST
 from encoders import make_encoder
 from helpers import ROOT, assert_same, torchrun
 
-from timm_convnextv2.commands.dense import add_recipe, known_options
-from timm_convnextv2.commands.detect import RECIPES, _add_train, main, parse
+from timm_convnextv2.commands.detect import COMMAND, main
 from timm_convnextv2.commands.main import main as cli
+from timm_convnextv2.config import flat
 from timm_convnextv2.data.sources.embedded import write_folder
 from timm_convnextv2.recipes import load_recipe, recipe_names
 from timm_convnextv2.runs.summary import read_rows
@@ -147,10 +147,10 @@ def _empty(content):
         (
             _widen,
             [],
-            "has 1 images of another size than the files (of 8 tried): 00000.png has 32 x 32 pixels, 33 x 32 ",
+            "(of 8 tried): 00000.png has 32 x 32 pixels, annotated as 33 x 32",
         ),
-        (None, ["--eval-interval", "0"], "--eval-interval is 0, expected at least 1."),
-        (None, ["--scale", "2", "1"], "The scale is (2.0, 1.0), expected two factors above 0, the smaller first"),
+        (None, ["--eval-interval", "0"], "--eval-interval must be at least 1, got 0."),
+        (None, ["--scale", "2", "1"], "--scale 2 1: expected two factors above 0, the smaller one first"),
         (None, ["--resume", "auto", "--experiment", ""], "--resume auto needs --experiment"),
         (None, ["--device", "tpu9"], "tpu9"),
     ],
@@ -185,28 +185,30 @@ def test_two_processes(command, tmp_path):
     assert len(json.loads((tmp_path / "run/predictions/validation.json").read_text())) > 0
 
 
-@pytest.mark.parametrize("name", recipe_names(RECIPES))
+@pytest.mark.parametrize("name", recipe_names(COMMAND.recipes))
 def test_recipes(name):
-    recipe = load_recipe(name, RECIPES)
-    args, _ = parse(["train", "--model", "x", "--data-dir", "y", "--recipe", name])
+    recipe = load_recipe(name, COMMAND.recipes)
+    config = flat(COMMAND.parse(["train", "--model", "x", "--data-dir", "y", "--recipe", name])[1])
     for key, value in recipe.values.items():
-        assert getattr(args, key) == value, key
+        assert config[key] == value, key
     header = recipe.path.read_text()
     for part in ("# Source:", "# Global batch:", "# Cost:", "# Expect:"):
         assert part in header
     if name.startswith("mask-rcnn"):  # appendix A.3
         values = dict(epochs=36, lr=1e-4, weight_decay=0.05, decay_epochs=[27, 33], warmup_updates=1000, img_size=1024)
         assert recipe.values.items() >= (values | dict(scale=[0.1, 2.0])).items()
-        assert args.layer_decay in (0.9, 0.95) and 0.2 <= args.drop_path <= 0.5 and recipe.global_batch == 32
+        assert config["layer_decay"] in (0.9, 0.95) and 0.2 <= config["drop_path"] <= 0.5 and recipe.global_batch == 32
 
 
 def test_options_win_over_the_recipe(tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(dict(epochs=7, amp=True, scale=[0.5, 1], clip_grad=None)))
-    args, _ = parse(["train", "--data-dir", "y", "--recipe", str(tmp_path / "mine.yaml"), "--epochs", "9", "--no-amp"])
-    assert (args.epochs, args.amp, args.scale, args.clip_grad) == (9, False, [0.5, 1.0], None)
+    words = ["train", "--data-dir", "y", "--recipe", str(tmp_path / "mine.yaml"), "--epochs", "9", "--no-amp"]
+    config = COMMAND.parse(words)[1]
+    assert (config.learning.epochs, config.compute.amp, config.crops.scale) == (9, False, (0.5, 1.0))
+    assert config.learning.clip_grad is None
     (tmp_path / "mine.yaml").write_text("epoch: 7")
-    with pytest.raises(ValueError, match="there is no option epoch. Did you mean 'epochs'?"):
-        add_recipe(load_recipe(str(tmp_path / "mine.yaml"), RECIPES), known_options(_add_train))
+    with pytest.raises(ValueError, match="--recipe mine: unknown option 'epoch'. Did you mean 'epochs'?"):
+        COMMAND.parse(words)
 
 
 def test_the_console_knows_it(capsys):

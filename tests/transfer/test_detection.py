@@ -130,13 +130,12 @@ def test_a_detector_trains_and_its_export_is_the_same(coco, boxes_only, tmp_path
 
 def test_what_is_found_is_evaluated_and_drawn(coco, tmp_path):
     detector = tiny_detector(box_score_thresh=0.0)
-    how = dict(device=torch.device("cpu"), in_chans=3)
-    metrics, results = evaluate_detector(detector, coco, masks=True, batch_size=3, **how)
+    metrics, results = evaluate_detector(detector, coco, batch_size=3)
     assert len(metrics) == 24 and len(results) == 8 * 2
     for result in results:
         assert result["category_id"] in range(1, 9) and result["segmentation"]["size"] == [64, 64]
-    save_found(tmp_path / "a/b.png", coco, results, image_ids=[1, 3], in_chans=3, masks=True, min_score=0.0)
-    save_found(tmp_path / "none.png", coco, [], image_ids=[1, 3], in_chans=3, masks=True)
+    save_found(tmp_path / "a/b.png", DetectionSamples(coco), results, [1, 3], min_score=0.0)
+    save_found(tmp_path / "none.png", DetectionSamples(coco), [], [1, 3])
     first, none = (
         np.asarray(Image.open(path).convert("RGB")) for path in (tmp_path / "a/b.png", tmp_path / "none.png")
     )
@@ -203,8 +202,7 @@ def test_a_detector_memorises_eight_images(coco):
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
         optimizer.step()
         if step % 25 == 24:
-            how = dict(masks=False, device=torch.device("cpu"), in_chans=3, batch_size=8)
-            reached = evaluate_detector(detector, coco, **how)[0]["box_ap"]
+            reached = evaluate_detector(detector, coco, batch_size=8)[0]["box_ap"]
             if reached > 0.9:
                 break
     assert reached > 0.9

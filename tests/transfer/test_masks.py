@@ -29,7 +29,7 @@ def write(root, stem, image=None, mask=None, ending=".png"):
         (mask if isinstance(mask, Image.Image) else Image.fromarray(mask)).save(root / "masks" / f"{stem}.png")
 
 
-def picture(height=20, width=30):
+def image(height=20, width=30):
     return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
 
 
@@ -44,7 +44,7 @@ def opened(root, **more):
 @pytest.fixture
 def root(tmp_path):
     for stem in ("a", "b"):
-        write(tmp_path, stem, picture(), indices())
+        write(tmp_path, stem, image(), indices())
     return tmp_path
 
 
@@ -104,7 +104,7 @@ def test_many_channels_and_16_bit(tmp_path):
 def test_zero_label_of_ade20k(tmp_path):
     mask = indices(top=4)
     mask[0, 0] = 255
-    write(tmp_path, "a", picture(), mask)
+    write(tmp_path, "a", image(), mask)
     data = opened(tmp_path, reduce_zero_label=True)
     target = data[0][1].numpy()
     assert data.check().tolist() == [(mask == i).sum() for i in (1, 2, 3)]
@@ -116,9 +116,9 @@ def test_zero_label_of_ade20k(tmp_path):
 
 
 def test_all_faults_in_one_message(root):
-    write(root, "c", picture(), indices(top=9))
-    write(root, "d", picture(), indices(21, 30))
-    write(root, "e", picture(), indices().astype(np.uint8))
+    write(root, "c", image(), indices(top=9))
+    write(root, "d", image(), indices(21, 30))
+    write(root, "e", image(), indices().astype(np.uint8))
     (root / "masks/e.png").write_bytes(b"no image")
     with pytest.raises(ValueError) as caught:
         opened(root).check()
@@ -132,7 +132,7 @@ def test_a_turned_photograph_has_the_size_that_is_read(tmp_path):
     write(tmp_path, "a", mask=indices(30, 20))
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(picture()).save(tmp_path / "images/a.jpg", exif=exif)
+    Image.fromarray(image()).save(tmp_path / "images/a.jpg", exif=exif)
     data = opened(tmp_path)
     data.check()
     assert data[0][0].shape == (3, 30, 20)
@@ -142,19 +142,19 @@ def test_images_without_masks_and_the_reverse(root):
     write(root, "lonely", mask=indices())
     assert [path[-10:] for path in opened(root).unused] == ["lonely.png"]
     for i in range(5):
-        write(root, f"x{i}", picture())
+        write(root, f"x{i}", image())
     said = r"5 of 7 images have no mask in '.*masks': \S+x0.png, \S+x1.png, \S+x2.png, \.\.\."
     with pytest.raises(ValueError, match=said):
         opened(root)
     for i in range(5):
         write(root, f"x{i}", mask=indices())
-    write(root, "a", picture(), ending=".bmp")
-    with pytest.raises(ValueError, match="files have the name of another .* but for the ending: .*a.png"):
+    write(root, "a", image(), ending=".bmp")
+    with pytest.raises(ValueError, match="files in .* have the name of another one .*a.png"):
         opened(root)
 
 
 def test_masks_without_any_class(tmp_path):
-    write(tmp_path, "a", picture(), np.full((20, 30), 255, dtype=np.uint8))
+    write(tmp_path, "a", image(), np.full((20, 30), 255, dtype=np.uint8))
     with pytest.raises(ValueError, match="no pixel of 1 masks has a class"):
         opened(tmp_path).check()
     with pytest.raises(ValueError, match="ignore index 1 is the index of the class 'land'"):
@@ -162,7 +162,7 @@ def test_masks_without_any_class(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, said", [("a\n\nb\n", "no name in line 2"), ("a\nb\na\n", "a twice"), ("a\n", "names: ")], ids=str
+    "text, said", [("a\n\nb\n", "no name in line 2"), ("a\nb\na\n", "duplicates: a"), ("a\n", "names: ")], ids=str
 )
 def test_class_names(tmp_path, text, said):
     (tmp_path / "classes.txt").write_text("a\r\nb c\n\n")

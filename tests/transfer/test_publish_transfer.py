@@ -35,9 +35,8 @@ def make(folder, task, **about):
     about = dict(metrics=METRICS[task], dataset="my cells", info={"Length": "9 updates"}) | about
     if task == "detection":
         return export_detector(tiny_detector(2), folder, classes=["cell", "speck"], **about)
-    model = build_segmenter(
-        "convnextv2_atto", 3, pretrained=False, classes=["sea", "land", "ice"], channels=8, auxiliary_channels=0, **TINY
-    )
+    backbone = create_backbone("convnextv2_atto", pretrained=False, **TINY)
+    model = build_segmenter(backbone, 3, classes=["sea", "land", "ice"], channels=8, auxiliary_channels=0)
     return export_segmenter(model, folder, **about)
 
 

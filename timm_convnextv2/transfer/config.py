@@ -70,6 +70,11 @@ class Crops:
     hflip: float = option(0.5, "probability of a horizontal flip", metavar="P")
     vflip: float = option(0.0, "probability of a vertical flip", metavar="P")
 
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1]:
+            low, high = self.scale
+            raise ValueError(f"--scale {low:g} {high:g}: expected two factors above 0, the smaller one first.")
+
 
 @dataclass(frozen=True)
 class Learning:

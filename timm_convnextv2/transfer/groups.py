@@ -1,4 +1,4 @@
-"""Parameter groups of a detector or segmenter: layer decay in the backbone, none above it."""
+"""Parameter groups of a detector or segmenter: layer decay in the backbone, the full rate above it."""
 
 from typing import Any
 
@@ -17,25 +17,25 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer, with `lr_scale` beside `weight_decay` and `params`.
 
-    A parameter of the backbone's layer i, of L layers, learns at `layer_decay ** (L - i)` of the rate, everything else
-    (pyramid, heads) at the rate itself; vectors and scalars (biases, norms) have no weight decay. Source: the official
-    code's `LearningRateDecayOptimizerConstructor` for mmdetection and mmsegmentation, `layer_wise`.
+    The learning rate of layer i of L in the backbone is scaled by `layer_decay ** (L - i)`, everything else (pyramid,
+    heads) learns at the full rate; vectors and scalars (biases, norms) have no weight decay. Source: `layer_wise` of
+    the official code's `LearningRateDecayOptimizerConstructor` for mmdetection and mmsegmentation.
 
     Args:
-        model: It contains the backbone.
-        backbone: See there.
-        weight_decay: Of matrices and filters.
-        layer_decay: Share of the rate that the next lower layer learns at; 1 for the same everywhere.
+        model: Contains the backbone.
+        backbone: Its layers decay.
+        weight_decay: For matrices and filters.
+        layer_decay: Rate of a layer relative to the next higher one, in (0, 1]; 1 for the same rate everywhere.
         layer_decay_type: See `Backbone.layer_ids`.
 
     Returns:
-        One group for each scale and weight decay, with the names of its parameters as `names`; frozen ones are absent.
+        One group per scale and weight decay, with parameter names as `names`, without frozen parameters.
 
     Raises:
-        ValueError: The backbone is not of this model, the decay is not in (0, 1], or the backbone knows no layers.
+        ValueError: The backbone is not part of the model, the decay is out of range, or the model defines no layers.
     """
     if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay is {layer_decay}, expected a share above 0 and at most 1.")
+        raise ValueError(f"layer_decay is {layer_decay}, expected a number above 0 and at most 1.")
     prefix = next((name for name, module in model.named_modules() if module is backbone), None)
     if prefix is None:
         raise ValueError("The backbone is not a part of the model.")

@@ -26,7 +26,7 @@ from ..runs.end import NotFiniteError, leave_signals_to_parent
 from ..runs.folder import TransferFolder
 from ..runs.progress import ProgressBar, Stopwatch
 from ..runs.world import World
-from .unreadable import UnreadableError
+from .errors import UnreadableError
 
 
 class Schedule(NamedTuple):

@@ -1,4 +1,4 @@
-"""Annotations in COCO's format: reading, checking before training starts, and samples of a detector."""
+"""Annotations in COCO's format: reading, checks before training starts, and samples for a detector."""
 
 import json
 import math
@@ -14,18 +14,22 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ...data import Pixels, check_readable, load_image, sample_seed
+from ...data import Pixels, check_readable, load_image
 from ...data.formats.decode import printable
 from ...data.formats.pixels import PLAIN
 from ...data.sources.folder import ImageFiles
-from ..unreadable import naming
+from ...seeds import sample_seed, seeded
+from ..errors import naming
 
 SHOWN = 3  # names in a message
-TOLERANCE = 1.0  # pixels that a box may reach beyond its image: tools round; it is cut there
+TOLERANCE = 1.0  # pixels that a box may exceed its image by, because tools round; the excess is cut off
+CATEGORIES_DIFFER = "All annotations need the categories that the model was trained on."
+
+_NO_MASK = "annotations without a `segmentation`"
 
 
 class CocoImage(NamedTuple):
-    """An image and its annotations, as the file has them; a height of 0 where no file names it."""
+    """An image and its annotations, as in the file; height and width are 0 if no file states them."""
 
     id: int
     path: str
@@ -39,11 +43,11 @@ class Coco(NamedTuple):
     """Annotations that passed every check.
 
     Attributes:
-        file: The JSON.
+        file: The JSON file.
         images: In the order of the file.
         classes: Names in the order of `category_ids`.
-        category_ids: Of the file, sorted; class `i` of a detector is number `i - 1` here, as 0 is the background.
-        left_out: Annotations that were dropped because they are wrong.
+        category_ids: Sorted ids of the file; label `i` of a detector is number `i - 1` here, as 0 is the background.
+        left_out: Number of wrong annotations that were dropped.
     """
 
     file: Path
@@ -54,11 +58,11 @@ class Coco(NamedTuple):
 
     @property
     def annotations(self) -> list[dict[str, Any]]:
-        """Of all images."""
+        """Annotations of all images."""
         return [annotation for image in self.images for annotation in image.annotations]
 
     def content(self) -> dict[str, Any]:
-        """What an evaluator of COCO reads."""
+        """The content of a COCO file, for an evaluator."""
         images = [dict(id=i.id, file_name=i.name, height=i.height, width=i.width) for i in self.images]
         categories = [dict(id=n, name=name) for n, name in zip(self.category_ids, self.classes, strict=True)]
         return dict(info={}, images=images, annotations=self.annotations, categories=categories)
@@ -68,14 +72,13 @@ def rle_codec() -> Any:
     """The module that encodes and decodes COCO's masks.
 
     Raises:
-        ValueError: faster-coco-eval is missing; says how to install it.
+        ValueError: faster-coco-eval is not installed.
     """
     try:
         from faster_coco_eval.core import mask
     except ImportError as e:
         raise ValueError(
-            "Masks and metrics of COCO need a package that is missing: pip install 'timm_convnextv2[detect]' "
-            f"(faster-coco-eval; {e})."
+            f"COCO masks and metrics need faster-coco-eval: pip install 'timm_convnextv2[detect]' ({e})."
         ) from e
     return mask
 
@@ -92,14 +95,13 @@ def open_coco(
     """Reads and checks annotations of objects.
 
     Args:
-        file: JSON with `images`, `annotations` and `categories`; ids may have gaps. Annotations may be crowds
-            (`iscrowd`), and images may have none.
-        folder: `file_name` of the images is relative to it.
+        file: JSON with `images`, `annotations` and `categories`; ids may have gaps, annotations may be crowds
+            (`iscrowd`), and images may have no annotations.
+        folder: The images' `file_name` is relative to it.
         masks: Every annotation needs a `segmentation`, polygons or RLE.
-        drop_wrong: Leave wrong annotations out (without area, outside of their image, broken masks) and count them; by
-            default they are refused.
-        in_chans: Decode some images to this number of channels and compare their sizes; None leaves that out.
-        pixels: How stored values become pixels, see `Pixels`.
+        drop_wrong: Drop and count wrong annotations (no area, outside of the image, broken mask) instead of raising.
+        in_chans: Decode some images to this number of channels and compare their sizes; None skips that.
+        pixels: How stored values become pixels.
 
     Raises:
         ValueError: The first kind of fault, with its count and the first names.
@@ -112,10 +114,10 @@ def open_coco(
     images = _images(content["images"], file, folder)
     left_out = _attach(content["annotations"], images, categories, file, masks, drop_wrong)
     ids = sorted(categories)
-    found = Coco(file, list(images.values()), [categories[i] for i in ids], ids, left_out)
+    coco = Coco(file, list(images.values()), [categories[i] for i in ids], ids, left_out)
     if in_chans is not None:
-        check_sizes(found, in_chans, pixels)
-    return found
+        check_sizes(coco, in_chans, pixels)
+    return coco
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -125,14 +127,14 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(f"The annotations '{file}' do not exist.") from None
     except (OSError, ValueError) as e:
         raise ValueError(f"The annotations '{file}' cannot be read as JSON: {e}") from e
-    lists = {"images": dict, "annotations": dict, "categories": dict}
+    lists = ("images", "annotations", "categories")
     for name in lists:
         part = content.get(name) if isinstance(content, dict) else None
         if not isinstance(part, list) or not all(isinstance(entry, dict) for entry in part):
             what = f"has the keys {sorted(content)}" if isinstance(content, dict) else f"is a {type(content).__name__}"
             raise ValueError(
                 f"'{file}' {what}; expected COCO's format, an object with lists of objects: {', '.join(lists)} "
-                f"('{name}' is missing or none)."
+                f"('{name}' is missing or no such list)."
             )
         if not part and name != "annotations":
             raise ValueError(f"'{file}' has no {name}.")
@@ -140,21 +142,21 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _categories(entries: list[dict[str, Any]], file: Path) -> dict[int, str]:
-    wrong = [e for e in entries if not _whole(e.get("id")) or not isinstance(e.get("name"), str)]
-    _refuse(wrong, file, "categories without a whole number `id` and a `name`", map(str, wrong))
+    wrong = [e for e in entries if not _is_integer(e.get("id")) or not isinstance(e.get("name"), str)]
+    _refuse(wrong, file, "categories without an integer `id` and a `name`", map(str, wrong))
     for key in ("id", "name"):
-        twice = [value for value, n in Counter(e[key] for e in entries).items() if n > 1]
-        _refuse(twice, file, f"{key}s of categories that occur twice", map(str, twice))
+        duplicates = _duplicates(e[key] for e in entries)
+        _refuse(duplicates, file, f"duplicate category {key}s", duplicates)
     return {e["id"]: e["name"] for e in entries}
 
 
 def _images(entries: list[dict[str, Any]], file: Path, folder: Path) -> dict[int, CocoImage]:
-    wrong = [e for e in entries if not _whole(e.get("id")) or not isinstance(e.get("file_name"), str)]
-    _refuse(wrong, file, "images without a whole number `id` and a `file_name`", map(str, wrong))
-    wrong = [e for e in entries if not all(_whole(e.get(k)) and e[k] > 0 for k in ("height", "width"))]
+    wrong = [e for e in entries if not _is_integer(e.get("id")) or not isinstance(e.get("file_name"), str)]
+    _refuse(wrong, file, "images without an integer `id` and a `file_name`", map(str, wrong))
+    wrong = [e for e in entries if not all(_is_integer(e.get(k)) and e[k] > 0 for k in ("height", "width"))]
     _refuse(wrong, file, "images without `height` and `width` in pixels", (e["file_name"] for e in wrong))
-    twice = [str(value) for value, n in Counter(e["id"] for e in entries).items() if n > 1]
-    _refuse(twice, file, "ids of images that occur twice", twice)
+    duplicates = _duplicates(e["id"] for e in entries)
+    _refuse(duplicates, file, "duplicate image ids", duplicates)
     missing = [e["file_name"] for e in entries if not (folder / e["file_name"]).is_file()]
     _refuse(missing, file, f"images (of {len(entries)}) that are missing in '{folder}'", missing)
     return {
@@ -171,11 +173,10 @@ def _attach(
     masks: bool,
     drop_wrong: bool,
 ) -> int:
-    """Gives the images their annotations; returns how many were left out."""
-    lost = [e for e in entries if e.get("image_id") not in images]
-    _refuse(lost, file, "annotations of images that it does not list", (f"image_id {e.get('image_id')}" for e in lost))
-    lost = [e for e in entries if e.get("category_id") not in categories]
-    _refuse(lost, file, "annotations of categories that it does not list", (f"id {e.get('category_id')}" for e in lost))
+    """Adds the annotations to their images; returns how many were left out."""
+    for key, known, what in (("image_id", images, "images"), ("category_id", categories, "categories")):
+        lost = [e for e in entries if e.get(key) not in known]
+        _refuse(lost, file, f"annotations of {what} that it does not list", (f"{key} {e.get(key)}" for e in lost))
     faults: dict[str, list[str]] = {}
     for number, entry in enumerate(entries, 1):
         image = images[entry["image_id"]]
@@ -189,20 +190,15 @@ def _attach(
         image.annotations.append({**entry, "id": number, **fields, "bbox": [x, y, w, h]})
     if not drop_wrong:
         for fault, names in faults.items():
-            hint = (
-                "pass --boxes-only to train without masks" if fault == _NO_MASK else "or leave them out: --drop-wrong"
-            )
+            hint = "train without masks: --boxes-only" if fault == _NO_MASK else "leave them out: --drop-wrong"
             _refuse(names, file, fault, names, hint)
     return sum(map(len, faults.values()))
 
 
-_NO_MASK = "annotations without a `segmentation`"
-
-
 def _fault(entry: dict[str, Any], image: CocoImage, masks: bool) -> str:
-    """What is wrong with an annotation, in the plural; '' for nothing."""
+    """What is wrong with an annotation, in the plural; '' if it is right."""
     box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_finite(v) for v in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(v) for v in box):
         return "annotations whose `bbox` is not four numbers [x, y, width, height]"
     x, y, w, h = box
     if w <= 0 or h <= 0:
@@ -221,32 +217,36 @@ def _mask_fault(mask: Any, image: CocoImage) -> str:
         size, counts = mask.get("size"), mask.get("counts")
         if size != [image.height, image.width]:
             return "masks (RLE) of another size than their images"
-        runs = counts if isinstance(counts, list) and all(_whole(n) and n >= 0 for n in counts) else []
+        runs = counts if isinstance(counts, list) and all(_is_integer(n) and n >= 0 for n in counts) else []
         if not isinstance(counts, str) and sum(runs) != image.height * image.width:
             return "masks (RLE) whose counts do not add up to the image"
         return ""
     rings = isinstance(mask, list) and all(
-        isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0 and all(_finite(v) for v in ring)
+        isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0 and all(_is_finite(v) for v in ring)
         for ring in mask
     )
-    return "" if rings else "masks that are neither polygons of three points and more nor RLE"
+    return "" if rings else "masks that are neither RLE nor polygons of at least three points"
 
 
-def _whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _duplicates(values: Iterable[Any]) -> list[str]:
+    return [str(value) for value, n in Counter(values).items() if n > 1]
+
+
 def _refuse(wrong: Sequence[Any], file: Path, what: str, names: Iterable[str], hint: str = "") -> None:
-    """Raises the one message of a kind of fault, where there are any."""
+    """Raises one message for all faults of a kind, if there are any."""
     if wrong:
         shown = ", ".join(printable(name) for name, _ in zip(names, range(SHOWN), strict=False))
         more = ", ..." if len(wrong) > SHOWN else ""
         raise ValueError(
-            f"'{file}' has {len(wrong)} {what}: {shown}{more}. Mend the file{f', {hint}' if hint else ''}."
+            f"'{file}' has {len(wrong)} {what}: {shown}{more}. Fix the file{f', or {hint}' if hint else ''}."
         )
 
 
@@ -254,7 +254,7 @@ def check_sizes(coco: Coco, in_chans: int, pixels: Pixels = PLAIN) -> None:
     """Decodes some of the images.
 
     Raises:
-        ValueError: One cannot be decoded, or has another size than the annotations say.
+        ValueError: An image cannot be decoded, or its size is not the one in the annotations.
     """
     source = ImageFiles([image.path for image in coco.images], in_chans, pixels)
     sizes: list[tuple[int, int]] = []
@@ -263,57 +263,28 @@ def check_sizes(coco: Coco, in_chans: int, pixels: Pixels = PLAIN) -> None:
     if bad:
         reasons = "\n".join(why for _, why in bad[:SHOWN])
         raise ValueError(
-            f"{len(bad)} of {tried} images tried (of {len(source)}) cannot be decoded; mend them:\n{reasons}"
+            f"{len(bad)} of {tried} images tried (of {len(source)}) cannot be decoded; fix or remove them:\n{reasons}"
         )
     images = [coco.images[i * len(source) // tried] for i in range(tried)]
     wrong = [pair for pair in zip(images, sizes, strict=True) if pair[1] != (pair[0].height, pair[0].width)]
-    names = (f"{i.name} has {w} x {h} pixels, {i.width} x {i.height} there" for i, (h, w) in wrong)
+    names = (f"{i.name} has {w} x {h} pixels, annotated as {i.width} x {i.height}" for i, (h, w) in wrong)
     _refuse(wrong, coco.file, f"images of another size than the files (of {tried} tried)", names)
 
 
-def _check_size(size: tuple[int, int], image: CocoImage, file: Path) -> None:
-    """Of an image that a run reads; predict knows none."""
-    if image.height and size != (image.height, image.width):
-        raise ValueError(
-            f"The image {image.name} has {size[1]} x {size[0]} pixels, and {image.width} x {image.height} in '{file}'. "
-            "Annotate the images as they are, or mend the file."
-        )
-
-
-def check_classes(coco: Coco, classes: Sequence[str], what: str) -> None:
-    """Refuses annotations of other classes than a model's, or in another order.
-
-    Raises:
-        ValueError: Names what differs.
-    """
-    if list(classes) == coco.classes:
-        return
-    here, there = set(coco.classes), set(classes)
-    parts = [
-        f"only {place} has {', '.join(sorted(names)[:SHOWN])}{', ...' if len(names) > SHOWN else ''} ({len(names)})"
-        for place, names in ((f"'{coco.file}'", here - there), (what, there - here))
-        if names
-    ]
-    raise ValueError(
-        f"The classes of '{coco.file}' are not those of {what}: {'; '.join(parts) or 'they have another order'}. All "
-        "annotations need the categories that the model was trained on."
-    )
-
-
 class DetectionSamples(Dataset):
-    """Images with their targets, where all that is random depends on (seed, epoch, index) only.
+    """Images with their targets; random numbers depend on (seed, epoch, index) only.
 
-    `samples[epoch, index]` gives `(image, target)`: image float `[C, H, W]` (in 0..1, floats as stored), target with
+    `samples[epoch, index]` is `(image, target)`: image float `[C, H, W]` (in 0..1, floats as stored), target with
     `boxes` `[N, 4]` (x1, y1, x2, y2 in pixels), `labels` int64 `[N]` from 1, and `masks` uint8 `[N, H, W]`.
     Crowds are left out; an image without objects has N = 0.
 
     Args:
         coco: From `open_coco`.
-        transform: On `(image, target)`, of `torchvision.transforms.v2`; None for none.
-        masks: Whether targets have masks.
+        transform: On `(image, target)`, from `torchvision.transforms.v2`.
+        masks: Targets have masks.
         in_chans: Channels of the images.
-        pixels: How stored values become pixels, see `Pixels`.
-        seed: Of the transform.
+        pixels: How stored values become pixels.
+        seed: Seed of the transform.
     """
 
     def __init__(
@@ -339,17 +310,21 @@ class DetectionSamples(Dataset):
         image = self.coco.images[index]
         with naming(f"The image {printable(image.name)} (id {image.id})"):
             loaded = load_image(image.path, self.in_chans, self.pixels)
-            _check_size((loaded.shape[-2], loaded.shape[-1]), image, self.coco.file)
+            height, width = loaded.shape[-2:]
+            if image.height and (height, width) != (image.height, image.width):
+                raise ValueError(
+                    f"it has {width} x {height} pixels, annotated as {image.width} x {image.height} in "
+                    f"'{self.coco.file}'. Annotate the image as it is, or fix the file."
+                )
         sample: Any = tv_tensors.Image(loaded), self.target(image)
         if self.transform is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
+            with seeded(sample_seed(self.seed, epoch, index)):
                 sample = self.transform(*sample)
         image, target = self._scale(*sample)
         return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
 
     def target(self, image: CocoImage) -> dict[str, Tensor]:
-        """What is to be found in an image, at its own size."""
+        """The objects of an image, at its own size."""
         own = [a for a in image.annotations if not a["iscrowd"]]
         size = (image.height, image.width)
         boxes: Any = torch.tensor([a["bbox"] for a in own], dtype=torch.float32).reshape(-1, 4)
@@ -360,18 +335,17 @@ class DetectionSamples(Dataset):
         target = dict(boxes=box, labels=torch.tensor([self._label[a["category_id"]] for a in own], dtype=torch.int64))
         if self.masks:
             codec = rle_codec() if own else None
-            masks = [decode_mask(a["segmentation"], image.height, image.width, codec) for a in own]
+            masks = [_decode_mask(a["segmentation"], image.height, image.width, codec) for a in own]
             target["masks"] = tv_tensors.Mask(
                 torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.uint8)
             )
         return target
 
 
-def decode_mask(mask: Any, height: int, width: int, codec: Any) -> np.ndarray:
+def _decode_mask(mask: Any, height: int, width: int, codec: Any) -> np.ndarray:
     """Polygons or RLE as uint8 `[height, width]`, 1 inside."""
-    parts = (
-        codec.frPyObjects(mask, height, width) if isinstance(mask, list) or isinstance(mask["counts"], list) else mask
-    )
+    encoded = isinstance(mask, dict) and not isinstance(mask["counts"], list)
+    parts = mask if encoded else codec.frPyObjects(mask, height, width)
     return np.ascontiguousarray(codec.decode(codec.merge(parts) if isinstance(parts, list) else parts))
 
 
@@ -380,13 +354,8 @@ def large_scale_jitter(
 ) -> v2.Transform:
     """Crops of `size` pixels from images resized to `scale` times that, as in the paper (appendix A.3), and flips.
 
-    What is smaller is padded with black, and boxes that the crop leaves no pixel of are removed.
-
-    Raises:
-        ValueError: The scale is not two factors above 0, the smaller first.
+    Smaller images are padded with black; boxes without a pixel in the crop are removed.
     """
-    if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"The scale is {scale}, expected two factors above 0, the smaller first (--scale).")
     return v2.Compose(
         [
             v2.RandomHorizontalFlip(hflip),

@@ -26,23 +26,18 @@ from ..backbone import Backbone, create_backbone, open_backbone
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid on the maps of a backbone, and one coarser map.
-
-    Args:
-        backbone: See there.
-        out_channels: Channels of all maps.
-    """
+    """A feature pyramid on the maps of a backbone, and one coarser map; all have `out_channels` channels."""
 
     def __init__(self, backbone: Backbone, out_channels: int) -> None:
         super().__init__()
         self.body, self.out_channels = backbone, out_channels
-        # a ConvNeXt's maps come without a norm, hence one in the pyramid; LayerNorm does not mind small batches
+        # ConvNeXt's maps are not normalised, so the pyramid has a norm; LayerNorm works with small batches
         self.fpn = FeaturePyramidNetwork(
             backbone.channels, out_channels, extra_blocks=LastLevelMaxPool(), norm_layer=LayerNorm2d
         )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Maps by name, '0' the finest: `[B, out_channels, h, w]` each."""
+        """Maps by name, '0' is the finest: `[B, out_channels, h, w]` each."""
         return self.fpn(OrderedDict((str(i), x) for i, x in enumerate(self.body(images))))
 
 
@@ -52,9 +47,6 @@ def build_detector(
     *,
     boxes_only: bool = False,
     img_size: int | None = None,
-    in_chans: int | None = None,
-    pretrained: bool = True,
-    drop_path_rate: float | None = None,
     frozen: bool = False,
     out_channels: int = 256,
     min_size: int | None = None,
@@ -63,43 +55,37 @@ def build_detector(
 ) -> FasterRCNN:
     """Mask R-CNN, or Faster R-CNN, with a feature pyramid on the last four stages of a backbone.
 
-    It is called as torchvision's are: images are a list of float `[C, H, W]` in 0..1 of any sizes, C the backbone's; it
+    It is called like torchvision's detectors: images are a list of float `[C, H, W]` in 0..1 of any sizes. It
     normalises them as in pretraining and resizes them. Labels are 1..num_classes, 0 is the background.
 
     Args:
-        backbone: A model of timm, `local-dir:FOLDER`, `hf-hub:USER/NAME`; or a `Backbone`.
-        num_classes: Classes of objects.
-        boxes_only: Faster R-CNN, which finds boxes and no masks.
-        img_size: Pixels that the longer side is resized to, in place of `min_size` and `max_size`.
-        in_chans: Channels of the images; the model's own if None.
-        pretrained: Load the backbone's weights.
-        drop_path_rate: Of the backbone in training.
+        backbone: A model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME` with its weights; or a `Backbone`.
+        num_classes: Number of object classes.
+        boxes_only: Faster R-CNN, which finds boxes without masks.
+        img_size: Pixels that the longer side is resized to, instead of `min_size` and `max_size`.
         frozen: Train the pyramid and the heads only.
         out_channels: Channels of the pyramid.
         min_size: Pixels that the shorter side is resized to; 25 times the backbone's stride if None (800 for 32).
-        max_size: Limit for the longer side; 42 times the stride if None.
-        options: More of torchvision's `MaskRCNN` or `FasterRCNN` (`box_score_thresh`, ...).
+        max_size: Limit of the longer side; 42 times the stride if None.
+        options: More options of torchvision's `MaskRCNN` or `FasterRCNN` (`box_score_thresh`, ...).
 
     Raises:
-        ValueError: The model cannot be had, or has strides that RoIAlign cannot take.
+        ValueError: The model cannot be loaded, an option is unknown, or RoIAlign does not support the strides.
     """
     _check_options(options)
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, expected at least 1.")
     if isinstance(backbone, str):
-        backbone = create_backbone(backbone, pretrained=pretrained, in_chans=in_chans, drop_path_rate=drop_path_rate)
-    elif in_chans not in (None, backbone.in_chans) or drop_path_rate is not None:
-        raise ValueError("in_chans and drop_path_rate are those of the Backbone: give them to create_backbone.")
+        backbone = create_backbone(backbone)
     backbone.requires_grad_(not frozen)
     strides = backbone.strides  # [4, 8, 16, 32]; with patch_size=1 [1, 2, 4, 8]
     if any(stride & (stride - 1) for stride in strides):
         raise ValueError(
-            f"The backbone has strides {strides}; torchvision's RoIAlign takes powers of two only. Take an encoder "
+            f"The backbone has strides {strides}; torchvision's RoIAlign supports powers of two only. Use an encoder "
             "with another --patch-size."
         )
     if img_size is not None:
         min_size = max_size = img_size
-    pyramid = Pyramid(backbone, out_channels)
     sizes = [8 * stride for stride in (*strides, 2 * strides[-1])]  # the pyramid adds a map of twice the stride
     names = [str(i) for i in range(len(strides))]
     settings: dict[str, Any] = dict(
@@ -114,7 +100,8 @@ def build_detector(
     )
     if not boxes_only:
         settings["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
-    detector = (FasterRCNN if boxes_only else MaskRCNN)(pyramid, num_classes + 1, **settings)
+    kind = FasterRCNN if boxes_only else MaskRCNN
+    detector = kind(Pyramid(backbone, out_channels), num_classes + 1, **settings)
     made_of: Any = dict(
         num_classes=num_classes, boxes_only=boxes_only, out_channels=out_channels,
         min_size=settings["min_size"], max_size=settings["max_size"], options=options,
@@ -124,9 +111,9 @@ def build_detector(
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuses options that torchvision does not have: it takes any, and ignores what it does not know."""
+    """Refuses unknown options, which torchvision silently ignores."""
     known = {*inspect.signature(FasterRCNN).parameters, *inspect.signature(MaskRCNN).parameters}
-    known |= {"fixed_size", "_skip_resize"}  # of its transform
+    known |= {"fixed_size", "_skip_resize"}  # options of its transform
     for name in options:
         if name not in known:
             raise ValueError(f"torchvision's detectors have no option {name}.{closest(name, known)}")
@@ -141,23 +128,23 @@ def export_detector(
     dataset: str | None = None,
     info: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a detector as a folder that `open_detector` reads: `config.json`, `model.safetensors`, `README.md`.
+    """Writes a folder that `open_detector` reads: `config.json`, `model.safetensors`, `README.md`.
 
     Args:
         detector: From `build_detector`.
-        folder: Where to; it is made if needed.
+        folder: Created if needed.
         classes: Names of the labels 1, 2, ...
-        metrics: On the validation images, see `average_precision`; the README states them.
-        dataset: Name of the data set that they were measured on.
-        info: How it was made, for a table in the README.
+        metrics: Results on the validation images, see `average_precision`; the README states them.
+        dataset: Name of the data set of these results.
+        info: How the detector was made, for a table in the README.
 
     Raises:
-        ValueError: The names are not as many as the classes, or a weight is not finite.
+        ValueError: The number of names is wrong, or a weight is not finite.
         WriteError: (an OSError) A file cannot be written.
     """
-    made_of: dict[str, Any] = {**detector.made_of}  # pyright: ignore
+    made_of = dict(made_of_detector(detector))
     if len(classes) != made_of["num_classes"]:
-        raise ValueError(f"{len(classes)} names of classes for a detector of {made_of['num_classes']}.")
+        raise ValueError(f"{len(classes)} class names for a detector of {made_of['num_classes']} classes.")
     config = dict(
         task="detection", classes=list(classes), backbone=backbone_of(detector).record(), detector=made_of
     )  # fmt: skip
@@ -170,14 +157,19 @@ def backbone_of(detector: FasterRCNN) -> Backbone:
     return pyramid.body
 
 
+def made_of_detector(detector: Any) -> dict[str, Any]:
+    """The arguments of `build_detector` that this detector was made with."""
+    return detector.made_of
+
+
 def open_detector(folder: str | os.PathLike) -> FasterRCNN:
     """A detector that `export_detector` wrote, in eval mode on the CPU.
 
     Args:
-        folder: Its folder, that of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
+        folder: Its folder, the folder of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
 
     Raises:
-        ValueError: The folder has none, or its files do not fit each other.
+        ValueError: There is no detector, or its files do not fit together.
     """
     place, config = read_transfer(folder, "detection")
     try:
@@ -191,7 +183,7 @@ def open_detector(folder: str | os.PathLike) -> FasterRCNN:
 
 
 def classes_of(folder: str | os.PathLike) -> list[str]:
-    """Names of the labels 1, 2, ... of a detector that `export_detector` wrote.
+    """Names of the labels 1, 2, ... of an exported detector.
 
     Raises:
         ValueError: The folder has none.

@@ -1,84 +1,74 @@
-"""What a detector finds, as COCO's JSON, its average precision, and images of it beside the truth."""
+"""What a detector finds, as COCO results; its average precision; and images of it beside the truth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.models.detection import FasterRCNN
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from ...data import Pixels
-from ...data.formats.pixels import PLAIN
 from ...files import whole_file
 from ...report.images import displayable
-from ...runs.world import Seat
-from .coco import Coco, DetectionSamples, collate, rle_codec
+from ...runs.world import World
+from .coco import Coco, CocoImage, DetectionSamples, collate, rle_codec
+from .detector import backbone_of, made_of_detector
 
-# the twelve numbers of COCO, in its order
+# COCO's twelve numbers, in its order
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 METRICS += ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
+SURE = 0.5  # lowest score that is drawn
+
+_COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075"]
 
 Result = dict[str, Any]
 
 
 @torch.no_grad()
 def find_objects(
-    detector: nn.Module,
+    detector: FasterRCNN,
     coco: Coco,
     *,
-    device: torch.device,
-    in_chans: int,
-    pixels: Pixels = PLAIN,
     batch_size: int = 1,
     workers: int = 0,
     amp_dtype: torch.dtype | None = None,
-    seat: Any = Seat(0, 1, True),  # noqa: B008  an immutable value
-    progress: Callable[[int], None] | None = None,
-    sizes: dict[int, tuple[int, int]] | None = None,
-) -> list[Result]:
-    """What a detector finds in images, as COCO's results: `image_id`, `category_id`, `bbox`, `score`, `segmentation`.
+    world: World | None = None,
+) -> Iterator[tuple[CocoImage, list[Result]]]:
+    """Runs a detector on images.
 
     Args:
-        detector: From `build_detector`, on the device; it is left in eval mode.
-        coco: The images; their annotations are not looked at.
-        device: Of the detector.
-        in_chans: Channels of the images.
-        pixels: How stored values become pixels, see `Pixels`.
-        batch_size: Images at a time.
+        detector: From `build_detector`; it is set to eval mode.
+        coco: The images; their annotations are ignored.
+        batch_size: Images per batch.
         workers: Processes that decode images.
         amp_dtype: Type of mixed precision, None for float32.
-        seat: The process of several that share the images (`World`).
-        progress: Told the number of images as they are done.
-        sizes: Gets height and width of each image, by its id.
+        world: The processes that share the images, each of which finds its part; None for this process alone.
 
-    Returns:
-        The results of this process's share.
+    Yields:
+        Each image, with the size that was decoded, and its COCO results: `image_id`, `category_id`, `bbox`, `score`,
+        `segmentation`.
     """
     detector.eval()
-    blank = coco._replace(images=[image._replace(annotations=[]) for image in coco.images[seat.rank :: seat.size]])
-    if not blank.images:
-        return []
-    samples = DetectionSamples(blank, masks=False, in_chans=in_chans, pixels=pixels)
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    part = coco._replace(images=[image._replace(annotations=[]) for image in coco.images[rank::size]])
+    if not part.images:
+        return
+    backbone, device = backbone_of(detector), next(detector.parameters()).device
+    samples = DetectionSamples(part, masks=False, in_chans=backbone.in_chans, pixels=backbone.pixels)
     keys: Any = [(0, i) for i in range(len(samples))]
     loader = DataLoader(
         samples, batch_size, sampler=keys, num_workers=workers, collate_fn=collate, generator=torch.Generator()
     )
-    results: list[Result] = []
-    done = 0
-    for images, _ in loader:
+    images = iter(part.images)
+    for batch, _ in loader:
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            found = detector([image.to(device) for image in images])
-        for image, one in zip(images, found, strict=True):
-            if sizes is not None:
-                sizes[blank.images[done].id] = (image.shape[-2], image.shape[-1])
-            results += _results(one, blank.images[done].id, coco.category_ids)
-            done += 1
-        if progress is not None:
-            progress(len(images))
-    return results
+            found = detector([image.to(device) for image in batch])
+        for loaded, image, objects in zip(batch, images, found, strict=False):
+            image = image._replace(height=loaded.shape[-2], width=loaded.shape[-1])
+            yield image, _results(objects, image.id, coco.category_ids)
 
 
 def _results(found: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[Result]:
@@ -102,19 +92,19 @@ def _results(found: dict[str, Tensor], image_id: int, category_ids: list[int]) -
 
 
 def average_precision(coco: Coco, results: list[Result], *, masks: bool) -> dict[str, float]:
-    """The twelve numbers of COCO, for boxes as `box_*` and for masks as `mask_*`, in 0..1; -1 where nothing counts.
+    """COCO's twelve numbers, for boxes as `box_*` and for masks as `mask_*`, in 0..1; -1 if no object counts.
 
     Computed by faster-coco-eval.
 
     Args:
         coco: The truth.
-        results: See `find_objects`; of all images of `coco`.
-        masks: Also those of masks; the truth and the results have them.
+        results: Results of `find_objects` on all images of `coco`.
+        masks: Evaluate masks as well; the truth and the results must have them.
 
     Raises:
-        ValueError: faster-coco-eval is missing.
+        ValueError: faster-coco-eval is not installed.
     """
-    rle_codec()  # says what is missing
+    rle_codec()  # for its error message
     from faster_coco_eval import COCO, COCOeval_faster
 
     kinds: Any = {"box": "bbox", "mask": "segm"} if masks else {"box": "bbox"}
@@ -122,7 +112,7 @@ def average_precision(coco: Coco, results: list[Result], *, masks: bool) -> dict
     truth = COCO(coco.content())
     found: dict[str, float] = {}
     for name, kind in kinds.items():
-        # loadRes takes areas and boxes from the masks where there are any
+        # loadRes derives areas and boxes from masks, so that results for boxes must not have any
         own = [{k: v for k, v in r.items() if kind == "segm" or k != "segmentation"} for r in results]
         evaluator: Any = COCOeval_faster(truth, truth.loadRes(own), kind)
         evaluator.run()
@@ -131,51 +121,51 @@ def average_precision(coco: Coco, results: list[Result], *, masks: bool) -> dict
 
 
 def evaluate_detector(
-    detector: nn.Module, coco: Coco, *, masks: bool, world: Any = None, **how: Any
+    detector: FasterRCNN, coco: Coco, *, world: World | None = None, **how: Any
 ) -> tuple[dict[str, float], list[Result]]:
-    """Average precision on images, shared among the processes; each one gets all numbers and results.
+    """Average precision on images, and the results; the same on all processes.
 
     Args:
         detector: From `build_detector`.
         coco: The images with the truth.
-        masks: Also of masks.
-        world: The processes; None for this one alone.
-        how: Of `find_objects`.
+        world: The processes that share the images; None for this process alone.
+        how: More arguments of `find_objects`.
     """
-    own = find_objects(detector, coco, seat=world or Seat(0, 1, True), **how)
-    results = own if world is None else world.gather(own)
-    return average_precision(coco, results, masks=masks), results
+    results = [result for _, found in find_objects(detector, coco, world=world, **how) for result in found]
+    if world is not None:
+        results = world.gather(results)
+    return average_precision(coco, results, masks=not made_of_detector(detector)["boxes_only"]), results
+
+
+def table(metrics: dict[str, float]) -> str:
+    """COCO's numbers in percent, boxes and masks in columns."""
+    kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
+    rows = [f"{'':10}" + "".join(f"{kind:>8}" for kind in kinds)]
+    for name in METRICS:
+        values = (metrics[f"{kind}_{name}"] for kind in kinds)
+        rows.append(f"{name:10}" + "".join(f"{100 * v:8.1f}" if v >= 0 else f"{'-':>8}" for v in values))
+    return "\n".join([*rows, "in %, computed by faster-coco-eval; - if no object has that size"])
 
 
 def save_found(
-    path: str | Path,
-    coco: Coco,
-    results: Sequence[Result],
-    *,
-    image_ids: Sequence[int],
-    in_chans: int,
-    masks: bool,
-    pixels: Pixels = PLAIN,
-    min_score: float = 0.5,
-) -> None:
-    """Draws the truth (left) and what was found (right) of some images as one PNG.
+    path: str | Path, samples: DetectionSamples, results: Sequence[Result], image_ids: Sequence[int],
+    min_score: float = SURE,
+) -> None:  # fmt: skip
+    """Draws the truth (left) and the found objects (right) of some images as one PNG.
 
     Args:
-        path: Of the PNG.
-        coco: The images with the truth.
-        results: Of a detector.
-        image_ids: Which images, a row each.
-        in_chans: Channels of the images; the first three are shown, or the first as grey.
-        masks: Whether the results and the truth have masks.
-        pixels: How stored values become pixels, see `Pixels`.
-        min_score: What is less certain is left out.
+        path: The PNG.
+        samples: The images with the truth, without a transform.
+        results: Results of a detector.
+        image_ids: The images to draw, one per row.
+        min_score: Objects with a lower score are left out.
 
     Raises:
         WriteError: (an OSError) It cannot be written.
     """
     from matplotlib.figure import Figure
 
-    samples = DetectionSamples(coco, masks=masks, in_chans=in_chans, pixels=pixels)
+    coco = samples.coco
     index = {image.id: i for i, image in enumerate(coco.images)}
     figure = Figure(figsize=(8, 4 * len(image_ids)), dpi=100, layout="constrained")
     axes = figure.subplots(len(image_ids), 2, squeeze=False)
@@ -185,7 +175,7 @@ def save_found(
         shown = _as_rgb(image)
         for axis, title, target in (
             (row[0], coco.images[index[image_id]].name, truth),
-            (row[1], f"found, score >= {min_score:g}", _target(sure, coco, masks)),
+            (row[1], f"found, score >= {min_score:g}", _target(sure, coco, samples.masks)),
         ):
             axis.imshow(_drawn(shown, target, coco.classes).permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set_title(title, fontsize=8, parse_math=False)
@@ -195,10 +185,10 @@ def save_found(
         figure.savefig(part, format="png")
 
 
-def _as_rgb(pixels: Tensor) -> Tensor:
-    """Float `[C, H, W]` as uint8 `[3, H, W]`; floats that are not in 0..1 are stretched."""
-    zero, one = torch.zeros(len(pixels)), torch.ones(len(pixels))
-    shown = displayable(pixels[None], zero, one)[0].permute(2, 0, 1)
+def _as_rgb(image: Tensor) -> Tensor:
+    """Float `[C, H, W]` as uint8 `[3, H, W]`; values outside of 0..1 are stretched."""
+    zero, one = torch.zeros(len(image)), torch.ones(len(image))
+    shown = displayable(image[None], zero, one)[0].permute(2, 0, 1)
     if shown.min() < 0 or shown.max() > 1:
         shown = (shown - shown.min()) / (shown.max() - shown.min()).clamp(min=1e-9)
     return (shown * 255).round().to(torch.uint8)
@@ -219,7 +209,7 @@ def _target(results: Sequence[Result], coco: Coco, masks: bool) -> dict[str, Any
 
 
 def _drawn(image: Tensor, target: dict[str, Any], classes: list[str]) -> Tensor:
-    """The image with boxes, names and masks; small images are enlarged, so that the names can be read."""
+    """The image with boxes, names and masks; small images are enlarged to keep the names legible."""
     factor = max(1, 400 // max(image.shape[-2:]))
     image = image.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     labels = target["labels"].tolist()
@@ -233,6 +223,3 @@ def _drawn(image: Tensor, target: dict[str, Any], classes: list[str]) -> Tensor:
         masks = target["masks"].bool().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
         image = draw_segmentation_masks(image, masks, alpha=0.4, colors=colours)
     return draw_bounding_boxes(image, target["boxes"] * factor, names, colors=colours, width=2)
-
-
-_COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075"]

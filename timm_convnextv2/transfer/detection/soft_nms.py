@@ -1,4 +1,4 @@
-"""Soft-NMS (Bodla et al., 2017), with which the paper tests its detectors: overlapping boxes lose score, not life."""
+"""Soft-NMS (Bodla et al., 2017), which the paper evaluates with: overlapping boxes are down-weighted, not removed."""
 
 import math
 import sys
@@ -10,27 +10,27 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.ops import box_iou
 
 METHODS = ("linear", "gaussian")
-SIGMA = 0.5  # of the Gaussian, the authors' value
+SIGMA = 0.5  # width of the Gaussian, the authors' value
 MIN_SCORE = 0.001  # boxes below it are left out
 
 
 def soft_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, method: str = "linear", *, limit: int = 100, threshold: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """The boxes in the order of their decayed scores; those of one class only decay each other.
+    """The boxes in the order of their decayed scores.
 
-    The best box is taken, and all others of its class lose score by their IoU with it; again, until none is left.
+    Takes the best box, lowers the scores of the others of its class by their IoU with it, and repeats.
 
     Args:
         boxes: `[N, 4]`, x1, y1, x2, y2.
         scores: `[N]`.
-        labels: Class of each, `[N]`.
-        method: 'linear': times 1 - IoU where the IoU is above the threshold; 'gaussian': times exp(-IoU^2 / 0.5).
-        limit: Number of boxes, at most.
-        threshold: Of 'linear'.
+        labels: Class of each box, `[N]`.
+        method: 'linear' multiplies by 1 - IoU if the IoU is above the threshold, 'gaussian' by exp(-IoU^2 / 0.5).
+        limit: Largest number of boxes.
+        threshold: IoU above which 'linear' lowers scores.
 
     Returns:
-        Indices `[K]`, and the decayed scores `[K]`, falling.
+        Indices `[K]`, and the decayed scores `[K]` in descending order.
 
     Raises:
         ValueError: An unknown method.
@@ -57,16 +57,16 @@ def soft_nms(
 
 
 def use_soft_nms(detector: FasterRCNN, method: str = "linear") -> FasterRCNN:
-    """Makes a detector take soft-NMS in place of NMS, where it finds objects; proposals stay as they are.
+    """Replaces the NMS of a detector's final boxes by soft-NMS; proposals keep NMS.
 
     Args:
-        detector: From `build_detector` or `open_detector`; it is changed, and returned.
+        detector: From `build_detector` or `open_detector`; changed in place and returned.
         method: See `soft_nms`; the threshold is the detector's `box_nms_thresh`.
     """
-    soft_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), method)  # complains here
+    soft_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), method)  # raises for an unknown method
     heads: Any = detector.roi_heads
     limit, threshold, all_boxes = heads.detections_per_img, heads.nms_thresh, heads.postprocess_detections
-    heads.detections_per_img, heads.nms_thresh = sys.maxsize, 1.0  # nothing is suppressed, and none left out, before
+    heads.detections_per_img, heads.nms_thresh = sys.maxsize, 1.0  # torchvision suppresses and drops nothing itself
 
     def postprocess(*args: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         found: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -1,7 +1,7 @@
-"""The UPerNet head of semantic segmentation, and the small auxiliary head that trains beside it.
+"""The UPerNet head of semantic segmentation, and the small auxiliary head that is trained with it.
 
-Sources: Xiao et al., Unified Perceptual Parsing for Scene Understanding, 2018; the settings are those of
-mmsegmentation's `UPerHead` and `FCNHead`, with which ConvNeXt's results on ADE20K were made.
+Source: Xiao et al., Unified Perceptual Parsing for Scene Understanding, 2018. The settings are those of
+mmsegmentation's `UPerHead` and `FCNHead`, which produced ConvNeXt's results on ADE20K.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from torchvision.ops import Conv2dNormActivation
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """A map `[B, C, h, w]` at another size, bilinear; corners are not aligned."""
+    """Resizes `[B, C, h, w]` bilinearly; corners are not aligned."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 class _Pooled(nn.Sequential):
-    """Means over a grid of bins, one convolution, back to the size of the map."""
+    """Means over a grid of bins, one convolution, resized to the size of the input."""
 
     def __init__(self, in_channels: int, channels: int, bins: int) -> None:
         super().__init__(nn.AdaptiveAvgPool2d(bins), Conv2dNormActivation(in_channels, channels, 1))
@@ -31,11 +31,11 @@ class UPerHead(nn.Module):
     """Pyramid pooling on the coarsest map, a feature pyramid over all maps, their fusion at the finest.
 
     Args:
-        in_channels: Of the maps, finest first.
+        in_channels: Channels of the maps, finest first.
         num_classes: Channels of the result.
-        channels: Of everything between.
-        bins: Sides of the grids of the pyramid pooling.
-        dropout: Share of the channels that training leaves out before the classifier.
+        channels: Channels of all layers in between.
+        bins: Grid sizes of the pyramid pooling.
+        dropout: Fraction of channels dropped before the classifier in training.
     """
 
     def __init__(

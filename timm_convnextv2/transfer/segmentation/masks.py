@@ -1,4 +1,4 @@
-"""Images and the masks with the classes of their pixels: two folders, their checks, and the transform of training."""
+"""Images and masks of pixel classes: two folders, their checks, and the transform of training."""
 
 import os
 from collections.abc import Sequence
@@ -15,12 +15,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
-from ...data import FolderSource, Pixels, check_readable, load_image, sample_seed
+from ...data import FolderSource, Pixels, check_readable, load_image
 from ...data.formats.decode import printable
 from ...data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file
 from ...data.formats.pixels import PLAIN
 from ...data.sources.folder import ImageFiles
-from ..unreadable import naming
+from ...seeds import sample_seed, seeded
+from ..errors import naming
 
 MASK_FOLDERS = ("masks", "annotations", "labels")
 SPLITS = {"train": TRAIN_FOLDERS, "validation": VALIDATION_FOLDERS, "test": ("test", "testing")}
@@ -28,7 +29,7 @@ SHOWN = 3  # names in a message
 
 
 def load_mask(path: str | os.PathLike) -> np.ndarray:
-    """The values of a mask, int64 `[H, W]`: a palette image's indices, or the values of an image with one channel.
+    """The values of a mask, int64 `[H, W]`: the indices of a palette image, or the values of a one-channel image.
 
     Raises:
         ValueError: The file cannot be decoded, has colours instead of indices, or is a JPEG, whose values are inexact.
@@ -40,9 +41,7 @@ def load_mask(path: str | os.PathLike) -> np.ndarray:
             if image.format == "JPEG":
                 raise ValueError("is a JPEG, whose values are not exact; expected a PNG")
             if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
-                raise ValueError(
-                    f"has colours (mode {image.mode}), expected an index in each pixel: a palette or grey PNG"
-                )
+                raise ValueError(f"has colours (mode {image.mode}), expected class indices: a palette or grey PNG")
             return np.array(image).astype(np.int64)
     except Exception as e:  # decoders raise nearly anything
         what = str(e) if isinstance(e, ValueError) else f"cannot be decoded ({type(e).__name__}: {e})"
@@ -50,37 +49,38 @@ def load_mask(path: str | os.PathLike) -> np.ndarray:
 
 
 def read_classes(path: str | os.PathLike) -> list[str]:
-    """The names of the classes: line i of a text file is that of index i, the first is 0.
+    """Class names from a text file: line 1 is the name of index 0.
 
     Raises:
-        ValueError: It cannot be read, has fewer than two names, an empty line between them, or a name twice.
+        ValueError: It cannot be read, has fewer than two names, a blank line between them, or a duplicate.
     """
     shown = printable(path)
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(
-            f"The class names '{shown}' cannot be read ({e}). Write one name a line; line 1 is the name of index 0."
+            f"The class names '{shown}' cannot be read ({e}). Write one name per line; line 1 is the name of index 0."
         ) from e
-    empty = [i for i, name in enumerate(names, 1) if not name]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if empty or (twice and any(twice)) or len(names) < 2:
-        what = f"no name in line {empty[0]}" if empty else f"{', '.join(twice)} twice" if twice else f"names: {names}"
-        raise ValueError(f"The class names '{shown}' have {what}; expected two or more names, one a line.")
+    blank = [i for i, name in enumerate(names, 1) if not name]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if blank or duplicates or len(names) < 2:
+        what = f"no name in line {blank[0]}" if blank else f"duplicates: {', '.join(duplicates)}"
+        what = what if blank or duplicates else f"names: {names}"
+        raise ValueError(f"The class names '{shown}' have {what}; expected two or more names, one per line.")
     return names
 
 
 class MaskedImages(Dataset):
-    """Images and their masks, matched by their paths below the two folders without the endings.
+    """Images and their masks, matched by their paths below the two folders without extensions.
 
     Args:
         images: Folder of the images.
         masks: Folder of the masks.
-        classes: Names of the classes by index.
-        in_chans: Channels of the images, see `data.load_image`.
-        pixels: How stored values become pixels, see `Pixels`.
-        ignore_index: Value of pixels without a class, in the masks and in what comes of them.
-        reduce_zero_label: 0 in a mask means no class, and class i is written as i + 1, as in ADE20K.
+        classes: Class names by index.
+        in_chans: Channels of the images.
+        pixels: How stored values become pixels.
+        ignore_index: Value of pixels without a class, in the masks and in the targets.
+        reduce_zero_label: 0 in a mask means no class, and class i is stored as i + 1, as in ADE20K.
 
     Attributes:
         unused: Masks without an image.
@@ -110,8 +110,8 @@ class MaskedImages(Dataset):
         lost = [path for stem, path in found.items() if stem not in there]
         if lost:
             raise ValueError(
-                f"{_count(lost, found, 'images have')} no mask in '{printable(masks)}': {_first(lost)}. A mask has the "
-                "image's path below its folder, with any ending."
+                f"{len(lost)} of {len(found)} images have no mask in '{printable(masks)}': {_first(lost)}. A mask has "
+                "the image's path below its folder, with any extension."
             )
         self.masks = [there[stem] for stem in found]
         self.unused = [path for stem, path in there.items() if stem not in found]
@@ -121,15 +121,11 @@ class MaskedImages(Dataset):
         return len(self.masks)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        """`(image, target)`: the image as `data.load_image` gives it, `[C, H, W]`; classes, int64 `[H, W]`."""
-        with naming(f"The image {self.name(i)} with its mask"):
-            return self.source[i], torch.from_numpy(self._classes_of(load_mask(self.masks[i])))
+        """`(image, target)`: the image `[C, H, W]` as from `data.load_image`, and classes, int64 `[H, W]`."""
+        with naming(f"The image {self.source.name(i)} with its mask"):
+            return self.source[i], torch.from_numpy(self._target(load_mask(self.masks[i])))
 
-    def name(self, i: int) -> str:
-        """Path of image `i`, safe to print."""
-        return self.source.name(i)
-
-    def _classes_of(self, mask: np.ndarray) -> np.ndarray:
+    def _target(self, mask: np.ndarray) -> np.ndarray:
         if not self.reduce_zero_label:
             return mask
         return np.where((mask == 0) | (mask == self.ignore_index), self.ignore_index, mask - 1)
@@ -144,25 +140,26 @@ class MaskedImages(Dataset):
             Pixels of each class, int64 `[num_classes]`.
 
         Raises:
-            ValueError: Says all that is wrong, with counts and the first names.
+            ValueError: All faults, with counts and the first names.
         """
         with ThreadPoolExecutor(workers) as pool:
-            looks = list(pool.map(self._look, range(len(self))))
+            masks = list(pool.map(self._check_mask, range(len(self))))
+        start = int(self.reduce_zero_label)
+        span = f"{start} to {len(self.classes) - 1 + start}, and {self.ignore_index} for none"
         faults = []
         for kind, what in (
             ("error", "masks or their images cannot be read"),
             ("size", "masks have another size than their images"),
-            ("above", f"masks have indices of no class (there are {len(self.classes)}, {self._span()})"),
+            ("above", f"masks have indices of no class (there are {len(self.classes)}, {span})"),
         ):
-            bad = [getattr(look, kind) for look in looks if getattr(look, kind)]
+            bad = [getattr(mask, kind) for mask in masks if getattr(mask, kind)]
             if bad:
-                faults.append(f"{_count(bad, looks, what)}: {_first(bad)}")
-        torn = [message for _, message in check_readable(self.source)] if not faults else []
-        if torn:
-            faults.append(
-                f"{len(torn)} of {min(32, len(self))} images tried cannot be decoded: {'; '.join(torn[:SHOWN])}"
-            )
-        counts = np.sum([look.counts for look in looks], axis=0)
+                faults.append(f"{len(bad)} of {len(masks)} {what}: {_first(bad)}")
+        corrupt = [message for _, message in check_readable(self.source)] if not faults else []
+        if corrupt:
+            reasons = "; ".join(corrupt[:SHOWN])
+            faults.append(f"{len(corrupt)} of {min(32, len(self))} images tried cannot be decoded: {reasons}")
+        counts = np.sum([mask.counts for mask in masks], axis=0)
         if not faults and not counts.sum():
             faults.append(f"no pixel of {len(self)} masks has a class")
         if faults:
@@ -170,28 +167,24 @@ class MaskedImages(Dataset):
             raise ValueError(f"The masks in '{root}' cannot be used:\n" + "\n".join(f"  {fault}" for fault in faults))
         return counts
 
-    def _span(self) -> str:
-        start = int(self.reduce_zero_label)
-        return f"{start} to {len(self.classes) - 1 + start}, and {self.ignore_index} for none"
-
-    def _look(self, i: int) -> "_Look":
-        none, name = np.zeros(len(self.classes), dtype=np.int64), printable(self.masks[i])
+    def _check_mask(self, i: int) -> "_Checked":
+        counts, name = np.zeros(len(self.classes), dtype=np.int64), printable(self.masks[i])
         try:
             mask = load_mask(self.masks[i])
             size = _image_size(self.source, i)
         except ValueError as e:
-            return _Look(none, error=str(e))
+            return _Checked(counts, error=str(e))
         if mask.shape != size:
-            return _Look(none, size=f"{name} {mask.shape[0]} x {mask.shape[1]}, image {size[0]} x {size[1]}")
-        values, counts = np.unique(self._classes_of(mask), return_counts=True)
+            return _Checked(counts, size=f"{name} {mask.shape[0]} x {mask.shape[1]}, image {size[0]} x {size[1]}")
+        values, numbers = np.unique(self._target(mask), return_counts=True)
         known = (values >= 0) & (values < len(self.classes))
         others = values[~known & (values != self.ignore_index)] + int(self.reduce_zero_label)
-        none[values[known]] = counts[known]
-        return _Look(none, above=f"{name} has {', '.join(map(str, others[:5]))}" if len(others) else "")
+        counts[values[known]] = numbers[known]
+        return _Checked(counts, above=f"{name} has {', '.join(map(str, others[:5]))}" if len(others) else "")
 
 
-class _Look(NamedTuple):
-    """What was found in a mask: pixels of each class, and its faults."""
+class _Checked(NamedTuple):
+    """A mask's pixels per class, and its faults."""
 
     counts: np.ndarray
     error: str = ""
@@ -200,7 +193,7 @@ class _Look(NamedTuple):
 
 
 def _image_size(source: ImageFiles, i: int) -> tuple[int, int]:
-    """Height and width; from the file's head where Pillow reads the whole format."""
+    """Height and width after EXIF orientation; from the header if Pillow decodes the format completely."""
     path = source.path(i)
     if not path.lower().endswith((".npy", ".tif", ".tiff")):
         try:
@@ -214,26 +207,22 @@ def _image_size(source: ImageFiles, i: int) -> tuple[int, int]:
 
 
 def paths_by_stem(root: str | os.PathLike) -> dict[str, str]:
-    """The images below a folder by their path in it without ending, in order."""
+    """The images below a folder by their relative path without extension, in order."""
     source = FolderSource(root)
     paths = sorted(source.path(i) for i in range(len(source)))
     found: dict[str, str] = {}
-    twice = []
+    duplicates = []
     for path in paths:
         stem = os.path.splitext(os.path.relpath(path, root))[0]
         if stem in found:
-            twice.append(path)
+            duplicates.append(path)
         found[stem] = path
-    if twice:
+    if duplicates:
         raise ValueError(
-            f"{_count(twice, paths, 'files have')} the name of another in '{printable(root)}' but for the ending: "
-            f"{_first(twice)}. Which belongs to which mask is not known; rename or remove them."
+            f"{len(duplicates)} of {len(paths)} files in '{printable(root)}' have the name of another one except for "
+            f"the extension: {_first(duplicates)}. Images and masks are matched by name; rename or remove them."
         )
     return found
-
-
-def _count(bad: Sequence, all_of: Sequence | dict, what: str) -> str:
-    return f"{len(bad)} of {len(all_of)} {what}"
 
 
 def _first(names: Sequence[str]) -> str:
@@ -245,8 +234,8 @@ def open_split(root: str | os.PathLike, split: str) -> tuple[Path, Path]:
     """The folders of images and masks of a split.
 
     Args:
-        root: With `SPLIT/images` and `SPLIT/masks`, or `images/SPLIT` and `masks/SPLIT`; the masks' folder may also be
-            called annotations or labels, the splits have timm's names for them (training, val, ...).
+        root: Has `SPLIT/images` and `SPLIT/masks`, or `images/SPLIT` and `masks/SPLIT`; the masks' folder may also be
+            called annotations or labels, and the splits have timm's names (training, val, ...).
         split: 'train', 'validation' or 'test'.
 
     Raises:
@@ -266,17 +255,17 @@ def open_split(root: str | os.PathLike, split: str) -> tuple[Path, Path]:
 
 
 class TrainTransform:
-    """What training does to an image and its mask together: scale, crop, flip, and colours of three channels.
+    """Scales, crops and flips an image with its mask, and distorts the colours of three channels.
 
     Args:
         size: Side of the square crops in pixels.
-        fill: Value a channel, in 0..1, of what lies beyond the image.
+        fill: Value per channel, in 0..1, beyond the image.
         scale: Smallest and largest factor of the image's size.
-        short_side: Pixels that the shorter side has at factor 1; None leaves the image's own.
+        short_side: Length of the shorter side at factor 1; None for the image's own.
         hflip: Probability of a horizontal flip.
-        vflip: Likewise, vertical.
+        vflip: Probability of a vertical flip.
         colours: Distort brightness, contrast, saturation and hue of images with three channels.
-        ignore_index: Class of what lies beyond the image.
+        ignore_index: Class beyond the image.
     """
 
     def __init__(
@@ -291,8 +280,6 @@ class TrainTransform:
         colours: bool = True,
         ignore_index: int = 255,
     ) -> None:
-        if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"The scale is {scale}, expected two factors above 0, the smaller first (--scale).")
         self.size, self.scale, self.short_side, self.ignore_index = size, scale, short_side, ignore_index
         fills = {tv_tensors.Image: list(fill), tv_tensors.Mask: ignore_index}
         self.crop = v2.RandomCrop(size, pad_if_needed=True, fill=fills)  # pyright: ignore[reportArgumentType]
@@ -311,7 +298,10 @@ class TrainTransform:
         return self.colours(x).as_subclass(Tensor), y.as_subclass(Tensor)
 
     def _varied_crop(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """A crop in which no class has more than three quarters of the pixels, if one of ten is such."""
+        """A crop in which no class has more than three quarters of the pixels, if ten tries find one.
+
+        This is mmsegmentation's `cat_max_ratio`, which the paper's settings use.
+        """
         for _ in range(9):
             crop = self.crop(x, y)
             counts = crop[1][crop[1] != self.ignore_index].unique(return_counts=True)[1]
@@ -321,17 +311,17 @@ class TrainTransform:
 
 
 def as_float(image: Tensor) -> Tensor:
-    """uint8 in 0..255 as float in 0..1; floats as they are."""
+    """uint8 in 0..255 as float in 0..1; floats unchanged."""
     return image.div(255) if image.dtype == torch.uint8 else image
 
 
 class TrainSamples(Dataset):
-    """Samples `(image, target)` for `loop.create_loader`, of which all that is random depends on (seed, epoch, index).
+    """Samples `(image, target)` whose random numbers depend on (seed, epoch, index) only.
 
     Args:
         data: The images.
         transform: See `TrainTransform`.
-        seed: Of what is random.
+        seed: Seed of the transform.
     """
 
     def __init__(self, data: MaskedImages, transform: TrainTransform, seed: int = 0) -> None:
@@ -343,6 +333,5 @@ class TrainSamples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, index = key
         sample = self.data[index]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
+        with seeded(sample_seed(self.seed, epoch, index)):
             return self.transform(*sample)

@@ -1,4 +1,4 @@
-"""What a segmenter finds in images, how good that is, and what it looks like."""
+"""What a segmenter finds in images, its measures, and images of it beside the truth."""
 
 import colorsys
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as V
 from ...files import whole_file
 from ...report.images import displayable, save_figure
 from ...runs.end import leave_signals_to_parent
-from ...runs.world import Seat
+from ...runs.world import World
 from .masks import MaskedImages, as_float
 from .segmenter import Segmenter
 from .sliding import predict
@@ -26,7 +26,7 @@ class Confusion:
 
     Args:
         num_classes: Number of classes.
-        ignore_index: Target of pixels that do not count.
+        ignore_index: Target value of pixels that do not count.
 
     Attributes:
         counts: int64 `[true class, predicted class]`, on the CPU.
@@ -37,26 +37,26 @@ class Confusion:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def add(self, predicted: Tensor, targets: Tensor) -> None:
-        """Counts pixels: classes of any equal shapes."""
+        """Counts pixels; both have the same shape, any."""
         counted = targets != self.ignore_index
         pairs = targets[counted].long() * self.num_classes + predicted[counted].long()
         self.counts += torch.bincount(pairs.cpu(), minlength=self.num_classes**2).view_as(self.counts)
 
     def join(self, others: Sequence[Tensor]) -> "Confusion":
-        """Takes the sum of these counts, such as those of all processes, instead of its own."""
+        """Replaces its counts by the sum of these, such as those of all processes."""
         self.counts = torch.stack(list(others)).sum(0)
         return self
 
     def measures(self) -> dict[str, Any]:
-        """`miou`, the mean IoU over the classes that are in the targets or the predictions; `accuracy` of the pixels;
-        `mean_accuracy` over the classes in the targets; `iou`, a number a class, None of those in neither.
+        """`miou`, the mean IoU over classes in the targets or predictions; `accuracy` of the pixels; `mean_accuracy`
+        over classes in the targets; `iou`, one number per class, None if it is in neither.
 
         Raises:
             ValueError: No pixel was counted.
         """
         counts = self.counts.double()
         if not counts.sum():
-            raise ValueError("No pixel has a class (all are the ignore index), so that nothing can be measured.")
+            raise ValueError("No pixel has a class: all targets are the ignore index, so nothing can be measured.")
         hits, true, found = counts.diagonal(), counts.sum(1), counts.sum(0)
         union = true + found - hits
         iou = hits / union
@@ -74,9 +74,9 @@ class Inference(NamedTuple):
     Attributes:
         short_side: Pixels that the shorter side is resized to; None keeps the image's size.
         window: Side of sliding windows in pixels, None for whole images.
-        stride: See `windows.slide`.
-        scales: See `windows.predict`.
-        flip: Likewise.
+        stride: See `sliding.slide`.
+        scales: See `sliding.predict`.
+        flip: Average with the mirrored image.
         amp_dtype: Type of mixed precision, None for float32.
     """
 
@@ -88,18 +88,21 @@ class Inference(NamedTuple):
     amp_dtype: torch.dtype | None = None
 
 
+WHOLE = Inference()
+
+
 @torch.no_grad()
-def find_classes(model: Segmenter, image: Tensor, testing: Inference = Inference()) -> Tensor:  # noqa: B008  immutable
-    """The class of each pixel, int64 `[H, W]` on the CPU, of an image `[C, H, W]` as `data.load_image` gives it."""
+def find_classes(model: Segmenter, image: Tensor, inference: Inference = WHOLE) -> Tensor:
+    """The class of each pixel, int64 `[H, W]` on the CPU, for an image `[C, H, W]` from `data.load_image`."""
     device = model.mean.device
     height, width = image.shape[-2:]
     x = as_float(image)[None].to(device)
-    if testing.short_side is not None:
-        factor = testing.short_side / min(height, width)
+    if inference.short_side is not None:
+        factor = inference.short_side / min(height, width)
         x = V.resize(x, [max(1, round(height * factor)), max(1, round(width * factor))])
-    with torch.autocast(device.type, testing.amp_dtype, enabled=testing.amp_dtype is not None):
+    with torch.autocast(device.type, inference.amp_dtype, enabled=inference.amp_dtype is not None):
         found = predict(
-            model, x, scales=testing.scales, flip=testing.flip, window=testing.window, stride=testing.stride,
+            model, x, scales=inference.scales, flip=inference.flip, window=inference.window, stride=inference.stride,
             size=(height, width),
         )  # fmt: skip
     return found[0].argmax(0).cpu()
@@ -108,10 +111,10 @@ def find_classes(model: Segmenter, image: Tensor, testing: Inference = Inference
 def evaluate_segmenter(
     model: Segmenter,
     data: MaskedImages,
-    testing: Inference = Inference(),  # noqa: B008  an immutable value
+    inference: Inference = WHOLE,
     *,
     workers: int = 0,
-    world: Any = None,
+    world: World | None = None,
     keep: int = 0,
 ) -> tuple[dict[str, Any], dict[int, Tensor]]:
     """Measures a segmenter.
@@ -119,39 +122,49 @@ def evaluate_segmenter(
     Args:
         model: In eval mode, on its device.
         data: Images with masks.
-        testing: How the images are run.
-        workers: Processes that decode.
-        world: The processes that share the images (`World`), each of which calls this; None for this one alone.
+        inference: How the segmenter is run.
+        workers: Processes that decode images.
+        world: The processes that share the images, each of which calls this; None for this process alone.
         keep: Number of images, spread over the data, whose classes are returned.
 
     Returns:
-        See `Confusion.measures`; the classes found in the kept images by index, `[H, W]` each.
+        `Confusion.measures`, and the classes `[H, W]` found in the kept images, by image index.
 
     Raises:
         ValueError: An image or a mask cannot be read, or no pixel has a class.
     """
-    seat: Any = world or Seat(0, 1, True)
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
     kept = {i * len(data) // keep for i in range(min(keep, len(data)))} if keep else set()
-    share = list(range(seat.rank, len(data), seat.size))
+    part = list(range(rank, len(data), size))
     loader = DataLoader(
-        Subset(data, share), batch_size=None, num_workers=workers, generator=torch.Generator(),
+        Subset(data, part), batch_size=None, num_workers=workers, generator=torch.Generator(),
         worker_init_fn=leave_signals_to_parent,
     )  # fmt: skip
     confusion = Confusion(len(data.classes), data.ignore_index)
     found: dict[int, Tensor] = {}
-    for i, (image, target) in zip(share, loader, strict=True):
-        classes = find_classes(model, image, testing)
+    for i, (image, target) in zip(part, loader, strict=True):
+        classes = find_classes(model, image, inference)
         confusion.add(classes, target)
         if i in kept:
             found[i] = classes
     if world is not None:
         confusion.join(world.gather([confusion.counts]))
-        found = {i: classes for part in world.gather([found]) for i, classes in part.items()}
+        found = {i: classes for others in world.gather([found]) for i, classes in others.items()}
     return confusion.measures(), found
 
 
+def table(measures: dict[str, Any], classes: Sequence[str]) -> str:
+    """IoU of each class, their mean, and accuracies, in percent."""
+    width = max(14, *(len(name) for name in classes))
+    means = {"mIoU": "miou", "accuracy": "accuracy", "mean accuracy": "mean_accuracy"}
+    rows = [*zip(classes, measures["iou"], strict=True), *((name, measures[key]) for name, key in means.items())]
+    lines = [f"{name:{width}}" + (f"{'-':>7}" if value is None else f"{100 * value:7.1f}") for name, value in rows]
+    lines.insert(len(classes), "-" * (width + 7))
+    return "\n".join([f"{'IoU of':{width}}", *lines, "in %; - if a class is neither in the masks nor found"])
+
+
 def save_mask(classes: Tensor, path: str | Path, num_classes: int) -> None:
-    """Writes classes `[H, W]` as an index PNG with a colour for each; of more than 256 classes, as a 16-bit PNG.
+    """Writes classes `[H, W]` as an index PNG with a palette; as a 16-bit PNG for more than 256 classes.
 
     Raises:
         WriteError: (an OSError) It cannot be written.
@@ -166,19 +179,19 @@ def save_mask(classes: Tensor, path: str | Path, num_classes: int) -> None:
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """Colours that differ, uint8 `[num_classes, 3]`; black for class 0."""
+    """Distinct colours, uint8 `[num_classes, 3]`; class 0 is black."""
     colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.85 - 0.35 * (i % 2), 0.95) for i in range(1, num_classes)]
     return np.round(255 * np.array([(0, 0, 0), *colours])).astype(np.uint8)
 
 
 def save_segmentations(path: str | Path, data: MaskedImages, found: dict[int, Tensor], title: str = "") -> None:
-    """Draws images, their masks and what was found in them as a PNG, a row an image; grey has no class.
+    """Draws images, their masks and the classes found, one row per image, as a PNG; grey pixels have no class.
 
     Args:
-        path: PNG to write; its folder is made.
+        path: PNG to write; its folder is created if needed.
         data: The images.
-        found: Classes by the image's index, see `evaluate_segmenter`.
-        title: Line above.
+        found: Classes by image index, see `evaluate_segmenter`.
+        title: Title of the figure.
 
     Raises:
         WriteError: (an OSError) It cannot be written.

@@ -1,4 +1,4 @@
-"""A segmenter: UPerNet on any backbone of timm; its folder on the disk."""
+"""A segmenter: UPerNet on any backbone of timm, and the folder it is exported to."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,22 +14,19 @@ from ..backbone import Backbone, create_backbone, open_backbone
 from .heads import FCNHead, UPerHead, resize
 
 IGNORE_INDEX = 255
-AUXILIARY_WEIGHT = 0.4  # of mmsegmentation's configurations of UPerNet
+AUXILIARY_WEIGHT = 0.4  # from mmsegmentation's configurations of UPerNet
 
 
 class Segmenter(nn.Module):
-    """UPerNet; made by `build_segmenter` and `open_segmenter`.
+    """UPerNet; `build_segmenter` and `open_segmenter` make it.
 
     Args:
-        backbone: Its last four maps are read.
-        num_classes: Classes, the background (where there is one) included.
-        channels: Of the head.
-        auxiliary_channels: Of the auxiliary head, which only trains; 0 for none.
-        ignore_index: In the targets, of pixels without a class.
-        classes: Names of the classes, '0', '1', ... if None.
-
-    Attributes:
-        classes: Names of the classes.
+        backbone: See `create_backbone`.
+        num_classes: Number of classes, including the background if there is one.
+        channels: Channels of the head.
+        auxiliary_channels: Channels of the auxiliary head, which is used in training only; 0 for none.
+        ignore_index: Value of pixels without a class in the targets.
+        classes: Class names; '0', '1', ... if None.
     """
 
     mean: Tensor
@@ -50,10 +47,10 @@ class Segmenter(nn.Module):
             raise ValueError(f"num_classes is {num_classes}, expected at least 2 (the background counts).")
         names = [str(i) for i in range(num_classes)] if classes is None else list(classes)
         if len(names) != num_classes:
-            raise ValueError(f"There are {len(names)} names for {num_classes} classes.")
+            raise ValueError(f"{len(names)} class names for {num_classes} classes.")
         self.backbone, self.classes, self.ignore_index = backbone, names, ignore_index
         self.sizes = dict(channels=channels, auxiliary_channels=auxiliary_channels)
-        # a ConvNeXt's maps come without a norm; the official segmentation code adds the same ones
+        # ConvNeXt's maps are not normalised; the official segmentation code adds the same norms
         self.norms = nn.ModuleList(LayerNorm2d(n) for n in backbone.channels)
         self.head = UPerHead(backbone.channels, num_classes, channels)
         self.auxiliary = FCNHead(backbone.channels[-2], num_classes, auxiliary_channels) if auxiliary_channels else None
@@ -69,8 +66,8 @@ class Segmenter(nn.Module):
         """Losses in train mode, logits in eval mode.
 
         Args:
-            images: Float `[B, C, H, W]`, as `data.load_image` gives them and uint8 divided by 255; any H and W. They
-                are normalised here.
+            images: Float `[B, C, H, W]`, as from `data.load_image` with uint8 divided by 255; any H and W. They are
+                normalised here.
             targets: Classes of the pixels, int64 `[B, H, W]`; in train mode only.
 
         Returns:
@@ -78,15 +75,15 @@ class Segmenter(nn.Module):
             `[B, num_classes, H, W]`.
 
         Raises:
-            ValueError: Train mode has no targets, or one image only (batch normalisation needs several).
+            ValueError: No targets in train mode, or a single image (batch normalisation needs several).
         """
         if self.training and targets is None:
-            raise ValueError("A segmenter in train mode takes images and targets; call eval() for logits.")
+            raise ValueError("A segmenter in train mode needs images and targets; call eval() for logits.")
         if self.training and len(images) < 2:
-            raise ValueError("A batch of one image cannot train a segmenter (batch normalisation); give two or more.")
+            raise ValueError("A segmenter cannot train on a batch of one image (batch normalisation); use two or more.")
         height, width = images.shape[-2:]
         stride = self.backbone.strides[-1]
-        # whole patches, or a ConvNeXt would leave out what remains at the right and at the bottom
+        # pad to whole patches, or a ConvNeXt would ignore the rest at the right and at the bottom
         x = F.pad((images - self.mean) / self.std, (0, -width % stride, 0, -height % stride))
         maps = [norm(features) for norm, features in zip(self.norms, self.backbone(x), strict=True)]
 
@@ -102,49 +99,27 @@ class Segmenter(nn.Module):
         return losses
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy, its mean over the pixels with a class; 0 where none has one."""
+        """Mean cross-entropy over the pixels with a class; 0 if there are none."""
         total = F.cross_entropy(logits, targets, ignore_index=self.ignore_index, reduction="sum")
         return total / (targets != self.ignore_index).sum().clamp(min=1)
 
 
-def build_segmenter(
-    name: str,
-    num_classes: int,
-    in_chans: int | None = None,
-    *,
-    pretrained: bool = True,
-    frozen: bool = False,
-    channels: int = 512,
-    auxiliary_channels: int = 256,
-    ignore_index: int = IGNORE_INDEX,
-    classes: Sequence[str] | None = None,
-    drop_path_rate: float | None = None,
-    **kwargs: Any,
-) -> Segmenter:
-    """UPerNet on a backbone, which comes with its weights; the heads are random.
+def build_segmenter(backbone: str | Backbone, num_classes: int, *, frozen: bool = False, **options: Any) -> Segmenter:
+    """UPerNet on a backbone, with random heads.
 
     Args:
-        name: A model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
-        num_classes: Classes, the background (where there is one) included.
-        in_chans: Channels of the images; the model's own if None.
-        pretrained: Load the backbone's weights; else they are random.
+        backbone: A model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME` with its weights; or a `Backbone`.
+        num_classes: Number of classes, including the background if there is one.
         frozen: Train the heads only.
-        channels: Of the head; the paper's 512.
-        auxiliary_channels: Of the auxiliary head; 0 for none.
-        ignore_index: In the targets, of pixels without a class.
-        classes: Names of the classes.
-        drop_path_rate: Of the backbone in training.
-        kwargs: More of `timm.create_model`.
+        options: More arguments of `Segmenter`: channels, auxiliary_channels, ignore_index, classes.
 
     Raises:
         ValueError: See `create_backbone` and `Segmenter`.
     """
-    backbone = create_backbone(name, pretrained=pretrained, in_chans=in_chans, drop_path_rate=drop_path_rate, **kwargs)
+    if isinstance(backbone, str):
+        backbone = create_backbone(backbone)
     backbone.requires_grad_(not frozen)
-    return Segmenter(
-        backbone, num_classes, channels=channels, auxiliary_channels=auxiliary_channels, ignore_index=ignore_index,
-        classes=classes,
-    )  # fmt: skip
+    return Segmenter(backbone, num_classes, **options)
 
 
 def export_segmenter(
@@ -155,17 +130,14 @@ def export_segmenter(
     dataset: str | None = None,
     info: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a folder that `open_segmenter` opens: config.json, model.safetensors and README.md.
+    """Writes a folder that `open_segmenter` reads: `config.json`, `model.safetensors`, `README.md`.
 
     Args:
-        model: The segmenter.
-        folder: Made where it is missing; files of these names are replaced.
-        metrics: On the validation images, see `Confusion.measures`; the README states them.
-        dataset: Name of the data set that they were measured on.
-        info: How it was made, for a table in the README.
-
-    Returns:
-        The folder.
+        model: From `build_segmenter`.
+        folder: Created if needed.
+        metrics: Results on the validation images, see `Confusion.measures`; the README states them.
+        dataset: Name of the data set of these results.
+        info: How the segmenter was made, for a table in the README.
 
     Raises:
         ValueError: A weight is not finite.
@@ -179,15 +151,14 @@ def export_segmenter(
 
 
 def open_segmenter(folder: str | Path, device: str | torch.device = "cpu") -> Segmenter:
-    """The segmenter of a folder, in eval mode; needs this package, and no network.
+    """A segmenter that `export_segmenter` wrote, in eval mode.
 
     Args:
-        folder: Written by `export_segmenter`, such as `model` in the folder of a run, or that of the run; or
-            `hf-hub:USER/NAME`.
-        device: Where it goes.
+        folder: Its folder, the folder of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
+        device: Where the segmenter is moved to.
 
     Raises:
-        ValueError: There is no such folder, or its files do not fit together.
+        ValueError: There is no segmenter, or its files do not fit together.
     """
     place, config = read_transfer(folder, "segmentation")
     try:

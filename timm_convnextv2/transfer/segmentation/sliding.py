@@ -1,4 +1,4 @@
-"""Test of a segmenter: sliding windows, several scales, flips."""
+"""Inference of a segmenter: sliding windows, several scales, flips."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,14 +12,14 @@ Model = Callable[[Tensor], Tensor]
 def slide(model: Model, images: Tensor, window: int, stride: int | None = None) -> Tensor:
     """Logits as the mean over windows that cover the images.
 
-    Windows lie `stride` pixels apart; the last of a row and of a column ends at the image's edge. An image that is
+    Windows are `stride` pixels apart; the last one of a row and of a column ends at the image's edge. An image that is
     smaller than the window is one window.
 
     Args:
         model: Images `[B, C, h, w]` to logits `[B, K, h, w]`.
         images: `[B, C, H, W]`.
         window: Side of the windows in pixels.
-        stride: Pixels from one to the next, at most `window`; two thirds of it if None, as in the official code.
+        stride: Pixels between windows, at most `window`; two thirds of it if None, as in the official code.
 
     Returns:
         `[B, K, H, W]`.
@@ -34,12 +34,12 @@ def slide(model: Model, images: Tensor, window: int, stride: int | None = None) 
     total, counts = None, images.new_zeros(height, width)
     for top in _starts(height, window, stride):
         for left in _starts(width, window, stride):
-            place = (..., slice(top, top + window), slice(left, left + window))
-            logits = model(images[place])
+            area = (..., slice(top, top + window), slice(left, left + window))
+            logits = model(images[area])
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], height, width)
-            total[place] += logits
-            counts[place] += 1
+            total[area] += logits
+            counts[area] += 1
     assert total is not None
     return total / counts
 
@@ -59,13 +59,13 @@ def predict(
     stride: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Probabilities of the classes: the mean over scales and flips.
+    """Class probabilities as the mean over scales and flips.
 
     Args:
         model: Images `[B, C, h, w]` to logits `[B, K, h, w]`, in eval mode.
         images: `[B, C, H, W]`.
         scales: Factors of the images' size; the paper's multi-scale test has 0.75 to 1.25.
-        flip: Predict the mirrored image, too.
+        flip: Average with the mirrored image.
         window: Side of sliding windows in pixels, see `slide`; None for whole images.
         stride: See `slide`.
         size: Height and width of the result; the images' own if None.
@@ -87,6 +87,6 @@ def predict(
             logits = logits.flip(-1) if mirrored else logits
             logits = logits if logits.shape[-2:] == size else resize(logits, size)
             part = logits.softmax(1)
-            total = part if total is None else total + part
+            total = part if total is None else total + part  # a sum, as the parts do not all fit in memory
     assert total is not None
     return total / (len(scales) * (2 if flip else 1))

@@ -11,8 +11,8 @@ from timm_convnextv2.commands.main import main
 from timm_convnextv2.data.formats.errors import ImageError, MissingPackageError
 from timm_convnextv2.data.sources.embedded import write_folder
 from timm_convnextv2.transfer.detection.coco import DetectionSamples
+from timm_convnextv2.transfer.errors import UnreadableError, naming
 from timm_convnextv2.transfer.segmentation.masks import TrainSamples
-from timm_convnextv2.transfer.unreadable import UnreadableError, naming
 
 TINY = ["--model", "convnextv2_atto", "--from-scratch", "--model-kwargs", "depths=(1,1,1,1)", "dims=(8,12,16,20)"]
 TINY += ["--img-size", "32", "-b", "2", "--device", "cpu", "--epochs", "2", "--eval-interval", "9"]
@@ -71,7 +71,9 @@ def test_an_image_that_eval_cannot_read(data, tmp_path, capsys, monkeypatch):
     export_detector(
         build_detector(backbone, 8, boxes_only=True, out_channels=8, img_size=32, **FAST), tmp_path, classes=names
     )
-    monkeypatch.setattr("timm_convnextv2.data.load_image", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+    monkeypatch.setattr(
+        "timm_convnextv2.transfer.detection.coco.load_image", lambda *_: (_ for _ in ()).throw(OSError("gone"))
+    )
     words = ["detect", "eval", "--model", str(tmp_path), "--data-dir", str(data), "-j", "2", "--device", "cpu"]
     assert main(words) == 2
     err = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""An image that was fine when a run began and cannot be read in its middle."""
+"""An image that becomes unreadable during a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,16 +7,16 @@ from ..data.formats.errors import MissingPackageError
 
 
 class UnreadableError(ValueError):
-    """A file cannot be used; says which one, and why."""
+    """A file cannot be used; names the file and the reason."""
 
     def __str__(self) -> str:
-        # from a data worker it comes with the worker's traceback before it
+        # an error from a data worker has the worker's traceback before its message
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Makes what goes wrong with a file an `UnreadableError`, which begins with this name of it."""
+    """Turns errors of a file into an `UnreadableError` whose message begins with `what`."""
     try:
         yield
     except MissingPackageError:

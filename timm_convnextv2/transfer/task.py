@@ -1,0 +1,269 @@
+"""What detection and segmentation share in a run, and what each of them adds."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..config import flat
+from ..recipes import Recipe
+from ..runs.folder import TransferFolder
+from ..runs.logs import check_logs, open_logs
+from ..runs.world import World
+from .backbone import Backbone
+from .config import DetectConfig, Learning, SegmentConfig
+from .groups import parameter_groups
+from .loop import Run, Schedule, Training, create_loader
+
+# A run that resumes must have the same: the order of images, the weights and the schedule depend on them.
+FIXED = (
+    "model",
+    "model_kwargs",
+    "in_chans",
+    "classes",
+    "num_images",
+    "world_size",
+    "batch_size",
+    "grad_accum_steps",
+    "seed",
+    "total_updates",
+    "opt",
+    "model_ema",
+    "frozen",
+    "layer_decay",
+    "layer_decay_type",
+    "pixels",
+)
+
+
+class Task(ABC):
+    """Detection or segmentation: its data, its model, and its evaluation. Built from a config; writes nothing.
+
+    Attributes:
+        name: 'detection' or 'segmentation'.
+        command: 'detect' or 'segment'.
+        fixed: Settings besides `FIXED` that a resumed run must repeat.
+        model: In train mode `model(images, targets)` returns losses by name.
+        backbone: The part of the model that was pretrained.
+        classes: Class names.
+        samples: `samples[epoch, index]` is a sample for `collate`.
+        data: What is trained on, in words.
+        num_validation: Images to evaluate on.
+    """
+
+    name: ClassVar[str]
+    command: ClassVar[str]
+    fixed: ClassVar[tuple[str, ...]] = ()
+    model: nn.Module
+    backbone: Backbone
+    classes: list[str]
+    samples: Dataset
+    data: str
+    num_validation: int
+
+    @abstractmethod
+    def collate(self, samples: list) -> tuple[Any, Any]:
+        """Joins samples to a batch `(images, targets)`."""
+
+    @abstractmethod
+    def schedule(self, updates_per_epoch: int) -> Schedule:
+        """The learning rate of each update."""
+
+    def check(self) -> list[str]:
+        """Reads the data before training, on rank 0, and returns notes for the user.
+
+        Raises:
+            ValueError: Data that cannot be used.
+        """
+        return []
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, world: World, shown: int) -> tuple[dict[str, Any], Any]:
+        """Measures a model on the validation images, on all processes.
+
+        Args:
+            model: In eval mode.
+            world: The processes that share the images.
+            shown: Number of images that `draw` will show.
+
+        Returns:
+            The metrics by name, and what was found.
+        """
+
+    @abstractmethod
+    def draw(self, path: Path, found: Any, metrics: dict[str, Any], shown: int) -> None:
+        """Draws what was found in some images beside the truth, as a PNG."""
+
+    @abstractmethod
+    def export(self, model: nn.Module, folder: Path, **about: Any) -> None:
+        """Writes the model to a folder; `about` has `metrics`, `dataset` and `info` for its card."""
+
+    @abstractmethod
+    def table(self, metrics: dict[str, Any]) -> str:
+        """The metrics as text."""
+
+    def finish(self, found: Any, folder: Path) -> None:  # noqa: B027  not every task has more to write
+        """Writes more at the end of a run."""
+
+
+def set_up(
+    task_of: Callable[[Any], Task], config: DetectConfig | SegmentConfig, recipe: Recipe | None, world: World, line: str
+) -> Run | None:
+    """Opens and checks everything a run needs, and only then writes to its folder.
+
+    Args:
+        task_of: Builds the task from the config.
+        config: The options.
+        recipe: Where some of them came from.
+        world: The processes.
+        line: The command line, for args.yaml.
+
+    Returns:
+        The run; None after --dry-run.
+
+    Raises:
+        ValueError: A mistake in options, data or folder.
+    """
+    options, learning = config.run, config.learning
+    if not config.start.model:
+        raise ValueError("--model is required: a model of timm, local-dir:FOLDER or hf-hub:USER/NAME.")
+    if not config.data.data_dir:
+        raise ValueError("--data-dir is required: the root of the data set.")
+    if options.resume and not options.experiment:
+        raise ValueError("--resume auto needs --experiment, the folder of the run to continue.")
+    check_logs(options.log_wandb, options.log_tensorboard)
+    task = task_of(config)
+    name = options.experiment or experiment_name(task.command, config.start.model, world)
+    folder = TransferFolder(Path(options.output) / name, resume=options.resume == "auto", overwrite=options.overwrite)
+    size: Any = task.samples
+    loader = create_loader(
+        task.samples, task.collate, world,
+        batch_size=learning.batch_size, workers=config.compute.workers, seed=learning.seed,
+    )  # fmt: skip
+    per_epoch = len(loader) // learning.grad_accum_steps
+    training = create_training(task, learning, task.schedule(per_epoch), config.compute.autocast, world)
+    settings = {
+        "task": task.name, **flat(config), "experiment": name, "classes": task.classes, "num_images": len(size),
+        "num_validation": task.num_validation, "world_size": world.size, "in_chans": task.backbone.in_chans,
+        "pixels": task.backbone.pixels.record() or None, "total_updates": training.schedule.updates,
+    }  # fmt: skip
+    folder.check_same(settings, (*FIXED, *task.fixed))
+    world.agree({"the number of images": len(size), "the classes": task.classes})
+    notes = task.check() if world.primary else []
+    world.wait()
+    if world.primary:
+        world.say("\n".join([*describe(task, config, training, recipe), *notes]))
+    if options.dry_run:
+        return None
+    evaluate = partial(
+        evaluate_epoch, task=task, folder=folder.path, world=world, shown=options.shown_images,
+        about=dict(dataset=Path(settings["data_dir"]).resolve().name, info=how_made(settings)),
+    )  # fmt: skip
+    run = Run(
+        training, loader, folder, settings, evaluate,
+        eval_interval=options.eval_interval, log_interval=options.log_interval,
+    )  # fmt: skip
+    if folder.checkpoint is not None:
+        run.load(folder.checkpoint)
+    if world.primary:
+        folder.claim(settings, command=line, epoch=training.update_number // run.updates_per_epoch)
+        run.logs = open_logs(folder.path, settings, options.log_wandb, options.wandb_project, options.log_tensorboard)
+    world.wait()
+    return run
+
+
+def create_training(
+    task: Task, learning: Learning, schedule: Schedule, amp_dtype: torch.dtype | None, world: World
+) -> Training:
+    """The model with its optimizer."""
+    groups = parameter_groups(
+        task.model, task.backbone, weight_decay=learning.weight_decay, layer_decay=learning.layer_decay,
+        layer_decay_type=learning.layer_decay_type,
+    )  # fmt: skip
+    return Training(
+        task.model, groups, schedule, world, seed=learning.seed, grad_accum_steps=learning.grad_accum_steps,
+        clip_grad=learning.clip_grad, amp_dtype=amp_dtype, opt=learning.opt,
+        ema_decay=learning.model_ema_decay if learning.model_ema else None,
+    )  # fmt: skip
+
+
+def evaluate_epoch(
+    epoch: int, model: nn.Module, last: bool, *, task: Task, folder: Path, world: World, shown: int,
+    about: dict[str, Any],
+) -> dict[str, float]:  # fmt: skip
+    """Evaluates a model after an epoch, draws what it finds, and exports it."""
+    share_buffers(model, world)
+    metrics, found = task.evaluate(model, world, shown)
+    if world.primary:
+        if shown:
+            task.draw(folder / "predictions" / f"epoch-{epoch:04d}.png", found, {**metrics, "epoch": epoch}, shown)
+        task.export(model, folder / "model", metrics=metrics, **about)
+        if last:
+            task.finish(found, folder)
+            world.say(task.table(metrics))
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module, world: World) -> None:
+    """Gives all processes the batch statistics of rank 0, whose model is exported.
+
+    Without synchronised batch normalisation (on CPU) each process has those of its own images. DDP shares them only at
+    the next update, so until then the processes would evaluate different models.
+    """
+    if world.distributed:
+        first = world.share({name: value.cpu() for name, value in model.named_buffers()})
+        for name, value in model.named_buffers():
+            value.copy_(first[name])
+
+
+def experiment_name(command: str, model: str, world: World) -> str:
+    """Time, task and model, the same on all processes."""
+    stamp = world.share(datetime.now().strftime("%Y%m%d-%H%M%S"))
+    return f"{stamp}-{command}-{Path(model.rpartition(':')[2]).name.replace('.', '_')}"
+
+
+def describe(
+    task: Task, config: DetectConfig | SegmentConfig, training: Training, recipe: Recipe | None
+) -> Sequence[str]:
+    """What the run is, and settings that may be unintended."""
+    learning, world, schedule = config.learning, training.world, training.schedule
+    batch = learning.batch_size * learning.grad_accum_steps * world.size
+    lines = [
+        f"{config.start.model}: {sum(p.numel() for p in task.model.parameters()) / 1e6:.1f}M parameters; {task.data}, "
+        f"{task.num_validation} to validate; {schedule.updates} updates of {batch} images, lr {learning.lr:.2e}, on "
+        f"{world.size} x {world.device.type}"
+    ]
+    if recipe is not None and recipe.global_batch not in (None, batch):
+        lines.append(
+            f"note: the recipe {recipe.name} is for {recipe.global_batch} images per update, this run has {batch}: "
+            "adapt --batch-size, --grad-accum-steps or --lr."
+        )
+    if prepared := str(task.backbone.pixels):
+        lines.append(f"stored values are prepared like those the model was trained on: {prepared}")
+    if schedule.warmup > schedule.updates // 2:
+        lines.append(
+            f"note: the warmup of {schedule.warmup} updates takes more than half of the run; lower --warmup-updates."
+        )
+    return lines
+
+
+def how_made(settings: dict[str, Any]) -> dict[str, Any]:
+    """Rows of the model card's table, from the settings of a run. Paths of this machine stay out."""
+    of = settings
+    batch = of["batch_size"] * of["grad_accum_steps"] * of["world_size"]
+    start = "random weights" if of["from_scratch"] else of["model"].rpartition("/")[2].rpartition(":")[2]
+    return {
+        "Backbone started from": start,
+        "Data": f"{Path(of['data_dir']).resolve().name}: {of['num_images']} images, {of['num_validation']} to validate",
+        "Length": f"{of['total_updates']} updates of {batch} images",
+        "Training crops": f"{of['img_size']} x {of['img_size']} pixels",
+        "Optimizer": f"{of['opt']}, learning rate {of['lr']:g}, weight decay {of['weight_decay']:g}, layer decay "
+        f"{of['layer_decay']:g}",
+    }
