@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.measure import conditions, run_logged, write_csv
 from benchmarks.plots import draw_seeds
-from timm_convnextv2.data.sources.embedded import EmbeddedSource, write_folder
+from timm_convnextv2.data.demo import DemoSource, write_folder
 
 ROOT = Path(__file__).parents[1]
 # a small ConvNeXt V2 on small images: what two CPU cores train in minutes
@@ -98,7 +98,7 @@ def main() -> None:
                 print(
                     f"seed {seed}: {name:12} {curve[-1]:5.1f} %  ({len(curve)} epochs in {seconds:.0f} s)", flush=True
                 )
-        chance = 100 / len(EmbeddedSource.classes)
+        chance = 100 / len(DemoSource.classes)
         print(f"\nvalidation accuracy in % after the last epoch, chance {chance:.1f}")
         for name, values in last.items():
             print(

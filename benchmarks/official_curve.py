@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks.measure import RESULTS, conditions, write_csv
 from benchmarks.official_model import official_fcmae, official_loss, whole_grid
 from timm_convnextv2 import FCMAE
-from timm_convnextv2.data import EmbeddedSource
+from timm_convnextv2.data import DemoSource
 from timm_convnextv2.models.masking import random_mask
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 def batches(model: FCMAE, updates: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """An image of the embedded set `[1, 3, H, W]` and its mask for each update."""
-    source, size, drawn = EmbeddedSource(updates, model.img_size[0]), model.img_size, []
+    source, size, drawn = DemoSource(updates, model.img_size[0]), model.img_size, []
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     for i in range(updates):
         mask = random_mask(1, model.grid(*size), model.mask_ratio)

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.finetune_gain import MODEL, call
 from benchmarks.measure import conditions, write_csv
-from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data.demo import write_folder
 
 ROOT = Path(__file__).parents[1]
 LABELLED = dict(size=40, train=1600, validation=800)

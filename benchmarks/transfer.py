@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.measure import conditions, run_logged, write_csv
 from benchmarks.plots import draw_seeds
-from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.runs.summary import read_rows
 
 ROOT = Path(__file__).parents[1]

@@ -31,8 +31,8 @@ from PIL import Image
 
 from benchmarks.measure import conditions, ratio, time_in_turn, write_csv
 from timm_convnextv2.commands.pretrain import main as pretrain
-from timm_convnextv2.data import FolderSource, PretrainDataset, PretrainTransform
-from timm_convnextv2.data.sources.windows import Windows, WindowSource
+from timm_convnextv2.data import FolderSource, PretrainDataset, PretrainTransform, WindowOptions
+from timm_convnextv2.data.sources.windows import WindowSource
 
 WINDOW, HUGE, LIMIT = 512, 30_000, 2 * 2**30
 SHOWN = 200  # windows of the huge image
@@ -88,7 +88,7 @@ def compare(sizes: list[int], rounds: int) -> list[dict[str, str]]:
             with tempfile.TemporaryDirectory() as folder:
                 write(Path(folder), noise(size, channels))
                 whole = FolderSource(folder, channels)
-                windows = WindowSource(FolderSource(folder, channels), Windows(WINDOW, 1))
+                windows = WindowSource(FolderSource(folder, channels), WindowOptions(WINDOW, 1))
                 candidates = {"whole": sampler(whole, channels), "windows": sampler(windows, channels)}
                 seconds = time_in_turn(candidates, rounds)
             middle, low, high = ratio(seconds["whole"], seconds["windows"])
@@ -134,7 +134,7 @@ def limited(task: str, folder: str, queue: Any) -> None:
     start = time.perf_counter()
     try:
         if task == "windows":
-            source = WindowSource(FolderSource(folder, 4), Windows(WINDOW, SHOWN))
+            source = WindowSource(FolderSource(folder, 4), WindowOptions(WINDOW, SHOWN))
             sample = sampler(source, 4)
             for _ in range(SHOWN):
                 sample()

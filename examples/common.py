@@ -12,9 +12,9 @@ def draw(count: int, size: int, in_chans: int) -> tuple[torch.Tensor, torch.Tens
         Images, float `[count, in_chans, size, size]` in 0..1, and the classes of their pixels, `[count, size, size]`,
         indices into `SHAPES`.
     """
-    from timm_convnextv2.data import EmbeddedSource
+    from timm_convnextv2.data import DemoSource
 
-    source = EmbeddedSource(count, size, in_chans=3 if in_chans == 3 else 1)
+    source = DemoSource(count, size, in_chans=3 if in_chans == 3 else 1)
     images = torch.stack([source[i] for i in range(count)]).div(255).expand(-1, in_chans, -1, -1)
     shape = torch.randint(1, 3, (count, 1, 1))
     radius = size * (0.15 + 0.15 * torch.rand(count, 1, 1))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from timm_convnextv2.commands import compare
-from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data.demo import write_folder
 
 TOP1 = {compare.SCRATCH: (20.0, 40.0), compare.OWN: (30.0, 60.0), "resnet18": (25.0, 39.0)}
 

@@ -78,7 +78,7 @@ def test_two_roots_and_a_list(monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "Written: cameras.index, an index of 43 images." in printed.err
     assert "; 43 images of 3 x 32 x 32" in printed.out
-    assert "cameras/yard: 8 images, 33.3% of the places, each 2 times an epoch" in printed.out
+    assert "cameras/yard: 8 images, 33.3% of an epoch, each drawn 2 times per epoch" in printed.out
     assert "torch.Size([" in printed.out.splitlines()[-1] and len(np.load("cameras.npy")) == 48
 
 

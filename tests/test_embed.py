@@ -24,7 +24,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from timm_convnextv2.checkpoint import load_model
 from timm_convnextv2.commands.embed import main
-from timm_convnextv2.data import EmbeddedSource, MissingPackageError, load_image
+from timm_convnextv2.data import DemoSource, MissingPackageError, load_image
 from timm_convnextv2.features import embed as run
 from timm_convnextv2.features import network as network_models
 from timm_convnextv2.features import rows as writing
@@ -36,7 +36,7 @@ from timm_convnextv2.runs.progress import ImageProgress
 @pytest.fixture(scope="module")
 def images_dir(tmp_path_factory):
     """Five images in nested folders, larger and smaller than the model's 32 pixels, some not square."""
-    folder, source = tmp_path_factory.mktemp("images"), EmbeddedSource(5, size=48)
+    folder, source = tmp_path_factory.mktemp("images"), DemoSource(5, size=48)
     for i, name in enumerate(["b.png", "a.bmp", "sub/c.tif", "sub/deep/d, e.png", "z/f.webp"]):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(source[i].permute(1, 2, 0).numpy())
@@ -110,7 +110,7 @@ def test_embeddings_without_resizing_are_exact(root, tmp_path):
 def test_grey_16_bit_is_not_clipped(root, tmp_path):
     make_encoder(root / "grey", in_chans=1)
     (tmp_path / "images").mkdir()
-    grey = EmbeddedSource(1, size=48, in_chans=1)[0][0].numpy()
+    grey = DemoSource(1, size=48, in_chans=1)[0][0].numpy()
     Image.fromarray(grey).save(tmp_path / "images" / "8.png")
     tifffile.imwrite(tmp_path / "images" / "16.tif", grey.astype(np.uint16) * 257)
     embed(f"local-dir:{root / 'grey'}", tmp_path / "images", tmp_path / "out.npy")
@@ -272,7 +272,7 @@ def test_any_model_of_timm(images_dir, tmp_path, monkeypatch):
 def test_the_embedded_data_set(small, tmp_path):
     embed(small, None, tmp_path / "a.npy", dataset="embedded", num_samples=9, batch_size=4)
     matrix, files, _ = read(tmp_path / "a.npy")
-    assert matrix.shape == (9, 32) and files == [EmbeddedSource(9).name(i) for i in range(9)]
+    assert matrix.shape == (9, 32) and files == [DemoSource(9).name(i) for i in range(9)]
     embed(small, None, tmp_path / "b.npy", dataset="embedded", num_samples=9, batch_size=4, split="test")
     assert np.abs(np.load(tmp_path / "b.npy") - matrix).max() > 0.1
 
@@ -303,7 +303,7 @@ def shards(images_dir, tmp_path):
     """Nineteen images in three shards of WebDataset, one of them damaged, without labels."""
     wds = pytest.importorskip("webdataset", reason="the package webdataset is not installed")
     (tmp_path / "shards").mkdir()
-    source, png = EmbeddedSource(19, size=48), tmp_path / "x.png"
+    source, png = DemoSource(19, size=48), tmp_path / "x.png"
     names = []
     for shard, numbers in enumerate([range(8), range(8, 9), range(9, 19)]):
         path = tmp_path / "shards" / f"s-{shard}.tar"
@@ -326,7 +326,7 @@ def test_a_stream_is_embedded_once_in_its_order(small, shards, tmp_path):
     assert files == [name for i, name in enumerate(names) if i != 5] and list(bad) == [names[5]]
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
     (tmp_path / "images").mkdir()
-    source = EmbeddedSource(19, size=48)
+    source = DemoSource(19, size=48)
     for i in range(19):
         Image.fromarray(source[i].permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{i:03d}.png")
     (tmp_path / "images" / "005.png").write_bytes(b"")

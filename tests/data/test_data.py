@@ -13,9 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from timm_convnextv2 import data
 from timm_convnextv2.data import (
-    EmbeddedSource,
+    DataSet,
+    DemoSource,
     EpochBatchSampler,
     FolderSource,
     ImageError,
@@ -23,15 +23,19 @@ from timm_convnextv2.data import (
     PretrainDataset,
     PretrainStream,
     PretrainTransform,
+    StreamOrder,
     TimmSource,
     TimmStream,
     check_readable,
     collate,
     create_source,
+    image_extensions,
     load_image,
     sample_seed,
 )
-from timm_convnextv2.data.formats.decode import Reduced
+from timm_convnextv2.data.formats.decode import Reduced, from_pil
+from timm_convnextv2.data.samples import dataset as samples_module
+from timm_convnextv2.data.sources import timm as timm_source
 
 # a picture whose corners differ, so that a rotation or a swapped axis shows
 RGB = np.zeros((6, 8, 3), np.uint8)
@@ -130,9 +134,9 @@ def test_mode_i_out_of_16_bits_is_an_error():
     image = Image.fromarray(np.array([[0, 70000]], np.int32))
     assert image.mode == "I"
     with pytest.raises(ImageError, match="70000.*16 bits"):
-        data.decode.from_pil(image, 1)
+        from_pil(image, 1)
     image = Image.fromarray(np.array([[0, 65535]], np.int32))
-    assert data.decode.from_pil(image, 1).tolist() == [[[0.0, 1.0]]]
+    assert from_pil(image, 1).tolist() == [[[0.0, 1.0]]]
 
 
 def test_float_pictures_are_kept(tmp_path):
@@ -360,7 +364,7 @@ def test_folder_errors(tmp_path):
 
 
 def test_extensions():
-    extensions = set(data.image_extensions())
+    extensions = set(image_extensions())
     assert {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".npy"} <= extensions
     assert not extensions & {".pdf", ".eps", ".ps", ".mpg", ".h5", ".hdf", ".wmf", ".grib", ".txt"}
 
@@ -392,7 +396,7 @@ def check_grey16(source):
 
 @pytest.mark.parametrize("name", ["torch/image_folder", "Torch/folder", ""])
 def test_timm_folders(grey16, name):
-    check_grey16(TimmSource(name, grey16))
+    check_grey16(TimmSource(DataSet(name), grey16))
 
 
 def test_timm_tar_is_safe_in_workers(grey16):
@@ -413,7 +417,7 @@ def test_timm_torchvision_pictures(tmp_path):
         header = b"".join(n.to_bytes(4, "big") for n in (2051, 3, 28, 28))
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"".join(n.to_bytes(4, "big") for n in (2049, 3)) + bytes(3))
-    source = create_source(tmp_path, "torch/mnist", in_chans=1)
+    source = create_source(tmp_path, DataSet("torch/mnist"), in_chans=1)
     assert len(source) == 3 and np.array_equal(source[2][0].numpy(), images[2])
     assert source.name(2) == "torch/mnist sample 2"
 
@@ -436,7 +440,7 @@ def parquet(tmp_path, monkeypatch):
 
 
 def test_hfds_without_labels(parquet):
-    source = create_source(parquet.parent / "cache", f"hfds/{parquet}", input_key="picture")
+    source = create_source(parquet.parent / "cache", DataSet(f"hfds/{parquet}", input_key="picture"))
     assert len(source) == 3 and np.array_equal(hwc(source[0]), RGB)
     assert np.allclose(source[2], np.broadcast_to([[0, 40000 / 65535]], (3, 1, 2)))
     assert source.name(0).endswith("sample 0") and source.name(1) == "broken.png"
@@ -444,19 +448,23 @@ def test_hfds_without_labels(parquet):
     assert index == 1 and message.startswith("broken.png: ")
     assert torch.equal(pickle.loads(pickle.dumps(source))[0], source[0])
     with pytest.raises(ValueError, match="no picture in column 'image'.*input_key.*: picture"):
-        create_source(parquet.parent / "cache", f"hfds/{parquet}")
+        create_source(parquet.parent / "cache", DataSet(f"hfds/{parquet}"))
     with pytest.raises(ValueError, match="timm cannot open.*nosplit"):
-        create_source(parquet.parent / "cache", f"hfds/{parquet}", "nosplit", input_key="picture")
+        create_source(parquet.parent / "cache", DataSet(f"hfds/{parquet}", "nosplit", input_key="picture"))
 
 
 def test_empty_timm_data_set(monkeypatch):
-    monkeypatch.setattr(data.sources, "_create_timm_dataset", lambda *args, **kwargs: [])
+    monkeypatch.setattr(timm_source, "open_dataset", lambda *args, **kwargs: [])
     with pytest.raises(ValueError, match="'train'.*torch/empty.* has no sample"):
-        TimmSource("torch/empty")
+        TimmSource(DataSet("torch/empty"))
 
 
 def test_hfids_without_labels(parquet):
-    stream = TimmStream(f"hfids/{parquet}", parquet.parent / "cache", num_samples=3, batch_size=3, input_key="picture")
+    stream = TimmStream(
+        DataSet(f"hfids/{parquet}", train_num_samples=3, input_key="picture"),
+        parquet.parent / "cache",
+        order=StreamOrder(3),
+    )
     samples = []
     for _, load in stream.undecoded():
         try:
@@ -485,7 +493,7 @@ def shards(root, n, per_shard=6, broken=()):
 def stream_over(root, n, workers, batch_size=3, **kwargs):
     """Loader and data set over all of `n` shards of six pictures, mean 0 and std 1."""
     source = create_source(
-        root, "wds/", f"train-{{0000..{n - 1:04d}}}.tar", 1, num_samples=6 * n, batch_size=batch_size
+        root, DataSet("wds/", f"train-{{0000..{n - 1:04d}}}.tar", 6 * n), 1, order=StreamOrder(batch_size)
     )
     transform = PretrainTransform(8, mean=(0.0,), std=(1.0,))
     dataset = PretrainStream(source, transform, (4, 4), 0.5, **kwargs)
@@ -520,17 +528,17 @@ def test_wds_without_labels(tmp_path, workers):
 
 def test_wds_stream_errors(tmp_path, monkeypatch):
     pytest.importorskip("webdataset", reason="the package webdataset is not installed")
-    monkeypatch.setattr(data.samples, "_MAX_BAD_IN_A_ROW", 10)
+    monkeypatch.setattr(samples_module, "_MAX_BAD_IN_A_ROW", 10)
     root = shards(tmp_path / "s", 2, broken=range(12))
     with pytest.raises(ValueError, match="10 images in a row.*\n.*png"):
         list(stream_over(root, 2, 0)[1])
     with pytest.raises(ValueError, match="no sample to worker 1 of 2.*fewer --workers"):
         list(stream_over(shards(tmp_path / "good", 1), 1, 2)[1])
     with pytest.raises(ValueError, match="num_samples"):
-        create_source(root, "wds/", "train-0000.tar")
+        create_source(root, DataSet("wds/", "train-0000.tar"))
     with pytest.raises(ValueError, match="--data-dir"):
-        create_source(None, "wds/", "train-0000.tar")
-    source = create_source(root, "wds/", "train-0000.tar", num_samples=6, input_key="jpg")
+        create_source(None, DataSet("wds/", "train-0000.tar"))
+    source = create_source(root, DataSet("wds/", "train-0000.tar", 6, input_key="jpg"))
     with pytest.raises(ImageError, match="0000.*no picture under the input key jpg"):
         next(iter(source))
 
@@ -561,60 +569,7 @@ def test_missing_reader_package(tmp_path, monkeypatch, prefix, module, package):
     for name in [name for name in sys.modules if name.startswith(f"timm.data.readers.reader_{prefix}")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(MissingPackageError, match=f"pip install {package}"):
-        create_source(tmp_path, f"{prefix}/x", "train-0.tar", num_samples=1)
-
-
-# --------------------------------------------------------------------------------------------------------- embedded
-
-
-def test_embedded_is_deterministic_balanced_and_varied():
-    source, again = EmbeddedSource(16, 64), pickle.loads(pickle.dumps(EmbeddedSource(32, 64)))
-    assert len(source.classes) == len(set(source.classes)) == 8
-    assert torch.bincount(torch.tensor([source.label(i) for i in range(16)])).tolist() == [2] * 8
-    for i in reversed(range(16)):
-        assert torch.equal(source[i], again[i])
-        assert source[i].shape == (3, 64, 64) and source[i].dtype == torch.uint8
-        assert source[i].float().std() > 10  # no empty picture
-        assert source.classes[source.label(i)] in source.name(i)
-    assert not any(torch.equal(source[i], source[j]) for i, j in itertools.combinations(range(16), 2))
-    assert not torch.equal(source[0], EmbeddedSource(16, 64, seed=1)[0])
-    with pytest.raises(IndexError):
-        source[16]
-
-
-def test_embedded_object_covers_what_its_label_says():
-    # the label must be the object's class, which nearest class templates of the silhouette's symmetry cannot fake:
-    # draw each shape alone and check that it is what picture i was made of
-    drawn = []
-    shapes = {
-        name: lambda *a, f=f, name=name: (drawn.append(name), f(*a))[1] for name, f in data.embedded._SHAPES.items()
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.embedded, "_SHAPES", shapes)
-        source = EmbeddedSource(8, 16)
-        for i in range(8):
-            drawn.clear()
-            source[i]
-            assert set(drawn) == {source.classes[source.label(i)]}
-
-
-def test_embedded_is_the_same_everywhere():
-    # mean colours of one picture, to half a grey level: guards the stream of random numbers and the drawing
-    means = EmbeddedSource()[5].float().mean((1, 2))
-    assert torch.allclose(means, torch.tensor(EMBEDDED_5), atol=0.5)
-
-
-EMBEDDED_5 = [126.82, 156.67, 107.71]
-
-
-def test_embedded_grey_and_errors():
-    rgb, grey = EmbeddedSource(4, 32)[3].float(), EmbeddedSource(4, 32, in_chans=1)[3].float()
-    luma = (rgb * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
-    assert grey.shape == (1, 32, 32) and (grey - luma).abs().max() <= 1.5
-    with pytest.raises(ValueError, match="1 or 3 channels.*in_chans=4"):
-        EmbeddedSource(in_chans=4)
-    with pytest.raises(ValueError, match="length >= 1"):
-        EmbeddedSource(0)
+        create_source(tmp_path, DataSet(f"{prefix}/x", "train-0.tar", 1))
 
 
 # --------------------------------------------------------------------------------------------------------- transform
@@ -709,7 +664,7 @@ def same(a, b):
 
 
 def test_samples_do_not_depend_on_workers_or_resume():
-    source = EmbeddedSource(14, 48)
+    source = DemoSource(14, 48)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     expected = run(source, epoch=3)
@@ -729,7 +684,7 @@ def test_samples_do_not_depend_on_workers_or_resume():
 
 
 def test_sample_changes_with_epoch_and_seed():
-    source = EmbeddedSource(2, 48)
+    source = DemoSource(2, 48)
     dataset = PretrainDataset(source, PretrainTransform(32), (4, 4), 0.5)
     image, mask, bad = dataset[0, 1]
     assert torch.equal(image, dataset[0, 1][0]) and torch.equal(mask, dataset[0, 1][1]) and bad == []
@@ -743,11 +698,11 @@ def test_sample_leaves_accelerators_alone(monkeypatch):
         raise AssertionError("reseeds the GPU in the training process")
 
     monkeypatch.setattr(torch.cuda, "manual_seed_all", fail)
-    PretrainDataset(EmbeddedSource(1, 32), PretrainTransform(32), (2, 2), 0.5)[0, 0]
+    PretrainDataset(DemoSource(1, 32), PretrainTransform(32), (2, 2), 0.5)[0, 0]
 
 
 def test_persistent_workers_follow_the_epoch():
-    source = EmbeddedSource(8, 32)
+    source = DemoSource(8, 32)
     dataset = PretrainDataset(source, PretrainTransform(32), (4, 4), 0.6)
     sampler = EpochBatchSampler(8, 4)
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=1, collate_fn=collate, persistent_workers=True)
@@ -758,7 +713,7 @@ def test_persistent_workers_follow_the_epoch():
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_the_joint_batch(world_size):
-    source = EmbeddedSource(26, 32)
+    source = DemoSource(26, 32)
     joint = run(source, 1, batch_size=4 * world_size)
     parts = [run(source, 1, batch_size=4, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert {len(part) for part in parts} == {len(joint)} == {26 // (4 * world_size)}
@@ -842,14 +797,14 @@ def test_many_bad_pictures_in_a_row(tmp_path, monkeypatch):
         (tmp_path / f"{i:03d}.png").write_bytes(b"junk")
     with pytest.raises(ValueError, match="(?s)42 images in a row.*000.png.*041.png"):
         dataset[0, 0]
-    monkeypatch.setattr(data.samples, "_MAX_BAD_IN_A_ROW", 10)
+    monkeypatch.setattr(samples_module, "_MAX_BAD_IN_A_ROW", 10)
     with pytest.raises(ValueError, match="(?s)10 images in a row.*000.png.*009.png"):
         dataset[0, 0]
 
 
 def test_dataset_complains_about_the_mask_at_once():
     with pytest.raises(ValueError, match="mask_ratio"):
-        PretrainDataset(EmbeddedSource(4), PretrainTransform(32), (2, 2), 1.0)
+        PretrainDataset(DemoSource(4), PretrainTransform(32), (2, 2), 1.0)
 
 
 # ------------------------------------------------------------------------------------------------- reduced decoding
@@ -865,21 +820,22 @@ def photograph(height, width, seed=0):
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = 1
     texture = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((side, side), np.float32)) / frequency, s=(side, side))
-    rgb = EmbeddedSource(8, side)[seed % 8].permute(1, 2, 0).numpy() + 25 * texture[..., None] / texture.std()
+    rgb = DemoSource(8, side)[seed % 8].permute(1, 2, 0).numpy() + 25 * texture[..., None] / texture.std()
     return Image.fromarray(rgb.clip(0, 255).astype(np.uint8)[:height, :width])
 
 
 class Full(FolderSource):
     """What pretraining did before JPEGs were decoded at reduced size."""
 
-    load_reduced = None
+    def read(self, i, choose=None, seed=None):
+        return super().read(i)
 
 
 class Reductions(FolderSource):
     """Notes by how much each picture was reduced."""
 
-    def load_reduced(self, i, choose):
-        loaded = super().load_reduced(i, choose)
+    def read(self, i, choose=None, seed=None):
+        loaded = super().read(i, choose)
         self.seen = getattr(self, "seen", [])
         self.seen.append(loaded.size[0] / loaded.frame[2] if isinstance(loaded, Reduced) else 1)
         return loaded
@@ -954,7 +910,7 @@ def test_reduced_jpegs_are_turned(tmp_path, orientation):
     upright = load_image(tmp_path / "x.jpg")
     assert upright.shape == ((3, 1101, 901) if orientation > 4 else (3, 901, 1101))  # nobody else gets less
     # where in the pixels the picture lies, to the fraction
-    loaded = source.load_reduced(0, lambda size: 8)
+    loaded = source.read(0, lambda size: 8)
     assert loaded.size == upright.shape[1:] and loaded.pixels.shape == (
         (3, 138, 113) if orientation > 4 else (3, 113, 138)
     )
@@ -1029,7 +985,7 @@ def test_bad_jpegs_are_as_bad_when_reduced(tmp_path, progressive):
     lengths = [0, 3, 300, 700, *range(1000, len(content), len(content) // 10), *range(len(content) - 3, len(content))]
     for length in lengths:
         (tmp_path / "x.jpg").write_bytes(content[:length])
-        full, reduced = verdict(lambda: source[0]), verdict(lambda: source.load_reduced(0, lambda size: 8))
+        full, reduced = verdict(lambda: source[0]), verdict(lambda: source.read(0, lambda size: 8))
         assert full == reduced
         verdicts.add(full is None)
     assert False in verdicts
@@ -1047,9 +1003,9 @@ def test_bad_jpegs_are_as_bad_when_reduced(tmp_path, progressive):
 def test_no_channels_but_those_asked_for_when_reduced(tmp_path):
     photograph(300, 400).save(tmp_path / "x.jpg")
     with pytest.raises(ImageError, match="x.jpg.*3 channels.*expected 4"):
-        FolderSource(tmp_path, 4).load_reduced(0, lambda size: 2)
+        FolderSource(tmp_path, 4).read(0, lambda size: 2)
     with pytest.raises(ValueError, match="3 channels.*1 numbers.*--mean"):
-        PretrainTransform(32, mean=(0,), std=(1,))(FolderSource(tmp_path).load_reduced(0, lambda size: 2))
+        PretrainTransform(32, mean=(0,), std=(1,))(FolderSource(tmp_path).read(0, lambda size: 2))
 
 
 def test_phone_pictures_of_several_frames_are_reduced(tmp_path):
@@ -1081,10 +1037,6 @@ def test_transforms_that_cannot_tell_get_whole_pictures(tmp_path):
     shapes = []
     PretrainDataset(FolderSource(tmp_path), lambda x: shapes.append(x.shape) or x, (4, 4), 0.5)[0, 0]
     assert shapes == [(3, 300, 400)]
-    # sources of one's own have no way to reduce
-    source = [load_image(tmp_path / "x.jpg")]
-    image, _, _ = PretrainDataset(source, PretrainTransform(32), (4, 4), 0.5)[0, 0]
-    assert torch.equal(image, PretrainDataset(Full(tmp_path), PretrainTransform(32), (4, 4), 0.5)[0, 0][0])
 
 
 def test_timm_sources_reduce(tmp_path):
@@ -1094,10 +1046,10 @@ def test_timm_sources_reduce(tmp_path):
         tar.add(tmp_path / "root", "x")
     transform = PretrainTransform(48, **PLAIN)
     expected, _ = samples_of(tmp_path / "root", FolderSource, transform)
-    for source in (TimmSource("torch/image_folder", tmp_path / "root"), create_source(tmp_path / "x.tar")):
+    for source in (TimmSource(DataSet("torch/image_folder"), tmp_path / "root"), create_source(tmp_path / "x.tar")):
         dataset = PretrainDataset(source, transform, (4, 4), 0.5)
         assert all(torch.equal(dataset[epoch, 0][0], a[0]) for epoch, a in enumerate(expected))
-        assert source.load_reduced(0, lambda size: 8).pixels.shape == (3, 75, 100)
+        assert source.read(0, lambda size: 8).pixels.shape == (3, 75, 100)
         assert source[0].shape == (3, 600, 800)
 
 
@@ -1117,7 +1069,7 @@ def test_streams_reduce_and_read_stand_ins_again(tmp_path):
 
     def samples(choose):
         transform.reduction = choose
-        source = TimmStream("wds/", tmp_path, "train-0000.tar", num_samples=5, input_key="jpg")
+        source = TimmStream(DataSet("wds/", "train-0000.tar", 5, input_key="jpg"), tmp_path)
         return list(PretrainStream(source, transform, (4, 4), 0.5))
 
     reduced = samples(lambda size: asked.append(reduction(size)) or asked[-1])
@@ -1157,23 +1109,24 @@ def test_create_source(tmp_path):
     folder_of(tmp_path / "root" / "cat", 3)
     source = create_source(tmp_path / "root", in_chans=1)
     assert isinstance(source, FolderSource) and len(source) == 5 and source[0].shape == (1, 24, 32)
-    embedded, held_out = create_source(dataset="embedded", num_samples=9), create_source(None, "embedded", "validation")
-    assert isinstance(embedded, EmbeddedSource) and (len(embedded), len(held_out)) == (9, 2048)
-    assert not torch.equal(embedded[0], held_out[0])
+    demo = create_source(data_set=DataSet("embedded", train_num_samples=9))
+    held_out = create_source(data_set=DataSet("embedded", "validation"))
+    assert isinstance(demo, DemoSource) and (len(demo), len(held_out)) == (9, 2048)
+    assert not torch.equal(demo[0], held_out[0])
     with pytest.raises(ValueError, match="--data-dir.*embedded"):
         create_source()
     with pytest.raises(ValueError, match="Unknown data set 'imagenet'.*hfds/"):
-        create_source(tmp_path, "imagenet")
+        create_source(tmp_path, DataSet("imagenet"))
     with pytest.raises(ValueError, match="Unknown data set 'imagenet'"):
-        TimmSource("imagenet", tmp_path)
+        TimmSource(DataSet("imagenet"), tmp_path)
     with pytest.raises(ValueError, match="stream.*TimmStream"):
-        TimmSource("wds/x", tmp_path)
-    with pytest.raises(ValueError, match="no stream.*TimmSource"):
-        TimmStream("hfds/x", tmp_path)
+        TimmSource(DataSet("wds/x"), tmp_path)
+    with pytest.raises(ValueError, match="hfds/x.*TimmSource"):
+        TimmStream(DataSet("hfds/x"), tmp_path)
     with pytest.raises(ValueError, match="input_key"):
-        TimmSource("torch/cifar10", tmp_path, input_key="x")
+        TimmSource(DataSet("torch/cifar10", input_key="x"), tmp_path)
     with pytest.raises(ValueError, match="timm cannot open.*torch/cifar10.*not found"):
-        TimmSource("torch/cifar10", tmp_path)
+        TimmSource(DataSet("torch/cifar10"), tmp_path)
 
 
 def test_everything_below_the_folder_is_used(tmp_path):
@@ -1184,7 +1137,7 @@ def test_everything_below_the_folder_is_used(tmp_path):
 
 def test_import_is_cheap():
     code = (
-        "import sys, timm_convnextv2.data as d; d.EmbeddedSource(1)[0]; "
+        "import sys, timm_convnextv2.data as d; d.DemoSource(1)[0]; "
         "print([m for m in ('tifffile', 'datasets', 'matplotlib', 'webdataset') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

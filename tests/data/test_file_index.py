@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from timm_convnextv2.data import create_source
+from timm_convnextv2.data import ImagePaths, create_source
 from timm_convnextv2.data.paths.index import file_sizes, find_images, stale
 from timm_convnextv2.data.paths.walk import LeftOut
 from timm_convnextv2.files import WriteError
@@ -47,7 +47,7 @@ def test_an_index_is_what_a_scan_gives(images, data_dir, data_list):
     content = load_file("i")  # others can read it
     assert content["sizes"].tolist() == file_sizes(scanned).tolist()
     assert content["names"].tobytes() == b"".join(os.fsencode(name) for name in scanned.names)
-    sources = [create_source(data_dir, in_chans=1, data_list=data_list, listing=x) for x in (scanned, opened)]
+    sources = [create_source(ImagePaths(data_dir, data_list), in_chans=1, listing=x) for x in (scanned, opened)]
     first, second = ([(s.path(i), s.name(i), s[i].tolist()) for i in range(len(s))] for s in sources)
     assert first == second
 

@@ -30,7 +30,6 @@ from timm_convnextv2.data import (
     check_readable,
     collate,
     create_source,
-    left_out,
     load_image,
 )
 
@@ -70,13 +69,13 @@ def test_other_files_are_counted(tmp_path):
         (tmp_path / f"{i}.heic").touch()
     source = FolderSource(tmp_path)
     assert source.left.ignored == {".doc": 24, ".heic": 24}
-    assert left_out(source) == "48 other files ignored: 24 .doc, 24 .heic"
+    assert str(source.left) == "48 other files ignored: 24 .doc, 24 .heic"
     (tmp_path / "LICENSE").touch()
-    assert left_out(FolderSource(tmp_path)).endswith("24 .heic, 1 without extension")
+    assert str(FolderSource(tmp_path).left).endswith("24 .heic, 1 without extension")
     for i in range(12):
         (tmp_path / f"x.{i:02d}").touch()
-    assert left_out(FolderSource(tmp_path)).endswith("1 .03, 1 .04, 7 of 7 more kinds")
-    assert left_out(FolderSource(images(tmp_path / "deep"))) == "" == left_out(data.EmbeddedSource(8))
+    assert str(FolderSource(tmp_path).left).endswith("1 .03, 1 .04, 7 of 7 more kinds")
+    assert str(FolderSource(images(tmp_path / "deep")).left) == "" == str(data.DemoSource(8).left)
 
 
 @pytest.mark.parametrize("command", ["pretrain", "embed"])
@@ -172,7 +171,7 @@ def test_many_special_files_are_counted_not_kept(tmp_path, monkeypatch):
         (tmp_path / f"link{i}.png").symlink_to("gone")
     source = FolderSource(tmp_path)
     assert len(source.left.special) == 6 and source.left.num_special == 9
-    assert re.match(r"9 not opened, .*\(broken link\), 4 more$", left_out(source))
+    assert re.match(r"9 not opened, .*\(broken link\), 4 more$", str(source.left))
 
 
 def test_folder_of_nothing_but_broken_links(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from timm_convnextv2.commands import main as cli
-from timm_convnextv2.data import EmbeddedSource
+from timm_convnextv2.data import DemoSource
 
 SIZE = 48
 
@@ -21,7 +21,7 @@ def folder(tmp_path):
     """A folder of sound images."""
     path = tmp_path / "data"
     path.mkdir()
-    source = EmbeddedSource(6, SIZE)
+    source = DemoSource(6, SIZE)
     for i in range(6):
         Image.fromarray(source[i].permute(1, 2, 0).numpy()).save(path / f"{i}.png")
     return path

@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_convnextv2.data import FolderSource, ImageError, Pixels, load_image
+from timm_convnextv2.data import FolderSource, ImageError, Pixels, WindowOptions, load_image
 from timm_convnextv2.data.formats.header import read_header
 from timm_convnextv2.data.sources.pages import PageSource, pages_in
 from timm_convnextv2.data.sources.scenes import open_scene
-from timm_convnextv2.data.sources.windows import Windows, WindowSource
+from timm_convnextv2.data.sources.windows import WindowSource
 
 tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
 pytest.importorskip("imagecodecs", reason="the package imagecodecs is not installed")
@@ -70,7 +70,7 @@ def test_each_page_is_an_image(kind, tmp_path):
         image = image.float() / 255 if image.dtype == torch.uint8 else image
         truth = torch.from_numpy(page.astype(np.float32)) / np.iinfo(page.dtype).max
         assert torch.equal(image, truth) and source.name(i) == f"{path}, page {i}"
-        scene = open_scene(path, in_chans, source.page_pixels(i))
+        scene = open_scene(path, in_chans, source.pixels_of(i))
         assert scene.size == page.shape[1:]
         assert torch.equal(scene.read(3, 2, 4, 5), source[i][:, 3:7, 2:7]) and scene.whole == (kind == "GIF")
         scene.close()
@@ -110,7 +110,7 @@ def test_windows_of_pages(tmp_path):
     source = PageSource(FolderSource(tmp_path, 2))
     assert len(source) == 4 and source.name(3).endswith("y.png")  # one page stays as it was
     (tmp_path / "y.png").unlink()
-    windows = WindowSource(PageSource(FolderSource(tmp_path, 2)), Windows(16))
+    windows = WindowSource(PageSource(FolderSource(tmp_path, 2)), WindowOptions(16))
     assert len(windows) == 8 and windows.name(7).endswith("x.ome.tif, page 2, window 3 of 3")
     assert windows[7].shape == (2, 16, 16)
 

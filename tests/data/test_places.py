@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_convnextv2.data import FolderSource, create_source, hold_out, left_out
+from timm_convnextv2.data import DataSet, FolderSource, ImagePaths, create_source, hold_out
 from timm_convnextv2.data.paths.index import find_images
 from timm_convnextv2.data.paths.lists import read_list
 from timm_convnextv2.data.paths.places import places_of
-from timm_convnextv2.data.samples.batches import name_of
 
 FILES = ["a/1.png", "a/deep/2.png", "b/3.png", "b/4.png", "b/notes.txt", "c/1.png"]
 
@@ -33,7 +32,7 @@ def images(tmp_path, monkeypatch):
 
 
 def names(source):
-    return [name_of(source, i) for i in range(len(source))]
+    return [source.row_name(i) for i in range(len(source))]
 
 
 def values(source):
@@ -45,13 +44,13 @@ def test_several_folders(images):
     assert names(source) == ["b/3.png", "b/4.png", "a/1.png", "a/deep/2.png"]  # unique: with the folder
     assert values(source) == [30, 40, 10, 20]
     assert [source.path(i) for i in range(4)] == names(source) == [source.name(i) for i in range(4)]
-    assert left_out(source) == "1 other file ignored: 1 .txt"
+    assert str(source.left) == "1 other file ignored: 1 .txt"
     train, apart = hold_out(source, 0.25, 1)
     assert sorted(values(train) + values(apart)) == [10, 20, 30, 40]
     again = pickle.loads(pickle.dumps(source))
     assert values(again) == values(source) and names(again) == names(source)
-    source.in_chans = 3
-    assert source[3].shape == (3, 4, 4) and source.load_reduced(3, lambda size: 1).shape == (3, 4, 4)
+    rgb = source.reading(3, source.pixels)
+    assert rgb[3].shape == rgb.read(3, lambda size: 1).shape == (3, 4, 4) and source[3].shape == (1, 4, 4)
     with pytest.raises(IndexError):
         source[4]
 
@@ -88,7 +87,7 @@ def test_a_tar_beside_a_folder(images):
         tar.add("b/3.png", "3.png")
     source = create_source(["t.tar", "c"], in_chans=1)
     assert names(source) == ["t.tar/3.png", "c/1.png"] and values(source) == [30, 11]
-    assert not hasattr(source, "path")
+    assert not source.has_files
     with pytest.raises(ValueError, match="--index is of files in folders, not of a tar file"):
         find_images(["t.tar", "c"], index="x")
 
@@ -110,14 +109,14 @@ def test_lists(images, kind, base):
         from pyarrow import parquet
 
         parquet.write_table(pyarrow.table({"label": [1, 2, 3], "path": listed, "weight": weights}), path)
-    source = create_source(base, in_chans=1, data_list=path)
+    source = create_source(ImagePaths(base, path), in_chans=1)
     assert names(source) == listed and values(source) == [40, 10, 11]
     assert (source.groups is None) == (kind == "txt")
     if weights:
         assert [(group.tolist(), weight) for group, weight in zip(source.groups.members, (1, 1.5, 2), strict=True)] == [
             ([0], 1), ([2], 1.5), ([1], 2),
         ]  # fmt: skip
-    both = create_source(base, in_chans=1, data_list=[path, path], source_weights=(3, 1))
+    both = create_source(ImagePaths(base, [path, path]), in_chans=1, source_weights=(3, 1))
     assert len(both) == 6 and both.groups.shares[: len(both.groups.shares) // 2].sum() == 0.75
 
 
@@ -125,7 +124,7 @@ def test_names_that_are_no_text(images):
     name = b"a/\xff \xc3\xa4#.png"
     os.rename(b"a/1.png", name)
     (images / "list.txt").write_bytes(name + b"\n")
-    source = create_source(None, in_chans=1, data_list="list.txt")
+    source = create_source(ImagePaths(data_list="list.txt"), in_chans=1)
     assert os.fsencode(source.path(0)) == name and values(source) == [10]
 
 
@@ -173,11 +172,11 @@ def test_patterns_without_an_image(images):
         ValueError, match=r"b/\*.txt matches no image: 1 other file ignored: 1 .txt. Looked for .*\.png"
     ):
         create_source("b/*.txt")
-    with pytest.raises(ValueError, match="--source-weights takes one number a source, got 1 for 2"):
+    with pytest.raises(ValueError, match="--source-weights .* got 1 for 2"):
         create_source(["a", "b"], source_weights=[1])
-    for options in (dict(data_list="x"), dict(source_weights=[1]), dict(data_dir=["a", "b"])):
+    for paths, weights in ((ImagePaths(data_list="x"), None), (None, [1]), (["a", "b"], None)):
         with pytest.raises(ValueError, match="embedded"):
-            create_source(**{"data_dir": None, "dataset": "embedded"} | options)
+            create_source(paths, DataSet("embedded"), source_weights=weights)
 
 
 def test_missing_files_are_counted(images):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from timm_convnextv2.data import PretrainStream, collate, create_source
+from timm_convnextv2.data import DataSet, PretrainStream, StreamOrder, collate, create_source
 from timm_convnextv2.data.samples.shards import shard_note, shards_of
 
 PER_SHARD, BATCH = 4, 2
@@ -56,7 +56,7 @@ def streams(folder, kind, shards, processes, workers):
     """The stream of each process."""
     name, split = write_shards(folder, kind, shards)
     for rank in range(processes):
-        source = create_source(folder, name, split, num_samples=shards * PER_SHARD, batch_size=BATCH)
+        source = create_source(folder, DataSet(name, split, shards * PER_SHARD), order=StreamOrder(BATCH))
         source.reader.dist_rank = source.rank = rank
         source.reader.dist_num_replicas = processes
         source.set_loader_cfg(num_workers=workers)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_convnextv2.data import EpochBatchSampler, hold_out
+from timm_convnextv2.data import EpochBatchSampler, Source, hold_out
 from timm_convnextv2.data.sources.groups import REPEAT, Groups, sampling_groups
 
 
@@ -50,7 +50,7 @@ def test_weights_of_a_list():
     half = sampling_groups((4, 2), (1, 1), weights)  # and both sources alike
     assert half.shares.tolist() == [1 / 8, 3 / 8, 1 / 2]
     assert half.names == ["source 1, weight 1", "source 1, weight 3", "source 2"]
-    assert half.lines(8)[1] == "source 1, weight 3: 2 images, 37.5% of the places, each 1.5 times an epoch"
+    assert half.lines(8)[1] == "source 1, weight 3: 2 images, 37.5% of an epoch, each drawn 1.5 times per epoch"
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -79,7 +79,7 @@ def test_without_weights_the_order_is_a_permutation():
     assert sampling_groups((3, 4), None, None) is None
 
 
-class Weighted:
+class Weighted(Source):
     """A source of numbers, where every third image is of weight 2."""
 
     groups = sampling_groups((30, 20), (1, 4), np.where(np.arange(50) % 3, 1.0, 2.0))
@@ -87,7 +87,7 @@ class Weighted:
     def __len__(self):
         return 50
 
-    def __getitem__(self, i):
+    def read(self, i, choose=None, seed=None):
         return i
 
 
@@ -105,7 +105,7 @@ def test_held_out_images_are_never_drawn():
 @pytest.mark.parametrize(
     "counts, source_weights, weights, message",
     [
-        ((3, 4), (1,), None, "one number a source, got 1 for 2 sources"),
+        ((3, 4), (1,), None, "--source-weights .* got 1 for 2 sources"),
         ((3, 4), (1, 0), None, "above 0, got 1 0"),
         ((3, 4), (1, float("nan")), None, "above 0"),
         ((2000,), None, np.arange(1.0, 2001), "more than 1000 different weights"),
@@ -117,7 +117,7 @@ def test_weights_that_are_refused(counts, source_weights, weights, message):
 
 
 def test_all_of_a_group_held_out():
-    with pytest.raises(ValueError, match="no image is left.*--holdout"):
+    with pytest.raises(ValueError, match="none is left.*--holdout"):
         sampling_groups((2, 8), (1, 1), None).without(np.array([0, 1, 5]))
 
 

@@ -10,17 +10,18 @@ import torch
 from PIL import Image
 
 from timm_convnextv2.data import (
-    EmbeddedSource,
+    DemoSource,
     FolderSource,
     ImageError,
     PretrainDataset,
     PretrainTransform,
+    WindowOptions,
     load_image,
 )
 from timm_convnextv2.data.formats.pixels import Pixels
-from timm_convnextv2.data.sources.parts import hold_out
+from timm_convnextv2.data.sources.holdout import hold_out
 from timm_convnextv2.data.sources.scenes import open_scene
-from timm_convnextv2.data.sources.windows import Windows, WindowSource, content
+from timm_convnextv2.data.sources.windows import WindowSource, check_windows, content
 
 tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
 pytest.importorskip("imagecodecs", reason="the package imagecodecs is not installed")
@@ -246,7 +247,7 @@ def scenes(folder, *sizes, channels=1, dtype="u1"):
 
 
 def open_windows(folder, size, in_chans=1, nodata=None, **more):
-    return WindowSource(FolderSource(folder, in_chans, Pixels(nodata)), Windows(size, **more))
+    return WindowSource(FolderSource(folder, in_chans, Pixels(nodata)), WindowOptions(size, **more))
 
 
 def counts(source):
@@ -258,10 +259,10 @@ def test_images_count_by_their_area(tmp_path):
     source = open_windows(scenes(tmp_path, (32, 32), (320, 320), (48, 40), (36, 32)), 16)
     assert counts(source) == [4, 400, 8, 4] and len(source) == 416  # of 4, 400, 7.5 and 4.5 times 16 x 16 pixels
     assert source.name(4) == f"{tmp_path}/1.tif, window 1 of 400" and source.name(415).endswith("3.tif, window 4 of 4")
-    fewer = open_windows(tmp_path, 16, per_image=25.9)
+    fewer = open_windows(tmp_path, 16, windows_per_image=25.9)
     assert len(fewer) == 104 and counts(fewer) == [1, 100, 2, 1]
-    assert "104 windows of 16 x 16 pixels an epoch, from 4 images" in fewer.left and "so small" not in fewer.left
-    assert "3 images are so small that they have none" in open_windows(tmp_path, 16, per_image=2).left
+    assert "104 windows of 16 x 16 pixels per epoch, from 4 images" in fewer.left and "too small" not in fewer.left
+    assert "3 images are too small" in open_windows(tmp_path, 16, windows_per_image=2).left
 
 
 def test_a_window_follows_from_seed_epoch_and_index_alone(tmp_path):
@@ -278,7 +279,7 @@ def test_all_places_are_drawn_equally_often(tmp_path):
     y, x = np.mgrid[:5, :7]
     np.save(tmp_path / "x.npy", (10 * y + x).astype(np.uint8))
     source = open_windows(tmp_path, 3)
-    found = torch.tensor([int(source.load_sample(0, seed)[0, 0, 0]) for seed in range(1500)])
+    found = torch.tensor([int(source.read(0, seed=seed)[0, 0, 0]) for seed in range(1500)])
     corners, times = found.unique(return_counts=True)
     assert corners.tolist() == [10 * i + j for i in range(3) for j in range(5)]
     assert (times - 100).abs().max() < 5 * 100**0.5
@@ -290,14 +291,14 @@ def test_flat_windows_are_drawn_again(tmp_path):
     x[80:, 80:] = 0  # no data
     np.save(tmp_path / "x.npy", x)
     source = open_windows(tmp_path, 32, nodata=0, min_content=0.5)
-    assert all(content(source.load_sample(0, seed), 0.01) >= 0.5 for seed in range(40))
+    assert all(content(source.read(0, seed=seed), 0.01) >= 0.5 for seed in range(40))
     plain = open_windows(tmp_path, 32, nodata=0)
-    flat = [content(plain.load_sample(0, seed), 0.01) < 0.5 for seed in range(200)]
+    flat = [content(plain.read(0, seed=seed), 0.01) < 0.5 for seed in range(200)]
     assert 0.5 < np.mean(flat) < 0.9
     # nothing but nodata is never taken, and what cannot be had ends after 16 tries with the best
-    assert all((plain.load_sample(0, seed) == 200).any() for seed in range(40) if flat[seed])
-    none = open_windows(tmp_path, 32, nodata=0, min_content=0.9, min_std=9.0)
-    assert torch.equal(none.load_sample(0, 5), none.load_sample(0, 5))
+    assert all((plain.read(0, seed=seed) == 200).any() for seed in range(40) if flat[seed])
+    none = open_windows(tmp_path, 32, nodata=0, min_content=0.9, content_std=9.0)
+    assert torch.equal(none.read(0, seed=5), none.read(0, seed=5))
 
 
 def test_content_is_the_share_of_cells_that_vary():
@@ -347,17 +348,22 @@ def test_whole_images_are_held_out(tmp_path):
 
 
 def test_sources_without_files_are_refused():
-    with pytest.raises(ValueError, match="--window-size reads parts of files"):
-        WindowSource(EmbeddedSource(4), Windows(16))
+    with pytest.raises(ValueError, match="--window-size needs image files"):
+        WindowSource(DemoSource(4), WindowOptions(16))
 
 
 @pytest.mark.parametrize(
     "windows, text",
-    [(Windows(0), "side in pixels"), (Windows(8, -1.0), "above 0"), (Windows(8, None, 1.0), "from 0 to below 1")],
+    [
+        (WindowOptions(0), "--window-size .* 0"),
+        (WindowOptions(8, -1.0), "--windows-per-image .* -1"),
+        (WindowOptions(8, None, 1.0), "--min-content .* 1"),
+        (WindowOptions(None, 2.0), "--windows-per-image.*--window-size"),
+    ],
 )
 def test_numbers_out_of_range_are_refused(windows, text):
     with pytest.raises(ValueError, match=text):
-        windows.check()
+        check_windows(windows)
 
 
 def test_workers_read_the_same(tmp_path):
@@ -377,7 +383,7 @@ def read_with_limit(folder, queue):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
     try:
-        source = open_windows(folder, 512, 4, per_image=6)
+        source = open_windows(folder, 512, 4, windows_per_image=6)
         queue.put([tuple(source[i].shape) for i in range(len(source))])
     except BaseException as error:
         queue.put(repr(error))

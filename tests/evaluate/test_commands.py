@@ -11,7 +11,7 @@ from PIL import Image
 
 from timm_convnextv2.commands import collapse as collapse_command
 from timm_convnextv2.commands.evaluate import main
-from timm_convnextv2.data import EmbeddedSource
+from timm_convnextv2.data import DemoSource
 from timm_convnextv2.data.samples.batches import preprocessing
 from timm_convnextv2.features import collapse, evaluate_models
 from timm_convnextv2.features.network import load_network, name_of_model, random_network
@@ -29,7 +29,7 @@ def run(tmp_path_factory):
 def labelled(tmp_path_factory):
     """Two classes, by colour, as textured images of 40 x 36 pixels."""
     folder = tmp_path_factory.mktemp("labelled")
-    source = EmbeddedSource(40, size=32)
+    source = DemoSource(40, size=32)
     for part, numbers in (("train", range(24)), ("validation", range(24, 40))):
         for i in numbers:
             image = source[i].float() * torch.tensor([1.0, 0.2] if i % 2 else [0.2, 1.0]).repeat(2)[:3].view(3, 1, 1)

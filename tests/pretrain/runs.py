@@ -10,7 +10,7 @@ from helpers import SCRIPTS
 from PIL import Image
 
 from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.data import EmbeddedSource, ImageError
+from timm_convnextv2.data import DemoSource, ImageError
 from timm_convnextv2.pretrain.trainer import Trainer
 
 SCRIPT = SCRIPTS / "pretrain.py"
@@ -72,7 +72,7 @@ def snapshot(folder: Path) -> dict:
 def image_folder(path: Path, n: int = 16, size: int = 48, shape: tuple | None = None) -> Path:
     """A folder of PNGs, or of .npy files of a shape."""
     path.mkdir(parents=True)
-    source = EmbeddedSource(n, size)
+    source = DemoSource(n, size)
     for i in range(n):
         if shape is None:
             Image.fromarray(source[i].permute(1, 2, 0).numpy()).save(path / f"{i:03d}.png")
@@ -115,12 +115,12 @@ def refused(out: Path, capsys, words: str | list[str], *more: str, data: list[st
 
 
 def spoil(monkeypatch, bad: set[int]) -> None:
-    """Images of the embedded set that cannot be decoded from now on."""
-    get = EmbeddedSource.__getitem__
+    """Images of the demo data set that cannot be decoded from now on."""
+    read = DemoSource.read
 
-    def spoiled(self, i):
+    def spoiled(self, i, *args, **kwargs):
         if i in bad:
             raise ImageError(f"{self.name(i)}: is spoiled")
-        return get(self, i)
+        return read(self, i)
 
-    monkeypatch.setattr(EmbeddedSource, "__getitem__", spoiled)
+    monkeypatch.setattr(DemoSource, "read", spoiled)

@@ -10,7 +10,7 @@ from runs import load, rows, run
 
 import timm_convnextv2
 from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.data import EmbeddedSource
+from timm_convnextv2.data import DemoSource
 from timm_convnextv2.pretrain.trainer import Trainer
 
 
@@ -87,18 +87,18 @@ def test_one_too_many(tmp_path, capsys, no_images, spoil_loss, limit):
 def test_record(tmp_path, capsys, no_images, spoil_loss, monkeypatch, late):
     """Images, seeds and place of the update, also where the loss is read late; and how it is repeated."""
     spoil_loss(5)
-    taken, get = [], EmbeddedSource.__getitem__
+    taken, read = [], DemoSource.read
     out = run(tmp_path / "r", "--log-interval", "4", epochs=2, status=1)
     record = json.loads((out / "bad-step-2-2.json").read_text())
     assert (record["epoch"], record["update"], record["number"], record["loss"]) == (1, 1, 5, "nan")
     assert record["masks_seed"] == 42 and len(record["rng_seeds"]) == 1 and record["weights"] == "bad-step-2-2.pt"
 
-    def noting(self, i):
+    def noting(self, i, *args, **kwargs):
         taken.append((i, self.name(i)))
-        return get(self, i)
+        return read(self, i)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EmbeddedSource, "__getitem__", noting)
+        patch.setattr(DemoSource, "read", noting)
         capsys.readouterr()
         assert main(["--replay", str(out / "bad-step-2-2.json")]) == 0
     assert [tuple(entry) for entry in record["images"][0]] == taken[-8:]

@@ -31,7 +31,7 @@ def test_weights_and_a_stop_in_mid_epoch(folders, tmp_path, no_images, monkeypat
     whole = run(tmp_path / "o/whole", epochs=2, data=data)
     printed = capsys.readouterr().out
     assert "15 images of 3 x 32 x 32" in printed  # one is held out
-    assert "b: 3 images, 75.0% of the places, each 3 times an epoch" in printed
+    assert "b: 3 images, 75.0% of an epoch, each drawn 3 times per epoch" in printed
     settings = yaml.safe_load((whole / "args.yaml").read_text())
     assert settings["data_dir"] == ["a", "b"] and settings["source_weights"] == [1, 3]
     for stop in (1, 99):

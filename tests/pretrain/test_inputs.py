@@ -9,7 +9,7 @@ from PIL import Image
 from runs import ERROR, SMALL, command, image_folder, run, spoil
 
 from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.data import EmbeddedSource, InputStatistics, check_readable
+from timm_convnextv2.data import DemoSource, InputStatistics, check_readable
 from timm_convnextv2.pretrain import inputs
 from timm_convnextv2.pretrain.batches import Batches
 
@@ -199,15 +199,15 @@ def test_channels_that_tell_nothing(tmp_path, capsys):
 
 def test_each_image_is_decoded_once_for_it(tmp_path, monkeypatch, capsys):
     """What is looked at are the images that are tried anyway, without those that cannot be read."""
-    decoded, get = [], EmbeddedSource.__getitem__
+    decoded, read = [], DemoSource.read
 
-    def noted(self, i):
+    def noted(self, i, *args, **kwargs):
         decoded.append(i)
-        return get(self, i)
+        return read(self, i)
 
-    monkeypatch.setattr(EmbeddedSource, "__getitem__", noted)
+    monkeypatch.setattr(DemoSource, "read", noted)
     seen = []
-    assert check_readable(EmbeddedSource(100), look=seen.append) == [] and len(seen) == len(decoded) == 32
+    assert check_readable(DemoSource(100), look=seen.append) == [] and len(seen) == len(decoded) == 32
     spoil(monkeypatch, {0, 7})
     run(tmp_path / "r", "--dry-run", "--max-bad-images", "0.1")
     assert "Input after normalisation, of 30 images" in capsys.readouterr().out
@@ -262,7 +262,7 @@ def test_all_processes_get_what_the_first_measured(monkeypatch):
     from timm_convnextv2.pretrain import batches
 
     opened = batches.open_batches(
-        lambda: EmbeddedSource(16, 64), PretrainTransform(64), grid=(2, 2), mask_ratio=0.5, batch_size=4, seed=0,
+        lambda: DemoSource(16, 64), PretrainTransform(64), grid=(2, 2), mask_ratio=0.5, batch_size=4, seed=0,
         workers=0, pin_mem=False, world=World(),
     )  # fmt: skip
     assert isinstance(opened, Batches) and opened.inputs is found

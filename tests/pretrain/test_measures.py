@@ -11,8 +11,8 @@ from helpers import assert_same
 from runs import at_update, image_folder, load, rows, run, snapshot, steady
 from safetensors.torch import load_file
 
-from timm_convnextv2.data import EmbeddedSource, PretrainDataset, hold_out
-from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data import DemoSource, PretrainDataset, hold_out
+from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.pretrain import measures
 from timm_convnextv2.pretrain import measures as best
 
@@ -59,7 +59,7 @@ def test_columns_of_the_summary(measured):
 
 def test_no_image_that_is_held_out_is_trained_on(measured):
     _, seen = measured
-    train, apart = hold_out(EmbeddedSource(32, 64), 0.25, 42)
+    train, apart = hold_out(DemoSource(32, 64), 0.25, 42)
     assert len(apart) == 8 and seen == {train.locate(i) for i in range(24)}
     assert seen.isdisjoint(apart.locate(i) for i in range(8))
 

@@ -12,7 +12,7 @@ from PIL import Image
 from runs import SMALL, at_update, load, steady
 
 from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.data import PretrainTransform, create_source
+from timm_convnextv2.data import DataSet, PretrainTransform, StreamOrder, create_source
 from timm_convnextv2.pretrain.batches import open_batches
 from timm_convnextv2.runs.world import Seat
 
@@ -61,7 +61,7 @@ def shards(folder, kind):
 def batches_of(folder, name, workers):
     def source():
         split = "s-{0..1}.tar" if name == "wds/" else "train"
-        return create_source(folder, name, split, num_samples=NUM_IMAGES, batch_size=BATCH, seed=3)
+        return create_source(folder, DataSet(name, split, NUM_IMAGES), order=StreamOrder(BATCH, 3))
 
     return open_batches(
         source, PretrainTransform(16), grid=(2, 2), mask_ratio=0.5, batch_size=BATCH, seed=3, workers=workers,

@@ -20,7 +20,7 @@ from runs import (
 )
 
 import timm_convnextv2
-from timm_convnextv2.data import EmbeddedSource
+from timm_convnextv2.data import DemoSource
 from timm_convnextv2.pretrain.trainer import Trainer
 
 
@@ -28,7 +28,7 @@ def test_bad_images_are_skipped_counted_and_named(tmp_path, capsys, no_images, m
     spoil(monkeypatch, {0, 7, 20})  # 0 is tried at the start
     out = run(tmp_path / "r", "--max-bad-images", "0.1", epochs=2)
     printed = capsys.readouterr().out
-    names = [EmbeddedSource(32).name(i) for i in (0, 7, 20)]
+    names = [DemoSource(32).name(i) for i in (0, 7, 20)]
     for name in names:
         assert len(re.findall(rf"Skipped .*: {re.escape(name)}: is spoiled\n", printed)) == 1
         assert printed.count(f"{name}:") == 1

@@ -14,7 +14,7 @@ from helpers import ROOT, assert_same, torchrun
 from timm_convnextv2.commands.detect import COMMAND, main
 from timm_convnextv2.commands.main import main as cli
 from timm_convnextv2.config import flat
-from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.recipes import load_recipe, recipe_names
 from timm_convnextv2.runs.summary import read_rows
 from timm_convnextv2.transfer.detection.coco import open_coco

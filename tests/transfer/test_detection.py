@@ -12,7 +12,7 @@ from helpers import assert_same
 from PIL import Image
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 
-from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.transfer import build_detector, create_backbone, export_detector, open_detector
 from timm_convnextv2.transfer.detection.coco import Coco, DetectionSamples, collate, large_scale_jitter, open_coco
 from timm_convnextv2.transfer.detection.detector import classes_of
@@ -36,7 +36,7 @@ def rectangle(box, height, width):
     x, y, w, h = (int(v) for v in box)
     flat = np.zeros((height, width), bool)
     flat[y : y + h, x : x + w] = True
-    from timm_convnextv2.data.sources.embedded.annotations import uncompressed_rle
+    from timm_convnextv2.data.demo.folder import uncompressed_rle
 
     return uncompressed_rle(flat)
 

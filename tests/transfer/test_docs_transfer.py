@@ -10,7 +10,6 @@ from helpers import ROOT
 
 from timm_convnextv2.commands import detect, segment
 from timm_convnextv2.commands.main import main
-from timm_convnextv2.data.sources.embedded.__main__ import cli as embedded
 
 pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
 
@@ -22,13 +21,10 @@ def commands_of(text):
     """The words of the commands on data, detection and segmentation in the blocks of a page."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S)).replace("\\\n", "")
     lines = [shlex.split(line, comments=True) for line in blocks.splitlines()]
-    makes_data = [words for words in lines if any(word.startswith("timm_convnextv2.data") for word in words)]
-    return [words for words in lines if words in makes_data or {*words[1:2]} & {*TASKS}]
+    return [words for words in lines if {*words[1:2]} & {"demo", *TASKS}]
 
 
 def run(words, *more):
-    if words[0] == "python":
-        return embedded([*words[3:], *more])
     return main([*words[1:], *more])
 
 
@@ -44,13 +40,13 @@ def here(tmp_path, monkeypatch):
 def test_all_commands_are_known_and_training_would_begin(here, capsys):
     """Those that train, with --dry-run."""
     commands = commands_of(PAGE)
-    assert [words[1:3] for words in commands if words[0] != "python"] == [
+    assert [words[1:3] for words in commands if words[1] != "demo"] == [
         [task, action] for task in TASKS for action in ("train", "eval", "predict")
     ]
     assert [words for words in commands_of(README) if words not in commands] == []
     assert len(commands_of(README)) == 3
     for words in commands:
-        if words[0] == "python":
+        if words[1] == "demo":
             assert run(words, "--train", "16", "--validation", "8") == 0
         elif words[2] == "train":
             assert run(words, "--dry-run", "-j", "0", "--device", "cpu") == 0

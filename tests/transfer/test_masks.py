@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.transfer.segmentation.masks import (
     MaskedImages,
     TrainSamples,

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from test_hub import hub  # noqa: F401  a fixture
 
 from timm_convnextv2.commands.main import main
-from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.transfer import (
     build_segmenter,
     create_backbone,

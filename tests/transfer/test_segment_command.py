@@ -11,7 +11,7 @@ from PIL import Image
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.commands.segment import COMMAND
 from timm_convnextv2.config import flat
-from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.recipes import load_recipe, recipe_names
 from timm_convnextv2.runs.summary import read_rows
 from timm_convnextv2.transfer import find_classes, open_segmenter

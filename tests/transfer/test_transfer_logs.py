@@ -7,7 +7,7 @@ import pytest
 from detectors import FAST
 
 from timm_convnextv2.commands.main import main
-from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.runs.summary import read_rows
 
 WORDS = ["--model", "convnextv2_atto", "--from-scratch", "--model-kwargs", "depths=(1,1,1,1)", "dims=(8,12,16,20)"]

@@ -9,7 +9,7 @@ from encoders import make_encoder
 
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.data import Pixels, load_image
-from timm_convnextv2.data.sources.embedded import write_folder
+from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.transfer import create_backbone, open_detector, open_segmenter
 from timm_convnextv2.transfer.detection.coco import DetectionSamples, open_coco
 from timm_convnextv2.transfer.segmentation.masks import MaskedImages, open_split, read_classes

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..console import PROGRAM, CommandParser, refused, say
-from ..data import ImageError, Pixels, create_source
+from ..data import ImageError, ImagePaths, Pixels, create_source
 from ..data.formats.pixels import one_page
 from ..data.measure.inspection import Finding, Look, findings, inspect_folder, load_part, perceptual_hash, thumbnail
 from ..files import whole_file
@@ -69,8 +69,8 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
     listing = listed(args, data_dir) if args.index else None
     page = one_page(args.pages)
     pixels = Pixels(args.nodata, page=0 if args.pages and page is None else page)
-    source = create_source(data_dir, pixels=pixels, data_list=args.data_list, listing=listing)
-    if not hasattr(source, "path"):
+    source = create_source(ImagePaths(data_dir, args.data_list), pixels=pixels, listing=listing)
+    if not source.has_files:
         raise ValueError("check looks at files, and a tar file is one: unpack it, and give the folder.")
     near = perceptual_hash()
     if near is None:

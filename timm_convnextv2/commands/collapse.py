@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checkpoint.files import model_pixels
 from ..console import PROGRAM, CommandParser, refused, say
-from ..data import ImageError, TimmStream, check_readable, create_source, left_out
+from ..data import DataSet, ImageError, ImagePaths, TimmStream, check_readable, create_source
 from ..data.samples.batches import preprocessing
 from ..features.collapse import BlockCollapse, blocks_of, channel_maps, collapse
 from ..features.evaluate import check_devices
@@ -145,7 +145,7 @@ def collapse_of_models(
     for name, (network, config) in networks.items():
         in_chans = config["input_size"][0]
         scale = model_pixels(name_of_model(name), in_chans, nodata)
-        source = create_source(data_dir, dataset, split, in_chans=in_chans, pixels=scale, data_list=data_list)
+        source = create_source(ImagePaths(data_dir, data_list), DataSet(dataset, split), in_chans, scale)
         if isinstance(source, TimmStream):
             raise ValueError(f"--dataset {dataset} is a stream, from which images cannot be drawn. Give a folder.")
         images = _draw(source, num_images, preprocessing(config), seed, tell if not found else lambda line: None)
@@ -168,7 +168,7 @@ def _draw(source: Any, count: int, transform: Callable, seed: int, tell: Callabl
             images.append(transform(source[i]))
         except (ImageError, OSError) as e:
             bad.append(str(e))
-    if note := left_out(source):
+    if note := str(source.left):
         tell(note)
     if bad:
         tell(f"{len(bad)} images that cannot be decoded are left out, for example: {bad[0]}")

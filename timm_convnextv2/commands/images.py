@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..data import Pixels
+from ..data.config import PixelOptions, WindowOptions
 from ..data.formats.axes import CHANNELS
 from ..data.formats.pixels import one_page
 from ..data.paths.places import Dirs, as_list
-from ..data.sources.pages import PageSource
-from ..data.sources.windows import Windows, WindowSource
+from ..data.sources.open import pages_and_windows
 
 
 class OneOrMore(argparse.Action):
@@ -119,22 +119,8 @@ def parts_of(args: argparse.Namespace, source: Any, tick: Callable[[int], None] 
     Raises:
         ValueError: An option that does not fit the source, or another option.
     """
-    if args.window_size is None:
-        given = [("--windows-per-image", args.windows_per_image), ("--min-content", args.min_content)]
-        if wrong := [name for name, value in given if value]:
-            raise ValueError(f"{wrong[0]} is about windows: give their side with --window-size.")
-    pages = bool(args.pages) and one_page(args.pages) is None
-    if (pages or args.window_size is not None) and getattr(source, "groups", None) is not None:
-        raise ValueError(
-            "Weights of sources and lists are of whole images: leave them out with --window-size, which draws by area, "
-            "and with several --pages."
-        )
-    if pages:
-        source = PageSource(source, None if args.pages == ["all"] else args.pages, tick)
-    if args.window_size is not None:
-        windows = Windows(args.window_size, args.windows_per_image, args.min_content, args.content_std)
-        source = WindowSource(source, windows, tick)
-    return source
+    windows = WindowOptions(args.window_size, args.windows_per_image, args.min_content, args.content_std)
+    return pages_and_windows(source, PixelOptions(pages=tuple(args.pages) if args.pages else None), windows, tick)
 
 
 def check_percentiles(pair: Sequence[float] | None) -> None:

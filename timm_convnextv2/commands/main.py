@@ -22,6 +22,7 @@ COMMANDS = {
     "check": "find corrupt, blank, duplicate and unusual files in a folder",
     "detect": "train, evaluate and run an object detector on a backbone",
     "segment": "train, evaluate and run a semantic segmenter on a backbone",
+    "demo": "write a small labelled image folder to try things out",
 }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import PROGRAM, CommandParser, refused, say
-from ..data import Pixels, create_source, left_out
+from ..data import DataSet, ImagePaths, Pixels, StreamOrder, create_source
 from ..data.measure.measure import ERROR, Measured, find_channels, measure_pixels, measured_options
 from ..data.paths.index import check_index_option, find_images
 from ..data.paths.places import Dirs, Listing, as_list, base_of
@@ -62,15 +62,17 @@ def measure_options(args: argparse.Namespace) -> tuple[Measured, Pixels]:
     opened: dict[str, Any] = {}
 
     def open_source(pixels: Pixels) -> Any:
+        data_set = DataSet(
+            args.dataset, args.train_split, args.train_num_samples, args.dataset_download, args.input_key
+        )
         source = partial(
-            create_source, data_dir, args.dataset, args.train_split, input_key=args.input_key,
-            download=args.dataset_download, num_samples=args.train_num_samples, seed=args.seed, pixels=pixels,
-            data_list=args.data_list, listing=listing,
+            create_source, ImagePaths(data_dir, args.data_list), data_set, pixels=pixels,
+            order=StreamOrder(seed=args.seed), listing=listing,
         )  # fmt: skip
         if "source" not in opened:
             first = source(in_chans=args.in_chans or 3)
-            if args.in_chans is None and hasattr(first, "path"):
-                first.in_chans = find_channels(first, args.seed, (args.pages or [None])[0])
+            if args.in_chans is None and first.has_files:
+                first = first.reading(find_channels(first, args.seed, (args.pages or [None])[0]), pixels)
             opened["source"] = with_progress(lambda tick: parts_of(args, first, tick))
             return opened["source"]
         return source(in_chans=opened["source"].in_chans)
@@ -85,7 +87,7 @@ def measure_options(args: argparse.Namespace) -> tuple[Measured, Pixels]:
         )  # fmt: skip
     finally:
         bar.close()
-    if note := left_out(opened["source"]):
+    if note := str(opened["source"].left):
         say(note)
     return found, pixels
 

@@ -1,12 +1,12 @@
-"""Images for masked pretraining: sources, the transform, and what makes a run repeatable.
+"""Images: formats, where files are, sources, samples, measurements.
 
-A *source* is map-style and yields decoded pictures, `source[i] -> Tensor [C, H, W]`: uint8 in 0..255, or float32 that
-is already scaled (16-bit pictures to [0, 1], floats as stored). `source.name(i)` says where the picture came from.
-`PretrainDataset` turns a source into `(image, mask)` samples of which everything random depends on (seed, epoch,
-index) alone, so that a run does not change with the number of loader workers, with the number of processes at the
-same global batch, or by being resumed in the middle of an epoch:
+A *source* is map-style and yields decoded images, `source[i] -> Tensor [C, H, W]`: uint8 in 0..255, or float32 that is
+already scaled (16-bit images to [0, 1], floats as stored). `source.name(i)` identifies the image. `PretrainDataset`
+turns a source into `(image, mask)` samples whose random numbers depend on (seed, epoch, index) only, so that a run does
+not change with the number of loader workers, with the number of processes at the same global batch, or by being resumed
+within an epoch:
 
-    source = create_source(data_dir="pictures")
+    source = create_source("images")
     check_readable(source)
     dataset = PretrainDataset(source, PretrainTransform(224), grid=(7, 7), mask_ratio=0.6)
     sampler = EpochBatchSampler(len(dataset), batch_size=64)
@@ -22,6 +22,8 @@ Streams (`wds/`, `hfids/`, `tfds/`) have no index: see `TimmStream` and `Pretrai
 """
 
 from ..seeds import sample_seed
+from .config import DataSet, ImagePaths, PixelOptions, WindowOptions
+from .demo import DemoSource
 from .formats.decode import image_extensions, load_image
 from .formats.errors import ImageError, MissingPackageError
 from .formats.pixels import Pixels
@@ -29,40 +31,47 @@ from .samples.dataset import PretrainDataset, PretrainStream, collate
 from .samples.order import EpochBatchSampler
 from .samples.statistics import InputStatistics
 from .samples.transform import PretrainTransform
-from .sources.embedded import EmbeddedSource
-from .sources.folder import FolderSource, left_out
+from .sources.folder import FolderSource, ImageFiles
+from .sources.holdout import Subset, hold_out
 from .sources.joined import JoinedSource
-from .sources.open import check_readable, create_source
+from .sources.open import check_readable, create_source, pages_and_windows
 from .sources.pages import PageSource
-from .sources.parts import Part, hold_out
-from .sources.stream import TimmStream
+from .sources.source import Bad, Source
+from .sources.stream import StreamOrder, TimmStream
 from .sources.timm import TimmSource
-from .sources.windows import Windows, WindowSource
+from .sources.windows import WindowSource
 
 __all__ = [
-    "EmbeddedSource",
+    "Bad",
+    "DataSet",
+    "DemoSource",
     "EpochBatchSampler",
     "FolderSource",
     "ImageError",
+    "ImageFiles",
+    "ImagePaths",
     "InputStatistics",
     "JoinedSource",
     "MissingPackageError",
     "PageSource",
-    "Part",
+    "PixelOptions",
     "Pixels",
     "PretrainDataset",
     "PretrainStream",
     "PretrainTransform",
+    "Source",
+    "StreamOrder",
+    "Subset",
     "TimmSource",
     "TimmStream",
+    "WindowOptions",
     "WindowSource",
-    "Windows",
     "check_readable",
     "collate",
     "create_source",
     "hold_out",
     "image_extensions",
-    "left_out",
     "load_image",
+    "pages_and_windows",
     "sample_seed",
 ]

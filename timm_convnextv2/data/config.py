@@ -95,10 +95,7 @@ class PixelOptions:
         )
 
     def to_pixels(self, in_chans: int | None = None) -> Pixels:
-        """The record, without the limits that --clip-percentiles measures later.
-
-        Args:
-            in_chans: Checks that the record fits this number of channels; None skips that check.
+        """The record, without the limits that --clip-percentiles measures later; checked against `in_chans` if given.
 
         Raises:
             ValueError: Words of an option that exclude each other, or values out of order or range.
@@ -121,11 +118,7 @@ class PixelOptions:
 
 
 def check_pages(pages: Sequence[int | str] | None) -> Sequence[int | str] | None:
-    """Returns the words of --pages.
-
-    Raises:
-        ValueError: A word beside a number, or a negative number.
-    """
+    """Returns the words of --pages; refuses words beside numbers, and negative numbers."""
     numbers = [page for page in pages or () if isinstance(page, int)]
     if pages and (min(numbers, default=0) < 0 or len(pages) > 1 and len(numbers) < len(pages)):
         raise ValueError(f"--pages takes all, first, channels, or numbers from 0 up, got {' '.join(map(str, pages))}.")
@@ -162,11 +155,7 @@ class WindowOptions:
 
 
 def one_place(data: Sequence[str], data_dir: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The folders that a command's DATA or --data-dir names.
-
-    Raises:
-        ValueError: Both are given.
-    """
+    """The folders that a command's DATA or --data-dir names; refuses both."""
     if data and data_dir:
         raise ValueError(f"DATA ('{' '.join(data)}') and --data-dir ('{' '.join(data_dir)}') exclude each other.")
     return tuple(data) or data_dir

@@ -13,7 +13,15 @@ import torch
 
 from ..checkpoint.files import model_pixels
 from ..console import say
-from ..data import MissingPackageError, TimmStream, check_readable, create_source, left_out
+from ..data import (
+    DataSet,
+    ImagePaths,
+    MissingPackageError,
+    StreamOrder,
+    TimmStream,
+    check_readable,
+    create_source,
+)
 from ..data.paths.index import check_index_option, find_images, open_index
 from ..data.paths.places import Dirs, Listing, as_list, places_of
 from ..data.samples.batches import Batch, map_batches, preprocessing, stream_batches
@@ -93,20 +101,14 @@ def embed(
         pixels = model_pixels(model, config["input_size"][0], nodata)
         listing = None if dataset else listed(group, data_dir, data_list, index, max_bad_images, progress)
         source = create_source(
-            data_dir,
-            dataset,
-            split,
-            in_chans=config["input_size"][0],
-            input_key=input_key,
-            download=download,
-            num_samples=num_samples,
-            batch_size=batch_size,
-            whole=True,
-            pixels=pixels,
-            data_list=data_list,
+            ImagePaths(data_dir, data_list),  # pyright: ignore[reportArgumentType]
+            DataSet(dataset, split, num_samples, download, input_key),
+            config["input_size"][0],
+            pixels,
+            order=StreamOrder(batch_size, whole=True),
             listing=listing,
         )
-        if progress and (note := left_out(source)):
+        if progress and (note := str(source.left)):
             say(note, error=True)
         _check_place(output, source)
         total = None if isinstance(source, TimmStream) else len(source)
@@ -190,8 +192,8 @@ def _check_numbers(batch_size: int, workers: int, max_bad_images: float) -> None
 
 def _check_place(output: Path, source: Any) -> None:
     """An array among the images would be an image of the next run."""
-    for part in getattr(source, "parts", [source]) if output.suffix == ".npy" else []:
-        if getattr(part, "grows", False) and Path(part.root).resolve() in output.resolve().parents:
+    for folder in source.folders() if output.suffix == ".npy" else []:
+        if Path(folder).resolve() in output.resolve().parents:
             raise ValueError(f"'{output}' lies among the images, where .npy files count as images. Write it elsewhere.")
 
 
@@ -311,12 +313,11 @@ def _compute(
 
 def _digest_of_names(source: Any) -> str | None:
     """Notices images that come or go while a run is stopped; of files only, other sources are slow to ask."""
-    if not hasattr(source, "path"):
+    if not source.has_files:
         return None
     digest = hashlib.sha256()
-    for part in getattr(source, "parts", [source]):
-        for i in range(len(part)):
-            digest.update(os.fsencode(part.path(i)[len(part.root) :]) + b"\0")
+    for i in range(len(source)):
+        digest.update(os.fsencode(os.path.abspath(source.path(i))) + b"\0")
     return digest.hexdigest()
 
 

@@ -37,7 +37,7 @@ from ..data import ImageError, Pixels, image_extensions
 from ..data.formats.decode import from_pil, is_8_bit, printable, to_mode
 from ..data.formats.pixels import PLAIN
 from ..data.paths.walk import open_tar
-from ..data.sources.stream import decode_undecoded, leave_undecoded, undecoded_picture
+from ..data.sources.stream import decode_undecoded, leave_undecoded, undecoded_image
 from ..data.sources.timm import decode_any
 from .folders import FolderReader, is_opaque, split_folder
 
@@ -169,7 +169,7 @@ class ImageStream(IterableImageDataset):
         decode = partial(decode_undecoded, input_key=self.input_key)
         bad, reader = 0, iter(self.reader)  # type: ignore[arg-type]  # timm's readers of streams are iterable
         for number, (item, target) in enumerate(reader):
-            name, stored = undecoded_picture(item, f"{self.dataset_name} sample {number}")
+            name, stored = undecoded_image(item, f"{self.dataset_name} sample {number}")
             try:
                 image = self.reading.decode(stored, name, decode)
             except (ImageError, OSError) as e:

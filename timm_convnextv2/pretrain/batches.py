@@ -18,7 +18,6 @@ from ..data import (
     check_readable,
     collate,
     hold_out,
-    left_out,
 )
 from ..data.samples.shards import shard_note
 from ..runs.end import leave_signals_to_parent
@@ -206,7 +205,7 @@ def open_batches(
         ValueError: No image can be decoded, or there are fewer images than a batch takes.
     """
     source = create_source()
-    if note := left_out(source):
+    if note := str(source.left):
         world.say(note)
     options: dict[str, Any] = dict(
         num_workers=workers,
@@ -252,7 +251,7 @@ def open_batches(
     source, apart = hold_out(source, holdout, seed)
     dataset = PretrainDataset(source, *sampling)
     held_out = None if apart is None else Fixed(PretrainDataset(apart, *sampling))
-    sampler = EpochBatchSampler(len(source), batch_size, seed, world.rank, world.size, getattr(source, "groups", None))
+    sampler = EpochBatchSampler(len(source), batch_size, seed, world.rank, world.size, source.groups)
     loader = DataLoader(dataset, batch_sampler=sampler, **options)
     looked_at = Fixed(dataset) if held_out is None else held_out
     shown = _spread(looked_at, SHOWN_IMAGES) if world.primary else []

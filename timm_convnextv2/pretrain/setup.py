@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..checkpoint.provenance import resolve_license
 from ..commands.images import parts_of, pixels_of
 from ..console import say
-from ..data import Pixels, PretrainTransform, collate, create_source
+from ..data import DataSet, ImagePaths, Pixels, PretrainTransform, StreamOrder, collate, create_source
 from ..data.paths.index import check_index_option, find_images, open_index
 from ..data.paths.places import Listing, Place, as_list, base_of, places_of
 from ..data.samples.batches import preprocessing
@@ -214,10 +214,10 @@ def open_data(args: argparse.Namespace, model: FCMAE, world: World | Seat, listi
 
 def open_source(args: argparse.Namespace, pixels: Pixels, listing: Listing | None = None, primary: bool = True) -> Any:
     """The images that the options name, or their windows and pages; the first process shows how far it is."""
+    data_set = DataSet(args.dataset, args.train_split, args.train_num_samples, args.dataset_download, args.input_key)
     source = create_source(
-        args.data_dir, args.dataset, args.train_split, args.in_chans, args.input_key, args.dataset_download,
-        args.train_num_samples, args.batch_size, args.seed, pixels=pixels, data_list=args.data_list,
-        source_weights=args.source_weights, listing=listing,
+        ImagePaths(args.data_dir, args.data_list), data_set, args.in_chans, pixels,
+        order=StreamOrder(args.batch_size, args.seed), source_weights=args.source_weights, listing=listing,
     )  # fmt: skip
     return with_progress(lambda tick: parts_of(args, source, tick), primary)
 

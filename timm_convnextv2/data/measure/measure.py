@@ -10,12 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..formats.errors import ImageError
 from ..formats.header import Header, groups_of, read_header
-from ..formats.pixels import PLAIN, Pixels, Stored
-from ..sources.folder import FolderSource
-from ..sources.joined import JoinedSource
-from ..sources.pages import PageSource
+from ..formats.pixels import Pixels, Stored
 from ..sources.stream import TimmStream
-from ..sources.windows import WindowSource
 from .pixel_statistics import PixelStatistics
 
 ERROR = 0.02  # of the mean, in standard deviations
@@ -80,7 +76,7 @@ class _Looks(Dataset):
 
 
 def _look(load: Callable[[], Any], name: Callable[[], str], source: Any) -> _Look:
-    stored: Stored | None = getattr(source, "pixels", PLAIN).stored
+    stored: Stored | None = source.pixels.stored
     try:
         image = load()
     except (ImageError, OSError) as error:
@@ -251,10 +247,10 @@ def measure_pixels(
     limits = [_limits(found.pixels, c, clip_percentiles) for c in range(found.pixels.channels)]
     low, high = zip(*limits, strict=True)
     pixels = pixels._replace(clip_low=low, clip_high=high)
-    if isinstance(source, FolderSource | JoinedSource | PageSource | WindowSource):  # neither listed nor scanned again
-        source.pixels = measuring(pixels)
-    else:
+    if isinstance(source, TimmStream):
         source = open_source(measuring(pixels))
+    else:
+        source = source.reading(source.in_chans, measuring(pixels))  # neither listed nor scanned again
     return measure(source, **options)._replace(stored=found.stored), pixels
 
 

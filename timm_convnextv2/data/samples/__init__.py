@@ -1,1 +1,1 @@
-"""From a source's images to training batches: transform, order, loader."""
+"""From a source's images to training batches: dataset, transform, order."""

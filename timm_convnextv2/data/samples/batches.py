@@ -1,4 +1,4 @@
-"""Whole images as a trained model takes them, in batches that depend on the data set and the batch size alone."""
+"""Whole images as a trained model takes them, in batches that depend on the data set and the batch size only."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from ..formats.errors import ImageError, MissingPackageError
+from ..sources.source import Source
 from ..sources.stream import TimmStream
 
 
@@ -19,10 +20,9 @@ class Item(NamedTuple):
     """An image of the data set.
 
     Attributes:
-        index: Its number in the data set.
-        name: What the row is called.
-        image: float32 `[C, H, W]`, normalised; None where it cannot be decoded.
-        error: Why not.
+        index: Its index in the data set.
+        name: Name of its row.
+        image: float32 `[C, H, W]`, normalised; None if it cannot be decoded, for the reason `error`.
     """
 
     index: int
@@ -35,9 +35,9 @@ class Batch(NamedTuple):
     """A batch of the data set.
 
     Attributes:
-        number: Its images have the numbers `number * batch_size` and up.
-        count: How many they are.
-        items: None where another process computes this batch, or a run before did.
+        number: Its images have indices from `number * batch_size`.
+        count: Number of images.
+        items: None if another process computes this batch, or an earlier run did.
     """
 
     number: int
@@ -46,27 +46,22 @@ class Batch(NamedTuple):
 
 
 def preprocessing(config: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Decoded images, uint8 or float `[C, h, w]`, to float32 `[C, H, W]` as a model wants them.
+    """The evaluation transform of a model: decoded images, uint8 or float `[C, h, w]`, to float32 `[C, H, W]`.
 
     Args:
-        config: Of timm's `resolve_model_data_config`.
+        config: As returned by timm's `resolve_model_data_config`.
     """
-    # timm's resizing and cropping, on tensors: these may be 16-bit or have many channels; scaling comes after
+    # timm's resizing and cropping on tensors, which may be 16-bit or have many channels; scaling follows
     geometry = {k: config[k] for k in ("input_size", "interpolation", "crop_pct", "crop_mode")}
     scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])]
     resize: Any = create_transform(**geometry, normalize=False)
     return v2.Compose([resize, *scale])
 
 
-def name_of(source: Any, i: int) -> str:
-    """What row `i` of a map-style source is called: the path below the folder, or the source's own name."""
-    return source.short_name(i) if hasattr(source, "short_name") else source.name(i)
-
-
 class _Images(Dataset):
     """`Item` by index."""
 
-    def __init__(self, source: Any, transform: Callable) -> None:
+    def __init__(self, source: Source, transform: Callable) -> None:
         self.source, self.transform = source, transform
 
     def __len__(self) -> int:
@@ -76,14 +71,14 @@ class _Images(Dataset):
         try:
             image = self.source[i]
         except (ImageError, MissingPackageError, OSError) as e:
-            return Item(i, name_of(self.source, i), None, e)
-        return Item(i, name_of(self.source, i), self.transform(image))
+            return Item(i, self.source.row_name(i), None, e)
+        return Item(i, self.source.row_name(i), self.transform(image))
 
 
 def map_batches(
-    source: Any, transform: Callable, batch_size: int, numbers: Sequence[int], workers: int
+    source: Source, transform: Callable, batch_size: int, numbers: Sequence[int], workers: int
 ) -> Iterator[Batch]:
-    """The batches of a map-style source that have these numbers; `workers` processes decode them."""
+    """The batches of a source with these numbers, decoded by `workers` processes."""
     loader = DataLoader(
         _Images(source, transform),
         batch_sampler=[list(range(len(source))[n * batch_size : (n + 1) * batch_size]) for n in numbers],
@@ -98,14 +93,14 @@ def map_batches(
 def stream_batches(
     source: TimmStream, transform: Callable, batch_size: int, wanted: Callable[[int], bool], workers: int
 ) -> Iterator[Batch]:
-    """All batches of a stream; those that are not wanted are read, not decoded.
+    """All batches of a stream; batches that are not wanted are read but not decoded.
 
     Args:
-        source: With `whole=True`: each process reads all of it, and decodes its share.
+        source: Read whole by each process, which decodes its share.
         transform: See `preprocessing`.
         batch_size: Images per batch.
-        wanted: Whether the batch of this number is.
-        workers: Threads that decode; Pillow and torch let them run at the same time.
+        wanted: Whether the batch of this number is wanted.
+        workers: Threads that decode; Pillow and torch release the GIL.
     """
 
     def prepare(index: int, name: str, load: Callable) -> Item:
@@ -126,7 +121,7 @@ def stream_batches(
                 break
             futures = [pool.submit(prepare, i, *sample) for i, sample in group] if wanted(number) else None
             ahead.append((number, len(group), futures))
-            if len(ahead) > 2:  # two batches ahead of the model
+            if len(ahead) > 2:  # the threads stay two batches ahead of the model
                 yield finish(*ahead.popleft())
         while ahead:
             yield finish(*ahead.popleft())

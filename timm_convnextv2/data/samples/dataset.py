@@ -1,4 +1,4 @@
-"""From a source to batches of `(image, mask)`: the transform, and what makes a run repeatable."""
+"""Samples `(image, mask)` of masked pretraining, whose random numbers make a run repeatable."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,16 +12,15 @@ from ...models.masking import random_mask
 from ...seeds import mix, sample_seed, seeded
 from ..formats.decode import Choose, Reduced
 from ..formats.errors import ImageError
+from ..sources.source import Bad, Source
 from ..sources.stream import TimmStream
 
-_KEPT_OF_SKIPPED = 32  # pictures in a row that may be bad where a resumed stream starts
-
-
-_MAX_BAD_IN_A_ROW = 1000  # a damaged folder or shard; --max-bad-images stops most runs before
+_KEPT_OF_SKIPPED = 32  # most bad images in a row at the position where a resumed stream starts
+_MAX_BAD_IN_A_ROW = 1000  # a corrupt folder or shard; --max-bad-images stops most runs earlier
 
 
 def _choose(transform: Callable, seed: int) -> Choose | None:
-    """How far pictures may be reduced for the crop that `transform` makes with this seed; None if it cannot tell."""
+    """How far an image may be reduced for the crop of this seed; None if the transform has no `reduction`."""
     reduction = getattr(transform, "reduction", None)
     if reduction is None:
         return None
@@ -42,65 +41,54 @@ def _make_sample(
     return sample, random_mask(1, grid, mask_ratio, generator=generator)[0]
 
 
-Bad = list[tuple[int, str]]
-
-
 class PretrainDataset(Dataset):
-    """Samples for masked pretraining, where crop, flip and mask depend on (seed, epoch, index) only.
+    """Samples of masked pretraining, whose crop, flip and mask depend on (seed, epoch, index) only.
 
-    `dataset[epoch, index]` gives `(image [C, H, W], mask [h, w], bad)`: `mask` is bool, True = removed. A picture
-    that cannot be decoded is replaced by the next one that can, under the random numbers of the original; `bad` lists
-    the `(index, message)` of those that could not.
+    `dataset[epoch, index]` is `(image [C, H, W], mask [h, w], bad)`: `mask` is bool, True = removed. An image that
+    cannot be decoded is replaced by the next one that can, under the random numbers of the original; `bad` lists the
+    `(index, message)` of the unreadable ones.
 
     Args:
-        source: Map-style source of pictures `[C, h, w]` with `name(i)`; raises ImageError or OSError for bad ones. If
-            it has `load_reduced(i, choose)`, large JPEGs need not be decoded at full size; if it has `load_sample(i,
-            seed)`, the picture is another one in each epoch, as a window of a large image is.
-        transform: Picture to image; may use torch's global CPU generator, nothing else random. With a method
-            `reduction(size)`, as `PretrainTransform` has, it must also take `Reduced` pictures.
+        source: Source of the images.
+        transform: Decoded image `[C, h, w]` to network input; may use torch's global CPU generator, no other random
+            numbers. With a method `reduction(size)`, as `PretrainTransform` has, it must also take `Reduced` images.
         grid: Image size in patches, `(h, w)`.
-        mask_ratio: Share of the patches to remove.
+        mask_ratio: Fraction of the patches to remove.
         seed: Seed of the run.
 
     Raises:
-        ValueError: The mask ratio is impossible on this grid; or, by a sample, a thousand pictures in a row (all, in a
-            smaller source) are unreadable.
+        ValueError: From a sample: a thousand images in a row (all, in a smaller source) are unreadable.
     """
 
     def __init__(
-        self, source: Dataset, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int = 0
+        self, source: Source, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int = 0
     ) -> None:
         self.source, self.transform, self.grid, self.mask_ratio, self.seed = source, transform, grid, mask_ratio, seed
-        random_mask(1, grid, mask_ratio, generator=torch.Generator())  # complains here, not in a worker
+        random_mask(1, grid, mask_ratio, generator=torch.Generator())  # fails here, not in a worker
 
     def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]
+        return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, Bad]:
         epoch, index = key
         n, bad = len(self), []
         seed = sample_seed(self.seed, epoch, index)
         choose = _choose(self.transform, seed)
-        reduced = None if choose is None else getattr(self.source, "load_reduced", None)
-        sample = getattr(self.source, "load_sample", None)
         for offset in range(min(_MAX_BAD_IN_A_ROW, n)):
             i = (index + offset) % n
             try:
-                if sample is not None:
-                    picture = sample(i, mix(seed, 2))
-                else:
-                    picture = self.source[i] if reduced is None else reduced(i, choose)
+                image = self.source.read(i, choose, seed=mix(seed, 2))
                 break
             except (ImageError, OSError) as error:
-                bad.append((i, _named(self.source, i, error)))
+                bad.append((i, self.source.reason(i, error)))
         else:
             raise _too_many(bad)
-        return *_make_sample(picture, self.transform, self.grid, self.mask_ratio, seed), bad
+        return *_make_sample(image, self.transform, self.grid, self.mask_ratio, seed), bad
 
 
 def _too_many(bad: Bad) -> ValueError:
     return ValueError(
-        f"{len(bad)} images in a row cannot be read, so this looks like more than a few bad files:\n"
+        f"{len(bad)} images in a row cannot be read. Fix or remove these files:\n"
         + "\n".join(message for _, message in bad)
     )
 
@@ -108,21 +96,17 @@ def _too_many(bad: Bad) -> ValueError:
 class PretrainStream(IterableDataset):
     """`PretrainDataset` for streams: yields `(image [C, H, W], mask [h, w], bad)`.
 
-    Crop, flip and mask depend on (seed, epoch, rank, worker, position in the worker's stream); which picture stands
-    at a position is up to the reader, and changes with the number of workers. A picture that cannot be decoded is
-    replaced by the last one before it that could (the next one at the very start), so that every process makes
-    the same number of batches; the index in `bad` is the position.
+    Crop, flip and mask depend on (seed, epoch, rank, worker, position in the worker's stream); the reader decides which
+    image is at a position, depending on the number of workers. An image that cannot be decoded is replaced by the last
+    readable one before it (at the very start, the next one), so that every process makes the same number of batches;
+    the index in `bad` is the position.
 
-    A run that is resumed in the middle of an epoch reads what it had consumed again, without decoding it, and goes on
-    behind it: see `set_epoch`.
+    A run that is resumed within an epoch reads the images it has consumed again, without decoding them: see
+    `set_epoch`.
 
     Args:
         source: The stream.
         transform, grid, mask_ratio, seed: As for `PretrainDataset`.
-
-    Raises:
-        ValueError: The mask ratio is impossible on this grid; or, when iterating, a thousand pictures in a row are
-            unreadable or the stream is empty.
     """
 
     def __init__(
@@ -140,24 +124,20 @@ class PretrainStream(IterableDataset):
         return len(self.source)
 
     def set_epoch(self, epoch: int, start_batch: int = 0, batch_size: int = 1) -> None:
-        """Selects the random numbers, the reader's order, and where in it to start; call before iterating.
+        """Selects the random numbers, the reader's order, and the batch to start from; call before iterating.
 
-        A loader takes its batches from its workers in turn, from the first one on. So that they come in the order of
-        an epoch that is read from its beginning, the first `start_batch % num_workers` batches of the loader are
-        None.
+        A loader takes batches from its workers in turn, starting with the first. To keep the order of an epoch that is
+        read from its beginning, the first `start_batch % num_workers` batches of the loader are None.
 
         Args:
             epoch: From 0.
-            start_batch: Batches of this epoch that the loader has given before.
-            batch_size: Of the loader.
-
-        Raises:
-            ValueError: The source cannot repeat an epoch, so that it has no middle to start from.
+            start_batch: Batches of this epoch that the loader gave earlier; above 0 only for repeatable sources.
+            batch_size: Batch size of the loader.
         """
         if start_batch and not self.source.repeatable:
             raise ValueError(
-                f"The reader of '{self.source.dataset_name}' cannot repeat an epoch, so that a run cannot resume in "
-                "the middle of one. Resume from a milestone checkpoint."
+                f"The reader of '{self.source.dataset_name}' cannot repeat an epoch, so a run cannot resume within "
+                "one. Resume from a milestone checkpoint."
             )
         self.epoch.value, self.start.value, self.batch_size.value = epoch, start_batch, batch_size
         self.source.set_epoch(epoch)
@@ -173,9 +153,9 @@ class PretrainStream(IterableDataset):
         numbered = enumerate(self.source.undecoded())
         last = _skip(numbered, max(0, consumed))
         for position, (name, load) in numbered:
-            bad, picture = [], None
+            bad, image = [], None
             try:
-                picture = load(_choose(self.transform, sample_seed(stream, epoch, position)))
+                image = load(_choose(self.transform, sample_seed(stream, epoch, position)))
             except ImageError as error:
                 message = str(error)
                 bad = [(position, message if name in message else f"{name}: {message}")]
@@ -190,16 +170,16 @@ class PretrainStream(IterableDataset):
                 last, in_a_row = load, []
             for at, reported in [*waiting, (position, bad)]:
                 seed = sample_seed(stream, epoch, at)
-                # what stands in for a bad picture is decoded anew, at the size that this crop needs
-                image: Any = last(_choose(self.transform, seed)) if reported else picture
-                yield *_make_sample(image, self.transform, self.grid, self.mask_ratio, seed), reported
+                # the replacement of a bad image is decoded again, at the size that this crop needs
+                shown: Any = last(_choose(self.transform, seed)) if reported else image
+                yield *_make_sample(shown, self.transform, self.grid, self.mask_ratio, seed), reported
             waiting = []
         if waiting:
             raise _too_many(in_a_row)
 
 
 def _skip(numbered: Iterator[tuple[int, tuple[str, Callable]]], count: int) -> Callable | None:
-    """Passes over so many pictures of a stream; returns the last one that can be decoded, to stand in for others."""
+    """Skips images of a stream; returns the last one that can be decoded, as a replacement for bad ones."""
     recent = deque((load for _, (_, load) in islice(numbered, count)), maxlen=_KEPT_OF_SKIPPED)
     return next((load for load in reversed(recent) if _decodes(load)), None)
 
@@ -216,13 +196,8 @@ def collate(
     samples: list[tuple[torch.Tensor, torch.Tensor, Bad] | None],
 ) -> tuple[torch.Tensor, torch.Tensor, Bad] | None:
     """Joins samples to `(images [B, C, H, W], masks [B, h, w], bad)`; `bad` lists `(index, message)` of the batch."""
-    if samples[0] is None:  # a place in the loader's order that a resumed stream leaves empty
+    if samples[0] is None:  # a batch that a resumed stream skips, see `PretrainStream.set_epoch`
         return None
     images, masks, bad = zip(*samples, strict=True)
-    # stacks, in a worker straight into shared memory
+    # in a worker, default_collate stacks straight into shared memory
     return default_collate(list(images)), default_collate(list(masks)), [entry for entries in bad for entry in entries]
-
-
-def _named(source: Any, i: int, error: Exception) -> str:
-    name, message = source.name(i), str(error)
-    return message if name in message else f"{name}: {message}"

@@ -11,20 +11,18 @@ from ..sources.groups import Groups
 class EpochBatchSampler:
     """Batches of `(epoch, index)` from a permutation that depends on (seed, epoch) only.
 
-    A global batch is `batch_size * world_size` consecutive entries of the permutation, of which rank r takes every
-    `world_size`-th from r on: N processes together see the batches that one process with N times the batch size
-    would. An incomplete last global batch is dropped. The epoch travels with the index, into persistent workers too.
+    A global batch is `batch_size * world_size` consecutive entries of the permutation; rank r takes every
+    `world_size`-th of them, starting with r. So N processes together see the batches of one process with N times the
+    batch size. An incomplete last global batch is dropped. The epoch travels with the index, so that it reaches
+    persistent workers.
 
     Args:
-        num_samples: Length of the data set.
+        num_samples: Length of the data set, at least one global batch.
         batch_size: Images per batch and process.
         seed: Seed of the run.
         rank: Number of this process.
         world_size: Number of processes.
-        groups: Draws the images of an epoch, as many as without; None: each at most once.
-
-    Raises:
-        ValueError: The data set is smaller than one global batch, or a number is out of range.
+        groups: Weighted sampling of the same number of images; None: each image at most once.
     """
 
     def __init__(
@@ -57,11 +55,11 @@ class EpochBatchSampler:
         self.epoch = self.start_batch = 0
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, per process, wherever it starts."""
+        """Batches of a whole epoch, per process."""
         return self.num_samples // (self.batch_size * self.world_size)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Selects the epoch, and the batch to start from where a run is resumed in the middle of one."""
+        """Selects the epoch, and the batch to start from."""
         if not 0 <= start_batch <= len(self):
             raise ValueError(f"start_batch must lie in 0..{len(self)} (batches per epoch), got {start_batch}.")
         self.epoch, self.start_batch = epoch, start_batch
@@ -73,7 +71,7 @@ class EpochBatchSampler:
             order, epochs = self.groups.order(self.seed, self.epoch, len(self) * step)
             return self._batches(order[own].clone(), epochs[own].clone(), self.start_batch)
         generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
-        dtype = torch.int32 if self.num_samples < 2**31 else torch.int64  # half the memory for all but the largest
+        dtype = torch.int32 if self.num_samples < 2**31 else torch.int64  # half the memory
         order = torch.randperm(self.num_samples, generator=generator, dtype=dtype)[own].clone()
         return self._batches(order, torch.tensor(self.epoch).expand(len(order)), self.start_batch)
 

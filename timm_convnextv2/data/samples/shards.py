@@ -1,10 +1,10 @@
-"""How the shards of a stream divide among processes and their data workers."""
+"""How the shards of a stream are divided among processes and their data workers."""
 
 from ..sources.stream import TimmStream
 
 
 def shards_of(source: TimmStream) -> int | None:
-    """Number of files that a stream is read from; None where that is not known before it is read."""
+    """Number of files of a stream; None if it is unknown before reading."""
     reader = source.reader
     if source.kind == "wds":
         return len(reader.split_info.filenames)
@@ -15,32 +15,32 @@ def shards_of(source: TimmStream) -> int | None:
 
 
 def shard_note(source: TimmStream, workers: int, processes: int) -> str:
-    """What to say where an epoch cannot have each image once; '' where it can, as far as that is known.
+    """A warning if an epoch will not have each image exactly once; '' if it will, or if that is unknown.
 
-    timm gives whole shards to data workers, and has each of them make the same number of whole batches: a worker with
-    fewer images begins its shards again, and one with more leaves some out.
+    timm gives whole shards to data workers, and each worker makes the same number of whole batches: a worker with fewer
+    images starts its shards again, and one with more skips some.
 
     Args:
         source: After `set_loader_cfg`.
-        workers: Data workers of a process; 0: the process itself.
-        processes: Of the run.
+        workers: Data workers per process; 0: the process itself.
+        processes: Processes of the run.
     """
     shards, each = shards_of(source), max(1, workers)
     if shards is None:
         return ""
     readers = processes * each
-    # datasets lets every process read all shards, and keep its share of the images, where processes cannot divide them
+    # if shards do not divide among processes, datasets lets every process read all of them and keep its share of images
     sharing = each if source.kind == "hfids" and shards % processes else readers
     if shards % sharing:
         return (
-            f"{shards} shards do not divide evenly among {sharing} data workers ({processes} processes x {each}): in "
-            "an epoch some images come twice and others not at all, in the next one other images. Choose --workers so "
-            "that they do."
+            f"{shards} shards do not divide evenly among {sharing} data workers ({processes} processes x {each}): "
+            "an epoch repeats some images and skips others, the next epoch other ones. Choose --workers so that they "
+            "divide evenly."
         )
     images, made = source.reader.num_samples, len(source) * processes
     if made != images:
         return (
-            f"An epoch takes {made} images of {images}, as each of {readers} data workers makes whole batches: "
+            f"An epoch takes {made} images of {images}, because each of {readers} data workers makes whole batches: "
             f"{made - images} come twice."
         )
     return ""

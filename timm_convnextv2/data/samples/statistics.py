@@ -1,19 +1,19 @@
-"""What reaches the network, in numbers: mean, spread, flat patches and equal channels of normalised images."""
+"""Statistics of the network's input: mean, spread, flat patches and equal channels of normalised images."""
 
 from collections.abc import Sequence
 
 import torch
 
-FLAT = 1e-6  # what the loss adds to the variance of a patch: at this variance, half of what it divides by
+FLAT = 1e-6  # variance; the loss adds as much before it divides by the variance of a patch
 
 
 class InputStatistics:
-    """Statistics of normalised images of one size, added one by one; every channel of every image counts the same.
+    """Statistics of normalised images of one size, added one by one with equal weight.
 
     Args:
         patch: Side of a patch in pixels, the encoder's stride.
-        mean: That the images were normalised with, per channel.
-        std: Likewise.
+        mean: Mean used for the normalisation, per channel.
+        std: Standard deviation used, per channel.
 
     Attributes:
         images: Number of images.
@@ -51,14 +51,14 @@ class InputStatistics:
         self.images += 1
 
     def _compare_channels(self, image: torch.Tensor, *summaries: torch.Tensor) -> None:
-        """Keeps the pairs of channels that are equal in this image too, but for what rounding adds."""
+        """Keeps the pairs of channels that are equal in this image too, up to rounding."""
 
         def stored(x: torch.Tensor) -> torch.Tensor:
             shape = (-1, *[1] * (x.ndim - 1))
             return x.double() * self.given_std.view(shape) + self.given_mean.view(shape)
 
         rounding = 1e-6 * (stored(torch.stack(summaries, 1)).abs().amax() + self.given_mean.abs().amax())
-        for values in map(stored, summaries):  # few pairs are left for the whole comparison
+        for values in map(stored, summaries):  # leaves few pairs for the full comparison
             self._equal &= (values[:, None] - values).abs() <= rounding
         for a, b in self._equal.nonzero().tolist():
             one, other = (image[c].double() * self.given_std[c] + self.given_mean[c] for c in (a, b))
@@ -77,7 +77,7 @@ class InputStatistics:
 
     @property
     def stored_mean(self) -> torch.Tensor:
-        """Mean before normalisation, of images as decoded: what `mean` should be, `[C]` float64."""
+        """Mean of the decoded images before normalisation, the mean that would fit, `[C]` float64."""
         return self.mean * self.given_std + self.given_mean
 
     @property
@@ -87,17 +87,17 @@ class InputStatistics:
 
     @property
     def flat(self) -> torch.Tensor:
-        """Share of patches whose variance after normalisation is at most `FLAT`, `[C]` float64."""
+        """Fraction of patches whose variance after normalisation is at most `FLAT`, `[C]` float64."""
         return torch.stack(self._flat).mean(0)
 
     @property
     def patch_variance(self) -> float:
-        """Median over patches of the variance of their pixels, all channels together, that the loss divides by."""
+        """Median over patches of the variance over all channels, by which the loss divides."""
         return float(torch.cat(self._patch_variances).median())
 
     @property
     def constant(self) -> list[int]:
-        """Channels that have one value in all images."""
+        """Channels with the same value in all pixels."""
         rounding = 1e-6 * (1 + self.low.abs())
         return (self.high - self.low <= rounding).nonzero().flatten().tolist()
 

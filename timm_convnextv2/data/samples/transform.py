@@ -11,31 +11,28 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ..formats.decode import Reduced
 
-# A JPEG is decoded at 1/2, 1/4 or 1/8 if its crop keeps this many times the output's pixels per side. PSNR against the
-# full decode at exactly this many, photograph-like JPEGs, bicubic, median (minimum) in dB: 38.8 (37.0) at 1, 45.4
-# (44.6) at 1.5, 49.2 (47.5) at 2; most crops keep more, see benchmarks/decode.py. 1.5 is the smallest of these above
-# 40 dB. Drawings with sharp edges at the scale of the output's pixels lose more: 30 dB at 1.5.
+# A JPEG is decoded at 1/2, 1/4 or 1/8 if its crop keeps at least this many times the output's pixels per side. PSNR
+# relative to the full decode at exactly this value, photograph-like JPEGs, bicubic, median (minimum) in dB: 38.8 (37.0)
+# at 1, 45.4 (44.6) at 1.5, 49.2 (47.5) at 2; most crops keep more, see benchmarks/decode.py. 1.5 is the smallest of
+# these above 40 dB. Drawings with sharp edges at the scale of output pixels lose more: 30 dB at 1.5.
 MIN_OVERSAMPLING = 1.5
 
 
 class PretrainTransform:
     """Random resized crop, flips, scaling to [0, 1] and normalisation: the paper's augmentation for pretraining.
 
-    Uses torch's global random generator only. uint8 pictures are resized as uint8, which is fast. Of pictures decoded
-    at reduced size it makes the same crop: see `reduction`.
+    Uses torch's global random generator only. uint8 images are resized as uint8, which is fast. Images decoded at
+    reduced size get the same crop: see `reduction`.
 
     Args:
         img_size: Output size in pixels, one side or `(H, W)`.
-        scale: Range of the crop's share of the picture's area.
+        scale: Range of the crop's area relative to the image.
         ratio: Range of the crop's width / height.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
         interpolation: 'bilinear', 'bicubic' or 'nearest', antialiased.
-        mean: Mean per channel, in units of the scaled picture (uint8 pictures: 0..1).
+        mean: Mean per channel, in units of the scaled image (uint8 images: 0..1).
         std: Standard deviation per channel, same units.
-
-    Raises:
-        ValueError: An argument is out of range, or (when called) `mean` does not have one number per channel.
     """
 
     def __init__(
@@ -53,7 +50,7 @@ class PretrainTransform:
         if len(self.img_size) != 2 or min(self.img_size) < 1:
             raise ValueError(f"img_size must be one side or (height, width) in pixels, got {img_size}.")
         if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"scale must be two shares of the area, 0 < low <= high <= 1, got {scale}.")
+            raise ValueError(f"scale must be two fractions of the area, 0 < low <= high <= 1, got {scale}.")
         if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
             raise ValueError(f"ratio must be two values of width / height, 0 < low <= high, got {ratio}.")
         for option, p in (("hflip", hflip), ("vflip", vflip)):
@@ -72,34 +69,34 @@ class PretrainTransform:
         self.steps = v2.Compose(steps)
 
     def reduction(self, size: tuple[int, int]) -> int:
-        """The largest of 1, 2, 4, 8 by which a picture may be decoded smaller without visible change.
+        """The largest factor of 1, 2, 4, 8 by which an image may be decoded smaller without visible change.
 
-        The crop then still has at least `MIN_OVERSAMPLING` times as many pixels as the output, in height and width.
-        Draws the crop as a call does: set the random generator to the same state before both.
+        The crop then still has at least `MIN_OVERSAMPLING` times the output's pixels in height and width. Draws the
+        crop as a call does: set the random generator to the same state before both.
 
         Args:
-            size: Full `(height, width)` of the picture in pixels.
+            size: Full `(height, width)` of the image in pixels.
         """
-        if self.interpolation == "nearest":  # picks single pixels, which the reduced picture has not
+        if self.interpolation == "nearest":  # picks single pixels, which a reduced image has averaged
             return 1
         _, _, height, width = self._box(size)
         enough = min(height / self.img_size[0], width / self.img_size[1]) / MIN_OVERSAMPLING
         return next((r for r in (8, 4, 2) if r <= enough), 1)
 
     def _box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Draws the crop of a picture of this (height, width): `(top, left, height, width)` in pixels."""
-        drawn = self.crop.make_params([torch.empty(1).expand(1, *size)])  # of the image it reads the shape only
+        """Draws the crop of an image of this (height, width): `(top, left, height, width)` in pixels."""
+        drawn = self.crop.make_params([torch.empty(1).expand(1, *size)])  # uses only the shape
         return drawn["top"], drawn["left"], drawn["height"], drawn["width"]
 
     def _crop_reduced(self, image: Reduced) -> torch.Tensor:
-        """What `self.crop` does, with a box that may begin and end within pixels: uint8 `[C, H, W]`."""
+        """Crops as `self.crop` does, with a box that may start and end within pixels: uint8 `[C, H, W]`."""
         top, left, height, width = self._box(image.size)
         frame_top, frame_left, frame_height, frame_width = image.frame
         y, x = frame_height / image.size[0], frame_width / image.size[1]
         top, left = frame_top + top * y, frame_left + left * x
         bottom, right = top + height * y, left + width * x
-        # Cut out first, as at full size, or the filter would look beyond the crop. All numbers are multiples of 1/8,
-        # so nothing is lost to rounding.
+        # Cut out first, as at full size, or the filter would reach beyond the crop. All numbers are multiples of 1/8:
+        # rounding is exact.
         y0, x0 = math.floor(top), math.floor(left)
         window = image.pixels[:, y0 : math.ceil(bottom), x0 : math.ceil(right)]
         array = window[0].numpy() if len(window) == 1 else window.permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""How often images are drawn: groups of images that each get a share of an epoch's places."""
+"""How often images are drawn: groups of images that each get a share of an epoch."""
 
 from collections.abc import Sequence
 
@@ -7,33 +7,29 @@ import torch
 
 from ...seeds import mix
 
-REPEAT = 1 << 32  # in an image's epoch, see `Groups.order`
+REPEAT = 1 << 32  # added to an image's epoch per repetition, see `Groups.order`
 _MOST_WEIGHTS = 1000
 
 Members = range | np.ndarray
 
 
 class Groups:
-    """Groups of images, and the share of an epoch's places that each gets.
+    """Groups of images, and the share of an epoch that each gets.
 
-    Within a group, images are drawn without replacement, round after round: a permutation of the group follows the
-    other, over the borders of epochs. So after any time no image of a group has been drawn more than once more often
-    than another. Which group gets how many places in an epoch, the permutations, and the order of the epoch are
-    functions of seed, epoch and its length.
+    Within a group, images are drawn without replacement, one permutation of the group after another, across epochs. So
+    at any time, no image of a group has been drawn more than once more often than another. The number of draws of each
+    group in an epoch, the permutations, and the order of the epoch are functions of seed, epoch and length.
 
     Args:
         members: Indices of the images of each group, a range or int64.
-        weights: How often an image of each group is drawn, against those of other groups.
-        sources: Number of the source that each group is of, from 0; None: all of one.
-        source_weights: Share of each source, to which its groups are scaled; None: as its images weigh.
-        names: What the groups are called.
+        weights: How often an image of each group is drawn, relative to other groups.
+        sources: Number of each group's source, from 0; None: all of one.
+        source_weights: Share of each source, to which its groups are scaled; None: the sum of its images' weights.
+        names: Names of the groups.
 
     Attributes:
-        shares: Of the places, one a group, float64; their sum is 1.
+        shares: Share of an epoch of each group, float64; the sum is 1.
         sizes: Images of each group, int64.
-
-    Raises:
-        ValueError: A group has no image.
     """
 
     def __init__(
@@ -50,16 +46,16 @@ class Groups:
         self.sizes = np.array([len(group) for group in self.members], np.int64)
         if not self.sizes.all():
             name = self.names[int(np.argmin(self.sizes))]
-            raise ValueError(f"{name}: has a weight, and no image is left to draw. Hold out fewer with --holdout.")
+            raise ValueError(f"{name}: all images are held out, none is left to draw. Lower --holdout.")
         shares = self.sizes * np.asarray(self.weights, np.float64)
         if source_weights is not None:
             shares *= (np.asarray(source_weights, np.float64) / np.bincount(self.sources, shares))[self.sources]
         self.shares = shares / shares.sum()
 
     def counts(self, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Places that each group had in the epochs before this one, and those in this one, int64 `[groups]`.
+        """Draws of each group in all earlier epochs, and in this one, int64 `[groups]`.
 
-        They follow the shares: what a group has had in all never differs from its share by more than a few places.
+        The total of a group never differs from its share by more than a few draws.
         """
         had, now = np.zeros(len(self.shares), np.int64), np.zeros(len(self.shares), np.int64)
         for number in range(epoch + 1):
@@ -70,16 +66,16 @@ class Groups:
             lacking = length - int(now.sum())
             if lacking > 0:
                 now[most_due_first[:lacking]] += 1
-            while lacking < 0:  # groups that have had too much give nothing back, so that others wait for theirs
+            while lacking < 0:  # a group that is ahead cannot give back, so the others wait for their share
                 giving = [g for g in most_due_first[::-1] if now[g]][:-lacking]
                 now[giving] -= 1
                 lacking += len(giving)
         return had, now
 
     def order(self, seed: int, epoch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images of an epoch, and their epochs for `PretrainDataset`, int64 `[length]`.
+        """Indices of the images of an epoch, and their epochs for `PretrainDataset`, int64 `[length]`.
 
-        An image that is drawn again within an epoch gets another crop and mask: its epoch is `epoch + REPEAT * n`.
+        The n-th repetition of an image within an epoch has `epoch + REPEAT * n`: another crop and mask.
         """
         had, now = self.counts(epoch, length)
         indices, epochs = [], []
@@ -98,11 +94,7 @@ class Groups:
         return torch.cat(indices)[mixed], torch.cat(epochs)[mixed]
 
     def without(self, held: np.ndarray) -> "Groups":
-        """The same groups where these images (sorted indices) are taken out, and the others are numbered anew.
-
-        Raises:
-            ValueError: A group has no image left.
-        """
+        """The same groups without these images (sorted indices); the others are renumbered."""
 
         def kept(group: Members) -> Members:
             if isinstance(group, range):
@@ -115,10 +107,10 @@ class Groups:
         return Groups(members, self.weights, self.sources, self.source_weights, self.names)
 
     def lines(self, length: int) -> list[str]:
-        """A line a group: its images, its share, and how often each is drawn in an epoch."""
+        """One line per group: its images, its share, and the draws of each image per epoch."""
         rates = self.shares * length / self.sizes
         return [
-            f"{name}: {n} images, {share:.1%} of the places, each {rate:.3g} times an epoch"
+            f"{name}: {n} images, {share:.1%} of an epoch, each drawn {rate:.3g} times per epoch"
             for name, n, share, rate in zip(self.names, self.sizes, self.shares, rates, strict=True)
         ]
 
@@ -129,30 +121,27 @@ def sampling_groups(
     weights: np.ndarray | None,
     names: Sequence[str] = (),
 ) -> Groups | None:
-    """The groups of several sources: one a source, or where a list has weights, one for each weight in a source.
+    """The groups of several sources: one per source, or one per weight in a source if a list has weights.
 
     Args:
-        counts: Images of each source, which come one after the other.
-        source_weights: Share of each source; None: as its images weigh.
-        weights: Of each image, how often it is drawn against others of its source; None: all the same.
-        names: Of the sources.
+        counts: Images of each source, in order.
+        source_weights: Share of each source; None: the sum of its images' weights.
+        weights: How often each image is drawn, relative to others of its source; None: all the same.
+        names: Names of the sources.
 
     Returns:
-        None where no weight is given.
-
-    Raises:
-        ValueError: Weights are not as many as sources, are not above 0, or are of more than 1000 values.
+        None if no weight is given.
     """
     if source_weights is None and weights is None:
         return None
     if source_weights is not None:
         if len(source_weights) != len(counts):
             raise ValueError(
-                f"--source-weights takes one number a source, got {len(source_weights)} for {len(counts)} sources (of "
-                "--data-dir, or of --data-list where that is given)."
+                f"--source-weights takes one number per source, got {len(source_weights)} for {len(counts)} sources "
+                "(--data-list, or --data-dir without it)."
             )
         if not all(0 < w < float("inf") for w in source_weights):
-            raise ValueError(f"--source-weights are numbers above 0, got {' '.join(map(str, source_weights))}.")
+            raise ValueError(f"--source-weights must be above 0, got {' '.join(map(str, source_weights))}.")
     members: list[Members] = []
     each: list[float] = []
     sources: list[int] = []
@@ -163,8 +152,8 @@ def sampling_groups(
         values = np.ones(1) if own is None else np.unique(own)
         if len(members) + len(values) > _MOST_WEIGHTS:
             raise ValueError(
-                f"The images have more than {_MOST_WEIGHTS} different weights, and those of one weight are drawn as a "
-                "group. Round them in the list, for example to two digits."
+                f"The images have more than {_MOST_WEIGHTS} different weights, expected at most so many groups. Round "
+                "the weights in the list, for example to two digits."
             )
         if own is None or len(values) == 1:
             found: list[Members] = [range(first, first + count)]

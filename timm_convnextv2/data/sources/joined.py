@@ -1,86 +1,57 @@
-"""Several places of images as one source."""
+"""Several sources as one."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
 
-import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from ..formats.decode import Choose, Reduced, check_in_chans, check_index, printable
+from ..formats.decode import Choose, Reduced
 from ..formats.pixels import Pixels
 from ..paths.walk import LeftOut
-from .folder import FolderSource
-from .groups import Groups
-from .timm import TimmSource
+from .source import Source, locate
 
 
-class JoinedSource(Dataset):
-    """Sources one after the other. The name of an image says in which place it is.
+class JoinedSource(Source):
+    """Folders and tar files one after the other. The name of an image includes its folder or tar file."""
 
-    Args:
-        parts: `FolderSource`, or `TimmSource` of a tar.
-
-    Attributes:
-        left: What is there besides the images.
-        groups: How images are sampled, see `weights.Groups`; None: each once an epoch.
-        path: As that of `FolderSource`; only where all parts have it.
-    """
-
-    groups: Groups | None = None
-
-    def __init__(self, parts: Sequence[FolderSource | TimmSource]) -> None:
-        self.parts = [*parts]
-        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+    def __init__(self, parts: Sequence[Source]) -> None:
+        super().__init__(parts[0].in_chans, parts[0].pixels)
+        self.parts, self.ends = [*parts], [*accumulate(map(len, parts))]
+        self.has_files = all(part.has_files for part in parts)
         self.left = LeftOut()
         for part in parts:
-            self.left.merge(part.left)
-        if all(isinstance(part, FolderSource) for part in parts):
-            self.path: Callable[[int], str] = self._path
+            if isinstance(part.left, LeftOut):
+                self.left.merge(part.left)
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return self.ends[-1]
 
-    def locate(self, i: int) -> tuple[Any, int]:
-        """The part that has image `i`, and its number there."""
-        at = int(np.searchsorted(self.starts, check_index(i, len(self)), side="right")) - 1
-        return self.parts[at], i - int(self.starts[at])
+    def _part(self, i: int) -> tuple[Source, int]:
+        """The source of image `i`, and its index there."""
+        part, j, _ = locate(self.ends, i)
+        return self.parts[part], j
 
-    def __getitem__(self, i: int) -> torch.Tensor:
-        part, j = self.locate(i)
-        return part[j]
-
-    def load_reduced(self, i: int, choose: Choose) -> torch.Tensor | Reduced:
-        """See `FolderSource.load_reduced`."""
-        part, j = self.locate(i)
-        return part.load_reduced(j, choose)
+    def read(self, i: int, choose: Choose | None = None, seed: int | None = None) -> torch.Tensor | Reduced:
+        """Decodes image `i`."""
+        part, j = self._part(i)
+        return part.read(j, choose, seed)
 
     def name(self, i: int) -> str:
-        """Path of image `i`, safe to print; of an image in a tar that of the tar and its name there."""
-        part, j = self.locate(i)
-        name = part.name(j)
-        return name if isinstance(part, FolderSource) else f"{printable(part.dataset_name)}/{name}"
+        """Path of image `i`; in a tar, that of the tar and the name of the member."""
+        part, j = self._part(i)
+        return part.full_name(j)
 
-    def _path(self, i: int) -> str:
-        part, j = self.locate(i)
+    def path(self, i: int) -> str:
+        """Path of the file of image `i`."""
+        part, j = self._part(i)
         return part.path(j)
 
-    @property
-    def in_chans(self) -> int:
-        """Channels that images are converted to."""
-        return self.parts[0].in_chans
+    def folders(self) -> list[str]:
+        """Those of all parts."""
+        return [folder for part in self.parts for folder in part.folders()]
 
-    @in_chans.setter
-    def in_chans(self, in_chans: int) -> None:
-        for part in self.parts:
-            part.in_chans = check_in_chans(in_chans)
-
-    @property
-    def pixels(self) -> Pixels:
-        """See `decode.load_image`."""
-        return self.parts[0].pixels
-
-    @pixels.setter
-    def pixels(self, pixels: Pixels) -> None:
-        for part in self.parts:
-            part.pixels = pixels
+    def reading(self, in_chans: int, pixels: Pixels) -> "JoinedSource":
+        """The same images, converted in another way."""
+        other = super().reading(in_chans, pixels)
+        other.parts = [part.reading(in_chans, pixels) for part in self.parts]
+        return other

@@ -1,174 +1,158 @@
-"""Words of --data-dir to a source."""
+"""From options to a source."""
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
-from ..formats.decode import (
-    check_in_chans,
-    printable,
-)
+from ..config import DataSet, ImagePaths, PixelOptions, WindowOptions
+from ..formats.decode import printable
 from ..formats.errors import ImageError
-from ..formats.pixels import PLAIN, Pixels
+from ..formats.pixels import PLAIN, Pixels, one_page
 from ..paths.places import Dirs, Listing, list_files, places_of
-from ..samples.dataset import Bad, _named
-from .embedded import EmbeddedSource
 from .folder import FolderSource
 from .groups import sampling_groups
 from .joined import JoinedSource
-from .stream import TimmStream
-from .timm import _MAP_PREFIXES, _STREAM_PREFIXES, TimmSource, _prefix, _unknown_dataset
-
-
-def check_dataset(
-    data_dir: Dirs, dataset: str, data_list: Dirs = None, source_weights: Sequence[float] | None = None
-) -> Any:
-    """Refuses what only images in files can have; returns the one root of a data set.
-
-    Raises:
-        ValueError: A data set is named, and several roots, a list, or weights.
-    """
-    if not dataset:
-        return data_dir
-    if data_list is not None or source_weights is not None:
-        option = "--source-weights" if data_list is None else "--data-list"
-        raise ValueError(f"{option} is for images in files: leave it out with --dataset {dataset}.")
-    if data_dir is None or isinstance(data_dir, str | os.PathLike):
-        return data_dir
-    if len(data_dir) > 1:
-        raise ValueError(f"--dataset {dataset} has one --data-dir, got {' '.join(map(str, data_dir))}.")
-    return data_dir[0] if data_dir else None
+from .pages import PageSource
+from .source import Bad, Source
+from .stream import StreamOrder, TimmStream
+from .timm import MAPS, STREAMS, TimmSource, prefix_of, unknown_dataset
+from .windows import WindowSource, check_windows
 
 
 def create_source(
-    data_dir: Dirs = None,
-    dataset: str = "",
-    split: str = "train",
+    paths: ImagePaths | Dirs = None,
+    data_set: DataSet | None = None,
     in_chans: int = 3,
-    input_key: str | None = None,
-    download: bool = False,
-    num_samples: int | None = None,
-    batch_size: int = 1,
-    seed: int = 0,
-    whole: bool = False,
     pixels: Pixels = PLAIN,
-    data_list: Dirs = None,
+    *,
+    order: StreamOrder | None = None,
     source_weights: Sequence[float] | None = None,
     listing: Listing | None = None,
-) -> Any:
-    """Picks the source that the options of a script describe.
+) -> Source | TimmStream:
+    """Opens the images that options name.
 
-    - `dataset=''`: `data_dir` is a folder with pictures anywhere below it (`FolderSource`), or a `.tar` file
-      (`TimmSource`), or a pattern such as `scans/2024-*/**/*.png`; or several of these (`JoinedSource`). With
-      `data_list`, the pictures that lists name.
-    - `dataset='embedded'`: the embedded data set; another `split` than train gives other pictures.
+    - No `dataset`: `data_dir` is a folder with images anywhere below it (`FolderSource`), a `.tar` file (`TimmSource`),
+      a pattern such as `scans/2024-*/**/*.png`, or several of these (`JoinedSource`). With `data_list`, the images that
+      the lists name.
+    - 'embedded': the demo data set; any split other than 'train' gives other images.
     - `torch/...`, `hfds/...`: `TimmSource`. `wds/...`, `hfids/...`, `tfds/...`: `TimmStream`.
 
     Args:
-        data_dir: Folders, tar files, patterns; or the data set's root.
-        dataset: Name as above.
-        split: Split of the data set.
-        in_chans: Channels of the pictures.
-        input_key: Field that holds the picture, see `TimmSource` and `TimmStream`.
-        download: Download the data set, where it can be.
-        num_samples: Pictures per epoch (streams), or in all (embedded).
-        batch_size: Images per batch (streams).
-        seed: Seed of the order (streams).
-        whole: All images once, in order, for every process (streams; others always are).
-        pixels: How stored values become pixels, see `Pixels`.
-            has neither.
-        data_list: Lists of pictures, see `lists.read_list`; their names are relative to `data_dir`, or where that is
-            None to the folder of the list.
-        source_weights: Share of an epoch's places for each of the folders or lists, in any unit.
-        listing: The files of these, where they have been listed before.
+        paths: Where the files are, or the root of the data set; a path alone is a `data_dir`.
+        data_set: Data set to open instead of image files.
+        in_chans: Channels that images are converted to.
+        pixels: How stored values become pixels; the demo data set has neither nodata nor a scale.
+        order: How a stream is read.
+        source_weights: Share of an epoch for each of the folders or lists, in any unit.
+        listing: The files of `paths`, if they are listed already.
 
     Raises:
-        ValueError: Nothing is named, the name is unknown, or the source cannot be opened.
+        MissingPackageError: (a ValueError) A package that the data need is not installed.
     """
-    pixels = pixels.check(in_chans)
-    root = check_dataset(data_dir, dataset, data_list, source_weights)
-    if dataset == "embedded":
+    paths = paths if isinstance(paths, ImagePaths) else ImagePaths(paths)  # pyright: ignore[reportArgumentType]
+    data_set, pixels = data_set or DataSet(), pixels.check(in_chans)
+    name, prefix = data_set.dataset, prefix_of(data_set.dataset)
+    if not name:
+        return _open_files(paths, in_chans, pixels, source_weights, listing)
+    root = _root_of(paths, name, source_weights)
+    if name == "embedded":
         if pixels.divide is not None or pixels.clip_low is not None:
-            raise ValueError("The embedded data set is 8-bit in 0..255: leave out --divide and clip limits.")
-        return EmbeddedSource(num_samples or 2048, in_chans=in_chans, seed=int(split != "train"))
-    if _prefix(dataset) in _STREAM_PREFIXES:
-        reading = (seed, input_key, download, whole, pixels)
-        return TimmStream(dataset, root, split, in_chans, num_samples, batch_size, *reading)
-    if _prefix(dataset) in _MAP_PREFIXES:
-        return TimmSource(dataset, root, split, in_chans, input_key, download, pixels)
-    if dataset:
-        raise _unknown_dataset(dataset)
-    pass
+            raise ValueError("The demo data set is 8-bit in 0..255: leave out --divide and clip limits.")
+        from ..demo import DemoSource
 
-    return open_places(data_dir, data_list, source_weights, listing, in_chans, pixels)
+        return DemoSource(data_set.train_num_samples or 2048, 128, in_chans, int(data_set.train_split != "train"))
+    if prefix in STREAMS:
+        return TimmStream(data_set, root, in_chans, pixels, order)
+    if prefix in MAPS:
+        return TimmSource(data_set, root, in_chans, pixels)
+    raise unknown_dataset(name)
 
 
-def open_places(
-    data_dir: Dirs,
-    data_list: Dirs = None,
-    source_weights: Sequence[float] | None = None,
-    listing: Listing | None = None,
-    in_chans: int = 3,
-    pixels: Pixels = PLAIN,
-) -> FolderSource | TimmSource | JoinedSource:
-    """Opens the places that `--data-dir` and `--data-list` name, one as it is, several as one.
+def _root_of(paths: ImagePaths, dataset: str, source_weights: Sequence[float] | None) -> str | os.PathLike | None:
+    """The one root of a data set; refuses several, and options that only image files can have."""
+    if paths.data_list is not None or source_weights is not None:
+        option = "--source-weights" if paths.data_list is None else "--data-list"
+        raise ValueError(f"{option} is for image files: leave it out with --dataset {dataset}.")
+    roots: Dirs = paths.data_dir
+    if roots is None or isinstance(roots, str | os.PathLike):
+        return roots
+    if len(roots) > 1:
+        raise ValueError(f"--dataset {dataset} has one --data-dir, got {' '.join(map(str, roots))}.")
+    return roots[0] if roots else None
 
-    Args:
-        data_dir, data_list: See `places.places_of`.
-        source_weights: See `weights.sampling_groups`.
-        listing: Of these places, where they have been listed before.
-        in_chans, pixels: See `FolderSource`.
 
-    Raises:
-        ValueError: A place cannot be opened, has no image, or weights do not fit.
-    """
-    check_in_chans(in_chans)
-    listing = listing or list_files(places_of(data_dir, data_list))
-    parts = []
+def _open_files(
+    paths: ImagePaths,
+    in_chans: int,
+    pixels: Pixels,
+    source_weights: Sequence[float] | None,
+    listing: Listing | None,
+) -> Source:
+    """Opens the image files of one place as it is, of several as one source."""
+    listing = listing or list_files(places_of(paths.data_dir, paths.data_list))
+    parts: list[Source] = []
     for place, names in listing.parts():
         if place.kind == "tar":
-            parts.append(TimmSource("", place.root, in_chans=in_chans, pixels=pixels))
+            parts.append(TimmSource(DataSet(), place.root, in_chans, pixels))
         else:
-            parts.append(FolderSource(place.root, in_chans, pixels, names))
-            parts[-1].grows = place.kind != "list"
+            parts.append(FolderSource(place.root, in_chans, pixels, names, grows=place.kind != "list"))
     source = parts[0] if len(parts) == 1 else JoinedSource(parts)
-    source.left.merge(listing.left)
-    weights = listing.weights
-    if weights is not None and len(weights) != len(source):
+    source.left.merge(listing.left)  # pyright: ignore[reportAttributeAccessIssue]  # of files it is a LeftOut
+    if listing.weights is not None and len(listing.weights) != len(source):
         raise ValueError("A list with weights cannot be joined with a tar file.")
     names = [printable(place.given) for place in listing.places]
-    source.groups = sampling_groups([len(part) for part in parts], source_weights, weights, names)
+    source.groups = sampling_groups([len(part) for part in parts], source_weights, listing.weights, names)
     return source
 
 
-def check_readable(source: Any, tries: int = 32, look: Callable[[torch.Tensor], None] | None = None) -> Bad:
-    """Decodes up to `tries` pictures spread over a map-style source, before a run is started on it.
+def pages_and_windows(
+    source: Source | TimmStream,
+    pixels: PixelOptions,
+    windows: WindowOptions,
+    tick: Callable[[int], None] | None = None,
+) -> Source | TimmStream:
+    """The pages and windows of a source's images that the options ask for, or the source itself.
 
-    Args:
-        source: With `name(i)`.
-        tries: Largest number of images.
-        look: Called with each image that can be decoded.
+    `tick` is called with 1 after each header is read.
+    """
+    check_windows(windows)
+    pages, windowed = bool(pixels.pages) and one_page(pixels.pages) is None, windows.window_size is not None
+    if not pages and not windowed:
+        return source
+    if isinstance(source, TimmStream):
+        raise ValueError("--pages and --window-size need image files; a stream has none. Leave them out.")
+    if source.groups is not None:
+        raise ValueError(
+            "Weights of sources and lists apply to whole images: leave them out with --window-size, which draws by "
+            "area, and with several --pages."
+        )
+    if pages:
+        numbers = [page for page in pixels.pages or () if isinstance(page, int)]
+        source = PageSource(source, numbers or None, tick)
+    return WindowSource(source, windows, tick) if windowed else source
+
+
+def check_readable(source: Source, tries: int = 32, look: Callable[[torch.Tensor], None] | None = None) -> Bad:
+    """Decodes up to `tries` images spread over a source, and calls `look` with each.
 
     Returns:
-        `(index, message)` of those that cannot be decoded, some of them.
+        `(index, message)` of the images that cannot be decoded.
 
     Raises:
-        ValueError: None can be decoded; up to three are named with their reasons.
+        ValueError: None can be decoded; names up to three with their reasons.
     """
     count = max(1, min(tries, len(source)))
-    indices = [i * len(source) // count for i in range(count)]
     bad: Bad = []
-    for i in indices:
+    for i in (k * len(source) // count for k in range(count)):
         try:
             image = source[i]
         except (ImageError, OSError) as error:
-            bad.append((i, _named(source, i, error)))
+            bad.append((i, source.reason(i, error)))
             continue
         if look is not None:
             look(image)
-    if len(bad) == len(indices):
+    if len(bad) == count:
         reasons = "\n".join(message for _, message in bad[:3])
-        raise ValueError(f"None of {len(bad)} images tried (of {len(source)}) can be read, for example:\n{reasons}")
+        raise ValueError(f"None of {count} images tried (of {len(source)}) can be read, for example:\n{reasons}")
     return bad

@@ -1,4 +1,4 @@
-"""Images of which a part is read without decoding the whole: TIFF of every kind, `.npy`, OME-Zarr; others whole."""
+"""Reads parts of images: of TIFF, `.npy` and OME-Zarr without decoding the rest, of other formats whole."""
 
 import os
 from collections import OrderedDict
@@ -37,23 +37,23 @@ _YCBCR = 6  # photometric interpretation
 
 
 class Scene(Protocol):
-    """An image of which parts are read.
+    """An opened image, to read parts of.
 
     Attributes:
         size: Height and width in pixels, upright.
-        whole: Whether each part costs the decoding of the whole image.
+        whole: Whether reading a part decodes the whole image.
     """
 
     size: tuple[int, int]
     whole: bool
 
     def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
-        """A part as `[C, height, width]`: the values that the same part has of `load_image`.
+        """Reads a part, `[C, height, width]`, equal to the same part of `load_image`.
 
-        Nodata gets the mean of the other pixels of this part, not of the whole image.
+        Except nodata: it gets the mean of the other pixels of the part, not of the whole image.
 
         Raises:
-            EmptyError: (an ImageError) It is nodata everywhere.
+            EmptyError: (an ImageError) The part is nodata everywhere.
             ImageError: (a ValueError) It cannot be decoded, or has values that can only be nodata.
         """
         ...
@@ -64,7 +64,7 @@ class Scene(Protocol):
 
 
 class _Whole:
-    """An image that is decoded whole."""
+    """An image that must be decoded whole."""
 
     whole = True
 
@@ -122,7 +122,7 @@ class _Zarr:
 
 
 class _Tiff:
-    """A TIFF of any kind, by tifffile; what Pillow would convert goes through Pillow's conversion, part by part."""
+    """A TIFF, read by tifffile; if `load_image` uses Pillow's conversion, each part goes through it."""
 
     whole = False
 
@@ -132,7 +132,7 @@ class _Tiff:
         try:
             image: Any = TiffImagePlugin.TiffImageFile(file)  # not Image.open, which refuses large ones
             by_pillow = pixels.page is None and pillow_keeps_all(image, in_chans)
-        except Exception:  # a layout that Pillow does not know
+        except Exception:  # a layout unknown to Pillow
             image, by_pillow = None, False
         file.seek(0)
         self.tif = tifffile.TiffFile(file)
@@ -153,7 +153,7 @@ class _Tiff:
         self.size = (width, height) if self.orientation in (5, 6, 7, 8) else (height, width)
 
     def _converter(self, image: Any, page: Page) -> Callable[[np.ndarray], torch.Tensor] | None:
-        """From stored values `[C, h, w]` to the channels asked for; None where they are not as Pillow takes them."""
+        """Converts stored values `[C, h, w]` to the requested channels; None if Pillow cannot take them as stored."""
         if isinstance(page, int):
             image.seek(page)
         rawmode = image.tile[0][3][0]
@@ -187,7 +187,7 @@ class _Tiff:
         return self.pixels.clip(x)
 
     def _stored(self, top: int, left: int, height: int, width: int) -> tuple[slice, slice]:
-        """Rows and columns as stored, of a part of the upright image."""
+        """Stored rows and columns of a part of the upright image."""
         turned, upright = self.orientation in (5, 6, 7, 8), self.size
         down, across = (top, top + height), (left, left + width)
         if self.orientation in (3, 4, 7, 8):
@@ -203,15 +203,15 @@ class _Tiff:
 
 
 def open_scene(path: str, in_chans: int, pixels: Pixels) -> Scene:
-    """Opens an image of which parts are to be read; its header is read and judged.
+    """Opens an image to read parts of it, and checks its header.
 
     Args:
-        path: Of the file, or of the folder of a Zarr image.
+        path: Path of the file, or of the folder of a Zarr image.
         in_chans: Channels wanted.
         pixels: How stored values become pixels.
 
     Raises:
-        ImageError: (a ValueError) As of `load_image`; parts of large images are no reason.
+        ImageError: (a ValueError) As `load_image`, except for the size of images that are read in parts.
         MissingPackageError: (a ValueError) A package is not installed.
     """
     with faults_named(printable(path)):
@@ -244,10 +244,10 @@ def _size_by_pillow(file: Any) -> tuple[int, int]:
 
 
 class Scenes:
-    """Opened images, the last few of this process: opening a large TIFF reads thousands of offsets.
+    """Keeps the last few images of this process open, because opening a large TIFF reads thousands of offsets.
 
     Args:
-        most: How many stay open.
+        most: Largest number of open images.
     """
 
     def __init__(self, most: int = 16) -> None:
@@ -258,8 +258,8 @@ class Scenes:
         return {"most": self.most, "_process": 0, "_open": OrderedDict()}
 
     def get(self, path: str, in_chans: int, pixels: Pixels) -> Scene:
-        """The image, opened; see `open_scene`."""
-        if self._process != os.getpid():  # a forked worker must not share the positions in its parent's files
+        """Opens the image if it is not open yet; see `open_scene`."""
+        if self._process != os.getpid():  # a forked worker must not share file positions with its parent
             self._open, self._process = OrderedDict(), os.getpid()
         key = path, in_chans, pixels
         if key not in self._open:

@@ -1,94 +1,95 @@
-"""Streamed data sets of timm."""
+"""Data sets that timm reads as a stream."""
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..formats.decode import (
-    Choose,
-    Reduced,
-    check_in_chans,
-    image_extensions,
-)
+from ..config import DataSet
+from ..formats.decode import Choose, Reduced, check_in_chans, image_extensions
 from ..formats.errors import ImageError
 from ..formats.pixels import PLAIN, Pixels
-from .timm import _STREAM_PREFIXES, _create_timm_dataset, _pick, _prefix, _target, decode_any
+from .timm import STREAMS, decode_any, open_dataset, prefix_of
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """How a stream is read.
+
+    Attributes:
+        batch_size: Images per batch: each worker makes whole batches.
+        seed: Seed of the reader's shuffling.
+        whole: Every process gets all images once, unshuffled, in the order of the shards.
+    """
+
+    batch_size: int = 1
+    seed: int = 0
+    whole: bool = False
 
 
 class TimmStream(IterableDataset):
-    """Pictures of a data set that timm reads as a stream: `wds/`, `hfids/`, `tfds/`; targets are not needed.
+    """Images of a data set that timm reads as a stream: `wds/`, `hfids/`, `tfds/`; targets are not needed.
 
-    timm's reader shuffles, and shares the data between processes and workers. The order is therefore the reader's
-    own: it changes with the number of workers. Where `repeatable` (`wds/`, `hfids/`), that of an epoch depends on
-    nothing else than seed, epoch, processes and workers. `tfds/` decodes the pictures itself, as 8-bit with 1 or 3
-    channels.
+    timm's reader shuffles, and shares the data between processes and workers. The order is therefore the reader's own
+    and changes with the number of workers. If `repeatable` (`wds/`, `hfids/`), the order of an epoch depends only on
+    seed, epoch, processes and workers. `tfds/` decodes the images itself, as 8-bit with 1 or 3 channels.
 
     Args:
-        name: `wds/`, `hfids/<name or folder>`, or `tfds/<name>`.
+        data_set: Named `wds/`, `hfids/<name or folder>`, or `tfds/<name>`. Its split may be shard names of `wds/`, as
+            in `train-{0000..0099}.tar`; `input_key` defaults to 'image', for `wds/` to all image extensions (separated
+            by ;).
         root: Folder (or address) of the shards, or download cache.
-        split: Split; for `wds/` also shard names as in `train-{0000..0099}.tar`.
-        in_chans: Channels that pictures are converted to, see `load_image`.
-        num_samples: Pictures per epoch, where the data set does not say.
-        batch_size: Images per batch: each worker gives whole batches.
-        seed: Seed of the reader's shuffling.
-        input_key: Field that holds the picture; default 'image', for `wds/` any picture extension (separated by ;).
-        download: Download the data set first (`hfids/`, `tfds/`).
-        whole: Every process gets all images once, unshuffled, in the order of the shards.
-        pixels: How stored values become pixels, see `Pixels`.
+        in_chans, pixels: See `Source`.
+        order: How it is read.
 
-    Raises:
-        ValueError: timm cannot open the data set, its length is not known, or it is no stream.
-        MissingPackageError: (a ValueError) A package that the reader needs is not installed.
+    Attributes:
+        rank: Number of the process, by which the data are shared.
     """
+
+    left, has_files = "", False
 
     def __init__(
         self,
-        name: str,
+        data_set: DataSet,
         root: str | os.PathLike | None = None,
-        split: str = "train",
         in_chans: int = 3,
-        num_samples: int | None = None,
-        batch_size: int = 1,
-        seed: int = 0,
-        input_key: str | None = None,
-        download: bool = False,
-        whole: bool = False,
         pixels: Pixels = PLAIN,
+        order: StreamOrder | None = None,
     ) -> None:
         super().__init__()
-        self.kind = _prefix(name)
-        if self.kind not in _STREAM_PREFIXES:
-            raise ValueError(f"Data set '{name}' is no stream (wds/, hfids/, tfds/). Use TimmSource.")
+        name, input_key, order = data_set.dataset, data_set.input_key, order or StreamOrder()
+        self.kind = prefix_of(name)
+        if self.kind not in STREAMS:
+            raise ValueError(f"Data set '{name}' is not a stream (wds/, hfids/, tfds/). Use TimmSource.")
         self.dataset_name, self.in_chans, self.pixels = name, check_in_chans(in_chans), pixels
         self.input_key = input_key or "image"
-        kwargs: dict[str, Any] = dict(num_samples=num_samples, input_img_mode="")
+        kwargs: dict[str, Any] = dict(num_samples=data_set.train_num_samples, input_img_mode="")
         if self.kind == "wds":
             self.input_key = input_key or ";".join(ext[1:] for ext in image_extensions())
             if root is None:
                 raise ValueError(f"Data set '{name}' needs the folder of its shards. Set --data-dir.")
         else:
-            kwargs["target_key"] = self.input_key  # as in TimmSource: the readers insist on a target
+            kwargs["target_key"] = self.input_key  # as in TimmSource: the readers require a target
         if self.kind == "tfds":
             if in_chans not in (1, 3):
-                raise ValueError(f"Data set '{name}' gives pictures with 1 or 3 channels, got in_chans={in_chans}.")
+                raise ValueError(f"Data set '{name}' gives images with 1 or 3 channels, got in_chans={in_chans}.")
             kwargs["input_img_mode"] = "L" if in_chans == 1 else "RGB"
-        self.dataset = _create_timm_dataset(
-            name,
+        self.dataset = open_dataset(
+            data_set,
             root,
-            split,
-            is_training=not whole,
-            batch_size=batch_size,
-            seed=seed,
+            is_training=not order.whole,
+            batch_size=order.batch_size,
+            seed=order.seed,
             input_key=self.input_key,
-            download=download,
+            download=data_set.dataset_download,
             **kwargs,
         )
         self.reader = self.dataset.reader
-        if whole:
+        if order.whole:
             self.reader.dist_rank, self.reader.dist_num_replicas = 0, 1
         features = self.reader.builder.info.features if self.kind == "hfids" else None
         if features is not None and self.input_key not in features:
@@ -99,7 +100,7 @@ class TimmStream(IterableDataset):
         self.repeatable = self.kind != "tfds"  # TensorFlow's shuffling carries its state from epoch to epoch
 
     def __len__(self) -> int:
-        """Pictures per epoch of this process, whole batches of every worker (see `set_loader_cfg`)."""
+        """Images per epoch of this process, whole batches of every worker (see `set_loader_cfg`)."""
         return len(self.reader)
 
     def set_epoch(self, epoch: int) -> None:
@@ -107,7 +108,7 @@ class TimmStream(IterableDataset):
         self.dataset.set_epoch(epoch)
 
     def set_loader_cfg(self, num_workers: int) -> None:
-        """Tells the reader the number of loader workers, which `len` depends on. Call before making the loader."""
+        """Sets the number of loader workers, which `len` depends on. Call before making the loader."""
         self.dataset.set_loader_cfg(num_workers)
 
     def __iter__(self) -> Iterator[torch.Tensor | Reduced]:
@@ -115,18 +116,15 @@ class TimmStream(IterableDataset):
             yield load()
 
     def undecoded(self) -> Iterator[tuple[str, Callable[..., torch.Tensor | Reduced]]]:
-        """Yields `(name, load)`: `load(choose=None)` decodes the picture, any number of times, or raises ImageError.
+        """Yields `(name, load)`: `load(choose=None)` decodes the image, any number of times, or raises ImageError.
 
-        With `choose` it comes `Reduced` if it is a JPEG whose size makes `choose` answer more than 1.
-
-        Raises:
-            ValueError: The reader yields nothing, most likely because there are fewer shards than workers.
+        `choose` lets a large JPEG be decoded at reduced size, see `decode.decode`.
         """
         leave_undecoded(self.reader, self.dataset_name, self.input_key)
         count = 0
         for item, _ in self.dataset:
-            name, picture = undecoded_picture(item, f"{self.dataset_name} sample {count}")
-            yield name, partial(self._load, picture, name)
+            name, image = undecoded_image(item, f"{self.dataset_name} sample {count}")
+            yield name, partial(self._load, image, name)
             count += 1
         if not count:
             worker = get_worker_info()
@@ -136,50 +134,43 @@ class TimmStream(IterableDataset):
                 "shards are empty. Use fewer --workers or more shards."
             )
 
-    def _load(self, picture: Any, name: str, choose: Choose | None = None) -> torch.Tensor | Reduced:
-        return decode_undecoded(picture, name, self.input_key, self.in_chans, choose, self.pixels)
+    def _load(self, image: Any, name: str, choose: Choose | None = None) -> torch.Tensor | Reduced:
+        return decode_undecoded(image, name, self.input_key, self.in_chans, choose, self.pixels)
 
 
-def undecoded_picture(item: Any, name: str) -> tuple[str, Any]:
-    """Name and picture, for `decode_any`, of what a reader gives after `leave_undecoded`.
-
-    Args:
-        item: From the reader.
-        name: Of a sample that has none.
-    """
+def undecoded_image(item: Any, name: str) -> tuple[str, Any]:
+    """Name (or else `name`) and image, for `decode_any`, of a reader's sample after `leave_undecoded`."""
     if not isinstance(item, dict):
         return name, item
     return item["path"] or name, item["path"] if item["bytes"] is None else item["bytes"]
 
 
-def decode_undecoded(picture: Any, name: str, input_key: str, *args: Any, **kwargs: Any) -> Any:
-    """`decode_any` for a sample of a stream, which may lack the picture."""
-    if isinstance(picture, bytes) and not picture:
-        raise ImageError(f"{name}: has no picture under the input key {input_key}")
-    return decode_any(picture, name, *args, **kwargs)
+def decode_undecoded(image: Any, name: str, input_key: str, *args: Any, **kwargs: Any) -> Any:
+    """`decode_any` for a sample of a stream, which may lack the image."""
+    if isinstance(image, bytes) and not image:
+        raise ImageError(f"{name}: has no image under the input key {input_key}")
+    return decode_any(image, name, *args, **kwargs)
 
 
 def leave_undecoded(reader: Any, name: str, input_key: str, labelled: bool = False) -> None:
-    """Makes timm's reader of a stream pass the bytes on; call it in the process that reads them, before the first.
+    """Makes timm's reader of a stream pass on bytes; call it in the process that reads them, before the first sample.
 
-    It would convert 16-bit pictures to 8-bit, drop samples without label (`wds/`), and end at the first picture that
-    cannot be decoded (`hfids/`). The reader builds its pipeline late, in the worker, and so must we. `tfds/` stays.
+    Otherwise it would convert 16-bit images to 8-bit, drop samples without label (`wds/`), and end at the first image
+    that cannot be decoded (`hfids/`). The reader builds its pipeline late, in the worker, and so must we. `tfds/` stays
+    as it is.
 
     Args:
         reader: timm's.
         name: Of the data set, `wds/...` or `hfids/...`.
         input_key: As of `TimmStream`.
-        labelled: Targets are timm's, and so is the shuffling. Else there are none, and the shuffle follows the epoch.
-
-    Raises:
-        ValueError: There are fewer shards than workers.
+        labelled: Keep timm's targets and shuffling. Otherwise there are no targets, and the shuffle follows the epoch.
     """
-    kind, built = _prefix(name), getattr(reader, "ds", None) is not None
+    kind, built = prefix_of(name), getattr(reader, "ds", None) is not None
     if kind not in ("wds", "hfids") or built:
         return
     try:
         reader._lazy_init()  # sets reader.ds
-    except RuntimeError as error:  # how timm says that there are fewer shards than workers
+    except RuntimeError as error:  # timm's error for fewer shards than workers
         raise ValueError(f"Data set '{name}': {error}") from error
     if kind == "hfids":
         import datasets
@@ -195,8 +186,33 @@ def leave_undecoded(reader: Any, name: str, input_key: str, labelled: bool = Fal
     last = webdataset.filters.map(pick, handler=log_and_continue if labelled else webdataset.handlers.reraise_exception)
     reader.ds.pipeline[-2:] = [last]
     if reader.is_training and not labelled:
-        # the one before shuffles with a generator that goes on from epoch to epoch, which no resumed run could
-        # repeat; here its seed follows the epoch, as that of the shards does
+        # The stage before shuffles with a generator that carries on from epoch to epoch, which a resumed run could not
+        # repeat. Here its seed follows the epoch, as that of the shards does.
         seed = reader.common_seed + ((1 + reader.global_worker_id) << 32)
         sizes = reader.sample_shuffle_size, reader.sample_initial_size
         reader.ds.pipeline[-2] = detshuffle2(*sizes, seed=seed, epoch=reader.epoch_count)
+
+
+def _pick(
+    sample: dict[str, Any], name: str, keys: list[str], target: Callable[[dict[str, Any]], Any] | None
+) -> dict[str, Any] | None:
+    """The image's bytes and the target of a sample of `wds/`; None drops it, as timm does with negative labels."""
+    label = None if target is None else target(sample)
+    if target is not None and label is None:
+        return None
+    key = next((key for key in keys if key in sample), None)
+    path = f"{sample.get('__url__', name)}/{sample['__key__']}" + (f".{key}" if key else "")
+    return dict(image=dict(path=path, bytes=sample[key] if key else b""), target=label)
+
+
+_PIXEL = b"P5 1 1 255 0"  # the smallest image
+
+
+def _target(reader: Any, sample: dict[str, Any]) -> Any:
+    """The target as timm reads it, which must decode an image on the way."""
+    from timm.data.readers.reader_wds import _decode
+
+    keys = reader.target_keys or reader.target_key
+    rest = {key: value for key, value in sample.items() if key in ("cls", "json", "__key__")}
+    found = _decode({**rest, "pgm": _PIXEL}, "pgm", "", keys, reader.split_info.alt_label)
+    return None if found is None else found["target"]

@@ -1,32 +1,20 @@
-"""The embedded data set: pictures of eight kinds of objects, rendered when asked for. No files, no network.
-
-`EmbeddedSource` draws them without labels for pretraining, `write_folder` writes labelled ones for timm's `train.py`
-(from the shell: `python -m timm_convnextv2.data.embedded FOLDER`), or with boxes and masks for detection and
-segmentation (`--coco --masks`).
-"""
+"""Renders the images of the demo data set. Image `i` is a function of `(seed, i)`."""
 
 import colorsys
 import math
-import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import Dataset
 
-from ...formats.decode import check_index
-from .annotations import Annotations
+from ..formats.decode import Choose, check_index
+from ..sources.source import Source
 
-__all__ = ["EmbeddedSource", "write_folder"]
-
-PRETRAINING_SEEDS = 2  # `create_source` draws the pictures of seeds 0 (train) and 1 (any other split)
+Shape = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 
 
 class _Dice:
-    """Random numbers of one picture. Uniform only: that stream is the most stable part of NumPy's generators."""
+    """Random numbers of one image; only uniform ones, the most stable stream of NumPy's generators."""
 
     def __init__(self, seed: int, i: int) -> None:
         self.random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, i]))).random
@@ -93,7 +81,7 @@ def _flower(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
     return 0.75 * (np.hypot(x, y) - 0.72 - 0.2 * np.cos(petals * np.arctan2(y, x)))
 
 
-_SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = dict(
+_SHAPES: dict[str, Shape] = dict(
     disc=_disc,
     ring=_ring,
     square=_square,
@@ -105,17 +93,16 @@ _SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = dict
 )
 
 
-class EmbeddedSource(Dataset):
-    """The embedded data set: lit, textured objects over soft backgrounds, drawn when asked for.
+class DemoSource(Source):
+    """The demo data set: lit, textured objects in front of soft backgrounds.
 
-    No file and no network: picture `i` is a function of `(seed, i)`. There are eight classes, the objects' shapes,
-    and `label(i) = i % 8`; position, size, rotation, colours, surface, light and background vary. For demonstrations,
-    tests and smoke runs; other seeds give other pictures of the same kind, for example a validation set.
+    The eight classes are the shapes of the objects, and `label(i) = i % 8`; position, size, rotation, colours, surface,
+    light and background vary. Other seeds give other images of the same kind, for example a validation set.
 
     Args:
-        length: Number of pictures.
+        length: Number of images.
         size: Height and width in pixels.
-        in_chans: 3 (RGB) or 1 (luma of the same pictures).
+        in_chans: 3 (RGB) or 1 (luma of the same images).
         seed: Seed of the whole set, at least 0.
     """
 
@@ -123,28 +110,33 @@ class EmbeddedSource(Dataset):
 
     def __init__(self, length: int = 2048, size: int = 128, in_chans: int = 3, seed: int = 0) -> None:
         if in_chans not in (1, 3):
-            raise ValueError(f"The embedded data set has 1 or 3 channels, got in_chans={in_chans}.")
+            raise ValueError(f"The demo data set has 1 or 3 channels, got in_chans={in_chans}.")
         if length < 1 or size < 8 or seed < 0:
             raise ValueError(f"Expected length >= 1, size >= 8 and seed >= 0, got {length}, {size} and {seed}.")
-        self.length, self.size, self.in_chans, self.seed = length, size, in_chans, seed
+        super().__init__(in_chans)
+        self.length, self.size, self.seed = length, size, seed
 
     def __len__(self) -> int:
         return self.length
 
     def name(self, i: int) -> str:
-        """Identifier of picture `i`."""
+        """Identifier of image `i`."""
         return f"embedded {self.classes[self.label(i)]} {i}"
 
     def label(self, i: int) -> int:
-        """Class of picture `i`, an index into `classes`."""
+        """Class of image `i`, an index into `classes`."""
         return check_index(i, self.length) % len(self.classes)
 
     def mask(self, i: int) -> np.ndarray:
-        """The pixels of picture `i` that its object covers by half or more, bool `[size, size]`."""
-        return _draw(list(_SHAPES.values())[self.label(i)], _Dice(self.seed, i), self.size)[1] < 0
+        """Pixels of image `i` at least half covered by its object, bool `[size, size]`."""
+        return self._draw(i)[1] < 0
 
-    def __getitem__(self, i: int) -> torch.Tensor:
-        image = _render(list(_SHAPES.values())[self.label(i)], _Dice(self.seed, i), self.size)
+    def _draw(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        return draw(list(_SHAPES.values())[self.label(i)], _Dice(self.seed, i), self.size)
+
+    def read(self, i: int, choose: Choose | None = None, seed: int | None = None) -> torch.Tensor:
+        """Renders image `i`, uint8 `[C, size, size]`."""
+        image = self._draw(i)[0]
         if self.in_chans == 1:
             image = np.tensordot(np.array([[0.299, 0.587, 0.114]], dtype=np.float32), image, axes=1)
         return torch.from_numpy((image * 255 + 0.5).astype(np.uint8))
@@ -155,18 +147,12 @@ def _smoothstep(t: np.ndarray) -> np.ndarray:
     return t * t * (3 - 2 * t)
 
 
-_Shape = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+def draw(shape: Shape, dice: _Dice, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws one image, float32 `[3, size, size]` in [0, 1].
 
-
-def _render(shape: _Shape, dice: _Dice, size: int) -> np.ndarray:
-    """Draws one picture, float32 `[3, size, size]` in [0, 1]."""
-    return _draw(shape, dice, size)[0]
-
-
-def _draw(shape: _Shape, dice: _Dice, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One picture and the signed distance from its object's edge, `[size, size]`, negative inside.
-
-    Lengths are in half widths of the picture.
+    Returns:
+        The image, and the signed distance from its object's edge, negative inside, `[size, size]`, in half widths of
+        the image.
     """
     axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     x, y = axis[None, :], axis[:, None]
@@ -202,7 +188,7 @@ def _draw(shape: _Shape, dice: _Dice, size: int) -> tuple[np.ndarray, np.ndarray
     second = dice.colour(hue + dice.uniform(-0.2, 0.2), (0.1, 0.8), (0.35, 1.0))
     paint = paint + (second - paint) * _surface(dice, u, v, pixels * radius, lx, ly)
 
-    # light: a bevelled rim, a slow fall-off over the whole object, and a gloss on the rim that faces the light
+    # light: a bevelled rim, a slow fall-off over the whole object, and a gloss on the rim facing the light
     bevel = dice.uniform(0.08, 0.22)
     height = np.clip(distance * (-1 / bevel), 0, 1)
     height = height * (2 - height)
@@ -217,7 +203,7 @@ def _draw(shape: _Shape, dice: _Dice, size: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _background(dice: _Dice, hue: float, dark: bool, axis: np.ndarray) -> np.ndarray:
-    """A linear or radial gradient, soft stripes or clouds between two related colours, float32 `[3, H, W]`."""
+    """A gradient, soft stripes or clouds between two related colours, float32 `[3, H, W]`."""
     x, y = axis[None, :], axis[:, None]
     value = (0.2, 0.48) if dark else (0.6, 1.0)
     first = dice.colour(hue, (0.15, 0.7), value)
@@ -241,7 +227,7 @@ def _background(dice: _Dice, hue: float, dark: bool, axis: np.ndarray) -> np.nda
 
 
 def _surface(dice: _Dice, u: np.ndarray, v: np.ndarray, pixels: float, lx: float, ly: float) -> np.ndarray:
-    """Share of the second colour on the object, `[H, W]` in [0, 1]: a gradient, stripes, checks or dots."""
+    """Opacity of the second colour on the object, `[H, W]` in [0, 1]: a gradient, stripes, checks or dots."""
     kind, waves = dice.below(4), dice.uniform(7, 13)
     if kind == 0:
         t = 0.5 + 0.5 * (u * lx + v * ly)
@@ -253,92 +239,3 @@ def _surface(dice: _Dice, u: np.ndarray, v: np.ndarray, pixels: float, lx: float
         u, v = u * (0.35 * waves), v * (0.35 * waves)
         t = 0.5 + (0.3 - np.hypot(u - np.rint(u), v - np.rint(v))) * (pixels / (0.35 * waves))
     return np.clip(t, 0, 1)
-
-
-def write_folder(
-    folder: str | os.PathLike,
-    *,
-    size: int = 56,
-    train: int = 160,
-    validation: int = 800,
-    seed: int = 0,
-    coco: bool = False,
-    masks: bool = False,
-) -> Path:
-    """Writes a labelled image folder, `FOLDER/{train,validation}/CLASS/*.png`, as timm's `train.py` reads it.
-
-    With `coco` or `masks`, the same pictures as `FOLDER/{train,validation}/images/*.png`, with what detection and
-    segmentation read.
-
-    No picture is in both splits, in the folder of another seed, or among those that pretraining on `embedded` sees.
-    The folder appears when it is complete: a run that is killed leaves at most a hidden one beside it.
-
-    Args:
-        folder: Where to; it and its parents are made if needed.
-        size: Height and width in pixels.
-        train: Pictures of the training split, in all; a multiple of the number of classes, 8.
-        validation: Likewise for the validation split.
-        seed: Which pictures, at least 0.
-        coco: Write boxes and masks of the objects as `FOLDER/{train,validation}.json`, in COCO's format.
-        masks: Write the classes of the pixels as `FOLDER/{train,validation}/masks/*.png`, 0 for the background and
-            classes from 1, and their names by number as the lines of `FOLDER/classes.txt`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: The folder exists and is not empty (or is a file), a count that the classes cannot share evenly,
-            or a size or seed out of range.
-    """
-    classes = EmbeddedSource.classes
-    for name, count in (("train", train), ("validation", validation)):
-        if count < 1 or count % len(classes):
-            raise ValueError(f"{name}={count} pictures: expected a multiple of {len(classes)}, the number of classes.")
-    if seed < 0:
-        raise ValueError(f"Expected seed >= 0, got {seed}.")
-    folder = Path(folder).resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder. Name another one, or remove it.")
-
-    first = PRETRAINING_SEEDS + 2 * seed
-    sources = {
-        "train": EmbeddedSource(train, size, seed=first),
-        "validation": EmbeddedSource(validation, size, seed=first + 1),
-    }
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        for split, source in sources.items():
-            if coco or masks:
-                _write_annotated(source, temporary, split, coco, masks)
-            else:
-                _write_labelled(source, temporary / split)
-        if folder.exists():
-            folder.rmdir()  # Windows does not move a folder onto an empty one
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _write_labelled(source: EmbeddedSource, folder: Path) -> None:
-    """A folder a class."""
-    for name in source.classes:
-        (folder / name).mkdir(parents=True)
-    for i in range(len(source)):
-        _as_image(source, i).save(folder / source.classes[source.label(i)] / f"{i:05d}.png")
-
-
-def _write_annotated(source: EmbeddedSource, folder: Path, split: str, coco: bool, masks: bool) -> None:
-    """One folder of images, with their annotations beside it."""
-    (folder / split / "images").mkdir(parents=True)
-    annotations = Annotations(folder, split, source.classes, coco, masks)
-    for i in range(len(source)):
-        name = f"{i:05d}.png"
-        _as_image(source, i).save(folder / split / "images" / name)
-        annotations.add(name, source.label(i), source.mask(i))
-    annotations.write()
-
-
-def _as_image(source: EmbeddedSource, i: int) -> Image.Image:
-    return Image.fromarray(source[i].permute(1, 2, 0).numpy())

@@ -5,20 +5,21 @@ import pickle
 import pytest
 import torch
 
-from timm_convnextv2.data import EmbeddedSource, hold_out
-from timm_convnextv2.data.sources.parts import MOST_HELD_OUT
+from timm_convnextv2.data import DemoSource, Source, hold_out
+from timm_convnextv2.data.sources.holdout import MOST_HELD_OUT
 
 
-class Numbers:
+class Numbers(Source):
     """A source whose image is its number."""
 
     def __init__(self, count):
+        super().__init__()
         self.count = count
 
     def __len__(self):
         return self.count
 
-    def __getitem__(self, i):
+    def read(self, i, choose=None, seed=None):
         return i
 
     def name(self, i):
@@ -55,7 +56,7 @@ def test_of_millions_few_are_held_out_in_little_memory():
 
 
 def test_no_share_is_the_source_itself():
-    source = EmbeddedSource(4, 32)
+    source = DemoSource(4, 32)
     assert hold_out(source, 0.0, 0) == (source, None)
 
 

@@ -1,0 +1,6 @@
+"""The demo data set: rendered images of eight kinds of objects, without files or network."""
+
+from .folder import write_folder
+from .images import DemoSource
+
+__all__ = ["DemoSource", "write_folder"]

@@ -1,0 +1,141 @@
+"""Writes demo images as a labelled folder, or with boxes and masks for detection and segmentation."""
+
+import colorsys
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...config import check_limits, option
+from .images import DemoSource
+
+_PRETRAINING_SEEDS = 2  # `--dataset embedded` draws seed 0 for the split 'train' and 1 for any other
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Which images to write, and with which annotations."""
+
+    size: int = option(56, "height and width in pixels", metavar="N", at_least=8)
+    train: int = option(160, "training images, a multiple of 8", metavar="N", at_least=8)
+    validation: int = option(800, "validation images, a multiple of 8", metavar="N", at_least=8)
+    seed: int = option(0, "seed of the images; no seed gives images of pretraining", metavar="S", at_least=0)
+    coco: bool = option(False, "write FOLDER/{train,validation}.json with boxes and masks, images in images/")
+    masks: bool = option(
+        False, "write {train,validation}/masks/*.png (0 is the background), images in images/, and classes.txt"
+    )
+
+
+def write_folder(folder: str | os.PathLike, **options: Any) -> Path:
+    """Writes `FOLDER/{train,validation}/CLASS/*.png`, as timm's `train.py` reads it.
+
+    With `coco` or `masks`, writes the same images to `FOLDER/{train,validation}/images` beside their annotations. No
+    image is in both splits, in the folder of another seed, or among the images of `--dataset embedded`. The folder
+    appears once it is complete.
+
+    Args:
+        folder: New, or empty; parents are created.
+        options: Fields of `DemoOptions`.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        ValueError: The folder exists and is not empty (or is a file), or an option is out of range.
+    """
+    chosen, classes = DemoOptions(**options), DemoSource.classes
+    check_limits(chosen)
+    for name, count in (("train", chosen.train), ("validation", chosen.validation)):
+        if count % len(classes):
+            raise ValueError(f"--{name} {count}: expected a multiple of {len(classes)}, the number of classes.")
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder. Choose another one, or remove it.")
+
+    first = _PRETRAINING_SEEDS + 2 * chosen.seed
+    sources = {
+        "train": DemoSource(chosen.train, chosen.size, seed=first),
+        "validation": DemoSource(chosen.validation, chosen.size, seed=first + 1),
+    }
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for split, source in sources.items():
+            if chosen.coco or chosen.masks:
+                _write_annotated(source, temporary, split, chosen)
+            else:
+                _write_labelled(source, temporary / split)
+        if folder.exists():
+            folder.rmdir()  # Windows cannot move a folder onto an empty one
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write_labelled(source: DemoSource, folder: Path) -> None:
+    """Writes one folder per class."""
+    for name in source.classes:
+        (folder / name).mkdir(parents=True)
+    for i in range(len(source)):
+        _to_pil(source, i).save(folder / source.classes[source.label(i)] / f"{i:05d}.png")
+
+
+def _write_annotated(source: DemoSource, folder: Path, split: str, options: DemoOptions) -> None:
+    """Writes one folder of images, and their annotations."""
+    (folder / split / "images").mkdir(parents=True)
+    if options.masks:
+        (folder / split / "masks").mkdir()
+        (folder / "classes.txt").write_text("".join(f"{n}\n" for n in ("background", *source.classes)))
+    images, annotations = [], []
+    for i in range(len(source)):
+        name, label, mask = f"{i:05d}.png", source.label(i) + 1, source.mask(i)
+        _to_pil(source, i).save(folder / split / "images" / name)
+        images.append(dict(id=i + 1, file_name=name, height=source.size, width=source.size))
+        annotations.append(_annotation(i + 1, label, mask))
+        if options.masks:
+            image = Image.fromarray(mask.astype(np.uint8) * label, mode="L")
+            image.putpalette(_palette(len(source.classes)))
+            image.save(folder / split / "masks" / name)
+    if options.coco:
+        categories = [dict(id=label, name=name) for label, name in enumerate(source.classes, 1)]
+        content = dict(images=images, annotations=annotations, categories=categories)
+        (folder / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _to_pil(source: DemoSource, i: int) -> Image.Image:
+    return Image.fromarray(source[i].permute(1, 2, 0).numpy())
+
+
+def _annotation(number: int, label: int, mask: np.ndarray) -> dict[str, Any]:
+    """COCO's annotation of the one object of an image; `mask` is bool `[H, W]`."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    left, top = int(columns[0]), int(rows[0])
+    return dict(
+        id=number,
+        image_id=number,
+        category_id=label,
+        bbox=[left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+        area=int(mask.sum()),
+        iscrowd=0,
+        segmentation=uncompressed_rle(mask),
+    )
+
+
+def uncompressed_rle(mask: np.ndarray) -> dict[str, list[int]]:
+    """COCO's run lengths of a bool mask `[H, W]`: column by column, starting with the zeros."""
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat, prepend=False, append=False))
+    counts = np.diff(np.concatenate([[0], edges, [len(flat)]])).tolist()
+    return dict(size=[int(n) for n in mask.shape], counts=counts[:-1] if counts[-1] == 0 else counts)
+
+
+def _palette(classes: int) -> list[int]:
+    """Black, then one colour per class."""
+    colours = [colorsys.hsv_to_rgb(i / classes, 0.8, 0.95) for i in range(classes)]
+    return [0, 0, 0, *(round(255 * value) for colour in colours for value in colour)]
