@@ -447,7 +447,7 @@ def test_hfds_without_labels(parquet):
     ((index, message),) = check_readable(source)
     assert index == 1 and message.startswith("broken.png: ")
     assert torch.equal(pickle.loads(pickle.dumps(source))[0], source[0])
-    with pytest.raises(ValueError, match="no picture in column 'image'.*input_key.*: picture"):
+    with pytest.raises(ValueError, match="no image in column 'image'.*input_key.*: picture"):
         create_source(parquet.parent / "cache", DataSet(f"hfds/{parquet}"))
     with pytest.raises(ValueError, match="timm cannot open.*nosplit"):
         create_source(parquet.parent / "cache", DataSet(f"hfds/{parquet}", "nosplit", input_key="picture"))
@@ -539,8 +539,21 @@ def test_wds_stream_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--data-dir"):
         create_source(None, DataSet("wds/", "train-0000.tar"))
     source = create_source(root, DataSet("wds/", "train-0000.tar", 6, input_key="jpg"))
-    with pytest.raises(ImageError, match="0000.*no picture under the input key jpg"):
+    with pytest.raises(ImageError, match="0000.*input key jpg"):
         next(iter(source))
+
+
+def test_ranks_of_a_stream_never_draw_the_same_masks():
+    class Stream:
+        def __init__(self, rank):
+            self.rank = rank
+
+        def undecoded(self):
+            for i in range(20):
+                yield f"image {i}", lambda choose: torch.zeros(1, 8, 8)
+
+    masks = [mask for rank in (0, 1) for _, mask, _ in PretrainStream(Stream(rank), lambda x: x, (8, 8), 0.5)]
+    assert len({mask.numpy().tobytes() for mask in masks}) == 40
 
 
 def test_stream_starts_with_a_bad_picture():

@@ -113,4 +113,4 @@ def test_weights_of_sources_are_of_whole_images(tmp_path, capsys, more):
         place.mkdir()
         words = scenes(place)
     weights = ["--data-dir", *map(str, places), "--source-weights", "1", "3", *more]
-    refused(tmp_path / "r", capsys, ["Weights of sources and lists are of whole images"], *words[2:], *weights)
+    refused(tmp_path / "r", capsys, ["Weights of sources and lists"], *words[2:], *weights)

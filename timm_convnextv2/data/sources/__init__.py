@@ -1,1 +1,1 @@
-"""Sources of images: folders, timm's data sets, streams, windows, pages, the embedded data set."""
+"""Sources of images: folders, timm's data sets, streams, windows, pages, the demo data set lies in `data/demo`."""

@@ -1,0 +1,59 @@
+"""Options on images: the record of pixels that they make, and what they refuse."""
+
+import pytest
+
+from timm_convnextv2.config import add_options, build, words_given
+from timm_convnextv2.console import CommandParser
+from timm_convnextv2.data import PixelOptions, Pixels
+from timm_convnextv2.data.config import one_place
+
+
+def parse(text):
+    parser = CommandParser(prog="x")
+    add_options(parser, PixelOptions)
+    return build(PixelOptions, words_given(parser, text.split()))
+
+
+@pytest.mark.parametrize(
+    "text, pixels",
+    [
+        ("", Pixels()),
+        ("--nodata -1.7e-2 --divide 255", Pixels(-0.017, 255.0)),
+        ("--clip-low 0 --clip-high 1 2 3", Pixels(clip_low=(0.0,), clip_high=(1.0, 2.0, 3.0))),
+        ("--dicom-window file", Pixels(dicom_window="file")),
+        ("--dicom-window 40 80", Pixels(dicom_window=(40.0, 80.0))),
+        ("--pages first", Pixels(page=0)),
+        ("--pages 3", Pixels(page=3)),
+        ("--pages channels", Pixels(page="channels")),
+    ],
+)
+def test_options_make_the_record_and_back(text, pixels):
+    assert parse(text).to_pixels(3) == pixels == PixelOptions.of(pixels).to_pixels(3)
+
+
+@pytest.mark.parametrize("text", ["--pages all", "--pages 0 2"])
+def test_several_pages_are_no_part_of_the_record(text):
+    assert parse(text).to_pixels() == Pixels()
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("--clip-percentiles 99 1", "--clip-percentiles 99 1"),
+        ("--clip-percentiles 1 101", "--clip-percentiles 1 101"),
+        ("--dicom-window 40", "--dicom-window .* 40"),
+        ("--dicom-window file 80", "--dicom-window .* file 80"),
+        ("--pages 0 all", "--pages .* 0 all"),
+        ("--pages -2", "--pages .* -2"),
+        ("--clip-low 0 --clip-high 1 2", "clip_high has 2 values for 3 channels"),
+    ],
+)
+def test_wrong_words_are_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        parse(text).to_pixels(3)
+
+
+def test_one_place():
+    assert one_place((), ("a", "b")) == ("a", "b") and one_place(("a",), None) == ("a",) and one_place((), None) is None
+    with pytest.raises(ValueError, match="'a'.*--data-dir.*'b'"):
+        one_place(("a",), ("b",))
