@@ -21,12 +21,14 @@ from timm_convnextv2 import data
 from timm_convnextv2.commands.embed import main as embed_main
 from timm_convnextv2.commands.pretrain import main as pretrain_main
 from timm_convnextv2.data import (
+    DataSet,
     FolderSource,
     ImageError,
     MissingPackageError,
     Pixels,
     PretrainDataset,
     PretrainTransform,
+    StreamOrder,
     check_readable,
     collate,
     create_source,
@@ -433,11 +435,9 @@ def test_nodata_in_every_kind_of_source(tmp_path):
     Image.fromarray(x).save(tmp_path / "a" / "x.png")
     with tarfile.open(tmp_path / "s-0.tar", "w") as tar:
         tar.add(tmp_path / "a" / "x.png", "x.png")
-    webdataset = dict(dataset="wds/", split="s-0.tar", num_samples=1, whole=True)
-    kinds = [dict(data_dir=tmp_path / "a"), dict(data_dir=tmp_path / "s-0.tar"), dict(data_dir=tmp_path, **webdataset)]
-    kinds += [dict(data_dir=tmp_path, dataset="torch/image_folder")]
-    for kind in kinds:
+    files, shards, torchvision = DataSet(), DataSet("wds/", "s-0.tar", 1), DataSet("torch/image_folder")
+    for path, data_set in (("a", files), ("s-0.tar", files), ("", shards), ("", torchvision)):
         for nodata, expected in ((None, [5, 9]), (9.0, [5])):
-            source = create_source(**kind, in_chans=1, pixels=Pixels(nodata))
-            image = next(iter(source)) if hasattr(source, "undecoded") else source[0]
+            source = create_source(tmp_path / path, data_set, 1, Pixels(nodata), order=StreamOrder(whole=True))
+            image = next(iter(source)) if data_set is shards else source[0]
             assert image.unique().tolist() == expected

@@ -97,7 +97,7 @@ def test_shards_that_do_not_divide(tmp_path, kind):
     seen, note = counted(tmp_path, kind, 3, 1, 2)
     for count in seen:
         assert sorted(count.get(i, 0) for i in range(12)) == [0, 0] + [1] * 8 + [2, 2]
-    assert note.startswith("3 shards do not divide evenly among 2 data workers (1 processes x 2): in an epoch some")
+    assert note.startswith("3 shards do not divide evenly among 2 data workers (1 processes x 2)")
 
 
 def test_datasets_lets_every_process_read_all_shards_where_they_do_not_divide(tmp_path):
@@ -111,5 +111,5 @@ def test_whole_batches_repeat_a_few(tmp_path):
     (source,) = streams(tmp_path, "wds", 2, 1, 0)
     source.reader.batch_size = 3
     assert shard_note(source, 0, 1) == (
-        "An epoch takes 9 images of 8, as each of 1 data workers makes whole batches: 1 come twice."
+        "An epoch takes 9 images of 8, because each of 1 data workers makes whole batches: 1 come twice."
     )

@@ -34,7 +34,7 @@ def test_a_run_on_windows(tmp_path, capsys):
     windows = ["--window-size", "40", "--nodata", "0", "--divide", "3000", "--clip-percentiles", "1", "99"]
     run(tmp_path / "a", *windows, "--min-content", "0.6", "--holdout", "0.3", data=words)
     printed = capsys.readouterr().out
-    assert "23 windows of 40 x 40 pixels an epoch, from 3 images" in printed  # 36,000 pixels by 1,600
+    assert "23 windows of 40 x 40 pixels per epoch, from 3 images" in printed  # 36,000 pixels by 1,600
     assert "images are held out" in printed and np.isfinite(float(rows(tmp_path / "a")[0]["eval_loss"]))
     pixels = model_pixels(f"local-dir:{tmp_path}/a/encoder", 2)
     assert (pixels.nodata, pixels.divide, pixels.page) == (0, 3000, None) and len(pixels.clip_high or ()) == 2
