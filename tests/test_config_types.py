@@ -15,7 +15,7 @@ from timm_convnextv2.checkpoint.provenance import ConfigError, config_beside, re
 from timm_convnextv2.commands.pretrain import parse_options
 from timm_convnextv2.finetune.model import check_folder_weights, create_meta_model
 from timm_convnextv2.hub.staging import Stated, stage
-from timm_convnextv2.pretrain.start import create_fcmae
+from timm_convnextv2.pretrain.start import create_model
 
 SIZES = [pytest.param(50, id="50"), pytest.param(500, id="500", marks=pytest.mark.slow)]
 
@@ -37,15 +37,12 @@ def folder(tmp_path_factory):
 
 def start(folder, work):
     """As pretraining opens a model to start from."""
-    args, opened = parse_options(["--model", f"local-dir:{folder}", "--pretrained", "--dataset", "embedded"])
-    options = dict(
-        img_size=tuple(args.input_size[1:]), in_chans=args.in_chans, patch_size=args.patch_size,
-        mask_ratio=args.mask_ratio, decoder_depth=args.decoder_depth, decoder_dim=8, norm_pix_loss=args.norm_pix_loss,
-    )  # fmt: skip
-    model = create_fcmae(
-        args.model, opened, seed=0, pretrained=True, model_kwargs={}, grad_checkpointing=False, **options
+    config, opened = parse_options(
+        ["--model", f"local-dir:{folder}", "--pretrained", "--dataset", "embedded", "--decoder-dim", "8"]
     )
-    export_encoder(model, work / "again", mean=args.mean, std=args.std)
+    model = create_model(config.network, config.crops, start=opened)
+    mean, std = config.crops.normalization
+    export_encoder(model, work / "again", mean=mean, std=std)
 
 
 def card(folder, work):

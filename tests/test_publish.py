@@ -17,7 +17,7 @@ from timm_convnextv2.checkpoint import export_encoder, export_finetuned, load_ch
 from timm_convnextv2.commands import pretrain
 from timm_convnextv2.commands.pretrain import parse_options
 from timm_convnextv2.hub import push_to_hub
-from timm_convnextv2.pretrain.setup import create_model
+from timm_convnextv2.pretrain.start import create_model
 
 SENT = ["README.md", "config.json", "model.safetensors"]
 IMAGES = ["loss.png", "reconstructions.png"]
@@ -25,8 +25,8 @@ IMAGES = ["loss.png", "reconstructions.png"]
 
 def fcmae_of(argv):
     """The options and the model that pretraining makes of a command line."""
-    args, start = parse_options(argv)
-    return args, create_model(args, start)
+    config, start = parse_options(argv)
+    return config, create_model(config.network, config.crops, start=start)
 
 
 TINY = (
@@ -123,8 +123,9 @@ def test_pretraining_goes_on_from_what_was_published(pretrained, run_publish, ca
     assert run_publish(pretrained, "a/b", "--part", "fcmae", "--license", "mit", "--dry-run", "--output", fcmae)[0] == 0
     common = ["--epochs", "1", "--train-num-samples", "8", "--batch-size", "4", "--output", str(tmp_path)]
     common += ["--model", f"local-dir:{fcmae}"]
-    args, model = fcmae_of([*common, "--pretrained"])
-    assert (args.img_size, args.patch_size, args.decoder_dim, args.in_chans) == (32, 1, 8, 3)
+    config, model = fcmae_of([*common, "--pretrained"])
+    crops, network = config.crops, config.network
+    assert (crops.img_size, network.patch_size, network.decoder_dim, crops.in_chans) == (32, 1, 8, 3)
     assert equal(model.state_dict(), safetensors.torch.load_file(fcmae / "model.safetensors"))
 
     assert pretrain.main([*common, "--pretrained", "--dry-run"]) == 0

@@ -1,6 +1,5 @@
 """--mean auto, --std auto, --clip-percentiles, --divide: measured once, kept, and applied by every other command."""
 
-import argparse
 import json
 import tarfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from runs import SMALL, load, refused, run
 from timm_convnextv2.checkpoint.provenance import ConfigError, read_config
 from timm_convnextv2.commands.collapse import collapse_of_models
 from timm_convnextv2.commands.pretrain import main, parse_options
+from timm_convnextv2.config import build, flat, from_mapping
 from timm_convnextv2.data import FolderSource, load_image
 from timm_convnextv2.data.formats.pixels import Pixels
 from timm_convnextv2.data.sources.folder import ImageFiles
@@ -22,7 +22,8 @@ from timm_convnextv2.features.embed import embed
 from timm_convnextv2.features.evaluate import evaluate_models
 from timm_convnextv2.finetune import images
 from timm_convnextv2.finetune.model import choose_pixels
-from timm_convnextv2.pretrain import inputs as auto
+from timm_convnextv2.pretrain import resolve
+from timm_convnextv2.pretrain.config import PretrainConfig
 from timm_convnextv2.pretrain.setup import open_probe
 
 CHANS = 5
@@ -71,7 +72,7 @@ def test_a_resumed_run_keeps_what_was_measured(bands, made, monkeypatch, capsys,
         raise AssertionError("measured again")
 
     data = ["--data-dir", str(bands), "--in-chans", str(CHANS), *PIXELS, *TINY]
-    monkeypatch.setattr(auto, "measure_pixels", fail)
+    monkeypatch.setattr(resolve, "measure_pixels", fail)
     if from_args_yaml:
         assert main(["--config", str(made / "args.yaml"), "--output", str(tmp_path), "--dry-run"]) == 0
     else:
@@ -83,10 +84,10 @@ def test_a_resumed_run_keeps_what_was_measured(bands, made, monkeypatch, capsys,
 
 
 def test_pretraining_that_continues_takes_them(made):
-    args, _ = parse_options(["--model", f"local-dir:{made / 'encoder'}", "--pretrained", "--data-dir", "x"])
-    settings = load(made)["args"]
+    config, _ = parse_options(["--model", f"local-dir:{made / 'encoder'}", "--pretrained", "--data-dir", "x"])
+    found, settings = flat(config), load(made)["args"]
     for name in ("mean", "std", "clip_low", "clip_high", "nodata", "divide"):
-        assert getattr(args, name) == settings[name]
+        assert found[name] == settings[name]
 
 
 def test_other_commands_apply_them_without_being_told(bands, made, monkeypatch, tmp_path):
@@ -139,8 +140,8 @@ def test_what_judges_an_encoder_applies_them(bands, made, monkeypatch, tmp_path)
     collapse_of_models([str(made)], tmp_path / "labelled", num_images=4, nodata=1.0)  # said otherwise: 0 is data
     assert not torch.equal(seen["0.tif"], wanted[0])
     seen.clear()
-    args = argparse.Namespace(**settings | {"probe_dir": str(tmp_path / "labelled")})
-    labelled = open_probe(args, torch.device("cpu")).labelled
+    config = build(PretrainConfig, from_mapping(PretrainConfig, settings, "args"))
+    labelled = open_probe(config, str(tmp_path / "labelled"), torch.device("cpu")).labelled
     assert len([split.source[i] for split in labelled[1:] for i in range(len(split.source))]) == len(wanted)
     assert all(torch.equal(seen[f"{i}.tif"], x) for i, x in wanted.items())
 

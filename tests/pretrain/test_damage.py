@@ -11,7 +11,10 @@ from runs import command, load, refused, rows, run
 
 from timm_convnextv2.checkpoint import CheckpointError, load_checkpoint
 from timm_convnextv2.commands.pretrain import parse_options
+from timm_convnextv2.config import flat
 from timm_convnextv2.pretrain import setup
+from timm_convnextv2.pretrain.plan import make_plan
+from timm_convnextv2.pretrain.start import create_model
 from timm_convnextv2.runs.world import World
 
 SIZES = [pytest.param(100, id="100"), pytest.param(1700, id="1700", marks=pytest.mark.slow)]
@@ -59,15 +62,16 @@ def test_mutated_files(tmp_path, tiny, count, form):
 def resume(tmp_path_factory, tiny):
     """Reads and takes a checkpoint as a run does that resumes, without the seconds of its start."""
     folder = tmp_path_factory.mktemp("resume")
-    args, start = parse_options(command(folder / "r", *tiny[1], "--device", "cpu", epochs=3))
+    config, start = parse_options(command(folder / "r", *tiny[1], "--device", "cpu", epochs=3))
     world = World("cpu")
-    model = setup.create_model(args, start)
-    plan = setup.plan_of(args, setup.open_data(args, model, world), world)
-    trainer = setup.create_trainer(args, model, plan, world)
+    model = create_model(config.network, config.crops, seed=config.seed, start=start)
+    batches = setup.open_data(config, model, None, world)
+    plan = make_plan(config.schedule, batches.per_epoch, batches.num_images, 1)
+    trainer = setup.create_trainer(config, model, plan, world)
 
     def act(path):
         run_folder = setup.RunFolder(str(folder), "r", str(path))
-        progress = run_folder.progress(setup.settings_of(args), 1, 8)
+        progress = run_folder.progress(flat(config), 1, 8)
         run_folder.restore(trainer, progress, plan.updates_per_epoch)
         trainer.model.zero_grad()
         for parameter in trainer.model.parameters():

@@ -1,6 +1,5 @@
 """Runs on several folders and lists: weights, a stop in mid-epoch, an index, and what processes share."""
 
-import argparse
 import os
 import pickle
 import signal
@@ -11,9 +10,10 @@ import yaml
 from helpers import assert_same
 from runs import ERROR, at_update, image_folder, load, run, steady
 
+from timm_convnextv2.data.config import ImagePaths
 from timm_convnextv2.data.paths import index as find
 from timm_convnextv2.data.paths import places
-from timm_convnextv2.pretrain import setup as files
+from timm_convnextv2.pretrain import batches
 
 OPTIONS = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
 
@@ -89,23 +89,20 @@ class Other:
         return pickle.loads(pickle.dumps(self.received))
 
 
-def options(**changes):
-    given = dict(dataset="", data_dir=["a", "b"], data_list=None, index=None, max_bad_images=0.01)
-    return argparse.Namespace(**given | changes)
+def find_files(world, *data_dir, index=None):
+    return batches.find_files(ImagePaths(data_dir, index=index), 0.01, world)
 
 
 def test_only_the_first_process_lists(folders, tmp_path, monkeypatch):
     found = find.find_images(["a", "b"])
     os.symlink("a", "a2")
     with monkeypatch.context() as patch:
-        patch.setattr(files, "find_images", None)
-        received = files.find_files(options(data_dir=["a2", "b"]), Other((found, None)))
+        patch.setattr(batches, "find_images", dict)  # takes none of the arguments
+        received = find_files(Other((found, None)), "a2", "b")
         assert [*received.names] == [*found.names] and received.places[0].root == "a2"  # as this process names it
         with pytest.raises(ValueError, match="^the first fails$"):
-            files.find_files(options(), Other((None, "the first fails")))
+            find_files(Other((None, "the first fails")), "a", "b")
         find.find_images("a", index="i")
-        assert len(files.find_files(options(data_dir="a", index="i"), Other((None, None))).names) == 13
-    elsewhere = files._identity(places.places_of("b"))  # a machine with a copy of its own
-    own = files.find_files(options(data_dir="a"), Other(others=[elsewhere]))
-    assert len(own.names) == 13
-    assert files.find_files(options(dataset="hfds/x"), Other()) is None
+        assert len(find_files(Other((None, None)), "a", index="i").names) == 13
+    elsewhere = batches._identity(places.places_of("b"))  # a machine with a copy of its own
+    assert len(find_files(Other(others=[elsewhere]), "a").names) == 13

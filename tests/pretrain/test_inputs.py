@@ -9,9 +9,9 @@ from PIL import Image
 from runs import ERROR, SMALL, command, image_folder, run, spoil
 
 from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.data import DemoSource, InputStatistics, check_readable
-from timm_convnextv2.pretrain import inputs
-from timm_convnextv2.pretrain.batches import Batches
+from timm_convnextv2.data import DemoSource, InputStatistics, PretrainTransform, check_readable
+from timm_convnextv2.pretrain import batches, inputs
+from timm_convnextv2.pretrain.config import Loading
 
 RGB = ["--img-size", "64", "--batch-size", "8", "--workers", "0", "--device", "cpu", "--dry-run", *SMALL]
 GREY = [*RGB, "--in-chans", "1"]
@@ -56,7 +56,7 @@ def start(capsys, path, *options, status=0, line=GREY):
 
 def measured(text):
     """Mean and std of the channels that the line says."""
-    found = re.search(r"Input after normalisation, of \d+ images: mean (.*), std (.*), range", text)
+    found = re.search(r"Input after normalisation, \d+ images: mean (.*), std (.*), range", text)
     return [[float(x) for x in found[i].split()] for i in (1, 2)]
 
 
@@ -116,7 +116,7 @@ def test_readme_command_is_silent(tmp_path, capfd, monkeypatch, model_ema):
 )
 def test_usual_images_pass_silently(tmp_path, capsys, images, bits, line):
     printed = start(capsys, folder(tmp_path / "d", images, bits), line=line)
-    assert printed.err == "" and "Input after normalisation, of 12 images" in printed.out
+    assert printed.err == "" and "Input after normalisation, 12 images" in printed.out
 
 
 def pasted(text):
@@ -162,7 +162,7 @@ def test_normalisation_in_the_units_of_the_file_is_refused(tmp_path, capsys, opt
     images = np.stack([textures(), textures()[::-1], textures(high=0.8)], -1)
     path = folder(tmp_path / "d", images)
     printed = start(capsys, path, *options, status=2, line=RGB)
-    assert printed.err.startswith(f"{ERROR}--mean and --std leave nothing to learn from") and printed.out == ""
+    assert printed.err.startswith(f"{ERROR}--mean and --std do not fit") and printed.out == ""
     assert "8-bit by 255" in printed.err
     fits = pasted(printed.err)
     truth = images.reshape(-1, 3)
@@ -174,8 +174,8 @@ def test_normalisation_in_the_units_of_the_file_is_refused(tmp_path, capsys, opt
 @pytest.mark.parametrize(
     "images, words",
     [
-        (np.full((9, 64, 64), 0.3), "all pixels have one value"),
-        (np.ones((9, 64, 64)) * np.linspace(0, 1, 9)[:, None, None], "each patch has one value"),
+        (np.full((9, 64, 64), 0.3), "All pixels are identical"),
+        (np.ones((9, 64, 64)) * np.linspace(0, 1, 9)[:, None, None], "Each patch has one value"),
     ],
 )
 def test_blank_images_are_refused(tmp_path, capsys, images, words):
@@ -210,7 +210,7 @@ def test_each_image_is_decoded_once_for_it(tmp_path, monkeypatch, capsys):
     assert check_readable(DemoSource(100), look=seen.append) == [] and len(seen) == len(decoded) == 32
     spoil(monkeypatch, {0, 7})
     run(tmp_path / "r", "--dry-run", "--max-bad-images", "0.1")
-    assert "Input after normalisation, of 30 images" in capsys.readouterr().out
+    assert "Input after normalisation, 30 images" in capsys.readouterr().out
 
 
 def test_stream_is_looked_at(tmp_path, capsys):
@@ -225,10 +225,10 @@ def test_stream_is_looked_at(tmp_path, capsys):
     line = ["--dataset", "wds/", "--data-dir", str(tmp_path), "--train-split", "shard-{0000..0000}.tar"]
     line += ["--train-num-samples", "16"]
     assert main([*RGB, *line]) == 0
-    assert "Input after normalisation, of 6 images" in capsys.readouterr().out
+    assert "Input after normalisation, 6 images" in capsys.readouterr().out
     off = ["--mean", *["123"] * 3, "--std", *["58"] * 3]
     assert main([*RGB, *line, *off]) == 2
-    assert "leave nothing to learn from" in capsys.readouterr().err
+    assert "--mean and --std do not fit" in capsys.readouterr().err
 
 
 def test_image_that_is_not_finite_is_named(tmp_path, capsys, no_images):
@@ -258,22 +258,18 @@ def test_all_processes_get_what_the_first_measured(monkeypatch):
             assert value.images == 0  # another process tries the images, and does not look
             return found
 
-    from timm_convnextv2.data import PretrainTransform
-    from timm_convnextv2.pretrain import batches
-
+    sampling = batches.Sampling(PretrainTransform(64), (2, 2), 0.5, seed=0)
     opened = batches.open_batches(
-        lambda: DemoSource(16, 64), PretrainTransform(64), grid=(2, 2), mask_ratio=0.5, batch_size=4, seed=0,
-        workers=0, pin_mem=False, world=World(),
-    )  # fmt: skip
-    assert isinstance(opened, Batches) and opened.inputs is found
-    with pytest.raises(ValueError, match="all pixels have one value"):
+        lambda: DemoSource(16, 64), sampling, batch_size=4, loading=Loading(workers=0), world=World()
+    )
+    assert opened.inputs is found
+    with pytest.raises(ValueError, match="All pixels are identical"):
         inputs.check_input(opened.inputs)
 
 
 @pytest.mark.parametrize("options", [["--pin-mem"], []])
 def test_pinned_memory_reaches_the_loader(tmp_path, no_images, monkeypatch, options):
     seen = []
-    from timm_convnextv2.pretrain import batches
 
     class Loader(batches.DataLoader):
         def __init__(self, *args, **kwargs):

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,13 +18,14 @@ from runs import (
 )
 
 from timm_convnextv2.commands.pretrain import main, parse_options
+from timm_convnextv2.config import flat
 
 
 def options_of(argv):
     """The options alone, of a model without a folder."""
-    args, start = parse_options(argv)
+    config, start = parse_options(argv)
     assert start is None
-    return args
+    return SimpleNamespace(**flat(config))
 
 
 def test_config_sets_options_and_the_command_line_wins(tmp_path):
@@ -65,17 +67,17 @@ def test_args_yaml_leaves_the_rate_to_the_batch_size(tmp_path, no_images, update
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(epoch=3), "unknown key 'epoch'; did you mean 'epochs'?"),
-        (dict(batchsize=3), "did you mean 'batch_size'?"),
-        (dict(qqq=3), "unknown key 'qqq'."),
-        (dict(config="x"), "unknown key 'config'"),
-        (dict(epochs="many"), "--epochs: invalid int value: 'many'"),
-        (dict(epochs=[1, 2]), "unrecognized arguments: 2"),
-        (dict(lr_base="fast"), "--lr-base: invalid float value: 'fast'"),
-        (dict(norm_pix_loss="no"), "'norm_pix_loss' takes true or false, got 'no'"),
-        (dict(amp=1), "'amp' takes true or false, got 1"),
-        (dict(scale=[0.1]), "--scale: expected 2 arguments"),
-        (dict(amp_dtype="int8"), "invalid choice: 'int8'"),
+        (dict(epoch=3), ["'epoch'", "'epochs'?"]),
+        (dict(batchsize=3), "'batch_size'?"),
+        (dict(qqq=3), "'qqq'."),
+        (dict(config="x"), "'config'"),
+        (dict(epochs="many"), ["epochs", "int", "'many'"]),
+        (dict(epochs=[1, 2]), ["epochs", "2"]),
+        (dict(lr_base="fast"), ["lr_base", "'fast'"]),
+        (dict(norm_pix_loss="no"), ["norm_pix_loss", "true or false", "'no'"]),
+        (dict(amp=1), ["amp", "true or false"]),
+        (dict(scale=[0.1]), ["scale", "2 arguments"]),
+        (dict(amp_dtype="int8"), ["amp_dtype", "'int8'"]),
     ],
 )
 def test_config_errors(tmp_path, capsys, settings, words):
@@ -149,7 +151,7 @@ def test_dry_run(tmp_path, capsys, options):
         (["--mean", "0.5", "0.5", "0.5"], "--std has 0 values"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--epochs", "x"], "invalid int value: 'x'"),
-        (["--warmup-epochs", "1"], "--warmup-epochs 1 must lie below --epochs 1"),
+        (["--warmup-epochs", "1"], ["--warmup-epochs 1", "--epochs 1"]),
         (["--warmup-epochs", "2"], "--warmup-epochs 2"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--max-bad-images", "3"], "--max-bad-images"),
@@ -159,8 +161,8 @@ def test_dry_run(tmp_path, capsys, options):
         (["--dataset", "nonsense"], "nonsense"),
         (["--patch-size", "3"], "patch"),
         (["--decoder-depth", "0"], "decoder_depth"),
-        (["--workers", "-1"], "num_workers"),
-        (["--lr", "-1"], "learning rate"),
+        (["--workers", "-1"], "--workers"),
+        (["--lr", "-1"], "--lr"),
         (["--scale", "0", "2"], "scale"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from timm_convnextv2.checkpoint import export_encoder, export_fcmae, to_official
 from timm_convnextv2.commands.pretrain import parse_options
-from timm_convnextv2.pretrain import setup
+from timm_convnextv2.pretrain.start import create_model
 
 KWARGS = dict(depths=(1, 1, 2, 1), dims=(8, 8, 16, 16), decoder_dim=16, img_size=64)  # of the runs
 FORMATS = ["sparse", "dense", "classifier", "timm", "fcmae", "train.py"]
@@ -79,9 +79,10 @@ def test_official_weights_stay_non_commercial(tmp_path, capsys, fcmae):
 @pytest.mark.parametrize("export", [export_encoder, export_fcmae])
 def test_config_beside_tells_licence_options_and_normalisation(tmp_path, fcmae, export):
     folder = export(fcmae, tmp_path / "f", license="apache-2.0", mean=[0.3] * 3, std=[0.2] * 3)
-    args, start = parse_options([*DATA[:-2], "--weights", str(folder / "model.safetensors")])
-    assert args.mean == [0.3] * 3 and args.pretrained and args.patch_size == 4
-    assert setup.create_model(args, start).encoder.pretrained_cfg["license"] == "apache-2.0"
+    config, start = parse_options([*DATA[:-2], "--weights", str(folder / "model.safetensors")])
+    assert config.crops.mean == (0.3,) * 3 and config.network.pretrained and config.network.patch_size == 4
+    model = create_model(config.network, config.crops, start=start)
+    assert model.encoder.pretrained_cfg["license"] == "apache-2.0"
     assert "state_dict" not in start.overlay
 
 

@@ -44,7 +44,7 @@ def test_a_run_on_windows(tmp_path, capsys):
     "words, message",
     [
         ("--window-size 120", "3 of 3 images are smaller than a window of 120 x 120"),
-        ("--window-size 0", "--window-size is a side in pixels"),
+        ("--window-size 0", "--window-size must be at least 1"),
         ("--min-content 0.5", "--min-content is about windows"),
         ("--windows-per-image 3", "--windows-per-image is about windows"),
         ("--window-size 40 --min-content 1.5", "--min-content is a share"),
@@ -73,7 +73,7 @@ def test_a_stack_as_channels_goes_into_the_record(tmp_path):
     assert model_pixels(encoder, 3) == Pixels(page="channels")
     embed(encoder, str(tmp_path / "stacks"), str(tmp_path / "x.npy"), workers=0)
     assert len(np.load(tmp_path / "x.npy")) == 4
-    assert parse_options(["--model", encoder, "--pretrained"])[0].pages == ["channels"]
+    assert parse_options(["--model", encoder, "--pretrained"])[0].pixels.pages == ("channels",)
     run(tmp_path / "b", "--pages", "all", "--in-chans", "1", data=data)
     assert model_pixels(f"local-dir:{tmp_path}/b/encoder", 1) == Pixels()
     assert main(["--config", str(tmp_path / "b" / "args.yaml"), "--experiment", "c", "--dry-run"]) == 0

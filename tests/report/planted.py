@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from timm_convnextv2.commands.pretrain import parse_options
-from timm_convnextv2.pretrain.config import settings_of
+from timm_convnextv2.config import flat
 from timm_convnextv2.runs.folder import head_comment
 
 EVIL = "<script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">"
@@ -20,8 +20,8 @@ COMMAND = f"timm-convnextv2 pretrain --data-dir '/data/{EVIL}'\n--seed 1"
 def plant(folder: Path, epochs: int = 6, *, full: bool = True, evil: str = EVIL, options: tuple[str, ...] = ()) -> Path:
     """The folder of a run; where not `full`, what one without measures has."""
     folder.mkdir(parents=True)
-    args, _ = parse_options(["--data-dir", f"/data/{evil}", "--epochs", str(epochs), "--device", "cpu", *options])
-    text = head_comment("timm_convnextv2 0.2.0", f"{COMMAND}{evil}") + yaml.safe_dump(settings_of(args))
+    config, _ = parse_options(["--data-dir", f"/data/{evil}", "--epochs", str(epochs), "--device", "cpu", *options])
+    text = head_comment("timm_convnextv2 0.2.0", f"{COMMAND}{evil}") + yaml.safe_dump(flat(config))
     (folder / "args.yaml").write_text(text)
     rows = [
         {"epoch": e, "train_loss": 1 / (e + 2), "train_images_per_s": 31.5, "train_data_wait": 0.0625,

@@ -160,9 +160,8 @@ def _pretrain_words(args: argparse.Namespace, output: Path) -> list[str]:
 def _untrained(args: argparse.Namespace, output: Path) -> str:
     """The encoder that would be pretrained, with random weights, so that all finetunings can be checked first."""
     from ..checkpoint import export_encoder
-    from ..pretrain.config import AUTO
-    from ..pretrain.setup import create_model
-    from .images import pixels_of
+    from ..config import evolve
+    from ..pretrain.start import create_model
     from .pretrain import parse_options
 
     words = _pretrain_words(args, output)
@@ -171,13 +170,13 @@ def _untrained(args: argparse.Namespace, output: Path) -> str:
         _call("pretrain", [*words, "--dry-run"], log)
     except subprocess.CalledProcessError as e:
         raise ValueError(f"--unlabelled, --pretrain: {_tail(log, 1).partition(': error: ')[2] or _tail(log, 5)}") from e
-    options, start = parse_options(words)
-    folder = output / "untrained"
-    model = create_model(options, start)
-    # nothing is trained with what is still to be measured
-    mean, std = ([0.5] * options.in_chans if x == AUTO else x for x in (options.mean, options.std))
-    license = options.license or None
-    export_encoder(model, folder, mean=mean, std=std, license=license, pixels=pixels_of(options))
+    config, start = parse_options(words)
+    # nothing is trained with numbers that are still to be measured
+    config = evolve(config, **dict.fromkeys(config.crops.unmeasured, (0.5,) * config.crops.in_chans))
+    folder, license = output / "untrained", config.destination.license
+    model = create_model(config.network, config.crops, seed=config.seed, start=start, license=license)
+    mean, std = config.crops.normalization
+    export_encoder(model, folder, mean=mean, std=std, license=license or None, pixels=config.pixels.to_pixels())
     return f"local-dir:{folder.resolve()}"
 
 

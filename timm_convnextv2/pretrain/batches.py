@@ -1,13 +1,16 @@
 """The data of a run, opened and checked before anything is written."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..console import say
 from ..data import (
     EpochBatchSampler,
     InputStatistics,
@@ -19,45 +22,118 @@ from ..data import (
     collate,
     hold_out,
 )
+from ..data.config import ImagePaths
+from ..data.paths.index import find_images, open_index
+from ..data.paths.places import Listing, Place, places_of
 from ..data.samples.shards import shard_note
 from ..runs.end import leave_signals_to_parent
+from ..runs.progress import ImageProgress
 from ..runs.world import Seat, World
+from .config import Crops, Loading
 
 SHOWN_IMAGES = 6
-
-
 WATCHED_IMAGES = 64
-
-
 _LINES = 10
-
-
-# crops and masks of the reconstructions and the measures: drawn as those of an epoch that never comes
+# Crops and masks of the images that are drawn and measured: those of an epoch that no run reaches.
 SHOWN_EPOCH = 2**31 - 1
 
-
-Bad = list[tuple[int, str]]  # index and reason of images that could not be decoded
+T = TypeVar("T")
+Bad = list[tuple[int, str]]  # index of an image that could not be decoded, and the reason
 
 
 class DataError(ValueError):
-    """The data of a run cannot be read on, and no other image makes up for it."""
+    """The data of a run can no longer be read."""
+
+
+class Sampling(NamedTuple):
+    """How images become samples, for `PretrainDataset` and `PretrainStream`.
+
+    Attributes:
+        transform: From a decoded image to a crop of the network's size.
+        grid: Size of the crop in patches, `(h, w)`.
+        mask_ratio: Fraction of the patches to remove.
+        seed: Seed of order, crops and masks.
+    """
+
+    transform: PretrainTransform
+    grid: tuple[int, int]
+    mask_ratio: float
+    seed: int
+
+
+def find_files(paths: ImagePaths, max_missing: float, world: World) -> Listing:
+    """The image files that the options name.
+
+    Rank 0 lists them and sends the names to the other processes. If folders differ, as on machines with copies of
+    their own, each process lists its own. Rank 0 writes an index, and all processes open it.
+
+    Args:
+        paths: Where the files are.
+        max_missing: Largest fraction of the files of a list that may be missing.
+        world: The processes of the run.
+
+    Raises:
+        ValueError: A folder or list cannot be read, too many files are missing, or the index does not fit.
+    """
+    places = places_of(paths.data_dir, paths.data_list)
+    alone = not paths.index and len({*world.gather([_identity(places)])}) > 1
+    bar = ImageProgress(None, enabled=world.primary)
+    find = partial(
+        find_images, paths.data_dir, paths.data_list, index=paths.index, max_missing=max_missing, tick=bar.update,
+        tell=partial(say, error=True),
+    )  # fmt: skip
+    try:
+        if alone:
+            return find()
+        if not paths.index:
+            return on_primary(world, find).at(places)
+        on_primary(world, lambda: find() and None)  # all processes open the file instead of receiving its names
+        return open_index(paths.index, places)
+    finally:
+        bar.close()
+
+
+def on_primary(world: World, act: Callable[[], T]) -> T:
+    """Runs `act` on rank 0; all processes return its result or raise its error, so that none waits for the others."""
+    found = error = None
+    if world.primary:
+        try:
+            found = act()
+        except (ValueError, OSError) as e:
+            error = str(e)
+    found, error = world.share((found, error))
+    if error is not None:
+        raise ValueError(error)
+    return found  # pyright: ignore[reportReturnType]
+
+
+def _identity(places: list[Place]) -> tuple:
+    """Distinguishes a folder from one of the same name on another machine, by its time of change."""
+    return tuple((*place, os.path.abspath(place.root), os.stat(place.root or ".").st_mtime_ns) for place in places)
+
+
+def transform_of(crops: Crops) -> PretrainTransform:
+    """The augmentation that the options describe."""
+    return PretrainTransform(
+        crops.size, crops.scale, crops.ratio, crops.hflip, crops.vflip, crops.train_interpolation, *crops.normalization
+    )
 
 
 class Batches(NamedTuple):
-    """What the loop needs of the data.
+    """The images of a run, in the order in which it trains on them.
 
     Attributes:
         loader: Yields `(images [B, C, H, W], masks [B, h, w], bad)`; masks are bool, True = removed.
-        set_epoch: Takes the epoch and the batch to start from; see `iterate`.
-        per_epoch: Batches of an epoch, per process.
+        set_epoch: Sets the epoch and the batch to start from; see `iterate`.
+        per_epoch: Batches of an epoch per process.
         num_images: Images of the data set, without those held out.
         name_of: Name of an image by its index; None for streams, whose reasons begin with the name.
-        shown: The few images and masks that are shown during the run, on the first process.
-        watched: As many as the measures look at, likewise; all of these are of the held-out ones where there are any.
-        held_out: Images that are never trained on, with masks, each the same in all epochs; None where there are none.
-        inputs: What the network gets, of the images that were tried: the first process's, on all.
-        sampler: Of this process; None for streams.
-        stream_workers: Data processes of each process that share a stream, 0 for none; None where there is no stream.
+        shown: The few images and masks to draw during the run; on rank 0 only, unless it is a stream.
+        watched: The images and masks to measure, likewise. Both are held-out images if there are any.
+        held_out: Images that are never trained on, with masks, each the same in all epochs; None without --holdout.
+        inputs: Statistics of the network's input, of the images that rank 0 tried.
+        sampler: Sampler of this process; None for streams.
+        stream_workers: Data processes of each process that share a stream, 0 for none; None unless it is a stream.
     """
 
     loader: DataLoader
@@ -67,43 +143,41 @@ class Batches(NamedTuple):
     name_of: Callable[[int], str] | None
     shown: list
     watched: list
-    held_out: Dataset | None
+    held_out: "Fixed | None"
     inputs: InputStatistics
     sampler: EpochBatchSampler | None = None
     stream_workers: int | None = None
 
     def check_resume(self, before: int | None, update: int) -> None:
-        """Refuses to resume a stream in the middle of an epoch where its images would come in another order.
+        """Refuses to resume in the middle of an epoch of a stream that other workers would read in another order.
 
         Args:
             before: `stream_workers` of the run so far.
             update: Updates of the epoch that were made.
 
         Raises:
-            ValueError: The number of workers differs, or the run is of a version that could not repeat an epoch.
+            ValueError: The number of workers differs.
         """
-        if self.stream_workers is None or not update or before == self.stream_workers:
-            return
-        then = "an earlier version of this package" if before is None else f"--workers {before}"
-        raise ValueError(
-            f"Cannot resume a stream in the middle of an epoch with --workers {self.stream_workers}: the run so far "
-            f"had {then}, which reads the images in another order. Resume with the same, or from a milestone "
-            "checkpoint."
-        )
+        if self.stream_workers is not None and update and before != self.stream_workers:
+            raise ValueError(
+                f"Cannot resume a stream in the middle of an epoch with --workers {self.stream_workers}: the run so "
+                f"far had --workers {before}, which read the images in another order. Resume with the same, or from a "
+                "milestone checkpoint."
+            )
 
     def iterate(self, epoch: int, start_batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, Bad]]:
-        """The batches of an epoch from `start_batch` on, as an epoch that is read from its beginning gives them.
+        """The batches of an epoch from `start_batch` on, the same as if the epoch were read from its beginning.
 
         Raises:
             ValueError: The stream cannot start in the middle of an epoch.
-            DataError: The data cannot be read on.
+            DataError: The data cannot be read any further.
         """
         self.set_epoch(epoch, start_batch)
         empty = start_batch % max(1, self.stream_workers or 1)  # see `PretrainStream.set_epoch`
-        return islice(_told(self.loader), empty, None)
+        return islice(_with_plain_errors(self.loader), empty, None)
 
     def indices(self, epoch: int, start_batch: int, count: int, rank: int, world_size: int) -> list[int] | None:
-        """Indices of the images of `count` batches of a process; None for streams."""
+        """Indices of the images in `count` batches of a process; None for streams."""
         if self.sampler is None:
             return None
         own = self.sampler
@@ -112,7 +186,7 @@ class Batches(NamedTuple):
         return [index for batch in islice(sampler, count) for _, index in batch]
 
     def sampling(self) -> list[str]:
-        """A line for each of the first groups that images are drawn from; none where each comes once an epoch."""
+        """One line for each of the first groups that images are drawn from; none if each image comes once an epoch."""
         if self.sampler is None or self.sampler.groups is None:
             return []
         length = len(self.sampler) * self.sampler.batch_size * self.sampler.world_size
@@ -120,49 +194,37 @@ class Batches(NamedTuple):
         return lines[:_LINES] + [f"and {len(lines) - _LINES} more groups"] * (len(lines) > _LINES)
 
     def named(self, bad: Bad) -> list[tuple[str, str]]:
-        """Names in the place of indices."""
+        """Replaces the indices by names."""
         return [(self.name_of(i) if self.name_of else why.partition(": ")[0], why) for i, why in bad]
 
 
-def _told(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches; what the data cannot be read for is a `DataError` with one message."""
+def _with_plain_errors(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches; a `ValueError` of a worker becomes a `DataError` without the worker's traceback."""
     try:
         yield from loader
     except ValueError as error:
-        raise DataError(_original(error)) from error
+        text = re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", str(error), flags=re.M)[-1].strip()
+        raise DataError(text) from error
 
 
 def worker_died(error: BaseException | None) -> str:
-    """What to tell of the death of a data worker; '' where an error is another.
-
-    PyTorch raises it in the main thread, wherever that is.
-    """
+    """The message about a dead data worker, '' for other errors. PyTorch raises it anywhere in the main thread."""
     texts = []
     while error is not None:
         texts.append(str(error))
         error = error.__cause__ or error.__context__
-    found = next(
-        (t for t in reversed(texts) if re.search(r"DataLoader worker .*(killed by|exited unexpectedly)", t)), ""
-    )
+    pattern = re.compile(r"DataLoader worker .*(killed by|exited unexpectedly)")
+    found = next((text for text in reversed(texts) if pattern.search(text)), "")
     if not found:
         return ""
     return (
-        f"{found.splitlines()[0].rstrip(' .')}. Where nobody killed it, the machine has too little memory for it "
-        "(fewer --workers), or too little shared memory (/dev/shm)."
+        f"{found.splitlines()[0].rstrip(' .')}. Unless somebody killed it, the machine has too little memory for it "
+        "(lower --workers), or too little shared memory (/dev/shm)."
     )
 
 
-def _original(error: Exception) -> str:
-    """The message of an error that came from a worker with its traceback as text."""
-    return re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", str(error), flags=re.M)[-1].strip()
-
-
 class Fixed(Dataset):
-    """Images to measure with: crop and mask of each are the same whenever it is asked for.
-
-    Args:
-        dataset: Of images held out, or of all.
-    """
+    """Images to draw and measure, each always with the same crop and mask."""
 
     def __init__(self, dataset: PretrainDataset) -> None:
         self.dataset = dataset
@@ -173,95 +235,90 @@ class Fixed(Dataset):
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, Bad]:
         return self.dataset[SHOWN_EPOCH, i]
 
+    def spread(self, most: int) -> list:
+        """At most so many of the images, at equal distances."""
+        count = min(most, len(self))
+        return [self[i * len(self) // count] for i in range(count)]
+
+    def loader(self, batch_size: int, workers: int) -> DataLoader:
+        """All of them in batches, always in the same order."""
+        workers = min(workers, 2)  # they live as long as the run, beside those of the training
+        return DataLoader(
+            self, batch_size, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate,
+            worker_init_fn=leave_signals_to_parent, generator=torch.Generator(),
+        )  # fmt: skip
+
 
 def open_batches(
-    create_source: Callable,
-    transform: PretrainTransform,
+    open_source: Callable[[], Any],
+    sampling: Sampling,
     *,
-    grid: tuple[int, int],
-    mask_ratio: float,
     batch_size: int,
-    seed: int,
-    workers: int,
-    pin_mem: bool,
+    loading: Loading,
     world: World | Seat,
     holdout: float = 0.0,
 ) -> Batches:
     """Opens the data and tries a few images.
 
     Args:
-        create_source: Opens the source; called twice for a stream.
-        transform: From a decoded image to a crop of the network's size.
-        grid: Image size in patches, `(h, w)`.
-        mask_ratio: Share of the patches to remove.
+        open_source: Opens the source; called twice for a stream.
+        sampling: How images become samples.
         batch_size: Images per batch and process.
-        seed: Of the order, crops and masks.
-        workers: Data processes per training process.
-        pin_mem: Load into pinned memory.
+        loading: Data workers.
         world: The processes that share the data.
-        holdout: Share of the images that are never trained on.
+        holdout: Fraction of the images that are never trained on.
 
     Raises:
-        ValueError: No image can be decoded, or there are fewer images than a batch takes.
+        ValueError: No image can be decoded, or the images are fewer than a batch.
     """
-    source = create_source()
+    source = open_source()
     if note := str(source.left):
         world.say(note)
+    transform = sampling.transform
     options: dict[str, Any] = dict(
-        num_workers=workers,
+        num_workers=loading.workers,
         collate_fn=collate,
-        pin_memory=pin_mem,
-        persistent_workers=workers > 0,
+        pin_memory=loading.pin_mem,
+        persistent_workers=loading.workers > 0,
         worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # its own, or each epoch would draw from the model's
     )
-    sampling = (transform, grid, mask_ratio, seed)
-    inputs = InputStatistics(transform.img_size[0] // grid[0], transform.mean, transform.std)
+    inputs = InputStatistics(transform.img_size[0] // sampling.grid[0], transform.mean, transform.std)
     if isinstance(source, TimmStream):
         if holdout:
             raise ValueError(
-                "--holdout chooses images by their number, which a stream has not. Leave it out, and measure on a "
-                "split of its own with --probe-dir."
+                "--holdout needs indexable images; a stream has none. Leave it out, and measure on a split of its own "
+                "with --probe-dir."
             )
         stream = PretrainStream(source, *sampling)
-        source.set_loader_cfg(num_workers=workers)
-        if note := shard_note(source, workers, world.size):
+        source.set_loader_cfg(num_workers=loading.workers)
+        if note := shard_note(source, loading.workers, world.size):
             world.say(note)
         loader = DataLoader(stream, batch_size=batch_size, drop_last=True, **options)
-
-        def set_epoch(epoch: int, start_batch: int) -> None:
-            stream.set_epoch(epoch, start_batch, batch_size)
-
-        # from a reader of its own: workers would continue with one that has been opened here
-        count = WATCHED_IMAGES if world.primary else SHOWN_IMAGES
-        watched = [*islice(PretrainStream(create_source(), *sampling), count)]
+        # from a second reader: workers would continue with one that has been opened here
+        watched = [*islice(PretrainStream(open_source(), *sampling), WATCHED_IMAGES if world.primary else SHOWN_IMAGES)]
         shown = watched[:SHOWN_IMAGES]
         for image, *_ in shown:
             inputs.add(image)
-        per_epoch, images, inputs = len(source) // batch_size, len(source) * world.size, world.share(inputs)
-        return Batches(loader, set_epoch, per_epoch, images, None, shown, watched, None, inputs, None, workers)
+        return Batches(
+            loader, partial(stream.set_epoch, batch_size=batch_size), len(source) // batch_size,
+            len(source) * world.size, None, shown, watched, None, world.share(inputs), None, loading.workers,
+        )  # fmt: skip
 
-    def look(image: torch.Tensor) -> None:
-        with torch.random.fork_rng(devices=[]):  # the run's random numbers stay
+    def add(image: torch.Tensor) -> None:
+        with torch.random.fork_rng(devices=[]):  # leaves the run's random numbers unchanged
             torch.default_generator.manual_seed(inputs.images)
             inputs.add(transform(image))
 
-    check_readable(source, look=look if world.primary else None)
+    check_readable(source, look=add if world.primary else None)
     inputs = world.share(inputs)
-    source, apart = hold_out(source, holdout, seed)
+    source, apart = hold_out(source, holdout, sampling.seed)
     dataset = PretrainDataset(source, *sampling)
     held_out = None if apart is None else Fixed(PretrainDataset(apart, *sampling))
-    sampler = EpochBatchSampler(len(source), batch_size, seed, world.rank, world.size, source.groups)
+    sampler = EpochBatchSampler(len(source), batch_size, sampling.seed, world.rank, world.size, source.groups)
     loader = DataLoader(dataset, batch_sampler=sampler, **options)
-    looked_at = Fixed(dataset) if held_out is None else held_out
-    shown = _spread(looked_at, SHOWN_IMAGES) if world.primary else []
-    watched = _spread(looked_at, WATCHED_IMAGES) if world.primary else []
+    fixed = Fixed(dataset) if held_out is None else held_out
+    shown, watched = ((fixed.spread(n) if world.primary else []) for n in (SHOWN_IMAGES, WATCHED_IMAGES))
     return Batches(
         loader, sampler.set_epoch, len(sampler), len(source), source.name, shown, watched, held_out, inputs, sampler
     )
-
-
-def _spread(images: Fixed, most: int) -> list:
-    """Up to so many of the images, at equal distances."""
-    count = min(most, len(images))
-    return [images[i * len(images) // count] for i in range(count)]

@@ -1,28 +1,253 @@
-"""The options of pretraining: command line over config file over defaults, resolved and checked."""
+"""`PretrainConfig`: every option of pretraining, declared once, with its default, limits and help.
 
-import argparse
+`resolve` turns the options that a user gave into a config in which no value is left open. Functions below `setup` take
+one of these parts, or plain values, never the whole config.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
-# Not settings of the run but of the call: args.yaml and checkpoints leave them out.
-CALL_ONLY = ("config", "resume", "overwrite", "dry_run", "replay")
+import torch
+
+from ..config import option, part
+from ..data.config import DataSet, ImagePaths, PixelOptions, WindowOptions
+
+AUTO = "auto"  # --mean and --std that are to be measured
+KEEP_BEST = {"knn": True, "ridge": True, "loss": False}  # measure, and whether larger values are better
 
 
-AUTO = "auto"  # mean or std that is to be measured
+def number_or_auto(word: str) -> float | str:
+    """Converts one word of --mean or --std."""
+    return word if word == AUTO else float(word)
 
 
-def inherit(args: argparse.Namespace, checkpoint: dict[str, Any] | None) -> argparse.Namespace:
-    """Sets what was not given and a resumed run keeps: its default may have been another when that run began.
+@dataclass(frozen=True)
+class Selection:
+    """Which of the images are trained on, and how often."""
 
-    Args:
-        args: Of `parse_options`; changed.
-        checkpoint: Of the run that is resumed, None for a new one.
+    source_weights: tuple[float, ...] | None = option(
+        None, "share of an epoch's samples for each --data-dir (or --data-list), in order", metavar="X"
+    )
+    holdout: float = option(0.0, "fraction held out for the validation loss, e.g. 0.01", metavar="X")
+    max_bad_images: float = option(
+        0.01, "stop if a larger fraction cannot be decoded", metavar="X", at_least=0, at_most=1
+    )
+
+
+@dataclass(frozen=True)
+class Crops:
+    """How an image becomes the input of the network.
+
+    `mean` and `std` hold `(AUTO,)` until they are measured.
     """
-    before = (checkpoint or {}).get("args")
-    if args.model_ema_warmup is None:
-        args.model_ema_warmup = bool(before.get("model_ema_warmup", True)) if isinstance(before, dict) else True
-    return args
+
+    img_size: int = option(224, "side of the square crops", metavar="N")
+    input_size: tuple[int, int, int] | None = option(
+        None, "replaces --in-chans and --img-size", metavar=("C", "H", "W")
+    )
+    in_chans: int = option(3, "1, 3, or the number of bands of TIFF and .npy files", metavar="N", at_least=1)
+    mean: tuple[float, ...] | None = option(
+        None,
+        "mean per channel, of the divided pixels, or auto (default: ImageNet's for 3 channels, 0.5 for 1, else auto)",
+        metavar="X",
+        parse=number_or_auto,
+    )
+    std: tuple[float, ...] | None = option(
+        None,
+        "standard deviation per channel, or auto (default: ImageNet's for 3 channels, 0.25 for 1, else auto)",
+        metavar="X",
+        parse=number_or_auto,
+    )
+    scale: tuple[float, float] = option((0.2, 1.0), "area of the random crop, relative to the image", metavar="X")
+    ratio: tuple[float, float] = option((3 / 4, 4 / 3), "aspect ratio of the random crop", metavar="X")
+    hflip: float = option(0.5, "probability of a horizontal flip", metavar="P")
+    vflip: float = option(0.0, "probability of a vertical flip", metavar="P")
+    train_interpolation: str = option("bicubic", "", choices=("bicubic", "bilinear", "nearest"))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the crops in pixels."""
+        return self.input_size[1:] if self.input_size else (self.img_size, self.img_size)
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """The names among 'mean' and 'std' that are still to be measured."""
+        return [name for name in ("mean", "std") if getattr(self, name) == (AUTO,)]
+
+    @property
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel, once `resolve` and `measure` have set them."""
+        assert self.mean is not None and self.std is not None and not self.unmeasured
+        return self.mean, self.std
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of the run, for args.yaml and checkpoints."""
-    return {k: v for k, v in vars(args).items() if k not in CALL_ONLY}
+@dataclass(frozen=True)
+class Network:
+    """The FCMAE and its initial weights."""
+
+    model: str = option(
+        "fcmae_convnextv2_atto",
+        "fcmae_convnextv2_{atto..huge}, or local-dir:FOLDER or hf-hub:USER/NAME to continue from",
+        metavar="NAME",
+    )
+    pretrained: bool = option(False, "start from those weights, or from the published encoder (CC-BY-NC 4.0)")
+    weights: str | None = option(
+        None, "start from a local file in the official format, timm's, or an FCMAE's", metavar="FILE"
+    )
+    patch_size: int = option(4, "stem patch; 1 for small images (stride 8)", metavar="N", at_least=1)
+    mask_ratio: float = option(0.6, "fraction of the patches to remove", metavar="X")
+    channel_dropout: float = option(
+        0.0,
+        "remove each channel of an image with this probability, so that the encoder works for images with fewer",
+        metavar="P",
+    )
+    decoder_depth: int = option(1, "", metavar="N")
+    decoder_dim: int = option(512, "", metavar="N", at_least=1)
+    norm_pix_loss: bool = option(True, "normalise targets per patch")
+    model_kwargs: dict[str, Any] = option({}, "more arguments of timm.create_model")
+    grad_checkpointing: bool = option(False, "saves memory, 17 to 33 % more compute")
+
+
+@dataclass(frozen=True)
+class Average:
+    """The moving average of the weights."""
+
+    model_ema: bool = option(False, "keep and export a moving average of the weights")
+    model_ema_decay: float = option(0.9999, "", metavar="X")
+    model_ema_warmup: bool | None = option(
+        None, "start with a shorter average (default: yes, or as in the run that is resumed)"
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Length, batches and learning rate of a run."""
+
+    batch_size: int = option(64, "images per process and step", short="-b", metavar="N", at_least=1)
+    grad_accum_steps: int = option(1, "steps per update", metavar="N", at_least=1)
+    global_batch_size: int | None = option(
+        None,
+        "images per update over all processes; sets the accumulation steps, and --batch-size becomes the per-process "
+        "maximum",
+        metavar="N",
+        at_least=1,
+    )
+    epochs: int = option(800, "", metavar="N", at_least=1)
+    warmup_epochs: float | None = option(
+        None, "epochs of linear warmup (default: a twentieth of --epochs, at most 40)", metavar="N", at_least=0
+    )
+    lr_base: float = option(1.5e-4, "lr = lr_base * images per update / lr_base_size", metavar="X", at_least=0)
+    lr_base_size: int = option(256, "", metavar="N", at_least=1)
+    lr: float | None = option(None, "peak learning rate; replaces --lr-base", metavar="X", at_least=0)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How an update changes the weights."""
+
+    warmup_lr: float = option(0.0, "learning rate at the start of the warmup", metavar="X", at_least=0)
+    min_lr: float = option(0.0, "learning rate at the end", metavar="X", at_least=0)
+    opt: str = option("adamw", "any optimizer of timm", metavar="NAME")
+    opt_betas: tuple[float, float] = option((0.9, 0.95), "", metavar="X")
+    opt_eps: float = option(1e-8, "", metavar="X")
+    weight_decay: float = option(0.05, "none on biases, norms and GRN", metavar="X")
+    clip_grad: float | None = option(None, "clip the gradient's norm (default: no clipping)", metavar="NORM")
+    max_bad_steps: int = option(0, "NaN/inf updates to skip before stopping", metavar="N", at_least=0)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which precision the model trains."""
+
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "", metavar="NAME")
+    amp: bool = option(False, "mixed precision")
+    amp_dtype: str = option("bfloat16", "", choices=("bfloat16", "float16"))
+    torchcompile: str | None = option(None, "compile the model", nargs="?", const="inductor", metavar="BACKEND")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Type of mixed precision; None for float32."""
+        return getattr(torch, self.amp_dtype) if self.amp else None
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Data workers."""
+
+    workers: int = option(4, "data processes per training process", short="-j", metavar="N", at_least=0)
+    pin_mem: bool = option(False, "faster copies to the GPU, for more memory")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """The folder of the run, and what else it logs to."""
+
+    output: str = option("output", "folder of all runs", metavar="DIR")
+    experiment: str = option("", "sub-folder of --output (default: time, model and size)", metavar="NAME")
+    resume: str = option("", "a checkpoint, or 'auto' for the experiment's last", metavar="PATH", recorded=False)
+    overwrite: bool = option(False, "first remove what an earlier run wrote to the folder", recorded=False)
+    log_interval: int = option(10, "updates between readings of the loss", metavar="N", at_least=1)
+    log_wandb: bool = option(False, "log to Weights & Biases")
+    wandb_project: str | None = option(None, "", metavar="NAME")
+    log_tensorboard: bool = option(False, "log to TensorBoard")
+    license: str = option("", "licence of the exported weights, e.g. mit", metavar="ID")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """When checkpoints are written."""
+
+    checkpoint_interval: int = option(1, "epochs between checkpoints", metavar="N", at_least=1)
+    recovery_interval: int = option(0, "updates between checkpoints within an epoch; 0: none", metavar="N", at_least=0)
+    checkpoint_minutes: float = option(
+        0.0, "minutes between checkpoints within an epoch; 0: none", metavar="M", at_least=0
+    )
+    milestone_interval: int | None = option(
+        None, "epochs between checkpoints to keep (default: epochs / 4)", metavar="N", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured and drawn during the run."""
+
+    recon_interval: int | None = option(
+        None, "epochs between reconstructions (default: epochs / 10)", metavar="N", at_least=0
+    )
+    probe_dir: str | None = option(
+        None,
+        "labelled images (class folders, or a CSV of name,label) for kNN and ridge on frozen features",
+        metavar="PLACE",
+    )
+    probe_interval: int | None = option(
+        None, "epochs between these (default: as --recon-interval)", metavar="N", at_least=0
+    )
+    keep_best: str | None = option(
+        None, "also keep the best encoder by this measure, in encoder-best", choices=tuple(KEEP_BEST)
+    )
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The options of a run. Defaults are the paper's recipe for ImageNet-1K, and a horizontal flip (TRAINING.md)."""
+
+    dry_run: bool = option(False, "print settings, image count and memory, then stop", recorded=False)
+    replay: str | None = option(
+        None, "repeat the forward of a run's bad-step-*.json, then stop", metavar="FILE", recorded=False
+    )
+    paths: ImagePaths = part(ImagePaths, "data")
+    data_set: DataSet = part(DataSet, "data")
+    pixels: PixelOptions = part(PixelOptions, "data")
+    windows: WindowOptions = part(WindowOptions, "data")
+    selection: Selection = part(Selection, "data")
+    crops: Crops = part(Crops, "data")
+    network: Network = part(Network, "model")
+    average: Average = part(Average, "model")
+    schedule: Schedule = part(Schedule, "optimisation")
+    optimizer: Optimizer = part(Optimizer, "optimisation")
+    compute: Compute = part(Compute, "run")
+    loading: Loading = part(Loading, "run")
+    destination: Destination = part(Destination, "run")
+    checkpoints: Checkpoints = part(Checkpoints, "run")
+    measures: Measures = part(Measures, "run")
+    seed: int = option(42, "seed of weights, order, crops and masks", metavar="N")

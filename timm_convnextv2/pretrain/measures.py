@@ -1,16 +1,15 @@
-"""What is measured and drawn during a run.
+"""Measures: what is computed and drawn between epochs.
 
-A measure is a plain callable `(epoch, encoder) -> dict` of numbers, run on the first process after epochs of its
-interval; `epoch` counts from 1, `encoder` is the `ConvNeXtV2` that an export would write: the one in training, or its
-moving average. Its numbers become columns `eval_*` of
-summary.csv, which need their names beforehand: they are empty where nothing was measured.
+A measure is a plain callable `(epoch, encoder) -> dict` of numbers that rank 0 runs after some epochs. `epoch` counts
+from 1; `encoder` is the `ConvNeXtV2` that an export would write: the one in training, or its moving average. The
+numbers become columns `eval_*` of summary.csv. A measure names its columns beforehand, because they stay empty in
+epochs without it.
 """
 
 import csv
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from ..models import FCMAE, ConvNeXtV2
 from ..report.images import save_reconstructions
 from ..runs.end import attempt
 from ..runs.summary import read_rows
+from .config import KEEP_BEST
 
-# what may decide, and whether more of it is better
-KEEP_BEST = {"knn": True, "ridge": True, "loss": False}
+Run = Callable[[int, ConvNeXtV2], dict[str, float]]
 
 
 class Best:
@@ -33,7 +32,7 @@ class Best:
 
     Args:
         name: One of `KEEP_BEST`.
-        rows: Of summary.csv, where a run is resumed.
+        rows: Rows of the summary.csv of a resumed run.
     """
 
     def __init__(self, name: str, rows: list[dict[str, Any]]) -> None:
@@ -43,7 +42,7 @@ class Best:
             self.improves({name: row.get(f"eval_{name}") or ""})
 
     def improves(self, measured: dict[str, float | str]) -> bool:
-        """Whether an epoch is the best so far, which is kept in mind; False where the measure was not due."""
+        """Records an epoch; returns whether it is the best so far. False if the measure was not due."""
         found = measured.get(self.name, "")
         if found == "" or not math.isfinite(float(found)):
             return False
@@ -55,15 +54,15 @@ class Best:
 
 @dataclass
 class Measure:
-    """A measure and when it runs.
+    """A measure and its schedule.
 
     Attributes:
         run: `(epoch, encoder) -> numbers`.
-        interval: Epochs between two of its runs; it also runs after the first epoch and after the last.
+        interval: Epochs between two runs; it also runs after the first epoch and after the last.
         columns: Names of its numbers.
     """
 
-    run: Callable[[int, ConvNeXtV2], dict[str, float]]
+    run: Run
     interval: int
     columns: tuple[str, ...] = ()
 
@@ -75,58 +74,69 @@ class Measure:
 def measure_epoch(
     measures: list[Measure], epoch: int, epochs: int, encoder: ConvNeXtV2, note: Callable[[str], Any] = print
 ) -> dict[str, float | str]:
-    """Runs what is due after an epoch; every column of every measure, '' where it was not.
+    """Runs the measures that are due after an epoch; returns every column of every measure, '' if it was not due.
 
-    A measure that cannot write or read its files, or its labelled images, is a warning, printed by `note`.
+    If a measure cannot write or read its files or images, `note` prints a warning.
     """
     numbers: dict[str, float | str] = {}
     for measure in measures:
         numbers |= dict.fromkeys(measure.columns, "")
         if measure.due(epoch, epochs):
-            found: dict[str, float] = {}
-            act = partial(_fill, found, measure.run, epoch, encoder)
+
+            def act(measure: Measure = measure, numbers: dict = numbers) -> None:
+                numbers |= measure.run(epoch, encoder)
+
             attempt("a measure", act, note, (OSError, ValueError))
-            numbers |= found
     return numbers
 
 
-def _fill(found: dict[str, float], run: Callable, epoch: int, encoder: ConvNeXtV2) -> None:
-    found.update(run(epoch, encoder))
+def affordable(images: list, images_seen: int, runs: int) -> list:
+    """Reduces the images of a measure so that it costs about a hundredth of the run; keeps at least eight.
+
+    Args:
+        images: The images.
+        images_seen: Images of the whole training. An update of FCMAE costs about as much per image as the forward of
+            an unmasked one.
+        runs: Number of times that the measure runs.
+    """
+    count = min(len(images), max(8, images_seen // (100 * runs)))
+    return [images[i * len(images) // count] for i in range(count)]
 
 
 def reconstructions(
-    folder: Path, model: FCMAE, shown: list, mean: list[float], std: list[float], title: Callable[[int], str]
-) -> Callable[[int, ConvNeXtV2], dict[str, float]]:
-    """The measure that draws what the model predicts of a few images, always the same with the same masks.
+    folder: Path,
+    model: FCMAE,
+    shown: list,
+    normalization: tuple[tuple[float, ...], tuple[float, ...]],
+    title: Callable[[int], str],
+) -> Run:
+    """The measure that draws the model's predictions for a few images, always with the same masks.
 
     Args:
-        folder: Where `epoch-0001.png` and so on go.
+        folder: Folder for `epoch-0001.png` and so on.
         model: The FCMAE around the encoder.
         shown: Samples `(image, mask, bad)`.
-        mean: That the images were normalised with.
-        std: Likewise.
-        title: The line above the images, by the epoch.
+        normalization: Mean and standard deviation per channel of the images' normalisation.
+        title: The line above the images, by epoch.
     """
 
     def draw(epoch: int, _encoder: ConvNeXtV2) -> dict[str, float]:
         folder.mkdir(exist_ok=True)
         batch: Any = collate(shown)
         images, masks, _ = batch
-        save_reconstructions(folder / f"epoch-{epoch:04d}.png", model, images, masks, mean, std, title(epoch))
+        save_reconstructions(folder / f"epoch-{epoch:04d}.png", model, images, masks, *normalization, title(epoch))
         return {}
 
     return draw
 
 
-def held_out_loss(
-    model: Callable[[], FCMAE], batches: Iterable, amp_dtype: torch.dtype | None = None
-) -> Callable[[int, ConvNeXtV2], dict[str, float]]:
-    """The measure of the loss on images that are never trained on: `loss`.
+def held_out_loss(model: Callable[[], FCMAE], batches: Iterable, amp_dtype: torch.dtype | None = None) -> Run:
+    """The measure `loss`: the loss on images that are never trained on.
 
     Args:
-        model: Gives the FCMAE around the encoder.
+        model: Returns the FCMAE around the encoder.
         batches: `(images, masks, bad)`, the same whenever it is iterated.
-        amp_dtype: Type to compute in; None for that of the weights.
+        amp_dtype: Type of mixed precision; None for that of the weights.
     """
 
     @torch.no_grad()
@@ -145,11 +155,11 @@ def held_out_loss(
     return measure
 
 
-def collapse_of_blocks(path: Path, watched: list) -> Callable[[int, ConvNeXtV2], dict[str, float]]:
-    """The measure of how much the channels of each block resemble each other: `distance` and `dead`, means of blocks.
+def collapse_of_blocks(path: Path, watched: list) -> Run:
+    """The measures `distance` and `dead`: the similarity of the channels of each block, averaged over blocks.
 
     Args:
-        path: CSV that gets a line a block and epoch.
+        path: CSV that gets one row per block and epoch.
         watched: Samples `(image, mask, bad)`.
     """
     columns = ("epoch", "block", "depth", "distance", "dead")
@@ -157,8 +167,8 @@ def collapse_of_blocks(path: Path, watched: list) -> Callable[[int, ConvNeXtV2],
     def measure(epoch: int, encoder: ConvNeXtV2) -> dict[str, float]:
         batch: Any = collate(watched)
         found = collapse(encoder, batch[0])
-        rows, _ = read_rows(path)  # without what a resumed run measures again
-        before = [row for row in rows if int(str(row["epoch"])) < epoch]
+        rows, _ = read_rows(path)
+        before = [row for row in rows if int(str(row["epoch"])) < epoch]  # a resumed run measures an epoch again
         with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(columns)

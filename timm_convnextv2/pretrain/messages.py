@@ -6,31 +6,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..console import invocation
 from ..data.paths.places import as_list
 from ..models import FCMAE
 from ..runs import summary
 from ..runs.end import VERSIONS
+from ..runs.world import World
 from .checkpoints import Progress
+from .config import Average
 from .plan import Plan
 from .start import short_name
 
 MOSTLY_START = 0.05  # a larger share of the start in a moving average is warned about
 
 
-def about_run(
-    name: str, model: FCMAE, plan: Plan, num_images: int, input_size: list[int], world_size: int, device: torch.device
-) -> str:
+def about_run(name: str, model: FCMAE, plan: Plan, num_images: int, world: World) -> str:
     """Model, data and length, in one line."""
-    chans, height, width = input_size
+    (height, width), chans = model.img_size, model.in_chans
     h, w = model.grid(height, width)
     return (
         f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
         f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f}M of them the encoder; "
         f"{num_images} images of {chans} x {height} x {width} in {h} x {w} patches of {model.stride} px; "
-        f"{plan.updates} updates of {plan.images_per_update} images, lr {plan.lr:.2e}, on {world_size} x {device.type}"
+        f"{plan.updates} updates of {plan.images_per_update} images, lr {plan.lr:.2e}, "
+        f"on {world.size} x {world.device.type}"
     )
 
 
@@ -42,10 +41,10 @@ def memory_line(fixed: float, step: float, batch_size: int) -> str:
     )
 
 
-def ema_warnings(settings: dict[str, Any], updates: int) -> list[str]:
-    """What is wrong with a moving average that is longer than the run; nothing for most."""
-    decay = settings["model_ema_decay"]
-    start = decay**updates if settings["model_ema"] and not settings["model_ema_warmup"] else 0.0
+def ema_warnings(average: Average, updates: int) -> list[str]:
+    """A warning if the moving average is longer than the run."""
+    decay = average.model_ema_decay
+    start = decay**updates if average.model_ema and not average.model_ema_warmup else 0.0
     if start <= MOSTLY_START:
         return []
     fits = 1 - 0.01 ** (1 / updates)

@@ -1,71 +1,94 @@
-"""`--probe-dir`: whether the features of the encoder serve, on labelled images, beside what costs no training.
+"""`--probe-dir`: kNN and ridge on frozen features of labelled images, compared with baselines that need no training.
 
-The encoder stays as it is: kNN and ridge look at frozen features. Random weights of the same model and the plain
-pixels are judged once, at the start; `probe.json` in the run's folder keeps them for a run that is resumed.
+The baselines, random weights of the same model and the plain pixels, are measured once at the start; `probe.json` in
+the run's folder keeps them for a resumed run.
 """
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import timm
 import torch
 from torch import Tensor, nn
 
-from ..features import Labelled, image_batches, pixels
-from ..features import evaluate as judge
-from ..features import extract as features
+from ..features import Labelled, features, image_batches, judge, pixels
 from ..features.knn import nearest
 from ..files import whole_file
 from ..models import ConvNeXtV2
 from ..report.images import save_neighbours
+from .measures import Run
 
-Run = Callable[[int, ConvNeXtV2], dict[str, float]]
 NEIGHBOURS = 20
 SHOWN_QUERIES, SHOWN_NEIGHBOURS = 6, 5
 
 
+class Rows(NamedTuple):
+    """How labelled images become rows of features.
+
+    Attributes:
+        transform: From a decoded image to the encoder's input, `[C, H, W]`.
+        batch_size: Images at a time.
+        workers: Data processes.
+        device: Device of the encoder.
+        amp: Compute in bfloat16.
+    """
+
+    transform: Callable
+    batch_size: int
+    workers: int
+    device: torch.device
+    amp: bool = False
+
+
+def random_encoder(encoder: Any, seed: int) -> nn.Module:
+    """An encoder of the same architecture with random weights."""
+    with torch.random.fork_rng(devices=[]):  # leaves the run's random numbers unchanged
+        torch.manual_seed(seed)
+        return timm.create_model(encoder.pretrained_cfg["architecture"], num_classes=0, **encoder._model_args)
+
+
 class Probe:
-    """Judges an encoder on labelled images.
+    """Evaluates encoders on labelled images.
 
     Args:
         labelled: The images and labels.
-        place: Where they are from.
-        transform: Decoded image to `[C, H, W]` as the encoder takes it.
-        batch_size: Images at a time.
-        workers: Processes that decode.
-        device: Where the encoder is.
-        amp: Compute in bfloat16.
+        place: Their location, for probe.json.
+        rows: How they become rows of features.
+        normalization: Mean and standard deviation per channel in `rows.transform`, to draw the images.
 
     Attributes:
-        columns: Names of the numbers of `judge`.
-        unit: What kNN and ridge are measured in: 'accuracy', or 'mAP' where images have several labels.
+        columns: Names of the numbers of `score`.
+        unit: Unit of kNN and ridge: 'accuracy', or 'mAP' if images have several labels.
     """
 
     columns = ("knn", "ridge", "rank")
 
     def __init__(
-        self, labelled: Labelled, place: str, transform: Callable, batch_size: int, workers: int, device: torch.device,
-        amp: bool = False,
-    ) -> None:  # fmt: skip
-        self.labelled, self.place, self.transform = labelled, place, transform
-        self.batch_size, self.workers, self.device, self.amp = batch_size, workers, device, amp
+        self,
+        labelled: Labelled,
+        place: str,
+        rows: Rows,
+        normalization: tuple[tuple[float, ...], tuple[float, ...]],
+    ) -> None:
+        self.labelled, self.place, self.rows, self.normalization = labelled, place, rows, normalization
         self.neighbours = min(NEIGHBOURS, len(labelled.train.labels))
         self.unit = "mAP" if labelled.several else "accuracy"
 
-    def rows(self, compute: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+    def extract(self, compute: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
         """Features of the training and of the test images, float32 `[N, D]` and `[M, D]`, by `compute(batches)`."""
         train, test = (
-            compute(image_batches(split.source, self.transform, self.batch_size, self.workers))
-            for split in (self.labelled.train, self.labelled.test)
+            compute(image_batches(split.source, *self.rows[:3])) for split in (self.labelled.train, self.labelled.test)
         )
         return train, test
 
-    def of_encoder(self, encoder: nn.Module) -> tuple[Tensor, Tensor]:
-        """`rows` of an encoder's features."""
-        return self.rows(lambda batches: features(encoder, batches, devices=(self.device,), amp=self.amp))
+    def features(self, encoder: nn.Module) -> tuple[Tensor, Tensor]:
+        """`extract` with an encoder."""
+        return self.extract(partial(features, encoder, devices=(self.rows.device,), amp=self.rows.amp))
 
-    def judge(self, train: Tensor, test: Tensor) -> dict[str, float]:
+    def score(self, train: Tensor, test: Tensor) -> dict[str, float]:
         """kNN and ridge in %, and the rank of the features of the test images."""
         found = judge(
             train, self.labelled.train.labels, test, self.labelled.test.labels,
@@ -75,10 +98,10 @@ class Probe:
         return {"knn": round(100 * knn, 2), "ridge": round(100 * ridge, 2), "rank": round(found["rank"].value, 2)}
 
     def baselines(self, path: Path, random_encoder: Callable[[], nn.Module]) -> dict[str, dict[str, float]]:
-        """What random weights and 8 x 8 pixels reach, from the file of a run that is resumed, or measured and written.
+        """Scores of random weights and of 8 x 8 pixels, read from `probe.json` if they are there, else measured.
 
         Args:
-            path: Of `probe.json`.
+            path: The `probe.json`.
             random_encoder: Makes an encoder of the run's architecture.
         """
         about = {
@@ -94,38 +117,38 @@ class Probe:
             before = json.loads(path.read_text(encoding="utf-8"))
             if all(before.get(key) == value for key, value in about.items()):
                 return before["baselines"]
-        plain = self.judge(*self.rows(pixels))
-        plain.pop("rank")  # of few pixels, it is no rank of features
-        found = {"random": self.judge(*self.of_encoder(random_encoder().to(self.device))), "pixels": plain}
+        plain = self.score(*self.extract(pixels))
+        plain.pop("rank")  # the rank of so few pixels says nothing about features
+        found = {"random": self.score(*self.features(random_encoder().to(self.rows.device))), "pixels": plain}
         with whole_file(path) as part:
             part.write_text(json.dumps({**about, "baselines": found}, indent=2, ensure_ascii=False) + "\n", "utf-8")
         return found
 
-    def measure(self, folder: Path, mean: list[float], std: list[float]) -> Run:
-        """The measure `knn`, `ridge`, `rank`, which also draws the nearest neighbours of a few test images.
+    def describe(self, baselines: dict[str, dict[str, float]]) -> str:
+        """The baselines in one line."""
+        texts = [f"{name} kNN {found['knn']:.1f} %, ridge {found['ridge']:.1f} %" for name, found in baselines.items()]
+        return f"Frozen features on {len(self.labelled.test.labels)} test images, {self.unit}: {'; '.join(texts)}"
 
-        Args:
-            folder: Where `epoch-0001.png` and so on go.
-            mean: That the images are normalised with.
-            std: Likewise.
-        """
+    def measure(self, folder: Path) -> Run:
+        """The measure `knn`, `ridge`, `rank`, which also draws the neighbours of a few test images into `folder`."""
 
         def run(epoch: int, encoder: ConvNeXtV2) -> dict[str, float]:
-            train, test = self.of_encoder(encoder)
-            numbers = self.judge(train, test)
-            self.draw(folder / f"epoch-{epoch:04d}.png", train, test, mean, std, f"epoch {epoch}")
+            train, test = self.features(encoder)
+            numbers = self.score(train, test)
+            self.draw(folder / f"epoch-{epoch:04d}.png", train, test, f"epoch {epoch}")
             return numbers
 
         return run
 
-    def draw(self, path: Path, train: Tensor, test: Tensor, mean: list[float], std: list[float], title: str) -> None:
-        """A few test images, each with its nearest training images."""
-        queries = [i * len(test) // min(SHOWN_QUERIES, len(test)) for i in range(min(SHOWN_QUERIES, len(test)))]
+    def draw(self, path: Path, train: Tensor, test: Tensor, title: str) -> None:
+        """Draws a few test images, each with its nearest training images."""
+        count = min(SHOWN_QUERIES, len(test))
+        queries = [i * len(test) // count for i in range(count)]
         _, found = nearest(train, test[queries], min(SHOWN_NEIGHBOURS, len(train)))
         chosen = sorted({i for row in found.tolist() for i in row})
-        place = {i: len(queries) + n for n, i in enumerate(chosen)}
-        images = [self.transform(self.labelled.test.source[i]) for i in queries]
-        images += [self.transform(self.labelled.train.source[i]) for i in chosen]
-        rows = [(n, [place[i] for i in row]) for n, row in enumerate(found.tolist())]
+        position = {i: count + n for n, i in enumerate(chosen)}  # in the list of images to draw
+        images = [self.rows.transform(self.labelled.test.source[i]) for i in queries]
+        images += [self.rows.transform(self.labelled.train.source[i]) for i in chosen]
+        rows = [(n, [position[i] for i in row]) for n, row in enumerate(found.tolist())]
         path.parent.mkdir(exist_ok=True)
-        save_neighbours(path, torch.stack(images), rows, mean, std, title)
+        save_neighbours(path, torch.stack(images), rows, *self.normalization, title)

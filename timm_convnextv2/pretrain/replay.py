@@ -1,19 +1,20 @@
-"""An update whose loss was not finite: what is kept of it, and its forward once more, to find where that began."""
+"""Updates whose loss was not finite: their record, and their forward once more to find the first cause."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint import load_checkpoint
-from ..data import sample_seed
+from ..files import save_torch, whole_file
 from ..models import FCMAE
+from ..seeds import sample_seed
 from .batches import Batches
 from .trainer import removed_channels
 
@@ -34,14 +35,14 @@ def write_record(
     """Writes `bad-step-EPOCH-UPDATE.json`, and the weights beside it as `.pt`.
 
     Args:
-        folder: Of the run.
+        folder: The folder of the run.
         epoch: From 0.
         update: Within the epoch, from 0.
         number: Updates of the run before it.
-        loss: Its value.
-        settings: Of the run; its seed decides on crops, masks and drop path.
+        loss: The loss.
+        settings: Settings of the run; crops, masks and drop path follow from the seed.
         images: For each process the indices and names of its images, in order; None for a stream.
-        model: With the weights that the update began with; None writes none.
+        model: With the weights before the update; None writes none.
 
     Returns:
         The path of the JSON file.
@@ -61,60 +62,53 @@ def write_record(
         "settings": settings,
     }
     if model is not None:
-        _replace(path.with_suffix(".pt"), lambda part: torch.save(model.state_dict(), part))
-    _replace(path, lambda part: part.write_text(json.dumps(record, indent=1)))
+        save_torch(model.state_dict(), path.with_suffix(".pt"))
+    with whole_file(path) as part:
+        part.write_text(json.dumps(record, indent=1))
     return path
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def read_record(path: str | Path) -> dict[str, Any]:
-    """What `write_record` wrote.
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads the JSON file of `write_record`.
 
     Raises:
-        ValueError: The file cannot be read, or is another.
+        ValueError: The file cannot be read or is none, or one process cannot repeat the update.
     """
     try:
-        record = json.loads(Path(path).read_text())
+        record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"--replay {path} cannot be read: {error}") from error
     if not isinstance(record, dict) or not record.keys() >= KEYS or not isinstance(record["settings"], dict):
         raise ValueError(f"--replay {path}: expected the bad-step-EPOCH-UPDATE.json that a run wrote into its folder.")
     if record["world_size"] > 1 and None in record["images"]:
-        raise ValueError(f"--replay {path}: a stream that several processes shared cannot be read again by one.")
+        raise ValueError(f"--replay {path}: one process cannot repeat a stream that several processes shared.")
     return record
 
 
 def load_weights(record: dict[str, Any], path: Path, model: FCMAE) -> str:
-    """Loads the weights of the update, or of the last checkpoint; returns which ones these are."""
+    """Loads the weights of the update, or of the last checkpoint; returns which ones, in words."""
     own = path.with_suffix(".pt")
     if record.get("weights") and own.is_file():
         model.load_state_dict(torch.load(own, map_location="cpu", weights_only=True))
         return f"{own.name}, those of that update"
-    checkpoint = load_checkpoint(path.parent / record["checkpoint"])
+    name = record["checkpoint"]
+    checkpoint = load_checkpoint(path.parent / name)
     model.load_state_dict(checkpoint["state_dict"])
-    done, name = checkpoint["progress"], record["checkpoint"]
+    done = checkpoint["progress"]
     where = f"{name}, saved after update {done['update']} of epoch {done['epoch'] + 1}"
     if (done["epoch"], done["update"]) == (record["epoch"], record["update"]):
         return f"{where}: those of that update"
-    return f"{where}: not those of that update, so that the forward may differ"
+    return f"{where}: not those of that update, so the forward may differ"
 
 
 class Finding(NamedTuple):
-    """What the forward of a batch gave.
+    """The forward of one batch.
 
     Attributes:
         rank: Process that had the batch.
         step: Batch of the update, from 0.
-        loss: Its value.
-        cause: The first thing that is not finite; '' where all is finite.
+        loss: Its loss.
+        cause: The first value that is not finite, in words; '' if all are finite.
     """
 
     rank: int
@@ -126,18 +120,18 @@ class Finding(NamedTuple):
 def replay(
     record: dict[str, Any], model: FCMAE, open_batches: Callable[[int], Batches], device: torch.device
 ) -> Iterator[Finding]:
-    """Repeats the forward of an update, for all processes in turn, without compilation.
+    """Repeats the forward of an update for all processes in turn, without compilation.
 
-    Modules are watched through hooks, so that they run in plain operations: values differ from fused ones by rounding.
+    Hooks on the modules rule out fused operations, so values differ from those of the run by rounding.
 
     Args:
-        record: See `read_record`.
+        record: From `read_record`.
         model: With the weights.
-        open_batches: The data of a process of the run.
-        device: Where the forward runs.
+        open_batches: Opens the data of a process of the run.
+        device: Device of the forward.
 
     Yields:
-        A finding a batch.
+        One finding per batch.
     """
     settings, steps = record["settings"], record["settings"]["grad_accum_steps"]
     amp = getattr(torch, settings["amp_dtype"]) if settings["amp"] else None
@@ -149,7 +143,7 @@ def replay(
         taken = islice(batches.iterate(record["epoch"], record["update"] * steps), steps)
         for step, (images, masks, _) in enumerate(taken):
             removed = removed_channels(
-                settings.get("channel_dropout", 0.0), model.in_chans, settings["seed"], record["number"], step, steps,
+                settings["channel_dropout"], model.in_chans, settings["seed"], record["number"], step, steps,
                 len(images), rank, record["world_size"],
             )  # fmt: skip
             channels = None if removed is None else removed.to(device)
@@ -162,34 +156,28 @@ def replay(
             yield Finding(rank, step, loss, cause)
 
 
-def _forward(
-    model: FCMAE, images: torch.Tensor, masks: torch.Tensor, channels: torch.Tensor | None = None
-) -> tuple[float, str]:
-    """The loss, and what was first not finite on the way to it."""
+def _forward(model: FCMAE, images: Tensor, masks: Tensor, channels: Tensor | None) -> tuple[float, str]:
+    """The loss, and the first value on the way to it that is not finite."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            return float("nan"), f"the parameter {name} is not finite, so that an earlier update did the damage"
+            return float("nan"), f"the parameter {name} is not finite, so an earlier update did the damage"
     found: list[str] = []
 
-    def watch(name: str) -> Callable:
-        def look(module: nn.Module, inputs: tuple, output: Any) -> None:
-            if not found and isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
-                tensors = [x.detach() for x in inputs if isinstance(x, torch.Tensor)]
-                largest = max((float(x.abs().max()) for x in tensors), default=0)
-                dtype = str(output.dtype).removeprefix("torch.")
-                found.append(
-                    f"the output of {name} ({type(module).__name__}, {dtype}) is not finite; the largest value that "
-                    f"went in is {largest:.3g}"
-                )
-
-        return look
+    def check(name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
+        if found or not isinstance(output, Tensor) or torch.isfinite(output).all():
+            return
+        largest = max((float(x.detach().abs().max()) for x in inputs if isinstance(x, Tensor)), default=0)
+        dtype = str(output.dtype).removeprefix("torch.")
+        found.append(
+            f"the output of {name} ({type(module).__name__}, {dtype}) is not finite; the largest value of its input is "
+            f"{largest:.3g}"
+        )
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if name:
-                hooks.callback(module.register_forward_hook(watch(name)).remove)
-        layout = model.visible(images, masks)
-        loss = float(model(images, layout, return_pred=False, channels=channels).loss.detach())
+                hooks.callback(module.register_forward_hook(partial(check, name)).remove)
+        loss = float(model(images, model.visible(images, masks), return_pred=False, channels=channels).loss.detach())
     if not found and not torch.isfinite(torch.tensor(loss)):
-        found.append("the loss itself is not finite, or what the prediction layer gave it")
+        found.append("the loss itself is not finite, or the input of the prediction layer")
     return loss, found[0] if found else ""

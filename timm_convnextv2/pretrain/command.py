@@ -1,1 +1,0 @@
-"""The command: runs the loop, and tells how it ended."""

@@ -1,0 +1,204 @@
+"""Values of options that follow from something else: other options, the start model, the processes, the images.
+
+`configure` runs before anything is opened, `measure` once the images are.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..config import build, evolve, flat
+from ..data import Pixels
+from ..data.config import PixelOptions
+from ..data.measure.measure import Measured, measure_pixels, measured_options
+from ..models.masking import random_channels
+from ..runs.progress import ImageProgress
+from ..runs.world import World
+from .batches import on_primary
+from .config import AUTO, Crops, PretrainConfig
+from .start import Start, open_start, open_weights
+
+# Without --data-dir and --dataset: a run of about two minutes on two CPU cores.
+EMBEDDED_DEFAULTS = dict(
+    dataset="embedded",
+    train_num_samples=512,
+    img_size=56,
+    patch_size=1,
+    batch_size=16,
+    epochs=6,
+    lr_base=1.6e-2,
+    workers=0,
+    experiment="embedded",
+)
+USUAL = {1: ((0.5,), (0.25,)), 3: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}  # mean and std by channels
+
+
+def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[PretrainConfig, Start | None]:
+    """The config of a run: command line over file over the start model's own settings over defaults.
+
+    Args:
+        given: Values that the command line sets.
+        file: Values that --config sets.
+
+    Returns:
+        The config, in which only `auto` is left to `measure`; the model to start from, None for random weights.
+
+    Raises:
+        ValueError: A value is outside its limits, or options contradict each other or the start model.
+    """
+    config, defaults = build(PretrainConfig, file, given), {}
+    if not config.paths.data_dir and not config.paths.data_list and config.data_set.dataset in ("", "embedded"):
+        defaults = EMBEDDED_DEFAULTS
+    network = config.network
+    if network.weights:
+        start = open_weights(network.weights, network.model, network.model_kwargs, config.destination.license)
+    else:
+        start = open_start(network.model)
+        if start and not network.pretrained:
+            raise ValueError(
+                f"--model {network.model} without --pretrained would start from random weights: add --pretrained."
+            )
+    if start:
+        defaults = defaults | start.defaults(sized="img_size" in {**file, **given}) | {"pretrained": True}
+        file = {name: value for name, value in file.items() if name != "pretrained"}
+    config = build(PretrainConfig, defaults, file, given)
+    if config.schedule.global_batch_size is not None and "grad_accum_steps" in given:
+        raise ValueError("--grad-accum-steps follows from --global-batch-size and the processes: leave it out.")
+    config = evolve(config, **_input_size(config.crops, given))
+    dropout = config.network.channel_dropout
+    if dropout:
+        try:
+            random_channels(1, config.crops.in_chans, dropout)
+        except ValueError as e:
+            raise ValueError(f"--channel-dropout {dropout:g}: {e}") from None
+    config = replace(config, pixels=_pixels(config.pixels, start, given))
+    config.pixels.to_pixels(config.crops.in_chans)  # refuses contradictions now
+    config = evolve(config, **_normalization(config.crops, start))
+    return evolve(config, **_intervals(config)), start
+
+
+def _input_size(crops: Crops, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`input_size` and `in_chans`; --in-chans and --img-size of the command line replace parts of a file's size."""
+    chans, *size = crops.input_size or (crops.in_chans, crops.img_size, crops.img_size)
+    if "input_size" not in given:
+        chans = given.get("in_chans", chans)
+        size = [given["img_size"]] * 2 if "img_size" in given else size
+    return {"in_chans": chans, "input_size": (chans, *size)}
+
+
+def _pixels(pixels: PixelOptions, start: Start | None, given: Mapping[str, Any]) -> PixelOptions:
+    """The options on stored values: as given, or those that the start model was trained with."""
+    if "clip_percentiles" in given:
+        if given.keys() & {"clip_low", "clip_high"}:
+            raise ValueError("--clip-percentiles measures the limits that --clip-low and --clip-high name: choose one.")
+        return replace(pixels, clip_low=None, clip_high=None)  # a file's
+    return PixelOptions.of(start.pixels) if start and pixels == PixelOptions() else pixels
+
+
+def _normalization(crops: Crops, start: Start | None) -> dict[str, Any]:
+    """`mean` and `std`: as given, the start model's, or the usual ones for the channels; unusual ones are measured."""
+    found = {"mean": crops.mean, "std": crops.std}
+    if start and found == {"mean": None, "std": None}:
+        found |= start.normalization(crops.in_chans)
+    if found == {"mean": None, "std": None}:
+        found["mean"], found["std"] = USUAL.get(crops.in_chans, ((AUTO,), (AUTO,)))
+    for name in found:
+        values: tuple = found[name] or ()
+        if AUTO in values and len(values) > 1:
+            raise ValueError(
+                f"--{name} takes {AUTO} alone, or one number per channel; got {' '.join(map(str, values))}."
+            )
+        if values != (AUTO,) and len(values) != crops.in_chans:
+            raise ValueError(f"--{name} has {len(values)} values for {crops.in_chans} channels.")
+    return found
+
+
+def _intervals(config: PretrainConfig) -> dict[str, Any]:
+    """Warmup and intervals in proportion to the number of epochs."""
+    schedule, measures, epochs = config.schedule, config.measures, config.schedule.epochs
+    warmup = schedule.warmup_epochs
+    if warmup is None:
+        warmup = min(40, epochs / (12 if config.data_set.dataset == "embedded" else 20))
+    if not warmup < epochs:
+        raise ValueError(f"--warmup-epochs {warmup:g} must lie below --epochs {epochs}.")
+    best = measures.keep_best
+    if best and not (config.selection.holdout if best == "loss" else measures.probe_dir):
+        needed = "--holdout X" if best == "loss" else "--probe-dir DIR"
+        raise ValueError(f"--keep-best {best} needs {needed}, which measures it.")
+    drawn = measures.recon_interval or max(1, epochs // 10)
+    return {
+        "warmup_epochs": warmup,
+        "milestone_interval": config.checkpoints.milestone_interval or max(1, epochs // 4),
+        "recon_interval": drawn,
+        "probe_interval": measures.probe_interval or drawn,
+    }
+
+
+def measure(
+    config: PretrainConfig, before: Mapping[str, Any] | None, open_source: Callable[[Pixels], Any], world: World
+) -> tuple[PretrainConfig, str]:
+    """Measures `mean`, `std`, `clip_low` and `clip_high` if they are open, with the same result on all processes.
+
+    Rank 0 measures; a resumed run takes the numbers that were measured at its start.
+
+    Args:
+        config: From `configure`.
+        before: Settings of the run to resume, None for a new one.
+        open_source: Opens the images with this record of pixels.
+        world: The processes of the run.
+
+    Returns:
+        The config without `auto`; a line about the source of the numbers, '' if nothing was open.
+
+    Raises:
+        ValueError: The images cannot be measured.
+    """
+    limits = config.pixels.clip_percentiles is not None and config.pixels.clip_low is None
+    names = [*config.crops.unmeasured, *(("clip_low", "clip_high") if limits else ())]
+    if not names:
+        return config, ""
+    options = ", ".join([f"--{name} {AUTO}" for name in config.crops.unmeasured] + ["--clip-percentiles"] * limits)
+    if before is not None and _same_measurement(config, before, names, limits):
+        kept = {name: tuple(before[name]) for name in names}
+        return evolve(config, **kept), f"{options}: as measured when the run began"
+    values, source = on_primary(world, partial(_measure, config, open_source, limits))
+    return evolve(config, **{name: values[name] for name in names}), f"{options}: {source}"
+
+
+def _same_measurement(config: PretrainConfig, before: Mapping[str, Any], names: list[str], limits: bool) -> bool:
+    """True if the run to resume measured the same numbers on the same channels."""
+    now = flat(config)
+    same = ("in_chans", "clip_percentiles") if limits else ("in_chans",)
+    return all(before.get(key) == now[key] for key in same) and all(isinstance(before.get(n), list) for n in names)
+
+
+def _measure(config: PretrainConfig, open_source: Callable[[Pixels], Any], limits: bool) -> tuple[dict[str, Any], str]:
+    bar = ImageProgress(None)
+    try:
+        found, pixels = measure_pixels(
+            open_source,
+            config.pixels.to_pixels(),
+            config.pixels.clip_percentiles if limits else None,
+            seed=config.seed,
+            workers=config.loading.workers,
+            tick=bar.update,
+        )
+    finally:
+        bar.close()
+    _check_bad(found, config.selection.max_bad_images)
+    mean, std = map(tuple, measured_options(found.pixels))
+    values = {"mean": mean, "std": std, "clip_low": pixels.clip_low, "clip_high": pixels.clip_high}
+    return values, found.source + (f"; {len(found.bad)} left out, the first: {found.bad[0]}" if found.bad else "")
+
+
+def _check_bad(found: Measured, max_bad_images: float) -> None:
+    """Refuses to train on numbers of a sample that lacks too many images."""
+    if found.total is not None and len(found.bad) > max(1, max_bad_images * found.total):
+        tried = found.pixels.images + len(found.bad)
+        raise ValueError(
+            f"{len(found.bad)} of {tried} images tried cannot be read, more than --max-bad-images {max_bad_images:g} "
+            f"of {found.total}, for example: {found.bad[0]}."
+        )
