@@ -61,119 +61,69 @@ def save_zarr(path, x, axes, chunks, ome=0.5):
 
 TILED = dict(tile=(32, 16))
 PLANES = dict(planarconfig="separate", photometric="minisblack")
-# name: in_chans, and how it is written
+
+
+def tif(in_chans, x, name="x.tif", **options):
+    return in_chans, lambda p: tifffile.imwrite(p / name, x, **options)
+
+
+# name: in_chans, and a function that writes the file to a folder
 KINDS = {
-    "tiled": (3, lambda p: tifffile.imwrite(p / "x.tif", values(3, "u1"), photometric="rgb", **TILED)),
-    "striped": (3, lambda p: tifffile.imwrite(p / "x.tif", values(3, "u1"), photometric="rgb", rowsperstrip=7)),
-    "contiguous": (3, lambda p: tifffile.imwrite(p / "x.tif", values(3, "u1"), photometric="rgb")),
-    "BigTIFF": (3, lambda p: tifffile.imwrite(p / "x.tif", values(3, "u1"), photometric="rgb", bigtiff=True, **TILED)),
-    "big-endian": (1, lambda p: tifffile.imwrite(p / "x.tif", grey("u2"), byteorder=">")),
-    "big-endian tiles": (1, lambda p: tifffile.imwrite(p / "x.tif", grey("u2"), byteorder=">", **TILED)),
-    "LZW strips": (1, lambda p: tifffile.imwrite(p / "x.tif", grey("u2"), compression="lzw", rowsperstrip=5)),
-    "deflate, predictor": (
+    "tiled": tif(3, values(3, "u1"), photometric="rgb", **TILED),
+    "striped": tif(3, values(3, "u1"), photometric="rgb", rowsperstrip=7),
+    "contiguous": tif(3, values(3, "u1"), photometric="rgb"),
+    "BigTIFF": tif(3, values(3, "u1"), photometric="rgb", bigtiff=True, **TILED),
+    "big-endian": tif(1, grey("u2"), byteorder=">"),
+    "big-endian tiles": tif(1, grey("u2"), byteorder=">", **TILED),
+    "LZW strips": tif(1, grey("u2"), compression="lzw", rowsperstrip=5),
+    "deflate, predictor": tif(
         4,
-        lambda p: tifffile.imwrite(
-            p / "x.tif",
-            values(4, "u2"),
-            compression="deflate",
-            predictor=True,
-            photometric="minisblack",
-            planarconfig="contig",
-            **TILED,
-        ),
+        values(4, "u2"),
+        compression="deflate",
+        predictor=True,
+        photometric="minisblack",
+        planarconfig="contig",
+        **TILED,
     ),
-    "zstd": (1, lambda p: tifffile.imwrite(p / "x.tif", grey("f4"), compression="zstd", **TILED)),
-    "float predictor": (
-        1,
-        lambda p: tifffile.imwrite(p / "x.tif", grey("f4"), compression="deflate", predictor=True, **TILED),
-    ),
-    "planes, tiled": (5, lambda p: tifffile.imwrite(p / "x.tif", values(5, "u2", False), **PLANES, **TILED)),
-    "planes": (5, lambda p: tifffile.imwrite(p / "x.tif", values(5, "u2", False), **PLANES)),
-    "planes, 8-bit RGB": (
+    "zstd": tif(1, grey("f4"), compression="zstd", **TILED),
+    "float predictor": tif(1, grey("f4"), compression="deflate", predictor=True, **TILED),
+    "planes, tiled": tif(5, values(5, "u2", False), **PLANES, **TILED),
+    "planes": tif(5, values(5, "u2", False), **PLANES),
+    "planes, 8-bit RGB": tif(3, values(3, "u1", False), planarconfig="separate", photometric="rgb", **TILED),
+    "int16": tif(1, grey("i2"), **TILED),
+    "int8": tif(1, grey("i1"), rowsperstrip=9),
+    "float64": tif(2, values(2, "f8"), planarconfig="contig", photometric="minisblack", **TILED),
+    "float16": tif(1, grey("f2"), **TILED),
+    "grey": tif(3, grey("u1"), **TILED),
+    "grey 16-bit as RGB": tif(3, grey("u2"), **TILED),
+    "RGB as grey": tif(1, values(3, "u1"), photometric="rgb", **TILED),
+    "RGB 16-bit as grey": tif(1, values(3, "u2"), photometric="rgb", **TILED),
+    "RGBA": tif(3, values(4, "u1"), photometric="rgb", extrasamples=["unassalpha"], **TILED),
+    "RGBA, multiplied": tif(4, values(4, "u1"), photometric="rgb", extrasamples=["assocalpha"], **TILED),
+    "RGB 16-bit, multiplied": tif(3, values(4, "u2"), photometric="rgb", extrasamples=["assocalpha"], **TILED),
+    "MinIsWhite": tif(1, grey("u1"), photometric="miniswhite", **TILED),
+    "MinIsWhite 16-bit": tif(1, grey("u2"), photometric="miniswhite", **TILED),
+    "JPEG tiles": tif(3, smooth(3), photometric="rgb", compression="jpeg", **TILED),
+    "JPEG tiles, grey": tif(1, smooth(1)[..., 0], compression="jpeg", **TILED),
+    "JPEG, YCbCr": tif(
         3,
-        lambda p: tifffile.imwrite(
-            p / "x.tif", values(3, "u1", False), planarconfig="separate", photometric="rgb", **TILED
-        ),
+        smooth(3),
+        photometric="rgb",
+        compression="jpeg",
+        subsampling=(2, 2),
+        compressionargs={"outcolorspace": "ycbcr"},
+        **TILED,
     ),
-    "int16": (1, lambda p: tifffile.imwrite(p / "x.tif", grey("i2"), **TILED)),
-    "int8": (1, lambda p: tifffile.imwrite(p / "x.tif", grey("i1"), rowsperstrip=9)),
-    "float64": (
-        2,
-        lambda p: tifffile.imwrite(
-            p / "x.tif", values(2, "f8"), planarconfig="contig", photometric="minisblack", **TILED
-        ),
-    ),
-    "float16": (1, lambda p: tifffile.imwrite(p / "x.tif", grey("f2"), **TILED)),
-    "grey": (3, lambda p: tifffile.imwrite(p / "x.tif", grey("u1"), **TILED)),
-    "grey 16-bit as RGB": (3, lambda p: tifffile.imwrite(p / "x.tif", grey("u2"), **TILED)),
-    "RGB as grey": (1, lambda p: tifffile.imwrite(p / "x.tif", values(3, "u1"), photometric="rgb", **TILED)),
-    "RGB 16-bit as grey": (1, lambda p: tifffile.imwrite(p / "x.tif", values(3, "u2"), photometric="rgb", **TILED)),
-    "RGBA": (
-        3,
-        lambda p: tifffile.imwrite(
-            p / "x.tif", values(4, "u1"), photometric="rgb", extrasamples=["unassalpha"], **TILED
-        ),
-    ),
-    "RGBA, multiplied": (
-        4,
-        lambda p: tifffile.imwrite(
-            p / "x.tif", values(4, "u1"), photometric="rgb", extrasamples=["assocalpha"], **TILED
-        ),
-    ),
-    "RGB 16-bit, multiplied": (
-        3,
-        lambda p: tifffile.imwrite(
-            p / "x.tif", values(4, "u2"), photometric="rgb", extrasamples=["assocalpha"], **TILED
-        ),
-    ),
-    "MinIsWhite": (1, lambda p: tifffile.imwrite(p / "x.tif", grey("u1"), photometric="miniswhite", **TILED)),
-    "MinIsWhite 16-bit": (1, lambda p: tifffile.imwrite(p / "x.tif", grey("u2"), photometric="miniswhite", **TILED)),
-    "JPEG tiles": (
-        3,
-        lambda p: tifffile.imwrite(p / "x.tif", smooth(3), photometric="rgb", compression="jpeg", **TILED),
-    ),
-    "JPEG tiles, grey": (1, lambda p: tifffile.imwrite(p / "x.tif", smooth(1)[..., 0], compression="jpeg", **TILED)),
-    "JPEG, YCbCr": (
-        3,
-        lambda p: tifffile.imwrite(
-            p / "x.tif",
-            smooth(3),
-            photometric="rgb",
-            compression="jpeg",
-            subsampling=(2, 2),
-            compressionargs={"outcolorspace": "ycbcr"},
-            **TILED,
-        ),
-    ),
-    "palette": (
-        3,
-        lambda p: tifffile.imwrite(
-            p / "x.tif", grey("u1"), photometric="palette", colormap=values(256, "u2", False, 3, 1)[..., 0].T, **TILED
-        ),
-    ),
-    "CMYK": (3, lambda p: tifffile.imwrite(p / "x.tif", values(4, "u1"), photometric="separated", **TILED)),
+    "palette": tif(3, grey("u1"), photometric="palette", colormap=values(256, "u2", False, 3, 1)[..., 0].T, **TILED),
+    "CMYK": tif(3, values(4, "u1"), photometric="separated", **TILED),
     "1 bit": (1, lambda p: Image.fromarray(grey("u1") > 99).save(p / "x.tif")),
-    "12 bits": (
-        1,
-        lambda p: tifffile.imwrite(
-            p / "x.tif", grey("u2") >> 4, bitspersample=12, compression=None, photometric="minisblack"
-        ),
+    "12 bits": tif(1, grey("u2") >> 4, bitspersample=12, compression=None, photometric="minisblack"),
+    "pages as channels": tif(5, values(5, "u2", False), photometric="minisblack"),
+    "pages as channels, tiled": tif(
+        5, values(5, "u2", False), photometric="minisblack", metadata={"axes": "CYX"}, **TILED
     ),
-    "pages as channels": (5, lambda p: tifffile.imwrite(p / "x.tif", values(5, "u2", False), photometric="minisblack")),
-    "pages as channels, tiled": (
-        5,
-        lambda p: tifffile.imwrite(
-            p / "x.tif", values(5, "u2", False), photometric="minisblack", metadata={"axes": "CYX"}, **TILED
-        ),
-    ),
-    "OME-TIFF": (
-        2,
-        lambda p: tifffile.imwrite(p / "x.ome.tif", values(2, "u2", False), metadata={"axes": "CYX"}, **TILED),
-    ),
-    "ImageJ": (
-        2,
-        lambda p: tifffile.imwrite(p / "x.tif", values(2, "u2", False), imagej=True, metadata={"axes": "CYX"}),
-    ),
+    "OME-TIFF": tif(2, values(2, "u2", False), name="x.ome.tif", metadata={"axes": "CYX"}, **TILED),
+    "ImageJ": tif(2, values(2, "u2", False), imagej=True, metadata={"axes": "CYX"}),
     "npy": (3, lambda p: np.save(p / "x.npy", values(3, "u1"))),
     "npy, channels first": (3, lambda p: np.save(p / "x.npy", values(3, "u2", False))),
     "npy, grey": (1, lambda p: np.save(p / "x.npy", grey("f4"))),
@@ -188,12 +138,11 @@ KINDS = {
     "JPEG": (3, lambda p: Image.fromarray(smooth(3)).save(p / "x.jpg")),
 }
 KINDS |= {
-    f"orientation {k}": (
-        3, lambda p, k=k: tifffile.imwrite(
-            p / "x.tif", values(3, "u1" if k % 2 else "u2"), photometric="rgb",
-            extratags=[(274, "H", 1, k, True)], **TILED))
+    f"orientation {k}": tif(
+        3, values(3, "u1" if k % 2 else "u2"), photometric="rgb", extratags=[(274, "H", 1, k, True)], **TILED
+    )
     for k in range(2, 9)
-}  # fmt: skip
+}
 PLACES = [(0, 0, H, W), (0, 0, 20, 20), (H - 20, W - 20, 20, 20), (31, 15, 2, 3), (30, 14, 33, 40), (17, 3, 1, 1)]
 DECODED_WHOLE = ("1 bit", "PNG", "JPEG")
 

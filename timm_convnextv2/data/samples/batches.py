@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     """A batch of the data set.
 
     Attributes:
-        number: Its images have indices from `number * batch_size`.
+        number: Its images start at index `number * batch_size`.
         count: Number of images.
         items: None if another process computes this batch, or an earlier run did.
     """
@@ -95,12 +95,8 @@ def stream_batches(
 ) -> Iterator[Batch]:
     """All batches of a stream; batches that are not wanted are read but not decoded.
 
-    Args:
-        source: Read whole by each process, which decodes its share.
-        transform: See `preprocessing`.
-        batch_size: Images per batch.
-        wanted: Whether the batch of this number is wanted.
-        workers: Threads that decode; Pillow and torch release the GIL.
+    Each process reads the whole stream. `workers` is the number of threads that decode: Pillow and torch release the
+    GIL.
     """
 
     def prepare(index: int, name: str, load: Callable) -> Item:

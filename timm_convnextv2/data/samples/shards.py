@@ -20,10 +20,7 @@ def shard_note(source: TimmStream, workers: int, processes: int) -> str:
     timm gives whole shards to data workers, and each worker makes the same number of whole batches: a worker with fewer
     images starts its shards again, and one with more skips some.
 
-    Args:
-        source: After `set_loader_cfg`.
-        workers: Data workers per process; 0: the process itself.
-        processes: Processes of the run.
+    Call it after `set_loader_cfg`. `workers` is per process; 0: the process itself.
     """
     shards, each = shards_of(source), max(1, workers)
     if shards is None:

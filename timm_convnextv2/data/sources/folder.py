@@ -44,15 +44,12 @@ class FolderSource(FileSource):
         return len(self.names)
 
     def path(self, i: int) -> str:
-        """Path of image `i`, as the file system has it."""
         return os.path.join(self.root, self.row_name(i))
 
     def row_name(self, i: int) -> str:
-        """Path of image `i` below the folder, as the file system has it."""
         return self.names[check_index(i, len(self))]
 
     def folders(self) -> list[str]:
-        """The folder, unless its images are fixed by a list."""
         return [self.root] if self.grows else []
 
 
@@ -67,5 +64,4 @@ class ImageFiles(FileSource):
         return len(self.paths)
 
     def path(self, i: int) -> str:
-        """Path of image `i`."""
         return self.paths[i]

@@ -16,9 +16,8 @@ Members = range | np.ndarray
 class Groups:
     """Groups of images, and the share of an epoch that each gets.
 
-    Within a group, images are drawn without replacement, one permutation of the group after another, across epochs. So
-    at any time, no image of a group has been drawn more than once more often than another. The number of draws of each
-    group in an epoch, the permutations, and the order of the epoch are functions of seed, epoch and length.
+    Within a group, images are drawn without replacement, one permutation of the group after another, across epochs. All
+    draws are functions of seed, epoch and its length.
 
     Args:
         members: Indices of the images of each group, a range or int64.
@@ -62,7 +61,7 @@ class Groups:
             had += now
             due = self.shares * (length * (number + 1)) - had
             now = np.floor(due).clip(0).astype(np.int64)
-            most_due_first = np.argsort(now - due, kind="stable")
+            most_due_first = np.argsort(now - due, kind="stable")  # stable: the same on every machine
             lacking = length - int(now.sum())
             if lacking > 0:
                 now[most_due_first[:lacking]] += 1
@@ -122,15 +121,13 @@ def sampling_groups(
     names: Sequence[str] = (),
 ) -> Groups | None:
     """The groups of several sources: one per source, or one per weight in a source if a list has weights.
+    None if no weight is given.
 
     Args:
         counts: Images of each source, in order.
         source_weights: Share of each source; None: the sum of its images' weights.
         weights: How often each image is drawn, relative to others of its source; None: all the same.
         names: Names of the sources.
-
-    Returns:
-        None if no weight is given.
     """
     if source_weights is None and weights is None:
         return None

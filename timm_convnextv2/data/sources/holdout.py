@@ -31,15 +31,12 @@ class Subset(Source):
         return i + int(torch.searchsorted(self.indices, i, right=True)) if self.inverted else int(self.indices[i])
 
     def read(self, i: int, choose: Choose | None = None, seed: int | None = None) -> torch.Tensor | Reduced:
-        """Decodes image `i`."""
         return self.source.read(self.index(i), choose, seed)
 
     def name(self, i: int) -> str:
-        """Name of image `i`."""
         return self.source.name(self.index(i))
 
     def reading(self, in_chans: int, pixels: Pixels) -> "Subset":
-        """The same images, converted in another way."""
         other = super().reading(in_chans, pixels)
         other.source = self.source.reading(in_chans, pixels)
         return other

@@ -32,26 +32,21 @@ class JoinedSource(Source):
         return self.parts[part], j
 
     def read(self, i: int, choose: Choose | None = None, seed: int | None = None) -> torch.Tensor | Reduced:
-        """Decodes image `i`."""
         part, j = self._part(i)
         return part.read(j, choose, seed)
 
     def name(self, i: int) -> str:
-        """Path of image `i`; in a tar, that of the tar and the name of the member."""
         part, j = self._part(i)
         return part.full_name(j)
 
     def path(self, i: int) -> str:
-        """Path of the file of image `i`."""
         part, j = self._part(i)
         return part.path(j)
 
     def folders(self) -> list[str]:
-        """Those of all parts."""
         return [folder for part in self.parts for folder in part.folders()]
 
     def reading(self, in_chans: int, pixels: Pixels) -> "JoinedSource":
-        """The same images, converted in another way."""
         other = super().reading(in_chans, pixels)
         other.parts = [part.reading(in_chans, pixels) for part in self.parts]
         return other

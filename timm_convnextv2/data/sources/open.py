@@ -41,8 +41,7 @@ def create_source(
     Args:
         paths: Where the files are, or the root of the data set; a path alone is a `data_dir`.
         data_set: Data set to open instead of image files.
-        in_chans: Channels that images are converted to.
-        pixels: How stored values become pixels; the demo data set has neither nodata nor a scale.
+        in_chans, pixels: See `Source`.
         order: How a stream is read.
         source_weights: Share of an epoch for each of the folders or lists, in any unit.
         listing: The files of `paths`, if they are listed already.

@@ -65,17 +65,14 @@ class PageSource(FileSource):
         return self.ends[-1]
 
     def path(self, i: int) -> str:
-        """Path of the file of page `i`."""
         return self.source.path(locate(self.ends, i)[0])
 
     def pixels_of(self, i: int) -> Pixels:
-        """`pixels` with the number of page `i` in its file."""
         _, number, count = locate(self.ends, i)
         if self.pages is None:
             return self.pixels._replace(page=number if count > 1 else None)
         return self.pixels._replace(page=self.pages[number])
 
     def name(self, i: int) -> str:
-        """Path of the file and number of the page."""
         page = self.pixels_of(i).page
         return self.source.name(locate(self.ends, i)[0]) + ("" if page is None else f", page {page}")

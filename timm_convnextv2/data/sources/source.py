@@ -103,10 +103,8 @@ class FileSource(Source):
     has_files = True
 
     def read(self, i: int, choose: Choose | None = None, seed: int | None = None) -> torch.Tensor | Reduced:
-        """Decodes the file of image `i`."""
         path = self.path(i)
         return decode(path, self.in_chans, printable(path), choose, self.pixels_of(i))
 
     def name(self, i: int) -> str:
-        """Path of the file of image `i`, printable."""
         return printable(self.path(i))

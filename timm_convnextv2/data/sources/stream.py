@@ -18,17 +18,11 @@ from .timm import STREAMS, decode_any, open_dataset, prefix_of
 
 @dataclass(frozen=True)
 class StreamOrder:
-    """How a stream is read.
+    """How a stream is read."""
 
-    Attributes:
-        batch_size: Images per batch: each worker makes whole batches.
-        seed: Seed of the reader's shuffling.
-        whole: Every process gets all images once, unshuffled, in the order of the shards.
-    """
-
-    batch_size: int = 1
-    seed: int = 0
-    whole: bool = False
+    batch_size: int = 1  # each worker makes whole batches
+    seed: int = 0  # of the reader's shuffling
+    whole: bool = False  # every process gets all images once, unshuffled, in the order of the shards
 
 
 class TimmStream(IterableDataset):
@@ -39,9 +33,8 @@ class TimmStream(IterableDataset):
     seed, epoch, processes and workers. `tfds/` decodes the images itself, as 8-bit with 1 or 3 channels.
 
     Args:
-        data_set: Named `wds/`, `hfids/<name or folder>`, or `tfds/<name>`. Its split may be shard names of `wds/`, as
-            in `train-{0000..0099}.tar`; `input_key` defaults to 'image', for `wds/` to all image extensions (separated
-            by ;).
+        data_set: Named `wds/`, `hfids/<name or folder>`, or `tfds/<name>`. `wds/` takes shard names as split
+            (`train-{0000..0099}.tar`). `input_key` defaults to 'image', for `wds/` to all image extensions.
         root: Folder (or address) of the shards, or download cache.
         in_chans, pixels: See `Source`.
         order: How it is read.

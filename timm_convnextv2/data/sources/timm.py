@@ -81,7 +81,6 @@ class TimmSource(Source):
         return len(self.dataset)
 
     def read(self, i: int, choose: Choose | None = None, seed: int | None = None) -> torch.Tensor | Reduced:
-        """Decodes sample `i`."""
         i = check_index(i, len(self))
         # the file name of an hfds sample costs as much as the sample itself
         name = f"{self.dataset_name} sample {i}" if self.prefix == "hfds" else self.name(i)

@@ -113,11 +113,9 @@ class WindowSource(Source):
         return best
 
     def pixels_of(self, i: int) -> Pixels:
-        """`pixels` with the page of the image of window `i`."""
         return self.pixels._replace(page=self.source.pixels_of(self.files[locate(self.ends, i)[0]]).page)
 
     def name(self, i: int) -> str:
-        """The image, and which of its windows."""
         file, window, count = locate(self.ends, i)
         return f"{self.source.name(self.files[file])}, window {window + 1} of {count}"
 
