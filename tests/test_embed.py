@@ -24,7 +24,8 @@ from timm.data import create_transform, resolve_model_data_config
 
 from timm_convnextv2.checkpoint import load_model
 from timm_convnextv2.commands.embed import main
-from timm_convnextv2.data import DemoSource, MissingPackageError, load_image
+from timm_convnextv2.data import DemoSource, MissingPackageError
+from timm_convnextv2.data.formats.decode import decode
 from timm_convnextv2.features import embed as run
 from timm_convnextv2.features import network as network_models
 from timm_convnextv2.features import rows as writing
@@ -202,12 +203,12 @@ def test_a_failure_leaves_the_old_output_alone(small, images_dir, tmp_path, monk
 
 
 def test_a_missing_package_is_no_bad_image(small, images_dir, tmp_path, monkeypatch):
-    def load(path, in_chans, pixels):
+    def decode_but_one(path, *args):
         if path.endswith("b.png"):
             raise MissingPackageError("run `pip install tifffile`")
-        return load_image(path, in_chans, pixels)
+        return decode(path, *args)
 
-    monkeypatch.setattr("timm_convnextv2.data.formats.decode.load_image", load)
+    monkeypatch.setattr("timm_convnextv2.data.sources.source.decode", decode_but_one)
     monkeypatch.setattr(run, "check_readable", lambda source: [])
     with pytest.raises(MissingPackageError, match="pip install tifffile"):
         embed(small, images_dir, tmp_path / "out.npy", max_bad_images=1.0)

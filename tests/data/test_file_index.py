@@ -47,7 +47,7 @@ def test_an_index_is_what_a_scan_gives(images, data_dir, data_list):
     content = load_file("i")  # others can read it
     assert content["sizes"].tolist() == file_sizes(scanned).tolist()
     assert content["names"].tobytes() == b"".join(os.fsencode(name) for name in scanned.names)
-    sources = [create_source(ImagePaths(data_dir, data_list), in_chans=1, listing=x) for x in (scanned, opened)]
+    sources = [create_source(ImagePaths.of(data_dir, data_list), in_chans=1, listing=x) for x in (scanned, opened)]
     first, second = ([(s.path(i), s.name(i), s[i].tolist()) for i in range(len(s))] for s in sources)
     assert first == second
 

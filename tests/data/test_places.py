@@ -109,14 +109,14 @@ def test_lists(images, kind, base):
         from pyarrow import parquet
 
         parquet.write_table(pyarrow.table({"label": [1, 2, 3], "path": listed, "weight": weights}), path)
-    source = create_source(ImagePaths(base, path), in_chans=1)
+    source = create_source(ImagePaths.of(base, path), in_chans=1)
     assert names(source) == listed and values(source) == [40, 10, 11]
     assert (source.groups is None) == (kind == "txt")
     if weights:
         assert [(group.tolist(), weight) for group, weight in zip(source.groups.members, (1, 1.5, 2), strict=True)] == [
             ([0], 1), ([2], 1.5), ([1], 2),
         ]  # fmt: skip
-    both = create_source(ImagePaths(base, [path, path]), in_chans=1, source_weights=(3, 1))
+    both = create_source(ImagePaths.of(base, [path, path]), in_chans=1, source_weights=(3, 1))
     assert len(both) == 6 and both.groups.shares[: len(both.groups.shares) // 2].sum() == 0.75
 
 
@@ -124,7 +124,7 @@ def test_names_that_are_no_text(images):
     name = b"a/\xff \xc3\xa4#.png"
     os.rename(b"a/1.png", name)
     (images / "list.txt").write_bytes(name + b"\n")
-    source = create_source(ImagePaths(data_list="list.txt"), in_chans=1)
+    source = create_source(ImagePaths.of(None, "list.txt"), in_chans=1)
     assert os.fsencode(source.path(0)) == name and values(source) == [10]
 
 
@@ -174,7 +174,7 @@ def test_patterns_without_an_image(images):
         create_source("b/*.txt")
     with pytest.raises(ValueError, match="--source-weights .* got 1 for 2"):
         create_source(["a", "b"], source_weights=[1])
-    for paths, weights in ((ImagePaths(data_list="x"), None), (None, [1]), (["a", "b"], None)):
+    for paths, weights in ((ImagePaths.of(None, "x"), None), (None, [1]), (["a", "b"], None)):
         with pytest.raises(ValueError, match="embedded"):
             create_source(paths, DataSet("embedded"), source_weights=weights)
 

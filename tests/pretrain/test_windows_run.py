@@ -47,7 +47,7 @@ def test_a_run_on_windows(tmp_path, capsys):
         ("--window-size 0", "--window-size must be at least 1"),
         ("--min-content 0.5", "--min-content is about windows"),
         ("--windows-per-image 3", "--windows-per-image is about windows"),
-        ("--window-size 40 --min-content 1.5", "--min-content is a share"),
+        ("--window-size 40 --min-content 1.5", "--min-content must be below 1, got 1.5"),
         ("--pages all first", "--pages takes all, first, channels, or numbers"),
         ("--pages -1", "--pages takes all, first, channels, or numbers"),
         ("--dicom-window 40", "--dicom-window takes 'file', or a centre and a width"),

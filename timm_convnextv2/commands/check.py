@@ -69,7 +69,7 @@ def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
     listing = listed(args, data_dir) if args.index else None
     page = one_page(args.pages)
     pixels = Pixels(args.nodata, page=0 if args.pages and page is None else page)
-    source = create_source(ImagePaths(data_dir, args.data_list), pixels=pixels, listing=listing)
+    source = create_source(ImagePaths.of(data_dir, args.data_list), pixels=pixels, listing=listing)
     if not source.has_files:
         raise ValueError("check looks at files, and a tar file is one: unpack it, and give the folder.")
     near = perceptual_hash()

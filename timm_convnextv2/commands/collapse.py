@@ -145,7 +145,7 @@ def collapse_of_models(
     for name, (network, config) in networks.items():
         in_chans = config["input_size"][0]
         scale = model_pixels(name_of_model(name), in_chans, nodata)
-        source = create_source(ImagePaths(data_dir, data_list), DataSet(dataset, split), in_chans, scale)
+        source = create_source(ImagePaths.of(data_dir, data_list), DataSet(dataset, split), in_chans, scale)
         if isinstance(source, TimmStream):
             raise ValueError(f"--dataset {dataset} is a stream, from which images cannot be drawn. Give a folder.")
         images = _draw(source, num_images, preprocessing(config), seed, tell if not found else lambda line: None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import PROGRAM, CommandParser, refused, say
-from ..data import DataSet, ImagePaths, Pixels, StreamOrder, create_source
+from ..data import DataSet, ImagePaths, Pixels, StreamOrder, TimmStream, create_source
 from ..data.measure.measure import ERROR, Measured, find_channels, measure_pixels, measured_options
 from ..data.paths.index import check_index_option, find_images
 from ..data.paths.places import Dirs, Listing, as_list, base_of
@@ -66,12 +66,12 @@ def measure_options(args: argparse.Namespace) -> tuple[Measured, Pixels]:
             args.dataset, args.train_split, args.train_num_samples, args.dataset_download, args.input_key
         )
         source = partial(
-            create_source, ImagePaths(data_dir, args.data_list), data_set, pixels=pixels,
+            create_source, ImagePaths.of(data_dir, args.data_list), data_set, pixels=pixels,
             order=StreamOrder(seed=args.seed), listing=listing,
         )  # fmt: skip
         if "source" not in opened:
             first = source(in_chans=args.in_chans or 3)
-            if args.in_chans is None and first.has_files:
+            if args.in_chans is None and not isinstance(first, TimmStream) and first.has_files:
                 first = first.reading(find_channels(first, args.seed, (args.pages or [None])[0]), pixels)
             opened["source"] = with_progress(lambda tick: parts_of(args, first, tick))
             return opened["source"]

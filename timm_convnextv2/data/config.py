@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..config import option
 from .formats.axes import CHANNELS
 from .formats.pixels import Pixels, one_page
+from .paths.places import Dirs, as_list
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class ImagePaths:
     index: str | None = option(
         None, "index of the image names: written if it does not exist, shared by all processes", metavar="FILE"
     )
+
+    @classmethod
+    def of(cls, data_dir: Dirs, data_list: Dirs = None) -> "ImagePaths":
+        """Takes one path or several."""
+        return cls(*(None if given is None else tuple(as_list(given)) for given in (data_dir, data_list)))
 
 
 @dataclass(frozen=True)
@@ -158,4 +164,4 @@ def one_place(data: Sequence[str], data_dir: Sequence[str] | None) -> tuple[str,
     """The folders that a command's DATA or --data-dir names; refuses both."""
     if data and data_dir:
         raise ValueError(f"DATA ('{' '.join(data)}') and --data-dir ('{' '.join(data_dir)}') exclude each other.")
-    return tuple(data) or data_dir
+    return tuple(data or data_dir or ()) or None

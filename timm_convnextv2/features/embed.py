@@ -101,7 +101,7 @@ def embed(
         pixels = model_pixels(model, config["input_size"][0], nodata)
         listing = None if dataset else listed(group, data_dir, data_list, index, max_bad_images, progress)
         source = create_source(
-            ImagePaths(data_dir, data_list),  # pyright: ignore[reportArgumentType]
+            ImagePaths.of(data_dir, data_list),
             DataSet(dataset, split, num_samples, download, input_key),
             config["input_size"][0],
             pixels,
@@ -115,7 +115,7 @@ def embed(
         limit = _Limit(max_bad_images, total)
 
         def claim() -> tuple[set[int], int]:
-            if total is not None:
+            if not isinstance(source, TimmStream):
                 check_readable(source)
             places = [os.path.abspath(place) for place in as_list(data_dir)]
             place = places if len(places) > 1 else places[0] if places else None

@@ -1,6 +1,5 @@
 """From options to a source."""
 
-import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -49,7 +48,7 @@ def create_source(
     Raises:
         MissingPackageError: (a ValueError) A package that the data need is not installed.
     """
-    paths = paths if isinstance(paths, ImagePaths) else ImagePaths(paths)  # pyright: ignore[reportArgumentType]
+    paths = paths if isinstance(paths, ImagePaths) else ImagePaths.of(paths)
     data_set, pixels = data_set or DataSet(), pixels.check(in_chans)
     name, prefix = data_set.dataset, prefix_of(data_set.dataset)
     if not name:
@@ -68,14 +67,12 @@ def create_source(
     raise unknown_dataset(name)
 
 
-def _root_of(paths: ImagePaths, dataset: str, source_weights: Sequence[float] | None) -> str | os.PathLike | None:
+def _root_of(paths: ImagePaths, dataset: str, source_weights: Sequence[float] | None) -> str | None:
     """The one root of a data set; refuses several, and options that only image files can have."""
     if paths.data_list is not None or source_weights is not None:
         option = "--source-weights" if paths.data_list is None else "--data-list"
         raise ValueError(f"{option} is for image files: leave it out with --dataset {dataset}.")
-    roots: Dirs = paths.data_dir
-    if roots is None or isinstance(roots, str | os.PathLike):
-        return roots
+    roots = paths.data_dir or ()
     if len(roots) > 1:
         raise ValueError(f"--dataset {dataset} has one --data-dir, got {' '.join(map(str, roots))}.")
     return roots[0] if roots else None

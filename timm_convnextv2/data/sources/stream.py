@@ -96,6 +96,10 @@ class TimmStream(IterableDataset):
         """Images per epoch of this process, whole batches of every worker (see `set_loader_cfg`)."""
         return len(self.reader)
 
+    def folders(self) -> list[str]:
+        """None: a new file would not belong to the stream, see `Source.folders`."""
+        return []
+
     def set_epoch(self, epoch: int) -> None:
         """Selects the reader's order; reaches workers that are already running."""
         self.dataset.set_epoch(epoch)
