@@ -22,8 +22,7 @@ from benchmarks.finetune_gain import call
 from benchmarks.measure import conditions, write_csv
 from benchmarks.small_data import BATCH, MODEL
 from timm_convnextv2.checkpoint import load_model
-from timm_convnextv2.features import extract as features
-from timm_convnextv2.features import knn
+from timm_convnextv2.features import extract_features, knn
 
 BANDS, SIZE, CLASSES = 8, 32, 10
 RATES = (0.0, 0.3)
@@ -56,7 +55,7 @@ def labelled(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(images).float() / 255, torch.arange(count) % CLASSES
 
 
-def judge(encoder: Path, train: tuple, test: tuple) -> dict[str, float]:
+def score(encoder: Path, train: tuple, test: tuple) -> dict[str, float]:
     """kNN accuracy in % with all bands, with queries that lack half of them, and with the same half missing in both."""
     model = load_model(f"local-dir:{encoder}", num_classes=0).eval()
     config = model.pretrained_cfg
@@ -67,7 +66,7 @@ def judge(encoder: Path, train: tuple, test: tuple) -> dict[str, float]:
     same = torch.rand(1, BANDS, generator=generator).argsort(dim=1) < BANDS // 2
 
     def accuracy(gallery: torch.Tensor, queries: torch.Tensor) -> float:
-        rows = [features(model, images.split(100)) for images in (gallery, queries)]
+        rows = [extract_features(model, images.split(100)) for images in (gallery, queries)]
         found = knn(rows[0], labels, rows[1], k=20, num_classes=CLASSES)
         return round(100 * (found == truth).double().mean().item(), 2)
 
@@ -107,7 +106,7 @@ def main() -> None:
                 words += ["--channel-dropout", rate, "--seed", seed, "--checkpoint-interval", epochs]
                 words += ["--recon-interval", epochs, "--output", output, "--experiment", name, "--resume", "auto"]
                 seconds = call("pretrain.py", words, output / f"{name}.log")
-                rows.append(dict(channel_dropout=rate, seed=seed, **judge(output / name / "encoder", train, test)))
+                rows.append(dict(channel_dropout=rate, seed=seed, **score(output / name / "encoder", train, test)))
                 print(rows[-1], f"{seconds:.0f} s", flush=True)
         for rate in RATES:
             own = [row for row in rows if row["channel_dropout"] == rate]

@@ -2,8 +2,8 @@
 
     timm-convnextv2 evaluate runs/mine convnextv2_atto.fcmae --data-dir LABELLED --output results
 
-    rows = features(model, batches)                          one row for each image
-    judge(rows, labels, test_rows, test_labels)              kNN, ridge, linear probe and rank of them
+    rows = extract_features(model, batches)                          one row for each image
+    measure_features(rows, labels, test_rows, test_labels)              kNN, ridge, linear probe and rank of them
     collapse(model, images)                                  mean cosine distance of the channels of each block
 
 The command writes to `--output`, if given:
@@ -13,11 +13,11 @@ The command writes to `--output`, if given:
 """
 
 from .collapse import BlockCollapse, blocks_of, channel_distance, channel_maps, collapse
-from .evaluate import evaluate_models, judge
-from .extract import features, image_batches, pixels
+from .evaluate import evaluate_models, measure_features
+from .extract import extract_features, image_batches, pixel_features
 from .knn import knn, knn_scores
 from .labelled import Labelled, open_labelled
-from .linear import Estimate, bootstrap, goodness, linear_probe, ridge
+from .linear import Estimate, accuracy_or_map, bootstrap, linear_probe, ridge
 from .rank import rankme
 
 __all__ = [
@@ -30,15 +30,15 @@ __all__ = [
     "channel_maps",
     "collapse",
     "evaluate_models",
-    "features",
-    "goodness",
+    "extract_features",
+    "accuracy_or_map",
     "image_batches",
-    "judge",
+    "measure_features",
     "knn",
     "knn_scores",
     "linear_probe",
     "open_labelled",
-    "pixels",
+    "pixel_features",
     "rankme",
     "ridge",
 ]

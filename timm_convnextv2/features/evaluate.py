@@ -15,7 +15,7 @@ from ..data import Pixels
 from ..data.samples.batches import preprocessing
 from ..runs.device import check_device
 from ..runs.progress import ImageProgress
-from .extract import features, image_batches, pixels
+from .extract import extract_features, image_batches, pixel_features
 from .knn import NEIGHBOURS, TEMPERATURE, capped, knn_scores
 from .labelled import Labelled, open_labelled
 from .linear import Estimate, bootstrap, linear_probe, ridge
@@ -23,7 +23,7 @@ from .network import load_network, name_of_model, random_network
 from .rank import rankme
 
 
-def judge(
+def measure_features(
     train: Tensor,
     train_labels: Tensor,
     test: Tensor,
@@ -118,7 +118,7 @@ def evaluate_models(
 
     Returns:
         What can be written as JSON: `data`, `settings` and `results`, a list with `model`, `measures` (by name,
-        `value`, `low` and `high`, see `judge`), `images_per_second` and `preprocessing`.
+        `value`, `low` and `high`, see `measure_features`), `images_per_second` and `preprocessing`.
 
     Raises:
         ValueError: A model, the images, a device or a number cannot be used; before features are computed, where it can
@@ -163,8 +163,8 @@ def evaluate_models(
         def rows(source: Any) -> Tensor:
             batches = image_batches(source, transform, batch_size, workers)
             if network is None:
-                return pixels(_counted(batches, bar.update), PIXELS)
-            return features(network, batches, devices=devices, amp=amp, progress=bar.update)
+                return pixel_features(_counted(batches, bar.update), PIXELS)
+            return extract_features(network, batches, devices=devices, amp=amp, progress=bar.update)
 
         try:
             train, test = rows(data.train.source), rows(data.test.source)
@@ -172,7 +172,7 @@ def evaluate_models(
             bar.close()
         rate = total / (time.perf_counter() - start)
         try:
-            found = judge(train, data.train.labels, test, data.test.labels, **measure)
+            found = measure_features(train, data.train.labels, test, data.test.labels, **measure)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from e
         results.append(

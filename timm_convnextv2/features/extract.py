@@ -51,7 +51,7 @@ def image_batches(source: Any, transform: Callable, batch_size: int = 64, worker
         yield torch.stack([item.image for item in batch.items or () if item.image is not None])
 
 
-def features(
+def extract_features(
     model: nn.Module,
     batches: Iterable[Tensor],
     *,
@@ -117,7 +117,7 @@ def _rows(network: Any, images: Tensor) -> Tensor:
     return x.float()
 
 
-def pixels(batches: Iterable[Tensor], size: int = 8) -> Tensor:
+def pixel_features(batches: Iterable[Tensor], size: int = 8) -> Tensor:
     """The baseline without a model: images shrunk to `size` x `size` by averaging areas, `[N, C * size * size]`.
 
     Args:

@@ -18,7 +18,7 @@ class Estimate(NamedTuple):
     high: float
 
 
-def goodness(scores: Tensor, labels: Tensor) -> float:
+def accuracy_or_map(scores: Tensor, labels: Tensor) -> float:
     """Accuracy, or mean average precision where images have several labels; 0 to 1.
 
     Args:
@@ -42,7 +42,7 @@ def _mean_average_precision(scores: Tensor, labels: Tensor) -> float:
 
 
 def bootstrap(scores: Tensor, labels: Tensor, *, draws: int = 1000, seed: int = 0) -> Estimate:
-    """`goodness` with its 95 % interval over test images, which are drawn anew, with replacement, `draws` times.
+    """`accuracy_or_map` with its 95 % interval over test images, which are drawn anew, with replacement, `draws` times.
 
     The interval tells what another sample of test images would change; not what another training would.
 
@@ -53,14 +53,14 @@ def bootstrap(scores: Tensor, labels: Tensor, *, draws: int = 1000, seed: int = 
         seed: Of the draws: the same for all models, which are so compared on the same images.
     """
     scores, labels = scores.cpu(), labels.cpu()
-    value, n = goodness(scores, labels), len(labels)
+    value, n = accuracy_or_map(scores, labels), len(labels)
     generator = torch.Generator().manual_seed(seed)
     if labels.ndim == 1:
         right = (scores.argmax(1) == labels).double()
         found = [float(right[torch.randint(n, (n,), generator=generator)].mean()) for _ in range(draws)]
     else:
         picks = [torch.randint(n, (n,), generator=generator) for _ in range(max(draws // 10, 1))]
-        found = [goodness(scores[pick], labels[pick]) for pick in picks]
+        found = [accuracy_or_map(scores[pick], labels[pick]) for pick in picks]
     low, high = torch.tensor(found, dtype=torch.float64).nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
     return Estimate(value, low, high)
 
@@ -195,7 +195,7 @@ def linear_probe(
     fit, held = (part.to(device) for part in _split(len(x), seed))
     options = {"num_classes": num_classes, "seed": seed, "epochs": epochs, "batch_size": batch_size}
     tried = _train(x[fit], labels[fit], x[held], rates=rates, **options)
-    best = max(range(len(rates)), key=lambda i: goodness(tried[i], labels[held]))
+    best = max(range(len(rates)), key=lambda i: accuracy_or_map(tried[i], labels[held]))
     return _train(x, labels, rows, rates=[rates[best]], **options)[0].cpu()
 
 

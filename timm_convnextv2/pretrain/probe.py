@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..features import Labelled, features, image_batches, judge, pixels
+from ..features import Labelled, extract_features, image_batches, measure_features, pixel_features
 from ..features.knn import nearest
 from ..files import whole_file
 from ..models import ConvNeXtV2
@@ -86,11 +86,11 @@ class Probe:
 
     def features(self, encoder: nn.Module) -> tuple[Tensor, Tensor]:
         """`extract` with an encoder."""
-        return self.extract(partial(features, encoder, devices=(self.rows.device,), amp=self.rows.amp))
+        return self.extract(partial(extract_features, encoder, devices=(self.rows.device,), amp=self.rows.amp))
 
     def score(self, train: Tensor, test: Tensor) -> dict[str, float]:
         """kNN and ridge in %, and the rank of the features of the test images."""
-        found = judge(
+        found = measure_features(
             train, self.labelled.train.labels, test, self.labelled.test.labels,
             num_classes=len(self.labelled.classes), k=(self.neighbours,), probe=False, draws=1,
         )  # fmt: skip
@@ -117,7 +117,7 @@ class Probe:
             before = json.loads(path.read_text(encoding="utf-8"))
             if all(before.get(key) == value for key, value in about.items()):
                 return before["baselines"]
-        plain = self.score(*self.extract(pixels))
+        plain = self.score(*self.extract(pixel_features))
         plain.pop("rank")  # the rank of so few pixels says nothing about features
         found = {"random": self.score(*self.features(random_encoder().to(self.rows.device))), "pixels": plain}
         with whole_file(path) as part:

@@ -64,7 +64,7 @@ def test_models_beside_baselines(run, labelled, tmp_path, capsys):
     assert Image.open(tmp_path / "out" / "evaluation.png").size[0] > 500
 
     assert main(words) == 2
-    assert "evaluation.json, evaluation.png already. Pass --overwrite" in capsys.readouterr().err
+    assert "already has evaluation.json, evaluation.png" in capsys.readouterr().err
 
 
 def test_repeatable_and_only_what_is_asked_for(run, labelled):
@@ -119,7 +119,7 @@ def test_distances_and_channels(run, labelled, tmp_path, capsys):
     assert said.count("mean cosine distance") == 2 and "5 images of 32 x 32" in err
 
     assert collapse_command.main(words) == 2
-    assert "collapse.csv, collapse.png, channels.png already" in capsys.readouterr().err
+    assert "already has collapse.csv, collapse.png, channels.png" in capsys.readouterr().err
     assert collapse_command.main([*words, "--overwrite", "--layer", "stages.2.blocks.1"]) == 2
     assert f"'{models[0]}' has no block 'stages.2.blocks.1' (--layer); there are: stages.0" in capsys.readouterr().err
 
@@ -161,7 +161,7 @@ EVALUATE = {
 
 @pytest.mark.parametrize("message", EVALUATE)
 def test_evaluate_refuses_in_one_message(message, run, labelled, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("timm_convnextv2.features.extract.features", None)  # nothing is computed before
+    monkeypatch.setattr("timm_convnextv2.features.evaluate.extract_features", None)  # nothing is computed before
     assert main(EVALUATE[message](run, labelled, tmp_path)) == 2
     out, err = capsys.readouterr()
     assert not out and message in err and err.count("error:") == 1 and "Traceback" not in err

@@ -11,8 +11,7 @@ from PIL import Image
 from timm.models.convnext import ConvNeXt
 
 from timm_convnextv2.data.samples.batches import preprocessing
-from timm_convnextv2.features import extract as features
-from timm_convnextv2.features import image_batches, open_labelled, pixels
+from timm_convnextv2.features import extract_features, image_batches, open_labelled, pixel_features
 
 IMAGES = [torch.randn(3, 3, 32, 32), torch.randn(2, 3, 32, 32)]
 
@@ -23,7 +22,7 @@ def encoder(tmp_path_factory):
 
 
 def test_mean_of_the_last_map_and_plain_layer_norm(encoder):
-    rows = features(encoder, IMAGES)
+    rows = extract_features(encoder, IMAGES)
     x = encoder.forward_features(torch.cat(IMAGES)).mean((2, 3))
     expected = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     assert rows.shape == (5, 32) and rows.dtype == torch.float32 and not rows.requires_grad
@@ -34,17 +33,17 @@ def test_are_the_pre_logits_of_a_head_that_was_not_trained():
     model = ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), ls_init_value=None).eval()
     images = torch.cat(IMAGES)
     expected = model.forward_head(model.forward_features(images), pre_logits=True)
-    assert torch.allclose(features(model, IMAGES), expected, atol=1e-5)
+    assert torch.allclose(extract_features(model, IMAGES), expected, atol=1e-5)
 
 
 def test_modes_stay_as_they_were(encoder):
     model = copy.deepcopy(encoder).train()
     model.stages[1].eval()
     before = [m.training for m in model.modules()]
-    assert torch.equal(features(model, IMAGES), features(encoder, IMAGES))
+    assert torch.equal(extract_features(model, IMAGES), extract_features(encoder, IMAGES))
     assert [m.training for m in model.modules()] == before and not all(before) and any(before)
     with pytest.raises(RuntimeError):
-        features(model, [torch.randn(1, 5, 32, 32)])
+        extract_features(model, [torch.randn(1, 5, 32, 32)])
     assert [m.training for m in model.modules()] == before
 
 
@@ -52,7 +51,7 @@ def test_of_an_fcmae_are_those_of_its_encoder():
     model = timm.create_model(
         "fcmae_convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), decoder_dim=8, patch_size=1, img_size=32
     )
-    assert torch.equal(features(model, IMAGES), features(model.encoder, IMAGES))
+    assert torch.equal(extract_features(model, IMAGES), extract_features(model.encoder, IMAGES))
 
 
 SMALL = {
@@ -73,31 +72,31 @@ def test_of_other_models_of_timm(name):
             expected = F.layer_norm(x, x.shape[1:], eps=1e-6)
         else:
             expected = model.forward_head(model.forward_features(images), pre_logits=True)
-    rows = features(model, IMAGES)
+    rows = extract_features(model, IMAGES)
     assert rows.shape == (5, model.num_features) and torch.allclose(rows, expected, atol=1e-5)
 
 
 def test_batches_go_to_devices_in_turn_and_rows_keep_their_order(encoder):
     batches, seen = [torch.randn(n, 3, 32, 32) for n in (2, 1, 3, 2, 1)], []
-    rows = features(encoder, batches, devices=("cpu", "cpu", "cpu"), progress=seen.append)
-    assert torch.allclose(rows, features(encoder, [torch.cat(batches)]), atol=1e-5) and seen == [2, 1, 3, 2, 1]
+    rows = extract_features(encoder, batches, devices=("cpu", "cpu", "cpu"), progress=seen.append)
+    assert torch.allclose(rows, extract_features(encoder, [torch.cat(batches)]), atol=1e-5) and seen == [2, 1, 3, 2, 1]
     with torch.device("meta"):
-        assert features(encoder, batches[:1], devices=["cpu"]).device.type == "cpu"
+        assert extract_features(encoder, batches[:1], devices=["cpu"]).device.type == "cpu"
 
 
 def test_bfloat16_is_near(encoder):
-    rows, plain = features(encoder, IMAGES, amp=True), features(encoder, IMAGES)
+    rows, plain = extract_features(encoder, IMAGES, amp=True), extract_features(encoder, IMAGES)
     assert rows.dtype == torch.float32 and not torch.equal(rows, plain) and torch.allclose(rows, plain, atol=0.2)
 
 
 def test_pixels_are_means_of_areas():
     image = torch.arange(32 * 32.0).view(1, 1, 32, 32)
-    rows = pixels([image, image + 1], size=8)
+    rows = pixel_features([image, image + 1], size=8)
     assert rows.shape == (2, 64)
     assert rows[0, 0] == image[0, 0, :4, :4].mean() and rows[1, 63] == image[0, 0, 28:, 28:].mean() + 1
 
 
-@pytest.mark.parametrize("function", [lambda b: features(timm.create_model("resnet10t"), b), pixels])
+@pytest.mark.parametrize("function", [lambda b: extract_features(timm.create_model("resnet10t"), b), pixel_features])
 def test_no_images(function):
     with pytest.raises(ValueError, match="no images"):
         function([])

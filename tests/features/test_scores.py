@@ -4,8 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_convnextv2.features import bootstrap, goodness, knn, knn_scores, linear_probe, rankme, ridge
-from timm_convnextv2.features import evaluate as judge
+from timm_convnextv2.features import (
+    accuracy_or_map,
+    bootstrap,
+    knn,
+    knn_scores,
+    linear_probe,
+    measure_features,
+    rankme,
+    ridge,
+)
 from timm_convnextv2.features import linear as linear_module
 from timm_convnextv2.features.knn import nearest
 
@@ -21,7 +29,7 @@ def planted(images=200, noise=0.1, width=16, seed=0):
 
 def test_features_that_separate_classes():
     (train, labels), (test, expected) = planted(), planted(seed=1)
-    found = judge(train, labels, test, expected, num_classes=CLASSES, k=(1, 10, 500), draws=50)
+    found = measure_features(train, labels, test, expected, num_classes=CLASSES, k=(1, 10, 500), draws=50)
     assert list(found) == ["knn_1", "knn_10", "knn_200", "ridge", "probe", "rank"]
     assert all(found[name] == (1, 1, 1) for name in list(found)[:-1])
     assert 1 < found["rank"].value <= 16
@@ -36,7 +44,7 @@ def test_shuffled_labels_give_chance():
         shuffled = labels[torch.randperm(120, generator=generator)]
         answers = expected[torch.randperm(200, generator=generator)]  # else a whole cluster is right or wrong at once
         options = dict(num_classes=CLASSES, k=(20,), draws=200, probe=seed < 4)  # it takes the longest
-        for name, found in judge(train, shuffled, test, answers, **options).items():
+        for name, found in measure_features(train, shuffled, test, answers, **options).items():
             if name != "rank":
                 inside[name].append(found.low <= 1 / CLASSES <= found.high)
                 assert found.low < found.value < found.high < 0.5
@@ -47,10 +55,12 @@ def test_several_labels():
     generator = torch.Generator().manual_seed(0)
     labels = (torch.rand(240, 3, generator=generator) < 0.4).long()
     features = torch.cat([labels.float(), 0.1 * torch.randn(240, 5, generator=generator) + 0.2], 1)
-    found = judge(features[:160], labels[:160], features[160:], labels[160:], num_classes=3, k=(5,), draws=100)
+    found = measure_features(
+        features[:160], labels[:160], features[160:], labels[160:], num_classes=3, k=(5,), draws=100
+    )
     assert all(found[name].value > 0.98 for name in ("knn_5", "ridge", "probe"))
     noise = torch.randn(240, 8, generator=generator)
-    found = judge(noise[:160], labels[:160], noise[160:], labels[160:], num_classes=3, k=(5,), draws=100)
+    found = measure_features(noise[:160], labels[:160], noise[160:], labels[160:], **options)
     assert all(found[name].value < 0.6 for name in ("knn_5", "ridge", "probe"))
 
 
@@ -149,8 +159,8 @@ def test_probe_chooses_the_rate_that_learns():
     train, labels = planted(100)
     test, expected = planted(40, seed=1)
     options = dict(num_classes=CLASSES, epochs=5)
-    assert goodness(linear_probe(train, labels, test, rates=[1e-9], **options), expected) < 0.8
-    assert goodness(linear_probe(train, labels, test, rates=[1e-9, 1.0], **options), expected) == 1
+    assert accuracy_or_map(linear_probe(train, labels, test, rates=[1e-9], **options), expected) < 0.8
+    assert accuracy_or_map(linear_probe(train, labels, test, rates=[1e-9, 1.0], **options), expected) == 1
 
 
 def test_classifiers_of_a_grid_do_not_touch_each_other():
@@ -177,7 +187,7 @@ def test_rank_counts_directions():
 def test_mean_average_precision_by_hand():
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]])
     labels = torch.tensor([[1, 0], [0, 0], [1, 0]])  # the second class has no image and does not count
-    assert goodness(scores, labels) == pytest.approx((1 + 2 / 3) / 2)
+    assert accuracy_or_map(scores, labels) == pytest.approx((1 + 2 / 3) / 2)
 
 
 def test_interval_is_that_of_a_share():
