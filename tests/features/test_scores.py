@@ -55,9 +55,8 @@ def test_several_labels():
     generator = torch.Generator().manual_seed(0)
     labels = (torch.rand(240, 3, generator=generator) < 0.4).long()
     features = torch.cat([labels.float(), 0.1 * torch.randn(240, 5, generator=generator) + 0.2], 1)
-    found = measure_features(
-        features[:160], labels[:160], features[160:], labels[160:], num_classes=3, k=(5,), draws=100
-    )
+    options = dict(num_classes=3, k=(5,), draws=100)
+    found = measure_features(features[:160], labels[:160], features[160:], labels[160:], **options)
     assert all(found[name].value > 0.98 for name in ("knn_5", "ridge", "probe"))
     noise = torch.randn(240, 8, generator=generator)
     found = measure_features(noise[:160], labels[:160], noise[160:], labels[160:], **options)
