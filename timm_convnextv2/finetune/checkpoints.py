@@ -25,11 +25,7 @@ def newest_whole(folder: Path) -> tuple[Path, int] | None:
 
 
 def check_resume(path: Path) -> None:
-    """Reads the checkpoint of --resume.
-
-    Raises:
-        ValueError: It is missing, corrupt or not of train.py; names the newest whole one beside it.
-    """
+    """Refuses a checkpoint that is missing, corrupt or not of train.py; names the newest whole one beside it."""
     try:
         content = load_checkpoint(path)
         if "epoch" in content and "state_dict" in content:
@@ -45,11 +41,7 @@ def check_resume(path: Path) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuses the folder of another run.
-
-    Raises:
-        ValueError: It holds checkpoints; names the one to resume.
-    """
+    """Refuses the folder of another run; names the checkpoint to resume."""
     if any(folder.glob("*.pth.tar")):
         found = newest_whole(folder)
         resume = f"Resume it: --resume {found[0]}." if found else "All of them are corrupt."
@@ -59,13 +51,7 @@ def check_new_folder(folder: Path) -> None:
 
 
 def after_failure(folder: Path, epochs: int, experiment: str) -> str:
-    """Removes a half-written checkpoint of a run that failed; returns a message on what is left and how to resume.
-
-    Args:
-        folder: The run's.
-        epochs: Epochs that the run was to have.
-        experiment: The run's name.
-    """
+    """Removes a half-written checkpoint of a run that failed; returns a message on what is left and how to resume."""
     found, lines = newest_whole(folder), []
     for path in (folder / name for name in TORN):
         if path.is_file() and (found is None or path != found[0]):

@@ -1,19 +1,19 @@
 """Validation and prediction: model and images are checked, then timm's validate.py or inference.py reads them."""
 
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from timm.data import resolve_data_config
-from timm.models import parse_model_name
 from torch import nn
 
 from ..data import Pixels
 from ..runs.device import check_device
-from .folders import FolderOptions, FolderReader, check_labelled, describe, is_opaque, open_split, shown, split_folder
+from .folders import FolderReader, describe, is_folder, open_split, shown, split_folder
 from .images import Images, Reading, feed, probe, refuse_for_tensors
-from .model import check_folder_weights, check_weights_file, choose_pixels, create_meta_model
-from .options import ScriptOptions, check_input_mode, fit_channels, resolve_options
+from .model import check_weights_file, choose_pixels, create_fitted_model
+from .options import ScriptOptions, check_input_mode, resolve_options
 
 
 def prepare_evaluation(
@@ -30,9 +30,6 @@ def prepare_evaluation(
 
     Returns:
         The command line of the script, and notes for the user.
-
-    Raises:
-        ValueError: A user's mistake, in one message.
     """
     words = _with_model(words)
     options = resolved = resolve_options(script, words)
@@ -44,7 +41,12 @@ def prepare_evaluation(
     check_input_mode(options)
     class_to_idx, pixels, notes = None, Pixels(nodata), []
     if not _names_several(options):
-        options, model, notes = _with_channels(options)
+        loads = not options.checkpoint
+        options, model, notes = create_fitted_model(options, need_weights=loads, check_weights=loads)
+        if not getattr(model, "num_classes", 0):
+            raise ValueError(f"--model {options.model} has no classifier. Finetune it first, or see `embed`.")
+        if options.checkpoint:
+            check_weights_file("--checkpoint", options.checkpoint, model)
         pixels, read = choose_pixels(nodata, options.model, options.channels)
         class_to_idx, said = _check_images(options, model, labelled, pixels)
         notes += [*read, *said]
@@ -68,51 +70,20 @@ def _names_several(options: ScriptOptions) -> bool:
     return pattern or Path(options.checkpoint or "?").is_dir()
 
 
-def _with_channels(options: ScriptOptions) -> tuple[ScriptOptions, nn.Module, list[str]]:
-    """Creates the model on the meta device and checks its weights; sets channels, size, mean and std from its config.
-
-    Returns:
-        The options, the model, and notes for the user.
-    """
-    model = create_meta_model(
-        options.model,
-        need_weights=not options.checkpoint,
-        num_classes=options.num_classes,
-        **(options.model_kwargs or {}),
-    )
-    if not getattr(model, "num_classes", 0):
-        raise ValueError(f"--model {options.model} has no classifier. Finetune it first, or see `embed`.")
-    source, folder = parse_model_name(options.model)
-    if source == "local-dir" and not options.checkpoint:
-        check_folder_weights(Path(folder), model)
-    cfg: Any = model.pretrained_cfg
-    in_chans = (cfg.get("input_size") or (3,))[0]
-    if not options.in_chans and not options.input_size and in_chans != 3:  # the script would build 3 channels
-        options = options.evolve(in_chans=in_chans)
-    options, notes = fit_channels(options, model)
-    if options.checkpoint:
-        check_weights_file("--checkpoint", options.checkpoint, model)
-    return options, model, notes
-
-
 def _check_images(
     options: ScriptOptions, model: nn.Module, labelled: bool, pixels: Pixels
 ) -> tuple[dict[str, int] | None, list[str]]:
-    """Lists the folder and compares its classes with the model's.
-
-    Returns:
-        Class index by folder name, if the model's config has the names of its classes; and notes for the user.
-    """
+    """The model's class index by folder name, if its config has the names of its classes; and notes on the folder."""
     folder = options.data_folder
-    if is_opaque(options.dataset) or not folder or Path(folder).is_file():
+    if not folder or not is_folder(options.dataset, folder):
         return None, []
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"--data-dir {root} does not exist.")
-    reading = FolderOptions(options.class_map, getattr(options, "input_key", None))
+    open_folder = partial(FolderReader, class_map=options.class_map, input_key=getattr(options, "input_key", None))
     class_to_idx = None
     if labelled:
-        reader = _open_labelled(root, options.split, reading)
+        reader = open_split(root, options.split, "--split", open_folder, root_too=True)
         cfg: Any = model.pretrained_cfg
         names, num_classes = cfg.get("label_names"), int(model.num_classes)  # type: ignore[arg-type]
         if isinstance(names, list | tuple) and not options.class_map and not getattr(options, "valid_labels", ""):
@@ -122,7 +93,7 @@ def _check_images(
                 f"{reader.root} has {len(reader.classes)} classes and --model {options.model} {num_classes}."
             )
     else:
-        reader = reading.open(split_folder(root, options.split))
+        reader = open_folder(split_folder(root, options.split))
     notes = describe(reader)
     if class_to_idx is not None and len(reader.class_to_idx) < len(class_to_idx):
         notes.append(
@@ -134,22 +105,8 @@ def _check_images(
     return class_to_idx, notes
 
 
-def _open_labelled(root: Path, split: str, options: FolderOptions) -> FolderReader:
-    """The split below a data folder, or the folder itself if it has a sub-folder per class."""
-    folder = split_folder(root, split)
-    if folder.resolve() != root.resolve() or not any(p.is_dir() for p in root.iterdir()):
-        return open_split(root, split, "--split", options)
-    reader = options.open(root)
-    check_labelled(reader)
-    return reader
-
-
 def _match(reader: FolderReader, names: list[str]) -> dict[str, int]:
-    """The model's class index by name.
-
-    Raises:
-        ValueError: The folder has a class that the model does not have.
-    """
+    """The model's class index by name; refuses folders that the model has no class for."""
     class_to_idx = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in reader.classes if name not in class_to_idx]:
         raise ValueError(

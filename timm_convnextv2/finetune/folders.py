@@ -2,8 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from timm.data.readers.class_map import load_class_map
@@ -27,10 +26,15 @@ def shown(names: list[str]) -> str:
     return f"{', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}"
 
 
-def is_opaque(dataset: str) -> bool:
-    """Whether timm's `--dataset` names a data set of another library, not a folder or tar of images."""
+def opaque_prefix(dataset: str) -> str:
+    """The library of timm's `--dataset`, such as 'hfds'; empty for a folder or tar of images."""
     prefix, slash, _ = dataset.partition("/")
-    return bool(slash) and prefix.lower() in OPAQUE_DATASETS
+    return prefix.lower() if slash and prefix.lower() in OPAQUE_DATASETS else ""
+
+
+def is_folder(dataset: str, data_dir: str | None) -> bool:
+    """Whether timm's options name a folder of images: not a file, nor a data set of another library."""
+    return not opaque_prefix(dataset) and not (data_dir and Path(data_dir).is_file())
 
 
 def split_folder(root: str | os.PathLike, split: str) -> Path:
@@ -41,26 +45,15 @@ def split_folder(root: str | os.PathLike, split: str) -> Path:
 
 
 class FolderReader(ReaderImageFolder):
-    """timm's reader of a folder, for every kind of image that pretraining reads.
+    """timm's reader of a folder, for every kind of image that pretraining reads; images and classes in timm's order.
 
-    The folder that holds an image is its class. Hidden files and folders (leading dot) are skipped. Images and classes
-    are in timm's order.
+    The folder that holds an image is its class. Hidden files and folders (leading dot) are skipped.
 
     Args:
         root: The folder.
         class_map: Class by folder name: a file as of timm's `--class-map`, or a mapping. Images in other folders are
             left out.
         input_key: Extensions that count as images, separated by `;`; None for all of `image_extensions()`.
-
-    Attributes:
-        samples: `(path, class)` of each image.
-        class_to_idx: Class by name.
-        left: The files that are not images.
-        unlabelled: Number of images by the name of their folder, if the class map lacks it.
-        imageless: Names of folders whose files are not images.
-
-    Raises:
-        ValueError: There are no images, a folder cannot be listed, or the class map cannot be read.
     """
 
     def __init__(
@@ -70,7 +63,7 @@ class FolderReader(ReaderImageFolder):
         extensions = tuple(input_key.lower().split(";")) if input_key else image_extensions()
         found: list[tuple[str, str]] = []  # path, class
         self.left = LeftOut()
-        self.imageless: list[str] = []
+        self.imageless: list[str] = []  # folders whose files are not images
         for folder, images, others in walk(self.root, extensions, self.left):
             label = os.path.basename(folder)
             found += [(os.path.join(self.root, folder, name), label) for name in images]
@@ -85,6 +78,7 @@ class FolderReader(ReaderImageFolder):
         self.class_to_idx: dict[str, int] = (
             _load_class_map(class_map, self.root) if class_map else {name: i for i, name in enumerate(names)}
         )
+        # by folder that the class map lacks
         self.unlabelled = Counter(label for _, label in found if label not in self.class_to_idx)
         samples = [(path, self.class_to_idx[label]) for path, label in found if label in self.class_to_idx]
         self.samples: list[tuple[str, int]] = sorted(samples, key=lambda sample: natural_key(sample[0]))
@@ -104,48 +98,23 @@ class FolderReader(ReaderImageFolder):
 
 
 def _load_class_map(class_map: str | Mapping[str, int], root: str) -> dict[str, int]:
-    if isinstance(class_map, Mapping):
-        return dict(class_map)
     try:
-        return load_class_map(class_map, root)
+        return dict(class_map) if isinstance(class_map, Mapping) else load_class_map(class_map, root)
     except (AssertionError, OSError, ValueError) as e:
         raise ValueError(f"--class-map {class_map} cannot be read: {e}") from e
 
 
-# ------------------------------------------------------------------------------------------------------------- splits
+Open = Callable[[Path], FolderReader]
 
 
-@dataclass(frozen=True)
-class FolderOptions:
-    """Options of timm's scripts on which files of a folder are images, and on their classes; see `FolderReader`."""
-
-    class_map: str = ""
-    input_key: str | None = None
-
-    def open(self, folder: Path) -> FolderReader:
-        """Lists a folder."""
-        return FolderReader(folder, self.class_map, self.input_key)
-
-
-def open_splits(
-    data_dir: str | None, splits: Mapping[str, str], options: FolderOptions, dataset: str = ""
-) -> list[FolderReader]:
-    """Lists the splits of a folder of images.
+def open_splits(data_dir: str | None, splits: Mapping[str, str], open_folder: Open) -> list[FolderReader]:
+    """Lists the splits of a data folder, which must have the same classes.
 
     Args:
         data_dir: The folder.
         splits: Name of each split by the option that gave it, such as '--train-split'; an empty name is left out.
-        options: Options of the reader.
-        dataset: timm's `--dataset`.
-
-    Returns:
-        The splits; none for other data sets (a tar, `hfds/...`), which timm's script opens.
-
-    Raises:
-        ValueError: A split is missing or empty, or the splits differ in their classes.
+        open_folder: Makes the reader of a folder.
     """
-    if is_opaque(dataset) or data_dir and Path(data_dir).is_file():
-        return []
     if not data_dir:
         raise ValueError(
             "--data-dir is needed: a folder with train/ and validation/, each with a sub-folder per class."
@@ -153,7 +122,7 @@ def open_splits(
     root = Path(data_dir)
     if not root.is_dir():
         raise ValueError(f"--data-dir {root} does not exist. Expected a folder with train/ and validation/.")
-    found = [open_split(root, split, option, options) for option, split in splits.items() if split]
+    found = [open_split(root, split, option, open_folder) for option, split in splits.items() if split]
     check_same_classes(
         found[0].classes,
         found[-1].classes,
@@ -164,40 +133,23 @@ def open_splits(
     return found
 
 
-def open_split(root: Path, split: str, option: str, options: FolderOptions) -> FolderReader:
-    """Lists one split.
-
-    Args:
-        root: The data folder.
-        split: Name of the split.
-        option: The option that gave it, for messages.
-        options: Options of the reader.
-
-    Raises:
-        ValueError: There is no folder of that name, or it has no images or no classes.
-    """
+def open_split(root: Path, split: str, option: str, open_folder: Open, root_too: bool = False) -> FolderReader:
+    """Lists one split of a data folder, or with `root_too` the folder itself; `option` gave the name of the split."""
     expected = f"Expected {root / split} with one sub-folder of images per class, or another {option}."
     folder = split_folder(root, split)
-    # timm would take the root itself for the split then, and `train` for a class
-    if folder.resolve() == root.resolve():
-        there = sorted(p.name for p in root.iterdir() if p.is_dir())
-        listed = ", ".join(there[:10]) or "no folders"
-        raise ValueError(f"{root} has no {option} '{split}'; it has {listed}. {expected}")
+    there = sorted(p.name for p in root.iterdir() if p.is_dir())
+    # timm takes the root itself for the split then, and `train` for a class
+    if folder.resolve() == root.resolve() and not (root_too and there):
+        raise ValueError(
+            f"{root} has no {option} '{split}'; it has {', '.join(there[:10]) or 'no folders'}. {expected}"
+        )
     try:
-        reader = options.open(folder)
+        reader = open_folder(folder)
     except ValueError as e:
         raise ValueError(f"{option} {split} of {root}: {e} {expected}") from e
-    check_labelled(reader, expected)
-    return reader
-
-
-def check_labelled(reader: FolderReader, expected: str = "") -> None:
-    """Refuses images that are in no sub-folder."""
     if "" in reader.class_to_idx:
         raise ValueError(f"{reader.root} has images that are in no sub-folder, so their class is unknown. {expected}")
-
-
-# -------------------------------------------------------------------------------------------------------- description
+    return reader
 
 
 def describe(reader: FolderReader) -> list[str]:

@@ -26,6 +26,7 @@ from timm.data import AugMixDataset, FastCollateMixup, ImageDataset, IterableIma
 from timm.data.auto_augment import AugMixAugment, AutoAugment, RandAugment
 from timm.data.dataset import _ERROR_RETRY
 from timm.data.loader import fast_collate
+from timm.data.readers.reader import Reader
 from timm.data.scheduled_sampler import ScheduledTransformDataset
 from timm.data.transforms import CenterCropOrPad, MaybePILToTensor, MaybeToTensor
 from torch.utils.data import default_collate, get_worker_info
@@ -39,7 +40,7 @@ from ..data.formats.pixels import PLAIN
 from ..data.paths.walk import open_tar
 from ..data.sources.stream import decode_undecoded, leave_undecoded, undecoded_image
 from ..data.sources.timm import decode_any
-from .folders import FolderReader, is_opaque, split_folder
+from .folders import FolderReader, opaque_prefix, split_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -49,16 +50,12 @@ _COLOURS = (RandAugment, AutoAugment, AugMixAugment, ColorJitter, RandomGrayscal
 
 @dataclass(frozen=True)
 class Reading:
-    """How a script reads images.
+    """How a script reads images; `strict` makes an image that cannot be decoded an error.
 
-    Attributes:
-        in_chans: Channels that images are converted to.
-        pixels: How stored values become pixels.
-        strict: Raise an error for an image that cannot be decoded; by default a warning names it, and the next image
-            replaces it (in a stream it is left out).
+    Otherwise a warning names the image, and the next one replaces it; in a stream it is left out.
     """
 
-    in_chans: int = 3
+    in_chans: int = 3  # images are converted to it
     pixels: Pixels = PLAIN
     strict: bool = False
 
@@ -67,11 +64,7 @@ class Reading:
         return to_mode(image, in_chans) if in_chans in (1, 3) and is_8_bit(image) else from_pil(image, in_chans)
 
     def decode(self, image: Any, name: str, decode: Any = decode_any) -> Image.Image | torch.Tensor:
-        """An image of 8 bits with 1 or 3 channels as a Pillow image, any other as a tensor `[C, H, W]`.
-
-        Raises:
-            ImageError, OSError: It cannot be read or decoded; names it.
-        """
+        """An image of 8 bits with 1 or 3 channels as a Pillow image, any other as a tensor `[C, H, W]`."""
         image = decode(image, name, in_chans=self.in_chans, pixels=self.pixels, convert=self.convert)
         # .npy and tifffile give tensors of 8-bit images too
         small = isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and self.in_chans in (1, 3)
@@ -85,12 +78,8 @@ class Images(ImageDataset):
     """timm's `ImageDataset` with images decoded as in pretraining; `dataset[i]` is `(image, target)`.
 
     Args:
-        reader: A reader of timm, or a `FolderReader`.
+        reader: A reader of timm, a `FolderReader`, or a map-style data set of torchvision.
         reading: Channels, pixels, and what happens to corrupt images.
-
-    Raises:
-        ValueError: By a sample: a package is missing; or, if strict, the image cannot be decoded.
-        RuntimeError: By a sample: it and those that follow cannot be decoded.
     """
 
     def __init__(self, reader: Any, reading: Reading = Reading()) -> None:  # noqa: B008  frozen
@@ -98,18 +87,14 @@ class Images(ImageDataset):
         self.reading = reading
 
     def load(self, index: int) -> tuple[Any, ...]:
-        """Image, target and other values of timm's reader, before any transform.
-
-        Raises:
-            ImageError, OSError: The image cannot be read or decoded; names the file.
-        """
+        """Image, target and other values of timm's reader, before any transform."""
         reader: Any = self.reader
         image, *rest = reader[index]
         return self.reading.decode(image, self.name(index)), *rest
 
     def name(self, index: int) -> str:
         """File name of a sample, or its number if only reading the sample gives the name."""
-        known = hasattr(self.reader, "samples")
+        known = isinstance(self.reader, Reader) and hasattr(self.reader, "samples")
         return printable(str(self.filename(index, absolute=True))) if known else f"sample {index}"
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
@@ -129,35 +114,10 @@ class Images(ImageDataset):
         return (image, target, *features) if self.additional_features is not None else (image, target)
 
 
-class TorchReader:
-    """A map-style data set of torchvision as a reader for `Images`; files are not decoded."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        if hasattr(dataset, "loader"):
-            dataset.loader = os.fspath  # torchvision's would convert to 8-bit RGB
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return self.dataset[index]
-
-
 class ImageStream(IterableImageDataset):
     """timm's `IterableImageDataset` for `wds/`, `hfids/` and `tfds/`, with images decoded as by `Images`.
 
     Order and targets are timm's. TensorFlow decodes the images of `tfds/`, as 8 bits.
-
-    Args:
-        reader: timm's reader.
-        name: Name of the data set.
-        input_key: Field that holds the image; for `wds/` several, separated by `;`.
-        reading: See `Images`.
-
-    Raises:
-        ValueError: By iteration: there are fewer shards than workers; or an image cannot be decoded, if strict or after
-            as many in a row as timm retries.
     """
 
     def __init__(self, reader: Any, name: str, input_key: str, reading: Reading) -> None:
@@ -184,14 +144,7 @@ class ImageStream(IterableImageDataset):
 
 
 def probe(dataset: Images, tries: int = 32) -> str:
-    """Decodes images spread over a data set before a script is started on it.
-
-    Returns:
-        Kinds of images that timm's transforms for 8-bit images do not suit, such as 'not 8-bit with 3 channels'.
-
-    Raises:
-        ValueError: No image can be decoded; names the first. Or a package is missing.
-    """
+    """Decodes images spread over a data set; returns the kinds of tensors, such as 'not 8-bit with 3 channels'."""
     n, kinds, bad = max(1, min(tries, len(dataset))), {}, []
     for i in (k * len(dataset) // n for k in range(n)):
         try:
@@ -207,16 +160,7 @@ def probe(dataset: Images, tries: int = 32) -> str:
 
 
 def refuse_for_tensors(kinds: str, options: Mapping[str, Any], crop_mode: str | None) -> None:
-    """Refuses options that timm has for 8-bit images only and that would stop the script at some image.
-
-    Args:
-        kinds: See `probe`; empty if all images are 8-bit RGB or grey.
-        options: Options of the script.
-        crop_mode: As timm resolves it for evaluation.
-
-    Raises:
-        ValueError: Names the option and an alternative.
-    """
+    """Refuses options that timm has for 8-bit images only, if there are `kinds` of other images; see `probe`."""
     mixes = options.get("mixup") or options.get("cutmix") or options.get("cutmix_minmax")
     wrong = {
         "--crop-mode border": (crop_mode == "border", "use --crop-mode center or squash"),
@@ -242,11 +186,7 @@ def _times_255(image: torch.Tensor) -> torch.Tensor:
 
 
 class ByKind:
-    """One of timm's transforms for Pillow images, and the same geometry for tensors `[C, H, W]`.
-
-    Args:
-        transform: From `timm.data.create_transform`: ends in a uint8 tensor, or in a normalised one.
-    """
+    """A transform of `timm.data.create_transform` for Pillow images, and its geometry for tensors `[C, H, W]`."""
 
     def __init__(self, transform: Any) -> None:
         self.transform = transform
@@ -326,12 +266,10 @@ def create_dataset(
         name, root, split, kwargs: timm's arguments.
         reading: See `Images`.
         class_to_idx: Class by the name of its folder, instead of `class_map`.
-
-    Raises:
-        ValueError: A folder or tar has no image, or the data set cannot have so many channels.
     """
     class_map, input_key = class_to_idx or kwargs.get("class_map", ""), kwargs.get("input_key")
-    if root is not None and not is_opaque(name):
+    prefix = opaque_prefix(name)
+    if root is not None and not prefix:
         if os.path.isdir(root):
             return Images(FolderReader(split_folder(root, split), class_map, input_key), reading)
         if root.lower().endswith(".tar") and os.path.isfile(root):
@@ -339,18 +277,19 @@ def create_dataset(
             if str(left):
                 say(f"{root}: {left}")
             return Images(tar, reading)
-    prefix = name.partition("/")[0].lower() if is_opaque(name) else ""
     if prefix == "tfds" and reading.in_chans not in (1, 3):
         raise ValueError(f"Data set '{name}' gives images with 1 or 3 channels, got {reading.in_chans}.")
     if prefix == "wds" and not input_key:
         kwargs["input_key"] = ";".join(extension[1:] for extension in image_extensions())
     if prefix in ("wds", "hfids"):
         kwargs["input_img_mode"] = ""  # else timm's reader converts
-    dataset = timm.data.create_dataset(name, root=root, split=split, **kwargs)
+    dataset: Any = timm.data.create_dataset(name, root=root, split=split, **kwargs)
     if isinstance(dataset, IterableImageDataset):
         return ImageStream(dataset.reader, name, kwargs.get("input_key") or "image", reading)
     if prefix == "torch":
-        return Images(TorchReader(dataset), reading)
+        if hasattr(dataset, "loader"):
+            dataset.loader = os.fspath  # torchvision's would convert to 8-bit RGB
+        return Images(dataset, reading)
     if type(dataset) is not ImageDataset:
         return dataset
     images = Images(dataset.reader, reading)

@@ -15,17 +15,14 @@ from ..files import load_checkpoint
 from ..models import ConvNeXtV2
 from ..models.weights import check_weights
 from ..registry import filter_weights
+from .options import ScriptOptions, fit_channels
 
 TIMM_FOLDER = "Expected a timm folder: config.json and model.safetensors, as pretraining writes to RUN/encoder."
 WEIGHT_FILES = ("*.safetensors", "*.pth", "*.pth.tar", "*.bin")
 
 
 def check_model_folder(folder: Path, need_weights: bool = True) -> None:
-    """Checks that a folder is a timm folder that can be finetuned; it need not be a ConvNeXt V2.
-
-    Raises:
-        ValueError: The folder is missing, incomplete or in another format.
-    """
+    """Refuses a folder that is not a timm folder that can be finetuned; it need not be a ConvNeXt V2."""
     if not folder.is_dir():
         raise ValueError(f"--model local-dir:{folder}: there is no such folder. {TIMM_FOLDER}")
     config = folder / "config.json"
@@ -55,9 +52,6 @@ def create_meta_model(name: str, *, need_weights: bool, **kwargs: Any) -> torch.
         name: As of timm.create_model: a model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
         need_weights: Whether a folder must have weights.
         kwargs: Other arguments of timm.create_model.
-
-    Raises:
-        ValueError: There is no such model, or its folder is incomplete.
     """
     try:
         source, path = parse_model_name(name)
@@ -77,15 +71,39 @@ def create_meta_model(name: str, *, need_weights: bool, **kwargs: Any) -> torch.
         raise ValueError(f"--model {name} cannot be created: {type(e).__name__}: {' '.join(str(e).split())}") from e
 
 
-def check_folder_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Reads the weights of a timm folder once, before the script does.
+def create_fitted_model(
+    options: ScriptOptions, *, need_weights: bool, check_weights: bool, **kwargs: Any
+) -> tuple[ScriptOptions, torch.nn.Module, list[str]]:
+    """The script's model on the meta device; channels, size, mean and std that only the model's config has are set.
 
     Args:
-        folder: The folder.
-        model: The model of its config.json; may be on the meta device.
+        options: Options of the script.
+        need_weights: Whether a folder must have weights.
+        check_weights: Whether to read them: the script will load them.
+        kwargs: Other arguments of timm.create_model.
 
-    Raises:
-        ValueError: The weights are corrupt, incomplete or of another model; the classifier may differ.
+    Returns:
+        The options, the model, and notes for the user.
+    """
+    kwargs |= {"num_classes": options.num_classes, **(options.model_kwargs or {})}
+    model = create_meta_model(options.model, need_weights=need_weights, in_chans=options.channels, **kwargs)
+    if not options.in_chans and not options.input_size:
+        cfg: Any = model.pretrained_cfg
+        in_chans = (cfg.get("input_size") or (3,))[0]
+        if in_chans != 3:  # the script would build 3 channels
+            options = options.evolve(in_chans=in_chans)
+            model = create_meta_model(options.model, need_weights=need_weights, in_chans=in_chans, **kwargs)
+    source, folder = parse_model_name(options.model)
+    if source == "local-dir" and check_weights:
+        check_folder_weights(Path(folder), model)
+    options, notes = fit_channels(options, model)
+    return options, model, notes
+
+
+def check_folder_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Refuses a timm folder whose weights are corrupt or do not fit the model of its config; the classifier may differ.
+
+    The model may be on the meta device.
     """
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
     if not files:  # timm accepts rarer names; the script reads those
@@ -109,16 +127,10 @@ def _check_filtered(weights: dict[str, Any], model: ConvNeXtV2, where: str) -> N
 
 
 def check_weights_file(option: str, path: str, model: torch.nn.Module) -> None:
-    """Reads a file of weights once, before timm's script does.
+    """Refuses a file of weights that is missing or corrupt or does not fit the model, which may be on the meta device.
 
-    Args:
-        option: '--initial-checkpoint', '--resume' or '--checkpoint', whose weights timm loads without conversion, or
-            '--pretrained-path', whose names are converted and whose classifier may differ.
-        path: Its value.
-        model: The model that gets the weights; may be on the meta device.
-
-    Raises:
-        ValueError: The file is missing or corrupt, or its weights do not fit the model.
+    timm converts the names of --pretrained-path, whose classifier may differ; it loads --initial-checkpoint, --resume
+    and --checkpoint without conversion.
     """
     if path.lower().endswith((".npz", ".npy")):  # only other architectures take them, by code of their own
         return
@@ -144,19 +156,9 @@ def check_weights_file(option: str, path: str, model: torch.nn.Module) -> None:
 def choose_pixels(
     nodata: float | None, model: str, in_chans: int, record: dict[str, Any] | None = None
 ) -> tuple[Pixels, list[str]]:
-    """How stored values become pixels: as in the images that the model was trained on, unless the user says otherwise.
+    """How stored values become pixels: by `record`, else as in the images that the model was trained on; and notes.
 
-    Args:
-        nodata: Value of --nodata; None keeps the model's.
-        model: Name for timm's factory; only a folder or a repository has a record of pixels.
-        in_chans: Channels of the images.
-        record: Replaces the model's record.
-
-    Returns:
-        The pixels, and notes for the user.
-
-    Raises:
-        ValueError: The record is for another number of channels.
+    A `nodata` that is not None replaces that of the record.
     """
     inherited = Pixels.from_record(record) if record else model_pixels(model, in_chans)
     pixels = (inherited if nodata is None else inherited._replace(nodata=nodata)).check(in_chans)

@@ -21,17 +21,11 @@ ADDED_OPTIONS = {"nodata": float, "license": str, "pixels": json.loads}
 
 @dataclass(frozen=True)
 class ScriptOptions:
-    """Options of one of timm's scripts as it will resolve them; each can be read as an attribute.
+    """Options of one of timm's scripts as it will resolve them; each can be read as an attribute."""
 
-    Attributes:
-        values: Value by option name, with underscores: command line over recipe over the script's defaults.
-        defaults: The script's defaults.
-        given: Names of the options on the command line.
-    """
-
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # command line over recipe over the script's defaults, by name with underscores
     defaults: Mapping[str, Any]
-    given: frozenset[str]
+    given: frozenset[str]  # names of the options on the command line
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -72,15 +66,10 @@ class ScriptOptions:
 
 
 def resolve_options(script: ModuleType, words: list[str], recipe: Recipe | None = None) -> ScriptOptions:
-    """Resolves recipe and command line with the script's own parser, which also refuses unknown options.
-
-    Args:
-        script: The imported script.
-        words: Its command line.
-        recipe: For train.py, whose parser also gets our options.
+    """Resolves a command line, and for train.py a recipe, with the script's own parser.
 
     Raises:
-        ValueError: The script does not know an option or does not accept a value, or train.py has no --device-modules.
+        ValueError: The script does not know an option or does not accept a value.
     """
     parser = script.parser
     parser.error = MethodType(CommandParser.error, parser)  # raises; argparse would print a usage of 150 options first
@@ -115,12 +104,9 @@ def _check_recipe(script: ModuleType, recipe: Recipe, known: dict[str, Any]) -> 
 
 
 def fit_channels(options: ScriptOptions, model: torch.nn.Module) -> tuple[ScriptOptions, list[str]]:
-    """Sets image size, mean and std if the model's own are for another number of channels than the images have.
+    """Sets image size, mean and std if the model's own are for other channels than the images have; returns notes too.
 
     Otherwise timm would load images with the model's number of channels, and normalise by its mean and std.
-
-    Returns:
-        The options, and notes for the user.
     """
     cfg: Any = model.pretrained_cfg
     wanted, size = options.channels, tuple(cfg.get("input_size") or (3, 224, 224))

@@ -4,9 +4,9 @@ import os
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import PIL
 import timm
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from timm.data import resolve_data_config
 from timm.data.auto_augment import posterize
-from timm.models import parse_model_name, safe_model_name
+from timm.models import safe_model_name
 from timm.optim import param_groups_layer_decay
 from timm.utils.distributed import world_info_from_env
 
@@ -24,10 +24,10 @@ from ..data import Pixels
 from ..models import ConvNeXtV2
 from ..recipes import Recipe
 from .checkpoints import check_new_folder, check_resume
-from .folders import FolderOptions, FolderReader, describe, imbalance, open_splits, shown
+from .folders import FolderReader, describe, imbalance, is_folder, open_splits, shown
 from .images import Images, Reading, probe, refuse_for_tensors
-from .model import check_folder_weights, check_weights_file, choose_pixels, create_meta_model
-from .options import PLUGIN, ScriptOptions, check_input_mode, fit_channels
+from .model import check_weights_file, choose_pixels, create_fitted_model
+from .options import PLUGIN, ScriptOptions, check_input_mode
 from .scripts import allow_processes_on_cpu, matching_script, script_path, script_version
 
 SMALL_SCALE = 1e-3  # a layer whose rate is a thousandth of the head's hardly changes
@@ -41,30 +41,17 @@ def count(n: int, noun: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that passed every check.
+    """A run that passed every check."""
 
-    Attributes:
-        script: The imported train.py.
-        recipe: The recipe.
-        options: Options of train.py, those that follow from data and model included.
-        words: train.py's command line: the user's options, and those that follow, so that its args.yaml is complete.
-        splits: Training and validation; empty if train.py opens the data itself.
-        model: The model on the meta device.
-        folder: The run's folder, OUTPUT/EXPERIMENT.
-        kinds: Kinds of images that are not 8-bit RGB or grey, see `images.probe`.
-        notes: Choices that the user should know of.
-        world_size: Number of processes.
-    """
-
-    script: ModuleType
+    script: ModuleType  # train.py
     recipe: Recipe
-    options: ScriptOptions
-    words: list[str]
-    splits: list[FolderReader]
-    model: torch.nn.Module
-    folder: Path
-    kinds: str
-    notes: list[str]
+    options: ScriptOptions  # with those that follow from data and model
+    words: list[str]  # the user's options and those that follow, so that train.py's args.yaml is complete
+    splits: list[FolderReader]  # training and validation; empty if train.py opens the data itself
+    model: torch.nn.Module  # on the meta device
+    folder: Path  # OUTPUT/EXPERIMENT
+    kinds: str  # of images that are not 8-bit RGB or grey, see `images.probe`
+    notes: list[str]  # for the user
     world_size: int
 
     @property
@@ -109,27 +96,31 @@ def make_plan(
         options: Options of train.py, resolved.
         words: The user's options.
         global_batch_size: Images per update over all processes; None for those of the options.
-
-    Raises:
-        ValueError: A user's mistake, in one message.
     """
     resolved, world_size = options, world_info_from_env()[2]
     if options.device == "cpu" and world_size > 1:
         allow_processes_on_cpu(script)
     check_input_mode(options)
-    splits = open_splits(
-        options.data_folder,
-        {"--train-split": options.train_split, "--val-split": options.val_split},
-        FolderOptions(options.class_map, options.input_key),
-        options.dataset,
-    )
+    splits = []
+    if is_folder(options.dataset, options.data_folder):
+        names = {"--train-split": options.train_split, "--val-split": options.val_split}
+        reader = partial(FolderReader, class_map=options.class_map, input_key=options.input_key)
+        splits = open_splits(options.data_folder, names, reader)
     options, notes = _with_classes(options, splits)
     options = _with_batch(options, world_size, global_batch_size)
     if splits:
         _updates_per_epoch(options, splits[0], world_size)
-    options, model, said = _with_model(options)
+    if "model" not in options.given and options.model == options.defaults["model"]:
+        raise ValueError(
+            "--model is needed: --model local-dir:FOLDER, where FOLDER is the encoder that pretraining exported."
+        )
+    loads = options.pretrained and not options.pretrained_path
+    start = dict(drop_path_rate=options.drop_path, global_pool=options.gp)
+    options, model, said = create_fitted_model(options, need_weights=options.pretrained, check_weights=loads, **start)
     options, folder = _with_folder(options, model)
-    _check_start_files(options, model)
+    for name in START_FILES:
+        if getattr(options, name) and (options.pretrained or name != "pretrained_path"):
+            check_weights_file(f"--{name.replace('_', '-')}", getattr(options, name), model)
     options = _with_license(options, model, folder)
     options = options.evolve(device_modules=list(dict.fromkeys([*(options.device_modules or []), PLUGIN])))
     pixels, read = choose_pixels(options.nodata, options.model, options.channels, options.pixels)
@@ -141,9 +132,6 @@ def make_plan(
     words = [*words, *options.words_since(resolved)]
     notes = [*notes, *said, *read]
     return Plan(script, recipe, options, words, splits, model, folder, kinds, notes, world_size)
-
-
-# --------------------------------------------------------------------------------------------- the options that follow
 
 
 def _with_classes(options: ScriptOptions, splits: list[FolderReader]) -> tuple[ScriptOptions, list[str]]:
@@ -166,11 +154,7 @@ def _with_classes(options: ScriptOptions, splits: list[FolderReader]) -> tuple[S
 
 
 def _with_batch(options: ScriptOptions, world_size: int, wanted: int | None) -> ScriptOptions:
-    """Sets the accumulation steps that make the wanted global batch.
-
-    Raises:
-        ValueError: No whole number of steps makes it; names batches that do.
-    """
+    """Sets the accumulation steps that make the wanted global batch."""
     size = options.batch_size
     if size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {size}.")
@@ -200,11 +184,7 @@ def _with_batch(options: ScriptOptions, world_size: int, wanted: int | None) -> 
 
 
 def _updates_per_epoch(options: ScriptOptions, train: FolderReader, world_size: int) -> int:
-    """Updates per epoch; train.py drops the last batch unless it is full.
-
-    Raises:
-        ValueError: There are fewer images than a batch.
-    """
+    """Updates per epoch; train.py drops the last batch unless it is full."""
     share = -(-len(train) // world_size)
     batches = share // options.batch_size
     if not batches:
@@ -213,41 +193,6 @@ def _updates_per_epoch(options: ScriptOptions, train: FolderReader, world_size: 
             f"batch. Use --batch-size {share} or less."
         )
     return -(-batches // max(1, options.grad_accum_steps))
-
-
-def _with_model(options: ScriptOptions) -> tuple[ScriptOptions, torch.nn.Module, list[str]]:
-    """Creates the model on the meta device; sets channels, size, mean and std if only the model's folder has them.
-
-    Returns:
-        The options, the model, and notes for the user.
-    """
-    if "model" not in options.given and options.model == options.defaults["model"]:
-        raise ValueError(
-            "--model is needed: --model local-dir:FOLDER, where FOLDER is the encoder that pretraining exported."
-        )
-
-    def create(in_chans: int) -> torch.nn.Module:
-        return create_meta_model(
-            options.model,
-            need_weights=options.pretrained,
-            in_chans=in_chans,
-            num_classes=options.num_classes,
-            drop_path_rate=options.drop_path,
-            global_pool=options.gp,
-            **(options.model_kwargs or {}),
-        )
-
-    model = create(options.channels)
-    if not options.in_chans and not options.input_size:
-        cfg: Any = model.pretrained_cfg
-        in_chans = (cfg.get("input_size") or (3,))[0]
-        if in_chans != 3:  # train.py would build 3 channels
-            options, model = options.evolve(in_chans=in_chans), create(in_chans)
-    source, name = parse_model_name(options.model)
-    if source == "local-dir" and options.pretrained and not options.pretrained_path:
-        check_folder_weights(Path(name), model)
-    options, notes = fit_channels(options, model)
-    return options, model, notes
 
 
 def _with_folder(options: ScriptOptions, model: torch.nn.Module) -> tuple[ScriptOptions, Path]:
@@ -265,13 +210,6 @@ def _with_folder(options: ScriptOptions, model: torch.nn.Module) -> tuple[Script
     return options, folder
 
 
-def _check_start_files(options: ScriptOptions, model: torch.nn.Module) -> None:
-    for name in START_FILES:
-        path = getattr(options, name)
-        if path and (options.pretrained or name != "pretrained_path"):
-            check_weights_file(f"--{name.replace('_', '-')}", path, model)
-
-
 def _with_license(options: ScriptOptions, model: torch.nn.Module, folder: Path) -> ScriptOptions:
     """Refuses an unknown or contradicting licence; keeps that of a start file, which may be gone when the run ends."""
     if not isinstance(model, ConvNeXtV2):  # other models are not exported
@@ -282,15 +220,9 @@ def _with_license(options: ScriptOptions, model: torch.nn.Module, folder: Path) 
 
 
 def check_augmentation(policy: str | None) -> None:
-    """Refuses a random augmentation that would stop the run at some image.
+    """Refuses a value of --aa that would stop the run at some image.
 
     At full strength timm's Posterize keeps 0 bits, a black image; Pillow 13 raises an error instead.
-
-    Args:
-        policy: train.py's --aa.
-
-    Raises:
-        ValueError: The policy can reach full strength, and the installed Pillow refuses it.
     """
     bounded = re.search(r"-mmax(\d+)", policy or "")
     if not policy or "-inc1" in policy and bounded and int(bounded[1]) < 10:
@@ -304,9 +236,6 @@ def check_augmentation(policy: str | None) -> None:
             f"refuses ({e}), so the run would stop at some image. Install an older one (pip install 'pillow<13'), or "
             f"keep the strength below its maximum, which differs a little from the paper: --aa {policy}"
         ) from e
-
-
-# -------------------------------------------------------------------------------------------------------- description
 
 
 def describe_plan(plan: Plan) -> list[str]:

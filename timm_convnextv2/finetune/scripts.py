@@ -31,15 +31,7 @@ def matching_script(name: str = "train.py") -> str:
 
 
 def find_script(name: str, option: str | None = None) -> Path:
-    """Path of one of timm's scripts: from the option, from TIMM_TRAIN, or in the clone that timm is installed from.
-
-    Args:
-        name: 'train.py', 'validate.py' or 'inference.py'.
-        option: Value of --timm-train: the script, another script beside it, or the folder of a clone.
-
-    Raises:
-        ValueError: The script is not there; the message says how to get it.
-    """
+    """Path of one of timm's scripts: by --timm-train, by TIMM_TRAIN, or in the clone that timm is installed from."""
     for source, value in (("--timm-train", option), ("TIMM_TRAIN", os.environ.get("TIMM_TRAIN"))):
         if not value:
             continue
@@ -70,12 +62,8 @@ def script_problem(path: Path, name: str) -> str:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as e:  # UnicodeDecodeError is a ValueError
         return f"it is not Python ({e})" if path.is_file() else str(e)
-    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for node in tree.body:
-        if isinstance(node, ast.Assign):
-            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {alias.name for alias in node.names}
+    # functions and imports have a name, variables an id
+    names = {getattr(node, "name", getattr(node, "id", "")) for node in ast.walk(tree)}
     if missing := [needed for needed in NEEDED[name] if needed not in names]:
         return f"it has no {', no '.join(missing)}"
     # a file that was cut off between two functions is still Python, but lacks `if __name__ == "__main__"`
@@ -95,11 +83,7 @@ def script_path(script: ModuleType) -> Path:
 
 
 def load_script(name: str, option: str | None = None) -> ModuleType:
-    """Finds and imports one of timm's scripts, see `find_script`; its main() does not run.
-
-    Raises:
-        ValueError: The script is missing, is another file, fits another timm, or needs a package that is missing.
-    """
+    """Finds and imports one of timm's scripts; its main() does not run. `option` is the value of --timm-train."""
     path = find_script(name, option)
     if problem := script_problem(path, name):
         raise ValueError(f"{path} is not timm's {name}: {problem}.")
@@ -130,16 +114,11 @@ def run_script(script: ModuleType, words: list[str]) -> None:
 
 
 def allow_processes_on_cpu(script: ModuleType) -> None:
-    """Lets train.py run in several processes without GPUs.
-
-    train.py passes the device to DistributedDataParallel, which accepts GPUs only.
-
-    Raises:
-        ValueError: The script is older than timm.task.
-    """
+    """Lets train.py run in several processes without GPUs."""
     if not hasattr(script, "ClassificationTask"):
         raise ValueError(f"{script_path(script)} is too old to train in several processes on CPU. {matching_script()}")
 
+    # train.py passes the device to DistributedDataParallel, which accepts GPUs only
     class Task(script.ClassificationTask):
         def prepare_distributed(self, device_ids: list | None = None, **kwargs: Any) -> Any:
             return super().prepare_distributed(device_ids=None, **kwargs)
