@@ -21,117 +21,52 @@ RECIPES = {path.stem: path for path in helpers.RECIPES.glob("*.yaml")}
 GENERAL = {"linear-probe", "small-data", "smoke"}
 PROCESSES = 8  # that the paper's recipes are written for
 
-# The paper (arXiv 2301.00808), appendix A.2, tables 9 to 13, and the official TRAINING.md.
+# The paper (arXiv 2301.00808), appendix A.2, tables 9 to 13, and the official TRAINING.md; accuracy: tables 14 and 15.
 COLUMNS = ("lr_base", "weight_decay", "layer_decay", "warmup", "epochs", "smoothing", "mixup", "cutmix", "drop_path")
 PAPER = {
-    "finetune-1k-atto": (2e-4, 0.3, 0.9, 0, 600, 0.2, 0.0, 0.0, 0.1),
-    "finetune-1k-femto": (2e-4, 0.05, 0.9, 0, 600, 0.2, 0.3, 0.3, 0.0),
-    "finetune-1k-pico": (2e-4, 0.3, 0.9, 0, 600, 0.2, 0.3, 0.3, 0.0),
-    "finetune-1k-nano": (2e-4, 0.3, 0.9, 0, 600, 0.2, 0.5, 0.5, 0.1),
-    "finetune-1k-tiny": (8e-4, 0.05, 0.9, 40, 300, 0.1, 0.8, 1.0, 0.2),
-    "finetune-1k-base": (6.25e-4, 0.05, 0.6, 20, 100, 0.1, 0.8, 1.0, 0.1),  # table 11: 6.25e-3
-    "finetune-1k-large": (6.25e-4, 0.05, 0.6, 20, 100, 0.1, 0.8, 1.0, 0.2),  # likewise
-    "finetune-1k-huge": (1.25e-3, 0.05, 0.75, 10, 50, 0.1, 0.8, 1.0, 0.3),
-    "finetune-22k-nano": (2.5e-4, 0.05, 0.9, 5, 90, 0.1, 0.8, 1.0, 0.0),
-    "finetune-22k-tiny": (2.5e-4, 0.05, 0.9, 5, 90, 0.1, 0.8, 1.0, 0.0),
-    "finetune-22k-base": (2.5e-4, 0.05, 0.8, 5, 90, 0.1, 0.8, 1.0, 0.1),
-    "finetune-22k-large": (2.5e-4, 0.05, 0.8, 5, 90, 0.1, 0.8, 1.0, 0.1),
-    "finetune-22k-huge": (2.5e-4, 0.05, 0.8, 5, 90, 0.1, 0.8, 1.0, 0.3),
-    "22k-to-1k-nano-224": (2.5e-5, 1e-8, 0.9, 0, 90, 0.1, 0.0, 0.0, 0.1),
-    "22k-to-1k-nano-384": (2.5e-5, 1e-8, 0.9, 0, 90, 0.1, 0.0, 0.0, 0.1),
-    "22k-to-1k-tiny-224": (2.5e-5, 1e-8, 0.9, 0, 90, 0.1, 0.0, 0.0, 0.1),
-    "22k-to-1k-tiny-384": (2.5e-5, 1e-8, 0.9, 0, 90, 0.1, 0.0, 0.0, 0.1),
-    "22k-to-1k-base-224": (2.5e-5, 1e-8, 0.8, 0, 30, 0.1, 0.0, 0.0, 0.2),
-    "22k-to-1k-base-384": (2.5e-5, 1e-8, 0.8, 0, 30, 0.1, 0.0, 0.0, 0.2),
-    "22k-to-1k-large-224": (2.5e-5, 1e-8, 0.8, 0, 30, 0.1, 0.0, 0.0, 0.3),
-    "22k-to-1k-large-384": (2.5e-5, 1e-8, 0.8, 0, 30, 0.1, 0.0, 0.0, 0.3),
-    "22k-to-1k-huge-384": (2.5e-5, 1e-8, 0.85, 0, 30, 0.1, 0.0, 0.0, 0.5),
-    "22k-to-1k-huge-512": (2.5e-5, 1e-8, 0.85, 0, 30, 0.1, 0.0, 0.0, 0.5),
+    "finetune-1k-atto": (2e-4, 0.3, 0.9, 0, 600, 0.2, 0.0, 0.0, 0.1, 76.7),
+    "finetune-1k-femto": (2e-4, 0.05, 0.9, 0, 600, 0.2, 0.3, 0.3, 0.0, 78.5),
+    "finetune-1k-pico": (2e-4, 0.3, 0.9, 0, 600, 0.2, 0.3, 0.3, 0.0, 80.3),
+    "finetune-1k-nano": (2e-4, 0.3, 0.9, 0, 600, 0.2, 0.5, 0.5, 0.1, 81.9),
+    "finetune-1k-tiny": (8e-4, 0.05, 0.9, 40, 300, 0.1, 0.8, 1.0, 0.2, 83.0),
+    "finetune-1k-base": (6.25e-4, 0.05, 0.6, 20, 100, 0.1, 0.8, 1.0, 0.1, 84.9),  # table 11: 6.25e-3
+    "finetune-1k-large": (6.25e-4, 0.05, 0.6, 20, 100, 0.1, 0.8, 1.0, 0.2, 85.8),  # likewise 6.25e-3
+    "finetune-1k-huge": (1.25e-3, 0.05, 0.75, 10, 50, 0.1, 0.8, 1.0, 0.3, 86.3),
+    "finetune-22k-nano": (2.5e-4, 0.05, 0.9, 5, 90, 0.1, 0.8, 1.0, 0.0, None),
+    "finetune-22k-tiny": (2.5e-4, 0.05, 0.9, 5, 90, 0.1, 0.8, 1.0, 0.0, None),
+    "finetune-22k-base": (2.5e-4, 0.05, 0.8, 5, 90, 0.1, 0.8, 1.0, 0.1, None),
+    "finetune-22k-large": (2.5e-4, 0.05, 0.8, 5, 90, 0.1, 0.8, 1.0, 0.1, None),
+    "finetune-22k-huge": (2.5e-4, 0.05, 0.8, 5, 90, 0.1, 0.8, 1.0, 0.3, None),
+    "22k-to-1k-nano-224": (2.5e-5, 1e-8, 0.9, 0, 90, 0.1, 0.0, 0.0, 0.1, 82.1),
+    "22k-to-1k-nano-384": (2.5e-5, 1e-8, 0.9, 0, 90, 0.1, 0.0, 0.0, 0.1, 83.4),
+    "22k-to-1k-tiny-224": (2.5e-5, 1e-8, 0.9, 0, 90, 0.1, 0.0, 0.0, 0.1, 83.9),
+    "22k-to-1k-tiny-384": (2.5e-5, 1e-8, 0.9, 0, 90, 0.1, 0.0, 0.0, 0.1, 85.1),
+    "22k-to-1k-base-224": (2.5e-5, 1e-8, 0.8, 0, 30, 0.1, 0.0, 0.0, 0.2, 86.8),
+    "22k-to-1k-base-384": (2.5e-5, 1e-8, 0.8, 0, 30, 0.1, 0.0, 0.0, 0.2, 87.7),
+    "22k-to-1k-large-224": (2.5e-5, 1e-8, 0.8, 0, 30, 0.1, 0.0, 0.0, 0.3, 87.3),
+    "22k-to-1k-large-384": (2.5e-5, 1e-8, 0.8, 0, 30, 0.1, 0.0, 0.0, 0.3, 88.2),
+    "22k-to-1k-huge-384": (2.5e-5, 1e-8, 0.85, 0, 30, 0.1, 0.0, 0.0, 0.5, 88.7),
+    "22k-to-1k-huge-512": (2.5e-5, 1e-8, 0.85, 0, 30, 0.1, 0.0, 0.0, 0.5, 88.9),
 }
-ACCURACY = {  # tables 14 and 15
-    "finetune-1k-atto": 76.7,
-    "finetune-1k-femto": 78.5,
-    "finetune-1k-pico": 80.3,
-    "finetune-1k-nano": 81.9,
-    "finetune-1k-tiny": 83.0,
-    "finetune-1k-base": 84.9,
-    "finetune-1k-large": 85.8,
-    "finetune-1k-huge": 86.3,
-    "22k-to-1k-nano-224": 82.1,
-    "22k-to-1k-nano-384": 83.4,
-    "22k-to-1k-tiny-224": 83.9,
-    "22k-to-1k-tiny-384": 85.1,
-    "22k-to-1k-base-224": 86.8,
-    "22k-to-1k-base-384": 87.7,
-    "22k-to-1k-large-224": 87.3,
-    "22k-to-1k-large-384": 88.2,
-    "22k-to-1k-huge-384": 88.7,
-    "22k-to-1k-huge-512": 88.9,
-}
-GMACS = {
-    "atto": 0.55,
-    "femto": 0.78,
-    "pico": 1.37,
-    "nano": 2.45,
-    "tiny": 4.47,
-    "base": 15.4,
-    "large": 34.4,
-    "huge": 115,
-}
+ACCURACY = {name: row[-1] for name, row in PAPER.items() if row[-1]}
+PAPER = {name: row[:-1] for name, row in PAPER.items()}
+GMACS = dict(atto=0.55, femto=0.78, pico=1.37, nano=2.45, tiny=4.47, base=15.4, large=34.4, huge=115)
 GMACS_384 = dict(nano=7.21, tiny=13.1, base=45.2, large=101.1, huge=337.9)
 # Numbers that the official code hands over on its command line or has as defaults, the same in every published recipe.
 OFFICIAL = {
-    "opt": "adamw",
-    "opt_betas": [0.9, 0.999],
-    "opt_eps": 1e-8,
-    "sched": "cosine",
-    "sched_on_updates": True,
-    "lr_base_size": 256,
-    "lr_base_scale": "linear",
-    "min_lr": 1e-6,
-    "warmup_lr": 0.0,
-    "warmup_prefix": True,
-    "aa": "rand-m9-mstd0.5-inc1",
-    "color_jitter": None,
-    "train_interpolation": "bicubic",
-    "interpolation": "bicubic",
-    "reprob": 0.25,
-    "remode": "pixel",
-    "head_init_scale": 0.001,
-    "model_ema_decay": 0.9999,
-    "workers": 10,
-    "pin_mem": True,
-    "checkpoint_hist": 3,
-    "amp": True,
-    "pretrained": True,
-    "device_modules": ["timm_convnextv2"],
-}
+    "opt": "adamw", "opt_betas": [0.9, 0.999], "opt_eps": 1e-8, "sched": "cosine", "sched_on_updates": True,
+    "lr_base_size": 256, "lr_base_scale": "linear", "min_lr": 1e-6, "warmup_lr": 0.0, "warmup_prefix": True,
+    "aa": "rand-m9-mstd0.5-inc1", "color_jitter": None, "train_interpolation": "bicubic", "interpolation": "bicubic",
+    "reprob": 0.25, "remode": "pixel", "head_init_scale": 0.001, "model_ema_decay": 0.9999, "workers": 10,
+    "pin_mem": True, "checkpoint_hist": 3, "amp": True, "pretrained": True, "device_modules": ["timm_convnextv2"],
+}  # fmt: skip
 # Options of timm 1.0.31's train.py that recipes use.
 TRAIN_OPTIONS = {
-    *OFFICIAL,
-    *(column for column in COLUMNS if column != "warmup"),
-    *("amp_dtype", "batch_size", "crop_pct", "device", "grad_accum_steps", "img_size", "layer_decay_no_opt_scale"),
-    *(
-        "clip_grad",
-        "cooldown_epochs",
-        "log_interval",
-        "mixup_off_epoch",
-        "mixup_prob",
-        "no_prefetcher",
-        "ratio",
-        "scale",
-    ),
-    *(
-        "mixup_switch_prob",
-        "model_ema",
-        "model_ema_warmup",
-        "num_classes",
-        "seed",
-        "val_split",
-        "warmup_epochs",
-        "hflip",
-    ),
-}
+    *OFFICIAL, *COLUMNS, "amp_dtype", "batch_size", "clip_grad", "cooldown_epochs", "crop_pct", "device",
+    "grad_accum_steps", "hflip", "img_size", "layer_decay_no_opt_scale", "log_interval", "mixup_off_epoch",
+    "mixup_prob", "mixup_switch_prob", "model_ema", "model_ema_warmup", "no_prefetcher", "num_classes", "ratio",
+    "scale", "seed", "val_split", "warmup_epochs",
+} - {"warmup"}  # fmt: skip
 
 
 def load(name):
