@@ -101,8 +101,8 @@ def test_mutated_configs(folder, tmp_path, count):
     "key, value, expected",
     [
         ("pretrained_cfg", -1, "a table"),
-        ("pretrained_cfg.mean", 3.5, "a list of numbers, one a channel"),
-        ("pretrained_cfg.std", [0.1, 0, 0.1], "a list of numbers above 0, one a channel"),
+        ("pretrained_cfg.mean", 3.5, "a list of numbers, one per channel"),
+        ("pretrained_cfg.std", [0.1, 0, 0.1], "a list of numbers above 0, one per channel"),
         ("pretrained_cfg.input_size", ["3", "32", "32"], "3 whole numbers"),
         ("pretrained_cfg.license", ["mit"], "a string"),
         ("training.table", "many", "a table of strings and numbers"),

@@ -97,7 +97,7 @@ def test_default_output_and_again(pretrained, run_publish):
 def test_a_published_base_model_binds_the_licence(pretrained, run_publish, tmp_path):
     options = ("--base-model", "timm/convnextv2_atto.fcmae", "--dry-run", "--output", str(tmp_path / "out"))
     status, _, err = run_publish(pretrained, "me/enc", "--license", "mit", *options)
-    assert status == 2 and "cc-by-nc-4.0, which stays" in err
+    assert status == 2 and "cc-by-nc-4.0" in err
     assert run_publish(pretrained, "me/enc", *options)[0] == 0
     assert "license: cc-by-nc-4.0" in (tmp_path / "out/README.md").read_text()
 
@@ -137,7 +137,7 @@ def test_pretraining_goes_on_from_what_was_published(pretrained, run_publish, ca
     assert config["pretrained_cfg"]["license"] == config["training"]["inherited_license"] == "mit"
     assert config["training"]["table"]["Started from"] == "fcmae"
     status, _, err = run_publish(tmp_path / "again", "a/b", "--license", "bsd-3-clause", "--dry-run")
-    assert status == 2 and "under mit, which stays" in err
+    assert status == 2 and "under mit" in err
     assert run_publish(tmp_path / "again", "a/b", "--part", "fcmae", "--dry-run")[0] == 0  # mit, without asking
 
     _, again = fcmae_of([*common, "--pretrained", "--img-size", "64"])
@@ -195,7 +195,7 @@ def test_derived_weights_keep_their_licence(run_publish, tmp_path):
     run, _ = make_run(tmp_path / "run", f"local-dir:{folder}", pretrained=True, model_kwargs={})
     for source in (folder, run):
         status, _, err = run_publish(source, "me/x", "--license", "mit", "--dry-run")
-        assert status == 2 and f"{NC}, which stays" in err
+        assert status == 2 and f"{NC}" in err
         assert run_publish(source, "me/x", "--dry-run", "--output", tmp_path / "out")[0] == 0
         assert f"license: {NC}" in (tmp_path / "out/README.md").read_text()
     # a folder of timm's own save_for_hf, whose card would say apache-2.0
@@ -254,7 +254,7 @@ def _spoil(folder, how, tmp_path):
     ("how", "message"),
     [
         ("no config", "no config.json"),
-        ("foreign config", "config.json' is not of a ConvNeXt V2"),
+        ("foreign config", "config.json'.* a ConvNeXt V2"),
         ("other size", "model.safetensors' does not hold the weights"),
         ("unknown option", "config.json' does not describe a model"),
         ("no weights", "no model.safetensors"),

@@ -88,11 +88,11 @@ def test_a_folder_that_is_no_model_is_refused_by_name(small, tmp_path, how):
 
 def test_names_that_are_refused():
     for name in ("some/folder", "", "ftp:x"):
-        with pytest.raises(ValueError, match="expected a model of timm, local-dir:FOLDER or hf-hub:USER/NAME"):
+        with pytest.raises(ValueError, match="expected .*local-dir:FOLDER or hf-hub:USER/NAME"):
             load_model(name)
     with pytest.raises(ValueError, match="'convnextv2_ato'.* Did you mean 'convnextv2_atto'"):
         load_model("convnextv2_ato")
-    with pytest.raises(ValueError, match=r"no pretrained weights in timm. There are .*convnextv2_atto\.fcmae_ft_in1k"):
+    with pytest.raises(ValueError, match=r"no pretrained weights in timm.*convnextv2_atto\.fcmae_ft_in1k"):
         load_model("convnextv2_atto.nothing")
     with pytest.raises(ValueError, match="'convnextv2_small' has no pretrained weights in timm. Give "):
         load_model("convnextv2_small")
@@ -104,7 +104,7 @@ def test_a_pretraining_model_is_refused(tmp_path):
     model = timm.create_model("fcmae_convnextv2_atto", depths=(1, 1, 1, 1), dims=DIMS, decoder_dim=16)
     export_fcmae(model, tmp_path)
     for kwargs in (dict(num_classes=0), dict(features_only=True)):
-        with pytest.raises(ValueError, match=f"The model 'local-dir:{tmp_path}' (is a FCMAE|cannot be loaded)"):
+        with pytest.raises(ValueError, match=f"The model 'local-dir:{tmp_path}' (is an FCMAE|cannot be loaded)"):
             load_model(f"local-dir:{tmp_path}", **kwargs)
 
 

@@ -232,7 +232,7 @@ def test_sparse_pretraining_finetunes_densely():
         (lambda w: w | {"mask_token": "text"}, "mask_token.*shape"),
         (lambda w: {}, "empty"),
         (lambda w: {"state_dict": w, "arch": "x"}, "timm training checkpoint"),
-        (lambda w: convert_official(w, conv_mlp=True), "timm's names already"),
+        (lambda w: convert_official(w, conv_mlp=True), "timm's names"),
         (lambda w: {f"module.{k}": v for k, v in w.items()}, "DDP"),
         (lambda w: {"cls_token": torch.ones(1, 1, 8), "blocks.0.norm1.weight": torch.ones(8)}, "vision transformer"),
         (lambda w: official_dense() | {"stages.0.0.gamma": torch.ones(8)}, "ConvNeXt V1"),
@@ -403,13 +403,14 @@ def test_stock_timm_opens_the_folder(tmp_path):
 
 
 def test_config_and_card(tmp_path):
-    model = timm.create_model("fcmae_convnextv2_atto", decoder_dim=16, img_size=64, patch_size=1, drop_path_rate=0.2)
+    model = timm.create_model(
+        "fcmae_convnextv2_atto", decoder_dim=16, img_size=(64, 48), patch_size=1, drop_path_rate=0.2
+    )
     folder = export_encoder(
         model,
         tmp_path / "deep" / "out",
         mean=(0.5, 0.5, 0.5),
         std=(0.2, 0.2, 0.2),
-        img_size=(64, 48),
         license="mit",
         info={"Images": "12 | 3", "Epochs": 5},
     )

@@ -151,9 +151,9 @@ def test_what_judges_an_encoder_applies_them(bands, made, monkeypatch, tmp_path)
     [
         ({"divide": "10"}, "training.pixels.divide = '10' .str., expected a number above 0"),
         ({"nodata": [1]}, "training.pixels.nodata"),
-        ({"clip_low": [0], "clip_high": [0]}, "a number above each of clip_low"),
-        ({"clip_low": [0]}, "a number above each of clip_low"),
-        ({"clip_low": [0, 0], "clip_high": [1, 1]}, "one number, or 5"),
+        ({"clip_low": [0], "clip_high": [0]}, "clip limits"),
+        ({"clip_low": [0]}, "clip limits"),
+        ({"clip_low": [0, 0], "clip_high": [1, 1]}, "clip_low has 2 values for 5 channels"),
         ({"gamma": 2}, "training.pixels.gamma = 2"),
     ],
 )

@@ -1,14 +1,14 @@
-"""The model card: written from a timm folder's `config.json` alone, so that publishing can write it again.
+"""The model card, made from a timm folder's `config.json` alone, so that publishing can write it again.
 
-What the card says and timm's format has no field for is in the section `training` of `config.json`:
+Values for which timm's format has no field are in the section `training` of `config.json`:
 
     made_with           versions
     table               rows of the table 'How it was made'
     base_model          Hub id of the model that training started from, or null
     datasets            Hub ids of data sets, for links
     metrics             {"top1": 81.2, "top5": ..., "dataset": name, "split": name}, or null
-    inherited_license   the licence that came with the weights training started from, or null
-    pixels              how stored values become pixels, before mean and std, see `data.Pixels`; null in the usual way
+    inherited_license   the licence of the weights that training started from, or null
+    pixels              how stored values become pixels, before mean and std, see `data.Pixels`; null by default
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import Pixels
+from ..version import __version__
 from .provenance import is_ours, training_of
 
-# Images that may lie beside a card, and what they show.
+# Images beside a card, and their captions.
 IMAGES = {
     "loss.png": "Training loss and learning rate",
     "reconstructions.png": "Original, masked input, prediction, prediction with the visible patches",
-    "predictions.png": "Validation images: the truth, and what was found",
+    "predictions.png": "Validation images: ground truth and predictions",
 }
 HERE, OR_HUB = '"local-dir:path/to/this/folder"', '  # or "hf-hub:user/name"'
 
@@ -54,7 +55,7 @@ A whole [FCMAE](https://arxiv.org/abs/2301.00808), encoder and decoder, to conti
 It was made with `timm_convnextv2` {version} and needs that package.""",
 }
 _FEATURES = "`num_classes=0` gives features `[B, {num_features}]`, `features_only=True` the maps of the four stages."
-_PIXELS = """`timm_convnextv2` does it by itself in finetuning, validation, prediction, embedding, evaluation, detection
+_PIXELS = """`timm_convnextv2` does this itself in finetuning, validation, prediction, embedding, evaluation, detection
 and segmentation; with timm alone, do the same to your images."""
 _USE = {
     "encoder": _FEATURES,
@@ -65,32 +66,42 @@ _USE = {
 
 
 def kind_of(config: dict[str, Any]) -> str:
-    """'fcmae', 'encoder' (no classifier) or 'classifier', from a `config.json`."""
+    """'fcmae', 'encoder' (no classifier) or 'classifier'."""
     if config["architecture"].startswith("fcmae_"):
         return "fcmae"
     return "classifier" if config.get("num_classes", config.get("pretrained_cfg", {}).get("num_classes")) else "encoder"
 
 
 def licence_text(license: str | None, training: dict[str, Any]) -> str:
-    """What the card says of the licence."""
+    """The card's sentence about the licence."""
     if license is None:
-        return "Not stated: ask whoever trained the weights."
+        return "Not stated: ask the author of the weights."
     if training.get("inherited_license"):
         base = training.get("base_model")
         source = f"[{base}](https://huggingface.co/{base})" if base else "earlier weights"
-        return f"{license}. Training started from {source} under this licence, and it stays."
-    return f"{license}, as named by whoever trained the weights."
+        return f"{license}. Training started from {source} under this licence, which still applies."
+    return f"{license}, as stated by the author of the weights."
 
 
-def pixels_text(record: dict[str, Any], who: str) -> str:
-    """What the card says of a record of pixels, and who prepares them."""
-    return f"Before mean and standard deviation, stored values are prepared: {Pixels.from_record(record)}. {who}"
+def pixels_text(record: dict[str, Any], by_whom: str) -> str:
+    """The card's sentences about a record of pixels."""
+    return f"Before mean and standard deviation, stored values are prepared: {Pixels.from_record(record)}. {by_whom}"
 
 
-def escaped_rows(values: dict[str, Any]) -> str:
-    """Rows of a table of two columns."""
+def table(head: str, values: dict[str, Any]) -> str:
+    """A Markdown table of two columns."""
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in values.items()]
-    return "\n".join(f"| {name} | {value} |" for name, value in cells)
+    return "\n".join([f"| {head} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in cells)])
+
+
+def images_text(images: Sequence[str]) -> list[str]:
+    """The card's paragraphs with images."""
+    return [f"![{IMAGES[name]}]({name})\n\n*{IMAGES[name]}.*" for name in IMAGES if name in images]
+
+
+def dataset_type(name: str) -> str:
+    """An id for a data set that has none on the Hub."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
 def _results(metrics: dict[str, Any]) -> list[EvalResult]:
@@ -98,7 +109,7 @@ def _results(metrics: dict[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="image-classification",
-            dataset_type=metrics.get("dataset_id") or "".join(c if c.isalnum() else "-" for c in name.lower()),
+            dataset_type=metrics.get("dataset_id") or dataset_type(name),
             dataset_name=name,
             dataset_split=metrics.get("split"),
             metric_type="accuracy",
@@ -115,13 +126,11 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
 
     Args:
         config: The folder's `config.json`.
-        images: Those of `IMAGES` that lie beside the card.
+        images: Names from `IMAGES` of files beside the card.
 
     Raises:
-        ValueError: A licence that is not an id of the Hub.
+        ValueError: The licence is not an id of the Hub.
     """
-    from .. import __version__
-
     if not is_ours(config.get("architecture")):
         raise ValueError(f"No card for the architecture {config.get('architecture')!r}: not a ConvNeXt V2.")
     kind, training, cfg = kind_of(config), training_of(config), config.get("pretrained_cfg", {})
@@ -157,15 +166,14 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     if training.get("pixels"):
         parts.append(pixels_text(training["pixels"], _PIXELS))
     if training.get("table"):
-        parts += ["## How it was made", f"| | |\n| --- | --- |\n{escaped_rows(training['table'])}"]
+        parts += ["## How it was made", table("", training["table"])]
     if results:
         where = f"{metrics.get('dataset')}, {metrics['split']}" if metrics.get("split") else metrics.get("dataset")
-        rows = "\n".join(f"| {r.metric_name} | {r.metric_value} |" for r in results)
-        parts += ["## Results", f"| {where} | |\n| --- | --- |\n{rows}"]
-    parts += [f"![{IMAGES[name]}]({name})\n\n*{IMAGES[name]}.*" for name in IMAGES if name in images]
+        parts += ["## Results", table(str(where), {r.metric_name: r.metric_value for r in results})]
+    parts += images_text(images)
     parts += ["## Licence and provenance", licence_text(license, training)]
     if cfg.get("origin_url"):
-        parts += [f"Code that the published weights come from: {cfg['origin_url']}"]
+        parts += [f"Code behind the published weights: {cfg['origin_url']}"]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(parts) + "\n"))
 
 

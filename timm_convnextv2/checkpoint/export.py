@@ -1,4 +1,4 @@
-"""Export to a timm folder: an encoder, a whole FCMAE; how such a folder is written."""
+"""Export of an encoder or a whole FCMAE to a timm folder, and the writer of such folders."""
 
 import copy
 import json
@@ -19,10 +19,11 @@ from ..data import Pixels
 from ..files import WriteError, new_part, remove_leftovers, sync, system_reason
 from ..models import FCMAE
 from ..models.weights import check_weights, first_not_finite
+from ..version import __version__
 from .card import IMAGES, render_card
 from .provenance import WEIGHTS, resolve_license
 
-# What of a `pretrained_cfg` is true of weights that were trained on, whatever they started from.
+# The entries of a `pretrained_cfg` that still hold after training, whatever the weights started from.
 KEEP = ("architecture", "input_size", "fixed_input_size", "pool_size", "interpolation", "crop_pct", "crop_mode")
 KEEP += ("mean", "std", "num_classes", "first_conv", "classifier")
 PAPER = ("paper_name", "paper_ids")
@@ -38,34 +39,45 @@ def write_folder(
     training: dict[str, Any],
     label_names: Sequence[str] | None = None,
 ) -> Path:
-    """Writes a timm folder for `model` with other `weights`; see `export_encoder` for what happens to the folder.
+    """Writes a timm folder for `model` with other `weights`; other files in the folder stay, see `export_encoder`.
 
     Args:
-        model: What timm's factory made, on any device; gives the architecture, its options and `pretrained_cfg`.
-        weights: Checked.
-        folder: Where to.
-        data: `input_size` and what else timm's `resolve_data_config` takes.
+        model: Made by timm's factory, on any device; gives the architecture, its options and `pretrained_cfg`.
+        weights: Names and shapes are already checked.
+        folder: Created if needed.
+        data: `input_size` and the other keys of timm's `resolve_data_config`.
         license: Licence of the weights; replaces the one in `pretrained_cfg`.
-        training: The section of that name in `config.json`, see `card`; its table follows rows on the model.
+        training: The section of that name in `config.json`, see `card`; rows about the model precede its table.
         label_names: Names of the classes in the order of the model's outputs.
 
     Raises:
         ValueError: A weight is not finite.
-        WriteError: (an OSError) The folder cannot be written; what was there stays.
+        WriteError: (an OSError) The folder cannot be written; its old files stay.
     """
-    # safetensors wants contiguous tensors that share no memory, channels_last weights are not contiguous
+    # safetensors needs contiguous tensors that share no memory; channels_last weights are not contiguous
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     bad = first_not_finite(weights)
     if bad:
         raise ValueError(f"The weights were not written to '{folder}': '{bad}' has values that are not finite.")
-    folder = Path(folder).resolve()  # of a link, the target: a file moves only within its file system
-    remove_leftovers(folder.parent, [folder.name])  # of an export that was killed: as large as a model
+    folder = Path(folder).resolve()  # a file moves only within its file system, so write beside the target of a link
+    remove_leftovers(folder.parent, [folder.name])  # a killed export leaves files as large as the model
     temporary = new_part(folder)
     try:
         temporary.mkdir(parents=True)
-        _write_files(
-            model, weights, folder, temporary, data=data, license=license, training=training, label_names=label_names
-        )
+        config = _config(model, temporary / "config.json", data, label_names)
+        _complete(config, weights, license, training)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(temporary / "config.json", temporary / WEIGHTS)  # safetensors lets only the owner read
+        images = [name for name in IMAGES if (folder / name).is_file()]
+        (temporary / "README.md").write_text(render_card(config, images), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        # weights first: a folder with a config.json counts as complete, also after a crash between two renames
+        names = (WEIGHTS, "config.json", "README.md")
+        for name in names:
+            sync(temporary / name)
+        for name in names:
+            os.replace(temporary / name, folder / name)
         sync(folder)
         sync(folder.parent)
     except Exception as e:
@@ -78,26 +90,19 @@ def write_folder(
     return folder
 
 
-def _write_files(
-    model: nn.Module,
-    weights: dict[str, Tensor],
-    folder: Path,
-    temporary: Path,
-    *,
-    data: dict[str, Any],
-    license: str | None,
-    training: dict[str, Any],
-    label_names: Sequence[str] | None,
-) -> None:
-    """Writes the files to `temporary`, and moves them when all are complete."""
-    from .. import __version__
-
-    # what timm.models.save_for_hf writes, without a second copy of the model for other weights
+def _config(model: nn.Module, path: Path, data: dict[str, Any], label_names: Sequence[str] | None) -> dict[str, Any]:
+    """The `config.json` of timm.models.save_for_hf, which would need a second copy of the model for other weights."""
     labels = {"label_names": list(label_names)} if label_names else {}
-    save_config_for_hf(model, str(temporary / "config.json"), model_config=labels, data_config=data)
-    config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+    save_config_for_hf(model, str(path), model_config=labels, data_config=data)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _complete(
+    config: dict[str, Any], weights: dict[str, Tensor], license: str | None, training: dict[str, Any]
+) -> None:
+    """Adds the licence and the section `training` to timm's config."""
     cfg = config["pretrained_cfg"]
-    # said at the top, too: transformers' wrapper would hand it to timm.create_model twice
+    # also at the top level; transformers' wrapper would pass it to timm.create_model twice
     config.get("model_args", {}).pop("num_classes", None)
     cfg.pop("license", None)
     if license:
@@ -111,47 +116,35 @@ def _write_files(
     }
     versions = {"timm_convnextv2": __version__, "timm": timm.__version__, "torch": torch.__version__}
     config["training"] = {**training, "made_with": versions, "table": {k: str(v) for k, v in rows.items()}}
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-    shutil.copymode(temporary / "config.json", temporary / WEIGHTS)  # safetensors lets only the owner read
-    images = [name for name in IMAGES if (folder / name).is_file()]
-    (temporary / "README.md").write_text(render_card(config, images), encoding="utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
-    names = (WEIGHTS, "config.json", "README.md")
-    for name in names:
-        sync(temporary / name)
-    for name in names:
-        os.replace(temporary / name, folder / name)
 
 
-def _pretraining_data(
-    model: FCMAE, mean: Sequence[float] | None, std: Sequence[float] | None, img_size: tuple[int, int] | None
-) -> dict[str, Any]:
+def _start(model: FCMAE, license: str | None) -> tuple[dict[str, Any], str | None]:
+    """The encoder's `pretrained_cfg`, and the licence of an export."""
+    cfg = getattr(model.encoder, "pretrained_cfg", None)
+    if cfg is None:
+        raise ValueError(
+            "A timm folder names an architecture, but this FCMAE was built without one: use "
+            "timm.create_model('fcmae_convnextv2_tiny', depths=..., dims=..., ...) instead of FCMAE(...)."
+        )
+    return cfg, resolve_license(license, cfg.get("license"))
+
+
+def _pretraining_data(model: FCMAE, mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
     """Image size, mean and standard deviation as timm's data config."""
-    data: dict[str, Any] = {"input_size": (model.in_chans, *(img_size or model.img_size))}
+    data: dict[str, Any] = {"input_size": (model.in_chans, *model.img_size)}
     for key, value in (("mean", mean), ("std", std)):
         if value is not None:
             if len(value) not in (1, model.in_chans):
-                raise ValueError(f"{key} has {len(value)} values, the model {model.in_chans} channels.")
+                raise ValueError(f"{key} has {len(value)} values, but the model has {model.in_chans} channels.")
             data[key] = tuple(float(v) for v in value)
     return data
 
 
-def _encoder_cfg(model: FCMAE) -> dict[str, Any]:
-    cfg = getattr(model.encoder, "pretrained_cfg", None)
-    if cfg is None:
-        raise ValueError(
-            "A timm folder names an architecture, and this FCMAE was not made under one: use "
-            "timm.create_model('fcmae_convnextv2_tiny', depths=..., dims=..., ...) instead of FCMAE(...)."
-        )
-    return cfg
-
-
 def _pretraining(
-    model: FCMAE, inherited: str | None, info: dict[str, Any] | None, pixels: Pixels | None
+    model: FCMAE, cfg: dict[str, Any], info: dict[str, Any] | None, pixels: Pixels | None
 ) -> dict[str, Any]:
     """The section `training` of config.json, see `card`."""
-    training = {"table": info, "base_model": model.base_model, "inherited_license": inherited}
+    training = {"table": info, "base_model": model.base_model, "inherited_license": cfg.get("license")}
     record = pixels.check(model.in_chans).record() if pixels else {}
     return {**training, "pixels": record} if record else training
 
@@ -163,7 +156,6 @@ def export_encoder(
     state_dict: dict[str, Tensor] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    img_size: tuple[int, int] | None = None,
     license: str | None = None,
     info: dict[str, Any] | None = None,
     pixels: Pixels | None = None,
@@ -171,41 +163,37 @@ def export_encoder(
     """Writes the encoder as a timm folder: `config.json`, `model.safetensors`, `README.md`.
 
     Stock timm opens it as `timm.create_model("local-dir:FOLDER", pretrained=True, ...)`, with a classifier, headless
-    or as `features_only`. The files are written beside the folder and moved into it one by one when all are complete;
-    other files in the folder stay. In distributed training call it on one rank.
+    or as `features_only`. The files are written beside the folder and moved into it one by one once all are complete;
+    other files in the folder stay. In distributed training, call this on one rank.
 
     Args:
         model: From `timm.create_model("fcmae_convnextv2_*", ...)`.
-        folder: Where to; it and its parents are made if needed.
-        state_dict: Weights of the whole FCMAE to export instead of the model's own (their EMA, a checkpoint);
-            prefixes of DDP and torch.compile are taken off.
-        mean: Normalisation of the images, one value or one a channel; that of `model.encoder.pretrained_cfg` if None.
-        std: Likewise.
-        img_size: Image size (H, W) of the pretraining; `model.img_size` if None.
-        license: Licence of the weights, by its id on the Hugging Face Hub. None states none. Weights that started from
-            others under a stated licence (the published ones: cc-by-nc-4.0) keep it.
-        info: How the weights were made (data, epochs, settings), for a table in the README.
-        pixels: How stored values became pixels, where that was not the usual way; all commands then do the same.
+        folder: Created if needed.
+        state_dict: Weights of the whole FCMAE to export instead of the model's own (its EMA, a checkpoint); prefixes
+            of DDP and torch.compile are removed.
+        mean: Normalisation of the images, one value or one per channel; by default that of the encoder's
+            `pretrained_cfg`.
+        std: Standard deviation, likewise.
+        license: Licence of the weights, by its id on the Hugging Face Hub; None states none. Weights that started from
+            others under a stated licence (the published ones: cc-by-nc-4.0) keep that licence.
+        info: Rows for the table in the README (data, epochs, settings).
+        pixels: How stored values became pixels, if not in the default way; all commands then do the same.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: A model that timm's factory did not make, weights that do not fit, a licence that contradicts the
-            one the weights started from, a mean or std of another length than 1 and the number of channels, or a
-            weight that is not finite.
-        OSError: The folder cannot be written; what was there stays.
+        ValueError: The model was not made by timm's factory, the weights do not fit or are not finite, the licence
+            contradicts the inherited one, or mean or std have the wrong length.
+        WriteError: (an OSError) The folder cannot be written; its old files stay.
     """
-    inherited = _encoder_cfg(model).get("license")
-    license = resolve_license(license, inherited)
-    own = model.encoder.state_dict()
-    weights = own
+    cfg, license = _start(model, license)
+    own = weights = model.encoder.state_dict()
     if state_dict is not None:
         state_dict = clean_state_dict(state_dict)
         weights = {k[len("encoder.") :]: v for k, v in state_dict.items() if k.startswith("encoder.")}
         check_weights(weights, own, "Not weights of this FCMAE's encoder")
-    data = _pretraining_data(model, mean, std, img_size)
-    training = _pretraining(model, inherited, info, pixels)
+    data, training = _pretraining_data(model, mean, std), _pretraining(model, cfg, info, pixels)
     return write_folder(model.encoder, weights, folder, data=data, license=license, training=training)
 
 
@@ -216,29 +204,25 @@ def export_fcmae(
     state_dict: dict[str, Tensor] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    img_size: tuple[int, int] | None = None,
     license: str | None = None,
     info: dict[str, Any] | None = None,
     pixels: Pixels | None = None,
 ) -> Path:
-    """Writes the whole FCMAE, decoder too, as a timm folder, to continue the pretraining.
+    """Writes the whole FCMAE, decoder included, as a timm folder from which pretraining can continue.
 
-    With this package imported, `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the model back, options
-    included, and so do `hf-hub:user/name` and `pretrained_cfg_overlay=dict(hf_hub_id="user/name")` once it is
-    published. Stock timm does not know the architecture: for finetuning, export the encoder.
+    With this package imported, `timm.create_model("local-dir:FOLDER", pretrained=True)` returns the model with its
+    options, and so do `hf-hub:user/name` and `pretrained_cfg_overlay=dict(hf_hub_id="user/name")` after publishing.
+    Stock timm does not have the architecture: export the encoder for finetuning.
 
-    Args and errors are those of `export_encoder`.
+    Arguments and errors are those of `export_encoder`.
     """
-    cfg = _encoder_cfg(model)
-    inherited = cfg.get("license")
-    license = resolve_license(license, inherited)
-    own = model.state_dict()
-    weights = own
+    cfg, license = _start(model, license)
+    own = weights = model.state_dict()
     if state_dict is not None:
         weights = clean_state_dict(state_dict)
         check_weights(weights, own, "Not weights of this FCMAE")
-    data = _pretraining_data(model, mean, std, img_size)
-    described: Any = copy.copy(model)  # shares everything but what is set here
+    data, training = _pretraining_data(model, mean, std), _pretraining(model, cfg, info, pixels)
+    described: Any = copy.copy(model)  # shallow: the weights stay shared
     described.pretrained_cfg = {
         **{k: cfg[k] for k in (*KEEP, *PAPER, "origin_url") if k in cfg},
         "architecture": f"fcmae_{cfg['architecture']}",
@@ -247,5 +231,4 @@ def export_fcmae(
     }
     traits: Any = model._traits
     described._traits = {**traits, "img_size": data["input_size"][1:]}
-    training = _pretraining(model, inherited, info, pixels)
     return write_folder(described, weights, folder, data=data, license=license, training=training)

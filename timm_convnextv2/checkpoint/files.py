@@ -1,12 +1,16 @@
-"""Reading files of weights without executing anything that is in them, and only where they are whole."""
+"""Reads files of weights and builds models from them, without executing code and without partial weights."""
 
+import argparse
+import os
+import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -14,76 +18,57 @@ from torch import Tensor, nn
 from ..console import closest
 from ..data import Pixels
 from ..models import FCMAE
-from .provenance import WEIGHTS, pixels_of_model, read_config
+from .provenance import HUB_ERRORS, WEIGHTS, config_beside, read_config, training_of
 
-_PLACES = ("local-dir:", "hf-hub:")
+_EXPECTED = "a timm model, local-dir:FOLDER or hf-hub:USER/NAME"
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: the EMA first
 
 
-_EXPECTED = "a model of timm, local-dir:FOLDER or hf-hub:USER/NAME"
+# ------------------------------------------------------------------------------------------------------ whole models
 
 
 def load_model(name: str, **kwargs: Any) -> nn.Module:
-    """`timm.create_model(name, pretrained=True, **kwargs)`, which never leaves a weight random without telling.
+    """`timm.create_model(name, pretrained=True, **kwargs)`, with an error instead of weights that stay random.
 
-    Of a folder or a repository, every weight is compared with the file: without `strict`, which timm leaves out where
-    it drops a classifier, a missing tensor would stay random. Of timm's own models timm checks what it can.
+    For a folder or a repository, every weight is compared with the file: timm loads without `strict` when it drops a
+    classifier, so that a missing tensor would stay random.
 
     Args:
-        name: `local-dir:FOLDER` or `hf-hub:USER/NAME`, with weights as safetensors; or a model of timm that has
-            pretrained weights, with or without its tag.
-        kwargs: More of `timm.create_model`, such as `features_only=True` (a list of the maps of the four stages) or
+        name: `local-dir:FOLDER` or `hf-hub:USER/NAME`, with weights as safetensors; or a timm model with pretrained
+            weights, with or without its tag.
+        kwargs: For `timm.create_model`, such as `features_only=True` (a list of the maps of the four stages) or
             `num_classes=0` (pooled features).
 
     Raises:
-        ValueError: The name is not known, the model cannot be had, or some of its weights are not those of the file.
+        ValueError: Unknown name, the model cannot be loaded, or some of its weights are not from the file.
     """
-    placed = name.startswith(_PLACES)
-    if not placed:
+    stored_apart = name.startswith(("local-dir:", "hf-hub:"))
+    if not stored_apart:
         _check_name(name)
     try:
         if name.startswith("local-dir:"):
             read_config(Path(name.partition(":")[2]) / "config.json", ours=False)
         # without pretrained=True timm builds the architecture and leaves the weights random
         model: Any = timm.create_model(name, pretrained=True, **kwargs)
-        stored = _stored(model.pretrained_cfg) if placed else None
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, HfHubHTTPError) as e:
+        stored = _stored(model.pretrained_cfg) if stored_apart else None
+    except (*HUB_ERRORS, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise ValueError(f"The model '{name}' cannot be loaded ({type(e).__name__}: {e}).") from e
     if isinstance(model, FCMAE):
-        raise ValueError(f"The model '{name}' is a FCMAE, expected a backbone; give its encoder.")
+        raise ValueError(f"The model '{name}' is an FCMAE, expected a backbone; give its encoder.")
     if stored is not None:
-        _compare(name, model, stored)
+        _check_loaded(name, model, stored)
     return model
 
 
-def model_pixels(name: str, in_chans: int, nodata: float | None = None) -> Pixels:
-    """How stored values become pixels: as for the images that a model was trained on.
-
-    Args:
-        name: As of `load_model`; a folder or a repository has a record, other models read pixels in the usual way.
-        in_chans: Channels of the images.
-        nodata: Value of pixels without data in the place of the record's; None keeps that.
-
-    Raises:
-        ValueError: The record is of another number of channels, or cannot be read.
-    """
-    pixels = Pixels.from_record(pixels_of_model(name))
-    try:
-        pixels.check(in_chans)
-    except ValueError as e:
-        raise ValueError(f"The model '{name}' was trained on pixels of other channels: {e}") from e
-    return pixels if nodata is None else pixels._replace(nodata=nodata)
-
-
 def _check_name(name: str) -> None:
-    """The name is one of timm's, with pretrained weights."""
+    """Accepts only timm models that have pretrained weights."""
     if "/" in name or ":" in name or not timm.is_model(name):
         near = closest(name, timm.list_models()) if name else ""
         raise ValueError(f"The model is '{name}', expected {_EXPECTED}.{near}")
     if not timm.models.is_model_pretrained(name):
-        architecture = name.partition(".")[0]
-        tagged = timm.list_models(f"{architecture}.*", pretrained=True)
-        known = f"There are {', '.join(tagged)}." if tagged else f"Give {_EXPECTED} that has them."
-        raise ValueError(f"The model '{name}' has no pretrained weights in timm. {known}")
+        tagged = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+        remedy = f"Give one of {', '.join(tagged)}." if tagged else f"Give {_EXPECTED} with pretrained weights."
+        raise ValueError(f"The model '{name}' has no pretrained weights in timm. {remedy}")
 
 
 def _stored(cfg: dict[str, Any]) -> dict[str, Tensor]:
@@ -93,20 +78,103 @@ def _stored(cfg: dict[str, Any]) -> dict[str, Tensor]:
     return timm.models.load_state_dict_from_hf(cfg["hf_hub_id"], WEIGHTS)
 
 
-def _compare(name: str, model: nn.Module, stored: dict[str, Tensor]) -> None:
+def _check_loaded(name: str, model: nn.Module, stored: dict[str, Tensor]) -> None:
     for key, value in model.state_dict().items():
-        original = re.sub(r"^(stem|stages)_", r"\1.", key)  # features_only makes stem_0 of stem.0
+        original = re.sub(r"^(stem|stages)_", r"\1.", key)  # features_only turns stem.0 into stem_0
         if original not in stored or not torch.equal(value, stored[original].to(value.dtype)):
             raise ValueError(f"The weights of '{name}' have no {original} for this model, or it was not loaded.")
 
 
-_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: the moving average first
+def model_pixels(name: str, in_chans: int, nodata: float | None = None) -> Pixels:
+    """The preparation of stored values that a model was trained with.
+
+    Args:
+        name: See `load_model`; only folders and repositories have a record, other models use the default.
+        in_chans: Channels of the images.
+        nodata: Replaces the recorded value that means "no data"; None keeps it.
+
+    Raises:
+        ValueError: The record is for another number of channels, or cannot be read.
+    """
+    source, _, place = name.partition(":")
+    config = None
+    if source in ("local-dir", "hf-hub", "hf_hub"):
+        config = config_beside({"file": place} if source == "local-dir" else {"hf_hub_id": place})
+    pixels = Pixels.from_record(training_of(config or {}).get("pixels"))
+    try:
+        pixels.check(in_chans)
+    except ValueError as e:
+        raise ValueError(f"The model '{name}' was trained on pixels with other channels: {e}") from e
+    return pixels if nodata is None else pixels._replace(nodata=nodata)
+
+
+# --------------------------------------------------------------------------------------------------------- one file
+
+
+class CheckpointError(ValueError):
+    """A file of weights is missing, corrupt, foreign, contains code, or has other content. The message names it."""
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a PyTorch or safetensors file to the CPU without executing anything in it.
+
+    Verifies the checksums in a file of `torch.save`, which reveal a bit that flipped on a disk or in a copy.
+    Safetensors and files from before PyTorch 1.6 have none: only their structure is checked.
+
+    Args:
+        path: `*.safetensors`, or a file of `torch.save`, which may hold tensors, plain data and an
+            `argparse.Namespace` (as training checkpoints of timm and of the official code do).
+
+    Raises:
+        CheckpointError: (a ValueError, and the only error) The file is missing, truncated, corrupt or foreign, its
+            pickle needs code, or it does not hold a dictionary.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"Checkpoint '{path}' {'is a folder' if path.is_dir() else 'does not exist'}.")
+    try:
+        content = _read(path)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as e:
+        wanted = re.search(r"(?:GLOBAL|global:) (?!GLOBAL)([\w.]+)", str(e))
+        if wanted:
+            raise CheckpointError(
+                f"Checkpoint '{path}' was refused and not executed: besides tensors and plain data it needs the code "
+                f"{wanted[1]}. Save only the state dict, preferably as safetensors."
+            ) from e
+        raise CheckpointError(
+            f"Checkpoint '{path}' was not read: it is corrupt, or not a file of torch.save. Nothing in it was executed."
+        ) from e
+    except Exception as e:  # for arbitrary bytes the readers raise anything; the file is at fault
+        raise CheckpointError(
+            f"Checkpoint '{path}' ({path.stat().st_size} bytes) cannot be read: it is truncated, or in another format. "
+            f"Copy or download it again. ({type(e).__name__}: {str(e).partition('. ')[0]})"
+        ) from e
+    if not isinstance(content, dict):
+        raise CheckpointError(f"Checkpoint '{path}' holds a {type(content).__name__}, expected a dictionary.")
+    return content
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path, device="cpu")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            corrupt = archive.testzip()
+        if corrupt is not None:
+            raise CheckpointError(
+                f"Checkpoint '{path}' ({path.stat().st_size} bytes) is corrupt: the checksum of its part '{corrupt}' "
+                "is wrong. Copy or download it again."
+            )
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def weights_in(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors by name in what `load_checkpoint` gave, those that timm takes: the moving average where there is one.
+    """The tensors that timm would take from the result of `load_checkpoint`: the EMA if there is one.
 
-    Names are as in the file; prefixes of DDP and torch.compile stay.
+    Names are those in the file, including prefixes of DDP and torch.compile.
     """
     weights = next((content[key] for key in _NESTED if isinstance(content.get(key), dict)), content)
     return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}

@@ -1,4 +1,4 @@
-"""Export of what timm's train.py made: a classifier, as a timm folder with its settings, metrics and origin."""
+"""Export of a classifier trained by timm's train.py as a timm folder with its settings, metrics and provenance."""
 
 import argparse
 import csv
@@ -14,21 +14,20 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from ..files import load_checkpoint
 from ..models import ConvNeXtV2
 from ..models.weights import check_weights
 from .export import KEEP, PAPER, write_folder
-from .files import weights_in
+from .files import load_checkpoint, weights_in
 from .provenance import Origin, origin_of_config, origin_of_file, read_config, resolve_license
 
 LABEL_NAMES = "label_names.json"  # in a run's folder: a list of the classes in the order of their index
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
-    """The checkpoint file that `export_finetuned` takes for `path`, a file or the output folder of timm's train.py.
+    """The checkpoint file to export for `path`, which is a file or the output folder of timm's train.py.
 
     Raises:
-        ValueError: There is none; says what the folder is instead.
+        ValueError: The folder has no such file.
     """
     path = Path(path)
     if not path.is_dir():
@@ -59,8 +58,11 @@ def _args_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     return args
 
 
+# ---------------------------------------------------------------------------------------------------------- provenance
+
+
 def _model_name(args: dict[str, Any], folder: Path) -> str:
-    """The model's name for timm's factory: of a start folder that has moved, the copy of its config in the run."""
+    """The model's name for timm's factory; the copy of config.json in the run replaces a start folder that moved."""
     name = args["model"]
     source, _, place = name.partition(":")
     if source not in ("local-dir", "hf-hub", "hf_hub"):
@@ -69,43 +71,44 @@ def _model_name(args: dict[str, Any], folder: Path) -> str:
         return f"local-dir:{folder}"
     if source == "local-dir" and not (Path(place) / "config.json").is_file():
         raise ValueError(
-            f"Training started from '{name}', and '{Path(place) / 'config.json'}' is not there (any more): it names "
-            "the architecture, its options and the licence. Put the folder back, call this from where the "
+            f"Training started from '{name}', but '{Path(place) / 'config.json'}' is not there: it names the "
+            "architecture, its options and the licence. Restore the folder, call this from the folder where the "
             f"training was started, or copy that config.json to '{folder}'."
         )
     return name
 
 
 def origin_of_run(
-    args: dict[str, Any], name: str, cfg: dict[str, Any], folder: Path, seen: tuple[Path, ...] = ()
+    args: dict[str, Any], name: str, cfg: dict[str, Any], folder: Path, followed: tuple[Path, ...] = ()
 ) -> Origin:
-    """What the weights that a run of train.py started from hand on; nothing where it started from scratch.
+    """The provenance of the weights that a run of train.py started from; empty for training from scratch.
 
     Args:
         args: The run's options.
-        name: Its model's name for timm's factory, where its folder is now.
+        name: Its model's present name for timm's factory.
         cfg: `pretrained_cfg` of the model made under that name.
-        folder: The run's, where files are looked for that are not where `args` say.
-        seen: Checkpoints that have been followed.
+        folder: The run's folder, where files are searched that are missing at the paths in `args`.
+        followed: Checkpoints that were already followed.
 
     Raises:
-        ValueError: A file that it started from is not there, or cannot be read.
+        ValueError: A file that the run started from is missing or cannot be read.
     """
+    # in this order: what train.py loads last replaces earlier weights
     keys = ("resume", "initial_checkpoint", *(("pretrained_path",) if args.get("pretrained") else ()))
-    for key in keys:  # what is loaded last replaces what was there
+    for key in keys:
         if not args.get(key):
             continue
         path = Path(args[key])
-        if not path.is_file() and (folder / path.name).is_file():  # the run has moved, and its files with it
+        if not path.is_file() and (folder / path.name).is_file():  # the run was moved together with its files
             path = folder / path.name
-        if path.resolve() in seen:
-            continue  # it resumed itself
+        if path.resolve() in followed:
+            continue  # the run resumed itself
         if not path.is_file():
             raise ValueError(
-                f"Training went on from '{path}' (--{key.replace('_', '-')}), which is not there: the licence of the "
-                "weights cannot be told. Put it back, or call this from where training was started."
+                f"Training continued from '{path}' (--{key.replace('_', '-')}), which is not there: the licence of the "
+                "weights is unknown. Restore the file, or call this from the folder where training was started."
             )
-        return _origin_of_file(path, folder, seen)
+        return _origin_of_file(path, folder, followed)
     if not args.get("pretrained"):
         return Origin()
     if name.startswith("local-dir:"):
@@ -114,23 +117,26 @@ def origin_of_run(
     return origin_of_config(cfg, cfg.get("hf_hub_id"))
 
 
-def _origin_of_file(path: Path, folder: Path, seen: tuple[Path, ...]) -> Origin:
-    """What the weights of a file hand on: by the options in a checkpoint of train.py, else by the file itself."""
+def _origin_of_file(path: Path, folder: Path, followed: tuple[Path, ...]) -> Origin:
+    """The provenance of the weights in a file: by the options in a checkpoint of train.py, else by the file itself."""
     content = load_checkpoint(path)
     before = content.get("args")
     if isinstance(before, argparse.Namespace) and hasattr(before, "model") and "state_dict" in content:
         before = vars(before)
         name = _model_name(before, path.parent)
         model: Any = timm.create_model(name, pretrained=False, device="meta")
-        origin = origin_of_run(before, name, model.pretrained_cfg, folder, (*seen, path.resolve()))
-        stated = before.get("license")  # by whoever ran it
+        origin = origin_of_run(before, name, model.pretrained_cfg, folder, (*followed, path.resolve()))
+        stated = before.get("license")  # by `finetune --license`
         return origin if origin.license or not stated else origin._replace(license=stated, unstated=None)
     run = before if isinstance(before, dict) and "mask_ratio" in before else None
     return origin_of_file(path, weights_in(content), run)
 
 
+# ----------------------------------------------------------------------------------------------------------- the card
+
+
 def _metrics(summary: Path, checkpoint: dict[str, Any], args: dict[str, Any], ema: bool) -> dict[str, Any] | None:
-    """What train.py measured for exactly these weights; None where it measured others, or nothing."""
+    """The metrics that train.py measured for exactly these weights; None if it measured others, or nothing."""
     evaluated_ema = "state_dict_ema" in checkpoint and not args.get("model_ema_force_cpu")
     if ema != evaluated_ema or not summary.is_file():
         return None
@@ -138,121 +144,64 @@ def _metrics(summary: Path, checkpoint: dict[str, Any], args: dict[str, Any], em
         rows = [row for row in csv.DictReader(file) if row.get("epoch") == str(checkpoint.get("epoch"))]
     found = {}
     for key in ("top1", "top5", "loss"):
-        try:  # of a repeated epoch the last row; a resumed run repeats the header too
+        try:  # the last row of a repeated epoch; a resumed run repeats the header as well
             value = float(rows[-1].get(f"eval_{key}") or "nan") if rows else math.nan
         except ValueError:
             value = math.nan
         if math.isfinite(value):
             found[key] = round(value, 4)
-    if not found:
-        return None
-    dataset = args.get("dataset") or ""
-    place = args.get("data_dir") or args.get("data")
-    found["dataset"] = dataset or (Path(place).resolve().name if place else None)
-    found["split"] = args.get("val_split") or None
-    return found
+    return {**found, "dataset": _dataset(args), "split": args.get("val_split") or None} if found else None
 
 
-def _describe(args: dict[str, Any], checkpoint: dict[str, Any], ema: bool, start: str | None) -> dict[str, str]:
-    """Rows for the table: how train.py made the weights."""
-    get = args.get
-    images = (get("batch_size") or 0) * (get("grad_accum_steps") or 1) * (get("world_size") or 1)
-    lr = f"{get('lr'):.2e}" if isinstance(get("lr"), float) else str(get("lr"))
-    weights = f"moving average ({get('model_ema_decay')})" if ema else "last of their epoch"
-    warmup = get("warmup_epochs") or 0
-    epochs = (get("epochs") or 0) + (warmup if get("warmup_prefix") else 0) + (get("cooldown_epochs") or 0)
-    place = get("data_dir") or get("data")
-    rows = {
-        "Method": "supervised training with timm's train.py",
-        "Started from": start or "random weights",
-        "Recipe": Path(args["config"]).name if get("config") else None,
-        "Data": get("dataset") or (Path(place).resolve().name if place else None),
-        "Epochs": f"{checkpoint['epoch'] + 1} of {epochs}, {warmup} of them warmup"
-        if isinstance(checkpoint.get("epoch"), int)
-        else None,
-        "Optimizer": f"{get('opt')}, lr {lr} for {images} images per update, weight decay {get('weight_decay')}"
-        + (f", betas {tuple(args['opt_betas'])}" if get("opt_betas") else "")
-        + (f", layer decay {get('layer_decay')}" if get("layer_decay") else ""),
-        "Augmentation": ", ".join(
-            f"{text} {get(key)}"
-            for key, text in (
-                ("aa", "policy"), ("mixup", "mixup"), ("cutmix", "cutmix"), ("reprob", "random erasing"),
-                ("smoothing", "label smoothing"), ("drop_path", "drop path"),
-            )
-            if get(key)
-        ),
-        "Weights": weights,
-        "Seed": get("seed"),
-    }  # fmt: skip
-    return {key: str(value) for key, value in rows.items() if value not in (None, "")}
+def _dataset(args: dict[str, Any]) -> str | None:
+    folder = args.get("data_dir") or args.get("data")
+    return args.get("dataset") or (Path(folder).resolve().name if folder else None)
 
 
-def _weights(content: dict[str, Any], path: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool]:
-    """The weights to export, and whether they are the moving average."""
-    if ema and "state_dict_ema" not in content:
-        raise ValueError(f"'{path}' holds no moving average of the weights: train with --model-ema, or pass ema=False.")
-    ema = "state_dict_ema" in content if ema is None else ema
-    return clean_state_dict(content["state_dict_ema" if ema else "state_dict"]), ema
-
-
-def _create_model(args: dict[str, Any], name: str, path: Path) -> Any:
-    """The `ConvNeXtV2` of a run on the meta device, as train.py creates it, less what only training needs."""
-    chans = args.get("in_chans") or (args["input_size"][0] if args.get("input_size") else 3)
-    try:
-        model = timm.create_model(
-            name,
-            pretrained=False,
-            in_chans=chans,
-            num_classes=args.get("num_classes"),
-            global_pool=args.get("gp"),
-            device="meta",
-            **(args.get("model_kwargs") or {}),
-        )
-    except OSError as e:
-        raise RuntimeError(
-            f"The config.json of '{args['model']}', which names the architecture, cannot be had ({e}). Without "
-            f"network, copy it to '{path.parent}'."
-        ) from e
-    except (AssertionError, KeyError, TypeError, RuntimeError) as e:
-        raise ValueError(f"The model of '{path}', '{args['model']}', cannot be made again: {e}") from e
-    if not isinstance(model, ConvNeXtV2):
-        raise ValueError(f"'{path}' is of a '{args['model']}'; a ConvNeXt V2 (convnextv2_*) was expected.")
-    return model
-
-
-def _start(args: dict[str, Any]) -> str | None:
-    """What training started from, in a word; None for random weights."""
+def _start(args: dict[str, Any]) -> str:
+    """A word for the weights that training started from."""
     if not any(args.get(key) for key in ("pretrained", "initial_checkpoint", "resume")):
-        return None
+        return "random weights"
     name = args["model"]
     return name.rstrip("/").rpartition("/")[2] if name.startswith("local-dir:") else name
 
 
-def _training(
-    args: dict[str, Any],
-    content: dict[str, Any],
-    path: Path,
-    *,
-    ema: bool,
-    origin: Origin,
-    info: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """The section `training` of config.json, see `card`."""
-    dataset = args.get("dataset") or ""
-    hub_dataset = dataset.partition("/")[2] if dataset.startswith(("hfds/", "hfids/")) else None
-    metrics = _metrics(path.parent / "summary.csv", content, args, ema)
-    return {
-        "table": {**_describe(args, content, ema, _start(args)), **(info or {})},
-        "base_model": origin.base_model,
-        "datasets": [hub_dataset] if hub_dataset else [],
-        "metrics": {**metrics, "dataset_id": hub_dataset} if metrics else None,
-        "inherited_license": origin.license,
-        **({"pixels": args["pixels"]} if args.get("pixels") else {}),
+_AUGMENTATION = {
+    "aa": "policy",
+    "mixup": "mixup",
+    "cutmix": "cutmix",
+    "reprob": "random erasing",
+    "smoothing": "label smoothing",
+    "drop_path": "drop path",
+}
+
+
+def _describe(args: dict[str, Any], checkpoint: dict[str, Any], ema: bool) -> dict[str, str]:
+    """Rows for the table about the training."""
+    get, epoch = args.get, checkpoint.get("epoch")
+    images = (get("batch_size") or 0) * (get("grad_accum_steps") or 1) * (get("world_size") or 1)
+    lr = f"{get('lr'):.2e}" if isinstance(get("lr"), float) else str(get("lr"))
+    warmup = get("warmup_epochs") or 0
+    epochs = (get("epochs") or 0) + (warmup if get("warmup_prefix") else 0) + (get("cooldown_epochs") or 0)
+    optimizer = f"{get('opt')}, lr {lr} for {images} images per update, weight decay {get('weight_decay')}"
+    optimizer += f", betas {tuple(args['opt_betas'])}" if get("opt_betas") else ""
+    optimizer += f", layer decay {get('layer_decay')}" if get("layer_decay") else ""
+    rows = {
+        "Method": "supervised training with timm's train.py",
+        "Started from": _start(args),
+        "Recipe": Path(args["config"]).name if get("config") else None,
+        "Data": _dataset(args),
+        "Epochs": f"{epoch + 1} of {epochs}, {warmup} of them warmup" if isinstance(epoch, int) else None,
+        "Optimizer": optimizer,
+        "Augmentation": ", ".join(f"{text} {get(key)}" for key, text in _AUGMENTATION.items() if get(key)),
+        "Weights": f"moving average ({get('model_ema_decay')})" if ema else "last of their epoch",
+        "Seed": get("seed"),
     }
+    return {key: str(value) for key, value in rows.items() if value not in (None, "")}
 
 
 def _label_names(path: Path, given: Sequence[str] | None, num_classes: int) -> list[str] | None:
-    """Names of the classes: those given, else what the run's folder keeps; None where nothing tells them."""
+    """Names of the classes: the given ones, else those in the run's folder, if any."""
     file = path.parent / LABEL_NAMES
     names: Any = given
     if names is None:
@@ -262,12 +211,45 @@ def _label_names(path: Path, given: Sequence[str] | None, num_classes: int) -> l
             raise ValueError(f"'{file}' cannot be read: {e}") from e
     if names is None:
         return None
+    source = f"'{file}'" if given is None else "label_names"
     if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"Names of classes must be a list of strings ({'label_names' if given else file}).")
+        raise ValueError(f"{source} must be a list of strings, the names of the classes.")
     if len(names) != num_classes:
-        source = "label_names has" if given is not None else f"'{file}' has"
-        raise ValueError(f"{source} {len(names)} names, and the model {num_classes} classes.")
+        raise ValueError(f"{source} has {len(names)} names, but the model has {num_classes} classes.")
     return list(names)
+
+
+# ---------------------------------------------------------------------------------------------------------- the export
+
+
+def _weights(content: dict[str, Any], path: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool]:
+    """The weights to export; True if they are the EMA."""
+    if ema and "state_dict_ema" not in content:
+        raise ValueError(f"'{path}' holds no moving average of the weights: train with --model-ema, or pass ema=False.")
+    ema = "state_dict_ema" in content if ema is None else ema
+    return clean_state_dict(content["state_dict_ema" if ema else "state_dict"]), ema
+
+
+def _create_model(args: dict[str, Any], name: str, path: Path) -> Any:
+    """The `ConvNeXtV2` of a run on the meta device, as train.py creates it, without options for training."""
+    chans = args.get("in_chans") or (args["input_size"][0] if args.get("input_size") else 3)
+    options = {
+        "num_classes": args.get("num_classes"),
+        "global_pool": args.get("gp"),
+        **(args.get("model_kwargs") or {}),
+    }
+    try:
+        model = timm.create_model(name, pretrained=False, in_chans=chans, device="meta", **options)
+    except OSError as e:
+        raise RuntimeError(
+            f"The config.json of '{args['model']}', which names the architecture, cannot be loaded ({e}). Without a "
+            f"network, copy it to '{path.parent}'."
+        ) from e
+    except (AssertionError, KeyError, TypeError, RuntimeError) as e:
+        raise ValueError(f"The model of '{path}', '{args['model']}', cannot be built: {e}") from e
+    if not isinstance(model, ConvNeXtV2):
+        raise ValueError(f"'{path}' holds a '{args['model']}', expected a ConvNeXt V2 (convnextv2_*).")
+    return model
 
 
 def export_finetuned(
@@ -279,33 +261,33 @@ def export_finetuned(
     info: dict[str, Any] | None = None,
     label_names: Sequence[str] | None = None,
 ) -> Path:
-    """Writes a classifier that timm's train.py made as a timm folder, which stock timm opens without this package.
+    """Exports a classifier trained by timm's train.py as a timm folder, which stock timm opens without this package.
 
-    Model, options, number of classes, image size, normalisation, settings and origin come from the options of the run
-    in the checkpoint, metrics from the `summary.csv` beside it. A run that started from `local-dir:FOLDER` needs that
-    folder's `config.json`, there or as a copy in the run's own folder. Nothing in a file is executed. The files are
-    written as `export_encoder` does.
+    Model, options, number of classes, image size, normalisation, settings and provenance come from the options in the
+    checkpoint, metrics from the `summary.csv` beside it. A run that started from `local-dir:FOLDER` needs that
+    folder's `config.json`, in its place or as a copy in the run's own folder. Nothing in a file is executed. The files
+    are written as in `export_encoder`.
 
     Args:
         checkpoint: A checkpoint file of train.py, or its output folder (model_best.pth.tar, else last.pth.tar).
-        folder: Where to; it and its parents are made if needed.
-        ema: Export the moving average of the weights. None: where there is one, as that is what train.py evaluated.
-        license: Licence of the weights, by its id on the Hugging Face Hub. None: the one that `finetune --license`
-            named, else none. Weights that started from others under a stated licence (the published ones:
-            cc-by-nc-4.0) keep it.
-        info: More rows for the table in the README, or other values for its own.
+        folder: Created if needed.
+        ema: Export the moving average of the weights; by default if there is one, because train.py evaluated it.
+        license: Licence of the weights, by its id on the Hugging Face Hub; by default that of `finetune --license`, if
+            any. Weights that started from others under a stated licence (the published ones: cc-by-nc-4.0) keep that
+            licence.
+        info: Rows for the table in the README, added to its own or replacing them.
         label_names: Names of the classes in the order of their index, for `inference.py --label-type name` and the
-            Hub's widget. None: those in `label_names.json` beside the checkpoint, which `finetune` writes.
+            Hub's widget; by default those in `label_names.json` beside the checkpoint, which `finetune` writes.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: No such checkpoint, one that is damaged, asks for code, or is not of train.py; a model that is no
-            ConvNeXt V2, or whose start folder is not there; weights that do not fit; `ema=True` without an average; a
-            licence that contradicts the one the weights started from.
-            Or there are not as many names as classes; or nothing states the licence of the file it started from.
-        RuntimeError: The `config.json` of an `hf-hub:` model cannot be had.
+        ValueError: The checkpoint is missing, corrupt, contains code or is not from train.py; the model is not a
+            ConvNeXt V2, or its start folder is missing; the weights do not fit; `ema=True` without an average; the
+            licence contradicts the inherited one, or nothing states the licence of the start file; or the number of
+            names differs from the number of classes.
+        RuntimeError: The `config.json` of an `hf-hub:` model cannot be loaded.
     """
     path = find_checkpoint(checkpoint)
     content = load_checkpoint(path)
@@ -323,6 +305,16 @@ def export_finetuned(
         **{k: cfg[k] for k in (*KEEP, *(PAPER if origin.license else ())) if k in cfg},
         **({"origin_url": origin.url} if origin.url else {}),
     }
-    training = _training(args, content, path, ema=ema, origin=origin, info=info)
+    dataset = args.get("dataset") or ""
+    hub_dataset = dataset.partition("/")[2] if dataset.startswith(("hfds/", "hfids/")) else None
+    metrics = _metrics(path.parent / "summary.csv", content, args, ema)
+    training = {
+        "table": {**_describe(args, content, ema), **(info or {})},
+        "base_model": origin.base_model,
+        "datasets": [hub_dataset] if hub_dataset else [],
+        "metrics": {**metrics, "dataset_id": hub_dataset} if metrics else None,
+        "inherited_license": origin.license,
+        **({"pixels": args["pixels"]} if args.get("pixels") else {}),
+    }
     names = _label_names(path, label_names, int(model.num_classes))
     return write_folder(model, weights, folder, data=data, license=license, training=training, label_names=names)

@@ -6,7 +6,7 @@ Official formats (https://github.com/facebookresearch/ConvNeXt-V2), with stage S
   (depthwise) and `[k * k, Cin, Cout]` with the spatial index column-major, biases `[1, C]`, GRN `[1, 4C]`.
 - *dense*: the classifier, or the encoder alone (the published `*_fcmae.pt`); GRN `[1, 1, 1, 4C]`.
 
-Ours are timm's names and shapes. Both directions read one table, `_table`, so that a round trip is exact.
+Our format has timm's names and shapes. Both directions use the same `_table`, so that a round trip is exact.
 """
 
 import math
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from ..registry import VARIANTS
+from ..models.variants import VARIANTS
 
 
 class _Form(NamedTuple):
-    """How one tensor is written on the two sides."""
+    """The conversions of one tensor."""
 
     to_ours: Callable[[Tensor], Tensor]
     to_official: Callable[[Tensor], Tensor]
@@ -75,7 +75,7 @@ def _table(
     norm: bool = False,
     head: bool = False,
 ) -> Iterator[_Row]:
-    """Every tensor of a checkpoint: the sparse format where `decoder_depth` is given, else the dense one."""
+    """Every tensor of a checkpoint: in the sparse format if `decoder_depth` is given, otherwise in the dense one."""
     sparse = decoder_depth is not None
     prefix = "encoder." if sparse else ""
     yield from _affine(f"{prefix}downsample_layers.0.0", f"{prefix}stem.0")
@@ -104,11 +104,11 @@ def _table(
 
 
 def _count(names: Sequence[str], pattern: str) -> int:
-    """How many different indices `names` have where `pattern` has its group."""
+    """Counts the different values of the group of `pattern` in `names`."""
     return len({m[1] for m in (re.match(pattern, name) for name in names) if m})
 
 
-def check_names(found: set[str], expected: set[str], what: str) -> None:
+def _check_names(found: set[str], expected: set[str], what: str) -> None:
     for names, text in ((found - expected, "unknown"), (expected - found, "missing")):
         if names:
             raise ValueError(
@@ -117,7 +117,7 @@ def check_names(found: set[str], expected: set[str], what: str) -> None:
 
 
 def _looks_like(state_dict: dict[str, Any]) -> str:
-    """What a dictionary that is not an official ConvNeXt V2 checkpoint seems to be."""
+    """A guess at the format of a dictionary that is not an official ConvNeXt V2 checkpoint."""
     names = [str(name) for name in state_dict]
     clean = set(clean_state_dict(dict.fromkeys(names)))
     if not names:
@@ -125,9 +125,9 @@ def _looks_like(state_dict: dict[str, Any]) -> str:
     if {"state_dict", "state_dict_ema"} & clean:
         return "it looks like a timm training checkpoint, with the weights in its 'state_dict'"
     if "stem.0.weight" in clean or "encoder.stem.0.weight" in clean:
-        return "it has timm's names already and needs no conversion"
+        return "it already has timm's names and needs no conversion"
     if clean != set(names):
-        return "its names begin with a DDP or torch.compile prefix; take it off with timm.models.clean_state_dict"
+        return "its names begin with a DDP or torch.compile prefix; remove it with timm.models.clean_state_dict"
     if "cls_token" in clean or "patch_embed.proj.weight" in clean:
         return "it looks like a vision transformer (MAE?)"
     if "stages.0.0.gamma" in clean:
@@ -141,17 +141,17 @@ def convert_official(state_dict: dict[str, Any], conv_mlp: bool | None = None) -
     Args:
         state_dict: A sparse (pretraining) or dense (classifier, encoder alone) official checkpoint, or the whole file
             with the weights in its 'model'.
-        conv_mlp: Whether the target writes its token MLPs as 1x1 convolutions, weights `[Cout, Cin, 1, 1]`. Known
-            from the stem's width for the published sizes (atto to nano: yes).
+        conv_mlp: The target's token MLPs are 1x1 convolutions with weights `[Cout, Cin, 1, 1]`. By default this
+            follows from the stem's width, which identifies the published sizes (atto to nano: yes).
 
     Returns:
-        Weights of an `FCMAE` for the sparse format, else of a `ConvNeXtV2`. `head.norm`, which pretraining does not
-        have, starts fresh (ones and zeros). Tensors may share memory with those that were given. The published
-        weights are CC-BY-NC 4.0 in any format: give `export_encoder` that licence for what is trained from them.
+        Weights of an `FCMAE` for the sparse format, otherwise of a `ConvNeXtV2`. `head.norm`, which pretraining lacks,
+        starts fresh (ones and zeros). Tensors may share memory with the input. The published weights are CC-BY-NC 4.0
+        in any format: pass that licence to `export_encoder` for weights trained from them.
 
     Raises:
-        ValueError: Not an official checkpoint (says what it looks like), an unknown or a missing name, a shape that
-            does not fit, or a stem of a width that no published size has and no `conv_mlp`.
+        ValueError: Not an official checkpoint, an unknown or missing name, a shape that does not fit, or an
+            unpublished stem width without `conv_mlp`.
     """
     if not isinstance(state_dict, dict):
         raise ValueError(f"Not an official ConvNeXt V2 checkpoint: a {type(state_dict).__name__}, not a dictionary.")
@@ -168,8 +168,8 @@ def convert_official(state_dict: dict[str, Any], conv_mlp: bool | None = None) -
         known = {args["dims"][0]: args.get("conv_mlp", False) for args in VARIANTS.values()}
         if width not in known:
             raise ValueError(
-                f"The stem is {width} wide, and the published sizes have {sorted(known)}: pass conv_mlp, the one of "
-                "the model that takes the weights."
+                f"The stem is {width} wide, but the published sizes have {sorted(known)}: pass the conv_mlp of the "
+                "model that will load the weights."
             )
         conv_mlp = known[width]
 
@@ -183,14 +183,14 @@ def convert_official(state_dict: dict[str, Any], conv_mlp: bool | None = None) -
             head="head.weight" in state_dict and not sparse,
         )
     )
-    check_names(set(names), {official for official, _, _ in table}, "an official ConvNeXt V2 checkpoint")
+    _check_names(set(names), {official for official, _, _ in table}, "an official ConvNeXt V2 checkpoint")
     converted = {}
     for official, ours, form in table:
         try:
             converted[ours] = form.to_ours(state_dict[official]).contiguous()
         except (RuntimeError, AttributeError, IndexError) as e:
-            came = getattr(state_dict[official], "shape", type(state_dict[official]).__name__)
-            raise ValueError(f"'{official}' of the official checkpoint does not have a shape that fits: {came}.") from e
+            shape = getattr(state_dict[official], "shape", type(state_dict[official]).__name__)
+            raise ValueError(f"'{official}' of the official checkpoint has the wrong shape: {shape}.") from e
     if f"{prefix}head.norm.weight" not in converted:
         like = state_dict[prefix + stem]
         last = converted[f"{prefix}stages.3.downsample.1.bias"].shape[0]
@@ -205,14 +205,13 @@ def to_official(state_dict: dict[str, Tensor], sparse: bool = True) -> dict[str,
     Args:
         state_dict: Weights of an `FCMAE`, or of a `ConvNeXtV2` (always written in the dense format).
         sparse: For an `FCMAE`: True writes the pretraining checkpoint of the MinkowskiEngine code, decoder included;
-            False the encoder alone in the dense format, as the published `*_fcmae.pt` have it.
+            False the encoder alone in the dense format of the published `*_fcmae.pt`.
 
     Returns:
-        Official names and shapes. `head.norm` of an `FCMAE` takes no part in pretraining and is left out.
+        Official names and shapes, without `head.norm` of an `FCMAE`, which pretraining does not use.
 
     Raises:
-        ValueError: A name that the official architecture does not have (a `patch_size` of 2 adds some), or a missing
-            one.
+        ValueError: A name that the official architecture lacks (a `patch_size` of 2 adds some), or a missing one.
     """
     if "encoder.stem.0.weight" in state_dict:
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith("encoder.head.norm.")}
@@ -221,7 +220,7 @@ def to_official(state_dict: dict[str, Tensor], sparse: bool = True) -> dict[str,
     elif "stem.0.weight" in state_dict:
         sparse = False
     else:
-        raise ValueError("Weights of an FCMAE or of a ConvNeXtV2 were expected; there is no stem.0.weight in these.")
+        raise ValueError("Expected weights of an FCMAE or a ConvNeXtV2, but they have no stem.0.weight.")
     prefix = "encoder." if sparse else ""
     names = list(state_dict)
     table = list(
@@ -233,5 +232,5 @@ def to_official(state_dict: dict[str, Tensor], sparse: bool = True) -> dict[str,
             head="head.fc.weight" in state_dict,
         )
     )
-    check_names(set(names), {ours for _, ours, _ in table}, "weights that the official code has a place for")
+    _check_names(set(names), {ours for _, ours, _ in table}, "weights of the official architecture")
     return {official: form.to_official(state_dict[ours]).contiguous() for official, ours, form in table}

@@ -1,7 +1,7 @@
-"""Where weights come from, as far as the files tell: the licence that stays with them, and their base model on the Hub.
+"""`config.json` of a timm folder, and the provenance of weights: their licence and their base model on the Hub.
 
-A licence travels in `pretrained_cfg["license"]` of a timm folder's `config.json`, and so through timm's factory. What
-timm has no field for is in the section `training` of that file, which timm ignores (see `checkpoint.card`).
+A licence travels in `pretrained_cfg["license"]` of a timm folder's `config.json`, and so through timm's factory. Values
+for which timm has no field are in the section `training` of that file, which timm ignores (see `checkpoint.card`).
 """
 
 import difflib
@@ -13,250 +13,132 @@ from typing import Any, NamedTuple
 
 import timm
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ..data import Pixels
+
+WEIGHTS = "model.safetensors"
+OFFICIAL_LICENSE = "cc-by-nc-4.0"  # of all weights that the authors published
+# Everything huggingface_hub raises: its bases are those of its HTTP library, OSError means no network or no disk.
+HUB_ERRORS: Any = (OSError, HFValidationError, HfHubHTTPError, *HfHubHTTPError.__bases__)
+
+
+# ----------------------------------------------------------------------------------------------- types of config.json
 
 
 class ConfigError(ValueError):
-    """A `config.json` holds a value of another type than is expected there. Names the file, the key and both."""
+    """A value in a `config.json` has the wrong type. The message names the file, the key, the value and the type."""
 
 
-class _Kind(NamedTuple):
-    """What a value must be.
-
-    Attributes:
-        word: For the message.
-        test: Whether it is.
-    """
-
-    word: str
-    test: Callable[[Any], bool]
-
-
-def _is_number(value: Any) -> bool:
+def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_count(value: Any, least: int = 1) -> bool:
+def _whole(value: Any, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
-def _all(test: Callable[[Any], bool], lengths: range = range(1, 10**6)) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and len(value) in lengths and all(map(test, value))
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0
 
 
-_TEXT = _Kind("a string", lambda v: isinstance(v, str))
-
-
-_NAME = _Kind("a string without a line break", lambda v: isinstance(v, str) and v.isprintable())
-
-
-_FLAG = _Kind("true or false", lambda v: isinstance(v, bool))
-
-
-_TABLE = _Kind("a table", lambda v: isinstance(v, dict))
-
-
-_COUNT = _Kind("a whole number from 1", _is_count)
-
-
-_FROM_ZERO = _Kind("a whole number from 0", lambda v: _is_count(v, 0))
-
-
-_SHARE = _Kind("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
-
-
-_POSITIVE = _Kind("a number above 0", lambda v: _is_number(v) and v > 0)
-
-
-_SIZE = _Kind("3 whole numbers: channels, height, width", _all(_is_count, range(3, 4)))
-
-
-_PAIR = _Kind("2 whole numbers: height, width", _all(_is_count, range(2, 3)))
-
-
-_SIDE = _Kind("a whole number, or 2: height, width", lambda v: _is_count(v) or _PAIR.test(v))
-
-
-_MEAN = _Kind("a list of numbers, one a channel", _all(_is_number))
-
-
-_STD = _Kind("a list of numbers above 0, one a channel", _all(_POSITIVE.test))
-
-
-_STAGES = _Kind("4 whole numbers, one a stage", _all(_is_count, range(4, 5)))
-
-
-_NAMES = _Kind("a string or a list of strings", lambda v: isinstance(v, str) or _all(_NAME.test)(v))
-
-
-_NAME_LIST = _Kind("a list of strings", lambda v: _all(_NAME.test, range(10**6))(v))
-
-
-_LABELS = _Kind("a list or a table of strings", lambda v: _texts(v) or isinstance(v, list) and all(map(_is_text, v)))
-
-
-_TEXTS = _Kind("a table of strings", lambda v: _texts(v))
-
-
-def _is_text(value: Any) -> bool:
+def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_text, value.values()))
+def _line(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
 
 
-_Keys = dict[str, _Kind]
+def _list(test: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+    """A test for a list that is not empty, of this length if given."""
+    return lambda v: isinstance(v, list) and len(v) == (length or len(v) or 1) and all(map(test, v))
 
 
-_TOP: _Keys = {
-    "architecture": _NAME,
-    "num_classes": _FROM_ZERO,
-    "num_features": _COUNT,
-    "global_pool": _NAME,
-    "label_names": _LABELS,
-    "label_descriptions": _TEXTS,
-    "model_args": _TABLE,
-    "pretrained_cfg": _TABLE,
+def _table(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, dict) and all(map(test, v.values()))
+
+
+# the types by the words for them in messages
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "a string without a line break": _line,
+    "true or false": lambda v: isinstance(v, bool),
+    "a number": _number,
+    "a number above 0": _positive,
+    "a number from 0 to 1": lambda v: _number(v) and 0 <= v <= 1,
+    "a number, or 'nan', 'inf' or '-inf'": lambda v: _number(v) or v in ("nan", "inf", "-inf"),
+    "a whole number from 0": lambda v: _whole(v, 0),
+    "a whole number from 1": _whole,
+    "a whole number from 0, or 'channels'": lambda v: v == "channels" or _whole(v, 0),
+    "a whole number, or 2: height, width": lambda v: _whole(v) or _list(_whole, 2)(v),
+    "a whole number, or 4, one per stage": lambda v: _whole(v) or _list(_whole, 4)(v),
+    "2 whole numbers: height, width": _list(_whole, 2),
+    "3 whole numbers: channels, height, width": _list(_whole, 3),
+    "4 whole numbers, one per stage": _list(_whole, 4),
+    "a list of numbers, one per channel": _list(_number),
+    "a list of numbers above 0, one per channel": _list(_positive),
+    "'file', or a centre and a width": lambda v: v == "file" or _list(_number, 2)(v),
+    "a string or a list of strings": lambda v: _text(v) or _list(_line)(v),
+    "a list of strings": lambda v: v == [] or _list(_line)(v),
+    "a list or a table of strings": lambda v: v == [] or _list(_text)(v) or _table(_text)(v),
+    "a table": lambda v: isinstance(v, dict),
+    "a table of strings": _table(_text),
+    "a table of strings and numbers": _table(lambda v: isinstance(v, str | int | float | None)),
 }
-
-
-# of timm's PretrainedCfg, what is used here or by timm where it makes a model and its transforms
-_CFG: _Keys = {
-    **dict.fromkeys(("input_size", "test_input_size", "min_input_size"), _SIZE),
-    **dict.fromkeys(("pool_size", "test_pool_size"), _PAIR),
-    **dict.fromkeys(("crop_pct", "test_crop_pct"), _POSITIVE),
-    **dict.fromkeys(("fixed_input_size", "custom_load"), _FLAG),
-    **dict.fromkeys(("interpolation", "crop_mode", "license", "origin_url", "tag", "paper_name"), _NAME),
-    **dict.fromkeys(("architecture", "hf_hub_id", "hf_hub_filename", "url", "file", "source", "description"), _NAME),
-    **dict.fromkeys(("first_conv", "classifier", "paper_ids"), _NAMES),
-    "mean": _MEAN,
-    "std": _STD,
-    "num_classes": _FROM_ZERO,
-    "label_offset": _FROM_ZERO,
-    "label_names": _LABELS,
-    "label_descriptions": _TEXTS,
+# per section: keys and the words for their type
+_TOP = {
+    "architecture global_pool": "a string without a line break",
+    "num_classes": "a whole number from 0",
+    "num_features": "a whole number from 1",
+    "label_names": "a list or a table of strings",
+    "label_descriptions": "a table of strings",
+    "model_args pretrained_cfg": "a table",
 }
-
-
-_ARGS: _Keys = {  # of our models
-    "depths": _STAGES,
-    "dims": _STAGES,
-    "patch_size": _COUNT,
-    "in_chans": _COUNT,
-    "num_classes": _FROM_ZERO,
-    "global_pool": _NAME,
-    "drop_path_rate": _SHARE,
-    "drop_rate": _SHARE,
-    "mask_ratio": _SHARE,
-    "decoder_depth": _FROM_ZERO,
-    "decoder_dim": _COUNT,
-    "norm_pix_loss": _FLAG,
-    "img_size": _SIDE,
-    "ls_init_value": _Kind("a number", _is_number),
-    "output_stride": _COUNT,
-    "kernel_sizes": _Kind("a whole number, or 4", lambda v: _is_count(v) or _STAGES.test(v)),
-    **dict.fromkeys(("conv_mlp", "conv_bias", "use_grn", "head_norm_first"), _FLAG),
+_CFG = {  # the part of timm's PretrainedCfg that this package or timm's factory and transforms use
+    "input_size test_input_size min_input_size": "3 whole numbers: channels, height, width",
+    "pool_size test_pool_size": "2 whole numbers: height, width",
+    "crop_pct test_crop_pct": "a number above 0",
+    "fixed_input_size custom_load": "true or false",
+    "interpolation crop_mode license origin_url tag paper_name": "a string without a line break",
+    "architecture hf_hub_id hf_hub_filename url file source description": "a string without a line break",
+    "first_conv classifier paper_ids": "a string or a list of strings",
+    "mean": "a list of numbers, one per channel",
+    "std": "a list of numbers above 0, one per channel",
+    "num_classes label_offset": "a whole number from 0",
+    "label_names": "a list or a table of strings",
+    "label_descriptions": "a table of strings",
 }
-
-
-_TRAINING: _Keys = {  # see `checkpoint.card`
-    "made_with": _TEXTS,
-    "table": _Kind("a table of strings and numbers", lambda v: isinstance(v, dict) and all(map(_is_cell, v.values()))),
-    "base_model": _NAME,
-    "datasets": _NAME_LIST,
-    "metrics": _TABLE,
-    "inherited_license": _NAME,
-    "pixels": _TABLE,
+_ARGS = {  # of the models in this package
+    "depths dims": "4 whole numbers, one per stage",
+    "patch_size in_chans decoder_dim output_stride": "a whole number from 1",
+    "num_classes decoder_depth": "a whole number from 0",
+    "global_pool": "a string without a line break",
+    "drop_path_rate drop_rate mask_ratio": "a number from 0 to 1",
+    "norm_pix_loss conv_mlp conv_bias use_grn head_norm_first": "true or false",
+    "img_size": "a whole number, or 2: height, width",
+    "ls_init_value": "a number",
+    "kernel_sizes": "a whole number, or 4, one per stage",
 }
-
-
-_PIXELS: _Keys = {  # see `data.Pixels`
-    "nodata": _Kind("a number, or 'nan', 'inf' or '-inf'", lambda v: _is_number(v) or v in ("nan", "inf", "-inf")),
-    "divide": _POSITIVE,
-    "clip_low": _MEAN,
-    "clip_high": _MEAN,
-    "pages": _Kind("a page's number, or 'channels'", lambda v: v == "channels" or _is_count(v, 0)),
-    "dicom_window": _Kind(
-        "'file', or a centre and a width",
-        lambda v: v == "file" or isinstance(v, list) and len(v) == 2 and all(map(_is_number, v)),
-    ),
+_TRAINING = {  # see `checkpoint.card`
+    "made_with": "a table of strings",
+    "table": "a table of strings and numbers",
+    "base_model inherited_license": "a string without a line break",
+    "datasets": "a list of strings",
+    "metrics pixels": "a table",
 }
-
-
-_METRICS: _Keys = {
-    **dict.fromkeys(("top1", "top5", "loss"), _Kind("a number", _is_number)),
-    **dict.fromkeys(("dataset", "dataset_id", "split"), _NAME),
+_METRICS = {"top1 top5 loss": "a number", "dataset dataset_id split": "a string without a line break"}
+_PIXELS = {  # see `data.Pixels`
+    "nodata": "a number, or 'nan', 'inf' or '-inf'",
+    "divide": "a number above 0",
+    "clip_low clip_high": "a list of numbers, one per channel",
+    "pages": "a whole number from 0, or 'channels'",
+    "dicom_window": "'file', or a centre and a width",
 }
-
-
-# Where nothing is given these are left out; null would reach timm as a value.
-_NOT_NULL = ("architecture", "model_args", "pretrained_cfg", "num_classes", "input_size", "fixed_input_size", "mean")
-
-
-_NOT_NULL += ("std", "interpolation", "crop_pct", "crop_mode", "custom_load", *_ARGS)
-
-
-def _is_cell(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool | None)
-
-
-def check_config(config: dict[str, Any], where: str, ours: bool) -> None:
-    """Every value that is used has the type that its key wants; null where timm allows it.
-
-    Args:
-        config: A `config.json` in timm's format.
-        where: Its path, for the message.
-        ours: It is of a ConvNeXt V2 or FCMAE: `model_args` are checked too. Those of others are theirs.
-
-    Raises:
-        ConfigError: A value has another type.
-    """
-    _check(config, _TOP, "", where)
-    if "pretrained_cfg" in config:
-        _check(config["pretrained_cfg"], _CFG, "pretrained_cfg.", where)
-    else:  # timm's first format
-        _check(config, _CFG, "", where)
-    if ours:
-        _check(config.get("model_args", {}), _ARGS, "model_args.", where)
-    training = config.get("training")
-    if isinstance(training, dict):  # anything else is not of this package, see `provenance.training_of`
-        _check(training, _TRAINING, "training.", where)
-        _check(training.get("metrics") or {}, _METRICS, "training.metrics.", where)
-        _check_pixels(training.get("pixels") or {}, config.get("pretrained_cfg", config), where)
-    _check_channels(config.get("pretrained_cfg", config), where)
-
-
-def _check(values: dict[str, Any], keys: _Keys, prefix: str, where: str) -> None:
-    for key, kind in keys.items():
-        value = values.get(key)
-        missing = key not in values or value is None and key not in _NOT_NULL
-        if not missing and not kind.test(value):
-            _refuse(where, f"{prefix}{key}", value, kind.word)
-
-
-def _check_channels(cfg: dict[str, Any], where: str) -> None:
-    """Mean and standard deviation are of the channels of the image."""
-    chans = (cfg.get("input_size") or [None])[0]
-    for key in ("mean", "std"):
-        values = cfg.get(key)
-        if values is not None and chans is not None and len(values) not in (1, 3, chans):
-            _refuse(where, f"pretrained_cfg.{key}", values, f"one number, or {chans}, one a channel")
-
-
-def _check_pixels(pixels: dict[str, Any], cfg: dict[str, Any], where: str) -> None:
-    """Limits come in pairs, in order, and are of the channels of the image; what is not known is not left out."""
-    _check(pixels, _PIXELS, "training.pixels.", where)
-    for key in pixels.keys() - _PIXELS.keys():
-        _refuse(where, f"training.pixels.{key}", pixels[key], f"one of {', '.join(_PIXELS)}")
-    chans = (cfg.get("input_size") or [None])[0]
-    low, high = (pixels.get(key) for key in ("clip_low", "clip_high"))
-    if low is None and high is None:
-        return
-    if low is None or high is None or len(low) != len(high) or not all(a < b for a, b in zip(low, high, strict=True)):
-        _refuse(where, "training.pixels.clip_high", high, f"a number above each of clip_low = {low}")
-    elif chans is not None and len(low) not in (1, chans):
-        _refuse(where, "training.pixels.clip_low", low, f"one number, or {chans}, one a channel")
+# timm leaves these keys out when they are unset; null would reach its factory as a value
+_NOT_NULL = set(
+    "architecture model_args pretrained_cfg num_classes input_size fixed_input_size mean std interpolation crop_pct "
+    f"crop_mode custom_load {' '.join(_ARGS)}".split()
+)
 
 
 def _refuse(where: str, key: str, value: Any, expected: str) -> None:
@@ -268,16 +150,129 @@ def _refuse(where: str, key: str, value: Any, expected: str) -> None:
     )
 
 
-WEIGHTS = "model.safetensors"
+def _check(values: dict[str, Any], section: dict[str, str], prefix: str, where: str) -> None:
+    for keys, expected in section.items():
+        for key in keys.split():
+            value = values.get(key)
+            unset = key not in values or value is None and key not in _NOT_NULL
+            if not unset and not _TYPES[expected](value):
+                _refuse(where, f"{prefix}{key}", value, expected)
 
 
-OFFICIAL_LICENSE = "cc-by-nc-4.0"  # of all weights that the authors published
+def _check_config(config: dict[str, Any], where: str, ours: bool) -> None:
+    """Checks the type of every value that is used; null is allowed where timm allows it.
+
+    Args:
+        config: A `config.json` in timm's format.
+        where: Its path, for the message.
+        ours: It describes a ConvNeXt V2 or FCMAE: check `model_args` as well.
+    """
+    _check(config, _TOP, "", where)
+    nested = "pretrained_cfg" in config  # timm's first format was flat
+    cfg = config["pretrained_cfg"] if nested else config
+    _check(cfg, _CFG, "pretrained_cfg." if nested else "", where)
+    if ours:
+        _check(config.get("model_args", {}), _ARGS, "model_args.", where)
+    chans = (cfg.get("input_size") or [None])[0]
+    for key in ("mean", "std"):
+        values = cfg.get(key)
+        if values is not None and chans is not None and len(values) not in (1, 3, chans):
+            _refuse(where, f"pretrained_cfg.{key}", values, f"one number, or {chans}, one per channel")
+    training = training_of(config)
+    _check(training, _TRAINING, "training.", where)
+    _check(training.get("metrics") or {}, _METRICS, "training.metrics.", where)
+    pixels = training.get("pixels") or {}
+    _check(pixels, _PIXELS, "training.pixels.", where)
+    known = " ".join(_PIXELS).split()
+    for key in pixels.keys() - set(known):  # an unknown preparation of pixels must not be ignored
+        _refuse(where, f"training.pixels.{key}", pixels[key], f"one of {', '.join(known)}")
+    try:
+        Pixels.from_record(pixels).check(chans or len(pixels.get("clip_low") or [0]))
+    except ValueError as e:
+        raise ConfigError(f"'{where}' has training.pixels = {pixels}: {e}") from e
 
 
-_HTTP_ERRORS: Any = HfHubHTTPError.__bases__
+# -------------------------------------------------------------------------------------------------- reading config.json
 
 
-# Ids of licences that the Hub knows: https://huggingface.co/docs/hub/repositories-licenses, as of June 2026
+def is_ours(architecture: object) -> bool:
+    """Whether timm has a ConvNeXt V2 or an FCMAE of this name."""
+    name = str(architecture)
+    return name.startswith(("convnextv2_", "fcmae_convnextv2_")) and "." not in name and timm.is_model(name)
+
+
+def training_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The section `training` of a `config.json`; empty if this package did not write it."""
+    training = config.get("training")
+    return training if isinstance(training, dict) else {}
+
+
+def read_config(path: str | Path, ours: bool = True) -> dict[str, Any]:
+    """Reads and checks the `config.json` of a timm folder.
+
+    Args:
+        path: The file.
+        ours: Accept only a ConvNeXt V2 or an FCMAE; otherwise any architecture.
+
+    Raises:
+        ValueError: The file is missing or not in timm's format.
+        ConfigError: (a ValueError) A value has the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"'{path.parent}' is not a timm folder: it has no {path.name}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"'{path}' cannot be read as JSON: {e}") from e
+    name = config.get("architecture") if isinstance(config, dict) else None
+    if not is_ours(name) and (ours or not isinstance(name, str)):
+        found = f"names the architecture {name!r}" if name else "names no architecture"
+        raise ValueError(
+            f"'{path}' does not describe {'a ConvNeXt V2' if ours else 'a model'} in timm's format: it {found}; "
+            f"expected {'convnextv2_* or fcmae_convnextv2_*' if ours else 'one'}. The export functions of "
+            "timm_convnextv2.checkpoint write such files."
+        )
+    _check_config(config, str(path), ours=is_ours(name))
+    return config
+
+
+def config_beside(pretrained_cfg: dict[str, Any], cache_dir: str | Path | None = None) -> dict[str, Any] | None:
+    """The `config.json` of the timm folder that holds the weights of a timm `pretrained_cfg`; None without one.
+
+    Args:
+        pretrained_cfg: With a `file` (weights, or a folder of `local-dir:`), or an `hf_hub_id`.
+        cache_dir: As in `timm.create_model`.
+
+    Raises:
+        ConfigError: (a ValueError) The file exists, but a value has the wrong type: ignoring the file would lose the
+            licence and the options.
+        OSError, huggingface_hub.errors.HfHubHTTPError: The Hub cannot be reached.
+    """
+    file, hub_id = pretrained_cfg.get("file"), pretrained_cfg.get("hf_hub_id")
+    try:
+        if file:
+            file = Path(file)
+            if not file.is_dir() and file.name != WEIGHTS:  # any other file has no folder of its own
+                return None
+            return read_config((file if file.is_dir() else file.parent) / "config.json")
+        if hub_id:
+            name, _, revision = hub_id.partition("@")
+            return read_config(hf_hub_download(name, "config.json", revision=revision or None, cache_dir=cache_dir))
+    except (LocalEntryNotFoundError, ConfigError):  # without a network nothing is known about the repository
+        raise
+    except (ValueError, EntryNotFoundError):
+        return None
+    except (OSError, HfHubHTTPError):
+        raise
+    except HUB_ERRORS as e:  # from the HTTP library: the connection broke during the download
+        raise ConnectionError(f"{type(e).__name__}: {e}") from e
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ licence and origin
+
+# Ids of licences on the Hub: https://huggingface.co/docs/hub/repositories-licenses, as of June 2026
 LICENSES = frozenset(
     """
     apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
@@ -294,13 +289,13 @@ LICENSES = frozenset(
 
 
 class Origin(NamedTuple):
-    """What weights hand on to those that are trained from them.
+    """The provenance that weights pass on to weights trained from them.
 
     Attributes:
-        license: Licence by its id on the Hub; None where nothing states one.
-        base_model: The model on the Hub that training started from, `user/name`; None where there is none.
-        url: Home of the code that made the published weights, where they are the origin.
-        unstated: File of weights that others may have made, where nothing states its licence; None where there is none.
+        license: Licence by its id on the Hub; None if nothing states one.
+        base_model: The model on the Hub that training started from, `user/name`.
+        url: Home of the code behind the published weights, if training started from those.
+        unstated: File of weights of unknown authors without a stated licence.
     """
 
     license: str | None = None
@@ -309,77 +304,8 @@ class Origin(NamedTuple):
     unstated: str | None = None
 
 
-def is_ours(architecture: object) -> bool:
-    """Whether timm, with this package, has a ConvNeXt V2 or an FCMAE of this name."""
-    name = str(architecture)
-    return name.startswith(("convnextv2_", "fcmae_convnextv2_")) and "." not in name and timm.is_model(name)
-
-
-def read_config(path: str | Path, ours: bool = True) -> dict[str, Any]:
-    """The `config.json` of a timm folder.
-
-    Args:
-        path: Of the file.
-        ours: Take a ConvNeXt V2 or FCMAE only; else any architecture.
-
-    Raises:
-        ValueError: No such file, or not one in timm's format.
-        ConfigError: (a ValueError) A value has another type than its key wants.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"'{path.parent}' is no timm folder: it has no {path.name}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"'{path}' cannot be read as JSON: {e}") from e
-    name = config.get("architecture") if isinstance(config, dict) else None
-    if not is_ours(name) and (ours or not isinstance(name, str)):
-        what = f"names the architecture {name!r}" if name else "names no architecture"
-        raise ValueError(
-            f"'{path}' is not {'of a ConvNeXt V2 ' * ours}in timm's format: it {what}, and convnextv2_* or "
-            "fcmae_convnextv2_* was expected. The export functions of timm_convnextv2.checkpoint write such files."
-        )
-    check_config(config, str(path), ours=is_ours(name))
-    return config
-
-
-def config_beside(pretrained_cfg: dict[str, Any], cache_dir: str | Path | None = None) -> dict[str, Any] | None:
-    """The `config.json` of the timm folder that the weights of a timm `pretrained_cfg` lie in, if there is one.
-
-    Args:
-        pretrained_cfg: With a `file` (weights, or a folder of `local-dir:`), or an `hf_hub_id`.
-        cache_dir: As in `timm.create_model`.
-
-    Raises:
-        ConfigError: (a ValueError) It is there, and a value has another type than its key wants.
-        OSError, huggingface_hub.errors.HfHubHTTPError: The Hub cannot be reached.
-    """
-    file, hub_id = pretrained_cfg.get("file"), pretrained_cfg.get("hf_hub_id")
-    try:
-        if file:
-            file = Path(file)
-            if not file.is_dir() and file.name != WEIGHTS:  # any other file has no folder of its own
-                return None
-            return read_config((file if file.is_dir() else file.parent) / "config.json")
-        if hub_id:
-            name, _, revision = hub_id.partition("@")
-            return read_config(hf_hub_download(name, "config.json", revision=revision or None, cache_dir=cache_dir))
-    except LocalEntryNotFoundError:  # no network: that says nothing about the repository
-        raise
-    except ConfigError:  # it is there, and without it licence and options would be lost
-        raise
-    except (ValueError, EntryNotFoundError):
-        return None
-    except (OSError, HfHubHTTPError):
-        raise
-    except _HTTP_ERRORS as e:  # of the HTTP library: the connection broke in mid-download
-        raise ConnectionError(f"{type(e).__name__}: {e}") from e
-    return None
-
-
 def origin_of_config(config: dict[str, Any], hub_id: str | None = None) -> Origin:
-    """What weights in a timm folder hand on.
+    """The provenance of the weights in a timm folder.
 
     Args:
         config: The folder's `config.json`, or a `pretrained_cfg` alone.
@@ -388,7 +314,7 @@ def origin_of_config(config: dict[str, Any], hub_id: str | None = None) -> Origi
     cfg = config.get("pretrained_cfg", config)
     license, url = cfg.get("license"), cfg.get("origin_url")
     hub_id = hub_id.partition("@")[0] if hub_id else None
-    if license is None:  # a published model: config.json in timm's repositories on the Hub may leave the licence out
+    if license is None:  # the config.json of timm's own repositories on the Hub may lack the licence
         tagged = f"{config.get('architecture') or cfg.get('architecture')}.{cfg.get('tag')}"
         published = hub_id.removeprefix("timm/") if hub_id and hub_id.startswith("timm/") else tagged
         if published in timm.list_models("convnextv2_*", pretrained=True):
@@ -398,19 +324,19 @@ def origin_of_config(config: dict[str, Any], hub_id: str | None = None) -> Origi
 
 
 def origin_of_file(path: Path, names: Iterable[str], run: Mapping[str, Any] | None = None) -> Origin:
-    """What the weights in a file hand on.
+    """The provenance of the weights in a file.
 
-    The licence is the one in the `config.json` that belongs to the file. Without one, weights under the official names
-    have that of the published ones, and what a pretraining run of this package made from random weights is its own. Of
-    all others it is unstated.
+    The `config.json` that belongs to the file states the licence. Without one, weights with the official names have
+    the licence of the published weights, and a pretraining run of this package that started from random weights states
+    its own. For all others the licence is unstated.
 
     Args:
-        path: Of the file; its `config.json` lies beside it, that of a pretraining run in its `encoder/`.
-        names: Of the tensors in it.
-        run: Settings of the pretraining run that it is a checkpoint of; None for other files.
+        path: The file; its `config.json` lies beside it, that of a pretraining run in `encoder/`.
+        names: Names of the tensors in it.
+        run: Settings of the pretraining run that wrote the file; None for other files.
 
     Raises:
-        ConfigError: (a ValueError) The `config.json` has a value of another type than its key wants.
+        ConfigError: (a ValueError) A value in the `config.json` has the wrong type.
     """
     folder = path.parent if run is None else path.parent / "encoder"
     config = config_beside({"file": folder / WEIGHTS})
@@ -421,56 +347,33 @@ def origin_of_file(path: Path, names: Iterable[str], run: Mapping[str, Any] | No
         return origin._replace(license=OFFICIAL_LICENSE)
     if run is not None and (run.get("license") or not run.get("pretrained")):
         return origin._replace(license=run.get("license") or None)
-    if run is None and config and training_of(config):  # made by this package, from weights that had no licence either
+    if run is None and config and training_of(config):  # this package exported it, from weights without a licence
         return origin
     return origin._replace(unstated=str(path))
 
 
-def pixels_of_model(name: str) -> dict[str, Any]:
-    """The record of how stored values became pixels, see `data.Pixels`; empty where they did so in the usual way.
-
-    Args:
-        name: Of a model for timm's factory; a folder or a repository of the Hub has a record, others have none.
-
-    Raises:
-        ConfigError, OSError, huggingface_hub.errors.HfHubHTTPError: See `config_beside`.
-    """
-    source, _, place = name.partition(":")
-    if source not in ("local-dir", "hf-hub", "hf_hub"):
-        return {}
-    config = config_beside({"file": place} if source == "local-dir" else {"hf_hub_id": place})
-    return training_of(config or {}).get("pixels") or {}
-
-
-def training_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The section `training` of a `config.json`, empty where this package did not write it."""
-    training = config.get("training")
-    return training if isinstance(training, dict) else {}
-
-
 def resolve_license(asked: str | None, inherited: str | None, unstated: str | None = None) -> str | None:
-    """The licence of weights: the one that they inherited stays, else the one asked for.
+    """The licence of weights: the inherited one if there is one, otherwise the requested one.
 
     Args:
-        asked: What the user names.
+        asked: The licence that the user names.
         inherited: That of the weights training started from, see `Origin`.
-        unstated: The file that they came from, where nothing states its licence; then one must be asked for.
+        unstated: The file of those weights if nothing states its licence; then `asked` is required.
 
     Raises:
-        ValueError: Another licence than the inherited one is asked for, or something that is no licence's id; or none
-            is known.
+        ValueError: The requested licence contradicts the inherited one or is not the id of a licence; or none is known.
     """
     if unstated and not inherited and not asked:
         raise ValueError(
-            f"'{unstated}' has no config.json beside it that states the licence of these weights, which stays with "
-            f"what is trained from them. State it: --license ID, which is {OFFICIAL_LICENSE} for the published "
+            f"'{unstated}' has no config.json beside it that states the licence of these weights, which also applies "
+            f"to weights trained from them. State it: --license ID, which is {OFFICIAL_LICENSE} for the published "
             "ConvNeXt V2 weights."
         )
     if asked == "other" and inherited != "other":
         raise ValueError(
-            "license='other' says nothing by itself: the Hub wants a name and the text with it. Export without a "
-            "licence, add the text as a file LICENSE, and write into the README's first lines `license: other`, "
-            "`license_name` and `license_link`. Or name one that the Hub knows, such as mit, apache-2.0 or cc-by-4.0."
+            "license='other' is not enough: the Hub needs a name and the text as well. Export without a licence, add "
+            "the text as a file LICENSE, and write into the README's first lines `license: other`, `license_name` and "
+            "`license_link`. Or name a licence that the Hub lists, such as mit, apache-2.0 or cc-by-4.0."
         )
     if asked is not None and asked not in LICENSES and asked != inherited:
         near = difflib.get_close_matches(asked.lower().replace(" ", "-"), LICENSES, n=1, cutoff=0.6)
@@ -482,8 +385,8 @@ def resolve_license(asked: str | None, inherited: str | None, unstated: str | No
         )
     if inherited and asked not in (None, inherited):
         raise ValueError(
-            f"license='{asked}', but training started from weights under {inherited}, which stays. Leave license "
-            "out, or train from scratch (pretrained=False). If those weights are your own, give them the new licence "
-            "first: 'license' in their config.json."
+            f"license='{asked}', but training started from weights under {inherited}, which still applies. Leave the "
+            "licence out, or train from scratch (pretrained=False). If those weights are yours, change 'license' in "
+            "their config.json first."
         )
     return inherited or asked

@@ -13,19 +13,17 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..files import whole_file
 from ..models.weights import first_not_finite
-from .card import HERE, IMAGES, OR_HUB, escaped_rows, licence_text, pixels_text, render_card
-from .provenance import WEIGHTS, read_config
+from .card import HERE, IMAGES, OR_HUB, dataset_type, images_text, licence_text, pixels_text, render_card, table
+from .provenance import HUB_ERRORS, WEIGHTS, read_config
 
 CONFIG = "config.json"
 TASKS = {"detection": "detector", "segmentation": "segmenter"}
-_HTTP_ERRORS: Any = (OSError, HFValidationError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 
 # What the card states of the metrics, with their names on the Hub: (key, type, name)
 _STATED = {
@@ -71,7 +69,7 @@ def find_folder(name: str | os.PathLike) -> Path:
         try:
             paths = [hf_hub_download(repo, file, revision=revision or None) for file in (CONFIG, WEIGHTS)]
             return Path(paths[0]).parent
-        except _HTTP_ERRORS as e:
+        except HUB_ERRORS as e:
             raise ValueError(f"'{text}' cannot be had from the Hub ({type(e).__name__}: {e}).") from e
     folder = Path(text.removeprefix("local-dir:"))
     return folder / "model" if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file() else folder
@@ -245,15 +243,15 @@ def render_transfer(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     ]
     if training.get("pixels"):
         parts.append(pixels_text(training["pixels"], "`load_image` above and the commands of `timm_convnextv2` do it."))
-    parts += ["## How it was made", f"| | |\n| --- | --- |\n{escaped_rows(training['table'])}"]
+    parts += ["## How it was made", table("", training["table"])]
     numbers = {name: f"{v:.4f}" for name, v in config["metrics"].items() if isinstance(v, float) and v >= 0}
     if isinstance(config["metrics"].get("iou"), list) and len(classes) <= 50:
         of_class = zip(classes, config["metrics"]["iou"], strict=True)
         numbers |= {f"IoU of {name}": f"{v:.4f}" for name, v in of_class if v is not None}
     if numbers:
         where = f"validation images of {config['dataset']}" if config.get("dataset") else "validation images"
-        parts += ["## Results", f"| {where} | |\n| --- | --- |\n{escaped_rows(numbers)}"]
-    parts += [f"![{IMAGES[name]}]({name})\n\n*{IMAGES[name]}.*" for name in IMAGES if name in images]
+        parts += ["## Results", table(where, numbers)]
+    parts += images_text(images)
     parts += ["## Licence and provenance", licence_text(license, training)]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(parts) + "\n"))
 
@@ -264,7 +262,7 @@ def _results(config: dict[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=_PIPELINES[config["task"]],
-            dataset_type="".join(c if c.isalnum() else "-" for c in name.lower()),
+            dataset_type=dataset_type(name),
             dataset_name=name,
             dataset_split="validation",
             metric_type=kind,
