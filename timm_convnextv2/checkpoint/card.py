@@ -169,7 +169,7 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
         parts += ["## How it was made", table("", training["table"])]
     if results:
         where = f"{metrics.get('dataset')}, {metrics['split']}" if metrics.get("split") else metrics.get("dataset")
-        parts += ["## Results", table(str(where), {r.metric_name: r.metric_value for r in results})]
+        parts += ["## Results", table(str(where), {str(r.metric_name): r.metric_value for r in results})]
     parts += images_text(images)
     parts += ["## Licence and provenance", licence_text(license, training)]
     if cfg.get("origin_url"):
