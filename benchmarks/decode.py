@@ -23,7 +23,8 @@ from PIL import Image
 
 from benchmarks.measure import conditions, ratio, time_in_turn, write_csv
 from timm_convnextv2.data import DemoSource, FolderSource, PretrainDataset, PretrainTransform
-from timm_convnextv2.data.formats.decode import Choose, Reduced, decode
+from timm_convnextv2.data.formats.decode import decode
+from timm_convnextv2.data.formats.pillow import Choose, Reduced
 from timm_convnextv2.data.samples.transform import MIN_OVERSAMPLING
 
 KINDS = ((75, "4:2:0"), (90, "4:2:0"), (90, "4:4:4"), (95, "4:2:0"))  # quality, chroma

@@ -33,7 +33,7 @@ from timm_convnextv2.data import (
     load_image,
     sample_seed,
 )
-from timm_convnextv2.data.formats.decode import Reduced, from_pil
+from timm_convnextv2.data.formats.pillow import Reduced, from_pil
 from timm_convnextv2.data.samples import dataset as samples_module
 from timm_convnextv2.data.sources import timm as timm_source
 

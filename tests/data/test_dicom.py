@@ -11,11 +11,10 @@ from dicom_files import draw
 from PIL import Image
 
 from timm_convnextv2.data import FolderSource, ImageError, MissingPackageError, load_image
-from timm_convnextv2.data.formats.header import read_header
+from timm_convnextv2.data.formats.decode import count_pages, open_scene, read_header
 from timm_convnextv2.data.formats.pixels import Pixels
-from timm_convnextv2.data.measure.measure import measure, measuring
-from timm_convnextv2.data.sources.pages import PageSource, pages_in
-from timm_convnextv2.data.sources.scenes import open_scene
+from timm_convnextv2.data.measure.sample import measure
+from timm_convnextv2.data.sources.pages import PageSource
 
 pydicom = pytest.importorskip("pydicom", reason="the package pydicom is not installed")
 from pydicom.data import get_testdata_file  # noqa: E402
@@ -107,7 +106,7 @@ def test_frames_are_refused_or_pages(tmp_path):
     with pytest.raises(ImageError, match="has 4 frames; read them with --pages"):
         load_image(path, 1)
     source = PageSource(FolderSource(tmp_path, 1))
-    assert pages_in(str(path)) == 4 and len(source) == 4 and source.name(2).endswith("x.dcm, page 2")
+    assert count_pages(str(path)) == 4 and len(source) == 4 and source.name(2).endswith("x.dcm, page 2")
     assert all(np.allclose(source[i][0], x[i] / 4095, atol=1e-7) for i in range(4))
     assert np.allclose(load_image(path, 4, Pixels(page="channels")), x / 4095, atol=1e-7)
     assert read_header(path, "channels").channels == 4
@@ -135,7 +134,7 @@ def test_types_and_units_are_measured(tmp_path):
     x = random()
     for i in range(2):
         draw(tmp_path / f"{i}.dcm", x)
-    found = measure(FolderSource(tmp_path, 1, measuring(Pixels())))
+    found = measure(FolderSource(tmp_path, 1, Pixels()))
     assert (found.kind, found.unit) == ("DICOM (12 bits)", 4095) and found.pixels.mean[0] == pytest.approx(
         x.mean() / 4095
     )
@@ -160,7 +159,7 @@ def test_missing_packages_are_named(package, file, tmp_path, monkeypatch):
     else:
         (tmp_path / file).mkdir()
         (tmp_path / file / "zarr.json").touch()
-    for module in ("decode", "listing"):
+    for module in ("formats.decode", "paths.walk"):
         monkeypatch.setattr(f"timm_convnextv2.data.{module}.installed", lambda name: name != package)
     left = str(FolderSource(tmp_path, 1).left)
     assert left == f"1 other file ignored: 1 {Path(file).suffix} (to read them: pip install {package})"

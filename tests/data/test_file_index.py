@@ -96,7 +96,7 @@ def test_what_makes_it_stale(images, monkeypatch, data_dir, data_list):
     assert "have changed" in stale("a/i")
     os.utime(changed, ns=(time, time))
     assert stale("a/i") == ""
-    monkeypatch.setattr("timm_convnextv2.data.formats.decode.image_extensions", lambda: (".png", ".new"))
+    monkeypatch.setattr("timm_convnextv2.data.paths.index.image_extensions", lambda: (".png", ".new"))
     assert "other extensions count as images now: " in stale("a/i") and ".new" in stale("a/i")
 
 

@@ -153,7 +153,7 @@ def test_fifo_that_comes_between_look_and_opening(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "x.png")
     Image.fromarray(RGB).save(tmp_path / "y.png")
     info = os.stat(tmp_path / "y.png")
-    monkeypatch.setattr(data.files.os, "stat", lambda path: info)
+    monkeypatch.setattr(os, "stat", lambda path: info)
     with no_hang(), pytest.raises(ImageError, match="x.png: is a FIFO"):
         load_image(tmp_path / "x.png")
 
@@ -167,7 +167,7 @@ def test_links_to_images_and_folders_are_followed(tmp_path):
 
 
 def test_many_special_files_are_counted_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.listing, "_NAMED_SPECIAL", 6)
+    monkeypatch.setattr("timm_convnextv2.data.paths.walk._NAMED_SPECIAL", 6)
     images(tmp_path, 1)
     for i in range(9):
         (tmp_path / f"link{i}.png").symlink_to("gone")

@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 
 from timm_convnextv2.data import FolderSource, ImageError, Pixels, WindowOptions, load_image
-from timm_convnextv2.data.formats.header import read_header
-from timm_convnextv2.data.sources.pages import PageSource, pages_in
-from timm_convnextv2.data.sources.scenes import open_scene
+from timm_convnextv2.data.formats.decode import count_pages, open_scene, read_header
+from timm_convnextv2.data.sources.pages import PageSource
 from timm_convnextv2.data.sources.windows import WindowSource
 
 tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
@@ -64,7 +63,7 @@ def test_each_page_is_an_image(kind, tmp_path):
     write(tmp_path / name)
     path = str(tmp_path / name)
     source = PageSource(FolderSource(tmp_path, in_chans))
-    assert pages_in(path) == len(source) == len(pages) and f"{len(pages)} pages of 1 files" in source.left
+    assert count_pages(path) == len(source) == len(pages) and f"{len(pages)} pages of 1 files" in source.left
     for i, page in enumerate(pages):
         image = source[i]
         image = image.float() / 255 if image.dtype == torch.uint8 else image

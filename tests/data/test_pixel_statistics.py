@@ -12,9 +12,9 @@ from PIL import Image
 from timm_convnextv2.commands import main as cli
 from timm_convnextv2.commands import stats
 from timm_convnextv2.data import FolderSource, Pixels, create_source, load_image
-from timm_convnextv2.data.formats.header import read_header
-from timm_convnextv2.data.measure.measure import find_channels, measure, measure_pixels, measuring
+from timm_convnextv2.data.formats.decode import read_header
 from timm_convnextv2.data.measure.pixel_statistics import PERCENTILES, PixelStatistics
+from timm_convnextv2.data.measure.sample import find_channels, measure, measure_pixels
 
 CHANS = 5
 
@@ -106,7 +106,7 @@ def test_the_sample_is_as_large_as_the_error_asks_for_and_follows_the_seed(tmp_p
     scenes(tmp_path, 72, size=(6, 6), hole=False)
 
     def found(seed=0, workers=0, **options):
-        source = FolderSource(tmp_path, CHANS, measuring(Pixels()))
+        source = FolderSource(tmp_path, CHANS, Pixels())
         return measure(source, seed=seed, workers=workers, **options)
 
     loose, tight = found(error=0.5), found(error=1e-9)
@@ -231,8 +231,8 @@ def nothing_else(folder):
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
-        (mixed_channels, [], "differ in their channels, of 4 tried: 3 have 5 channels of uint16 .*; 1 has 2 channels"),
-        (mixed_types, [], "are of 2 types.*3 of uint16 .*; 2 of float32"),
+        (mixed_channels, [], "differ in channels.* 3 have 5 channels of uint16 .*; 1 has 2 channels"),
+        (mixed_types, [], "2 types.*3 of uint16 .*; 2 of float32"),
         (nothing_else, ["--nodata", "-9999"], "nodata everywhere"),
         (scenes, ["--clip-percentiles", "99", "1"], "--clip-percentiles 99 1: expected two percentages in order"),
         (scenes, ["--clip-percentiles", "-1", "50"], "0 <= LO < HI <= 100"),

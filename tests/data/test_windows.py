@@ -18,9 +18,9 @@ from timm_convnextv2.data import (
     WindowOptions,
     load_image,
 )
+from timm_convnextv2.data.formats.decode import open_scene
 from timm_convnextv2.data.formats.pixels import Pixels
 from timm_convnextv2.data.sources.holdout import hold_out
-from timm_convnextv2.data.sources.scenes import open_scene
 from timm_convnextv2.data.sources.windows import WindowSource, check_windows, content
 
 tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")

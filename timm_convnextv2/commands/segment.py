@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..console import check_same_classes, say
-from ..data.formats.decode import printable
+from ..data.formats.files import printable
 from ..data.sources.folder import ImageFiles
 from ..files import claim_folder, whole_file, write_json
 from ..runs.device import check_device

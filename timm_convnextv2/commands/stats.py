@@ -15,7 +15,7 @@ from typing import Any
 
 from ..console import PROGRAM, CommandParser, refused, say
 from ..data import DataSet, ImagePaths, Pixels, StreamOrder, TimmStream, create_source
-from ..data.measure.measure import ERROR, Measured, find_channels, measure_pixels, measured_options
+from ..data.measure.sample import ERROR, Measured, find_channels, measure_pixels, measured_options
 from ..data.paths.index import check_index_option, find_images
 from ..data.paths.places import Dirs, Listing, as_list, base_of
 from ..files import whole_file

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..console import check_same_classes
 from ..data import FolderSource, Pixels, check_readable
-from ..data.formats.decode import printable
-from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS
+from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, printable
 from ..data.formats.pixels import PLAIN
 from ..data.sources.folder import ImageFiles
 

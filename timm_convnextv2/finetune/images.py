@@ -35,7 +35,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from ..console import say
 from ..data import ImageError, Pixels, image_extensions
-from ..data.formats.decode import from_pil, is_8_bit, printable, to_mode
+from ..data.formats.files import printable
+from ..data.formats.pillow import from_pil, is_8_bit, to_mode
 from ..data.formats.pixels import PLAIN
 from ..data.paths.walk import open_tar
 from ..data.sources.stream import decode_undecoded, leave_undecoded, undecoded_image

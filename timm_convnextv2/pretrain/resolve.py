@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..config import build, evolve, flat
 from ..data import Pixels
 from ..data.config import PixelOptions
-from ..data.measure.measure import Measured, measure_pixels, measured_options
+from ..data.measure.sample import Measured, measure_pixels, measured_options
 from ..models.masking import random_channels
 from ..runs.progress import ImageProgress
 from ..runs.world import World

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..formats.decode import Choose, check_index
+from ..formats.decode import check_index
+from ..formats.pillow import Choose
 from ..sources.source import Source
 
 Shape = Callable[[np.ndarray, np.ndarray, float], np.ndarray]

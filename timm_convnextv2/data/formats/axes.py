@@ -1,4 +1,4 @@
-"""Which axes of a stored array are the channels, which are pages, and what to read of them."""
+"""The axes of a stored array: rows, columns, channels, pages; and the part of them that is read."""
 
 import math
 from typing import Any, NamedTuple
@@ -12,13 +12,13 @@ Page = int | str | None
 
 
 class Layout(NamedTuple):
-    """What to read of an array whose axes have names of one letter, as in tifffile.
+    """The part to read of an array whose axes have names of one letter, as in tifffile.
 
     Attributes:
-        axes: All of them, in the order of the array.
+        axes: All axes, in the order of the array.
         shape: Their sizes.
-        kept: Those to read whole, in this order; Y and X are among them.
-        index: The entry to read of each other axis.
+        kept: Axes that are read whole, in this order; Y and X are among them.
+        index: The entry that is read of each other axis.
     """
 
     axes: str
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
     index: dict[str, int]
 
     def pick(self, rows: slice = slice(None), columns: slice = slice(None), axes: str | None = None) -> tuple:
-        """The index of an array with these axes (default: all) that reads rows and columns of what is kept."""
+        """The index that reads rows and columns of the kept part of an array with these axes (default: all)."""
         part = {"Y": rows, "X": columns}
         picked: list[Any] = []
         for axis in self.axes if axes is None else axes:
@@ -37,14 +37,14 @@ class Layout(NamedTuple):
     def arrange(self, x: np.ndarray) -> np.ndarray:
         """An array with the axes `kept` as `[C, Y, X]`."""
         axes = [axis for axis in self.axes if axis in self.kept]
-        # X before Y, as some instruments write it
+        # some instruments write X before Y
         order = [*(i for i, axis in enumerate(axes) if axis not in "YX"), axes.index("Y"), axes.index("X")]
         x = x.transpose(order)
         return x.reshape(-1, *x.shape[-2:])
 
 
 def is_page_axis(axis: str) -> bool:
-    """Whether entries of this axis are pages: all but rows, columns, channels, and samples of a pixel."""
+    """Whether entries of this axis are pages: not rows, columns, channels, or samples of a pixel."""
     return axis not in "YXSC"
 
 
@@ -54,14 +54,14 @@ def count_pages(axes: str, shape: tuple[int, ...]) -> int:
 
 
 def choose_axes(axes: str, shape: tuple[int, ...], in_chans: int, page: Page = None) -> Layout:
-    """What to read of an array: Y and X, and the axis of the channels if there is one; of others one entry.
+    """The part to read of an array: Y and X, the axis of the channels if there is one, and one entry of others.
 
     Args:
-        axes: A letter an axis.
+        axes: One letter per axis.
         shape: Their sizes.
         in_chans: Channels wanted.
-        page: None: the first entry of axes without a name, and of named ones (depth, time) none. A number: that page,
-            counted over all axes but Y, X, C and S. 'channels': all pages, as channels.
+        page: None: the first entry of axes without a name; named ones (depth, time) are refused. A number: that page,
+            counted over all axes except Y, X, C and S. 'channels': all pages, as channels.
 
     Raises:
         ImageError: (a ValueError) The axes do not fit.
@@ -70,18 +70,15 @@ def choose_axes(axes: str, shape: tuple[int, ...], in_chans: int, page: Page = N
     if not {"Y", "X"} <= set(axes) or len(sizes) != len(axes):
         raise ImageError(f"has axes {axes}, expected images with axes Y and X")
     kept = _unpaged(axes, sizes, in_chans) if page is None else "".join(axis for axis in axes if axis in "YXSC")
-    pages = [axis for axis in axes if is_page_axis(axis)]
     if page == CHANNELS:
         channels = math.prod(size for axis, size in sizes.items() if axis not in "YX")
         if channels != in_chans:
             raise wrong_channels(f"{channels} pages and channels (axes {axes})", in_chans)
         return Layout(axes, shape, axes, {})
-    if page is not None and "S" in axes and "C" in axes:
-        raise ImageError(f"has axes {axes}, colours in each of {sizes['C']} channels; save it as .npy with one axis")
-    if page is not None and "C" in axes and sizes["C"] != in_chans:
-        raise wrong_channels(f"{sizes['C']} channels (axes {axes})", in_chans)
     index = {axis: 0 for axis in axes if axis not in kept}
     if page is not None:
+        _check_colours(axes, sizes, in_chans)
+        pages = [axis for axis in axes if is_page_axis(axis)]
         total = math.prod(sizes[axis] for axis in pages)
         refuse_page(page, total)
         found = np.unravel_index(int(page), [sizes[axis] for axis in pages]) if pages else ()
@@ -89,11 +86,18 @@ def choose_axes(axes: str, shape: tuple[int, ...], in_chans: int, page: Page = N
     return Layout(axes, shape, kept, index)
 
 
-def _unpaged(axes: str, sizes: dict[str, int], in_chans: int) -> str:
-    """The axes to read where no page is named.
+def _check_colours(axes: str, sizes: dict[str, int], in_chans: int) -> None:
+    if "S" in axes and "C" in axes:
+        raise ImageError(f"has axes {axes}, colours in each of {sizes['C']} channels; save it as .npy with one axis")
+    if "C" in axes and sizes["C"] != in_chans:
+        raise wrong_channels(f"{sizes['C']} channels (axes {axes})", in_chans)
 
-    C, the samples of a pixel (S), and where these are missing an axis without meaning (Q, or I: plain pages) that has
-    `in_chans` entries. Never depth, time or another axis that has a name.
+
+def _unpaged(axes: str, sizes: dict[str, int], in_chans: int) -> str:
+    """The axes to read if no page is named: C and the samples of a pixel (S).
+
+    Without these, an axis without meaning (Q, or I: plain pages) that has `in_chans` entries; never depth, time or
+    another axis that has a name.
     """
     named = [axis for axis in axes if axis not in "YXSCIQ"]
     if named:
@@ -103,10 +107,7 @@ def _unpaged(axes: str, sizes: dict[str, int], in_chans: int) -> str:
             "(all, channels, first or a number), save each slice as an image of its own or, if the slices are the "
             "channels, name that axis C: tifffile.imwrite(FILE, stack, imagej=True, metadata={'axes': 'CYX'})"
         )
-    if "S" in axes and "C" in axes:
-        raise ImageError(f"has axes {axes}, colours in each of {sizes['C']} channels; save it as .npy with one axis")
-    if "C" in axes and sizes["C"] != in_chans:
-        raise wrong_channels(f"{sizes['C']} channels (axes {axes})", in_chans)
+    _check_colours(axes, sizes, in_chans)
     if "S" in axes or "C" in axes:
         return "".join(axis for axis in axes if axis in "YXSC")
     unnamed = [axis for axis in axes if axis in "IQ"]

@@ -1,27 +1,23 @@
-"""DICOM: the values that a file stands for, on a scale that does not depend on the file."""
+"""DICOM: rescaled values, on a scale that does not depend on the file."""
 
-from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .arrays import scaled
 from .errors import ImageError, MissingPackageError, refuse_page, wrong_channels
-from .files import check_size
-from .nodata import Nodata
+from .files import Header, check_size
+from .pillow import from_pil
 from .pixels import Pixels
+from .values import note_stored, scaled
 
 DICOM_EXTENSIONS = (".dcm", ".dicom")
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 
 
-def is_dicom(file: BinaryIO, name: str = "") -> bool:
-    """Whether a file begins as DICOM does, or has its extension; leaves it at its beginning.
-
-    Ask before `is_tiff`: the 128 bytes before the mark are free, and some programs write a TIFF header there.
-    """
+def is_dicom(file: BinaryIO, name: str) -> bool:
+    """Whether a file has DICOM's mark or extension."""
     head = file.read(132)
     file.seek(0)
     return head[128:] == b"DICM" or name.lower().endswith(DICOM_EXTENSIONS)
@@ -40,46 +36,38 @@ def _read(file: BinaryIO, header: bool = False) -> Any:
 
 
 def dicom_size(file: BinaryIO) -> tuple[int, int]:
-    """Height and width by the header."""
+    """Height and width."""
     found = _read(file, header=True)
     return int(found.Rows), int(found.Columns)
 
 
-def dicom_header(file: BinaryIO, page: int | str | None = None) -> tuple[int, int, int, str]:
-    """Height, width, channels and type by the header; `page` as of `read_header`."""
+def dicom_header(file: BinaryIO, page: int | str | None) -> Header:
+    """See `decode.read_header`."""
     found = _read(file, header=True)
     colours = found.get("SamplesPerPixel", 1) > 1 or found.get("PhotometricInterpretation") == "PALETTE COLOR"
     channels = 3 if colours else int(found.get("NumberOfFrames") or 1) if page == "channels" else 1
     kind = f"{'int' if found.get('PixelRepresentation') else 'uint'}{found.get('BitsAllocated', 16)}"
     stored = found.get("BitsStored")
     kind += f" ({stored} bits)" if stored not in (None, found.get("BitsAllocated")) else ""
-    return int(found.Rows), int(found.Columns), channels, kind
+    return Header("DICOM", int(found.Rows), int(found.Columns), channels, kind)
 
 
 def dicom_pages(file: BinaryIO) -> int:
-    """Frames by the header."""
+    """Number of frames."""
     return int(_read(file, header=True).get("NumberOfFrames") or 1)
 
 
-def load_dicom(
-    file: BinaryIO, in_chans: int, pixels: Pixels, from_pil: Callable[[Image.Image, int, Pixels], torch.Tensor]
-) -> torch.Tensor:
-    """The image of a DICOM file, `[C, H, W]` with `in_chans` channels, before the limits of `pixels`.
+def load_dicom(file: BinaryIO, in_chans: int, pixels: Pixels) -> torch.Tensor:
+    """The image `[C, H, W]` of a DICOM file.
 
     Grey values are rescaled by the file's slope and intercept, and MONOCHROME1 is inverted. Without `dicom_window`,
     values that the file does not rescale are divided by the largest one that their bits hold (12 bits: 4095), and
-    rescaled ones, such as Hounsfield units, stay as they are: these have a scale of their own, the same in all files.
-    A window gives 0 to 1. Pixel padding is nodata. Colours are 8-bit RGB.
-
-    Args:
-        file: At its beginning.
-        in_chans: Channels wanted.
-        pixels: Nodata (in units of the stored values), the divisor, the page and the window.
-        from_pil: Converts an image of Pillow.
+    rescaled ones, such as Hounsfield units, stay as they are: their scale is the same in all files. A window gives
+    0 to 1. Pixel padding is nodata. Colours are 8-bit RGB.
 
     Raises:
-        ImageError: (a ValueError) There is no image, it has several frames, or a window that it does not name is
-            asked for.
+        ImageError: (a ValueError) The file has no image, has several frames and no page is chosen, or does not name
+            the requested window.
         MissingPackageError: (a ValueError) pydicom, or a decoder of its compression, is not installed.
     """
     found = _read(file)
@@ -93,22 +81,22 @@ def load_dicom(
     index = None if pixels.page == "channels" and frames > 1 else int(pixels.page or 0) if frames > 1 else 0
     x = _stored(found, index)
     if found.get("SamplesPerPixel", 1) > 1 or found.get("PhotometricInterpretation") == "PALETTE COLOR":
-        return from_pil(_colours(found, x), in_chans, pixels._replace(clip_low=None, clip_high=None))
+        return from_pil(_colours(found, x), in_chans, pixels)
     if found.PhotometricInterpretation not in _GREY:
         raise ImageError(f"has the photometric interpretation {found.PhotometricInterpretation}, expected grey or RGB")
     x = x[None] if x.ndim == 2 else x
     if len(x) not in (1, in_chans) or len(x) == 1 and in_chans not in (1, 3):
         raise wrong_channels(f"{len(x)} channel{'s' * (len(x) != 1)}", in_chans)
-    return _grey(found, x, pixels).expand(in_chans, -1, -1).contiguous()
+    return pixels.clip(_grey(found, x, pixels).expand(in_chans, -1, -1).contiguous())
 
 
 def _stored(found: Any, index: int | None) -> np.ndarray:
-    """Stored values of a frame, or of all."""
+    """Stored values of one frame, or of all."""
     from pydicom.pixels import pixel_array
 
     try:
         return pixel_array(found, index=index)
-    except Exception as error:  # as varied as the decoders
+    except Exception as error:  # decoders raise nearly anything
         text = str(error)
         if isinstance(error, ImportError) or "missing dependencies" in text or "missing required dep" in text:
             kind = getattr(getattr(found, "file_meta", None), "TransferSyntaxUID", None)
@@ -120,20 +108,20 @@ def _stored(found: Any, index: int | None) -> np.ndarray:
 
 
 def _colours(found: Any, x: np.ndarray) -> Image.Image:
-    """RGB of 8 bits."""
+    """Colours as 8-bit RGB."""
     if found.PhotometricInterpretation == "PALETTE COLOR":
         from pydicom.pixels import apply_color_lut
 
         x = apply_color_lut(x, found)
     if x.dtype == np.uint16:
-        x = (x >> 8).astype(np.uint8)  # tables have 16 bits, of which the high ones count
+        x = (x >> 8).astype(np.uint8)  # palettes have 16 bits, of which the upper 8 count
     if x.dtype != np.uint8 or x.ndim != 3:
         raise ImageError(f"has colours of {x.dtype} with shape {x.shape}, expected 8 bits")
     return Image.fromarray(x)
 
 
 class _Range(NamedTuple):
-    """What stored values may be, and what is made of them."""
+    """The range of stored values, and how the file rescales them."""
 
     low: float
     high: float
@@ -147,7 +135,7 @@ class _Range(NamedTuple):
 
 def _range(found: Any) -> _Range:
     if "ModalityLUTSequence" in found:
-        raise ImageError("has a modality LUT, a table in the place of slope and intercept; convert it")
+        raise ImageError("has a modality LUT, a table instead of slope and intercept; convert it")
     bits, signed = int(found.BitsStored), bool(found.PixelRepresentation)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     slope, intercept = (found.get(name) for name in ("RescaleSlope", "RescaleIntercept"))
@@ -158,16 +146,12 @@ def _grey(found: Any, x: np.ndarray, pixels: Pixels) -> torch.Tensor:
     """Stored values `[C, H, W]` on their scale, as float32."""
     own = _range(found)
     padding = found.get("PixelPaddingValue")
-    nodata = Nodata.of(pixels)
     if padding is not None:
         padding = int(padding)
         limit = int(found.get("PixelPaddingRangeLimit", padding))
         x = np.where((x >= min(padding, limit)) & (x <= max(padding, limit)), x.dtype.type(padding), x)
-        nodata = nodata._replace(values=(*nodata.values, float(padding)))
-    if nodata.stored is not None:
-        nodata = nodata._replace(stored=type(nodata.stored)())
-    # as a float, nodata NaN where it is asked for as such; its type and unit are noted below
-    values = scaled(x, nodata._replace(divide=1.0)).numpy().astype(np.float64)
+    # notes a type and unit, which `note_stored` below corrects
+    values = scaled(x, pixels._replace(divide=1.0), padding).numpy().astype(np.float64)
     inverted = found.PhotometricInterpretation == "MONOCHROME1"
     values = values * own.slope + own.intercept
     unit, largest = 1.0, None
@@ -182,9 +166,7 @@ def _grey(found: Any, x: np.ndarray, pixels: Pixels) -> torch.Tensor:
         elif pixels.divide:
             unit = pixels.divide
         values = values / unit
-    if pixels.stored is not None:
-        kind = f"DICOM ({found.BitsStored} bits)" if not own.rescales else "DICOM (rescaled)"
-        pixels.stored.note(kind, unit, None if largest is None else largest / unit)
+    note_stored(f"DICOM ({found.BitsStored} bits)" if not own.rescales else "DICOM (rescaled)", unit, largest)
     return torch.from_numpy(values.astype(np.float32))
 
 
@@ -201,7 +183,7 @@ def _window_of(found: Any, wanted: str | tuple[float, float]) -> _Window:
     centre, width = found.get("WindowCenter"), found.get("WindowWidth")
     if centre is None or width is None:
         raise ImageError("names no window (centre and width); give one with --dicom-window CENTRE WIDTH")
-    first = [v if isinstance(v, int | float | str) else v[0] for v in (centre, width)]  # of several views, the first
+    first = [v if isinstance(v, int | float | str) else v[0] for v in (centre, width)]  # the first of several views
     return _Window(float(first[0]), float(first[1]), function)
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with an image, or with what reads it."""
+"""Errors of images, and of the packages that read them."""
 
 from importlib.util import find_spec
 
@@ -8,35 +8,35 @@ class ImageError(ValueError):
 
 
 class EmptyError(ImageError):
-    """One image, or the window that was read of it, has no data at all."""
+    """One image, or the window that was read from it, contains nothing but nodata."""
 
 
 class MissingPackageError(ValueError):
-    """An optional package that the data needs is not installed. Never skipped: this is not the image's fault."""
+    """An optional package that the data needs is not installed. Never skipped, because the image is not at fault."""
 
     def __str__(self) -> str:
-        # from a data worker it comes with the worker's traceback before it
+        # an error from a data worker arrives with the worker's traceback in front
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
 def installed(package: str) -> bool:
-    """Whether an optional package is there, without importing it."""
+    """Whether an optional package is installed; does not import it."""
     return find_spec(package) is not None
 
 
 def wrong_channels(found: str, in_chans: int) -> ImageError:
-    """The error of an image that does not have the channels asked for."""
+    """The error for an image that does not have the requested channels."""
     return ImageError(
-        f"has {found}, expected {in_chans} channel{'s' * (in_chans != 1)}; set --in-chans to what the images have, "
-        "or convert them (more than 3 channels: multi-band TIFF or .npy)"
+        f"has {found}, expected {in_chans} channel{'s' * (in_chans != 1)}; set --in-chans to the channels of the "
+        "images, or convert them (more than 3 channels: multi-band TIFF or .npy)"
     )
 
 
 def refuse_page(page: int | str | None, total: int) -> bool:
-    """Whether to go to a page of a file whose pages are images of their own.
+    """Whether to seek to a page of a file whose pages are separate images.
 
     Raises:
-        ImageError: It has no such page, or all of several are asked for as channels.
+        ImageError: The page does not exist, or several pages are requested as channels.
     """
     if page == "channels" and total > 1:
         raise ImageError(f"has {total} pages, which are channels in TIFF, DICOM and OME-Zarr only (--pages channels)")

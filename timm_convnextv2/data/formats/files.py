@@ -1,15 +1,15 @@
-"""Files that are safe to open, and sizes that are safe to decode."""
+"""Image files: opened safely, with a size that is safe to decode, and described by their headers."""
 
 import io
 import os
 import stat
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
 from .errors import ImageError
 
-# timm's names of a split's folder
+# timm's names for the folder of a split
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "valid", "validation", "eval", "evaluation")
 
@@ -22,15 +22,38 @@ _KINDS = {
 }
 
 
-def kind_of_file(path: str | os.PathLike) -> str:
-    """'' for a regular file, or a link to one; else what it is, such as 'FIFO' or 'broken link'.
+class Header(NamedTuple):
+    """An image file's description of itself.
 
-    Nothing is opened: this would hang at a FIFO, and has effects on some devices.
+    Attributes:
+        format: Such as 'PNG', 'TIFF', 'npy'.
+        height: In pixels, as stored: before a rotation by EXIF.
+        width: As stored.
+        channels: Channels that `load_image` can give without conversion: without alpha; palettes count as three.
+        kind: Type of the stored values, such as 'uint16'.
+    """
+
+    format: str
+    height: int
+    width: int
+    channels: int
+    kind: str
+
+
+def printable(path: str | os.PathLike) -> str:
+    """A path for messages; bytes that are not UTF-8 are replaced."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def kind_of_file(path: str | os.PathLike) -> str:
+    """'' for a regular file, or a link to one; else its kind, such as 'FIFO' or 'broken link'.
+
+    Opens nothing: opening would block on a FIFO and has side effects on some devices.
     """
     try:
         return _kind(os.stat(path))
     except OSError:
-        if os.path.islink(path):  # to nothing, to itself, or to what must not be read
+        if os.path.islink(path):  # to nothing, to itself, or without permission
             return "broken link"
         raise
 
@@ -40,10 +63,10 @@ def _kind(info: os.stat_result) -> str:
 
 
 def open_image_file(file: str | os.PathLike | bytes) -> BinaryIO:
-    """Opens a path, or the content of a file, to read; never waits.
+    """Opens a path, or the content of a file, for reading; never blocks.
 
     Raises:
-        ImageError: (a ValueError) The path is no regular file.
+        ImageError: (a ValueError) The path is not a regular file.
         OSError: It cannot be opened.
     """
     if isinstance(file, bytes):
@@ -51,7 +74,7 @@ def open_image_file(file: str | os.PathLike | bytes) -> BinaryIO:
     opened = None
     kind = _kind(os.stat(file))
     if not kind:
-        # not to wait, should a FIFO have come in its place since
+        # O_NONBLOCK: a FIFO may have taken its place since `stat`
         opened = open(file, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))
         kind = _kind(os.fstat(opened.fileno()))
     if opened is None or kind:
@@ -62,12 +85,10 @@ def open_image_file(file: str | os.PathLike | bytes) -> BinaryIO:
 
 
 def check_size(height: int, width: int, what: str = "image") -> None:
-    """Refuses images that are too large, before any of their pixels is read.
-
-    The limit is Pillow's own, twice `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970 pixels), for all formats.
+    """Refuses images of any format above Pillow's limit: twice `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970 pixels).
 
     Raises:
-        ImageError: (a ValueError) There are more pixels.
+        ImageError: (a ValueError) The image has more pixels.
     """
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and height * width > 2 * limit:

@@ -1,4 +1,4 @@
-"""What becomes of stored values before mean and standard deviation: one record, for every command."""
+"""How stored values become pixels, before mean and standard deviation: one record for every command."""
 
 import math
 from collections.abc import Sequence
@@ -7,57 +7,37 @@ from typing import Any, NamedTuple
 import torch
 
 
-class Stored:
-    """Asks the decoder for what was stored: nodata comes as NaN instead of as a mean, and this says what the type was.
-
-    Attributes:
-        kind: Type of the last image's values, such as 'uint16'; '' before the first.
-        unit: What its stored values were divided by.
-        largest: The largest value that the type holds, divided likewise; None for floats.
-    """
-
-    def __init__(self) -> None:
-        self.kind, self.unit, self.largest = "", 1.0, None
-
-    def note(self, kind: str, unit: float, largest: float | None) -> None:
-        """Sets the attributes."""
-        self.kind, self.unit, self.largest = kind, unit, largest
-
-
 class Pixels(NamedTuple):
-    """How stored values become the pixels that mean and standard deviation are of.
+    """How stored values become the pixels that mean and std refer to.
 
     Attributes:
-        nodata: Stored value of pixels that are no data, replaced by the mean of their channel; see `load_image`.
-        divide: What stored values are divided by; None for the largest value of unsigned and signed integer types, and
-            1 for floats.
-        clip_low: Smallest value after the division, one or one a channel; smaller ones become it.
-        clip_high: Largest likewise.
-        stored: For measurements, see `Stored`; no part of the record.
-        page: Which page of a file of several is the image: a number from 0, or 'channels': all of them are its
-            channels. None: as `load_image` says.
-        dicom_window: Which values of DICOM become 0 and 1: a centre and a width, or 'file': those that the file names.
-            None: all that its bits hold, or, where the file rescales, the rescaled values as they are.
+        nodata: Stored value that means "no data"; such pixels get the mean of their channel, see `load_image`.
+        divide: Divisor of stored values; None: the largest value of integer types, and 1 for floats.
+        clip_low: Smallest value after the division, one or one per channel; smaller ones are raised to it.
+        clip_high: Largest value, one or one per channel; larger ones are lowered to it.
+        page: The page of a multi-page file that is the image: a number from 0, or 'channels': all pages are its
+            channels. None: see `load_image`.
+        dicom_window: DICOM values that become 0 to 1: centre and width, or 'file' for the window that each file names.
+            None: the full range of the stored bits, or the rescaled values if the file rescales.
     """
 
     nodata: float | None = None
     divide: float | None = None
     clip_low: tuple[float, ...] | None = None
     clip_high: tuple[float, ...] | None = None
-    stored: Stored | None = None
     page: int | str | None = None
     dicom_window: str | tuple[float, float] | None = None
 
     @property
     def plain(self) -> bool:
-        """Whether nothing differs from the usual scale."""
+        """Whether values keep the usual scale and nothing counts as nodata."""
         return self._replace(page=None, dicom_window=None) == PLAIN
 
     def check(self, in_chans: int) -> "Pixels":
-        """Itself, if it suits images of so many channels.
+        """Returns itself if it suits images with `in_chans` channels.
 
         Raises:
-            ValueError: A divisor that is not above 0, limits of other channels or out of order.
+            ValueError: The divisor is not above 0, or limits are out of order or for another number of channels.
         """
         if self.divide is not None and not (math.isfinite(self.divide) and self.divide > 0):
             raise ValueError(f"divide must be a number above 0, got {self.divide}.")
@@ -75,7 +55,7 @@ class Pixels(NamedTuple):
             )
         for name, values in (("clip_low", self.clip_low), ("clip_high", self.clip_high)):
             if values is not None and len(values) not in (1, in_chans):
-                raise ValueError(f"{name} has {len(values)} values for {in_chans} channels: one, or one a channel.")
+                raise ValueError(f"{name} has {len(values)} values for {in_chans} channels, expected 1 or {in_chans}.")
         if self.clip_low is not None and self.clip_high is not None:
             low, high = (values * (in_chans // len(values)) for values in (self.clip_low, self.clip_high))
             for c, (a, b) in enumerate(zip(low, high, strict=True), 1):
@@ -84,7 +64,7 @@ class Pixels(NamedTuple):
         return self
 
     def clip(self, image: Any) -> Any:
-        """A decoded image `[C, H, W]` with its values within the limits, as float32; itself where there are none."""
+        """A decoded image `[C, H, W]` with its values within the limits, as float32; itself if there are no limits."""
         if self.clip_low is None or self.clip_high is None:
             return image
         image = image.float() / 255 if image.dtype == torch.uint8 else image
@@ -92,7 +72,7 @@ class Pixels(NamedTuple):
         return torch.minimum(torch.maximum(image, low), high)
 
     def record(self) -> dict[str, Any]:
-        """For a JSON or YAML file: what is set, by name; empty where nothing is. NaN and infinity are text."""
+        """The values that are set, by name, for a JSON or YAML file; NaN and infinity become text."""
         values: dict[str, Any] = {}
         if self.nodata is not None:
             values["nodata"] = self.nodata if math.isfinite(self.nodata) else str(self.nodata)
@@ -108,7 +88,7 @@ class Pixels(NamedTuple):
 
     @classmethod
     def from_record(cls, record: dict[str, Any] | None) -> "Pixels":
-        """The inverse of `record`; takes the section `pixels` of a config.json, None where it has none."""
+        """The inverse of `record`; None, for a config.json without section `pixels`, gives the defaults."""
         record = record or {}
 
         def limits(name: str) -> tuple[float, ...] | None:
@@ -123,7 +103,7 @@ class Pixels(NamedTuple):
         return cls(nodata, divide, limits("clip_low"), limits("clip_high"), page=page, dicom_window=window)
 
     def __str__(self) -> str:
-        """In words, for messages and the model card; '' where nothing is set."""
+        """In words, for messages and the model card; '' if nothing is set."""
         parts = [] if self.nodata is None else [f"{self.nodata:g} is nodata"]
         parts += [] if self.divide is None else [f"divided by {self.divide:g}"]
         if self.clip_low is not None and self.clip_high is not None:
@@ -144,7 +124,7 @@ PLAIN = Pixels()  # immutable, so a safe default of parameters
 
 
 def one_page(pages: Any) -> int | str | None:
-    """The page that `Pixels.page` takes, of the words of `--pages` or a record; None where they are several samples."""
+    """`Pixels.page` from the words of `--pages` or a record; None if each page is an image of its own."""
     if isinstance(pages, list | tuple):
         if len(pages) != 1:
             return None

@@ -1,201 +1,221 @@
-"""TIFF beyond Pillow: which files these are, and how tifffile reads them."""
+"""TIFF of every kind: by Pillow if that keeps all bands, bits and signs, else by tifffile, whole or in parts."""
 
-import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
-from .arrays import largest_value, scaled
 from .axes import Layout, Page, choose_axes, count_pages
 from .errors import ImageError, MissingPackageError, refuse_page, wrong_channels
-from .files import check_size
-from .nodata import Nodata, parse_tag
+from .files import Header, check_size
+from .npy import read_box
+from .pillow import convert_image, is_8_bit, pillow_header
+from .pixels import Pixels
+from .values import largest_value, parse_tag, scaled
 
-_AT_ONCE = 2**16  # bytes that are read in one piece, whatever of them is needed
-
-
-def read_box(
-    file: BinaryIO, dtype: np.dtype, offset: int, shape: tuple[int, ...], box: tuple[slice | int, ...]
-) -> np.ndarray:
-    """The part `box` of an array in row-major order.
-
-    Rows are read by position, not by a memory map, which would fetch what lies around each row and need address space.
-
-    Args:
-        file: Open to read.
-        dtype: Of the array, with its byte order.
-        offset: Of the first value, in bytes.
-        shape: Of the array.
-        box: A slice with step 1, or a number, for each axis.
-
-    Raises:
-        EOFError: The file ends before.
-    """
-    ranges = [range(i, i + 1) if isinstance(i, int) else range(*i.indices(n)) for i, n in zip(box, shape, strict=True)]
-    strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
-    x = np.empty([len(r) for r in ranges], dtype)
-    _read(file, x, offset, ranges, strides)
-    return x[tuple(0 if isinstance(i, int) else slice(None) for i in box)]
-
-
-def _read(file: BinaryIO, out: np.ndarray, offset: int, ranges: list[range], strides: list[int]) -> None:
-    """Fills `out` with the values that stand at these ranges."""
-    first = sum(r[0] * s for r, s in zip(ranges, strides, strict=True))
-    span = sum((len(r) - 1) * s for r, s in zip(ranges, strides, strict=True)) + 1
-    if span > out.size and span * out.itemsize > _AT_ONCE:
-        axis = next(k for k, r in enumerate(ranges) if len(r) > 1)
-        inner = sum((len(r) - 1) * s for r, s in zip(ranges[axis + 1 :], strides[axis + 1 :], strict=True)) + 1
-        if inner * len(ranges[axis]) == out.size:  # each entry of the axis is one piece
-            step, size = strides[axis] * out.itemsize, inner * out.itemsize
-            pieces = out.reshape(-1).view(np.uint8).data
-            for number in range(len(ranges[axis])):
-                piece = pieces[number * size : (number + 1) * size]
-                _fill(file, piece, offset + first * out.itemsize + number * step)
-            return
-        for number, i in enumerate(ranges[axis]):
-            part = [*ranges[:axis], range(i, i + 1), *ranges[axis + 1 :]]
-            _read(file, out[(*(slice(None),) * axis, slice(number, number + 1))], offset, part, strides)
-        return
-    values = np.empty(span, out.dtype)
-    _fill(file, values.view(np.uint8).data, offset + first * out.itemsize)
-    steps = [s * out.itemsize for s in strides]
-    out[...] = np.lib.stride_tricks.as_strided(values, out.shape, steps, writeable=False)
-
-
-def _fill(file: BinaryIO, piece: memoryview, position: int) -> None:
-    """Reads what stands at this position of the file."""
-    if hasattr(os, "preadv") and not isinstance(file, io.BytesIO):
-        done = os.preadv(file.fileno(), [piece], position)
-        if done == len(piece):
-            return
-        piece, position = piece[done:], position + done  # a signal, or an end
-    file.seek(position)
-    if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
-        raise EOFError("the file ends before its last pixels")
-
-
-def can_read_part(series: Any) -> bool:
-    """Whether rows and columns of a series of tifffile are rows and columns of its pages."""
-    page = series.keyframe
-    return series.dataoffset is not None or series.axes.endswith(page.axes) and page.imagedepth == 1
-
-
-def read_part(file: BinaryIO, tif: Any, series: Any, layout: Layout, rows: slice, columns: slice) -> np.ndarray:
-    """Rows and columns of a series: `[C, h, w]` of stored values.
-
-    Args:
-        file: The file.
-        tif: The same, opened by tifffile.
-        series: Of it, see `can_read_part`.
-        layout: What of it to read.
-        rows: Within it, with step 1.
-        columns: Likewise.
-    """
-    page = series.keyframe
-    if series.dataoffset is not None:
-        dtype = np.dtype(tif.byteorder + series.dtype.char)
-        return layout.arrange(read_box(file, dtype, series.dataoffset, layout.shape, layout.pick(rows, columns)))
-    leading = len(layout.axes) - len(page.axes)
-    numbers = np.arange(math.prod(layout.shape[:leading])).reshape(layout.shape[:leading])
-    chosen = numbers[layout.pick(axes=layout.axes[:leading])]
-    parts = [_read_page(file, tif, page, series.pages[k], rows, columns) for k in np.ravel(chosen).tolist()]
-    x = np.stack(parts).reshape(*np.shape(chosen), *parts[0].shape)
-    # rows and columns are already those asked for
-    inner = layout.pick(axes=layout.axes[leading:])
-    return layout.arrange(x[(slice(None),) * np.ndim(chosen) + inner])
-
-
-def _read_page(file: BinaryIO, tif: Any, page: Any, frame: Any, rows: slice, columns: slice) -> np.ndarray:
-    """Rows and columns of a page like `page`, with its axes."""
-    samples, _, height, width, contiguous = page.shaped  # planes, depth, rows, columns, samples of a pixel
-    if frame is not None and frame.is_final:
-        dtype = np.dtype(tif.byteorder + page._dtype.char)
-        shape = (samples, height, width, contiguous)
-        box = (slice(None), rows, columns, slice(None))
-        x = read_box(file, dtype, frame.dataoffsets[0], shape, box)
-    else:
-        x = _decode_segments(tif, frame, page, rows, columns)
-    if page.axes.startswith("S"):
-        return x[..., 0]
-    return x[0] if "S" in page.axes else x[0, ..., 0]
-
-
-def _decode_segments(tif: Any, frame: Any, page: Any, rows: slice, columns: slice) -> np.ndarray:
-    """The part by the tiles or strips that it touches: `[planes, h, w, samples]`."""
-    planes, _, height, width, samples = page.shaped
-    high, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
-    check_size(high, wide, "tile" if page.is_tiled else "strip")
-    down, across = -(-height // high), -(-width // wide)
-    touched_rows = range(rows.start // high, (rows.stop - 1) // high + 1)
-    touched_columns = range(columns.start // wide, (columns.stop - 1) // wide + 1)
-    indices = [(p * down + r) * across + c for p in range(planes) for r in touched_rows for c in touched_columns]
-    x = np.full((planes, rows.stop - rows.start, columns.stop - columns.start, samples), page.nodata, page._dtype)
-    if frame is None:  # a page that was never written
-        return x
-    options: dict[str, Any] = {"_fullsize": False}
-    if page.compression in (6, 7, 34892, 33007):  # JPEG, as TiffPage.segments does
-        options.update(jpegtables=frame.jpegtables, jpegheader=page.jpegheader)
-    offsets, counts = ([values[i] for i in indices] for values in (frame.dataoffsets, frame.databytecounts))
-    for data, index in tif.filehandle.read_segments(offsets, counts, indices, flat=True):
-        part, (plane, _, top, left, _), shape = page.decode(data, index, **options)
-        if part is None:  # a tile that was never written
-            continue
-        _paste(x[plane], part[0], top - rows.start, left - columns.start)
-    return x
-
-
-def _paste(x: np.ndarray, part: np.ndarray, top: int, left: int) -> None:
-    """Copies what of `part`, `[h, w, S]` at (top, left), lies within `x`."""
-    height, width = part.shape[:2]
-    y0, y1 = max(0, top), min(len(x), top + height)
-    x0, x1 = max(0, left), min(x.shape[1], left + width)
-    if y0 < y1 and x0 < x1:
-        x[y0:y1, x0:x1] = part[y0 - top : y1 - top, x0 - left : x1 - left]
-
-
-NODATA_TAG = 42113  # GDAL_NODATA
-
-
-_DESCRIPTION, _SUBFILE_TYPE, _SUB_IFDS = 270, 254, 330
-
-
-_WEBP = 50001  # opened by Pillow, whose libtiff mostly does not decode it
-
-
-# LSM, MetaMorph (STK), FluoView, Micro-Manager: axes that only tifffile knows
+_NODATA_TAG = 42113  # GDAL_NODATA
+_ORIENTATION, _DESCRIPTION, _SUBFILE_TYPE, _SUB_IFDS = 274, 270, 254, 330
+_WEBP = 50001  # Pillow opens it, but most builds of its libtiff do not decode it
+# LSM, MetaMorph (STK), FluoView, Micro-Manager: only tifffile knows their axes
 _MICROSCOPES = (34412, 33628, 33629, 34361, 34362, 51123)
-
-
-PALETTE, _CMYK, _YCBCR, _LAB = 3, 5, 6, 8
-
-
-_COLOURS_OF_PILLOW = (PALETTE, _CMYK, _YCBCR, _LAB)
-
-
+_PALETTE, _CMYK, _YCBCR, _LAB = 3, 5, 6, 8
+_COLOURS_OF_PILLOW = (_PALETTE, _CMYK, _YCBCR, _LAB)
 _MIN_IS_WHITE, _RGB = 0, 2
-
-
-_ASSOCIATED, _UNASSOCIATED = 1, 2  # alpha, by the tag of extra samples
-
-
+_ASSOCIATED, _UNASSOCIATED = 1, 2  # alpha, in the tag of extra samples
 _LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
 
 
-def is_tiff(file: BinaryIO) -> bool:
-    """Whether a file begins as TIFF or BigTIFF do; leaves it at its beginning."""
+def is_tiff(file: BinaryIO, name: str) -> bool:
+    """Whether a file begins as TIFF or BigTIFF does."""
     head = file.read(4)
     file.seek(0)
     return head in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def pillow_keeps_all(image: Image.Image, in_chans: int) -> bool:
+def load_tiff(file: BinaryIO, in_chans: int, pixels: Pixels) -> torch.Tensor:
+    """The image `[C, H, W]`, see `load_image`.
+
+    Raises:
+        ImageError: (a ValueError) Axes, channels, tags or size do not fit.
+        MissingPackageError: (a ValueError) tifffile or imagecodecs is needed and not installed.
+    """
+    try:
+        image = Image.open(file)
+    except Image.DecompressionBombError:
+        raise
+    except Exception:  # a layout or compression that Pillow does not know, or a corrupt file: tifffile names the fault
+        file.seek(0)
+        return _load_by_tifffile(file, in_chans, pixels, None)
+    with image:
+        if pixels.page is None and _pillow_keeps_all(image, in_chans):
+            return _load_by_pillow(image, in_chans, pixels)
+        file.seek(0)
+        return _load_by_tifffile(file, in_chans, pixels, image)
+
+
+def _load_by_pillow(image: Image.Image | None, in_chans: int, pixels: Pixels) -> torch.Tensor:
+    if image is None:
+        raise ImageError("has colours or a compression that Pillow does not read; convert it to RGB")
+    if isinstance(pixels.page, int):
+        image.seek(pixels.page)
+    return pixels.clip(convert_image(image, in_chans, pixels, _nodata_tag(image)))
+
+
+def _load_by_tifffile(file: BinaryIO, in_chans: int, pixels: Pixels, image: Image.Image | None) -> torch.Tensor:
+    """As `load_tiff`; `image` is opened by Pillow, for colours that only Pillow converts."""
+    with _tifffile().TiffFile(file) as tif:
+        number, layout = _choose_series(tif, in_chans, pixels.page)
+        frame = tif.series[number].keyframe
+        check_size(frame.imagelength, frame.imagewidth)
+        if frame.is_tiled:
+            check_size(frame.tilelength, frame.tilewidth, "tile")
+        if _needs_pillow(frame, layout, in_chans):
+            return _load_by_pillow(image, in_chans, pixels)
+        try:
+            x = _read_pages(file, tif, layout, number)
+        except Exception as error:
+            raise _codec_missing(frame, error) or error from None
+        return pixels.clip(_to_channels(x, frame, in_chans, pixels))
+
+
+def _nodata_tag(image: Image.Image) -> float | None:
+    """The nodata tag of a TIFF that Pillow has opened.
+
+    Raises:
+        ImageError: (a ValueError) Its values are not measurements.
+    """
+    tag = image.tag_v2.get(_NODATA_TAG)  # type: ignore[attr-defined]
+    if tag is not None and image.mode in ("P", "PA", "CMYK", "LAB"):
+        raise ImageError(f"has a nodata tag (42113), '{tag}', for {image.mode} values; convert it to RGB")
+    return parse_tag(tag)
+
+
+def tiff_header(file: BinaryIO, page: Page) -> Header:
+    """See `decode.read_header`; by Pillow if tifffile is not installed."""
+    try:
+        tifffile = _tifffile()
+    except MissingPackageError:
+        return pillow_header(file, page)
+    with tifffile.TiffFile(file) as tif:
+        series = tif.series[0]
+        frame = series.keyframe
+        sizes = dict(zip(series.axes, series.shape, strict=False))
+        alphas = sum(extra in (_ASSOCIATED, _UNASSOCIATED) for extra in frame.extrasamples or ())
+        channels = sizes["S"] - alphas if "S" in sizes else sizes.get("C", 0)
+        unnamed = [size for axis, size in sizes.items() if axis in "IQ"]
+        if page == "channels":
+            channels = math.prod(sizes.values()) // (sizes["Y"] * sizes["X"])
+        elif not channels:
+            channels = unnamed[0] if page is None and len(unnamed) == 1 else 1
+        bits, kind = frame.bitspersample, str(series.dtype)
+        kind += f" ({bits} bits)" if isinstance(bits, int) and bits not in (8, 16, 32, 64) and "uint" in kind else ""
+        channels = 3 if frame.photometric == _PALETTE else channels
+        return Header("TIFF", frame.imagelength, frame.imagewidth, channels, kind)
+
+
+def tiff_pages(file: BinaryIO) -> int:
+    """Pages of all series."""
+    with _tifffile().TiffFile(file) as tif:
+        return sum(_page_counts(tif))
+
+
+class TiffScene:
+    """A TIFF of which parts are read by tifffile; Pillow's conversions are applied part by part. See `decode.Scene`.
+
+    Attributes:
+        partial: Whether parts can be read; else only `size` holds.
+    """
+
+    whole = False
+
+    def __init__(self, file: Any, in_chans: int, pixels: Pixels) -> None:
+        self.file, self.in_chans, self.pixels, self.convert = file, in_chans, pixels, None
+        tifffile = _tifffile()
+        try:
+            image: Any = TiffImagePlugin.TiffImageFile(file)  # Image.open would refuse large ones
+            by_pillow = pixels.page is None and _pillow_keeps_all(image, in_chans)
+        except Exception:  # a layout that Pillow does not know
+            image, by_pillow = None, False
+        file.seek(0)
+        self.tif = tifffile.TiffFile(file)
+        if by_pillow:
+            self.series = tifffile.TiffPageSeries([self.tif.pages[0]])
+            self.layout = Layout(self.series.axes, self.series.shape, self.series.axes, {})
+        else:
+            number, self.layout = _choose_series(self.tif, in_chans, pixels.page)
+            self.series = self.tif.series[number]
+        self.frame = frame = self.series.keyframe
+        self.orientation = frame.tags.valueof(_ORIENTATION, 1)
+        # are rows and columns of the series rows and columns of its pages?
+        self.partial = (
+            self.series.dataoffset is not None or self.series.axes.endswith(frame.axes) and frame.imagedepth == 1
+        )
+        if by_pillow and is_8_bit(image) or _needs_pillow(frame, self.layout, in_chans):
+            self.convert = None if image is None else self._converter(image)
+            self.partial = self.partial and self.convert is not None
+        height, width = frame.imagelength, frame.imagewidth
+        self.size = (width, height) if self.orientation in (5, 6, 7, 8) else (height, width)
+
+    def _converter(self, image: Any) -> Callable[[np.ndarray], torch.Tensor] | None:
+        """Converts stored values `[C, h, w]` to the requested channels; None if Pillow does not take them as stored."""
+        if isinstance(self.pixels.page, int):
+            image.seek(self.pixels.page)
+        rawmode = image.tile[0][3][0]
+        planar = len(rawmode) == 1 and len(image.getbands()) > 1
+        if self.frame._dtype != np.uint8 or self.frame.bitspersample != 8 or planar and image.mode != "RGB":
+            return None
+        if self.frame.photometric == _YCBCR and rawmode != "RGB":
+            return None
+        tag, mode = _nodata_tag(image), image.mode
+        rawmode = mode if planar else rawmode
+        palette = image.palette.getdata() if mode == "P" else None
+
+        def convert(x: np.ndarray) -> torch.Tensor:
+            x = np.ascontiguousarray(rotate(x, self.orientation).transpose(1, 2, 0))
+            piece = Image.frombytes(mode, (x.shape[1], x.shape[0]), x.tobytes(), "raw", rawmode)
+            if palette is not None:
+                piece.putpalette(palette[1], palette[0])
+            return convert_image(piece, self.in_chans, self.pixels, tag)
+
+        return convert
+
+    def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
+        rows, columns = self._stored(top, left, height, width)
+        try:
+            x = _read_part(self.file, self.tif, self.series, self.layout, rows, columns)
+        except ImageError:
+            raise
+        except Exception as error:
+            raise _codec_missing(self.frame, error) or error from None
+        x = self.convert(x) if self.convert else _to_channels(x, self.frame, self.in_chans, self.pixels)
+        return self.pixels.clip(x)
+
+    def _stored(self, top: int, left: int, height: int, width: int) -> tuple[slice, slice]:
+        """Rows and columns as stored, for a part of the upright image."""
+        down, across = slice(top, top + height), slice(left, left + width)
+        if self.orientation in (3, 4, 7, 8):
+            down = slice(self.size[0] - down.stop, self.size[0] - down.start)
+        if self.orientation in (2, 3, 6, 7):
+            across = slice(self.size[1] - across.stop, self.size[1] - across.start)
+        return (across, down) if self.orientation in (5, 6, 7, 8) else (down, across)
+
+    def close(self) -> None:
+        self.tif.close()
+        self.file.close()
+
+
+def open_tiff(file: BinaryIO, in_chans: int, pixels: Pixels) -> TiffScene | tuple[int, int]:
+    """An image of which parts are read, or the size of one that must be decoded whole."""
+    scene = TiffScene(file, in_chans, pixels)
+    return scene if scene.partial else scene.size
+
+
+def _pillow_keeps_all(image: Image.Image, in_chans: int) -> bool:
     """Whether Pillow gives all bands, bits and signs of an opened TIFF, and what it drops means nothing.
 
     It takes 16-bit RGB as 8-bit, leaves out extra bands, reads int8 as uint8, does not invert 16-bit MinIsWhite, and
@@ -241,39 +261,8 @@ def _names_axes(image: Image.Image) -> bool:
     return "<OME" in text or bool(re.match(r"ImageJ=.*\nimages=", text)) or getattr(image, "n_frames", 1) > 1
 
 
-def read_tiff(
-    file: BinaryIO, in_chans: int, nodata: Nodata, by_pillow: Callable[[], torch.Tensor], page: Page = None
-) -> torch.Tensor:
-    """The first image of a TIFF with tifffile, see `load_image`.
-
-    Args:
-        file: At its beginning.
-        in_chans: Channels wanted.
-        nodata: That of the option; the tag is added.
-        by_pillow: Reads the page, for colours that only Pillow converts.
-        page: As of `choose_axes`.
-
-    Raises:
-        ImageError: (a ValueError) Axes, channels, tags or size that do not fit.
-        MissingPackageError: (a ValueError) tifffile or imagecodecs is needed and not installed.
-    """
-    with import_tifffile().TiffFile(file) as tif:
-        number, layout = choose_series(tif, in_chans, page)
-        frame = tif.series[number].keyframe
-        check_size(frame.imagelength, frame.imagewidth)
-        if frame.is_tiled:
-            check_size(frame.tilelength, frame.tilewidth, "tile")
-        if needs_pillow(frame, layout, in_chans):
-            return by_pillow()
-        try:
-            x = _read_pages(file, tif, layout, number)
-        except Exception as error:
-            raise codec_missing(frame, error) or error from None
-        return to_channels(x, frame, in_chans, parse_tag(nodata, frame.tags.valueof(NODATA_TAG)))
-
-
-def import_tifffile() -> Any:
-    """The package.
+def _tifffile() -> Any:
+    """The package tifffile.
 
     Raises:
         MissingPackageError: (a ValueError) It is not installed.
@@ -287,7 +276,7 @@ def import_tifffile() -> Any:
     return tifffile
 
 
-def choose_series(tif: Any, in_chans: int, page: Page = None) -> tuple[int, Layout]:
+def _choose_series(tif: Any, in_chans: int, page: Page = None) -> tuple[int, Layout]:
     """Which series of an opened TIFF to read, and what of it.
 
     Args:
@@ -300,7 +289,7 @@ def choose_series(tif: Any, in_chans: int, page: Page = None) -> tuple[int, Layo
     """
     number = 0
     if isinstance(page, int):
-        counts = page_counts(tif)
+        counts = _page_counts(tif)
         refuse_page(page, sum(counts))
         while number < len(counts) - 1 and page >= counts[number]:
             page -= counts[number]
@@ -310,12 +299,12 @@ def choose_series(tif: Any, in_chans: int, page: Page = None) -> tuple[int, Layo
     return number, choose_axes(series.axes, series.shape, in_chans, page)
 
 
-def page_counts(tif: Any) -> list[int]:
+def _page_counts(tif: Any) -> list[int]:
     """Pages of each series of an opened TIFF."""
     return [count_pages(series.axes, series.shape) for series in tif.series]
 
 
-def needs_pillow(page: Any, layout: Layout, in_chans: int) -> bool:
+def _needs_pillow(page: Any, layout: Layout, in_chans: int) -> bool:
     """Whether a page of tifffile has colours that only Pillow converts.
 
     Raises:
@@ -353,7 +342,7 @@ def _read_pages(file: BinaryIO, tif: Any, layout: Layout, number: int) -> np.nda
     if leading == 0 or axes[leading:] != page.axes or not layout.index:
         return layout.arrange(series.asarray()[layout.pick()])
     if series.dataoffset is not None:  # also where one page holds all
-        return read_part(file, tif, series, layout, slice(None), slice(None))
+        return _read_part(file, tif, series, layout, slice(None), slice(None))
     numbers = np.arange(math.prod(shape[:leading])).reshape(shape[:leading])
     chosen = numbers[layout.pick(axes=axes[:leading])]
     x = tif.asarray(series=number, key=np.ravel(chosen).tolist())
@@ -362,7 +351,7 @@ def _read_pages(file: BinaryIO, tif: Any, layout: Layout, number: int) -> np.nda
     return layout.arrange(x[inner])
 
 
-def codec_missing(page: Any, error: Exception) -> MissingPackageError | None:
+def _codec_missing(page: Any, error: Exception) -> MissingPackageError | None:
     """The error of a compression that only imagecodecs decodes; None where it is not the cause."""
     if not isinstance(error, ImportError) and "imagecodecs" not in str(error):
         return None
@@ -376,24 +365,26 @@ def codec_missing(page: Any, error: Exception) -> MissingPackageError | None:
     return MissingPackageError(f"TIFF with compression {name}; run `pip install imagecodecs`")
 
 
-def to_channels(x: np.ndarray, page: Any, in_chans: int, nodata: Nodata) -> torch.Tensor:
-    """Stored values `[C, H, W]` as the channels asked for."""
+def _to_channels(x: np.ndarray, page: Any, in_chans: int, pixels: Pixels) -> torch.Tensor:
+    """Stored values `[C, H, W]` as the requested channels."""
     x = _without_alpha(x, tuple(page.extrasamples or ()), in_chans)
     bits = page.bitspersample if x.dtype.kind == "u" else None
-    if page.photometric == _MIN_IS_WHITE and x.dtype.kind not in "bu":
-        raise ImageError(f"holds {x.dtype} with MinIsWhite, which says nothing; save as MinIsBlack")
-    pixels = scaled(rotate(x, page.tags.valueof(274, 1)), nodata, bits)
-    white = 255 if pixels.dtype == torch.uint8 else 1
-    if page.photometric == _MIN_IS_WHITE:
-        pixels = ((largest_value(x.dtype, bits) or 1) / nodata.divide if nodata.divide else white) - pixels
-    # the conversions that 8-bit images get
-    if len(pixels) == 1 and in_chans == 3:
-        pixels = pixels.repeat(3, 1, 1)
-    elif len(pixels) == 3 and in_chans == 1 and page.photometric == _RGB:
-        pixels = (pixels.float() / white * _LUMA).sum(0, keepdim=True)
-    if len(pixels) != in_chans:
-        raise wrong_channels(f"{len(pixels)} channels", in_chans)
-    return pixels
+    inverted = page.photometric == _MIN_IS_WHITE
+    if inverted and x.dtype.kind not in "bu":
+        raise ImageError(f"holds {x.dtype} with MinIsWhite, which is undefined; save as MinIsBlack")
+    tag = parse_tag(page.tags.valueof(_NODATA_TAG))
+    image = scaled(rotate(x, page.tags.valueof(_ORIENTATION, 1)), pixels, tag, bits)
+    white = 255 if image.dtype == torch.uint8 else 1
+    if inverted:
+        image = ((largest_value(x.dtype, bits) or 1) / pixels.divide if pixels.divide else white) - image
+    # the conversions of 8-bit images
+    if len(image) == 1 and in_chans == 3:
+        image = image.repeat(3, 1, 1)
+    elif len(image) == 3 and in_chans == 1 and page.photometric == _RGB:
+        image = (image.float() / white * _LUMA).sum(0, keepdim=True)
+    if len(image) != in_chans:
+        raise wrong_channels(f"{len(image)} channels", in_chans)
+    return image
 
 
 def _without_alpha(x: np.ndarray, extras: tuple[int, ...], in_chans: int) -> np.ndarray:
@@ -425,3 +416,78 @@ def rotate(x: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (2, 3, 6, 7):
         x = x[:, :, ::-1]
     return x
+
+
+def _read_part(file: BinaryIO, tif: Any, series: Any, layout: Layout, rows: slice, columns: slice) -> np.ndarray:
+    """Rows and columns of a series: `[C, h, w]` of stored values.
+
+    Args:
+        file: The file.
+        tif: The same, opened by tifffile.
+        series: Of it, see `can_read_part`.
+        layout: What of it to read.
+        rows: Within it, with step 1.
+        columns: Likewise.
+    """
+    page = series.keyframe
+    if series.dataoffset is not None:
+        dtype = np.dtype(tif.byteorder + series.dtype.char)
+        planes = min(layout.axes.index("Y"), layout.axes.index("X"))
+        box = layout.pick(rows, columns)
+        return layout.arrange(read_box(file, dtype, series.dataoffset, layout.shape, box, planes))
+    leading = len(layout.axes) - len(page.axes)
+    numbers = np.arange(math.prod(layout.shape[:leading])).reshape(layout.shape[:leading])
+    chosen = numbers[layout.pick(axes=layout.axes[:leading])]
+    parts = [_read_page(file, tif, page, series.pages[k], rows, columns) for k in np.ravel(chosen).tolist()]
+    x = np.stack(parts).reshape(*np.shape(chosen), *parts[0].shape)
+    # rows and columns are already those asked for
+    inner = layout.pick(axes=layout.axes[leading:])
+    return layout.arrange(x[(slice(None),) * np.ndim(chosen) + inner])
+
+
+def _read_page(file: BinaryIO, tif: Any, page: Any, frame: Any, rows: slice, columns: slice) -> np.ndarray:
+    """Rows and columns of a page like `page`, with its axes."""
+    samples, _, height, width, contiguous = page.shaped  # planes, depth, rows, columns, samples of a pixel
+    if frame is not None and frame.is_final:
+        dtype = np.dtype(tif.byteorder + page._dtype.char)
+        shape = (samples, height, width, contiguous)
+        box = (slice(None), rows, columns, slice(None))
+        x = read_box(file, dtype, frame.dataoffsets[0], shape, box, planes=1)
+    else:
+        x = _decode_segments(tif, frame, page, rows, columns)
+    if page.axes.startswith("S"):
+        return x[..., 0]
+    return x[0] if "S" in page.axes else x[0, ..., 0]
+
+
+def _decode_segments(tif: Any, frame: Any, page: Any, rows: slice, columns: slice) -> np.ndarray:
+    """The part by the tiles or strips that it touches: `[planes, h, w, samples]`."""
+    planes, _, height, width, samples = page.shaped
+    high, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
+    check_size(high, wide, "tile" if page.is_tiled else "strip")
+    down, across = -(-height // high), -(-width // wide)
+    touched_rows = range(rows.start // high, (rows.stop - 1) // high + 1)
+    touched_columns = range(columns.start // wide, (columns.stop - 1) // wide + 1)
+    indices = [(p * down + r) * across + c for p in range(planes) for r in touched_rows for c in touched_columns]
+    x = np.full((planes, rows.stop - rows.start, columns.stop - columns.start, samples), page.nodata, page._dtype)
+    if frame is None:  # a page that was never written
+        return x
+    options: dict[str, Any] = {"_fullsize": False}
+    if page.compression in (6, 7, 34892, 33007):  # JPEG, as TiffPage.segments does
+        options.update(jpegtables=frame.jpegtables, jpegheader=page.jpegheader)
+    offsets, counts = ([values[i] for i in indices] for values in (frame.dataoffsets, frame.databytecounts))
+    for data, index in tif.filehandle.read_segments(offsets, counts, indices, flat=True):
+        part, (plane, _, top, left, _), shape = page.decode(data, index, **options)
+        if part is None:  # a tile that was never written
+            continue
+        _paste(x[plane], part[0], top - rows.start, left - columns.start)
+    return x
+
+
+def _paste(x: np.ndarray, part: np.ndarray, top: int, left: int) -> None:
+    """Copies what of `part`, `[h, w, S]` at (top, left), lies within `x`."""
+    height, width = part.shape[:2]
+    y0, y1 = max(0, top), min(len(x), top + height)
+    x0, x1 = max(0, left), min(x.shape[1], left + width)
+    if y0 < y1 and x0 < x1:
+        x[y0:y1, x0:x1] = part[y0 - top : y1 - top, x0 - left : x1 - left]

@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ..formats.decode import faults_named, load_image, printable
+from ..formats.decode import faults_named, load_image, open_scene, read_header
 from ..formats.errors import ImageError
-from ..formats.header import Header, read_header
+from ..formats.files import Header, printable
 from ..formats.pixels import PLAIN, Pixels
-from ..formats.zarrs import is_zarr
-from ..sources.scenes import open_scene
+from ..formats.zarr import is_zarr
 
 _THUMBNAIL = 96
 _CHUNK = 16

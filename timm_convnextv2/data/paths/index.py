@@ -27,7 +27,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ...files import whole_file
-from ..formats.decode import image_extensions, printable
+from ..formats.decode import image_extensions
+from ..formats.files import printable
 from .lists import FileNames
 from .places import Dirs, Listing, Place, list_files, places_of
 from .walk import LeftOut

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..formats.decode import printable
 from ..formats.errors import MissingPackageError
+from ..formats.files import printable
 
 
 class FileNames:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..formats.decode import image_extensions, printable
+from ..formats.decode import image_extensions
+from ..formats.files import printable
 from .lists import FileNames, read_list
 from .walk import LeftOut, walk
 

@@ -11,10 +11,10 @@ from typing import Any
 from timm.data import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
-from ..formats.decode import image_extensions, printable
+from ..formats.decode import image_extensions
 from ..formats.errors import installed
-from ..formats.files import kind_of_file
-from ..formats.zarrs import is_zarr
+from ..formats.files import kind_of_file, printable
+from ..formats.zarr import is_zarr
 
 _NAMED_SPECIAL = 100
 

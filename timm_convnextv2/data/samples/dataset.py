@@ -10,8 +10,8 @@ from torch.utils.data import Dataset, IterableDataset, default_collate, get_work
 
 from ...models.masking import random_mask
 from ...seeds import mix, sample_seed, seeded
-from ..formats.decode import Choose, Reduced
 from ..formats.errors import ImageError
+from ..formats.pillow import Choose, Reduced
 from ..sources.source import Bad, Source
 from ..sources.stream import TimmStream
 

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms import InterpolationMode, v2
 
-from ..formats.decode import Reduced
+from ..formats.pillow import Reduced
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 if its crop keeps at least this many times the output's pixels per side. PSNR
 # relative to the full decode at exactly this value, photograph-like JPEGs, bicubic, median (minimum) in dB: 38.8 (37.0)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..formats.decode import Choose, Reduced
+from ..formats.pillow import Choose, Reduced
 from ..formats.pixels import Pixels
 from .groups import Groups
 from .source import Source

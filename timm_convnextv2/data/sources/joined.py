@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import torch
 
-from ..formats.decode import Choose, Reduced
+from ..formats.pillow import Choose, Reduced
 from ..formats.pixels import Pixels
 from ..paths.walk import LeftOut
 from .source import Source, locate

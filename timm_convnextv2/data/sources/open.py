@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..config import DataSet, ImagePaths, PixelOptions, WindowOptions
-from ..formats.decode import printable
 from ..formats.errors import ImageError
+from ..formats.files import printable
 from ..formats.pixels import PLAIN, Pixels, one_page
 from ..paths.places import Dirs, Listing, list_files, places_of
 from .folder import FolderSource

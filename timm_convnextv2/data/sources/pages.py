@@ -3,33 +3,10 @@
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-from PIL import Image
-
-from ..formats.decode import faults_named, printable
-from ..formats.dicom import dicom_pages, is_dicom
+from ..formats.decode import count_pages
 from ..formats.errors import ImageError, MissingPackageError
-from ..formats.files import open_image_file
 from ..formats.pixels import Pixels
-from ..formats.tiff import import_tifffile, is_tiff, page_counts
-from ..formats.zarrs import is_zarr, zarr_pages
 from .source import FileSource, Source, locate
-
-
-def pages_in(path: str) -> int:
-    """Number of pages of a file by its header; axes other than Y, X, channels and samples multiply."""
-    with faults_named(printable(path)):
-        if is_zarr(path):
-            return zarr_pages(path)
-        with open_image_file(path) as file:
-            if path.lower().endswith(".npy"):
-                return 1
-            if is_dicom(file, path):
-                return dicom_pages(file)
-            if is_tiff(file):
-                with import_tifffile().TiffFile(file) as tif:
-                    return sum(page_counts(tif))
-            with Image.open(file) as image:
-                return getattr(image, "n_frames", 1)
 
 
 class PageSource(FileSource):
@@ -51,7 +28,7 @@ class PageSource(FileSource):
         counts = []
         for i in range(len(source)):
             try:
-                counts.append(pages_in(source.path(i)) if pages is None else len(pages))
+                counts.append(count_pages(source.path(i)) if pages is None else len(pages))
             except MissingPackageError:
                 raise
             except (ImageError, OSError):

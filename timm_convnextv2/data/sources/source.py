@@ -8,7 +8,9 @@ from typing import TypeVar
 import torch
 from torch.utils.data import Dataset
 
-from ..formats.decode import Choose, Reduced, check_in_chans, check_index, decode, printable
+from ..formats.decode import check_in_chans, check_index, decode
+from ..formats.files import printable
+from ..formats.pillow import Choose, Reduced
 from ..formats.pixels import PLAIN, Pixels
 from ..paths.walk import LeftOut
 from .groups import Groups

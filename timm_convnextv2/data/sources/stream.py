@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..config import DataSet
-from ..formats.decode import Choose, Reduced, check_in_chans, image_extensions
+from ..formats.decode import check_in_chans, image_extensions
 from ..formats.errors import ImageError
+from ..formats.pillow import Choose, Reduced
 from ..formats.pixels import PLAIN, Pixels
 from .timm import STREAMS, decode_any, open_dataset, prefix_of
 

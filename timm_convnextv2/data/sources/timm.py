@@ -9,8 +9,10 @@ from PIL import Image
 from timm.data import ImageDataset
 
 from ..config import DataSet
-from ..formats.decode import Choose, Reduced, check_index, decode, from_pil, printable
+from ..formats.decode import check_index, decode
 from ..formats.errors import ImageError, MissingPackageError
+from ..formats.files import printable
+from ..formats.pillow import Choose, Reduced, from_pil
 from ..formats.pixels import PLAIN, Pixels
 from ..paths.walk import LeftOut, open_tar
 from .source import Source

@@ -9,10 +9,10 @@ import torch
 from ...config import check_limits
 from ...seeds import sample_seed
 from ..config import WindowOptions
-from ..formats.decode import faults_named
+from ..formats.decode import faults_named, open_scene
 from ..formats.errors import EmptyError, ImageError, MissingPackageError
 from ..formats.pixels import Pixels
-from .scenes import Scenes, open_scene
+from .scenes import Scenes
 from .source import Source, locate
 
 _TRIES = 16

@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...data import Pixels, check_readable, load_image
-from ...data.formats.decode import printable
+from ...data.formats.files import printable
 from ...data.formats.pixels import PLAIN
 from ...data.sources.folder import ImageFiles
 from ...seeds import sample_seed, seeded

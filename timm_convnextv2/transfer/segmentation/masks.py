@@ -16,8 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
 from ...data import FolderSource, Pixels, check_readable, load_image
-from ...data.formats.decode import printable
-from ...data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file
+from ...data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file, printable
 from ...data.formats.pixels import PLAIN
 from ...data.sources.folder import ImageFiles
 from ...seeds import sample_seed, seeded

@@ -1,0 +1,239 @@
+"""Stored values as pixels: their scale, and "no data" that is named, filled, or refused if nobody named it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .errors import EmptyError, ImageError
+from .pixels import Pixels
+
+_HUGE = 1e18  # never a measured pixel: squares of such numbers overflow float32
+# conventional nodata values; refused if they also lie far from all others
+_SENTINELS = (-999.0, -9999.0, -99999.0, -999999.0, -32768.0, 9999.0, 99999.0, 999999.0)
+
+
+@dataclass
+class Stored:
+    """The stored values of the last image that was decoded within `noting_stored`.
+
+    Attributes:
+        kind: Type of the values, such as 'uint16'; '' before the first image.
+        unit: Their divisor.
+        largest: Largest value of the type, divided; None for floats.
+    """
+
+    kind: str = ""
+    unit: float = 1.0
+    largest: float | None = None
+
+
+_NOTED: ContextVar[Stored | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def noting_stored() -> Iterator[Stored]:
+    """For measurements: decoding leaves nodata as NaN instead of a mean, and notes the type of stored values."""
+    token = _NOTED.set(Stored())
+    try:
+        yield _NOTED.get()  # type: ignore[misc]  # just set
+    finally:
+        _NOTED.reset(token)
+
+
+def noting() -> bool:
+    """Whether a measurement is running."""
+    return _NOTED.get() is not None
+
+
+def note_stored(kind: str, unit: float, largest: float | None) -> None:
+    """Records the type of an image's values if a measurement is running."""
+    if (stored := _NOTED.get()) is not None:
+        stored.kind, stored.unit, stored.largest = kind, unit, None if largest is None else largest / unit
+
+
+def scaled(x: np.ndarray, pixels: Pixels, tag: float | None = None, bits: int | None = None) -> torch.Tensor:
+    """Stored values on the scale that `load_image` promises, nodata filled.
+
+    8-bit values stay uint8, unless a divisor or a measurement needs float32; all others become float32.
+
+    Args:
+        x: `[C, H, W]` as stored.
+        pixels: Names nodata and the divisor.
+        tag: A second value that means "no data", from the file's metadata.
+        bits: Bits in use of unsigned integers; all by default.
+
+    Raises:
+        ImageError: (a ValueError) The type has no scale, or values can only be nodata.
+    """
+    if 0 in x.shape:
+        raise ImageError(f"is empty, shape {x.shape}")
+    check_dtype(x.dtype, pixels.divide)
+    measured = noting()
+    gone = find_nodata(x, pixels, tag)
+    x = _filled(x, gone, pixels, tag)
+    if x.dtype.kind in "fi":
+        _refuse_unnamed(x, guess=pixels.nodata is None)
+    if x.dtype == np.uint8 and bits in (None, 8) and pixels.divide is None and not measured:
+        return torch.from_numpy(np.array(x))
+    largest = largest_value(x.dtype, bits)
+    unit = pixels.divide or largest or 1
+    found = torch.from_numpy(_divided(x, unit))
+    if measured:
+        kind = str(x.dtype) if bits in (None, 8 * x.dtype.itemsize) else f"{x.dtype} ({bits} bits)"
+        note_stored(kind, unit, largest)
+        found[torch.from_numpy(gone)] = torch.nan
+    return found
+
+
+def _divided(x: np.ndarray, unit: float) -> np.ndarray:
+    """As float32; integers of 32 bits and more are divided first, which keeps their last digits."""
+    if x.dtype.kind in "iu" and x.dtype.itemsize > 2 or x.dtype == np.float64 and unit != 1:
+        return (x / unit).astype(np.float32)
+    x = x.astype(np.float32)
+    return x if unit == 1 else x / np.float32(unit)
+
+
+def largest_value(dtype: np.dtype, bits: int | None = None) -> int | None:
+    """The largest value of an integer type, or of its first `bits`; 1 for bool, None for floats."""
+    if dtype.kind in "bf":
+        return 1 if dtype.kind == "b" else None
+    return int(np.iinfo(dtype).max) if bits is None else 2**bits - 1
+
+
+def check_dtype(dtype: np.dtype, divide: float | None = None) -> None:
+    """Refuses 32 and 64-bit integers without a divisor: few images use their range, so they would be black.
+
+    Raises:
+        ImageError: (a ValueError) The type has no scale.
+    """
+    if dtype.kind not in "bf" and not (dtype.kind in "iu" and (dtype.itemsize <= 2 or divide is not None)):
+        raise ImageError(
+            f"holds {dtype}, expected uint8, int16, uint16, bool or a float type; name the largest value of your data "
+            "with --divide, or divide by it and save as float32"
+        )
+
+
+def parse_tag(tag: str | bytes | None) -> float | None:
+    """The value of a TIFF's tag 42113 (GDAL_NODATA), which is text.
+
+    Raises:
+        ImageError: (a ValueError) The tag is not a number.
+    """
+    if tag is None:
+        return None
+    text = (tag.decode("latin-1") if isinstance(tag, bytes) else str(tag)).strip("\0 \n")
+    try:
+        return float(text)
+    except ValueError:
+        raise ImageError(f"has the nodata tag (42113) '{text}', expected a number") from None
+
+
+def find_nodata(x: np.ndarray, pixels: Pixels, tag: float | None = None) -> np.ndarray:
+    """The values of `x`, `[C, H, W]` as stored, that are nodata: bool of the same shape.
+
+    In signed integers and floats each value counts by itself. In unsigned integers, where nodata is mostly 0 or the
+    largest value and single channels have these as data, a pixel is nodata if all its channels have the value. NaN and
+    infinity are nodata if the user names any value, and in measurements.
+    """
+    gone = np.zeros(x.shape, bool)
+    for value in _named(pixels, tag):
+        equal = _equals(x, value)
+        gone |= equal.all(0) if x.dtype.kind in "bu" else equal
+    if x.dtype.kind == "f" and (pixels.nodata is not None or noting()):
+        gone |= ~np.isfinite(x)
+    return gone
+
+
+def fill_nodata(x: np.ndarray, pixels: Pixels, tag: float | None = None) -> np.ndarray:
+    """Replaces nodata by the mean of the channel's other pixels; returns `x` itself if it has none.
+
+    Raises:
+        EmptyError: (an ImageError) A channel has nothing else.
+    """
+    return _filled(x, find_nodata(x, pixels, tag), pixels, tag)
+
+
+def _filled(x: np.ndarray, gone: np.ndarray, pixels: Pixels, tag: float | None) -> np.ndarray:
+    if not gone.any():
+        return x
+    valid = (~gone).sum((1, 2))
+    if not valid.all():
+        where = "is nodata everywhere" if not valid.any() else f"is nodata everywhere in channel {valid.argmin() + 1}"
+        raise EmptyError(f"{where} ({' or '.join(map(_text, _named(pixels, tag))) or 'NaN'})")
+    mean = np.where(gone, 0, x).sum((1, 2), dtype=np.float64) / valid
+    if x.dtype.kind in "iu":
+        mean = np.rint(mean)
+    return np.where(gone, mean[:, None, None].astype(x.dtype), x)
+
+
+def _named(pixels: Pixels, tag: float | None) -> Sequence[float]:
+    return [float(value) for value in (pixels.nodata, tag) if value is not None]
+
+
+def _equals(x: np.ndarray, value: float) -> np.ndarray:
+    if np.isnan(value):
+        return np.isnan(x) if x.dtype.kind == "f" else np.zeros(x.shape, bool)
+    if x.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return x == np.asarray(value).astype(x.dtype)  # '-3.4028235e+38' is not the float32 to the last digit
+    if x.dtype.kind == "b" or (value.is_integer() and np.iinfo(x.dtype).min <= value <= np.iinfo(x.dtype).max):
+        return x == int(value)
+    return np.zeros(x.shape, bool)
+
+
+def _refuse_unnamed(x: np.ndarray, guess: bool) -> None:
+    """Refuses values that can only be nodata and that nobody has named.
+
+    These are NaN, infinities, and numbers from 1e18; with `guess` also conventional ones such as -9999 that lie further
+    from all other values of their channel than these from each other.
+
+    Raises:
+        ImageError: (a ValueError) Names the value, its share, and the remedy.
+    """
+    low, high = x.min((1, 2)), x.max((1, 2))
+    if x.dtype.kind == "f" and not (np.isfinite(low).all() and np.isfinite(high).all()):
+        nan = np.isnan(x)
+        found, what = (nan, "NaN") if nan.any() else (np.isinf(x), "infinite values")
+        raise ImageError(f"contains {what} {_share(found)}, which is nodata; {_remedy(x[found][0])}")
+    for value in (low.min(), high.max()):
+        if abs(float(value)) >= _HUGE:
+            name = _name_of(value, x.dtype)
+            raise ImageError(f"contains {_text(value)} {_share(x == value)}, {name}, which is nodata; {_remedy(value)}")
+    if not guess:
+        return
+    for channel, bounds in zip(x, zip(low, high, strict=True), strict=True):
+        for value in bounds:
+            if float(value) in _SENTINELS and _far_off(channel, value):
+                raise ImageError(
+                    f"contains {_text(value)} {_share(channel == value)} and nothing near it: most likely nodata; "
+                    f"{_remedy(value)} (if it is data: --nodata nan)"
+                )
+
+
+def _share(found: np.ndarray) -> str:
+    return f"in {100 * found.mean():.2g} % of its values"
+
+
+def _name_of(value: float, dtype: np.dtype) -> str:
+    for kind in (np.float32, np.float64) if dtype.itemsize > 4 else (np.float32,):
+        info = np.finfo(kind)
+        if float(value) in (float(info.min), float(info.max)):
+            return f"the {'smallest' if value < 0 else 'largest'} {info.dtype}"
+    return "too large for a pixel" if abs(value) <= np.finfo(np.float32).max else "infinite as float32"
+
+
+def _text(value: float) -> str:
+    return str(value).removesuffix(".0")  # a numpy scalar prints as few digits as its type allows
+
+
+def _remedy(value: float) -> str:
+    return f"name it with --nodata={_text(value)} to replace it by the mean of the other pixels"
+
+
+def _far_off(channel: np.ndarray, value: float) -> bool:
+    others = channel[channel != value].astype(np.float64)
+    return not others.size or np.abs(others - float(value)).min() > others.max() - others.min()
