@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from timm_convnextv2.data import DemoSource, PretrainDataset, hold_out
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.pretrain import measures
-from timm_convnextv2.pretrain import measures as best
 
 EPOCHS = 3
 
@@ -36,13 +35,13 @@ def measured(options, tmp_path_factory):
     """A run with all measures, and the indices of the images that it trained on."""
     seen, sample = set(), PretrainDataset.__getitem__
 
-    def look(self, key):
+    def noted(self, key):
         if key[0] < EPOCHS:
-            seen.add(self.source.locate(key[1]))
+            seen.add(self.source.name(key[1]))
         return sample(self, key)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PretrainDataset, "__getitem__", look)
+        patch.setattr(PretrainDataset, "__getitem__", noted)
         out = run(tmp_path_factory.mktemp("measured") / "r", *options, epochs=EPOCHS)
     return out, seen
 
@@ -60,8 +59,8 @@ def test_columns_of_the_summary(measured):
 def test_no_image_that_is_held_out_is_trained_on(measured):
     _, seen = measured
     train, apart = hold_out(DemoSource(32, 64), 0.25, 42)
-    assert len(apart) == 8 and seen == {train.locate(i) for i in range(24)}
-    assert seen.isdisjoint(apart.locate(i) for i in range(8))
+    assert len(apart) == 8 and seen == {train.name(i) for i in range(24)}
+    assert seen.isdisjoint(apart.name(i) for i in range(8))
 
 
 def test_collapse_of_each_block_and_epoch(measured):
@@ -127,11 +126,11 @@ def test_the_moving_average_is_what_is_measured(tmp_path, no_images, monkeypatch
     """It is what is exported; the last weights are others."""
     seen, collapse = [], measures.collapse
 
-    def look(encoder, images):
+    def noted(encoder, images):
         seen.append({k: v.clone() for k, v in encoder.state_dict().items()})
         return collapse(encoder, images)
 
-    monkeypatch.setattr(measures, "collapse", look)
+    monkeypatch.setattr(measures, "collapse", noted)
     out = run(tmp_path / "r", "--lr", "0.1", "--model-ema", "--model-ema-decay", "0.9", "--no-model-ema-warmup")
     (weights,), exported = seen, load_file(out / "encoder/model.safetensors")
     assert all(torch.equal(v, exported[k]) for k, v in weights.items() if not k.startswith("head."))
@@ -187,7 +186,7 @@ def test_refused_before_anything_is_written(tmp_path, capsys, more, message):
 @pytest.mark.parametrize("name, values, expected", [("knn", (1, 3, 2, 3, 4), (1, 1, 0, 0, 1)),
                                                     ("loss", (3, 1, 2, "", "nan"), (1, 1, 0, 0, 0))])  # fmt: skip
 def test_best(name, values, expected):
-    found = best.Best(name, [])
+    found = measures.Best(name, [])
     assert [found.improves({name: value}) for value in values] == [bool(e) for e in expected]
-    again = best.Best(name, [{f"eval_{name}": str(value)} for value in values])
+    again = measures.Best(name, [{f"eval_{name}": str(value)} for value in values])
     assert again.value == found.value and not again.improves({})

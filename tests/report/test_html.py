@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
 from PIL import Image
 from planted import COMMAND, EVIL, draw, plant, table
 
@@ -336,9 +335,3 @@ def test_refusals_of_the_command(tmp_path, capsys, no_charts):
         assert main(words) == 2
         assert message in capsys.readouterr().err
     assert (tmp_path / "mine.html").read_text() == "<p>my own page"
-
-
-def test_a_run_of_version_0_1():
-    folder = ROOT / "tests/fixtures/run_0.1"
-    run = read_run(folder)
-    assert run.settings["model"] and run.command == ""
