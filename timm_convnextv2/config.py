@@ -193,7 +193,7 @@ def _keywords(entry: Entry) -> dict[str, Any]:
 def _help(entry: Entry) -> str:
     """The help text with the default, unless the text has one or there is nothing to say."""
     text, default = entry.option.help, entry.default
-    if default is MISSING or default is None or default == "" or default is False or default == {} or "default" in text:
+    if default is MISSING or default is False or default in (None, "", {}, ()) or "default" in text:
         return text
     shown = (
         " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in default)

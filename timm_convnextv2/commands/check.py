@@ -1,103 +1,98 @@
-"""Look at every file of a folder before pretraining: what is there, and what is unreadable, odd, flat or double.
+"""Inspect every file of a folder before pretraining: find corrupt, unusual, blank and duplicate images.
 
     timm-convnextv2 check IMAGES --img-size 224
 
-Writes FILE.json, a list of what was found, and FILE.png, small images of it; FILE is check.json by default. The exit
-status is 0 where nothing was found, 1 where something was, 2 for a mistake in the options. Every file is read and
-decoded, as pretraining would. Near duplicates, those of one perceptual hash, need `pip install imagehash`.
+Writes the findings to FILE.json and thumbnails to FILE.png; FILE is check by default. The exit status is 0 without
+findings, 1 with findings, 2 for a mistake in the options. Every file is read and decoded as in pretraining. Near
+duplicates, images with the same perceptual hash, need `pip install imagehash`.
 """
 
 import argparse
 import json
+import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..config import add_options, build, option, part, words_given
 from ..console import PROGRAM, CommandParser, refused, say
-from ..data import ImageError, ImagePaths, Pixels, create_source
+from ..data import ImageError, ImagePaths, Pixels, Source, create_source
+from ..data.config import one_place, page_word
 from ..data.formats.pixels import one_page
 from ..data.measure.inspection import Finding, Look, findings, inspect_folder, load_part, perceptual_hash, thumbnail
 from ..files import whole_file
 from ..report.images import save_contact_sheet
 from ..runs.progress import ImageProgress
-from .images import add_place_options, one_place, page_word
 from .stats import check_output, listed
 
 _SHOWN = 48
 _LINES = 10
 
 
-# fmt: off
-def build_parser() -> CommandParser:
-    """The options."""
-    parser = CommandParser(
-        prog=f"{PROGRAM} check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclass(frozen=True)
+class CheckConfig:
+    """Options of the command."""
+
+    data: tuple[str, ...] = option((), "the same as --data-dir", metavar="DATA", positional=True)
+    paths: ImagePaths = part(ImagePaths)
+    nodata: float | None = option(None, 'stored value meaning "no data"', metavar="V")
+    img_size: int = option(224, "side of the crops; smaller images are listed", metavar="N", at_least=1)
+    window_size: int | None = option(
+        None, "decode only a window of S x S; smaller images are listed", metavar="S", at_least=1
     )
-    add = parser.add_argument
-    add("data", nargs="*", metavar="DATA", help="the same as --data-dir")
-    add_place_options(add)
-    add("--nodata", type=float, metavar="V", help="stored value of pixels without data")
-    add("--img-size", type=int, default=224, metavar="N", help="side of the crops; smaller images are listed")
-    add("--window-size", type=int, metavar="S", help="decode a window of S x S alone; smaller images are listed")
-    add("--pages", type=page_word, nargs="+", metavar="P", help="as of pretraining; of several pages the first is read")
-    add("-j", "--workers", type=int, default=4, metavar="N", help="processes that read and decode (default: 4)")
-    add("--output", default="check.json", metavar="FILE", help="JSON to write; the images have its name and .png")
-    add("--overwrite", action="store_true", help="replace --output and its images")
-    return parser
-# fmt: on
+    pages: tuple[int | str, ...] | None = option(
+        None, "as in pretraining; of several pages only the first is read", metavar="P", parse=page_word
+    )
+    workers: int = option(4, "processes that read and decode", short="-j", metavar="N", at_least=0)
+    output: str = option("check.json", "JSON to write; the images have its name and .png", metavar="FILE")
+    overwrite: bool = option(False, "replace --output and its images")
 
 
-def check(args: argparse.Namespace) -> tuple[dict[str, Any], list[Finding]]:
-    """Looks at the files and writes what was found.
+def check(config: CheckConfig) -> tuple[dict[str, Any], list[Finding]]:
+    """Inspects the files and writes the findings.
 
     Raises:
         ValueError: A mistake in the options, or no image below the folder.
         OSError: The output cannot be written.
     """
-    data_dir = one_place(args.data, args.data_dir)
-    if not data_dir and not args.data_list:
-        raise ValueError("No images named. Give a folder: check DATA.")
-    if args.window_size is not None and args.window_size < 1:
-        raise ValueError(f"--window-size is a side in pixels, got {args.window_size}.")
-    if args.workers < 0 or args.img_size < 1:
-        raise ValueError(f"--workers is at least 0 and --img-size 1, got {args.workers} and {args.img_size}.")
-    output = Path(args.output)
-    check_output(output, data_dir, args.overwrite)
-    args.dataset = ""
-    listing = listed(args, data_dir) if args.index else None
-    page = one_page(args.pages)
-    pixels = Pixels(args.nodata, page=0 if args.pages and page is None else page)
-    source = create_source(ImagePaths.of(data_dir, args.data_list), pixels=pixels, listing=listing)
-    if not source.has_files:
-        raise ValueError("check looks at files, and a tar file is one: unpack it, and give the folder.")
+    paths = replace(config.paths, data_dir=one_place(config.data, config.paths.data_dir))
+    if not paths.data_dir and not paths.data_list:
+        raise ValueError("No images given. Name a folder: check DATA.")
+    output = Path(config.output)
+    check_output(output, paths.data_dir, config.overwrite)
+    page = one_page(config.pages)
+    pixels = Pixels(config.nodata, page=0 if config.pages and page is None else page)
+    source = create_source(paths, pixels=pixels, listing=listed(paths))
+    if not isinstance(source, Source) or not source.has_files:
+        raise ValueError("check inspects single files, not tar files: unpack it, and name the folder.")
     near = perceptual_hash()
     if near is None:
-        say("Near duplicates are not looked for: `pip install imagehash` for them.")
+        say("Not searching for near duplicates: run `pip install imagehash`.")
     bar, looks = ImageProgress(len(source)), []
     try:
-        for look in inspect_folder(source, near, args.workers, args.window_size):
+        for look in inspect_folder(source, near, config.workers, config.window_size):
             looks.append(look)
             bar.update(1)
     finally:
         bar.close()
-    found = findings(looks, args.window_size or args.img_size)
+    found = findings(looks, config.window_size or config.img_size)
     content = summary(source, looks, found)
-    with whole_file(output) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with whole_file(output) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     headers = {look.name: look.header.channels for look in looks if look.header}
+    root = source.folders()[0] if len(source.folders()) == 1 else ""
     if found:
-        sheet = [
-            (shown(f, headers.get(f.name), pixels, args.window_size), label(f, getattr(source, "root", "")))
-            for f in found[:_SHOWN]
-        ]
+        sheet = [(shown(f, headers.get(f.name), pixels, config.window_size), label(f, root)) for f in found[:_SHOWN]]
         save_contact_sheet(sheet, output.with_suffix(".png"), f"{len(sheet)} of {len(found)} findings")
     return content, found
 
 
 def shown(finding: Finding, channels: int | None, pixels: Pixels, window: int | None) -> np.ndarray | None:
-    """The image of a finding, None where it cannot be decoded."""
+    """The image of a finding, None if it cannot be decoded."""
     try:
         return None if channels is None else thumbnail(load_part(finding.name, channels, pixels, window))
     except (ImageError, OSError):
@@ -111,7 +106,7 @@ def label(finding: Finding, root: str) -> str:
 
 
 def summary(source: Any, looks: list[Look], found: list[Finding]) -> dict[str, Any]:
-    """What is there and what was found, for the JSON file."""
+    """The content of the JSON file."""
     headers = [look.header for look in looks if look.header]
 
     def counted(values: Any) -> dict[str, int]:
@@ -132,11 +127,15 @@ def summary(source: Any, looks: list[Look], found: list[Finding]) -> dict[str, A
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns 0, 1 where something was found, 2 for a mistake, told in one message."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    parser = CommandParser(
+        prog=f"{PROGRAM} check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser, CheckConfig)
     try:
-        args = build_parser().parse_args(argv)
-        content, found = check(args)
+        config = build(CheckConfig, words_given(parser, sys.argv[1:] if argv is None else argv))
+        content, found = check(config)
     except (ValueError, RuntimeError, OSError) as e:
         return refused("check", e)
     except KeyboardInterrupt:
@@ -153,9 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     for finding in found[:_LINES]:
         say(f"{finding.kind}: {finding.name}: {finding.why}")
     if len(found) > _LINES:
-        say(f"and {len(found) - _LINES} more, see {args.output}")
+        say(f"and {len(found) - _LINES} more, see {config.output}")
     say(
-        f"Found: {listed('found')}. Written: {args.output}"
-        + (f", {Path(args.output).with_suffix('.png')}" * bool(found))
+        f"Found: {listed('found')}. Written: {config.output}"
+        + (f", {Path(config.output).with_suffix('.png')}" * bool(found))
     )
     return int(bool(found))

@@ -1,113 +1,119 @@
-"""Measure the pixels of a data set, per channel: what --mean and --std of pretraining are to be, and what is odd.
+"""Measure the pixels of a data set per channel: mean and std for pretraining, percentiles, histograms.
 
     timm-convnextv2 stats IMAGES
     timm-convnextv2 stats SCENES --in-chans 12 --divide 10000 --nodata 0 --clip-percentiles 1 99
 
-Writes FILE.json and, beside it, FILE.png with the histograms; FILE is stats.json by default. Each pixel of the sample
-counts the same; the sample is drawn by --seed and as large as --error asks for. NaN, infinity and nodata are left out.
+Writes FILE.json and FILE.png with the histograms; FILE is stats by default. All pixels of the sample have equal weight;
+the sample is drawn by --seed and as large as --error requires. NaN, infinity and nodata are left out.
 """
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..config import add_options, build, option, part, words_given
 from ..console import PROGRAM, CommandParser, refused, say
-from ..data import DataSet, ImagePaths, Pixels, StreamOrder, TimmStream, create_source
+from ..data import (
+    DataSet,
+    ImagePaths,
+    PixelOptions,
+    Pixels,
+    Source,
+    StreamOrder,
+    TimmStream,
+    WindowOptions,
+    create_source,
+    pages_and_windows,
+)
+from ..data.config import one_place
 from ..data.measure.sample import ERROR, Measured, find_channels, measure_pixels, measured_options
 from ..data.paths.index import check_index_option, find_images
 from ..data.paths.places import Dirs, Listing, as_list, base_of
 from ..files import whole_file
 from ..report.images import save_histograms
 from ..runs.progress import ImageProgress, with_progress
-from .images import add_source_options, check_percentiles, one_place, parts_of, pixels_of
 
 _COLUMNS = ("mean", "std", "min", "p1", "p5", "p50", "p95", "p99", "max", "zeros", "saturated", "missing")
 _SHARES = ("zeros", "saturated", "missing")
 
 
-# fmt: off
-def build_parser() -> CommandParser:
-    """The options."""
-    parser = CommandParser(
-        prog=f"{PROGRAM} stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclass(frozen=True)
+class StatsConfig:
+    """Options of the command."""
+
+    data: tuple[str, ...] = option((), "the same as --data-dir", metavar="DATA", positional=True)
+    paths: ImagePaths = part(ImagePaths)
+    data_set: DataSet = part(DataSet)
+    pixels: PixelOptions = part(PixelOptions)
+    windows: WindowOptions = part(WindowOptions)
+    in_chans: int | None = option(None, "channels of the images (default: as in the files)", metavar="N")
+    error: float = option(
+        ERROR, "standard error of the mean to reach, in standard deviations of the pixels", metavar="X"
     )
-    add = parser.add_argument
-    add("data", nargs="*", metavar="DATA", help="the same as --data-dir")
-    add_source_options(add)
-    add("--in-chans", type=int, metavar="N", help="channels of the images (default: what the files have)")
-    add("--error", type=float, default=ERROR, metavar="X",
-        help=f"standard error of the mean to reach, in standard deviations of the pixels (default: {ERROR})")
-    add("--max-images", type=int, default=2000, metavar="N", help="read no more images than these (default: 2000)")
-    add("--seed", type=int, default=42, metavar="N", help="of the sample; that of pretraining gives the same numbers")
-    add("-j", "--workers", type=int, default=4, metavar="N", help="processes that decode images (default: 4)")
-    add("--output", default="stats.json", metavar="FILE", help="JSON to write; the figure has its name and .png")
-    add("--overwrite", action="store_true", help="replace --output and its figure")
-    return parser
-# fmt: on
+    max_images: int = option(2000, "largest number of images to read", metavar="N")
+    seed: int = option(42, "seed of the sample; that of pretraining gives the same numbers", metavar="N")
+    workers: int = option(4, "processes that decode images", short="-j", metavar="N", at_least=0)
+    output: str = option("stats.json", "JSON to write; the figure has its name and .png", metavar="FILE")
+    overwrite: bool = option(False, "replace --output and its figure")
 
 
-def measure_options(args: argparse.Namespace) -> tuple[Measured, Pixels]:
-    """Measures what the options name.
+def measure_images(config: StatsConfig) -> tuple[Measured, Pixels]:
+    """Measures the images of the options.
 
     Raises:
         ValueError: A mistake in options or data.
     """
-    data_dir = one_place(args.data, args.data_dir)
-    check_percentiles(args.clip_percentiles)
-    if args.workers < 0:
-        raise ValueError(f"--workers must be at least 0, got {args.workers}.")
-    pixels = pixels_of(args)
-    opened: dict[str, Any] = {}
+    paths = replace(config.paths, data_dir=one_place(config.data, config.paths.data_dir))
+    pixels = config.pixels.to_pixels()
+    opened: list[Source | TimmStream] = []
 
-    def open_source(pixels: Pixels) -> Any:
-        data_set = DataSet(
-            args.dataset, args.train_split, args.train_num_samples, args.dataset_download, args.input_key
-        )
-        source = partial(
-            create_source, ImagePaths.of(data_dir, args.data_list), data_set, pixels=pixels,
-            order=StreamOrder(seed=args.seed), listing=listing,
-        )  # fmt: skip
-        if "source" not in opened:
-            first = source(in_chans=args.in_chans or 3)
-            if args.in_chans is None and not isinstance(first, TimmStream) and first.has_files:
-                first = first.reading(find_channels(first, args.seed, (args.pages or [None])[0]), pixels)
-            opened["source"] = with_progress(lambda tick: parts_of(args, first, tick))
-            return opened["source"]
-        return source(in_chans=opened["source"].in_chans)
+    def open_source(pixels: Pixels) -> Source | TimmStream:
+        order = StreamOrder(seed=config.seed)
+        in_chans = opened[0].in_chans if opened else config.in_chans or 3
+        source = create_source(paths, config.data_set, in_chans, pixels, order=order, listing=listing)
+        if opened:  # a stream is read again
+            return source
+        if config.in_chans is None and isinstance(source, Source) and source.has_files:
+            page = config.pixels.pages[0] if config.pixels.pages else None
+            source = source.reading(find_channels(source, config.seed, page), pixels)
+        opened.append(with_progress(partial(pages_and_windows, source, config.pixels, config.windows)))
+        return opened[0]
 
-    check_output(Path(args.output), data_dir, args.overwrite)
+    check_output(Path(config.output), paths.data_dir, config.overwrite)
     bar = ImageProgress(None)
     try:
-        listing = listed(args, data_dir) if args.index else None
+        listing = listed(paths, config.data_set.dataset)
         found, pixels = measure_pixels(
-            open_source, pixels, tuple(args.clip_percentiles) if args.clip_percentiles else None, seed=args.seed,
-            error=args.error, max_images=args.max_images, workers=args.workers, tick=bar.update,
+            open_source, pixels, config.pixels.clip_percentiles, seed=config.seed, error=config.error,
+            max_images=config.max_images, workers=config.workers, tick=bar.update,
         )  # fmt: skip
     finally:
         bar.close()
-    if note := str(opened["source"].left):
+    if note := str(opened[0].left):
         say(note)
     return found, pixels
 
 
-def listed(args: argparse.Namespace, data_dir: Dirs) -> Listing:
-    """The images of --index, which is written first where it is not there.
-
-    Raises:
-        ValueError: It cannot be used.
-    """
-    check_index_option(args.dataset, args.index)
+def listed(paths: ImagePaths, dataset: str = "") -> Listing | None:
+    """The images of --index, which is written first if it does not exist; None without --index."""
+    if paths.index is None:
+        return None
+    check_index_option(dataset, paths.index)
     bar = ImageProgress(None)
+    tell = partial(say, error=True)
     try:
-        return find_images(data_dir, args.data_list, index=args.index, tick=bar.update, tell=partial(say, error=True))
+        return find_images(paths.data_dir, paths.data_list, index=paths.index, tick=bar.update, tell=tell)
     finally:
         bar.close()
 
 
 def check_output(output: Path, data_dir: Dirs, overwrite: bool) -> None:
-    """Refuses an output that exists, or whose figure would be an image of the data set."""
+    """Refuses an output that exists, or a figure that would become an image of the data set."""
     figure = output.with_suffix(".png")
     if output.suffix != ".json":
         raise ValueError(f"--output {output} must end in .json.")
@@ -120,7 +126,7 @@ def check_output(output: Path, data_dir: Dirs, overwrite: bool) -> None:
 
 
 def report(found: Measured, pixels: Pixels, seed: int) -> dict[str, Any]:
-    """All that was found, for the JSON file; values are in units of the pixels that mean and std are of."""
+    """The content of the JSON file; values are in the units of mean and std."""
     mean, std = measured_options(found.pixels)
     return {
         "images": found.pixels.images,
@@ -141,7 +147,7 @@ def report(found: Measured, pixels: Pixels, seed: int) -> dict[str, Any]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """The statistics as text, a row a channel."""
+    """The statistics as text, one row per channel."""
     rows = [["channel", *_COLUMNS]]
     for c, channel in enumerate(content["channels"], 1):
         values = [f"{channel[k]:.1%}" if k in _SHARES else f"{channel[k]:.4g}" for k in _COLUMNS]
@@ -151,7 +157,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def option_line(found: Measured, pixels: Pixels) -> str:
-    """The options of pretraining that say the same."""
+    """The equivalent options of pretraining."""
     mean, std = measured_options(found.pixels)
     words = ["--in-chans", str(found.pixels.channels)]
     words += [] if pixels.nodata is None else [f"--nodata={pixels.nodata:g}"]
@@ -161,15 +167,19 @@ def option_line(found: Measured, pixels: Pixels) -> str:
     return " ".join([*words, "--mean", *(f"{v:g}" for v in mean), "--std", *(f"{v:g}" for v in std)])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; whatever is wrong is one message and exit status 2."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    parser = CommandParser(
+        prog=f"{PROGRAM} stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser, StatsConfig)
     try:
-        args = build_parser().parse_args(argv)
-        found, pixels = measure_options(args)
-        content = report(found, pixels, args.seed)
-        output = Path(args.output)
-        with whole_file(output) as part:
-            part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        config = build(StatsConfig, words_given(parser, sys.argv[1:] if argv is None else argv))
+        found, pixels = measure_images(config)
+        content = report(found, pixels, config.seed)
+        output = Path(config.output)
+        with whole_file(output) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         figure = output.with_suffix(".png")
         title = f"{found.pixels.images} images, {found.kind}; pixels divided by {found.unit:g}"
         save_histograms(found.pixels, figure, title)
@@ -182,8 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     say(f"{found.kind}, stored values {low:g} to {high:g}, divided by {found.unit:g}; {found.source}")
     if found.bad:
         say(f"{len(found.bad)} images left out, for example: {found.bad[0]}")
-    if found.error > args.error:
-        say(f"warning: the standard error is above --error {args.error:g}: read more with --max-images.", error=True)
+    if found.error > config.error:
+        say(f"warning: the standard error is above --error {config.error:g}: read more with --max-images.", error=True)
     if missing := max(channel["missing"] for channel in content["channels"]):
         hint = "" if pixels.nodata is not None else "; pretraining refuses NaN and infinity without --nodata nan"
         say(f"Up to {missing:.2%} of a channel's pixels are nodata, NaN or infinite{hint}.")
