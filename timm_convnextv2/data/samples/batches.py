@@ -17,39 +17,26 @@ from ..sources.stream import TimmStream
 
 
 class Item(NamedTuple):
-    """An image of the data set.
-
-    Attributes:
-        index: Its index in the data set.
-        name: Name of its row.
-        image: float32 `[C, H, W]`, normalised; None if it cannot be decoded, for the reason `error`.
-    """
+    """An image of the data set."""
 
     index: int
-    name: str
-    image: torch.Tensor | None
+    name: str  # of its row
+    image: torch.Tensor | None  # float32 [C, H, W], normalised; None if it cannot be decoded
     error: Exception | None = None
 
 
 class Batch(NamedTuple):
-    """A batch of the data set.
+    """A batch of the data set."""
 
-    Attributes:
-        number: Its images start at index `number * batch_size`.
-        count: Number of images.
-        items: None if another process computes this batch, or an earlier run did.
-    """
-
-    number: int
-    count: int
-    items: list[Item] | None
+    number: int  # its images start at index `number * batch_size`
+    count: int  # of images
+    items: list[Item] | None  # None if another process computes this batch, or an earlier run did
 
 
 def preprocessing(config: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
     """The evaluation transform of a model: decoded images, uint8 or float `[C, h, w]`, to float32 `[C, H, W]`.
 
-    Args:
-        config: As returned by timm's `resolve_model_data_config`.
+    `config` comes from timm's `resolve_model_data_config`.
     """
     # timm's resizing and cropping on tensors, which may be 16-bit or have many channels; scaling follows
     geometry = {k: config[k] for k in ("input_size", "interpolation", "crop_pct", "crop_mode")}

@@ -19,9 +19,6 @@ class EpochBatchSampler:
     Args:
         num_samples: Length of the data set, at least one global batch.
         batch_size: Images per batch and process.
-        seed: Seed of the run.
-        rank: Number of this process.
-        world_size: Number of processes.
         groups: Weighted sampling of the same number of images; None: each image at most once.
     """
 

@@ -12,13 +12,10 @@ class InputStatistics:
 
     Args:
         patch: Side of a patch in pixels, the encoder's stride.
-        mean: Mean used for the normalisation, per channel.
-        std: Standard deviation used, per channel.
+        mean, std: Used for the normalisation, per channel.
 
     Attributes:
-        images: Number of images.
-        low: Smallest value after normalisation, `[C]`.
-        high: Largest, `[C]`.
+        low, high: Smallest and largest value after normalisation, `[C]`.
     """
 
     def __init__(self, patch: int, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -25,10 +25,6 @@ class Groups:
         sources: Number of each group's source, from 0; None: all of one.
         source_weights: Share of each source, to which its groups are scaled; None: the sum of its images' weights.
         names: Names of the groups.
-
-    Attributes:
-        shares: Share of an epoch of each group, float64; the sum is 1.
-        sizes: Images of each group, int64.
     """
 
     def __init__(
@@ -49,7 +45,7 @@ class Groups:
         shares = self.sizes * np.asarray(self.weights, np.float64)
         if source_weights is not None:
             shares *= (np.asarray(source_weights, np.float64) / np.bincount(self.sources, shares))[self.sources]
-        self.shares = shares / shares.sum()
+        self.shares = shares / shares.sum()  # of an epoch
 
     def counts(self, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Draws of each group in all earlier epochs, and in this one, int64 `[groups]`.
