@@ -48,13 +48,13 @@ class Crops:
     in_chans: int = option(3, "1, 3, or the number of bands of TIFF and .npy files", metavar="N", at_least=1)
     mean: tuple[float, ...] | None = option(
         None,
-        "mean per channel, of the divided pixels, or auto (default: ImageNet's for 3 channels, 0.5 for 1, else auto)",
+        "mean per channel, or auto (default: ImageNet's, 0.5 for 1 channel, auto for others)",
         metavar="X",
         parse=number_or_auto,
     )
     std: tuple[float, ...] | None = option(
         None,
-        "standard deviation per channel, or auto (default: ImageNet's for 3 channels, 0.25 for 1, else auto)",
+        "standard deviation, or auto (default: ImageNet's, 0.25 for 1 channel, auto for others)",
         metavar="X",
         parse=number_or_auto,
     )

@@ -29,11 +29,7 @@ def input_line(found: InputStatistics) -> str:
 
 
 def check_input(found: InputStatistics) -> None:
-    """Refuses images or a normalisation from which the model cannot learn.
-
-    Raises:
-        ValueError: All images are constant, or nearly so after normalisation; names the mean and std that fit.
-    """
+    """Refuses images or a normalisation from which the model cannot learn; names the mean and std that fit."""
     tried = f"in all {found.images} images tried"
     if len(found.constant) == len(found.mean):
         raise ValueError(

@@ -28,12 +28,7 @@ Run = Callable[[int, ConvNeXtV2], dict[str, float]]
 
 
 class Best:
-    """The best value of a measure so far.
-
-    Args:
-        name: One of `KEEP_BEST`.
-        rows: Rows of the summary.csv of a resumed run.
-    """
+    """The best value so far of a measure in `KEEP_BEST`, also in the `rows` of a resumed run's summary.csv."""
 
     def __init__(self, name: str, rows: list[dict[str, Any]]) -> None:
         self.name = name
@@ -54,17 +49,11 @@ class Best:
 
 @dataclass
 class Measure:
-    """A measure and its schedule.
-
-    Attributes:
-        run: `(epoch, encoder) -> numbers`.
-        interval: Epochs between two runs; it also runs after the first epoch and after the last.
-        columns: Names of its numbers.
-    """
+    """A measure and its schedule."""
 
     run: Run
-    interval: int
-    columns: tuple[str, ...] = ()
+    interval: int  # epochs between two runs; it also runs after the first epoch and after the last
+    columns: tuple[str, ...] = ()  # names of its numbers
 
     def due(self, epoch: int, epochs: int) -> bool:
         """Whether it runs after this epoch, counted from 1."""
@@ -91,14 +80,8 @@ def measure_epoch(
 
 
 def affordable(images: list, images_seen: int, runs: int) -> list:
-    """Reduces the images of a measure so that it costs about a hundredth of the run; keeps at least eight.
-
-    Args:
-        images: The images.
-        images_seen: Images of the whole training. An update of FCMAE costs about as much per image as the forward of
-            an unmasked one.
-        runs: Number of times that the measure runs.
-    """
+    """Images of a measure whose `runs` cost about a hundredth of the training; at least eight."""
+    # an update of FCMAE costs about as much per image as the forward of an unmasked one
     count = min(len(images), max(8, images_seen // (100 * runs)))
     return [images[i * len(images) // count] for i in range(count)]
 
@@ -110,14 +93,9 @@ def reconstructions(
     normalization: tuple[tuple[float, ...], tuple[float, ...]],
     title: Callable[[int], str],
 ) -> Run:
-    """The measure that draws the model's predictions for a few images, always with the same masks.
+    """The measure that draws the predictions for a few samples `(image, mask, bad)` into `epoch-0001.png` and so on.
 
-    Args:
-        folder: Folder for `epoch-0001.png` and so on.
-        model: The FCMAE around the encoder.
-        shown: Samples `(image, mask, bad)`.
-        normalization: Mean and standard deviation per channel of the images' normalisation.
-        title: The line above the images, by epoch.
+    `normalization` holds the mean and standard deviation per channel, to undo it; `title` is the line above, by epoch.
     """
 
     def draw(epoch: int, _encoder: ConvNeXtV2) -> dict[str, float]:
@@ -131,13 +109,7 @@ def reconstructions(
 
 
 def held_out_loss(model: Callable[[], FCMAE], batches: Iterable, amp_dtype: torch.dtype | None = None) -> Run:
-    """The measure `loss`: the loss on images that are never trained on.
-
-    Args:
-        model: Returns the FCMAE around the encoder.
-        batches: `(images, masks, bad)`, the same whenever it is iterated.
-        amp_dtype: Type of mixed precision; None for that of the weights.
-    """
+    """The measure `loss`, on `batches` of `(images, masks, bad)` that are the same whenever they are iterated."""
 
     @torch.no_grad()
     def measure(_epoch: int, _encoder: ConvNeXtV2) -> dict[str, float]:
@@ -156,12 +128,7 @@ def held_out_loss(model: Callable[[], FCMAE], batches: Iterable, amp_dtype: torc
 
 
 def collapse_of_blocks(path: Path, watched: list) -> Run:
-    """The measures `distance` and `dead`: the similarity of the channels of each block, averaged over blocks.
-
-    Args:
-        path: CSV that gets one row per block and epoch.
-        watched: Samples `(image, mask, bad)`.
-    """
+    """The measures `distance` and `dead`: the similarity of channels, the mean over blocks; `path` gets each block."""
     columns = ("epoch", "block", "depth", "distance", "dead")
 
     def measure(epoch: int, encoder: ConvNeXtV2) -> dict[str, float]:

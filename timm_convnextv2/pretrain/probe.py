@@ -26,17 +26,9 @@ SHOWN_QUERIES, SHOWN_NEIGHBOURS = 6, 5
 
 
 class Rows(NamedTuple):
-    """How labelled images become rows of features.
+    """How labelled images become rows of features."""
 
-    Attributes:
-        transform: From a decoded image to the encoder's input, `[C, H, W]`.
-        batch_size: Images at a time.
-        workers: Data processes.
-        device: Device of the encoder.
-        amp: Compute in bfloat16.
-    """
-
-    transform: Callable
+    transform: Callable  # from a decoded image to the encoder's input, [C, H, W]
     batch_size: int
     workers: int
     device: torch.device
@@ -58,10 +50,6 @@ class Probe:
         place: Their location, for probe.json.
         rows: How they become rows of features.
         normalization: Mean and standard deviation per channel in `rows.transform`, to draw the images.
-
-    Attributes:
-        columns: Names of the numbers of `score`.
-        unit: Unit of kNN and ridge: 'accuracy', or 'mAP' if images have several labels.
     """
 
     columns = ("knn", "ridge", "rank")
@@ -98,12 +86,7 @@ class Probe:
         return {"knn": round(100 * knn, 2), "ridge": round(100 * ridge, 2), "rank": round(found["rank"].value, 2)}
 
     def baselines(self, path: Path, random_encoder: Callable[[], nn.Module]) -> dict[str, dict[str, float]]:
-        """Scores of random weights and of 8 x 8 pixels, read from `probe.json` if they are there, else measured.
-
-        Args:
-            path: The `probe.json`.
-            random_encoder: Makes an encoder of the run's architecture.
-        """
+        """Scores of random weights and of 8 x 8 pixels, read from the `probe.json` at `path`, or measured."""
         about = {
             "data_dir": self.place,
             "classes": self.labelled.classes,

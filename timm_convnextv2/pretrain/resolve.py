@@ -13,9 +13,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..config import build, evolve, flat
 from ..data import Pixels
 from ..data.config import PixelOptions
-from ..data.measure.sample import Measured, measure_pixels, measured_options
+from ..data.measure.sample import measure_pixels, measured_options
 from ..models.masking import random_channels
-from ..runs.progress import ImageProgress
+from ..runs.progress import with_progress
 from ..runs.world import World
 from .batches import on_primary
 from .config import AUTO, Crops, PretrainConfig
@@ -39,15 +39,8 @@ USUAL = {1: ((0.5,), (0.25,)), 3: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}
 def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[PretrainConfig, Start | None]:
     """The config of a run: command line over file over the start model's own settings over defaults.
 
-    Args:
-        given: Values that the command line sets.
-        file: Values that --config sets.
-
     Returns:
         The config, in which only `auto` is left to `measure`; the model to start from, None for random weights.
-
-    Raises:
-        ValueError: A value is outside its limits, or options contradict each other or the start model.
     """
     config, defaults = build(PretrainConfig, file, given), {}
     if not config.paths.data_dir and not config.paths.data_list and config.data_set.dataset in ("", "embedded"):
@@ -138,7 +131,7 @@ def _intervals(config: PretrainConfig) -> dict[str, Any]:
 
 
 def measure(
-    config: PretrainConfig, before: Mapping[str, Any] | None, open_source: Callable[[Pixels], Any], world: World
+    config: PretrainConfig, before: Mapping[str, Any], open_source: Callable[[Pixels], Any], world: World
 ) -> tuple[PretrainConfig, str]:
     """Measures `mean`, `std`, `clip_low` and `clip_high` if they are open, with the same result on all processes.
 
@@ -146,22 +139,19 @@ def measure(
 
     Args:
         config: From `configure`.
-        before: Settings of the run to resume, None for a new one.
+        before: Settings of the run to resume; empty for a new one.
         open_source: Opens the images with this record of pixels.
         world: The processes of the run.
 
     Returns:
         The config without `auto`; a line about the source of the numbers, '' if nothing was open.
-
-    Raises:
-        ValueError: The images cannot be measured.
     """
     limits = config.pixels.clip_percentiles is not None and config.pixels.clip_low is None
     names = [*config.crops.unmeasured, *(("clip_low", "clip_high") if limits else ())]
     if not names:
         return config, ""
     options = ", ".join([f"--{name} {AUTO}" for name in config.crops.unmeasured] + ["--clip-percentiles"] * limits)
-    if before is not None and _same_measurement(config, before, names, limits):
+    if _same_measurement(config, before, names, limits):
         kept = {name: tuple(before[name]) for name in names}
         return evolve(config, **kept), f"{options}: as measured when the run began"
     values, source = on_primary(world, partial(_measure, config, open_source, limits))
@@ -176,29 +166,17 @@ def _same_measurement(config: PretrainConfig, before: Mapping[str, Any], names: 
 
 
 def _measure(config: PretrainConfig, open_source: Callable[[Pixels], Any], limits: bool) -> tuple[dict[str, Any], str]:
-    bar = ImageProgress(None)
-    try:
-        found, pixels = measure_pixels(
-            open_source,
-            config.pixels.to_pixels(),
-            config.pixels.clip_percentiles if limits else None,
-            seed=config.seed,
-            workers=config.loading.workers,
-            tick=bar.update,
+    percentiles = config.pixels.clip_percentiles if limits else None
+    options = dict(seed=config.seed, workers=config.loading.workers)
+    found, pixels = with_progress(
+        lambda tick: measure_pixels(open_source, config.pixels.to_pixels(), percentiles, tick=tick, **options)
+    )
+    share, tried = config.selection.max_bad_images, found.pixels.images + len(found.bad)
+    if found.total is not None and len(found.bad) > max(1, share * found.total):
+        raise ValueError(
+            f"{len(found.bad)} of {tried} images tried cannot be read, more than --max-bad-images {share:g} of "
+            f"{found.total}, for example: {found.bad[0]}."
         )
-    finally:
-        bar.close()
-    _check_bad(found, config.selection.max_bad_images)
     mean, std = map(tuple, measured_options(found.pixels))
     values = {"mean": mean, "std": std, "clip_low": pixels.clip_low, "clip_high": pixels.clip_high}
     return values, found.source + (f"; {len(found.bad)} left out, the first: {found.bad[0]}" if found.bad else "")
-
-
-def _check_bad(found: Measured, max_bad_images: float) -> None:
-    """Refuses to train on numbers of a sample that lacks too many images."""
-    if found.total is not None and len(found.bad) > max(1, max_bad_images * found.total):
-        tried = found.pixels.images + len(found.bad)
-        raise ValueError(
-            f"{len(found.bad)} of {tried} images tried cannot be read, more than --max-bad-images {max_bad_images:g} "
-            f"of {found.total}, for example: {found.bad[0]}."
-        )

@@ -27,15 +27,10 @@ from .config import Crops, Network
 
 
 class Start(NamedTuple):
-    """Weights to start from.
+    """Weights to start from."""
 
-    Attributes:
-        overlay: The weights or their location, for timm's `pretrained_cfg_overlay`.
-        config: Their config.json.
-    """
-
-    overlay: dict[str, Any]
-    config: dict[str, Any]
+    overlay: dict[str, Any]  # the weights or their location, for timm's `pretrained_cfg_overlay`
+    config: dict[str, Any]  # their config.json
 
     @property
     def architecture(self) -> str:
@@ -48,11 +43,7 @@ class Start(NamedTuple):
         return Pixels.from_record(training_of(self.config).get("pixels"))
 
     def defaults(self, sized: bool) -> dict[str, Any]:
-        """Defaults of options: the model's arguments and its image size.
-
-        Args:
-            sized: The user gave --img-size, which a default of --input-size would override.
-        """
+        """Defaults of options: the model's arguments, and its image size unless --img-size is given (`sized`)."""
         options, cfg = self.config.get("model_args", {}), self.config.get("pretrained_cfg", {})
         names = ("in_chans", "patch_size", "mask_ratio", "decoder_depth", "decoder_dim", "norm_pix_loss")
         chans, height, width = cfg.get("input_size", (3, 224, 224))
@@ -74,11 +65,7 @@ class Start(NamedTuple):
 
 
 def open_start(name: str) -> Start | None:
-    """Reads the config.json of a `local-dir:` or `hf-hub:` model; None for the name of a variant.
-
-    Raises:
-        ValueError: The folder or repository does not exist, or holds no ConvNeXt V2 or FCMAE.
-    """
+    """Reads the config.json of a `local-dir:` or `hf-hub:` model; None for the name of a variant."""
     kind, _, location = name.partition(":")
     if kind == "local-dir":
         config = read_config(Path(location) / "config.json")
@@ -111,15 +98,7 @@ def create_model(
 ) -> FCMAE:
     """The FCMAE of `--model`, with random weights from `seed` or those of `start`.
 
-    Args:
-        network: The model and its arguments.
-        crops: Size and channels of its input.
-        seed: Seed of random weights.
-        start: Weights to start from.
-        license: Licence of the exported weights, checked now rather than at the first export; '' for the inherited one.
-
-    Raises:
-        ValueError: The model does not exist, its arguments do not fit it, or the licence contradicts the weights'.
+    Checks the `license` of the exported weights now, rather than at the first export; '' takes the inherited one.
     """
     name, known = network.model, timm.list_models("fcmae_*")
     model_name = start.architecture if start else name
@@ -151,10 +130,7 @@ def open_weights(path: str, model: str, model_kwargs: dict[str, Any], license: s
         path: A `.pt`, `.pth`, `.pth.tar` or `.safetensors` file.
         model: The variant that takes them, `fcmae_convnextv2_*`.
         model_kwargs: More of its arguments.
-        license: The licence that the user states, or ''. It is required if the file's is unknown.
-
-    Raises:
-        ValueError: The file cannot be read, has weights of another size, or their licence is unknown.
+        license: The licence that the user states; required if the file's is unknown.
     """
     if ":" in model:
         raise ValueError(f"--weights {path} needs a variant as --model, such as fcmae_convnextv2_tiny; got {model}.")
@@ -196,11 +172,7 @@ def _variant_of(weights: dict[str, Tensor]) -> str | None:
 def _config(path: Path, model: str, of_run: bool, weights: dict[str, Tensor]) -> dict[str, Any]:
     """The config.json beside a file, or a minimal one, with the arguments that the weights show.
 
-    Args:
-        path: The file.
-        model: The variant that takes the weights.
-        of_run: It is a checkpoint of a run, whose config.json is that of its encoder.
-        weights: Its weights, under timm's names.
+    A checkpoint of a run (`of_run`) has that of the run's encoder.
     """
     stem = _stem(weights)
     chans, patch = (stem.shape[1], stem.shape[-1]) if stem is not None else (3, 4)
