@@ -9,7 +9,7 @@ from helpers import environment
 from runs import CASES, DATA, SCRIPT, run
 
 from timm_convnextv2.pretrain import loop, measures, probe
-from timm_convnextv2.pretrain.trainer import Trainer
+from timm_convnextv2.runs.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _signals():
 def no_images(monkeypatch):
     """Drawing takes longer than training here."""
     monkeypatch.setattr(loop, "save_loss_curve", lambda *_: None)
-    monkeypatch.setattr(loop, "report_when_due", lambda *_: 0.0)
+    monkeypatch.setattr(loop, "write_report", lambda *_: None)
     monkeypatch.setattr(measures, "save_reconstructions", lambda *_: None)
     monkeypatch.setattr(probe, "save_neighbours", lambda *_: None)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.data import DemoSource, ImageError
-from timm_convnextv2.pretrain.trainer import Trainer
+from timm_convnextv2.runs.trainer import Trainer
 
 SCRIPT = SCRIPTS / "pretrain.py"
 BARE = Path(__file__).with_name("bare.py")

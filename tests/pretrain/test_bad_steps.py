@@ -11,7 +11,7 @@ from runs import load, rows, run
 import timm_convnextv2
 from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.data import DemoSource
-from timm_convnextv2.pretrain.trainer import Trainer
+from timm_convnextv2.runs.trainer import Trainer
 
 
 @pytest.fixture

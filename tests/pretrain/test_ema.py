@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.pretrain import messages
-from timm_convnextv2.pretrain.trainer import Trainer
+from timm_convnextv2.runs.trainer import Trainer
 
 EMA = ["--model-ema", "--lr", "1e-2", "--warmup-epochs", "0"]
 

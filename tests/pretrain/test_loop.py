@@ -33,8 +33,8 @@ from safetensors.torch import load_file
 
 from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.pretrain import loop, measures
-from timm_convnextv2.pretrain.trainer import Trainer
 from timm_convnextv2.report.run import read_run
+from timm_convnextv2.runs.trainer import Trainer
 
 
 def test_files_of_a_run(atto):

@@ -12,7 +12,7 @@ from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.pretrain import loop, measures, setup
 from timm_convnextv2.runs import world
 from timm_convnextv2.pretrain.batches import DataError
-from timm_convnextv2.pretrain.trainer import Trainer
+from timm_convnextv2.runs.trainer import Trainer
 update = Trainer.update
 def wrapped(self, batches, number):
     if number == 2 and self.world.rank == 1:

@@ -216,7 +216,7 @@ def test_all_processes_stop_where_one_is_asked(tmp_path):
         "import os, signal, sys\n"
         "from timm_convnextv2.commands.pretrain import main\n"
         "from timm_convnextv2.pretrain import loop, measures\n"
-        "from timm_convnextv2.pretrain.trainer import Trainer\n"
+        "from timm_convnextv2.runs.trainer import Trainer\n"
         "loop.save_loss_curve = measures.save_reconstructions = lambda *_, **__: None\n"
         "update = Trainer.update\n"
         "def wrapped(self, batches, number):\n"

@@ -21,7 +21,7 @@ from runs import (
 
 import timm_convnextv2
 from timm_convnextv2.data import DemoSource
-from timm_convnextv2.pretrain.trainer import Trainer
+from timm_convnextv2.runs.trainer import Trainer
 
 
 def test_bad_images_are_skipped_counted_and_named(tmp_path, capsys, no_images, monkeypatch):
@@ -139,7 +139,7 @@ def test_ends_with_workers(tmp_path, fault):
     script.write_text(
         "import multiprocessing, os, signal, sys\n"
         "from timm_convnextv2.commands.pretrain import main\n"
-        "from timm_convnextv2.pretrain.trainer import Trainer\n"
+        "from timm_convnextv2.runs.trainer import Trainer\n"
         "update = Trainer.update\n"
         "def wrapped(self, batches, number):\n"
         f"    if number == 2: {act}\n"

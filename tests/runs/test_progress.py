@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from timm_convnextv2.runs import progress as progress_module
-from timm_convnextv2.runs.logs import check_logs
+from timm_convnextv2.runs.logs import Logs
 from timm_convnextv2.runs.progress import ProgressBar, Stopwatch
 
 
@@ -85,6 +85,6 @@ def test_check_logs(monkeypatch, wandb, tensorboard, package):
     for name in ("wandb", "tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    check_logs(False, False)
+    Logs().check()
     with pytest.raises(ValueError, match=f"--log-{package} needs .* pip install {package}"):
-        check_logs(wandb, tensorboard)
+        Logs(wandb, None, tensorboard).check()

@@ -17,6 +17,7 @@ from timm_convnextv2.config import flat
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.recipes import load_recipe, recipe_names
 from timm_convnextv2.runs.summary import read_rows
+from timm_convnextv2.runs.trainer import Trainer
 from timm_convnextv2.transfer.detection.coco import open_coco
 
 pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
@@ -85,23 +86,21 @@ def test_from_images_to_average_precision(command, data, tmp_path, capsys):
 
 def test_a_run_resumes_bit_for_bit(command, tmp_path, monkeypatch):
     """Interrupted after an update of the first epoch."""
-    from timm_convnextv2.transfer.loop import Training
-
     options = ["--boxes-only", "--eval-interval", "9"]
     assert main(command(*options, experiment="whole")) == 0
-    original = Training.update
+    original = Trainer.update
 
-    def interrupted(self, batches):
-        found = original(self, batches)
+    def interrupted(self, *args):
+        found = original(self, *args)
         self.world.stop = "SIGTERM"
         return found
 
-    monkeypatch.setattr(Training, "update", interrupted)
+    monkeypatch.setattr(Trainer, "update", interrupted)
     assert main(command(*options)) == 0
     monkeypatch.undo()
     assert main(command(*options, "--resume", "auto")) == 0
     whole, parts = (torch.load(tmp_path / name / "last.pth.tar", weights_only=True) for name in ("whole", "run"))
-    assert whole["update"] == 4
+    assert whole["progress"]["epoch"] == 2
     for key in ("state_dict", "optimizer"):
         assert_same(whole[key], parts[key])
 

@@ -54,9 +54,9 @@ def test_the_run_ends_with_its_name_and_continues_bit_for_bit(data, tmp_path, ca
     err = capfd.readouterr().err
     name = "The image 00003.png (id 4)" if task == "detect" else f"The image {tmp_path / 'torn.png'} with its mask"
     assert f"error: {name} cannot be used: " in err and err.count("error:") == 1 and "Traceback" not in err
-    assert "continue with --experiment run --resume auto" in err
-    update = torch.load(tmp_path / "run/last.pth.tar", weights_only=True)["update"]
-    assert 4 <= update < 8 and f"The run is saved up to update {update}." in err
+    assert "--experiment run --resume auto" in err
+    progress = torch.load(tmp_path / "run/last.pth.tar", weights_only=True)["progress"]
+    assert progress["epoch"] == 1 and f"last.pth.tar (after epoch 1, and update {progress['update']}" in err
     monkeypatch.undo()
     assert main([*words, "--experiment", "run", "--resume", "auto"]) == 0
     whole, parts = (torch.load(tmp_path / n / "last.pth.tar", weights_only=True) for n in ("whole", "run"))

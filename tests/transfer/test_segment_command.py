@@ -107,7 +107,7 @@ def test_resume_is_bit_identical(data, tmp_path):
         patch.setattr(transfer_task, "evaluate_epoch", signalled)
         train(data, tmp_path / "parts", *more)
     parts = tmp_path / "parts/run/last.pth.tar"
-    assert torch.load(parts, weights_only=True)["update"] == 2
+    assert torch.load(parts, weights_only=True)["progress"]["epoch"] == 2
     train(data, tmp_path / "parts", *more, "--resume", "auto")
     again = torch.load(parts, weights_only=True)
     assert_same(whole["state_dict"], again["state_dict"])

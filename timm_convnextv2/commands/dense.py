@@ -1,26 +1,16 @@
-"""What `detect` and `segment` share: parsing, and the frame of a run."""
+"""What `detect` and `segment` share: their sub-commands and how they are parsed."""
 
-import multiprocessing
-import shlex
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from .. import transfer
 from ..config import add_options, build, from_mapping, words_given
-from ..console import PROGRAM, CommandParser, invocation, refused, say
+from ..console import PROGRAM, CommandParser, refused, say
 from ..recipes import Recipe, list_recipes, load_recipe
-from ..runs.end import NotFiniteError, end_workers
-from ..runs.folder import NotSavedError
-from ..runs.lock import release_locks
-from ..runs.world import World, leave
-from ..transfer.errors import UnreadableError
-from ..transfer.loop import Run, train
+from ..runs.end import run_command, start_command
 from ..transfer.task import Task, set_up
 
 
@@ -76,8 +66,8 @@ class Dense:
         except ValueError as e:
             return refused(self.name, e)
         if action == "train":
-            line = shlex.join([*invocation(self.name), *words])
-            return train_command(
+            line = start_command(self.name, words)
+            return run_command(
                 f"{self.name} train",
                 config.compute.device,
                 lambda world: set_up(self.task, config, recipe, world, line),
@@ -87,65 +77,3 @@ class Dense:
         except (ValueError, OSError, RuntimeError) as e:
             return refused(f"{self.name} {action}", e)
         return 0
-
-
-def train_command(name: str, device: str, set_up: Callable[[World], Run | None]) -> int:
-    """Sets a run up and trains; a mistake in settings or data is one message.
-
-    Args:
-        name: Of the command, such as 'detect train'.
-        device: See `World`.
-        set_up: Opens and checks everything; gives None where there is nothing to train (--dry-run).
-
-    Returns:
-        Exit status: 0, 1 where the run could not finish, 2 for a mistake.
-    """
-    world, run, others = None, None, {*multiprocessing.active_children()}
-    try:
-        world = World(device)
-        run = set_up(world)
-        if run is None:
-            return 0
-        train(run, world)
-    except Exception as e:
-        return ended_by(name, e, world, run)
-    finally:
-        release_locks()
-        end_workers({*multiprocessing.active_children()} - others)
-        if world is not None:
-            world.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    again = f"resume with --experiment {run.folder.path.name} --resume auto and the same options"
-    say(f"Stopped by {run.stop}; {again}." if run.stop else f"Done: the model is in {run.folder.path / 'model'}")
-    return 0
-
-
-def ended_by(name: str, error: Exception, world: World | None, run: Run | None) -> int:
-    """Tells an error once, on the process where it arose; raises again what is no user's mistake."""
-    if world is None:
-        if not isinstance(error, ValueError | RuntimeError):
-            raise error
-        return refused(name, error)
-    if not isinstance(error, ValueError) and world.is_consequence(error):
-        leave(1)  # what waits for the other processes would wait for ever
-    if isinstance(error, UnreadableError) and run is not None:
-        stands = f"The run is saved up to update {run.saved}" if run.saved else "Nothing of the run is saved yet"
-        world.tell(
-            f"{PROGRAM} {name}: error: {error} {stands}. Put a file that can be read in its place, and continue with "
-            f"--experiment {run.folder.path.name} --resume auto and the same options."
-        )
-        return 1
-    if isinstance(error, ValueError | NotSavedError):
-        world.tell(f"{PROGRAM} {name}: error: {error}")
-        return 2 if run is None else 1
-    if isinstance(error, NotFiniteError):
-        world.tell(
-            f"{PROGRAM} {name}: {error} It is that of update {error.number + 1}. Lower --lr, pass --clip-grad 1, or "
-            "leave --amp out; --resume auto continues from the last checkpoint."
-        )
-        return 1
-    if world.distributed:
-        world.tell(f"Process {world.rank} of {world.size} fails:\n{''.join(traceback.format_exception(error))}")
-        return 1
-    raise error

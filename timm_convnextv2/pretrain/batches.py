@@ -1,7 +1,6 @@
 """The data of a run, opened and checked before anything is written."""
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -26,9 +25,9 @@ from ..data.config import ImagePaths
 from ..data.paths.index import find_images, open_index
 from ..data.paths.places import Listing, Place, places_of
 from ..data.samples.shards import shard_note
-from ..runs.end import leave_signals_to_parent
 from ..runs.progress import ImageProgress
-from ..runs.world import Seat, World
+from ..runs.trainer import Bad
+from ..runs.world import Seat, World, leave_signals_to_parent
 from .config import Crops, Loading
 
 SHOWN_IMAGES = 6
@@ -38,11 +37,6 @@ _LINES = 10
 SHOWN_EPOCH = 2**31 - 1
 
 T = TypeVar("T")
-Bad = list[tuple[int, str]]  # index of an image that could not be decoded, and the reason
-
-
-class DataError(ValueError):
-    """The data of a run can no longer be read."""
 
 
 class Sampling(NamedTuple):
@@ -174,7 +168,7 @@ class Batches(NamedTuple):
         """
         self.set_epoch(epoch, start_batch)
         empty = start_batch % max(1, self.stream_workers or 1)  # see `PretrainStream.set_epoch`
-        return islice(_with_plain_errors(self.loader), empty, None)
+        return islice(self.loader, empty, None)
 
     def indices(self, epoch: int, start_batch: int, count: int, rank: int, world_size: int) -> list[int] | None:
         """Indices of the images in `count` batches of a process; None for streams."""
@@ -196,31 +190,6 @@ class Batches(NamedTuple):
     def named(self, bad: Bad) -> list[tuple[str, str]]:
         """Replaces the indices by names."""
         return [(self.name_of(i) if self.name_of else why.partition(": ")[0], why) for i, why in bad]
-
-
-def _with_plain_errors(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches; a `ValueError` of a worker becomes a `DataError` without the worker's traceback."""
-    try:
-        yield from loader
-    except ValueError as error:
-        text = re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", str(error), flags=re.M)[-1].strip()
-        raise DataError(text) from error
-
-
-def worker_died(error: BaseException | None) -> str:
-    """The message about a dead data worker, '' for other errors. PyTorch raises it anywhere in the main thread."""
-    texts = []
-    while error is not None:
-        texts.append(str(error))
-        error = error.__cause__ or error.__context__
-    pattern = re.compile(r"DataLoader worker .*(killed by|exited unexpectedly)")
-    found = next((text for text in reversed(texts) if pattern.search(text)), "")
-    if not found:
-        return ""
-    return (
-        f"{found.splitlines()[0].rstrip(' .')}. Unless somebody killed it, the machine has too little memory for it "
-        "(lower --workers), or too little shared memory (/dev/shm)."
-    )
 
 
 class Fixed(Dataset):
@@ -273,7 +242,7 @@ def open_batches(
     """
     source = open_source()
     if note := str(source.left):
-        world.say(note)
+        world.print(note)
     transform = sampling.transform
     options: dict[str, Any] = dict(
         num_workers=loading.workers,
@@ -293,7 +262,7 @@ def open_batches(
         stream = PretrainStream(source, *sampling)
         source.set_loader_cfg(num_workers=loading.workers)
         if note := shard_note(source, loading.workers, world.size):
-            world.say(note)
+            world.print(note)
         loader = DataLoader(stream, batch_size=batch_size, drop_last=True, **options)
         # from a second reader: workers would continue with one that has been opened here
         watched = [*islice(PretrainStream(open_source(), *sampling), WATCHED_IMAGES if world.primary else SHOWN_IMAGES)]

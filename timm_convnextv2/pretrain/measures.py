@@ -20,7 +20,7 @@ from ..features import collapse
 from ..files import whole_file
 from ..models import FCMAE, ConvNeXtV2
 from ..report.images import save_reconstructions
-from ..runs.end import attempt
+from ..runs.errors import attempt
 from ..runs.summary import read_rows
 from .config import KEEP_BEST
 

@@ -1,20 +1,17 @@
-"""What a run says in words: what it is, how its weights were made, and the commands that come next."""
+"""Texts about a run: what it is, and how its weights were made and measured."""
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-from ..console import invocation
 from ..data.paths.places import as_list
 from ..models import FCMAE
 from ..runs import summary
-from ..runs.end import VERSIONS
+from ..runs.checkpoints import Progress
+from ..runs.folder import VERSIONS
+from ..runs.plan import Plan
 from ..runs.world import World
-from .checkpoints import Progress
 from .config import Average
-from .plan import Plan
 from .start import short_name
 
 MOSTLY_START = 0.05  # a larger share of the start in a moving average is warned about
@@ -102,78 +99,3 @@ def how_measured(folder: Path) -> dict[str, str]:
             f"{Path(probe['data_dir']).name}, epoch {found['knn'][0]})"
         )
     return about
-
-
-def start_command(words: list[str] | None = None) -> str:
-    """The command that starts a run as this process does, ready to paste.
-
-    Args:
-        words: Its options; those of the process if None.
-    """
-    return shlex.join([*invocation("pretrain", distributed=True), *(_own_words() if words is None else words)])
-
-
-def _own_words() -> list[str]:
-    """The options of this process."""
-    if sys.argv[1:2] == ["pretrain"] and Path(sys.argv[0]).name != "pretrain.py":  # of the console command
-        return sys.argv[2:]
-    return sys.argv[1:]
-
-
-def resume_command(experiment: str) -> str:
-    """The command that resumes this run."""
-    words, skip = [], False
-    for word in _own_words():
-        if skip or word == "--overwrite":
-            skip = False
-        elif word in ("--resume", "--experiment"):
-            skip = True
-        elif not word.startswith(("--resume=", "--experiment=")):
-            words.append(word)
-    return start_command([*words, "--experiment", experiment, "--resume", "auto"])
-
-
-def resume_hint(experiment: str) -> str:
-    """How a run resumes that an error has ended."""
-    return f"The last checkpoint is whole; where the run had saved one, resume with\n  {resume_command(experiment)}"
-
-
-def not_finite(error: Exception, max_bad_steps: int, record: str) -> str:
-    """What to tell of a loss that ended the run.
-
-    Args:
-        error: Says what it is.
-        max_bad_steps: Updates that were allowed to be skipped.
-        record: Where what repeats its forward was written, or why it was not.
-    """
-    skipped = f" More than --max-bad-steps {max_bad_steps} updates were like that." if max_bad_steps else ""
-    again = shlex.join([*invocation("pretrain"), "--replay", record])
-    return (
-        f"timm-convnextv2 pretrain: {error}{skipped} The update was not made and the last checkpoint is whole. Usual "
-        "remedies, then --resume auto: --amp-dtype bfloat16 or no --amp, --clip-grad 1, a lower --lr-base; or skip "
-        f"such updates: --max-bad-steps N. To find where it begins:\n  {again}"
-    )
-
-
-def stopped(progress: Progress, plan: Plan, reason: str, max_bad_images: float, experiment: str) -> str:
-    """Where and why a run stopped before its end, and how it resumes.
-
-    Args:
-        progress: Where it stopped.
-        plan: Of the run.
-        reason: The signal, or 'images' where too many cannot be decoded.
-        max_bad_images: Their largest share.
-        experiment: Name of the run.
-    """
-    where = f"in epoch {progress.epoch + 1} of {plan.epochs}, update {progress.update} of {plan.updates_per_epoch}"
-    if not progress.update:
-        where = f"after epoch {progress.epoch} of {plan.epochs}"
-    resume = resume_command(experiment)
-    if reason != "images":
-        return f"Stopped by {reason} {where}; everything is saved. Resume with\n  {resume}"
-    names = "\n".join(f"  {why}" for why in progress.bad_images.values())
-    return (
-        f"Stopped {where}, everything saved: {len(progress.bad_images)} of {progress.num_images} images cannot be "
-        f"decoded, more than --max-bad-images {max_bad_images:g}:\n{names}\nMend or remove them or raise the limit, "
-        f"then resume with\n  {resume}"
-    )

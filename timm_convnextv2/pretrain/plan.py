@@ -1,32 +1,7 @@
 """Length and learning rate of a run: updates, images per update, peak learning rate, warmup."""
 
-from dataclasses import dataclass
-
+from ..runs.plan import Plan
 from .config import Schedule
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The arithmetic of a run.
-
-    Attributes:
-        epochs: Passes over the images.
-        updates_per_epoch: Optimizer updates of an epoch.
-        images_per_update: Images of an update over all processes.
-        lr: Peak learning rate.
-        warmup_updates: Updates of linear warmup.
-    """
-
-    epochs: int
-    updates_per_epoch: int
-    images_per_update: int
-    lr: float
-    warmup_updates: int
-
-    @property
-    def updates(self) -> int:
-        """Updates of the whole run."""
-        return self.epochs * self.updates_per_epoch
 
 
 def make_plan(schedule: Schedule, batches_per_epoch: int, num_images: int, world_size: int) -> Plan:
@@ -49,7 +24,7 @@ def make_plan(schedule: Schedule, batches_per_epoch: int, num_images: int, world
             f"has {num_images}. Lower --grad-accum-steps or --batch-size."
         )
     lr = schedule.lr if schedule.lr is not None else schedule.lr_base * images / schedule.lr_base_size
-    return Plan(schedule.epochs, updates, images, lr, round((schedule.warmup_epochs or 0) * updates))
+    return Plan(schedule.epochs * updates, updates, images, lr, round((schedule.warmup_epochs or 0) * updates))
 
 
 def split_batch(global_batch_size: int, most: int, world_size: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from ..files import save_torch, whole_file
 from ..models import FCMAE
 from ..seeds import sample_seed
 from .batches import Batches
-from .trainer import removed_channels
+from .trainer import Place, removed_channels
 
 KEYS = {"epoch", "update", "number", "loss", "settings", "images", "world_size", "checkpoint"}
 
@@ -143,8 +143,8 @@ def replay(
         taken = islice(batches.iterate(record["epoch"], record["update"] * steps), steps)
         for step, (images, masks, _) in enumerate(taken):
             removed = removed_channels(
-                settings["channel_dropout"], model.in_chans, settings["seed"], record["number"], step, steps,
-                len(images), rank, record["world_size"],
+                settings["channel_dropout"], len(images), model.in_chans,
+                Place(settings["seed"], record["number"], step, steps), rank, record["world_size"],
             )  # fmt: skip
             channels = None if removed is None else removed.to(device)
             with torch.autocast(device.type, amp, enabled=amp is not None):

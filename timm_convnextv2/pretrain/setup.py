@@ -22,28 +22,30 @@ from ..data.sources.open import pages_and_windows
 from ..features import open_labelled
 from ..models import FCMAE
 from ..models.memory import memory_estimate
-from ..runs.end import VERSIONS
-from ..runs.folder import experiment_name
-from ..runs.logs import check_logs, open_logs
-from ..runs.progress import ProgressBar, with_progress
+from ..runs.folder import VERSIONS, RunFolder, experiment_name
+from ..runs.logs import Logs
+from ..runs.loop import Limits
+from ..runs.plan import Plan
+from ..runs.progress import with_progress
 from ..runs.summary import read_rows
+from ..runs.trainer import Learning, Trainer
 from ..runs.world import Seat, World
 from .batches import Batches, Sampling, find_files, open_batches, transform_of
-from .checkpoints import RunFolder
 from .config import PretrainConfig
 from .inputs import check_input, input_line, input_warnings
-from .loop import Run
+from .loop import WRITTEN, PretrainRun
 from .measures import Best, Measure, affordable, collapse_of_blocks, held_out_loss, reconstructions
 from .messages import about_run, ema_warnings, memory_line
-from .plan import Plan, make_plan, split_batch
+from .plan import make_plan, split_batch
 from .probe import Probe, Rows, random_encoder
 from .replay import read_record
 from .resolve import measure
+from .resume import resume_progress
 from .start import Start, create_model, open_start, short_name
-from .trainer import Trainer, check_compile_backend
+from .trainer import check_compile_backend, create_trainer
 
 
-def set_up(config: PretrainConfig, start: Start | None, world: World, command: str = "") -> Run | None:
+def set_up(config: PretrainConfig, start: Start | None, world: World, command: str = "") -> PretrainRun | None:
     """Opens and checks everything; only then writes.
 
     Args:
@@ -66,7 +68,7 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     if not config.destination.experiment:
         config = evolve(config, experiment=name_run(config, world))
     folder = open_folder(config, start)
-    before = (folder.checkpoint or {}).get("args", {})
+    before = folder.checkpoint.settings if folder.checkpoint else {}
     if config.average.model_ema_warmup is None:  # a resumed run keeps what it began with
         config = evolve(config, model_ema_warmup=before.get("model_ema_warmup") is not False)
 
@@ -83,11 +85,13 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
 
     # The checkpoint must fit what is now known: model, number of images, order of a stream.
     settings = flat(config)
-    progress = folder.progress(settings, world.size, batches.num_images)
+    progress = resume_progress(folder, settings, world.size, batches.num_images)
     batches.check_resume(progress.stream_workers, progress.update)
     progress.stream_workers = batches.stream_workers
     world.agree({"the number of images": batches.num_images, "the package versions": VERSIONS, **shared(settings)})
-    check_logs(config.destination.log_wandb, config.destination.log_tensorboard)
+    destination = config.destination
+    logs = Logs(destination.log_wandb, destination.wandb_project, destination.log_tensorboard)
+    logs.check()
     check_compile_backend(config.compute.torchcompile)
 
     about = [about_run(config.network.model, model, plan, batches.num_images, world)]
@@ -99,35 +103,31 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     if config.dry_run:
         batch_size, ema, amp = config.schedule.batch_size, config.average.model_ema, config.compute.amp
         memory = memory_line(*memory_estimate(model, batch_size, ema=ema, amp=amp, device=world.device), batch_size)
-        world.say(yaml.safe_dump(settings, sort_keys=False) + "\n".join([*about, memory]))
+        world.print(yaml.safe_dump(settings, sort_keys=False) + "\n".join([*about, memory]))
         return None
 
-    trainer = create_trainer(config, model, plan, world)
-    if folder.checkpoint is not None:
-        folder.restore(trainer, progress, plan.updates_per_epoch)
-        about.append(f"Resumed from {folder.resumed_from}: epoch {progress.epoch + 1}, update {progress.update + 1}")
-    logs, destination = [], config.destination
-    world.wait()  # every process has looked at the folder before one changes it
-    if world.primary:
-        folder.claim(settings, VERSIONS, progress.epoch, command)
-        logs = open_logs(
-            folder.path, settings, destination.log_wandb, destination.wandb_project, destination.log_tensorboard
-        )
-    world.wait()  # no process trains if rank 0 could not claim it
-    world.training = True
-    trainer.wrap(config.compute.torchcompile)  # after the weights of the checkpoint: DDP sends those of rank 0
-    world.say("\n".join([*folder.notes, *about, f"Writing to {folder.path}"]))
-    done = progress.epoch * plan.updates_per_epoch + progress.update
-    bar = ProgressBar(plan.updates, done, plan.epochs, destination.log_interval, world.primary)
-    measures = create_measures(config, trainer, batches, folder.path, plan)
+    average, saving, optimizer = config.average, config.checkpoints, config.optimizer
+    learning = Learning(
+        config.seed, config.schedule.grad_accum_steps, optimizer.clip_grad, config.compute.dtype,
+        average.model_ema_decay if average.model_ema else None, bool(average.model_ema_warmup),
+        skip_bad=optimizer.max_bad_steps > 0,
+    )  # fmt: skip
+    trainer = create_trainer(model, plan, world, optimizer, learning, config.network.channel_dropout)
+    limits = Limits(
+        destination.log_interval, saving.checkpoint_interval, saving.milestone_interval or 0, saving.recovery_interval,
+        saving.checkpoint_minutes, config.selection.max_bad_images, optimizer.max_bad_steps,
+    )  # fmt: skip
+    run = PretrainRun(trainer, plan, folder, settings, progress, limits, world, data=batches)
+    run.begin(command, logs, "\n".join(about), config.compute.torchcompile)
+    run.measures = create_measures(config, trainer, batches, folder.path, plan)
     if probe is not None:
         base = probe.baselines(folder.path / "probe.json", partial(random_encoder, trainer.model.encoder, config.seed))
-        bar.note(probe.describe(base))
-        run = probe.measure(folder.path / "neighbours")
-        measures.append(Measure(run, config.measures.probe_interval or 1, probe.columns))
-    name = config.measures.keep_best
-    best = Best(name, read_rows(folder.summary)[0]) if name and world.primary else None
-    return Run(settings, trainer, batches, plan, folder, progress, measures, logs, bar, best)
+        run.bar.note(probe.describe(base))
+        measure_probe = probe.measure(folder.path / "neighbours")
+        run.measures.append(Measure(measure_probe, config.measures.probe_interval or 1, probe.columns))
+    if config.measures.keep_best and world.primary:
+        run.best = Best(config.measures.keep_best, read_rows(folder.summary)[0])
+    return run
 
 
 def split_between(config: PretrainConfig, world_size: int) -> PretrainConfig:
@@ -143,7 +143,7 @@ def name_run(config: PretrainConfig, world: World) -> str:
     """A name for a run without --experiment."""
     if config.destination.resume == "auto":
         raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
-    return experiment_name(config.network.model, [config.crops.in_chans, *config.crops.size], world)
+    return experiment_name(world, short_name(config.network.model), "x".join(map(str, config.crops.size)))
 
 
 def open_folder(config: PretrainConfig, start: Start | None) -> RunFolder:
@@ -152,7 +152,9 @@ def open_folder(config: PretrainConfig, start: Start | None) -> RunFolder:
     read = [*map(base_of, as_list(config.paths.data_dir)), *as_list(config.paths.data_list), config.paths.index]
     read.append(network.weights or (network.model.removeprefix("local-dir:") if start else None))
     sources = [place for place in read if place]
-    return RunFolder(destination.output, destination.experiment, destination.resume, destination.overwrite, sources)
+    return RunFolder(
+        destination.output, destination.experiment, destination.resume, destination.overwrite, sources, WRITTEN
+    )  # fmt: skip
 
 
 def shared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -196,30 +198,6 @@ def open_data(config: PretrainConfig, model: FCMAE, listing: Listing | None, wor
     )
 
 
-def create_trainer(config: PretrainConfig, model: FCMAE, plan: Plan, world: World) -> Trainer:
-    """The trainer that the options describe."""
-    optimizer, average = config.optimizer, config.average
-    return Trainer(
-        model,
-        plan,
-        world,
-        seed=config.seed,
-        grad_accum_steps=config.schedule.grad_accum_steps,
-        opt=optimizer.opt,
-        betas=optimizer.opt_betas,
-        eps=optimizer.opt_eps,
-        weight_decay=optimizer.weight_decay,
-        min_lr=optimizer.min_lr,
-        warmup_lr=optimizer.warmup_lr,
-        clip_grad=optimizer.clip_grad,
-        amp_dtype=config.compute.dtype,
-        ema_decay=average.model_ema_decay if average.model_ema else None,
-        ema_warmup=bool(average.model_ema_warmup),
-        channel_dropout=config.network.channel_dropout,
-        skip_bad=optimizer.max_bad_steps > 0,
-    )
-
-
 def create_measures(
     config: PretrainConfig, trainer: Trainer, batches: Batches, folder: Path, plan: Plan
 ) -> list[Measure]:
@@ -233,7 +211,7 @@ def create_measures(
     measures = [Measure(draw, interval)]
     if batches.held_out is not None:
         loader = batches.held_out.loader(config.schedule.batch_size, config.loading.workers)
-        measures.append(Measure(held_out_loss(lambda: trainer.exported, loader, trainer.amp_dtype), 1, ("loss",)))
+        measures.append(Measure(held_out_loss(lambda: trainer.averaged, loader, config.compute.dtype), 1, ("loss",)))
     watched = affordable(batches.watched, plan.updates * plan.images_per_update, 2 + plan.epochs // interval)
     collapse = collapse_of_blocks(folder / "collapse.csv", watched)
     return [*measures, Measure(collapse, interval, ("distance", "dead"))]

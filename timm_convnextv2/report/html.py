@@ -4,14 +4,12 @@ import base64
 import functools
 import hashlib
 import io
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..files import whole_file
-from ..runs.end import attempt
 from .charts import Line, collapse_chart, epoch_colours, line_chart, spread
 from .kinds import BASELINES, DETECTION, PRETRAINING, SEGMENTATION, Kind
 from .run import RunRecord, read_run
@@ -274,27 +272,3 @@ def _data(path: str, _changed: int, _size: int) -> tuple[str, int, int]:
         if packed.tell() < len(smallest):
             smallest, kind = packed.getvalue(), name
     return f"data:image/{kind};base64,{base64.b64encode(smallest).decode()}", pixels.width, pixels.height
-
-
-REPORT_PAUSE = 100  # times what a report took passes before the next one
-
-
-def report_when_due(folder: Path, due: float, ended: bool, note: Callable[[str], Any]) -> float:
-    """Writes the report of a run: at the end, and as often before as that takes a hundredth of the time.
-
-    Args:
-        folder: Of the run.
-        due: When it may be written again, by `time.monotonic`.
-        ended: Whether the run ends.
-        note: Prints a line, where it cannot be written.
-
-    Returns:
-        When it is due next.
-    """
-    start = time.monotonic()
-    if not ended and start < due:
-        return due
-    # somebody may have changed the files of the folder: ValueError
-    attempt("the report", lambda: write_report([folder], folder / "report.html"), note, (OSError, ValueError))
-    now = time.monotonic()
-    return now + REPORT_PAUSE * (now - start)

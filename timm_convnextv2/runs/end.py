@@ -1,74 +1,155 @@
-"""How a run ends: messages, data workers, errors."""
+"""`run_command`: sets a run up, trains, and reports how it ended."""
 
+import contextlib
+import multiprocessing
+import shlex
 import signal
+import sys
+import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
-from typing import Any
+from pathlib import Path
 
-import timm
-import torch
+import torch.distributed as dist
 
-import timm_convnextv2
+from ..console import PROGRAM, invocation, refused, say
+from .errors import DataError, NotFiniteError, NotSavedError, worker_died
+from .lock import release_locks
+from .loop import Run, train
+from .world import World, leave
 
-from ..files import system_reason
-from .world import SIGNALS
+
+def run_command(name: str, device: str, set_up: Callable[[World], Run | None]) -> int:
+    """Sets a run up and trains. A mistake in settings or data is one message.
+
+    Args:
+        name: Name of the command, such as 'detect train'.
+        device: See `World`.
+        set_up: Opens and checks everything; returns None if there is nothing to train (--dry-run).
+
+    Returns:
+        Exit status: 0, 1 if the run could not finish, 2 for a mistake.
+    """
+    world, run, others = None, None, {*multiprocessing.active_children()}
+    try:
+        world = World(device, name)
+        run = set_up(world)
+        if run is None:
+            return 0
+        train(run)
+    except Exception as e:
+        return ended_by(name, e, world, run)
+    finally:
+        release_locks()
+        end_workers({*multiprocessing.active_children()} - others)
+        if world is not None:
+            world.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    say(stopped(name, run) if run.stop else run.done())
+    return int(run.stop == "images")
+
+
+def ended_by(name: str, error: Exception, world: World | None, run: Run | None) -> int:
+    """Reports a fatal error once, from the process that raised it; other processes exit silently.
+
+    Returns:
+        Exit status. An error that is no user's mistake is raised again, for its traceback.
+    """
+    if world is None:
+        if not isinstance(error, ValueError | RuntimeError):
+            raise error
+        return refused(name, error)
+    if not isinstance(error, ValueError) and world.is_consequence(error):
+        leave(1)  # threads that wait for the other processes would wait forever
+    if run is None and isinstance(error, ValueError | RuntimeError):
+        world.report(f"{PROGRAM} {name}: error: {error}")
+        return 2
+    if isinstance(error, NotFiniteError) and run is not None:
+        return end_not_finite(name, error, run, world)
+    reason = worker_died(error) or (str(error) if isinstance(error, DataError | NotSavedError) else "")
+    if not reason and world.distributed:  # before torchrun ends this process, which it does once another one ends
+        world.report(f"Process {world.rank} of {world.size} failed:\n{''.join(traceback.format_exception(error))}")
+        return 1
+    if not reason or run is None:
+        raise error
+    whole = "" if isinstance(error, NotSavedError) else f" {run.folder.last_whole}"  # NotSavedError names it already
+    resume = resume_command(name, run.folder.path.name)
+    world.report(f"{PROGRAM} {name}: error: {reason}{whole} Resume with\n  {resume}")
+    return 1
+
+
+def end_not_finite(name: str, error: NotFiniteError, run: Run, world: World) -> int:
+    """Reports a loss that is not finite, which all processes found at once, and records how to repeat it."""
+    if world.primary:
+        record, limit = run.record_bad_step(error, weights=True), run.limits.max_bad_steps
+        skipped = f" More than --max-bad-steps {limit} updates had such a loss." if limit else ""
+        world.report(
+            f"{PROGRAM} {name}: error: {error}{skipped} Update {error.number + 1} was not made and the last checkpoint "
+            "is whole. Usual remedies, then --resume auto: --amp-dtype bfloat16 or no --amp, --clip-grad 1, "
+            f"{run.remedy}.{run.repeat(record)}"
+        )
+    else:
+        with contextlib.suppress(RuntimeError):
+            world.wait()  # or torchrun would end rank 0 while it writes
+    return 1
+
+
+def stopped(name: str, run: Run) -> str:
+    """Where and why a run stopped early, and how it resumes."""
+    progress, plan = run.progress, run.plan
+    size = plan.updates_in(progress.epoch)
+    where = f"in epoch {progress.epoch + 1} of {plan.epochs}, update {progress.update} of {size}"
+    if not progress.update:
+        where = f"after epoch {progress.epoch} of {plan.epochs}"
+    resume = resume_command(name, run.folder.path.name)
+    if run.stop != "images":
+        return f"Stopped by {run.stop} {where}; everything is saved. Resume with\n  {resume}"
+    names = "\n".join(f"  {why}" for why in progress.bad_images.values())
+    return (
+        f"Stopped {where}, everything saved: {len(progress.bad_images)} of {progress.num_images} images cannot be "
+        f"decoded, more than --max-bad-images {run.limits.max_bad_images:g}:\n{names}\nFix or remove these files, or "
+        f"raise the limit, then resume with\n  {resume}"
+    )
 
 
 def end_workers(workers: set[BaseProcess]) -> None:
-    """Ends data workers, for which Python would wait for ever: they ignore SIGTERM."""
+    """Kills data workers that ignore SIGTERM and would block the exit."""
     if not workers:
         return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes their end for a fault, and raises it
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error when a worker ends
     for worker in workers:
         worker.kill()
         worker.join(timeout=5)
     signal.signal(signal.SIGCHLD, handler)
 
 
-VERSIONS = f"timm_convnextv2 {timm_convnextv2.__version__}, timm {timm.__version__}, torch {torch.__version__}"
-
-
-class NotFiniteError(FloatingPointError):
-    """A loss is not finite.
-
-    Attributes:
-        number: Updates of the run before that one.
-        loss: Its value.
-    """
-
-    def __init__(self, number: int, loss: float) -> None:
-        super().__init__(f"The loss is {loss}.")
-        self.number, self.loss = number, loss
-
-
-def leave_signals_to_parent(_worker: int) -> None:
-    """Data workers live on while the training process finishes its update."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def attempt(
-    what: str,
-    act: Callable[[], Any],
-    note: Callable[[str], Any],
-    errors: type[Exception] | tuple[type[Exception], ...] = OSError,
-) -> str:
-    """Does something that a run can do without; where the disk refuses, that is a warning.
+def start_command(name: str, words: list[str] | None = None) -> str:
+    """The command that starts a run as this process does, ready to paste.
 
     Args:
-        what: Its name.
-        act: Does it.
-        note: Prints a line.
-        errors: What is a warning.
-
-    Returns:
-        The warning, '' where all went well.
+        name: Name of the command, such as 'pretrain' or 'detect train'.
+        words: Its options after the name's first word; those of the process if None.
     """
-    try:
-        act()
-    except errors as e:
-        reason = system_reason(e) if isinstance(e, OSError) else str(e)
-        warning = f"Warning: {what} failed ({reason}). Training continues without it."
-        note(warning)
-        return warning
-    return ""
+    command = name.partition(" ")[0]
+    return shlex.join([*invocation(command, distributed=True), *(_own_words(command) if words is None else words)])
+
+
+def _own_words(command: str) -> list[str]:
+    """The words of this process after the command's name."""
+    if sys.argv[1:2] == [command] and Path(sys.argv[0]).name != f"{command}.py":  # the console command or the module
+        return sys.argv[2:]
+    return sys.argv[1:]
+
+
+def resume_command(name: str, experiment: str) -> str:
+    """The command that resumes a run of this process, ready to paste."""
+    words, skip = [], False
+    for word in _own_words(name.partition(" ")[0]):
+        if skip or word == "--overwrite":
+            skip = False
+        elif word in ("--resume", "--experiment"):
+            skip = True
+        elif not word.startswith(("--resume=", "--experiment=")):
+            words.append(word)
+    return start_command(name, [*words, "--experiment", experiment, "--resume", "auto"])

@@ -1,105 +1,164 @@
-"""The folder of a run of detection or segmentation: its lock, its checkpoint, its settings and its summary."""
+"""`RunFolder`: the folder of a run, which process may write there, and what is written."""
 
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 
-from ..files import WriteError, remove_leftovers, save_torch, whole_file
-from ..pretrain.start import short_name
+from ..files import CheckpointError, WriteError, remove_leftovers, save_torch, whole_file
+from ..version import __version__
 from . import summary
-from .end import VERSIONS
+from .checkpoints import LAST, Checkpoint, Progress, TrainerState, whole_beside
+from .errors import NotSavedError
 from .lock import LOCK, Lock, LockLostError, refuse_locked
+from .trainer import Trainer
 from .world import World
 
-CHECKPOINT = "last.pth.tar"
+VERSIONS = f"timm_convnextv2 {__version__}, timm {timm.__version__}, torch {torch.__version__}"
+
+# What every run writes into its folder; --overwrite removes this and what the task adds, and nothing else.
+WRITTEN = ("args.yaml", "summary.csv", "*.pth.tar", "report.html", "events.out.tfevents.*", "wandb")
 
 
-WRITTEN = ("args.yaml", "summary.csv", CHECKPOINT, "predictions", "model", "report.html")
-
-
-WRITTEN += ("events.out.tfevents.*", "wandb")
-
-
-class NotSavedError(Exception):
-    """A run cannot save its state any more: says why."""
-
-
-class TransferFolder:
+class RunFolder:
     """The folder of a run. Opening it writes nothing; `claim` does.
 
     Args:
-        path: The folder.
-        resume: Continue the run that it holds, if it holds one.
-        overwrite: Whether what an earlier run wrote there may be removed.
+        output: Folder of all runs.
+        experiment: Name of this run below it.
+        resume: 'auto' for the run's last checkpoint if there is one, the path of a checkpoint, or ''.
+        overwrite: Remove what an earlier run wrote there.
+        sources: Folders that the run reads: its images, the model that it starts from.
+        writes: Files that the task writes, as patterns, in addition to `WRITTEN`.
 
     Attributes:
-        checkpoint: What `save` wrote, None for a new run; `Training.load` takes it.
+        path: The folder.
+        checkpoint: The checkpoint to resume from; None for a new run, and after `restore`.
+        notes: Warnings about the folder, such as a corrupt last checkpoint.
 
     Raises:
-        ValueError: It holds something already, is in use, or its checkpoint cannot be read.
+        ValueError: The folder holds something else, lies outside `output` or is in use by another run; the checkpoint
+            cannot be read; or it is to be overwritten and is not the folder of a run, or overlaps `sources`.
     """
 
-    def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
-        self.path = Path(path)
-        self.checkpoint: dict[str, Any] | None = None
-        self._overwrite, self._lock = overwrite, None
+    def __init__(
+        self, output: str | Path, experiment: str, resume: str = "", overwrite: bool = False,
+        sources: Sequence[str | Path] = (), writes: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self.path = Path(output) / experiment
+        if Path(output).resolve() not in self.path.resolve().parents:
+            raise ValueError(f"--experiment {experiment} is not a folder below --output {output}.")
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"The output '{self.path}' is a file, expected a folder.")
+            raise ValueError(f"The output folder '{self.path}' is a file. Choose another --experiment or --output.")
         refuse_locked(self.path)
-        last = self.path / CHECKPOINT
-        if resume and last.is_file():
-            try:
-                found = torch.load(last, map_location="cpu", weights_only=True)
-                self.checkpoint = {key: found[key] for key in ("update", "settings", "state_dict")} | found
-            except Exception as e:
-                raise ValueError(f"The checkpoint '{last}' cannot be read ({type(e).__name__}: {e}).") from e
-        used = self.path.is_dir() and any(not p.name.startswith(LOCK) for p in self.path.iterdir())
-        if used and self.checkpoint is None:
-            if not overwrite:
-                raise ValueError(
-                    f"The output folder {self.path} is not empty. Continue the run in it: --resume auto. Start again "
-                    "and delete what it wrote: --overwrite. Or choose another --output or --experiment."
-                )
-            if not (self.path / "args.yaml").is_file():
-                raise ValueError(
-                    f"--overwrite: {self.path} is not the folder of a run (it has no args.yaml), so nothing in it is "
-                    "removed. Choose another --output or --experiment."
-                )
+        self.written = (*WRITTEN, *writes)
+        self.checkpoint: Checkpoint | None = None
+        self.notes: list[str] = []
+        self._lock: Lock | None = None
+        self._before = _stamp(self.path / LAST)
+        self._saved = ""  # the last checkpoint that this process has seen or written whole
+        source = self.path / LAST if resume == "auto" else Path(resume)
+        if resume and (resume != "auto" or source.exists()):
+            self._load(source, fall_back=resume == "auto")
+        here = resume == "auto" or bool(resume) and source.resolve().parent == self.path.resolve()
+        # a run that resumes here keeps its folder
+        self._empties = overwrite and not (self.checkpoint is not None and here)
+        if self._used() and not self._empties and not here:
+            raise ValueError(
+                f"The output folder {self.path} is not empty. Resume that run: --resume auto. Start again and delete "
+                "what it wrote: --overwrite. Or choose another --experiment or --output."
+            )
+        if self._empties and self._used():
+            self._check_overwrite(sources)
+
+    def _used(self) -> bool:
+        """Whether it holds more than the lock of a run that was killed before it wrote anything."""
+        return self.path.is_dir() and any(not p.name.startswith(LOCK) for p in self.path.iterdir())
+
+    def _load(self, path: Path, fall_back: bool) -> None:
+        """Reads the checkpoint to resume from; if it is corrupt, takes or names whole ones beside it."""
+        try:
+            self.checkpoint = Checkpoint.read(path)
+        except CheckpointError as e:
+            others = whole_beside(path)
+            if not fall_back:
+                names = ", ".join(other.path.name for other in others)
+                raise CheckpointError(f"{e} Whole checkpoints beside it: {names}." if names else str(e)) from e
+            self.checkpoint = next(others, None)
+            if self.checkpoint is None:
+                raise CheckpointError(
+                    f"{e} No other checkpoint beside it is whole. Start again and delete what the run wrote: "
+                    "--overwrite. Or choose another --experiment."
+                ) from e
+            self.notes.append(f"{e} Resuming from the newest whole checkpoint beside it: {self.checkpoint.path.name}.")
+        self._saved = f"{self.checkpoint.path} ({self.checkpoint.progress})"
+
+    def _check_overwrite(self, sources: Sequence[str | Path]) -> None:
+        """Refuses to remove files from a folder that no run made, or that the run reads from."""
+        nothing = "so nothing in it is removed. Choose another --experiment or --output."
+        if not (self.path / "args.yaml").is_file():
+            raise ValueError(f"--overwrite: {self.path} is not the folder of a run (it has no args.yaml), {nothing}")
+        here = self.path.resolve()
+        for source in sources:
+            there = Path(source).resolve()
+            if here == there or here in there.parents or there in here.parents:
+                raise ValueError(f"--overwrite: {self.path} overlaps {source}, which this run reads, {nothing}")
 
     @property
     def summary(self) -> Path:
-        """A row an epoch."""
+        """The table with one row per epoch."""
         return self.path / "summary.csv"
 
     def check_same(self, settings: dict[str, Any], names: Sequence[str]) -> None:
-        """Refuses to resume where one of these settings, on which the order of images or the weights depend, differs.
+        """Refuses to resume if any of these settings differs.
 
         Raises:
-            ValueError: Names them.
+            ValueError: Names them, with both values.
+        """
+        differs = [] if self.checkpoint is None else differences(self.checkpoint.settings, settings, names)
+        if differs:
+            self.refuse(differs)
+
+    def refuse(self, differs: Sequence[str]) -> None:
+        """Raises the `ValueError` of a checkpoint whose settings differ."""
+        assert self.checkpoint is not None
+        raise ValueError(
+            f"Cannot resume from {self.checkpoint.path}, which differs in {'; '.join(differs)}. Repeat the settings "
+            "of that run (its args.yaml), or start a new --experiment."
+        )
+
+    def progress(self, world_size: int, num_images: int) -> Progress:
+        """The progress that the run begins with: zero, or that of its checkpoint."""
+        then = Progress() if self.checkpoint is None else self.checkpoint.progress
+        return replace(then, world_size=world_size, num_images=num_images)
+
+    def restore(self, trainer: Trainer, updates_per_epoch: int) -> None:
+        """Loads the checkpoint's state into the trainer and frees its memory.
+
+        Raises:
+            CheckpointError: (a ValueError) It does not fit.
         """
         if self.checkpoint is None:
             return
-        then = self.checkpoint["settings"]
-        differs = [f"{n}: {then.get(n)!r} there, {settings.get(n)!r} here" for n in names if then.get(n) != settings[n]]
-        if differs:
-            raise ValueError(
-                f"Cannot resume from {self.path / CHECKPOINT}, which differs in {'; '.join(differs)}. Repeat the "
-                "settings of that run (its args.yaml), or start a new one."
-            )
+        shapes = [p.shape for group in trainer.optimizer.param_groups for p in group["params"]]
+        self.checkpoint.check_fits(trainer.state(), shapes, updates_per_epoch)
+        trainer.load(self.checkpoint.state, self.checkpoint.progress.sums, self.checkpoint.progress.skipped)
+        self.checkpoint = None
 
-    def claim(self, settings: dict[str, Any], *, command: str = "", epoch: int = 0) -> None:
-        """Makes and locks the folder, removes what is to be overwritten, and writes args.yaml.
+    def claim(self, settings: dict[str, Any], epoch: int, command: str = "") -> None:
+        """Makes and locks the folder, removes what a killed process left, and writes args.yaml.
 
         Args:
-            settings: Of the run, plain values.
-            command: That started it.
-            epoch: Epochs that are complete; the summary forgets what came after.
+            settings: Settings of the run, plain values.
+            epoch: Complete epochs; later rows of the summary are removed.
+            command: The command that started the run, for the head of args.yaml.
 
         Raises:
             ValueError: The folder cannot be written, or another run has it.
@@ -107,50 +166,100 @@ class TransferFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.path)
-            if self._overwrite and self.checkpoint is None:
-                self._remove()
-            remove_leftovers(self.path, (*WRITTEN, LOCK), alone=True)
+            if self._before != _stamp(self.path / LAST):
+                raise ValueError(f"Another run has written {self.path / LAST} since this one began. Start again.")
+            if self._empties:
+                self._remove_run()
+            remove_leftovers(self.path, (*self.written, LOCK), alone=True)
+            remove_leftovers(self.path / "reconstructions", ("*.png",), alone=True)
             with whole_file(self.path / "args.yaml") as part:
                 part.write_text(head_comment(VERSIONS, command) + yaml.safe_dump(settings, sort_keys=False))
-            summary.trim(self.summary, epoch)
-        except OSError as e:
+            self._note_corrupt(summary.trim(self.summary, epoch))
+        except BaseException as e:
             self.release()
-            raise ValueError(f"The output folder {self.path} cannot be written ({e}). Choose another --output.") from e
+            if not isinstance(e, OSError):
+                raise
+            raise ValueError(
+                f"The output folder {self.path} cannot be written ({e}). Choose another with --output."
+            ) from e
 
-    def _remove(self) -> None:
-        for pattern in WRITTEN:
+    def _remove_run(self) -> None:
+        for pattern in self.written:
             for path in self.path.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def save(self, content: dict[str, Any]) -> None:
-        """Writes the checkpoint, whole or not at all.
-
-        Raises:
-            NotSavedError: The disk is full, read-only or gone, or another run has taken the folder over.
-        """
-        try:
-            if self._lock is not None:
-                self._lock.check()
-            save_torch(content, self.path / CHECKPOINT)
-        except (WriteError, LockLostError) as e:
-            raise NotSavedError(str(e)) from e
+    def _note_corrupt(self, lines: list[str]) -> None:
+        self.notes += [f"{self.summary}: a corrupt line is left out: {line!r}" for line in lines]
 
     def release(self) -> None:
-        """Lets other runs have the folder."""
+        """Unlocks the folder."""
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
+
+    def add_row(self, epoch: int, metrics: dict[str, float], measured: dict[str, Any], lr: float) -> None:
+        """Adds an epoch to summary.csv; see `summary.add_row`."""
+        self._note_corrupt(summary.add_row(self.summary, epoch, metrics, measured, lr))
+
+    def save(self, checkpoint: Checkpoint, milestone: bool = False) -> None:
+        """Writes a checkpoint, each file whole or not at all.
+
+        Args:
+            checkpoint: What to save.
+            milestone: Also save it under a name that stays.
+
+        Raises:
+            NotSavedError: The disk is full, read-only or gone, or another run has taken the folder over. Earlier
+                checkpoints stay.
+        """
+        # the milestone must be on the disk before it replaces 'last'
+        for name in [f"milestone-{checkpoint.progress.epoch}.pth.tar"] * milestone + [LAST]:
+            try:
+                if self._lock is not None:
+                    self._lock.check()
+                save_torch(checkpoint.content(), self.path / name)
+            except WriteError as e:
+                raise NotSavedError(f"{e} {self.last_whole} Make room there, or give the run another disk.") from e
+            except LockLostError as e:
+                raise NotSavedError(f"{e} {self.last_whole} Let one of the two runs end.") from e
+            self._saved = f"{self.path / name} ({checkpoint.progress})"
+
+    def check_finite(self, state: TrainerState) -> None:
+        """Raises `NotSavedError` if a weight is not finite: neither a checkpoint nor an export of it is of use."""
+        if bad := state.not_finite():
+            raise NotSavedError(
+                f"The weight '{bad}' is not finite, so nothing was saved. {self.last_whole} Lower the learning rate "
+                "or clip the gradient."
+            )
+
+    @property
+    def last_whole(self) -> str:
+        """A sentence that names the last whole checkpoint."""
+        return f"The last whole checkpoint is {self._saved}." if self._saved else "No checkpoint was saved before."
 
 
-def experiment_name(model: str, input_size: list[int], world: World) -> str:
-    """Time, model and size, the same on all processes."""
+def differences(old: dict[str, Any], new: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """The values that differ, in words."""
+    return [f"{name}: {old.get(name)!r} there, {new[name]!r} here" for name in names if old.get(name) != new[name]]
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Changes whenever the file's content does."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def experiment_name(world: World, *parts: str) -> str:
+    """The name of a run without --experiment: the time and these parts, the same on all processes."""
     stamp = world.share(datetime.now().strftime("%Y%m%d-%H%M%S"))
-    return f"{stamp}-{short_name(model).replace('.', '_')}-{'x'.join(map(str, input_size[1:]))}"
+    return "-".join([stamp, *(part.replace(".", "_") for part in parts)])
 
 
 def head_comment(versions: str, command: str = "") -> str:
-    """The comment lines above the settings in args.yaml; `read_run` reads them.
+    """The comment lines above the settings in args.yaml, which `report.run` reads.
 
-    The command is quoted as JSON does it, so that it stays a line, whatever a path in it holds.
+    The command is quoted as JSON, so that it stays on one line whatever a path in it contains.
     """
     return f"# {versions}\n" + (f"# command: {json.dumps(command)}\n" if command else "")

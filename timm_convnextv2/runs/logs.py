@@ -1,41 +1,52 @@
-"""Where the metrics of an epoch go beside `summary.csv`: TensorBoard, Weights & Biases."""
+"""Logs of the metrics of an epoch beside `summary.csv`: TensorBoard, Weights & Biases."""
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import option
 
-def check_logs(wandb: bool, tensorboard: bool) -> None:
-    """Raises a `ValueError` where a log is asked for and its package is missing."""
-    for wanted, module, package in ((wandb, "wandb", "wandb"), (tensorboard, "torch.utils.tensorboard", "tensorboard")):
-        if wanted:
-            try:
-                importlib.import_module(module)
-            except ImportError as e:
-                raise ValueError(
-                    f"--log-{package} needs a package that is missing: pip install {package} ({e})."
-                ) from e
+Log = Callable[[int, dict], None]  # takes the epoch and its metrics
 
 
-def open_logs(
-    folder: Path, settings: dict, wandb: bool = False, wandb_project: str | None = None, tensorboard: bool = False
-) -> list[Callable[[int, dict], None]]:
-    """Functions `(epoch, metrics)` that send the metrics of an epoch to the logs asked for."""
-    logs = []
-    if wandb:
-        import wandb as api  # pyright: ignore[reportMissingImports]
+@dataclass(frozen=True)
+class Logs:
+    """The logs that a run writes."""
 
-        api.init(project=wandb_project, name=folder.name, config=settings, dir=folder)
-        logs.append(lambda epoch, metrics: api.log({**metrics, "epoch": epoch}))
-    if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
+    log_wandb: bool = option(False, "log to Weights & Biases")
+    wandb_project: str | None = option(None, "project of Weights & Biases", metavar="NAME")
+    log_tensorboard: bool = option(False, "log to TensorBoard")
 
-        writer = SummaryWriter(folder)
+    def check(self) -> None:
+        """Raises a `ValueError` if a log needs a package that is missing."""
+        wanted = ((self.log_wandb, "wandb", "wandb"), (self.log_tensorboard, "torch.utils.tensorboard", "tensorboard"))
+        for asked, module, package in wanted:
+            if asked:
+                try:
+                    importlib.import_module(module)
+                except ImportError as e:
+                    raise ValueError(
+                        f"--log-{package} needs a package that is missing: pip install {package} ({e})."
+                    ) from e
 
-        def write(epoch: int, metrics: dict) -> None:
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, epoch)
-            writer.flush()
+    def open(self, folder: Path, settings: dict) -> list[Log]:
+        """Functions that write the metrics of an epoch."""
+        logs: list[Log] = []
+        if self.log_wandb:
+            import wandb as api  # pyright: ignore[reportMissingImports]
 
-        logs.append(write)
-    return logs
+            api.init(project=self.wandb_project, name=folder.name, config=settings, dir=folder)
+            logs.append(lambda epoch, metrics: api.log({**metrics, "epoch": epoch}))
+        if self.log_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(folder)
+
+            def write(epoch: int, metrics: dict) -> None:
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, epoch)
+                writer.flush()
+
+            logs.append(write)
+        return logs

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from timm.utils import init_distributed_device
 
+from ..console import PROGRAM
+
 BEAT = 1.0  # seconds
 
 
@@ -48,8 +50,11 @@ class Peers:
         writing: Held while a file is written; this process does not leave meanwhile.
     """
 
-    def __init__(self, rank: int, size: int, suspicious: Callable[[], bool], writing: threading.Lock) -> None:
+    def __init__(
+        self, rank: int, size: int, suspicious: Callable[[], bool], writing: threading.Lock, command: str
+    ) -> None:
         self.rank, self.size, self._suspicious, self._writing = rank, size, suspicious, writing
+        self._command = command
         port, attempt = int(os.environ["MASTER_PORT"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.TCPStore(os.environ["MASTER_ADDR"], port, timeout=timedelta(seconds=30), wait_for_workers=False)
         self._store = dist.PrefixStore(f"timm_convnextv2/{attempt}", store)
@@ -129,7 +134,7 @@ class Peers:
     def _tell_lost(self, rank: int) -> None:
         name = self._store.get(f"name/{rank}").decode()
         text = (
-            f"timm-convnextv2 pretrain: {name} was killed, or does not answer any more. The last checkpoint is whole; "
+            f"{PROGRAM} {self._command}: {name} was killed or stopped responding. The last checkpoint is whole; "
             "--resume auto takes it."
         )
         if self.is_first(text):
@@ -148,15 +153,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask to stop; S
 _BROKEN = "Connection (closed|reset)|Broken pipe|gloo|NCCL|remote process|Socket"  # how the end of a peer is told
 
 
+def leave_signals_to_parent(_worker: int) -> None:
+    """Lets data workers live on while the training process finishes its update."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Seat(NamedTuple):
-    """The place of a process in a run, for what needs to know no more of the others."""
+    """The rank of a process in a run, for code that needs no more of its `World`."""
 
     rank: int
     size: int
     primary: bool = False
 
-    def say(self, text: str) -> None:
-        """Says nothing: the process that replays speaks for itself."""
+    def print(self, text: str) -> None:
+        """Prints nothing: the process that replays prints its own lines."""
 
     def share(self, value: Any) -> Any:
         """The value itself."""
@@ -168,6 +179,7 @@ class World:
 
     Args:
         device: Name of the device, such as 'cuda' or 'cpu'; torchrun's local rank is added to it.
+        command: Name of the command, for messages.
 
     Attributes:
         device: Where this process trains.
@@ -175,14 +187,13 @@ class World:
         size: Number of processes.
         primary: Whether it is the first, which speaks and writes.
         stop: Name of the signal that asked to stop, else ''.
-        training: Whether settings and data have been checked.
         writing: Held while a checkpoint is written, which the end of another process does not cut short.
 
     Raises:
         ValueError: The device cannot be used.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, command: str = "") -> None:
         try:
             found = argparse.Namespace(device=device)
             self.device: torch.device = init_distributed_device(found)
@@ -192,7 +203,6 @@ class World:
         self.rank, self.size, self.distributed = found.rank, found.world_size, found.distributed
         self.primary = self.rank == 0
         self.stop = ""
-        self.training = False
         # what the processes agree on goes through the CPU, so that nobody waits for a GPU
         self._cpu_group: Any = (
             dist.new_group(backend="gloo") if self.distributed and self.device.type != "cpu" else None
@@ -201,12 +211,12 @@ class World:
         self._wakeup: tuple[int, int] | None = None
         self._peers: Peers | None = None
         if self.distributed:
-            self._peers = Peers(self.rank, self.size, lambda: bool(self.stop), self.writing)
+            self._peers = Peers(self.rank, self.size, lambda: bool(self.stop), self.writing, command)
             self.wait()
             self._peers.start()
 
-    def say(self, text: str) -> None:
-        """Prints, on the first process."""
+    def print(self, text: str) -> None:
+        """Prints on rank 0."""
         if self.primary:
             print(text, flush=True)
 
@@ -250,7 +260,7 @@ class World:
             self._peers.close()
             self._peers = None
 
-    def tell(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """Prints why the run ends, on stderr: once, where several processes say the same. The others end, too."""
         if self._peers is None or self._peers.is_first(text):
             print(text, file=sys.stderr, flush=True)

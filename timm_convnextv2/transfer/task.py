@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,13 +12,16 @@ from torch.utils.data import Dataset
 
 from ..config import flat
 from ..recipes import Recipe
-from ..runs.folder import TransferFolder
-from ..runs.logs import check_logs, open_logs
+from ..runs.folder import RunFolder, experiment_name
+from ..runs.logs import Logs
+from ..runs.loop import Limits
+from ..runs.plan import Plan
+from ..runs.trainer import Learning as HowToLearn
 from ..runs.world import World
 from .backbone import Backbone
-from .config import DetectConfig, Learning, SegmentConfig
+from .config import DetectConfig, SegmentConfig
 from .groups import parameter_groups
-from .loop import Run, Schedule, Training, create_loader
+from .loop import WRITTEN, Schedule, TransferRun, create_loader, create_trainer, plan_updates
 
 # A run that resumes must have the same: the order of images, the weights and the schedule depend on them.
 FIXED = (
@@ -72,8 +74,8 @@ class Task(ABC):
         """Joins samples to a batch `(images, targets)`."""
 
     @abstractmethod
-    def schedule(self, updates_per_epoch: int) -> Schedule:
-        """The learning rate of each update."""
+    def schedule(self) -> Schedule:
+        """The optimizer, and how its learning rate changes."""
 
     def check(self) -> list[str]:
         """Reads the data before training, on rank 0, and returns notes for the user.
@@ -114,7 +116,7 @@ class Task(ABC):
 
 def set_up(
     task_of: Callable[[Any], Task], config: DetectConfig | SegmentConfig, recipe: Recipe | None, world: World, line: str
-) -> Run | None:
+) -> TransferRun | None:
     """Opens and checks everything a run needs, and only then writes to its folder.
 
     Args:
@@ -137,60 +139,53 @@ def set_up(
         raise ValueError("--data-dir is required: the root of the data set.")
     if options.resume and not options.experiment:
         raise ValueError("--resume auto needs --experiment, the folder of the run to continue.")
-    check_logs(options.log_wandb, options.log_tensorboard)
+    logs = Logs(options.log_wandb, options.wandb_project, options.log_tensorboard)
+    logs.check()
     task = task_of(config)
-    name = options.experiment or experiment_name(task.command, config.start.model, world)
-    folder = TransferFolder(Path(options.output) / name, resume=options.resume == "auto", overwrite=options.overwrite)
+    model = Path(config.start.model.rpartition(":")[2]).name
+    name = options.experiment or experiment_name(world, task.command, model)
+    folder = RunFolder(options.output, name, options.resume, options.overwrite, [config.data.data_dir], WRITTEN)
     size: Any = task.samples
     loader = create_loader(
         task.samples, task.collate, world,
         batch_size=learning.batch_size, workers=config.compute.workers, seed=learning.seed,
     )  # fmt: skip
-    per_epoch = len(loader) // learning.grad_accum_steps
-    training = create_training(task, learning, task.schedule(per_epoch), config.compute.autocast, world)
+    plan = plan_updates(
+        loader, world, learning.grad_accum_steps, learning.lr, epochs=learning.epochs,
+        updates=getattr(learning, "updates", None) or 0, warmup_updates=learning.warmup_updates,
+    )  # fmt: skip
+    groups = parameter_groups(
+        task.model, task.backbone, weight_decay=learning.weight_decay, layer_decay=learning.layer_decay,
+        layer_decay_type=learning.layer_decay_type,
+    )  # fmt: skip
+    how = HowToLearn(
+        learning.seed, learning.grad_accum_steps, learning.clip_grad, config.compute.autocast,
+        learning.model_ema_decay if learning.model_ema else None, ema_warmup=True,
+    )  # fmt: skip
+    trainer = create_trainer(task.model, groups, plan, task.schedule(), world, how)
     settings = {
         "task": task.name, **flat(config), "experiment": name, "classes": task.classes, "num_images": len(size),
         "num_validation": task.num_validation, "world_size": world.size, "in_chans": task.backbone.in_chans,
-        "pixels": task.backbone.pixels.record() or None, "total_updates": training.schedule.updates,
+        "pixels": task.backbone.pixels.record() or None, "total_updates": plan.updates,
     }  # fmt: skip
     folder.check_same(settings, (*FIXED, *task.fixed))
     world.agree({"the number of images": len(size), "the classes": task.classes})
     notes = task.check() if world.primary else []
     world.wait()
     if world.primary:
-        world.say("\n".join([*describe(task, config, training, recipe), *notes]))
+        world.print("\n".join([*describe(task, config, plan, world, recipe), *notes]))
     if options.dry_run:
         return None
     evaluate = partial(
         evaluate_epoch, task=task, folder=folder.path, world=world, shown=options.shown_images,
         about=dict(dataset=Path(settings["data_dir"]).resolve().name, info=how_made(settings)),
     )  # fmt: skip
-    run = Run(
-        training, loader, folder, settings, evaluate,
-        eval_interval=options.eval_interval, log_interval=options.log_interval,
+    run = TransferRun(
+        trainer, plan, folder, settings, folder.progress(world.size, len(size)), Limits(options.log_interval), world,
+        loader=loader, evaluate=evaluate, eval_interval=options.eval_interval,
     )  # fmt: skip
-    if folder.checkpoint is not None:
-        run.load(folder.checkpoint)
-    if world.primary:
-        folder.claim(settings, command=line, epoch=training.update_number // run.updates_per_epoch)
-        run.logs = open_logs(folder.path, settings, options.log_wandb, options.wandb_project, options.log_tensorboard)
-    world.wait()
+    run.begin(line, logs)
     return run
-
-
-def create_training(
-    task: Task, learning: Learning, schedule: Schedule, amp_dtype: torch.dtype | None, world: World
-) -> Training:
-    """The model with its optimizer."""
-    groups = parameter_groups(
-        task.model, task.backbone, weight_decay=learning.weight_decay, layer_decay=learning.layer_decay,
-        layer_decay_type=learning.layer_decay_type,
-    )  # fmt: skip
-    return Training(
-        task.model, groups, schedule, world, seed=learning.seed, grad_accum_steps=learning.grad_accum_steps,
-        clip_grad=learning.clip_grad, amp_dtype=amp_dtype, opt=learning.opt,
-        ema_decay=learning.model_ema_decay if learning.model_ema else None,
-    )  # fmt: skip
 
 
 def evaluate_epoch(
@@ -206,7 +201,7 @@ def evaluate_epoch(
         task.export(model, folder / "model", metrics=metrics, **about)
         if last:
             task.finish(found, folder)
-            world.say(task.table(metrics))
+            world.print(task.table(metrics))
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
@@ -223,21 +218,15 @@ def share_buffers(model: nn.Module, world: World) -> None:
             value.copy_(first[name])
 
 
-def experiment_name(command: str, model: str, world: World) -> str:
-    """Time, task and model, the same on all processes."""
-    stamp = world.share(datetime.now().strftime("%Y%m%d-%H%M%S"))
-    return f"{stamp}-{command}-{Path(model.rpartition(':')[2]).name.replace('.', '_')}"
-
-
 def describe(
-    task: Task, config: DetectConfig | SegmentConfig, training: Training, recipe: Recipe | None
+    task: Task, config: DetectConfig | SegmentConfig, plan: Plan, world: World, recipe: Recipe | None
 ) -> Sequence[str]:
     """What the run is, and settings that may be unintended."""
-    learning, world, schedule = config.learning, training.world, training.schedule
+    learning = config.learning
     batch = learning.batch_size * learning.grad_accum_steps * world.size
     lines = [
         f"{config.start.model}: {sum(p.numel() for p in task.model.parameters()) / 1e6:.1f}M parameters; {task.data}, "
-        f"{task.num_validation} to validate; {schedule.updates} updates of {batch} images, lr {learning.lr:.2e}, on "
+        f"{task.num_validation} to validate; {plan.updates} updates of {batch} images, lr {learning.lr:.2e}, on "
         f"{world.size} x {world.device.type}"
     ]
     if recipe is not None and recipe.global_batch not in (None, batch):
@@ -247,9 +236,10 @@ def describe(
         )
     if prepared := str(task.backbone.pixels):
         lines.append(f"stored values are prepared like those the model was trained on: {prepared}")
-    if schedule.warmup > schedule.updates // 2:
+    if plan.warmup_updates > plan.updates // 2:
         lines.append(
-            f"note: the warmup of {schedule.warmup} updates takes more than half of the run; lower --warmup-updates."
+            f"note: the warmup of {plan.warmup_updates} updates takes more than half of the run; lower "
+            "--warmup-updates."
         )
     return lines
 

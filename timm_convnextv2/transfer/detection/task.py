@@ -59,11 +59,10 @@ class DetectionTask(Task):
     def collate(self, samples: list) -> tuple[Any, Any]:
         return collate(samples)
 
-    def schedule(self, updates_per_epoch: int) -> Schedule:
+    def schedule(self) -> Schedule:
         learning = self._config.learning
         steps = tuple(epoch / learning.epochs for epoch in learning.decay_epochs)
-        updates = learning.epochs * updates_per_epoch
-        return Schedule(learning.lr, updates, learning.sched, warmup=learning.warmup_updates, steps=steps)
+        return Schedule(learning.sched, steps=steps, opt=learning.opt)
 
     def check(self) -> list[str]:
         return [f"note: {self._left_out} wrong annotations are left out."] if self._left_out else []

@@ -14,8 +14,7 @@ from torchvision.transforms.v2 import functional as V
 
 from ...files import whole_file
 from ...report.images import displayable, save_figure
-from ...runs.end import leave_signals_to_parent
-from ...runs.world import World
+from ...runs.world import World, leave_signals_to_parent
 from .masks import MaskedImages, as_float
 from .segmenter import Segmenter
 from .sliding import predict

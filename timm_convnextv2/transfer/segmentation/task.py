@@ -53,12 +53,9 @@ class SegmentationTask(Task):
         images, targets = zip(*samples, strict=True)
         return torch.stack(images), torch.stack(targets)
 
-    def schedule(self, updates_per_epoch: int) -> Schedule:
+    def schedule(self) -> Schedule:
         learning = self._config.learning
-        updates = learning.updates or learning.epochs * updates_per_epoch
-        return Schedule(
-            learning.lr, updates, learning.sched, warmup=learning.warmup_updates, warmup_share=learning.warmup_share
-        )
+        return Schedule(learning.sched, learning.warmup_share, opt=learning.opt)
 
     def check(self) -> list[str]:
         notes = []

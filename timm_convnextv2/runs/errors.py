@@ -1,0 +1,91 @@
+"""The errors that end a run, and the failures that do not."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from ..files import system_reason
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss is not finite.
+
+    Attributes:
+        number: Updates of the run before that one.
+        loss: Its value.
+    """
+
+    def __init__(self, number: int, loss: float) -> None:
+        super().__init__(f"The loss is {loss}.")
+        self.number, self.loss = number, loss
+
+
+class NotSavedError(Exception):
+    """A run cannot save its state any more: the reason, the last whole checkpoint, and the remedy."""
+
+
+class DataError(ValueError):
+    """The run's data became unreadable, and no other image can replace it."""
+
+
+def reading(batches: Iterable) -> Iterator[Any]:
+    """Yields the batches; a `ValueError` of the data becomes a `DataError` with a message of one line.
+
+    Raises:
+        DataError: The data cannot be read any more.
+    """
+    try:
+        yield from batches
+    except ValueError as e:
+        raise DataError(original_message(e)) from e
+
+
+def original_message(error: Exception) -> str:
+    """The message of an error, without the traceback that PyTorch puts before it when a data worker raised it."""
+    return re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", str(error), flags=re.M)[-1].strip()
+
+
+def worker_died(error: BaseException | None) -> str:
+    """A message about a dead data worker; '' if the error has another cause.
+
+    PyTorch raises it in the main thread, wherever that is.
+    """
+    texts = []
+    while error is not None:
+        texts.append(str(error))
+        error = error.__cause__ or error.__context__
+    pattern = r"DataLoader worker .*(killed by|exited unexpectedly)"
+    found = next((text for text in reversed(texts) if re.search(pattern, text)), "")
+    if not found:
+        return ""
+    return (
+        f"{found.splitlines()[0].rstrip(' .')}. Unless somebody killed it, the machine has too little memory for it "
+        "(lower --workers) or too little shared memory (/dev/shm)."
+    )
+
+
+def attempt(
+    what: str,
+    act: Callable[[], Any],
+    note: Callable[[str], Any],
+    errors: type[Exception] | tuple[type[Exception], ...] = OSError,
+) -> str:
+    """Does something that a run can do without; a failure to read or write is a warning.
+
+    Args:
+        what: Its name.
+        act: The action.
+        note: Prints a line.
+        errors: Errors that become a warning.
+
+    Returns:
+        The warning, '' on success.
+    """
+    try:
+        act()
+    except errors as e:
+        reason = system_reason(e) if isinstance(e, OSError) else str(e)
+        warning = f"Warning: {what} failed ({reason}). Training continues without it."
+        note(warning)
+        return warning
+    return ""
