@@ -32,7 +32,8 @@ class ImagePaths:
     @classmethod
     def of(cls, data_dir: Dirs, data_list: Dirs = None) -> "ImagePaths":
         """Takes one path or several."""
-        return cls(*(None if given is None else tuple(as_list(given)) for given in (data_dir, data_list)))
+        dirs, lists = (None if given is None else tuple(as_list(given)) for given in (data_dir, data_list))
+        return cls(dirs, lists)
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,26 @@
 """Windows of images that are too large to decode whole, drawn by area."""
 
 import copy
+import os
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 
 from ...config import check_limits
 from ...seeds import sample_seed
 from ..config import WindowOptions
-from ..formats.decode import faults_named, open_scene
+from ..formats.decode import Scene, faults_named, open_scene
 from ..formats.errors import EmptyError, ImageError, MissingPackageError
 from ..formats.pixels import Pixels
-from .scenes import Scenes
 from .source import Source, locate
 
 _TRIES = 16
 _CELL = 16  # pixels
 _NAMED = 5
+_MOST_OPEN = 16  # images
 _FIXED_EPOCH = 2**31 - 1  # its random numbers place windows that are read without a seed
 
 
@@ -35,6 +38,29 @@ def content(image: torch.Tensor, min_std: float) -> float:
     x = image.float() / 255 if image.dtype == torch.uint8 else image
     cells = x.unfold(1, cell, cell).unfold(2, cell, cell).flatten(3)
     return float((cells.std(3, correction=0) > min_std).any(0).float().mean())
+
+
+class _OpenImages:
+    """Keeps the last few images of this process open, because opening a large TIFF reads thousands of offsets."""
+
+    def __init__(self) -> None:
+        self._process, self._open = os.getpid(), OrderedDict[tuple, Scene]()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_process": 0, "_open": OrderedDict()}
+
+    def get(self, path: str, in_chans: int, pixels: Pixels) -> Scene:
+        """Opens the image if it is not open yet; see `open_scene`."""
+        if self._process != os.getpid():  # a forked worker must not share file positions with its parent
+            self._open, self._process = OrderedDict(), os.getpid()
+        key = path, in_chans, pixels
+        if key not in self._open:
+            self._open[key] = open_scene(path, in_chans, pixels)
+        self._open.move_to_end(key)
+        scene = self._open[key]
+        while len(self._open) > _MOST_OPEN:
+            self._open.popitem(last=False)[1].close()
+        return scene
 
 
 class WindowSource(Source):
@@ -58,7 +84,7 @@ class WindowSource(Source):
             raise ValueError("--window-size needs image files; this data set has none. Give a folder, or leave it out.")
         check_windows(windows)
         super().__init__(source.in_chans, source.pixels)
-        self.source, self.windows, self.scenes = source, windows, Scenes()
+        self.source, self.windows, self.opened = source, windows, _OpenImages()
         self.side = windows.window_size or 0
         sizes, self.num_whole = _scan(source, tick)
         _refuse_small(source, sizes, self.side)
@@ -91,7 +117,7 @@ class WindowSource(Source):
         generator = torch.Generator().manual_seed(sample_seed(0, _FIXED_EPOCH, i) if seed is None else seed)
         best, most, empty = None, -1.0, None
         try:
-            scene = self.scenes.get(self.source.path(file), self.in_chans, self.pixels_of(i))
+            scene = self.opened.get(self.source.path(file), self.in_chans, self.pixels_of(i))
             for _ in range(_TRIES):
                 top, left = (int(torch.randint(n - self.side + 1, (), generator=generator)) for n in scene.size)
                 try:
@@ -133,7 +159,7 @@ class WindowSource(Source):
 
     def _subset(self, numbers: list[int]) -> "WindowSource":
         other = copy.copy(self)
-        other.scenes = Scenes()
+        other.opened = _OpenImages()
         other._set([self.files[k] for k in numbers], [self.sizes[k] for k in numbers])
         return other
 
