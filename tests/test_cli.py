@@ -15,7 +15,7 @@ from timm_convnextv2 import console as command
 from timm_convnextv2.commands import main as cli
 
 NAMES = ("pretrain", "finetune", "validate", "predict", "report", "publish", "compare", "embed", "evaluate", "collapse")
-NAMES += ("stats", "check", "detect", "segment")
+NAMES += ("stats", "check", "detect", "segment", "demo")
 
 
 def test_help_names_every_command(capsys):
