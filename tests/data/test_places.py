@@ -131,7 +131,7 @@ def test_names_that_are_no_text(images):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("l.txt", "\n\n", "has no name of an image"),
+        ("l.txt", "\n\n", "is empty"),
         ("l.json", "[]", "expected a file that ends in .txt, .csv, .parquet"),
         ("l.csv", "", "no column of names: expected one of path, file_name, filename, name, it has none"),
         ("l.csv", "a/1.png\nb/3.png\n", "no column of names.*it has a/1.png"),
@@ -152,7 +152,7 @@ def test_lists_that_are_refused(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     "data_dir, data_list, message",
     [
-        ([], None, "No images named"),
+        ([], None, "No images given"),
         (["a", "absent"], None, "absent does not exist"),
         (["a", "b/3.png"], None, "is a file, expected a folder"),
         (["a", "b", "a/"], None, "images twice: a/ is a"),
@@ -184,7 +184,7 @@ def test_missing_files_are_counted(images):
     told = []
     listing = find_images(None, "l.txt", max_missing=0.4, tell=told.append)
     assert len(listing.names) == 6
-    assert told == ["2 of 6 images that are listed are missing, for example x.png, y.png; others stand in for them."]
+    assert told == ["2 of 6 listed images are missing, for example x.png, y.png; others stand in for them."]
     with pytest.raises(
         ValueError, match="2 of 6 .* x.png, y.png; --max-bad-images allows a share of 0.3. Names are rel"
     ):

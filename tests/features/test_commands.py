@@ -169,7 +169,7 @@ def test_evaluate_refuses_in_one_message(message, run, labelled, tmp_path, capsy
 
 COLLAPSE = {
     "no image": lambda run, data, new: [str(run), "--data-dir", str(new)],
-    "No images named": lambda run, data, new: [str(run)],
+    "No images given": lambda run, data, new: [str(run)],
     "num_images and batch_size are at least 1": lambda run, data, new: [
         str(run),
         "--data-dir",

@@ -23,7 +23,15 @@ from ..console import PROGRAM, CommandParser, refused, say
 from ..data import ImageError, ImagePaths, Pixels, Source, create_source
 from ..data.config import one_place, page_word
 from ..data.formats.pixels import one_page
-from ..data.measure.inspection import Finding, Look, findings, inspect_folder, load_part, perceptual_hash, thumbnail
+from ..data.measure.inspection import (
+    Finding,
+    Inspected,
+    findings,
+    inspect_folder,
+    load_part,
+    perceptual_hash,
+    thumbnail,
+)
 from ..files import whole_file
 from ..report.images import save_contact_sheet
 from ..runs.progress import ImageProgress
@@ -105,7 +113,7 @@ def label(finding: Finding, root: str) -> str:
     return f"{finding.kind}\n{name if len(name) <= 24 else '...' + name[-21:]}"
 
 
-def summary(source: Any, looks: list[Look], found: list[Finding]) -> dict[str, Any]:
+def summary(source: Any, looks: list[Inspected], found: list[Finding]) -> dict[str, Any]:
     """The content of the JSON file."""
     headers = [look.header for look in looks if look.header]
 

@@ -1,4 +1,4 @@
-"""Looks at every file of a folder: what it is, whether it decodes, and whether it is the same as another."""
+"""Inspects every file of a folder: its header, whether it decodes, and whether it duplicates another."""
 
 import hashlib
 import os
@@ -21,16 +21,16 @@ _THUMBNAIL = 96
 _CHUNK = 16
 
 
-class Look(NamedTuple):
-    """A file.
+class Inspected(NamedTuple):
+    """An inspected file.
 
     Attributes:
         name: Path, safe to print.
-        header: What it says of itself; None where that cannot be read.
-        error: Why it cannot be decoded, '' where it can.
-        flat: Whether all pixels of each channel have one value.
-        digest: Of its bytes; None where they cannot be read.
-        near: Perceptual hash, None where it was not asked for.
+        header: None if it cannot be read.
+        error: Reason why the file cannot be decoded, or ''.
+        flat: Whether each channel has one value only.
+        digest: Hash of the bytes; None if they cannot be read.
+        near: Perceptual hash; None if not requested.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Look(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A file that is to be looked at.
+    """A problem with a file.
 
     Attributes:
-        name: Its path.
+        name: Path of the file.
         kind: 'unreadable', 'differs', 'flat', 'small', 'duplicate' or 'near duplicate'.
-        why: In words.
+        why: Reason, in words.
     """
 
     name: str
@@ -59,30 +59,30 @@ class _Files(Dataset):
     def __init__(self, source: Any, near: Callable[[np.ndarray], str] | None, window: int | None = None) -> None:
         self.source, self.near, self.window = source, near, window
 
-    def __getitem__(self, i: int) -> Look:
+    def __getitem__(self, i: int) -> Inspected:
         source = self.source
         path, name = source.path(i), source.name(i)
         try:
             digest = None if is_zarr(path) else _digest(path)
         except OSError as error:
-            return Look(name, None, str(error))
+            return Inspected(name, None, str(error))
         try:
             header = read_header(path, source.pixels.page)
         except (ImageError, OSError) as error:
-            return Look(name, None, str(error), digest=digest)
+            return Inspected(name, None, str(error), digest=digest)
         try:
             image = load_part(path, header.channels, source.pixels, self.window)
         except (ImageError, OSError) as error:
-            return Look(name, header, str(error).removeprefix(f"{name}: "), digest=digest)
+            return Inspected(name, header, str(error).removeprefix(f"{name}: "), digest=digest)
         flat = bool((image.amin((1, 2)) == image.amax((1, 2))).all())
         near = self.near(thumbnail(image)) if self.near and not flat else None
-        return Look(name, header, "", flat, digest, near)
+        return Inspected(name, header, "", flat, digest, near)
 
 
 def load_part(
     path: str | os.PathLike, in_chans: int, pixels: Pixels = PLAIN, window: int | None = None
 ) -> torch.Tensor:
-    """An image as `load_image` gives it; with a window, its middle of at most so many pixels a side, read alone."""
+    """An image as `load_image` gives it; with a window, only its middle of at most `window` pixels per side."""
     if window is None:
         return load_image(path, in_chans, pixels)
     scene = open_scene(os.fspath(path), in_chans, pixels)
@@ -105,12 +105,12 @@ def _digest(path: str) -> bytes:
 
 def inspect_folder(
     source: Any, near: Callable[[np.ndarray], str] | None = None, workers: int = 0, window: int | None = None
-) -> Iterator[Look]:
-    """Looks at each file, in the order of the folder: all of it is read and decoded, or a window in its middle.
+) -> Iterator[Inspected]:
+    """Inspects each file, in the order of the folder: reads and decodes all of it, or a window in its middle.
 
     Args:
-        source: Of files, with `path(i)` and `name(i)`; its `pixels` are applied.
-        near: Perceptual hash of a thumbnail, see `perceptual_hash`; None: none.
+        source: A source of files; its `pixels` are applied.
+        near: Perceptual hash of a thumbnail, see `perceptual_hash`; None to skip it.
         workers: Processes; 0: this one.
         window: Side of the window in pixels, see `load_part`; None: images are decoded whole.
     """
@@ -123,12 +123,12 @@ def inspect_folder(
         collate_fn=list,
         generator=torch.Generator(),
     )
-    for looks in loader:
-        yield from looks
+    for files in loader:
+        yield from files
 
 
 def perceptual_hash() -> Callable[[np.ndarray], str] | None:
-    """The 64-bit perceptual hash of the package imagehash; None where that is not installed."""
+    """The 64-bit perceptual hash of the package imagehash; None if it is not installed."""
     try:
         import imagehash  # pyright: ignore[reportMissingImports]  # optional
     except ImportError:
@@ -137,7 +137,7 @@ def perceptual_hash() -> Callable[[np.ndarray], str] | None:
 
 
 def thumbnail(image: torch.Tensor) -> np.ndarray:
-    """An image `[C, H, W]` as RGB `[h, w, 3]` in [0, 1], at most 96 pixels a side; floats are stretched."""
+    """An image `[C, H, W]` as RGB `[h, w, 3]` in [0, 1], at most 96 pixels per side; floats are stretched."""
     step = max(1, -(-max(image.shape[1:]) // _THUMBNAIL))
     x = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1))[:, ::step, ::step]
     if x.dtype == torch.uint8:
@@ -146,19 +146,19 @@ def thumbnail(image: torch.Tensor) -> np.ndarray:
     return ((x - low) / (high - low).clamp(min=1e-12)).permute(1, 2, 0).numpy()
 
 
-def findings(looks: list[Look], img_size: int) -> list[Finding]:
-    """What is wrong or odd, in the order of the files; a file may have several.
+def findings(files: list[Inspected], img_size: int) -> list[Finding]:
+    """All findings in the order of the files, perhaps several per file.
 
     Args:
-        looks: Of `inspect_folder`.
-        img_size: Side of the crops of pretraining.
+        files: Result of `inspect_folder`.
+        img_size: Side of the crops in pretraining; smaller images are findings.
     """
-    kinds: Counter[Any] = Counter((x.header.channels, x.header.kind) for x in looks if x.header and not x.error)
+    kinds: Counter[Any] = Counter((x.header.channels, x.header.kind) for x in files if x.header and not x.error)
     usual = kinds.most_common(1)[0][0] if kinds else None
     first: dict[bytes, str] = {}
     hashes: defaultdict[str, list[str]] = defaultdict(list)
     found = []
-    for x in looks:
+    for x in files:
         if x.error:
             found.append(Finding(x.name, "unreadable", x.error))
             continue

@@ -1,4 +1,4 @@
-"""Mean, spread, percentiles and histogram of the pixels of a data set, per channel; parts add up exactly."""
+"""Mean, spread, percentiles and histogram of the pixels of a data set, per channel; parts merge exactly."""
 
 import math
 from typing import Any
@@ -11,23 +11,19 @@ _DIGITS = 40  # binary digits of a bin's number, of the 53 of a float64
 
 
 class PixelStatistics:
-    """Statistics of pixels, each counting the same, in float64. `add` takes images, `merge` other statistics.
+    """Statistics in which each pixel counts the same, in float64. `add` takes images, `merge` other statistics.
 
-    Count, mean and sum of squared deviations are merged by Chan's formulas. The histogram of a channel has bins whose
-    width is a power of two and whose edges are multiples of it: two of them merge without any loss at the width of the
-    coarser one, and the result does not depend on the order. The width is the smallest at which at most 8192 bins hold
-    all values; `resolution` is that width, the largest error of a percentile.
-
-    Args:
-        channels: Of the images.
+    Count, mean and sum of squared deviations are merged by Chan's formulas. The bins of a channel's histogram have a
+    power of two as width and multiples of it as edges: two histograms merge without loss at the coarser width, in any
+    order. The width is the smallest at which at most 8192 bins hold all values; it is `resolution`, the largest error
+    of a percentile.
 
     Attributes:
         images: Number of images.
         count: Pixels that have a value, `[C]`.
-        missing: Pixels that have none: NaN, infinity, nodata.
-        mean: `[C]`; NaN where no pixel has a value.
-        low: Smallest value.
-        high: Largest.
+        missing: Pixels without one: NaN, infinity, nodata.
+        mean: `[C]`; NaN if no pixel has a value.
+        low, high: Smallest and largest value.
         zeros: Pixels that are 0.
         saturated: Pixels that have the largest value of the type.
     """
@@ -38,7 +34,7 @@ class PixelStatistics:
         self.mean, self.squares = np.zeros(channels), np.zeros(channels)
         self.low, self.high = np.full(channels, np.inf), np.full(channels, -np.inf)
         self._bins: list[tuple[int, int, np.ndarray]] = [(0, 0, np.zeros(0, np.int64))] * channels
-        # of the images: pixels and sum of each, for the standard error of the mean
+        # pixels and sum of each image, for the standard error of the mean
         self._of_images: list[np.ndarray] = []
 
     def add(self, image: np.ndarray, largest: float | None = None) -> None:
@@ -46,7 +42,7 @@ class PixelStatistics:
 
         Args:
             image: `[C, H, W]`, float; NaN and infinity have no value.
-            largest: The largest value of its type, where it has one: counted as saturated.
+            largest: Largest value of its type; such pixels count as saturated. None for floats.
         """
         own = PixelStatistics(self.channels)
         own.images = 1
@@ -96,15 +92,15 @@ class PixelStatistics:
     def standard_error(self, total: int | None = None) -> np.ndarray:
         """Standard error of the mean, in standard deviations of the pixels, `[C]`.
 
-        The images are the sample, not their pixels: those of one image are alike. It is that of a ratio of sums, as
-        images may have different numbers of pixels (Cochran, Sampling Techniques, 1977, section 6.4).
+        The sample consists of images, because the pixels of one image are alike. Images may differ in size, so this is
+        the error of a ratio of sums (Cochran, Sampling Techniques, 1977, section 6.4).
 
         Args:
-            total: Images of the data set: where all of them were seen, there is no error. None: many.
+            total: Images of the data set: the error is 0 if all were seen. None: unlimited.
         """
         n = len(self._of_images)
         std = self.std
-        constant = ~(self.high > self.low)  # rounding may leave a little of their deviation
+        constant = ~(self.high > self.low)  # rounding may leave a small deviation
         if n < 2:
             return np.where(constant, 0.0, 0.0 if total == n else np.inf)
         pixels, sums = np.stack(self._of_images).transpose(1, 0, 2)
@@ -114,7 +110,7 @@ class PixelStatistics:
         return np.where(constant, 0.0, np.sqrt(variance * left) / np.where(constant, 1, std))
 
     def percentile(self, percent: float) -> np.ndarray:
-        """Value below which so many percent of the pixels lie, `[C]`, to within `resolution`; NaN without pixels."""
+        """Percentile of each channel, `[C]`, to within `resolution`; NaN without pixels."""
         return np.array([self._percentile(c, percent) for c in range(self.channels)])
 
     def _percentile(self, c: int, percent: float) -> float:
@@ -129,14 +125,14 @@ class PixelStatistics:
         return float(np.clip(value, self.low[c], self.high[c]))
 
     def histogram(self, channel: int, bins: int = 128) -> tuple[np.ndarray, np.ndarray]:
-        """Edges `[n + 1]` and pixels `[n]` of a channel's histogram, at most about `bins` of them."""
+        """Edges `[n + 1]` and counts `[n]` of a channel's histogram with at most `bins` bins."""
         power, first, counts = self._bins[channel]
         while counts.size > bins:
             power, first, counts = _coarser(power, first, counts)
         return np.ldexp(np.arange(first, first + counts.size + 1, dtype=np.float64), power), counts
 
     def channel(self, c: int) -> dict[str, Any]:
-        """What is known of a channel, as JSON takes it; shares are of the pixels that have a value, 0..1."""
+        """A channel's statistics for JSON; shares are fractions of the pixels that have a value."""
         count = int(self.count[c])
         if not count:
             return {"pixels": 0, "missing": 1.0}

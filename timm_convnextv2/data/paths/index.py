@@ -1,22 +1,22 @@
-"""An index of image files: their names, written once and read by all processes from memory that they share.
+"""An index of image files: their names, written once and read by all processes through memory that they share.
 
-It is a safetensors file, which other programs can read, too:
+It is a safetensors file, which other programs can read:
 
-    names, name_ends   the names one after the other (uint8), and where each begins and the last ends (int64)
+    names, name_ends   the names in one block (uint8), and where each begins and the last ends (int64)
     sizes              bytes of each file, -1 where it was missing (int64)
     weights            of a list that has them (float64)
-    stamps, stamp_ends, stamp_times   folders that were listed, and when each had last changed (int64, ns); -2 for that
-                       of the index itself, which last changed when the index did
+    stamps, stamp_ends, stamp_times   listed folders and the time of their last change (int64, ns); -2 for the folder
+                       of the index, which writing the index changed
 
-The metadata say of which places it is, how many files each has, and when it was written.
+The metadata lists the folders, patterns and lists, their numbers of files, and when the index was written.
 """
 
-import copy
 import json
 import math
 import os
 import struct
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -33,44 +33,34 @@ from .lists import FileNames
 from .places import Dirs, Listing, Place, list_files, places_of
 from .walk import LeftOut
 
-_THREADS = 16  # that ask a file system, which may be far away
-
-
+_THREADS = 16  # file systems may be remote
 _CHUNK = 4096
-
-
 _BATCH = 64
-
-
 _NAMED = 5
 
 
 def file_sizes(
     listing: Listing, tick: Callable[[int], Any] | None = None, most_missing: float = math.inf
 ) -> np.ndarray:
-    """Bytes of each file, int64; -1 where there is none. Asks the file system for each, several at a time.
+    """Bytes of each file, int64, -1 for missing ones.
 
     Args:
         listing: The files.
-        tick: Called now and then with the number of files that were just asked for.
-        most_missing: Stops where more are missing; then there are fewer sizes than files.
+        tick: Called now and then with the number of files that were just checked.
+        most_missing: Stops if more files are missing; then there are fewer sizes than files.
     """
     sizes, done, missing = np.empty(len(listing.names), np.int64), 0, 0
     paths = (os.path.join(place.root, name) for place, names in listing.parts() for name in names)
     with ThreadPoolExecutor(_THREADS) as pool:
         while missing <= most_missing and (chunk := [*islice(paths, _CHUNK)]):
-            # in batches, as a task a file costs more than the question
+            # in batches: a task per file costs more than `stat`
             batches = [chunk[i : i + _BATCH] for i in range(0, len(chunk), _BATCH)]
-            found = [size for batch in pool.map(_sizes, batches) for size in batch]
+            found = [size for batch in pool.map(lambda paths: [*map(_size, paths)], batches) for size in batch]
             sizes[done : done + len(chunk)] = found
             done, missing = done + len(chunk), missing + found.count(-1)
             if tick is not None:
                 tick(len(chunk))
     return sizes[:done]
-
-
-def _sizes(paths: list[str]) -> list[int]:
-    return [_size(path) for path in paths]
 
 
 def _size(path: str) -> int:
@@ -81,40 +71,40 @@ def _size(path: str) -> int:
 
 
 def check_missing(listing: Listing, sizes: np.ndarray, share: float) -> str:
-    """What to say of files that are not there; '' where all are.
+    """A message about missing files, '' if there are none.
 
     Args:
         listing: The files.
-        sizes: Of `file_sizes`.
-        share: How many may be missing.
+        sizes: Result of `file_sizes`.
+        share: Fraction of the files that may be missing.
 
     Raises:
-        ValueError: More are.
+        ValueError: More are missing.
     """
     (absent,) = np.nonzero(sizes < 0)
     if not len(absent):
         return ""
     looked = "" if len(sizes) == len(listing.names) else f" of the first {len(sizes)}"
     found = (
-        f"{len(absent)}{looked} of {len(listing.names)} images that are listed are missing, for example "
+        f"{len(absent)}{looked} of {len(listing.names)} listed images are missing, for example "
         f"{', '.join(printable(listing.path(i)) for i in absent[:_NAMED])}"
     )
     if len(absent) > share * len(listing.names):
         raise ValueError(
-            f"{found}; --max-bad-images allows a share of {share:g}. Names are relative to the folder of their list, "
-            "or to --data-dir where that is given beside --data-list."
+            f"{found}; --max-bad-images allows a fraction of {share:g}. Names are relative to the list, "
+            "or to --data-dir if that is given with --data-list."
         )
     return f"{found}; others stand in for them."
 
 
 def check_index_option(dataset: str, index: str | os.PathLike | None) -> None:
-    """Refuses an index of what is no folder or list.
+    """Refuses --index with --dataset.
 
     Raises:
-        ValueError: A data set is named beside it.
+        ValueError: Both are given.
     """
     if dataset and index:
-        raise ValueError(f"--index is of images in files: leave it out with --dataset {dataset}.")
+        raise ValueError(f"--index is for image files: leave it out with --dataset {dataset}.")
 
 
 def find_images(
@@ -130,13 +120,13 @@ def find_images(
 
     Args:
         data_dir, data_list: See `places.places_of`.
-        index: Index to open, or to write where it is not there.
-        max_missing: Share of the files of lists that may be missing; None: nobody looks.
-        tick: Called now and then with the number of files that were just found or looked at.
-        tell: Called with what the user should know.
+        index: Index to open, or to write if it does not exist.
+        max_missing: Fraction of the files of lists that may be missing; None skips the check.
+        tick: Called now and then with the number of files that were just found or checked.
+        tell: Receives messages for the user.
 
     Raises:
-        ValueError: A place cannot be listed, too many files are missing, or the index cannot be used.
+        ValueError: A folder or list cannot be read, too many files are missing, or the index cannot be used.
         WriteError: (an OSError) The index cannot be written.
     """
     places = places_of(data_dir, data_list)
@@ -149,7 +139,7 @@ def find_images(
         return listing
     tars = [place.given for place in places if place.kind == "tar"]
     if tars:
-        raise ValueError(f"--index is of files in folders, not of a tar file ({tars[0]}). Leave it out.")
+        raise ValueError(f"--index is for files in folders, not for a tar file ({tars[0]}). Leave it out.")
     if os.path.lexists(index):
         listing = open_index(index, places)
         if found := stale(index):
@@ -168,42 +158,31 @@ def find_images(
 
 
 _FORMAT, _VERSION = "timm_convnextv2 file index", "1"
-
-
 _TYPES = {"U8": np.uint8, "I64": np.int64, "F64": np.float64}
-
-
-_TWO = struct.Struct("<2q")  # where a name begins and ends
-
-
-_OWN = -2  # in the place of a time: the folder of the index itself, which last changed when the index did
-
-
-_MOST_HEADER = 100_000_000  # bytes, as safetensors itself
+_TWO = struct.Struct("<2q")  # begin and end of a name
+_OWN = -2  # instead of a time: the folder of the index
+_MOST_HEADER = 100_000_000  # bytes, as in safetensors
 
 
 class IndexedNames(FileNames):
-    """Names in an index: pickled, they are its path.
+    """Names in an index; pickled as the path of the index.
 
-    Each is read where it is asked for, in two reads that the system answers from memory that all processes share. A
-    mapping would do the same, but counts as memory of each process, 64 KiB and more a name, and ends the process where
-    the file is cut short.
+    Each name is read on access, in two reads from the system's cache, which all processes share. Not memory-mapped: a
+    map counts as memory of each process, 64 KiB and more per name, and a truncated file would kill the process.
 
     Args:
         path: The index.
-        token: Its identity, so that no process reads another one that has taken its place.
+        token: Its identity, so that no process reads another index that has replaced it.
         first, count: The part of its names; all of them by default.
 
     Raises:
-        ValueError: It is not there any more, or another.
+        ValueError: The index is gone or was replaced.
     """
 
     def __init__(self, path: str, token: str, first: int = 0, count: int | None = None) -> None:
         index = _Index(path)
-        if index.metadata["token"] != token:
-            raise ValueError(f"--index {printable(path)} was replaced while the command ran. Start it again.")
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115  # as long as the names
-        if os.fstat(self.file.fileno()).st_size != index.size:
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115  # open as long as the names live
+        if index.metadata["token"] != token or os.fstat(self.file.fileno()).st_size != index.size:
             raise ValueError(f"--index {printable(path)} was replaced while the command ran. Start it again.")
         self.names_at, self.ends_at = index.offset("names"), index.offset("name_ends")
         self.path, self.token, self.first = path, token, first
@@ -219,15 +198,11 @@ class IndexedNames(FileNames):
         return os.pread(number, end - begin, self.names_at + begin)
 
     def part(self, first: int, count: int) -> "IndexedNames":
-        """`count` names from `first` on, of the same file."""
-        part = copy.copy(self)
+        """`count` names from `first` on, from the same open file."""
+        part = object.__new__(IndexedNames)  # `copy` would open the file again
+        vars(part).update(vars(self))
         part.first, part.count = self.first + first, count
         return part
-
-    def __copy__(self) -> "IndexedNames":
-        same = object.__new__(IndexedNames)
-        vars(same).update(vars(self))
-        return same
 
     def __reduce__(self) -> tuple:
         return IndexedNames, (self.path, self.token, self.first, self.count)
@@ -237,16 +212,16 @@ def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) ->
     """Writes an index, whole or not at all.
 
     Args:
-        path: Where to.
-        listing: Listed with stamps.
-        sizes: Of `sizes.file_sizes`.
+        path: Path of the index.
+        listing: The files, listed with stamps.
+        sizes: Result of `file_sizes`.
 
     Raises:
         WriteError: (an OSError) It cannot be written.
     """
     home = os.path.dirname(os.path.abspath(path))
     stamps, times = [os.path.abspath(folder) for folder, _ in listing.stamps], [time for _, time in listing.stamps]
-    # writing changes the folder that the index is in
+    # writing the index changes the folder that it is in
     times = [_OWN if f == home and t == _last_change(f) else t for f, t in zip(stamps, times, strict=True)]
     folders = FileNames.collect(map(os.fsencode, stamps))
     arrays = {
@@ -278,22 +253,19 @@ def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) ->
 
 
 def _identity(place: Place) -> list[str]:
-    """A place as all machines that see its folder know it."""
+    """A place, named the same way on all machines that share its folder."""
     return [place.kind, *(os.fsencode(os.path.abspath(p)).decode("utf-8", "replace") for p in place[1:])]
 
 
 class _Index:
     """An index file.
 
-    Args:
-        path: Of it.
-
     Attributes:
-        metadata: What it says of itself.
+        metadata: Its description.
         size: Bytes of the file.
 
     Raises:
-        ValueError: It cannot be read, or is no index, or a damaged one.
+        ValueError: It cannot be read, is not an index, or is corrupt.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -305,33 +277,33 @@ class _Index:
                 header = json.loads(file.read(length)) if length <= min(size, _MOST_HEADER) else {}
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             if self.metadata.get("format") != _FORMAT:
-                raise ValueError("it is no index of image files")
+                raise ValueError("it is not an index of image files")
             if self.metadata.get("version") != _VERSION:
                 raise ValueError(f"it has version {self.metadata.get('version')}, this package reads {_VERSION}")
             ends = [8 + length + about["data_offsets"][1] for about in header.values()]
             if max(ends) != size:
-                raise ValueError("it is damaged: its length is another than it says")
+                raise ValueError(f"it is corrupt: expected {max(ends)} bytes, found {size}")
             self._arrays = {
                 name: (_TYPES[about["dtype"]], 8 + length + about["data_offsets"][0], int(about["shape"][0]))
                 for name, about in header.items()
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
-                f"--index {printable(path)} cannot be used: {error}. Remove it to have it written anew, or name "
-                "another file."
+                f"--index {printable(path)} cannot be used: {error}. Remove it to have it rewritten, or give another "
+                "file."
             ) from error
 
     def read(self, name: str) -> np.ndarray:
-        """An array, in memory of this process."""
+        """Loads an array."""
         kind, offset, count = self._arrays[name]
         return np.fromfile(self.path, kind, count, offset=offset)
 
     def offset(self, name: str) -> int:
-        """Where an array begins in the file, in bytes."""
+        """Position of an array in the file, in bytes."""
         return self._arrays[name][1]
 
     def length(self, name: str) -> int:
-        """Numbers of an array."""
+        """Length of an array."""
         return self._arrays[name][2]
 
     @property
@@ -341,10 +313,10 @@ class _Index:
 
 
 def open_index(path: str | os.PathLike, places: list[Place]) -> Listing:
-    """The files that an index has, for these places.
+    """The files in an index of these places.
 
     Raises:
-        ValueError: It cannot be read, or is of other places.
+        ValueError: It cannot be read, or was written for other places.
     """
     path = os.fspath(path)
     index = _Index(path)
@@ -353,38 +325,25 @@ def open_index(path: str | os.PathLike, places: list[Place]) -> Listing:
     if known != wanted:
         own, given = (", ".join(place[1] for place in listed) for listed in (known, wanted))
         raise ValueError(
-            f"--index {printable(path)} is an index of {own}, not of {given}. Name another file, or remove it to have "
-            "it written anew."
+            f"--index {printable(path)} is an index of {own}, not of {given}. Give another file, or remove it to have "
+            "it rewritten."
         )
-    left = json.loads(metadata["left"])
-    return Listing(
-        places,
-        json.loads(metadata["counts"]),
-        IndexedNames(path, metadata["token"]),
-        index.read("weights") if index.weighted else None,
-        _left(left),
-    )
-
-
-def _left(record: dict[str, Any]) -> LeftOut:
-    left = LeftOut(special=record["special"], num_special=record["num"])
-    left.ignored.update(record["ignored"])
-    return left
+    record = json.loads(metadata["left"])
+    left = LeftOut(Counter(record["ignored"]), record["special"], record["num"])
+    weights = index.read("weights") if index.weighted else None
+    names = IndexedNames(path, metadata["token"])
+    return Listing(places, json.loads(metadata["counts"]), names, weights, left)
 
 
 def index_sizes(path: str | os.PathLike) -> np.ndarray:
-    """Sizes that an index has, see `sizes.file_sizes`."""
+    """The sizes in an index, see `file_sizes`."""
     return _Index(path).read("sizes")
 
 
-def stale(path: str | os.PathLike, tick: Callable[[int], Any] | None = None) -> str:
-    """What has changed since an index was written, in a sentence; '' where nothing has.
+def stale(path: str | os.PathLike) -> str:
+    """A sentence about changes since an index was written, '' if there are none.
 
-    A folder changes when something in it is made, renamed or removed; files that are written anew are not noticed.
-
-    Args:
-        path: The index.
-        tick: Called for each folder.
+    A folder changes if something in it is created, renamed or removed; files that are overwritten go unnoticed.
     """
     index = _Index(path)
     metadata = index.metadata
@@ -392,13 +351,11 @@ def stale(path: str | os.PathLike, tick: Callable[[int], Any] | None = None) -> 
     for i, then in enumerate(index.read("stamp_times").tolist()):
         if _last_change(folders[i]) != (_last_change(path) if then == _OWN else then):
             changed.append(i)
-        if tick is not None:
-            tick(1)
     kinds = {*json.loads(metadata["extensions"])} ^ {*image_extensions()}
     why = []
     if changed:
         why.append(
-            f"{len(changed)} of {len(folders)} folders and lists that it is of have changed, for example "
+            f"{len(changed)} of {len(folders)} folders and lists have changed, for example "
             f"{printable(folders[changed[0]])}"
         )
     if kinds:
@@ -407,7 +364,7 @@ def stale(path: str | os.PathLike, tick: Callable[[int], Any] | None = None) -> 
         return ""
     return (
         f"--index {printable(path)} is stale: since it was written ({metadata['written']}), {'; '.join(why)}. Its "
-        "names are used as they are; remove it to have it written anew."
+        "names are used as they are; remove it to have it rewritten."
     )
 
 

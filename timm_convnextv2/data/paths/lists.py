@@ -14,13 +14,11 @@ from ..formats.files import printable
 
 
 class FileNames:
-    """Names of files, as the file system knows them: a block of bytes, and where each name ends in it.
-
-    A name takes its length and 8 bytes. No object a name is kept, so that forked workers share the memory.
+    """Names of files in one block of bytes, so that forked workers share the memory; 8 bytes per name are added.
 
     Args:
-        block: The names one after the other, bytes or uint8.
-        ends: Position in `block` where each begins, and the end of the last: int64 `[n + 1]`.
+        block: The names without separators, bytes or uint8.
+        ends: Position where each name begins, and the end of the last: int64 `[n + 1]`.
     """
 
     def __init__(self, block: Any, ends: np.ndarray) -> None:
@@ -28,7 +26,7 @@ class FileNames:
 
     @classmethod
     def collect(cls, names: Iterable[bytes]) -> "FileNames":
-        """Those of an iterable."""
+        """Collects names into one block."""
         block, ends = bytearray(), array("q", [0])
         for name in names:
             block += name
@@ -49,36 +47,32 @@ class FileNames:
         return bytes(self.block[self.ends[i] : self.ends[i + 1]])
 
     def part(self, first: int, count: int) -> "FileNames":
-        """`count` names from `first` on; nothing is copied."""
+        """`count` names from `first` on, without a copy."""
         return FileNames(self.block, self.ends[first : first + count + 1])
 
 
 PATH_COLUMNS = ("path", "file_name", "filename", "name")
-
-
 WEIGHT_COLUMN = "weight"
-
-
 _CHUNK = 65536
 
 
 def read_list(path: str, tick: Callable[[int], Any] | None = None) -> tuple[FileNames, np.ndarray | None]:
-    """Names of image files that a list has, in its order, and their weights.
+    """The names of image files in a list, in its order, and their weights.
 
-    - `.txt`: a name a line, nothing else; empty lines are skipped.
-    - `.csv`: with a line of column names; the names are in the first column there is of path, file_name, filename and
-      name, and weights in the column weight.
+    - `.txt`: one name per line; empty lines are skipped.
+    - `.csv`: with a line of column names; names are in the first of the columns path, file_name, filename and name,
+      weights in the column weight.
     - `.parquet`: the same columns.
 
     Args:
-        path: The list; UTF-8, other bytes as the file system has them.
+        path: The list; UTF-8, or any bytes that the file system takes.
         tick: Called with the number of names that were just read.
 
     Returns:
-        The names; float64 weights, one a name, None where there is no such column.
+        The names; float64 weights, one per name, or None without such a column.
 
     Raises:
-        ValueError: The list cannot be read, has no name, has no column of names, or has a weight that is not above 0.
+        ValueError: The list cannot be read, has no name or no column of names, or a weight is not above 0.
         MissingPackageError: (a ValueError) Parquet is not installed.
     """
     readers = {".txt": _read_text, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -92,11 +86,11 @@ def read_list(path: str, tick: Callable[[int], Any] | None = None) -> tuple[File
     except (OSError, UnicodeError, csv.Error) as error:
         raise ValueError(f"--data-list {shown} cannot be read: {error}") from error
     if not len(names):
-        raise ValueError(f"--data-list {shown} has no name of an image.")
+        raise ValueError(f"--data-list {shown} is empty.")
     return names, np.frombuffer(weights, dtype=np.float64) if weights else None
 
 
-Rows = Iterable[tuple[str, Any]]  # name and weight, the text '' where the list has no weights
+Rows = Iterable[tuple[str, Any]]  # name and weight, `_NONE` in a list without weights
 
 
 def _checked(rows: Rows, shown: str, weights: array, tick: Callable[[int], Any] | None) -> Iterator[bytes]:

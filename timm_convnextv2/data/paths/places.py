@@ -1,4 +1,4 @@
-"""Where image files are: folders, tar files, patterns and lists, and the names of the files there."""
+"""Folders, tar files, patterns and lists as options name them, and the image files in them."""
 
 import glob
 import os
@@ -25,8 +25,8 @@ class Place(NamedTuple):
 
     Attributes:
         kind: 'folder', 'tar', 'glob' or 'list'.
-        given: What the user named.
-        root: The folder that its names are relative to; of a tar the file itself.
+        given: The user's word.
+        root: The folder that its names are relative to; for a tar, the file itself.
     """
 
     kind: str
@@ -36,15 +36,15 @@ class Place(NamedTuple):
 
 @dataclass
 class Listing:
-    """The image files of some places.
+    """The image files of folders, tar files, patterns and lists.
 
     Attributes:
-        places: These.
-        counts: Files of each; 0 of a tar, which is opened where it is read.
-        names: Of all, below the root of their place, in the order of places.
-        weights: float64, one a file, of a list that has them (1 for files of others); else None.
-        left: What else was seen.
-        stamps: Folders (or lists) that were read, and when they had last changed, in ns.
+        places: The places.
+        counts: Number of files in each; 0 for a tar, which lists itself when it is opened.
+        names: All names, below the root of their place, in the order of places.
+        weights: float64, one per file, if a list has weights (1 for files of other lists); else None.
+        left: Other files.
+        stamps: Folders (or lists) that were read, and the time of their last change, in ns.
     """
 
     places: list[Place]
@@ -55,7 +55,7 @@ class Listing:
     stamps: list[tuple[str, int]] = field(default_factory=list)
 
     def at(self, places: list[Place]) -> "Listing":
-        """The same files where this process has them."""
+        """The same files, at the paths of this process."""
         return Listing(places, self.counts, self.names, self.weights, self.left, self.stamps)
 
     def parts(self) -> Iterator[tuple[Place, FileNames]]:
@@ -86,21 +86,21 @@ def places_of(data_dir: Dirs, data_list: Dirs = None) -> list[Place]:
         data_list: Lists, see `lists.read_list`.
 
     Raises:
-        ValueError: Nothing is named, or something that is not there or is neither; a folder lies in another.
+        ValueError: Nothing is given, a path does not exist or has another kind, or a folder lies in another.
     """
     dirs, lists = [d for d in as_list(data_dir) if d], as_list(data_list)
     if lists:
         if len(dirs) > 1 or dirs and not os.path.isdir(dirs[0]):
             raise ValueError(
-                f"Beside --data-list, --data-dir is the one folder that the list's names are relative to, got "
+                f"With --data-list, --data-dir is the one folder that the list's names are relative to, got "
                 f"{' '.join(map(printable, dirs))}."
             )
         for path in lists:
             if not os.path.isfile(path):
-                raise ValueError(f"--data-list {printable(path)} does not exist, or is no file.")
+                raise ValueError(f"--data-list {printable(path)} does not exist, or is not a file.")
         return [Place("list", path, dirs[0] if dirs else os.path.dirname(path)) for path in lists]
     if not dirs:
-        raise ValueError("No images named. Give a folder (--data-dir), or --dataset embedded to try things out.")
+        raise ValueError("No images given. Give a folder (--data-dir), or --dataset embedded to try things out.")
     places = [_place(path) for path in dirs]
     _check_apart([place for place in places if place.kind in ("folder", "tar")])
     return places
@@ -124,7 +124,7 @@ def _place(path: str) -> Place:
 
 
 def base_of(path: str) -> str:
-    """The folder from which a pattern goes down: its first parts, which have no wildcard; other paths as they are."""
+    """The part of a pattern before the first wildcard; other paths unchanged."""
     parts = path.split(os.sep)
     fixed = next((i for i, part in enumerate(parts) if _MAGIC.search(part)), None)
     if fixed is None or os.path.lexists(path):
@@ -133,7 +133,7 @@ def base_of(path: str) -> str:
 
 
 def _check_apart(places: list[Place]) -> None:
-    """Refuses a folder that is in another: its images would count twice, under two names."""
+    """Refuses a folder in another one, because its images would count twice, under two names."""
     resolved = [(Path(place.root).resolve(), place.given) for place in places]
     for i, (here, given) in enumerate(resolved):
         for j, (there, other) in enumerate(resolved):
@@ -148,15 +148,15 @@ def _check_apart(places: list[Place]) -> None:
 def list_folder(
     root: str, tick: Callable[[int], Any] | None = None, stamps: list[tuple[str, int]] | None = None
 ) -> tuple[FileNames, LeftOut]:
-    """All image files anywhere below a folder, in a fixed order; see `listing.walk`.
+    """All image files anywhere below a folder, in a fixed order; see `walk.walk`.
 
     Args:
         root: The folder.
         tick: Called now and then with the number of files that were just found.
-        stamps: Gets the folders, and when they had last changed.
+        stamps: Receives the folders and the times of their last change.
 
     Raises:
-        ValueError: The folder is missing, is no folder, cannot be listed, or has no image below it.
+        ValueError: The folder is missing, is not a folder, cannot be listed, or has no image below it.
     """
     shown = printable(root)
     if not os.path.exists(root):
@@ -187,7 +187,7 @@ def _ticking(names: Iterator[bytes], tick: Callable[[int], Any] | None) -> Itera
 
 
 def _list_pattern(place: Place, tick: Callable[[int], Any] | None, stamps: list[tuple[str, int]] | None):
-    """Files that a pattern matches; or, where it matches folders only, the images below these."""
+    """Files that a pattern matches; if it matches folders only, the images below these."""
     extensions, left = frozenset(image_extensions()), LeftOut()
     pattern = place.given[len(place.root) :].lstrip(os.sep)
     files, folders = set(), []
@@ -211,7 +211,7 @@ def _list_pattern(place: Place, tick: Callable[[int], Any] | None, stamps: list[
         )
     if stamps is not None:
         around = {os.path.dirname(os.fsdecode(name)) for name in files}
-        for folder in [*around]:  # a new folder shows in the one above it
+        for folder in [*around]:  # a new folder changes the one above it
             while folder:
                 folder = os.path.dirname(folder)
                 around.add(folder)
@@ -222,12 +222,12 @@ def _list_pattern(place: Place, tick: Callable[[int], Any] | None, stamps: list[
 
 
 def list_files(places: list[Place], tick: Callable[[int], Any] | None = None, *, stamps: bool = False) -> Listing:
-    """Lists the image files of all places but tars, which are opened where they are read.
+    """Lists the image files of all places except tars, which list themselves when they are opened.
 
     Args:
         places: See `places_of`.
         tick: Called now and then with the number of files that were just found.
-        stamps: Note when folders had last changed, for an index.
+        stamps: Record the times of the last change of folders, for an index.
 
     Raises:
         ValueError: A place has no image, or cannot be read.

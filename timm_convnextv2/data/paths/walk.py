@@ -1,4 +1,4 @@
-"""What lies in a folder or a tar file: the images, and what is left out."""
+"""Lists a folder or a tar file: the images, and the files that are left out."""
 
 import os
 import tarfile
@@ -21,14 +21,14 @@ _NAMED_SPECIAL = 100
 
 @dataclass
 class LeftOut:
-    """What is there besides the images; as text in one line, '' where that is nothing.
+    """Files that are not images; as text, one line, '' if there are none.
 
     For example '48 other files ignored: 24 .dcm, 24 .heic; 1 not opened, no regular file: root/x.jpg (FIFO)'.
 
     Attributes:
-        ignored: Number of files that are no images, by their lower-case extension, '' for none.
-        special: Kind of what is no regular file, such as 'FIFO' or 'broken link', by its path; the first hundred.
-        num_special: How many those are in all.
+        ignored: Number of regular files by lower-case extension, '' for none.
+        special: Kind of other files, such as 'FIFO' or 'broken link', by path; the first hundred.
+        num_special: Number of all of these.
     """
 
     ignored: Counter[str] = field(default_factory=Counter)
@@ -36,13 +36,13 @@ class LeftOut:
     num_special: int = 0
 
     def add_special(self, path: str, kind: str) -> None:
-        """Counts what is no regular file."""
+        """Counts a file that is not regular."""
         self.num_special += 1
         if len(self.special) < _NAMED_SPECIAL:
             self.special[printable(path)] = kind
 
     def merge(self, other: "LeftOut") -> None:
-        """Counts what was left out elsewhere, too."""
+        """Adds the files that were left out elsewhere."""
         self.ignored += other.ignored
         self.num_special += other.num_special
         room = _NAMED_SPECIAL - len(self.special)
@@ -65,7 +65,7 @@ class LeftOut:
 
 
 def _hint(extension: str) -> str:
-    """The package that would read such files."""
+    """Names the package that reads such files."""
     package = {".dcm": "pydicom", ".dicom": "pydicom", ".zarr": "zarr"}.get(extension)
     return f" (to read them: pip install {package})" if package and not installed(package) else ""
 
@@ -73,16 +73,16 @@ def _hint(extension: str) -> str:
 def walk(
     root: str, extensions: Collection[str], left: LeftOut, stamps: list[tuple[str, int]] | None = None
 ) -> Iterator[tuple[str, list[str], int]]:
-    """Goes through all folders from `root` down, each once, in a fixed order.
+    """Walks all folders from `root` down, each once, in a fixed order.
 
-    Hidden files and folders (leading dot) are skipped; links to folders are followed. What is no regular file is never
-    opened. A folder that holds a Zarr array or group and is named `.zarr` is one file.
+    Hidden files and folders (leading dot) are skipped; links to folders are followed. Only regular files are opened. A
+    folder named `.zarr` that holds a Zarr array or group is one file.
 
     Args:
         root: The folder.
-        extensions: Lower-case ones of images.
-        left: Counts what else is there.
-        stamps: Gets each folder's path, and when it had last changed before it was listed, in ns.
+        extensions: Lower-case extensions of images.
+        left: Counts all other files.
+        stamps: Receives the path of each folder and the time of its last change before it was listed, in ns.
 
     Yields:
         Path of a folder below `root` ('' for itself), the sorted names of its images, and the number of its other
@@ -111,12 +111,8 @@ def walk(
                     extension = os.path.splitext(entry.name)[1].lower()
                     kind = _kind_of_entry(entry)
                     if kind == "folder" and extension == ".zarr" and is_zarr(entry.path):
-                        if extension in extensions:
-                            images.append(entry.name)
-                        else:
-                            left.ignored[extension] += 1
-                            others += 1
-                    elif kind == "folder":
+                        kind = ""
+                    if kind == "folder":
                         below.append(entry.name)
                     elif kind:
                         left.add_special(entry.path, kind)
@@ -132,7 +128,7 @@ def walk(
 
 
 def _kind_of_entry(entry: os.DirEntry) -> str:
-    """As `kind_of_file`; most file systems tell it without another look."""
+    """As `kind_of_file`; on most file systems without another system call."""
     if entry.is_file(follow_symlinks=False):
         return ""
     if entry.is_dir(follow_symlinks=False):
@@ -143,16 +139,15 @@ def _kind_of_entry(entry: os.DirEntry) -> str:
 def open_tar(
     path: str, class_map: Any = "", extensions: Collection[str] | None = None
 ) -> tuple[ReaderImageInTar, LeftOut]:
-    """timm's reader of a tar file (or of tars in a tar) for all kinds of images, and what it leaves out.
+    """timm's reader of a tar file (or of tars in a tar) for all kinds of images, and the files that it leaves out.
 
     Args:
         path: The file.
-        class_map: As of timm.
-        extensions: Lower-case ones of images; None for all of `image_extensions()`.
+        class_map: As in timm.
+        extensions: Lower-case extensions of images; None for `image_extensions()`.
 
     Raises:
-        ValueError: It cannot be read, has no image, or another list of its content, which timm keeps beside large ones,
-            lacks some.
+        ValueError: It cannot be read, has no image, or timm's list of its content, kept beside large files, lacks some.
     """
     extensions = set(extensions or image_extensions())
     left = LeftOut()
@@ -168,14 +163,14 @@ def open_tar(
         raise ValueError(f"{printable(path)} cannot be read ({type(error).__name__}: {error}).") from error
     if len(reader) < found and not class_map:
         raise ValueError(
-            f"{printable(path)} has {found} images, and timm reads {len(reader)}: the list that it keeps beside the "
-            "file (*_tarinfos.pickle) is of other kinds of images. Remove the list."
+            f"{printable(path)} has {found} images, and timm reads {len(reader)}: its list of the content beside the "
+            "file (*_tarinfos.pickle) is for other kinds of images. Remove the list."
         )
     return reader, left
 
 
 def _count(tar: tarfile.TarFile, extensions: Collection[str], left: LeftOut) -> int:
-    """Images in a tar file and in those inside of it; counts the rest."""
+    """Number of images in a tar file and in tars inside it; counts other files in `left`."""
     found = 0
     for member in tar:
         extension = os.path.splitext(member.name)[1].lower()
@@ -193,7 +188,7 @@ def _count(tar: tarfile.TarFile, extensions: Collection[str], left: LeftOut) -> 
 
 @contextmanager
 def _img_extensions(extensions: Collection[str]) -> Iterator[None]:
-    """Lets timm take other extensions for images."""
+    """Makes timm take these extensions for images."""
     before: Any = get_img_extensions()
     set_img_extensions(tuple(extensions))
     try:
