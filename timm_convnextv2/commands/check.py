@@ -80,18 +80,18 @@ def check(config: CheckConfig) -> tuple[dict[str, Any], list[Finding]]:
     near = perceptual_hash()
     if near is None:
         say("Not searching for near duplicates: run `pip install imagehash`.")
-    bar, looks = ImageProgress(len(source)), []
+    bar, files = ImageProgress(len(source)), []
     try:
-        for look in inspect_folder(source, near, config.workers, config.window_size):
-            looks.append(look)
+        for one in inspect_folder(source, near, config.workers, config.window_size):
+            files.append(one)
             bar.update(1)
     finally:
         bar.close()
-    found = findings(looks, config.window_size or config.img_size)
-    content = summary(source, looks, found)
+    found = findings(files, config.window_size or config.img_size)
+    content = summary(source, files, found)
     with whole_file(output) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    headers = {look.name: look.header.channels for look in looks if look.header}
+    headers = {one.name: one.header.channels for one in files if one.header}
     root = source.folders()[0] if len(source.folders()) == 1 else ""
     if found:
         sheet = [(shown(f, headers.get(f.name), pixels, config.window_size), label(f, root)) for f in found[:_SHOWN]]
@@ -113,16 +113,16 @@ def label(finding: Finding, root: str) -> str:
     return f"{finding.kind}\n{name if len(name) <= 24 else '...' + name[-21:]}"
 
 
-def summary(source: Any, looks: list[Inspected], found: list[Finding]) -> dict[str, Any]:
+def summary(source: Any, files: list[Inspected], found: list[Finding]) -> dict[str, Any]:
     """The content of the JSON file."""
-    headers = [look.header for look in looks if look.header]
+    headers = [one.header for one in files if one.header]
 
     def counted(values: Any) -> dict[str, int]:
         return {str(key): count for key, count in Counter(values).most_common()}
 
     heights, widths = ([getattr(h, side) for h in headers] or [0] for side in ("height", "width"))
     return {
-        "files": len(looks),
+        "files": len(files),
         "ignored": source.left.ignored,
         "not_opened": source.left.num_special,
         "formats": counted(h.format for h in headers),

@@ -251,11 +251,7 @@ def read_header(path: str | os.PathLike, page: Page = None) -> Header:
 
 
 def groups_of(headers: Iterable[tuple[str, Header]]) -> str:
-    """Files grouped by channels and type, the largest group first, each with its count and one name.
-
-    Args:
-        headers: `(name, header)` of files.
-    """
+    """Files grouped by channels and type, the largest group first, each with its count and one name."""
     counts: Counter[tuple[int, str]] = Counter()
     names: dict[tuple[int, str], str] = {}
     for name, header in headers:

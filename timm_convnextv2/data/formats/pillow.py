@@ -131,14 +131,7 @@ def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
 
 
 def convert_image(image: Image.Image, in_chans: int, pixels: Pixels, tag: float | None = None) -> torch.Tensor:
-    """As `from_pil`, before clipping.
-
-    Args:
-        image: The image.
-        in_chans: Channels wanted.
-        pixels: How stored values become pixels.
-        tag: The value of the file's nodata tag.
-    """
+    """As `from_pil`, before clipping."""
     named = pixels.nodata is not None or tag is not None
     if named and in_chans == 1 and is_8_bit(image) and image.mode not in ("1", "L", "LA", "La"):
         image = to_mode(image, 3)  # in grey, another colour could have the same value

@@ -279,11 +279,6 @@ def _tifffile() -> Any:
 def _choose_series(tif: Any, in_chans: int, page: Page = None) -> tuple[int, Layout]:
     """Which series of an opened TIFF to read, and what of it.
 
-    Args:
-        tif: A `tifffile.TiffFile`.
-        in_chans: Channels wanted.
-        page: As of `choose_axes`; numbers go on from series to series, as pages of different sizes are series.
-
     Raises:
         ImageError: (a ValueError) Axes or parts that do not fit.
     """
@@ -419,16 +414,7 @@ def rotate(x: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _read_part(file: BinaryIO, tif: Any, series: Any, layout: Layout, rows: slice, columns: slice) -> np.ndarray:
-    """Rows and columns of a series: `[C, h, w]` of stored values.
-
-    Args:
-        file: The file.
-        tif: The same, opened by tifffile.
-        series: Of it, see `can_read_part`.
-        layout: What of it to read.
-        rows: Within it, with step 1.
-        columns: Likewise.
-    """
+    """Rows and columns of a series: `[C, h, w]` of stored values."""
     page = series.keyframe
     if series.dataoffset is not None:
         dtype = np.dtype(tif.byteorder + series.dtype.char)

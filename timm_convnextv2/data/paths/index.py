@@ -73,11 +73,6 @@ def _size(path: str) -> int:
 def check_missing(listing: Listing, sizes: np.ndarray, share: float) -> str:
     """A message about missing files, '' if there are none.
 
-    Args:
-        listing: The files.
-        sizes: Result of `file_sizes`.
-        share: Fraction of the files that may be missing.
-
     Raises:
         ValueError: More are missing.
     """
@@ -210,11 +205,6 @@ class IndexedNames(FileNames):
 
 def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) -> None:
     """Writes an index, whole or not at all.
-
-    Args:
-        path: Path of the index.
-        listing: The files, listed with stamps.
-        sizes: Result of `file_sizes`.
 
     Raises:
         WriteError: (an OSError) It cannot be written.

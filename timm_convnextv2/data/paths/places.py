@@ -150,11 +150,6 @@ def list_folder(
 ) -> tuple[FileNames, LeftOut]:
     """All image files anywhere below a folder, in a fixed order; see `walk.walk`.
 
-    Args:
-        root: The folder.
-        tick: Called now and then with the number of files that were just found.
-        stamps: Receives the folders and the times of their last change.
-
     Raises:
         ValueError: The folder is missing, is not a folder, cannot be listed, or has no image below it.
     """
@@ -223,11 +218,6 @@ def _list_pattern(place: Place, tick: Callable[[int], Any] | None, stamps: list[
 
 def list_files(places: list[Place], tick: Callable[[int], Any] | None = None, *, stamps: bool = False) -> Listing:
     """Lists the image files of all places except tars, which list themselves when they are opened.
-
-    Args:
-        places: See `places_of`.
-        tick: Called now and then with the number of files that were just found.
-        stamps: Record the times of the last change of folders, for an index.
 
     Raises:
         ValueError: A place has no image, or cannot be read.

@@ -141,11 +141,6 @@ def open_tar(
 ) -> tuple[ReaderImageInTar, LeftOut]:
     """timm's reader of a tar file (or of tars in a tar) for all kinds of images, and the files that it leaves out.
 
-    Args:
-        path: The file.
-        class_map: As in timm.
-        extensions: Lower-case extensions of images; None for `image_extensions()`.
-
     Raises:
         ValueError: It cannot be read, has no image, or timm's list of its content, kept beside large files, lacks some.
     """
