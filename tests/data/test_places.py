@@ -88,7 +88,7 @@ def test_a_tar_beside_a_folder(images):
     source = create_source(["t.tar", "c"], in_chans=1)
     assert names(source) == ["t.tar/3.png", "c/1.png"] and values(source) == [30, 11]
     assert not source.has_files
-    with pytest.raises(ValueError, match="--index is of files in folders, not of a tar file"):
+    with pytest.raises(ValueError, match="--index .*tar file .t.tar"):
         find_images(["t.tar", "c"], index="x")
 
 
@@ -185,9 +185,7 @@ def test_missing_files_are_counted(images):
     listing = find_images(None, "l.txt", max_missing=0.4, tell=told.append)
     assert len(listing.names) == 6
     assert told == ["2 of 6 listed images are missing, for example x.png, y.png; others stand in for them."]
-    with pytest.raises(
-        ValueError, match="2 of 6 .* x.png, y.png; --max-bad-images allows a share of 0.3. Names are rel"
-    ):
+    with pytest.raises(ValueError, match="2 of 6 .* x.png, y.png; --max-bad-images allows .* 0.3. Names are rel"):
         find_images(None, "l.txt", max_missing=0.3)
     (images / "l.txt").write_text("gone.png\n" * 10_000)
     looked = []
