@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 import yaml
-from detectors import FAST
 from encoders import make_encoder
 from helpers import ROOT, assert_same, torchrun
+from tiny import FAST
 
 from timm_convnextv2.commands.detect import COMMAND, main
 from timm_convnextv2.commands.main import main as cli

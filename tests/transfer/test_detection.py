@@ -7,9 +7,9 @@ import io
 import numpy as np
 import pytest
 import torch
-from detectors import tiny_detector
 from helpers import assert_same
 from PIL import Image
+from tiny import tiny_detector
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 
 from timm_convnextv2.data.demo import write_folder
@@ -180,9 +180,9 @@ def test_mistakes(settings, message):
 
 
 def test_a_folder_that_is_no_detector(tmp_path, small):
-    with pytest.raises(ValueError, match="is no detector: it has no config.json. Give the folder of a run"):
+    with pytest.raises(ValueError, match="not a detector: it has no config.json"):
         open_detector(tmp_path)
-    with pytest.raises(ValueError, match="config.json is of the task None, expected detection"):
+    with pytest.raises(ValueError, match="config.json has the task None, expected detection"):
         open_detector(small.removeprefix("local-dir:"))
 
 

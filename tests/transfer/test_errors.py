@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 import torch
-from detectors import FAST
 from helpers import assert_same
+from tiny import BACKBONE, DETECTOR, SEGMENTER, SHORT, tiny_detector
 
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.data.demo import write_folder
@@ -14,13 +14,10 @@ from timm_convnextv2.transfer.detection.coco import DetectionSamples
 from timm_convnextv2.transfer.errors import UnreadableError, naming
 from timm_convnextv2.transfer.segmentation.masks import TrainSamples
 
-TINY = ["--model", "convnextv2_atto", "--from-scratch", "--model-kwargs", "depths=(1,1,1,1)", "dims=(8,12,16,20)"]
-TINY += ["--img-size", "32", "-b", "2", "--device", "cpu", "--epochs", "2", "--eval-interval", "9"]
 TASKS = {
-    "detect": (DetectionSamples, [*"--boxes-only --out-channels 8 --warmup-updates 1 --detector-kwargs".split(),
-                                  *(f"{k}={v}" for k, v in FAST.items())]),
-    "segment": (TrainSamples, "--channels 8 --auxiliary-channels 0".split()),
-}  # fmt: skip
+    "detect": (DetectionSamples, [*DETECTOR, "--warmup-updates", "1"]),
+    "segment": (TrainSamples, SEGMENTER),
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +28,8 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("task, workers", [("detect", 0), ("segment", 2)])
 def test_the_run_ends_with_its_name_and_continues_bit_for_bit(data, tmp_path, capfd, monkeypatch, task, workers):
     samples, options = TASKS[task]
-    words = [task, "train", "--data-dir", str(data), "--output", str(tmp_path), *TINY, *options, "-j", str(workers)]
+    words = [task, "train", *BACKBONE, *SHORT, *options, "--data-dir", str(data), "--output", str(tmp_path)]
+    words += ["-b", "2", "--eval-interval", "9", "-j", str(workers)]
     assert main([*words, "--experiment", "whole"]) == 0
     read = samples.__getitem__
 
@@ -64,16 +62,15 @@ def test_the_run_ends_with_its_name_and_continues_bit_for_bit(data, tmp_path, ca
 
 
 def test_an_image_that_eval_cannot_read(data, tmp_path, capsys, monkeypatch):
-    from timm_convnextv2.transfer import build_detector, create_backbone, export_detector
+    from timm_convnextv2.transfer import export_detector
 
-    backbone = create_backbone("convnextv2_atto", pretrained=False, depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
     names = (data / "classes.txt").read_text().split()[1:]
-    export_detector(
-        build_detector(backbone, 8, boxes_only=True, out_channels=8, img_size=32, **FAST), tmp_path, classes=names
-    )
-    monkeypatch.setattr(
-        "timm_convnextv2.transfer.detection.coco.load_image", lambda *_: (_ for _ in ()).throw(OSError("gone"))
-    )
+    export_detector(tiny_detector(boxes_only=True, img_size=32), tmp_path, classes=names)
+
+    def gone(*_):
+        raise OSError("gone")
+
+    monkeypatch.setattr("timm_convnextv2.transfer.detection.coco.load_image", gone)
     words = ["detect", "eval", "--model", str(tmp_path), "--data-dir", str(data), "-j", "2", "--device", "cpu"]
     assert main(words) == 2
     err = capsys.readouterr().err

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from detectors import tiny_detector
 from encoders import make_encoder
 from huggingface_hub import ModelCard
 from test_hub import hub  # noqa: F401  a fixture
+from tiny import BACKBONE, SEGMENTER, SHORT, SIZES, tiny_detector
 
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.data.demo import write_folder
@@ -22,7 +22,6 @@ from timm_convnextv2.transfer import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
-TINY = dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
 METRICS = {
     "detection": {"box_ap": 0.4125, "box_ap50": 0.7, "mask_ap": 0.25, "mask_ap_large": -1.0},
     "segmentation": {"miou": 0.5125, "accuracy": 0.9, "mean_accuracy": 0.6, "iou": [0.6, 0.425, None]},
@@ -35,7 +34,7 @@ def make(folder, task, **about):
     about = dict(metrics=METRICS[task], dataset="my cells", info={"Length": "9 updates"}) | about
     if task == "detection":
         return export_detector(tiny_detector(2), folder, classes=["cell", "speck"], **about)
-    backbone = create_backbone("convnextv2_atto", pretrained=False, **TINY)
+    backbone = create_backbone("convnextv2_atto", pretrained=False, **SIZES)
     model = build_segmenter(backbone, 3, classes=["sea", "land", "ice"], channels=8, auxiliary_channels=0)
     return export_segmenter(model, folder, **about)
 
@@ -60,13 +59,7 @@ def test_the_card_states_the_metrics(folder, run_publish, tmp_path):
     expected = {"box AP": 0.4125, "mask AP": 0.25} if detection else {}
     assert stated == (expected or {"mIoU": 0.5125, "pixel accuracy": 0.9, "mean accuracy": 0.6})
     assert {r.dataset_name for r in card.eval_results} == {"my cells"}
-    for said in (
-        "| Length | 9 updates |",
-        "validation images of my cells",
-        "open_",
-        '"hf-hub:me/it"',
-        "mit, as named",
-    ):
+    for said in ("| Length | 9 updates |", "validation images of my cells", "open_", '"hf-hub:me/it"', "\n\nmit, "):
         assert said in text
     assert ("| box_ap50 | 0.7000 |" if detection else "| IoU of land | 0.4250 |") in text
     assert "ap_large" not in text and "IoU of ice" not in text and "path/to" not in text
@@ -95,7 +88,7 @@ def test_the_licence_of_the_encoder_stays(tmp_path, run_publish, task):
     backbone = again.backbone.body if task == "detection" else again.backbone
     assert (backbone.origin.license, backbone.origin.base_model) == ("cc-by-nc-4.0", "timm/convnextv2_atto.fcmae")
     status, _, err = run_publish(tmp_path / "model", "me/it", "--license", "mit", "--dry-run")
-    assert status == 2 and "cc-by-nc-4.0, which stays" in err
+    assert status == 2 and "cc-by-nc-4.0" in err
     assert run_publish(tmp_path / "model", "me/it", "--dry-run", "--output", tmp_path / "out")[0] == 0
     text = (tmp_path / "out/README.md").read_text()
     assert "license: cc-by-nc-4.0" in text and "huggingface.co/timm/convnextv2_atto.fcmae" in text
@@ -108,7 +101,7 @@ def test_published_and_loaded(folder, hub, run_publish):  # noqa: F811  the fixt
     assert sorted(hub.files("owner/it")) == [".gitattributes", "README.md", "config.json", "model.safetensors"]
     model, there = OPEN[task](place), OPEN[task]("hf-hub:owner/it")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), there.state_dict().values(), strict=True))
-    with pytest.raises(ValueError, match="'hf-hub:owner/none' cannot be had from the Hub"):
+    with pytest.raises(ValueError, match="'hf-hub:owner/none' cannot be downloaded"):
         OPEN[task]("hf-hub:owner/none")
 
 
@@ -121,7 +114,7 @@ def test_what_cannot_be_published(folder, run_publish, tmp_path):
     config = json.loads((place / "config.json").read_text())
     other = {**config, "classes": [*config["classes"], "more"]}
     other["detector"] = dict(config.get("detector", {}), num_classes=3)
-    for wrong, said in ((other, "size mismatch"), ({**config, "metrics": 3}, "metrics is missing or of another")):
+    for wrong, said in ((other, "size mismatch"), ({**config, "metrics": 3}, "metrics is missing")):
         (place / "config.json").write_text(json.dumps(wrong))
         status, _, err = run_publish(place, "me/it", "--license", "mit", "--dry-run")
         assert status == 2 and said in err and err.count("error:") == 1
@@ -131,9 +124,8 @@ def test_what_cannot_be_published(folder, run_publish, tmp_path):
 def test_a_run_is_published_with_its_images(tmp_path, run_publish):
     """The whole way, from a run to a card with its table, its image and its metrics; an edited card keeps its text."""
     data = write_folder(tmp_path / "data", size=32, train=8, validation=8, masks=True)
-    words = ["segment", "train", "--model", "convnextv2_atto", "--from-scratch", "--model-kwargs", "depths=(1,1,1,1)"]
-    words += ["dims=(8,12,16,20)", "--channels", "8", "--auxiliary-channels", "0", "--img-size", "32", "-j", "0"]
-    words += ["--data-dir", data, "--output", tmp_path, "--experiment", "run", "--epochs", 1, "--device", "cpu"]
+    words = ["segment", "train", *BACKBONE, *SEGMENTER, *SHORT, "-j", 0, "--data-dir", data]
+    words += ["--output", tmp_path, "--experiment", "run", "--epochs", 1]
     assert main([str(word) for word in words]) == 0
     run = tmp_path / "run"
     assert run_publish(run, "me/it", "--license", "mit", "--dry-run")[0] == 0

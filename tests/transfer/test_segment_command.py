@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import assert_same, torchrun
 from PIL import Image
+from tiny import BACKBONE, SEGMENTER
 
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.commands.segment import COMMAND
@@ -19,8 +20,7 @@ from timm_convnextv2.transfer import task as transfer_task
 from timm_convnextv2.transfer.segmentation.masks import MaskedImages, open_split, read_classes
 from timm_convnextv2.transfer.segmentation.metrics import Inference, evaluate_segmenter
 
-SMALL = ["--model", "convnextv2_atto", "--from-scratch", "--model-kwargs", "depths=(1,1,1,1)", "dims=(8,12,16,20)"]
-SMALL += ["--channels", "8", "--auxiliary-channels", "4", "--img-size", "32", "-b", "4", "-j", "0", "--device", "cpu"]
+SMALL = [*BACKBONE, *SEGMENTER, "--img-size", "32", "-b", "4", "-j", "0", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from encoders import maps_of
 from helpers import assert_same
+from tiny import SIZES
 
 from timm_convnextv2.transfer import create_backbone
 from timm_convnextv2.transfer.segmentation.heads import FCNHead, UPerHead
@@ -15,12 +16,10 @@ from timm_convnextv2.transfer.segmentation.metrics import Confusion
 from timm_convnextv2.transfer.segmentation.segmenter import Segmenter, build_segmenter, export_segmenter, open_segmenter
 from timm_convnextv2.transfer.segmentation.sliding import predict, slide
 
-SMALL = dict(pretrained=False, depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
-
 
 def tiny(num_classes=3, **more):
     torch.manual_seed(0)
-    backbone = create_backbone("convnextv2_atto", in_chans=more.pop("in_chans", None), **SMALL)
+    backbone = create_backbone("convnextv2_atto", in_chans=more.pop("in_chans", None), pretrained=False, **SIZES)
     return build_segmenter(backbone, num_classes, channels=8, auxiliary_channels=4, **more)
 
 
@@ -120,7 +119,7 @@ def test_folder(tmp_path):
     (tmp_path / "run/model/config.json").write_text(json.dumps({**config, "classes": ["sea", "land"]}))
     with pytest.raises(ValueError, match="cannot be loaded .* size mismatch"):
         open_segmenter(tmp_path / "run")
-    with pytest.raises(ValueError, match="is no segmenter: it has no config.json"):
+    with pytest.raises(ValueError, match="not a segmenter: it has no config.json"):
         open_segmenter(tmp_path)
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from detectors import tiny_detector
+from tiny import tiny_detector
 from torchvision.ops import batched_nms, box_iou
 
 from timm_convnextv2.transfer.detection.soft_nms import MIN_SCORE, soft_nms, use_soft_nms

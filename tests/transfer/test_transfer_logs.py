@@ -4,18 +4,15 @@ import sys
 import types
 
 import pytest
-from detectors import FAST
+from tiny import BACKBONE, DETECTOR, SEGMENTER, SHORT
 
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.runs.summary import read_rows
 
-WORDS = ["--model", "convnextv2_atto", "--from-scratch", "--model-kwargs", "depths=(1,1,1,1)", "dims=(8,12,16,20)"]
-WORDS += ["--img-size", "32", "-b", "4", "-j", "0", "--device", "cpu", "--epochs", "2", "--eval-interval", "2"]
-DETECT = ["--boxes-only", "--out-channels", "8", "--detector-kwargs", *(f"{k}={v}" for k, v in FAST.items())]
 TASKS = {
-    "detect": (DETECT, "eval_box_ap", "train_loss_objectness"),
-    "segment": (["--channels", "8", "--auxiliary-channels", "4"], "eval_miou", "train_loss_aux"),
+    "detect": (DETECTOR, "eval_box_ap", "train_loss_objectness"),
+    "segment": (SEGMENTER, "eval_miou", "train_loss_aux"),
 }
 
 
@@ -36,7 +33,8 @@ def test_they_get_the_numbers_of_the_summary(tmp_path, wandb, task):
 
     options, measure, part = TASKS[task]
     data = write_folder(tmp_path / "data", size=32, train=8, validation=8, coco=True, masks=True)
-    words = [task, "train", *WORDS, *options, "--data-dir", str(data), "--output", str(tmp_path), "--experiment", "run"]
+    words = [task, "train", *BACKBONE, *SHORT, *options, "--data-dir", str(data), "--output", str(tmp_path)]
+    words += ["--experiment", "run", "-b", "4", "-j", "0", "--eval-interval", "2"]
     assert main([*words, "--log-tensorboard", "--log-wandb", "--wandb-project", "mine"]) == 0
     rows = read_rows(tmp_path / "run/summary.csv")[0]
     (begun,) = wandb.begun

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from encoders import make_encoder
+from tiny import DETECTOR, SEGMENTER
 
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.data import Pixels, load_image
@@ -57,12 +58,7 @@ def test_a_backbone_reads_as_its_encoder_did(encoder, data, tmp_path):
     assert plain.dtype == torch.float32 and 0.5 < plain.max() <= 1
 
 
-DETECT = "--boxes-only --out-channels 8 --warmup-updates 1 --detector-kwargs rpn_post_nms_top_n_train=20 "
-DETECT += "rpn_post_nms_top_n_test=20 box_batch_size_per_image=16 box_detections_per_img=2"
-SEGMENT = "--channels 8 --auxiliary-channels 0"
-
-
-@pytest.mark.parametrize("task, options", [("detect", DETECT), ("segment", SEGMENT)])
+@pytest.mark.parametrize("task, options", [("detect", DETECTOR), ("segment", SEGMENTER)])
 def test_training_evaluation_and_prediction_read_alike(encoder, data, tmp_path, capsys, monkeypatch, task, options):
     """What is decoded is the same in all three, and the export says how."""
     seen = []
@@ -70,7 +66,7 @@ def test_training_evaluation_and_prediction_read_alike(encoder, data, tmp_path, 
     monkeypatch.setattr(Pixels, "clip", lambda self, image: seen.append(self) or original(self, image))
     common = ["-j", "0", "--device", "cpu"]
     words = ["train", "--model", encoder, "--data-dir", data, "--output", tmp_path, "--experiment", "run", "-b", 4]
-    words += ["--img-size", 32, "--epochs", 1, "--shown-images", 1, *options.split(), *common]
+    words += ["--img-size", 32, "--epochs", 1, "--shown-images", 1, *options, *common]
     assert main([task, *map(str, words)]) == 0
     assert "-1 is nodata, divided by 1000, clipped to [0.1] .. [2.5]" in capsys.readouterr().out
     model = tmp_path / "run" / "model"

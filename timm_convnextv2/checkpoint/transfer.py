@@ -1,7 +1,7 @@
 """The folder of a detector or a segmenter: `config.json`, `model.safetensors`, and its model card, `README.md`.
 
-`config.json` says what the model is made of. Licence and origin stand where a timm folder has them, `pretrained_cfg`
-and `training` (see `card`), so that publishing treats all folders alike.
+`config.json` has the arguments that make the model. Licence and origin have the keys of a timm folder,
+`pretrained_cfg` and `training` (see `card`), so that publishing treats all folders alike.
 """
 
 import json
@@ -25,7 +25,7 @@ from .provenance import HUB_ERRORS, WEIGHTS, read_config
 CONFIG = "config.json"
 TASKS = {"detection": "detector", "segmentation": "segmenter"}
 
-# What the card states of the metrics, with their names on the Hub: (key, type, name)
+# The metrics that the card states, with their names on the Hub: (key, type, name)
 _STATED = {
     "detection": (("box_ap", "mAP", "box AP"), ("mask_ap", "mAP", "mask AP")),
     "segmentation": (
@@ -52,16 +52,15 @@ _PIPELINES = {"detection": "object-detection", "segmentation": "image-segmentati
 
 
 def is_transfer(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` is that of a detector or a segmenter."""
+    """True if a `config.json` describes a detector or a segmenter."""
     return config.get("task") in TASKS and isinstance(config.get("backbone"), dict)
 
 
 def find_folder(name: str | os.PathLike) -> Path:
-    """The folder of a name: a folder, also as `local-dir:FOLDER`, that of a run which holds it as `model`, or a
-    repository `hf-hub:USER/NAME`, which is downloaded.
+    """The folder of an exported model.
 
-    Raises:
-        ValueError: The repository cannot be had.
+    `name` is FOLDER or `local-dir:FOLDER`, the folder itself or the run whose `model` it is; or `hf-hub:USER/NAME`,
+    which is downloaded.
     """
     text = os.fspath(name)
     if text.startswith("hf-hub:"):
@@ -70,25 +69,21 @@ def find_folder(name: str | os.PathLike) -> Path:
             paths = [hf_hub_download(repo, file, revision=revision or None) for file in (CONFIG, WEIGHTS)]
             return Path(paths[0]).parent
         except HUB_ERRORS as e:
-            raise ValueError(f"'{text}' cannot be had from the Hub ({type(e).__name__}: {e}).") from e
+            raise ValueError(f"'{text}' cannot be downloaded from the Hub ({type(e).__name__}: {e}).") from e
     folder = Path(text.removeprefix("local-dir:"))
     return folder / "model" if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file() else folder
 
 
 def read_transfer(name: str | os.PathLike, task: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """The folder of a name (see `find_folder`) and its `config.json`.
-
-    Args:
-        name: See `find_folder`.
-        task: 'detection' or 'segmentation'; None for any of them.
+    """The folder of an exported model (see `find_folder`) and its `config.json`.
 
     Raises:
-        ValueError: It is no folder of such a model.
+        ValueError: It is not the folder of a model of this task, 'detection' or 'segmentation'; None for either.
     """
     folder = find_folder(name)
-    what = f"'{os.fspath(name)}' is no {TASKS[task] if task else ' or '.join(TASKS.values())}"
+    what = f"'{os.fspath(name)}' is not a {TASKS[task] if task else ' or '.join(TASKS.values())}"
     command = {"detection": "detect", "segmentation": "segment", None: "detect` or `segment"}[task]
-    remedy = f"Give the folder of a run of `timm-convnextv2 {command} train` after its first evaluation, or its model/."
+    remedy = f"Pass the folder of a run of `timm-convnextv2 {command} train` after its first evaluation, or its model/."
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{what}: it has no {CONFIG}. {remedy}")
@@ -97,18 +92,14 @@ def read_transfer(name: str | os.PathLike, task: str | None = None) -> tuple[Pat
     except (OSError, ValueError) as e:
         raise ValueError(f"{what}: {CONFIG} cannot be read as JSON ({e}). {remedy}") from e
     if not isinstance(config, dict) or not is_transfer(config) or (task and config["task"] != task):
-        found = f"of the task {config.get('task')!r}" if isinstance(config, dict) else "no object"
-        raise ValueError(f"{what}: its {CONFIG} is {found}, expected {task or ' or '.join(TASKS)}. {remedy}")
+        found = f"the task {config.get('task')!r}" if isinstance(config, dict) else "no object"
+        raise ValueError(f"{what}: its {CONFIG} has {found}, expected {task or ' or '.join(TASKS)}. {remedy}")
     _check_keys(config, folder)
     return folder, config
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a timm folder of a ConvNeXt V2, or of a detector or segmenter on any backbone.
-
-    Raises:
-        ValueError: There is none.
-    """
+    """The `config.json` of a ConvNeXt V2 in a timm folder, or of a detector or segmenter on any backbone."""
     try:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -120,7 +111,7 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_keys(config: dict[str, Any], folder: Path) -> None:
-    """What the card and publishing read is there."""
+    """Checks the keys that the card and publishing read."""
     kinds = {"classes": list, "metrics": dict, "pretrained_cfg": dict, "training": dict}
     inner = {"architecture": str, "license": (str, type(None)), "pixels": dict}
     own = {"detection": "detector", "segmentation": "segmenter"}[config["task"]]
@@ -128,17 +119,13 @@ def _check_keys(config: dict[str, Any], folder: Path) -> None:
     wrong += [f"backbone.{k}" for k, v in inner.items() if not isinstance(config["backbone"].get(k, 0), v)]
     if wrong:
         raise ValueError(
-            f"'{folder / CONFIG}' is not what this package wrote: {', '.join(wrong[:3])} is missing or of "
-            "another type. Export the model again."
+            f"'{folder / CONFIG}' was changed: {', '.join(wrong[:3])} is missing or has another type. "
+            "Export the model again."
         )
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Loads the weights of a folder into what its `config.json` describes.
-
-    Raises:
-        ValueError: They are damaged, or of another model.
-    """
+    """Loads the weights of a folder into the model that its `config.json` describes."""
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as e:
@@ -155,22 +142,15 @@ def write_transfer(
     dataset: str | None = None,
     info: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes the folder; files of these names are replaced, each whole or not at all.
+    """Writes the folder; existing files are replaced, each whole or not at all.
 
     Args:
-        folder: Made where it is missing.
-        model: Whose weights are written.
-        config: `task`, `classes`, `backbone` (of `Backbone.record`), and what else its reader needs.
-        metrics: On the validation images; kept in `config.json`, and stated by the card.
-        dataset: Name of the data set that they were measured on.
-        info: How it was made, for a table in the card.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: A weight is not finite.
-        WriteError: (an OSError) A file cannot be written.
+        folder: Created if needed.
+        model: Its weights are written.
+        config: `task`, `classes`, `backbone` (a `Backbone.record`), and the task's own arguments.
+        metrics: Results on the validation images, kept in `config.json` and stated by the card.
+        dataset: Name of the data set of these results.
+        info: How the model was made, for a table in the card.
     """
     from .. import __version__
 
@@ -213,7 +193,7 @@ def kind_of(config: dict[str, Any]) -> str:
 
 
 def render_folder_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
-    """The README.md of a folder: of a timm folder, see `card.render_card`, or of a detector or segmenter."""
+    """The model card of a timm folder (see `card.render_card`), or of a detector or segmenter."""
     return render_transfer(config, images) if is_transfer(config) else render_card(config, images)
 
 
@@ -257,7 +237,7 @@ def render_transfer(config: dict[str, Any], images: Sequence[str] = ()) -> str:
 
 
 def _results(config: dict[str, Any]) -> list[EvalResult]:
-    """What the Hub shows beside the card."""
+    """The results that the Hub shows beside the card."""
     name = config.get("dataset") or "unnamed data set"
     return [
         EvalResult(

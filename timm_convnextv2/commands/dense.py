@@ -16,21 +16,19 @@ from ..transfer.task import Task, set_up
 
 @dataclass(frozen=True)
 class Dense:
-    """`detect` or `segment`.
+    """`detect` or `segment`: dense prediction with the actions train, eval and predict.
 
     Attributes:
-        name: Of the command.
-        description: Shown by --help.
+        name: Name of the command.
+        description: Text of --help.
         task: Builds the task from the config of `train`.
-        train: Config and help of `train`.
-        actions: Config, help and function of the others.
+        actions: Config, help text and function by name; `train` has no function, as `set_up` trains any task.
     """
 
     name: str
     description: str
     task: Callable[[Any], Task]
-    train: tuple[type, str]
-    actions: dict[str, tuple[type, str, Callable[[Any], None]]]
+    actions: dict[str, tuple[type, str, Callable[[Any], None] | None]]
 
     @property
     def recipes(self) -> Path:
@@ -38,22 +36,17 @@ class Dense:
         return Path(transfer.__file__).parent / "recipes" / self.name
 
     def parse(self, words: Sequence[str]) -> tuple[str, Any, Recipe | None]:
-        """The action, its config, and the recipe below the options of `train`.
-
-        Raises:
-            ValueError: An option or a recipe is wrong.
-        """
+        """The action, its config, and the recipe whose values lie below the words."""
         parser = CommandParser(prog=f"{PROGRAM} {self.name}", description=self.description)
         subparsers = parser.add_subparsers(dest="action", required=True, metavar="train|eval|predict")
-        configs = {"train": self.train[0], **{action: entry[0] for action, entry in self.actions.items()}}
-        helps = {"train": self.train[1], **{action: entry[1] for action, entry in self.actions.items()}}
-        for action, config in configs.items():
-            add_options(subparsers.add_parser(action, help=helps[action], description=helps[action]), config)
+        for name, (config, text, _) in self.actions.items():
+            add_options(subparsers.add_parser(name, help=text, description=text), config)
         given = words_given(parser, words)
-        cls = configs[given.pop("action")]
+        action = given.pop("action")
+        cls = self.actions[action][0]
         recipe = load_recipe(given["recipe"], self.recipes) if given.get("recipe") else None
         below = [from_mapping(cls, recipe.values, f"--recipe {recipe.name}")] if recipe else []
-        return words[0], build(cls, *below, given), recipe
+        return action, build(cls, *below, given), recipe
 
     def main(self, argv: Sequence[str] | None) -> int:
         """Runs the command. A mistake in options or data is one message and exit status 2."""
@@ -65,7 +58,8 @@ class Dense:
             action, config, recipe = self.parse(words)
         except ValueError as e:
             return refused(self.name, e)
-        if action == "train":
+        act = self.actions[action][2]
+        if act is None:
             line = start_command(self.name, words)
             return run_command(
                 f"{self.name} train",
@@ -73,7 +67,7 @@ class Dense:
                 lambda world: set_up(self.task, config, recipe, world, line),
             )
         try:
-            self.actions[action][2](config)
+            act(config)
         except (ValueError, OSError, RuntimeError) as e:
             return refused(f"{self.name} {action}", e)
         return 0

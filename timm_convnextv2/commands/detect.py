@@ -11,7 +11,7 @@ from ..data import FolderSource
 from ..files import check_free, claim_folder, write_json
 from ..runs.device import check_device
 from ..transfer.backbone import Backbone
-from ..transfer.config import Compute, DetectConfig, DetectEvalConfig, DetectPredictConfig, Finding
+from ..transfer.config import Compute, DetectConfig, DetectEvalConfig, DetectPredictConfig, Inference
 from ..transfer.detection.coco import CATEGORIES_DIFFER, Coco, CocoImage, open_coco, rle_codec
 from ..transfer.detection.detector import backbone_of, classes_of, made_of_detector, open_detector
 from ..transfer.detection.metrics import evaluate_detector, find_objects, table
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: DetectEvalConfig) -> None:
     """`detect eval`."""
     data, name = config.data, config.exported.model
-    detector, backbone = _open(name, config.compute, config.finding)
+    detector, backbone = _open(name, config.compute, config.inference)
     root, masks = Path(data.data_dir), not made_of_detector(detector)["boxes_only"]
     coco = open_coco(
         root / data.val, root / data.val_images, masks=masks, drop_wrong=data.drop_wrong, in_chans=backbone.in_chans,
@@ -38,7 +38,7 @@ def evaluate(config: DetectEvalConfig) -> None:
     check_same_classes(coco.classes, classes_of(name), where, remedy=CATEGORIES_DIFFER)
     rle_codec()
     output = config.output and claim_folder(config.output, overwrite=config.exported.overwrite)
-    metrics, results = evaluate_detector(detector, coco, **_how(config.compute, config.finding))
+    metrics, results = evaluate_detector(detector, coco, **_how(config.compute, config.inference))
     say(table(metrics))
     if output:
         write_json(output / "metrics.json", metrics)
@@ -49,7 +49,7 @@ def predict(config: DetectPredictConfig) -> None:
     """`detect predict`: the objects in all images of a folder, as a JSON file that `open_coco` reads."""
     output = check_free(config.output, overwrite=config.exported.overwrite)
     classes = classes_of(config.exported.model)
-    detector, backbone = _open(config.exported.model, config.compute, config.finding)
+    detector, backbone = _open(config.exported.model, config.compute, config.inference)
     if not made_of_detector(detector)["boxes_only"]:
         rle_codec()
     source = FolderSource(config.images, backbone.in_chans, backbone.pixels)
@@ -59,7 +59,7 @@ def predict(config: DetectPredictConfig) -> None:
     images = [CocoImage(i, path, name, 0, 0, []) for i, (path, name) in enumerate(zip(paths, names, strict=True), 1)]
     coco, found = Coco(output, images, classes, list(range(1, len(classes) + 1))), []
     decoded: list[CocoImage] = []
-    for image, results in find_objects(detector, coco, **_how(config.compute, config.finding)):
+    for image, results in find_objects(detector, coco, **_how(config.compute, config.inference)):
         decoded.append(image)
         found += [result for result in results if result["score"] >= config.min_score]
     content = coco._replace(images=decoded).content()
@@ -70,24 +70,24 @@ def predict(config: DetectPredictConfig) -> None:
     say(f"{len(found)} objects in {len(images)} images: {output}")
 
 
-def _open(name: str, compute: Compute, finding: Finding) -> tuple[FasterRCNN, Backbone]:
+def _open(name: str, compute: Compute, inference: Inference) -> tuple[FasterRCNN, Backbone]:
     device = check_device(compute.device)
     detector = open_detector(name).to(device)
-    if finding.soft_nms:
-        use_soft_nms(detector, finding.soft_nms)
+    if inference.soft_nms:
+        use_soft_nms(detector, inference.soft_nms)
     return detector, backbone_of(detector).read_with(compute.nodata)
 
 
-def _how(compute: Compute, finding: Finding) -> dict[str, Any]:
-    return dict(batch_size=finding.batch_size, workers=compute.workers, amp_dtype=compute.autocast)
+def _how(compute: Compute, inference: Inference) -> dict[str, Any]:
+    return dict(batch_size=inference.batch_size, workers=compute.workers, amp_dtype=compute.autocast)
 
 
 COMMAND = Dense(
     "detect",
     "Detect objects: Mask R-CNN or Faster R-CNN on any backbone of timm, with annotations in COCO's format.",
     DetectionTask,
-    (DetectConfig, "train a detector on annotated images"),
     {
+        "train": (DetectConfig, "train a detector on annotated images", None),
         "eval": (DetectEvalConfig, "evaluate a detector on annotated images", evaluate),
         "predict": (DetectPredictConfig, "find objects in a folder of images", predict),
     },

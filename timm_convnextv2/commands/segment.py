@@ -55,18 +55,18 @@ def predict(config: SegmentPredictConfig) -> None:
     for stem, image in zip(paths, loader, strict=True):
         path = output / f"{stem}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_mask(find_classes(model, image, inference), path, model.num_classes)
+        save_mask(find_classes(model, image, inference), path, len(model.classes))
     with whole_file(output / "classes.txt") as part:
         part.write_text("".join(f"{name}\n" for name in model.classes), encoding="utf-8")
-    say(f"{len(paths)} masks with the indices of {model.num_classes} classes: {printable(os.fspath(output))}")
+    say(f"{len(paths)} masks with the indices of {len(model.classes)} classes: {printable(os.fspath(output))}")
 
 
 COMMAND = Dense(
     "segment",
     "Classify every pixel: UPerNet on any backbone of timm, with one mask per image.",
     SegmentationTask,
-    (SegmentConfig, "train a segmenter on images with masks"),
     {
+        "train": (SegmentConfig, "train a segmenter on images with masks", None),
         "eval": (SegmentEvalConfig, "evaluate a segmenter on images with masks", evaluate),
         "predict": (SegmentPredictConfig, "write masks for a folder of images", predict),
     },

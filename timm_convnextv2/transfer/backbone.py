@@ -1,4 +1,4 @@
-"""A timm model as the backbone of detection and segmentation: the maps of its last stages, and what it was made of."""
+"""A timm model as the backbone of detection and segmentation: the maps of its last stages, and its record."""
 
 import os
 from pathlib import Path
@@ -15,9 +15,11 @@ from ..checkpoint import load_model
 from ..checkpoint.files import model_pixels
 from ..checkpoint.provenance import Origin, config_beside, origin_of_config, read_config
 from ..data import Pixels, load_image
+from ..data.formats.pixels import PLAIN
 from ..models import ConvNeXtV2
 
 STAGES = 4
+NOBODY = Origin()  # random weights
 
 
 class Backbone(nn.Module):
@@ -25,19 +27,16 @@ class Backbone(nn.Module):
 
     Args:
         model: From `timm.create_model(..., features_only=True)`.
-        spec: What makes the same model again, without weights: `architecture` and `model_args`.
-        mean: Of the images in 0..1, one value a channel.
-        std: Likewise.
+        spec: Makes the same model again, without weights: `architecture` and `model_args`.
+        mean: Mean of the images in 0..1, one value per channel.
+        std: Standard deviation, one value per channel.
         img_size: Side of the square images that the weights were trained on.
         pixels: How stored values become pixels, as for the images that the weights were trained on.
-        origin: What the weights hand on: a licence that stays, and their base model.
+        origin: The licence that stays with the weights, and their base model.
 
     Attributes:
-        channels: Of each map.
-        strides: Pixels of the image per pixel of each map.
-
-    Raises:
-        ValueError: The maps are no stages: their strides do not grow.
+        channels: Channels of each map.
+        strides: Image pixels per pixel of each map.
     """
 
     def __init__(
@@ -48,8 +47,8 @@ class Backbone(nn.Module):
         mean: list[float],
         std: list[float],
         img_size: int,
-        pixels: Pixels = Pixels(),  # noqa: B008  an immutable value
-        origin: Origin = Origin(),  # noqa: B008  likewise
+        pixels: Pixels = PLAIN,
+        origin: Origin = NOBODY,
     ) -> None:
         super().__init__()
         info: Any = model.feature_info
@@ -57,22 +56,15 @@ class Backbone(nn.Module):
         self.pixels, self.origin = pixels, origin
         self.channels: list[int] = list(info.channels())[-STAGES:]
         self.strides: list[int] = list(info.reduction())[-STAGES:]
-        self._channels_last = getattr(model, "output_fmt", None) == Format.NHWC
+        self._channels_last = getattr(model, "output_fmt", None) == Format.NHWC  # Swin
         if sorted(set(self.strides)) != self.strides or len(self.strides) < 2:
             raise ValueError(
                 f"The model '{spec['architecture']}' has maps of strides {self.strides}; expected stages of growing "
-                "stride, as ConvNeXt, Swin and ResNet have them."
+                "stride, as in ConvNeXt, Swin and ResNet."
             )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The maps, finest first.
-
-        Args:
-            images: Float `[B, C, H, W]`, normalised with `mean` and `std`.
-
-        Returns:
-            `[B, channels[i], H / strides[i], W / strides[i]]` each.
-        """
+        """The maps `[B, channels[i], H / strides[i], W / strides[i]]`, finest first, of normalised images."""
         maps = self.model(images)[-STAGES:]
         return [x.permute(0, 3, 1, 2).contiguous() for x in maps] if self._channels_last else maps
 
@@ -82,53 +74,51 @@ class Backbone(nn.Module):
         return len(self.mean)
 
     def read_with(self, nodata: float | None) -> "Backbone":
-        """Itself, with another value of pixels without data in its record; None keeps the record's."""
+        """Itself, with another nodata value in its record unless that is None."""
         if nodata is not None:
             self.pixels = self.pixels._replace(nodata=nodata)
         return self
 
     def load_image(self, path: str | os.PathLike) -> Tensor:
-        """An image as in training: float `[C, H, W]`, not yet normalised.
+        """An image as in training, before normalisation: float `[C, H, W]`, integers scaled to 0..1.
 
         Raises:
-            ImageError: (a ValueError) It cannot be decoded, see `data.load_image`.
+            ImageError: (a ValueError) It cannot be decoded.
         """
         image = load_image(path, self.in_chans, self.pixels)
         return image / 255 if image.dtype == torch.uint8 else image
 
     def record(self) -> dict[str, Any]:
-        """What `open_backbone` makes the same backbone of, without weights; for a JSON file."""
+        """Plain values from which `open_backbone` makes the same backbone, without weights."""
         return dict(
             self.spec, mean=self.mean, std=self.std, img_size=self.img_size, pixels=self.pixels.record(),
             license=self.origin.license, base_model=self.origin.base_model,
         )  # fmt: skip
 
     def layer_ids(self, layer_decay_type: str = "group") -> tuple[dict[str, int], int]:
-        """The layer of each parameter for layer-wise learning rate decay, by the model's own `group_matcher`.
+        """The layer of each parameter for layer-wise learning rate decay, from the model's own `group_matcher`.
 
         Args:
-            layer_decay_type: Of a ConvNeXt V2: 'group', about three blocks a layer, as the paper transfers all sizes
+            layer_decay_type: For ConvNeXt V2: 'group', about three blocks per layer, as the paper transfers all sizes
                 (appendix A.3 and A.4), or 'single'. Other models have one kind.
 
         Returns:
-            The layer by the parameter's name here, and the layer above all of these, which is the heads'.
+            The layer by parameter name, and the layer of the heads above.
         """
-        with torch.device("meta"):  # the whole model knows its layers, features_only does not
+        with torch.device("meta"):  # only the whole model defines layers, features_only does not
             whole: Any = timm.create_model(self.spec["architecture"], pretrained=False, **self.spec["model_args"])
         if not hasattr(whole, "group_matcher"):
             raise ValueError(f"The model '{self.spec['architecture']}' has no layers for layer decay; pass 1 for none.")
         if isinstance(whole, ConvNeXtV2):
             whole.layer_decay_type = layer_decay_type
         found: Any = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
-        # features_only makes stem_0 of stem.0
+        # features_only renames stem.0 to stem_0
         layers = {name.replace(".", "_"): layer for name, layer in found.items()}
-        ids = {name: layers[_whole_name(name)] for name, _ in self.named_parameters()}
+        ids = {
+            name: layers[name.removeprefix("model.").removeprefix("model.").replace(".", "_")]
+            for name, _ in self.named_parameters()
+        }
         return ids, max(max(found.values()), max(ids.values()) + 1)
-
-
-def _whole_name(name: str) -> str:
-    name = name.removeprefix("model.")
-    return name.removeprefix("model.").replace(".", "_")
 
 
 def create_backbone(
@@ -139,50 +129,41 @@ def create_backbone(
     drop_path_rate: float | None = None,
     **kwargs: Any,
 ) -> Backbone:
-    """A backbone with its weights.
+    """A backbone with its weights, and with the record of pixels in the model's folder.
 
     Args:
         name: A model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
-        pretrained: Load the weights; else they are random.
+        pretrained: Load the weights instead of random ones.
         in_chans: Channels of the images; the model's own if None. For another number, timm adapts the first layer's
-            weights, and the images are normalised with the mean of the model's means. What the model's folder says
-            of stored values (divisor, limits, nodata) holds for the images here, too, with or without its weights.
-        drop_path_rate: Share of the residual paths that training leaves out.
-        kwargs: More of `timm.create_model`.
+            weights, and all channels are normalised with the average of the model's means.
+        drop_path_rate: Fraction of residual paths dropped in training.
+        kwargs: More arguments of `timm.create_model`.
 
     Raises:
-        ValueError: The name is unknown, the weights cannot be had, or the model has no stages.
+        ValueError: The name is unknown, the weights cannot be loaded, or the model has no stages.
     """
     if drop_path_rate is not None:
         kwargs["drop_path_rate"] = drop_path_rate
     architecture, own = _architecture(name)
     own_chans = own.get("in_chans", 3)
-    spec = {"architecture": architecture, "model_args": {**own, **kwargs, "in_chans": in_chans or own_chans}}
+    chans = in_chans or own_chans
     try:
-        if pretrained and in_chans in (None, own_chans):
+        if pretrained and chans == own_chans:
             model: Any = load_model(name, features_only=True, **kwargs)
         else:
-            model = timm.create_model(
-                name, pretrained=pretrained, features_only=True, in_chans=in_chans or own_chans, **kwargs
-            )
+            model = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=chans, **kwargs)
     except (RuntimeError, TypeError, AttributeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"The model '{name}' cannot be made with features_only ({type(e).__name__}: {e}).") from e
+        raise ValueError(f"The model '{name}' cannot be created with features_only ({type(e).__name__}: {e}).") from e
     config = resolve_model_data_config(model)
-    chans = in_chans or own_chans
-    mean, std = (_spread(config[key], chans) for key in ("mean", "std"))
+    spec = {"architecture": architecture, "model_args": {**own, **kwargs, "in_chans": chans}}
+    mean, std = (
+        list(values) if len(values) == chans else [sum(values) / len(values)] * chans
+        for values in (config["mean"], config["std"])
+    )
     return Backbone(
         model, spec, mean=mean, std=std, img_size=config["input_size"][-1], pixels=model_pixels(name, chans),
-        origin=_origin(name, model.pretrained_cfg) if pretrained else Origin(),
+        origin=_origin(name, model.pretrained_cfg) if pretrained else NOBODY,
     )  # fmt: skip
-
-
-def _origin(name: str, cfg: dict[str, Any]) -> Origin:
-    """What the weights of a model of timm, a folder or a repository hand on."""
-    source, _, place = name.partition(":")
-    if source == "local-dir":
-        return origin_of_config(config_beside({"file": place}) or cfg)
-    hub_id = place if source == "hf-hub" else cfg.get("hf_hub_id")
-    return origin_of_config((config_beside({"hf_hub_id": place}) if source == "hf-hub" else None) or cfg, hub_id)
 
 
 def open_backbone(record: dict[str, Any]) -> Backbone:
@@ -195,22 +176,28 @@ def open_backbone(record: dict[str, Any]) -> Backbone:
     )  # fmt: skip
 
 
+def _origin(name: str, cfg: dict[str, Any]) -> Origin:
+    """Licence and base model of the weights of a model of timm, a folder or a repository."""
+    source, _, place = name.partition(":")
+    if source == "local-dir":
+        return origin_of_config(config_beside({"file": place}) or cfg)
+    if source == "hf-hub":
+        return origin_of_config(config_beside({"hf_hub_id": place}) or cfg, place)
+    return origin_of_config(cfg, cfg.get("hf_hub_id"))
+
+
 def _architecture(name: str) -> tuple[str, dict[str, Any]]:
-    """The name of the model in timm, and the options that its folder or repository adds."""
+    """The model's name in timm, and the arguments in its folder or repository."""
+    source, _, place = name.partition(":")
     try:
-        if name.startswith("local-dir:"):
-            config = read_config(Path(name.removeprefix("local-dir:")) / "config.json", ours=False)
+        if source == "local-dir":
+            config = read_config(Path(place) / "config.json", ours=False)
             architecture, own = config["architecture"], config.get("model_args")
-        elif name.startswith("hf-hub:"):
-            _, architecture, own = load_model_config_from_hf(name.removeprefix("hf-hub:"))
+        elif source == "hf-hub":
+            _, architecture, own = load_model_config_from_hf(place)
         else:
             return name, {}
     except Exception:
-        load_model(name)  # says what is wrong
+        load_model(name)  # for its error message
         raise
     return architecture, dict(own or {})
-
-
-def _spread(values: tuple[float, ...], channels: int) -> list[float]:
-    """One value a channel."""
-    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels

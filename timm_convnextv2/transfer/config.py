@@ -8,17 +8,14 @@ import torch
 from ..config import option, part
 from .detection.soft_nms import METHODS
 
-# ------------------------------------------------------------------------------------------------------ shared parts
 
-
+# fmt: off
 @dataclass(frozen=True)
 class Start:
     """What a run starts from."""
 
     model: str = option("", "a model of timm, local-dir:FOLDER or hf-hub:USER/NAME", metavar="NAME")
-    recipe: str | None = option(
-        None, "settings by name, or a .yaml file; options on the command line win", metavar="NAME"
-    )
+    recipe: str | None = option(None, "settings by name, or a .yaml file; the command line wins", metavar="NAME")
     list_recipes: bool = option(False, "list the recipes and exit", recorded=False)
 
 
@@ -35,10 +32,8 @@ class Compute:
     """How images are read and where models run."""
 
     nodata: float | None = option(
-        None,
-        'stored value meaning "no data"; such pixels are filled with the mean of the others (default: the model\'s)',
-        metavar="V",
-    )
+        None, 'stored value meaning "no data"; such pixels are filled with the mean of the others (default: as the '
+        "model was trained)", metavar="V")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "", metavar="NAME")
     amp: bool = option(False, "mixed precision", negatable=True)
     amp_dtype: str = option("bfloat16", "", choices=("bfloat16", "float16"))
@@ -52,7 +47,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class BackboneOptions:
-    """The model below pyramid and heads."""
+    """The backbone of a new model."""
 
     from_scratch: bool = option(False, "random weights in the backbone, for comparison")
     frozen: bool = option(False, "train only what stands on the backbone")
@@ -71,8 +66,8 @@ class Crops:
     vflip: float = option(0.0, "probability of a vertical flip", metavar="P")
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1]:
-            low, high = self.scale
+        low, high = self.scale
+        if not 0 < low <= high:
             raise ValueError(f"--scale {low:g} {high:g}: expected two factors above 0, the smaller one first.")
 
 
@@ -102,9 +97,8 @@ class RunOptions:
 
     output: str = option("output", "", metavar="DIR")
     experiment: str = option("", "sub-folder of --output (default: time, task and model)", metavar="NAME")
-    resume: str = option(
-        "", "auto: continue the run of --experiment if there is one", choices=("", "auto"), recorded=False
-    )
+    resume: str = option("", "auto: continue the run of --experiment if there is one", choices=("", "auto"),
+                         recorded=False)
     overwrite: bool = option(False, "first remove what an earlier run wrote to the folder", recorded=False)
     eval_interval: int = option(1, "epochs between evaluations", metavar="N", at_least=1)
     shown_images: int = option(4, "images drawn at each evaluation", metavar="N", at_least=0)
@@ -143,8 +137,7 @@ class DetectModel(BackboneOptions):
     boxes_only: bool = option(False, "Faster R-CNN: boxes without masks")
     out_channels: int = option(256, "channels of the pyramid", metavar="N", at_least=1)
     detector_kwargs: dict[str, Any] = option(
-        {}, "more options of torchvision's MaskRCNN, such as box_detections_per_img=300"
-    )
+        {}, "more options of torchvision's MaskRCNN, such as box_detections_per_img=300")
 
 
 @dataclass(frozen=True)
@@ -152,11 +145,8 @@ class DetectCrops(Crops):
     """Large-scale jitter, and the size in evaluation."""
 
     test_size: tuple[int, int] | None = option(
-        None,
-        "image size in evaluation: shorter side, and limit of the longer one (default: --img-size for both)",
-        metavar=("SHORT", "LONG"),
-        at_least=1,
-    )
+        None, "image size in evaluation: shorter side, and limit of the longer one (default: --img-size for both)",
+        metavar=("SHORT", "LONG"), at_least=1)
 
 
 @dataclass(frozen=True)
@@ -164,8 +154,7 @@ class DetectLearning(Learning):
     """With the defaults of the paper's appendix A.3."""
 
     decay_epochs: tuple[float, ...] = option(
-        (27.0, 33.0), "epochs after which 'step' divides the learning rate by 10", metavar="N"
-    )
+        (27.0, 33.0), "epochs after which 'step' divides the learning rate by 10", metavar="N")
 
 
 @dataclass(frozen=True)
@@ -182,15 +171,12 @@ class DetectConfig:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Inference:
     """How an exported detector runs."""
 
     soft_nms: str | None = option(
-        None,
-        "lower the scores of boxes that overlap better ones, as in the paper, instead of removing them "
-        "(default: remove)",
-        choices=METHODS,
-    )
+        None, "lower the scores of boxes that overlap better ones, as in the paper, instead of removing them "
+        "(default: remove)", choices=METHODS)
     batch_size: int = option(2, "images per batch", short="-b", metavar="N", at_least=1)
 
 
@@ -202,7 +188,7 @@ class DetectEvalConfig:
     data: DetectData = part(DetectData)
     output: str | None = option(None, "folder for metrics.json and predictions.json", metavar="DIR")
     compute: Compute = part(Compute)
-    finding: Finding = part(Finding)
+    inference: Inference = part(Inference)
 
 
 @dataclass(frozen=True)
@@ -214,7 +200,7 @@ class DetectPredictConfig:
     output: str = option(..., "JSON file to write, in COCO's format", metavar="FILE")
     min_score: float = option(0.05, "leave out objects with a lower score", metavar="X")
     compute: Compute = part(Compute)
-    finding: Finding = part(Finding)
+    inference: Inference = part(Inference)
 
 
 # ------------------------------------------------------------------------------------------------------- segmentation
@@ -225,18 +211,13 @@ class SegmentData:
     """Images with masks."""
 
     data_dir: str = option(
-        "",
-        "folder with SPLIT/images and SPLIT/masks, or images/SPLIT and masks/SPLIT, for the splits train and "
-        "validation",
-        metavar="DIR",
-    )
+        "", "folder with SPLIT/images and SPLIT/masks, or images/SPLIT and masks/SPLIT, for the splits train and "
+        "validation", metavar="DIR")
     classes: str | None = option(
-        None, "class names, one per line, line 1 is index 0 (default: DATA_DIR/classes.txt)", metavar="FILE"
-    )
+        None, "class names, one per line, line 1 is index 0 (default: DATA_DIR/classes.txt)", metavar="FILE")
     ignore_index: int = option(255, "value in masks of pixels that do not count", metavar="N")
     reduce_zero_label: bool = option(
-        False, "0 in a mask means no class and the first class is 1, as in ADE20K", negatable=True
-    )
+        False, "0 in a mask means no class and the first class is 1, as in ADE20K", negatable=True)
 
 
 @dataclass(frozen=True)
@@ -244,17 +225,16 @@ class Sliding:
     """How a segmenter runs on whole images."""
 
     short_side: int | None = option(
-        None,
-        "resize images so that the shorter side has N pixels (default: their own size)",
-        metavar="N",
-        at_least=1,
-    )
+        None, "resize images so that the shorter side has N pixels (default: their own size)", metavar="N", at_least=1)
     window: int | None = option(
-        None, "evaluate in sliding windows of N pixels (default: whole images)", metavar="N", at_least=1
-    )
+        None, "evaluate in sliding windows of N pixels (default: whole images)", metavar="N", at_least=1)
     stride: int | None = option(
-        None, "pixels between windows (default: two thirds of --window)", metavar="N", at_least=1
-    )
+        None, "pixels between windows (default: two thirds of --window)", metavar="N", at_least=1)
+
+    def __post_init__(self) -> None:
+        if self.stride is not None and self.stride > (self.window or 0):
+            window = self.window or "not given"
+            raise ValueError(f"--stride is {self.stride}, expected 1 to --window, which is {window}.")
 
 
 @dataclass(frozen=True)
@@ -262,8 +242,7 @@ class Averaging(Sliding):
     """The same, averaged over scales and flips."""
 
     scales: tuple[float, ...] = option(
-        (1.0,), "relative image sizes whose probabilities are averaged", metavar="X", above=0
-    )
+        (1.0,), "relative image sizes whose probabilities are averaged", metavar="X", above=0)
     flip: bool = option(False, "average with the mirrored image")
 
 
@@ -281,19 +260,17 @@ class SegmentCrops(Crops):
 
     img_size: int = option(512, "side of the training crops in pixels", metavar="N", at_least=1)
     scale: tuple[float, float] = option(
-        (0.5, 2.0), "image size before the crop, relative to the original or to --short-side", metavar="X"
-    )
+        (0.5, 2.0), "image size before the crop, relative to its own or to --short-side", metavar="X")
     colours: bool = option(True, "distort the colours of images with three channels")
 
 
 @dataclass(frozen=True)
 class SegmentLearning(Learning):
-    """With the defaults for small data; the recipes have the paper's."""
+    """With defaults for small data; the recipes have the paper's."""
 
     epochs: int = option(100, "passes over the images", metavar="N", at_least=1)
-    batch_size: int = option(
-        8, "images per process and step, at least 2 for batch normalisation", short="-b", metavar="N", at_least=2
-    )
+    # one image per batch has no batch statistics
+    batch_size: int = option(8, "images per process and step, at least 2", short="-b", metavar="N", at_least=2)
     sched: str = option("poly", "poly: linear to 0", choices=("poly", "cosine"))
     warmup_updates: int = option(0, "updates of linear warmup", metavar="N", at_least=0)
     updates: int | None = option(None, "length of the run in updates, instead of --epochs", metavar="N", at_least=1)

@@ -1,4 +1,4 @@
-"""Parameter groups of a detector or segmenter: layer decay in the backbone, the full rate above it."""
+"""Parameter groups of a detector or segmenter: layer decay in the backbone, the full learning rate above it."""
 
 from typing import Any
 
@@ -15,35 +15,24 @@ def parameter_groups(
     layer_decay: float = 1.0,
     layer_decay_type: str = "group",
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer, with `lr_scale` beside `weight_decay` and `params`.
+    """Groups for an optimizer, with `lr_scale` and `names` beside `weight_decay` and `params`; no frozen parameters.
 
-    The learning rate of layer i of L in the backbone is scaled by `layer_decay ** (L - i)`, everything else (pyramid,
-    heads) learns at the full rate; vectors and scalars (biases, norms) have no weight decay. Source: `layer_wise` of
-    the official code's `LearningRateDecayOptimizerConstructor` for mmdetection and mmsegmentation.
-
-    Args:
-        model: Contains the backbone.
-        backbone: Its layers decay.
-        weight_decay: For matrices and filters.
-        layer_decay: Rate of a layer relative to the next higher one, in (0, 1]; 1 for the same rate everywhere.
-        layer_decay_type: See `Backbone.layer_ids`.
-
-    Returns:
-        One group per scale and weight decay, with parameter names as `names`, without frozen parameters.
+    Layer i of L in the backbone learns at `layer_decay ** (L - i)` of the rate, everything else at the full rate;
+    vectors and scalars (biases, norms) have no weight decay. Source: `layer_wise` of the official code's
+    `LearningRateDecayOptimizerConstructor` for mmdetection and mmsegmentation.
 
     Raises:
-        ValueError: The backbone is not part of the model, the decay is out of range, or the model defines no layers.
+        ValueError: The backbone is not part of the model, the decay is not in (0, 1], or the model defines no layers.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay is {layer_decay}, expected a number above 0 and at most 1.")
     prefix = next((name for name, module in model.named_modules() if module is backbone), None)
     if prefix is None:
         raise ValueError("The backbone is not a part of the model.")
-    prefix = f"{prefix}." if prefix else ""
     scales: dict[str, float] = {}
     if layer_decay < 1:
         ids, top = backbone.layer_ids(layer_decay_type)
-        scales = {prefix + name: layer_decay ** (top - layer) for name, layer in ids.items()}
+        scales = {f"{prefix}.{name}".lstrip("."): layer_decay ** (top - layer) for name, layer in ids.items()}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

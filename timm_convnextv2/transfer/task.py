@@ -18,50 +18,37 @@ from ..runs.loop import Limits
 from ..runs.plan import Plan
 from ..runs.trainer import Learning as HowToLearn
 from ..runs.world import World
-from .backbone import Backbone
+from .backbone import Backbone, create_backbone
 from .config import DetectConfig, SegmentConfig
 from .groups import parameter_groups
 from .loop import WRITTEN, Schedule, TransferRun, create_loader, create_trainer, plan_updates
 
 # A run that resumes must have the same: the order of images, the weights and the schedule depend on them.
+# fmt: off
 FIXED = (
-    "model",
-    "model_kwargs",
-    "in_chans",
-    "classes",
-    "num_images",
-    "world_size",
-    "batch_size",
-    "grad_accum_steps",
-    "seed",
-    "total_updates",
-    "opt",
-    "model_ema",
-    "frozen",
-    "layer_decay",
-    "layer_decay_type",
-    "pixels",
+    "model", "model_kwargs", "in_chans", "classes", "num_images", "world_size", "batch_size", "grad_accum_steps",
+    "seed", "total_updates", "opt", "model_ema", "frozen", "layer_decay", "layer_decay_type", "pixels",
 )
+# fmt: on
 
 
 class Task(ABC):
-    """Detection or segmentation: its data, its model, and its evaluation. Built from a config; writes nothing.
+    """Detection or segmentation: its data, its model, and its evaluation. Built from a config; writes nothing itself.
 
     Attributes:
-        name: 'detection' or 'segmentation'.
-        command: 'detect' or 'segment'.
         fixed: Settings besides `FIXED` that a resumed run must repeat.
+        main_metric: Its title and its name.
         model: In train mode `model(images, targets)` returns losses by name.
-        backbone: The part of the model that was pretrained.
-        classes: Class names.
         samples: `samples[epoch, index]` is a sample for `collate`.
-        data: What is trained on, in words.
-        num_validation: Images to evaluate on.
+        data: The training data in words.
+        num_validation: Number of images to evaluate on.
     """
 
     name: ClassVar[str]
     command: ClassVar[str]
-    fixed: ClassVar[tuple[str, ...]] = ()
+    fixed: ClassVar[tuple[str, ...]]
+    main_metric: ClassVar[tuple[str, str]]
+    collate: Callable[[list], tuple[Any, Any]]
     model: nn.Module
     backbone: Backbone
     classes: list[str]
@@ -70,36 +57,19 @@ class Task(ABC):
     num_validation: int
 
     @abstractmethod
-    def collate(self, samples: list) -> tuple[Any, Any]:
-        """Joins samples to a batch `(images, targets)`."""
-
-    @abstractmethod
     def schedule(self) -> Schedule:
         """The optimizer, and how its learning rate changes."""
 
+    @abstractmethod
     def check(self) -> list[str]:
-        """Reads the data before training, on rank 0, and returns notes for the user.
-
-        Raises:
-            ValueError: Data that cannot be used.
-        """
-        return []
+        """Checks the data on rank 0 before training; returns notes for the user, raises a `ValueError` for faults."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, world: World, shown: int) -> tuple[dict[str, Any], Any]:
-        """Measures a model on the validation images, on all processes.
-
-        Args:
-            model: In eval mode.
-            world: The processes that share the images.
-            shown: Number of images that `draw` will show.
-
-        Returns:
-            The metrics by name, and what was found.
-        """
+        """Metrics by name, and what `model` found in the validation images; all processes share the work."""
 
     @abstractmethod
-    def draw(self, path: Path, found: Any, metrics: dict[str, Any], shown: int) -> None:
+    def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
         """Draws what was found in some images beside the truth, as a PNG."""
 
     @abstractmethod
@@ -107,30 +77,31 @@ class Task(ABC):
         """Writes the model to a folder; `about` has `metrics`, `dataset` and `info` for its card."""
 
     @abstractmethod
-    def table(self, metrics: dict[str, Any]) -> str:
-        """The metrics as text."""
+    def finish(self, folder: Path, found: Any, metrics: dict[str, Any]) -> str:
+        """Writes what else belongs to the end of a run; returns the metrics as a table."""
 
-    def finish(self, found: Any, folder: Path) -> None:  # noqa: B027  not every task has more to write
-        """Writes more at the end of a run."""
+
+def new_backbone(config: DetectConfig | SegmentConfig) -> Backbone:
+    """The backbone that the options ask for. Seeds PyTorch, as weights may be random."""
+    torch.manual_seed(config.learning.seed)
+    options = config.model
+    return create_backbone(
+        config.start.model, pretrained=not options.from_scratch, in_chans=options.in_chans,
+        drop_path_rate=options.drop_path, **options.model_kwargs,
+    ).read_with(config.compute.nodata)  # fmt: skip
 
 
 def set_up(
     task_of: Callable[[Any], Task], config: DetectConfig | SegmentConfig, recipe: Recipe | None, world: World, line: str
 ) -> TransferRun | None:
-    """Opens and checks everything a run needs, and only then writes to its folder.
+    """Opens and checks everything a run needs, and only then writes to its folder. Returns None after --dry-run.
 
     Args:
         task_of: Builds the task from the config.
         config: The options.
-        recipe: Where some of them came from.
+        recipe: Source of some options, for a note.
         world: The processes.
         line: The command line, for args.yaml.
-
-    Returns:
-        The run; None after --dry-run.
-
-    Raises:
-        ValueError: A mistake in options, data or folder.
     """
     options, learning = config.run, config.learning
     if not config.start.model:
@@ -197,11 +168,12 @@ def evaluate_epoch(
     metrics, found = task.evaluate(model, world, shown)
     if world.primary:
         if shown:
-            task.draw(folder / "predictions" / f"epoch-{epoch:04d}.png", found, {**metrics, "epoch": epoch}, shown)
+            path = folder / "predictions" / f"epoch-{epoch:04d}.png"
+            name, key = task.main_metric
+            task.draw(path, found, f"epoch {epoch}, {name} {metrics[key]:.3f}", shown)
         task.export(model, folder / "model", metrics=metrics, **about)
         if last:
-            task.finish(found, folder)
-            world.print(task.table(metrics))
+            world.print(task.finish(folder, found, metrics))
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 

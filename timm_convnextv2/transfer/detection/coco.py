@@ -40,21 +40,13 @@ class CocoImage(NamedTuple):
 
 
 class Coco(NamedTuple):
-    """Annotations that passed every check.
-
-    Attributes:
-        file: The JSON file.
-        images: In the order of the file.
-        classes: Names in the order of `category_ids`.
-        category_ids: Sorted ids of the file; label `i` of a detector is number `i - 1` here, as 0 is the background.
-        left_out: Number of wrong annotations that were dropped.
-    """
+    """Annotations that passed every check."""
 
     file: Path
     images: list[CocoImage]
-    classes: list[str]
-    category_ids: list[int]
-    left_out: int = 0
+    classes: list[str]  # in the order of `category_ids`
+    category_ids: list[int]  # sorted; label i of a detector is number i - 1 here, as 0 is the background
+    left_out: int = 0  # wrong annotations that were dropped
 
     @property
     def annotations(self) -> list[dict[str, Any]]:
@@ -69,11 +61,7 @@ class Coco(NamedTuple):
 
 
 def rle_codec() -> Any:
-    """The module that encodes and decodes COCO's masks.
-
-    Raises:
-        ValueError: faster-coco-eval is not installed.
-    """
+    """The module that encodes and decodes COCO's masks; a `ValueError` if it is not installed."""
     try:
         from faster_coco_eval.core import mask
     except ImportError as e:
@@ -99,12 +87,10 @@ def open_coco(
             (`iscrowd`), and images may have no annotations.
         folder: The images' `file_name` is relative to it.
         masks: Every annotation needs a `segmentation`, polygons or RLE.
-        drop_wrong: Drop and count wrong annotations (no area, outside of the image, broken mask) instead of raising.
+        drop_wrong: Drop and count wrong annotations (no area, outside of the image, broken mask) instead of raising a
+            `ValueError` with the count and the first names of each kind.
         in_chans: Decode some images to this number of channels and compare their sizes; None skips that.
         pixels: How stored values become pixels.
-
-    Raises:
-        ValueError: The first kind of fault, with its count and the first names.
     """
     file, folder = Path(file), Path(folder)
     content = _read(file)
@@ -251,11 +237,7 @@ def _refuse(wrong: Sequence[Any], file: Path, what: str, names: Iterable[str], h
 
 
 def check_sizes(coco: Coco, in_chans: int, pixels: Pixels = PLAIN) -> None:
-    """Decodes some of the images.
-
-    Raises:
-        ValueError: An image cannot be decoded, or its size is not the one in the annotations.
-    """
+    """Decodes some of the images and compares their sizes with the annotations."""
     source = ImageFiles([image.path for image in coco.images], in_chans, pixels)
     sizes: list[tuple[int, int]] = []
     bad = check_readable(source, look=lambda x: sizes.append((x.shape[-2], x.shape[-1])))
@@ -362,7 +344,7 @@ def large_scale_jitter(
             v2.RandomVerticalFlip(vflip),
             v2.ScaleJitter((size, size), scale),
             v2.RandomCrop((size, size), pad_if_needed=True),
-            v2.SanitizeBoundingBoxes(min_size=1, labels_getter=lambda sample: sample[1]["labels"]),
+            v2.SanitizeBoundingBoxes(min_size=1),
         ]
     )
 

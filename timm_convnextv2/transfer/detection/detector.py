@@ -137,10 +137,6 @@ def export_detector(
         metrics: Results on the validation images, see `average_precision`; the README states them.
         dataset: Name of the data set of these results.
         info: How the detector was made, for a table in the README.
-
-    Raises:
-        ValueError: The number of names is wrong, or a weight is not finite.
-        WriteError: (an OSError) A file cannot be written.
     """
     made_of = dict(made_of_detector(detector))
     if len(classes) != made_of["num_classes"]:
@@ -165,11 +161,7 @@ def made_of_detector(detector: Any) -> dict[str, Any]:
 def open_detector(folder: str | os.PathLike) -> FasterRCNN:
     """A detector that `export_detector` wrote, in eval mode on the CPU.
 
-    Args:
-        folder: Its folder, the folder of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
-
-    Raises:
-        ValueError: There is no detector, or its files do not fit together.
+    `folder` is its folder, the folder of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
     """
     place, config = read_transfer(folder, "detection")
     try:
@@ -183,9 +175,5 @@ def open_detector(folder: str | os.PathLike) -> FasterRCNN:
 
 
 def classes_of(folder: str | os.PathLike) -> list[str]:
-    """Names of the labels 1, 2, ... of an exported detector.
-
-    Raises:
-        ValueError: The folder has none.
-    """
+    """Names of the labels 1, 2, ... of an exported detector."""
     return list(read_transfer(folder, "detection")[1]["classes"])

@@ -94,15 +94,7 @@ def _results(found: dict[str, Tensor], image_id: int, category_ids: list[int]) -
 def average_precision(coco: Coco, results: list[Result], *, masks: bool) -> dict[str, float]:
     """COCO's twelve numbers, for boxes as `box_*` and for masks as `mask_*`, in 0..1; -1 if no object counts.
 
-    Computed by faster-coco-eval.
-
-    Args:
-        coco: The truth.
-        results: Results of `find_objects` on all images of `coco`.
-        masks: Evaluate masks as well; the truth and the results must have them.
-
-    Raises:
-        ValueError: faster-coco-eval is not installed.
+    Computed by faster-coco-eval from the results of `find_objects` on all images of `coco`.
     """
     rle_codec()  # for its error message
     from faster_coco_eval import COCO, COCOeval_faster
@@ -123,14 +115,7 @@ def average_precision(coco: Coco, results: list[Result], *, masks: bool) -> dict
 def evaluate_detector(
     detector: FasterRCNN, coco: Coco, *, world: World | None = None, **how: Any
 ) -> tuple[dict[str, float], list[Result]]:
-    """Average precision on images, and the results; the same on all processes.
-
-    Args:
-        detector: From `build_detector`.
-        coco: The images with the truth.
-        world: The processes that share the images; None for this process alone.
-        how: More arguments of `find_objects`.
-    """
+    """Average precision on images, and the results, the same on all processes; `how` goes to `find_objects`."""
     results = [result for _, found in find_objects(detector, coco, world=world, **how) for result in found]
     if world is not None:
         results = world.gather(results)
@@ -159,9 +144,6 @@ def save_found(
         results: Results of a detector.
         image_ids: The images to draw, one per row.
         min_score: Objects with a lower score are left out.
-
-    Raises:
-        WriteError: (an OSError) It cannot be written.
     """
     from matplotlib.figure import Figure
 

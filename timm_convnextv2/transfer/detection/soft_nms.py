@@ -31,12 +31,8 @@ def soft_nms(
 
     Returns:
         Indices `[K]`, and the decayed scores `[K]` in descending order.
-
-    Raises:
-        ValueError: An unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"The method of soft-NMS is {method!r}, expected {' or '.join(METHODS)}.")
+    _check_method(method)
     scores = scores.clone()
     kept: list[int] = []
     decayed: list[float] = []
@@ -56,14 +52,17 @@ def soft_nms(
     return torch.tensor(kept, dtype=torch.int64, device=boxes.device), scores.new_tensor(decayed)
 
 
-def use_soft_nms(detector: FasterRCNN, method: str = "linear") -> FasterRCNN:
-    """Replaces the NMS of a detector's final boxes by soft-NMS; proposals keep NMS.
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"The method of soft-NMS is {method!r}, expected {' or '.join(METHODS)}.")
 
-    Args:
-        detector: From `build_detector` or `open_detector`; changed in place and returned.
-        method: See `soft_nms`; the threshold is the detector's `box_nms_thresh`.
+
+def use_soft_nms(detector: FasterRCNN, method: str = "linear") -> FasterRCNN:
+    """Replaces the NMS of a detector's final boxes by soft-NMS, in place; proposals keep NMS.
+
+    The threshold is the detector's `box_nms_thresh`.
     """
-    soft_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0), method)  # raises for an unknown method
+    _check_method(method)
     heads: Any = detector.roi_heads
     limit, threshold, all_boxes = heads.detections_per_img, heads.nms_thresh, heads.postprocess_detections
     heads.detections_per_img, heads.nms_thresh = sys.maxsize, 1.0  # torchvision suppresses and drops nothing itself

@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...console import check_same_classes
 from ...files import write_json
 from ...runs.world import World
-from ..backbone import create_backbone
 from ..config import DetectConfig
 from ..loop import Schedule
-from ..task import Task
+from ..task import Task, new_backbone
 from .coco import CATEGORIES_DIFFER, DetectionSamples, check_sizes, collate, large_scale_jitter, open_coco, rle_codec
 from .detector import build_detector, export_detector
 from .metrics import Result, evaluate_detector, save_found, table
@@ -21,7 +18,9 @@ class DetectionTask(Task):
     """Mask R-CNN or Faster R-CNN on annotated images."""
 
     name, command = "detection", "detect"
+    main_metric = ("box AP", "box_ap")
     fixed = ("boxes_only", "out_channels")
+    collate = staticmethod(collate)
 
     def __init__(self, config: DetectConfig) -> None:
         rle_codec()
@@ -34,11 +33,7 @@ class DetectionTask(Task):
             raise ValueError(f"'{coco.file}' has no annotations: there is nothing to learn.")
         files = (f"'{self.validation.file}'", f"'{coco.file}'")
         check_same_classes(self.validation.classes, coco.classes, files, remedy=CATEGORIES_DIFFER)
-        torch.manual_seed(config.learning.seed)
-        self.backbone = create_backbone(
-            config.start.model, pretrained=not options.from_scratch, in_chans=options.in_chans,
-            drop_path_rate=options.drop_path, **options.model_kwargs,
-        ).read_with(config.compute.nodata)  # fmt: skip
+        self.backbone = new_backbone(config)
         reading: dict[str, Any] = dict(in_chans=self.backbone.in_chans, pixels=self.backbone.pixels)
         for part in (coco, self.validation):
             check_sizes(part, **reading)
@@ -56,9 +51,6 @@ class DetectionTask(Task):
         self.data = f"{len(coco.images)} images with {len(coco.annotations)} objects of {len(coco.classes)} classes"
         self._left_out = coco.left_out + self.validation.left_out
 
-    def collate(self, samples: list) -> tuple[Any, Any]:
-        return collate(samples)
-
     def schedule(self) -> Schedule:
         learning = self._config.learning
         steps = tuple(epoch / learning.epochs for epoch in learning.decay_epochs)
@@ -74,7 +66,7 @@ class DetectionTask(Task):
             amp_dtype=compute.autocast, world=world,
         )  # fmt: skip
 
-    def draw(self, path: Path, found: Any, metrics: dict[str, Any], shown: int) -> None:
+    def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
         images = self.validation.images
         ids = [image.id for image in images if image.annotations][:shown] or [images[0].id]
         save_found(path, self._truth, found, ids)
@@ -82,8 +74,6 @@ class DetectionTask(Task):
     def export(self, model: Any, folder: Path, **about: Any) -> None:
         export_detector(model, folder, classes=self.classes, **about)
 
-    def table(self, metrics: dict[str, Any]) -> str:
-        return table(metrics)
-
-    def finish(self, found: Any, folder: Path) -> None:
+    def finish(self, folder: Path, found: Any, metrics: dict[str, Any]) -> str:
         write_json(folder / "predictions" / "validation.json", found)
+        return table(metrics)

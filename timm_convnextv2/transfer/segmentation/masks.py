@@ -28,11 +28,7 @@ SHOWN = 3  # names in a message
 
 
 def load_mask(path: str | os.PathLike) -> np.ndarray:
-    """The values of a mask, int64 `[H, W]`: the indices of a palette image, or the values of a one-channel image.
-
-    Raises:
-        ValueError: The file cannot be decoded, has colours instead of indices, or is a JPEG, whose values are inexact.
-    """
+    """The values of a mask, int64 `[H, W]`: the indices of a palette image, or the values of a one-channel image."""
     name = printable(path)
     try:
         with open_image_file(os.fspath(path)) as file, Image.open(file) as image:
@@ -48,11 +44,7 @@ def load_mask(path: str | os.PathLike) -> np.ndarray:
 
 
 def read_classes(path: str | os.PathLike) -> list[str]:
-    """Class names from a text file: line 1 is the name of index 0.
-
-    Raises:
-        ValueError: It cannot be read, has fewer than two names, a blank line between them, or a duplicate.
-    """
+    """Class names from a text file: line 1 is the name of index 0."""
     shown = printable(path)
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
@@ -83,9 +75,6 @@ class MaskedImages(Dataset):
 
     Attributes:
         unused: Masks without an image.
-
-    Raises:
-        ValueError: A folder is missing or has no images, images have no mask, or several have the same stem.
     """
 
     def __init__(
@@ -129,19 +118,13 @@ class MaskedImages(Dataset):
             return mask
         return np.where((mask == 0) | (mask == self.ignore_index), self.ignore_index, mask - 1)
 
-    def check(self, workers: int = 8) -> np.ndarray:
-        """Reads all masks and the size of all images before a run begins.
-
-        Args:
-            workers: Threads that read.
-
-        Returns:
-            Pixels of each class, int64 `[num_classes]`.
+    def check(self) -> np.ndarray:
+        """Reads all masks and the size of all images; returns the pixels of each class, int64 `[num_classes]`.
 
         Raises:
             ValueError: All faults, with counts and the first names.
         """
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(8) as pool:
             masks = list(pool.map(self._check_mask, range(len(self))))
         start = int(self.reduce_zero_label)
         span = f"{start} to {len(self.classes) - 1 + start}, and {self.ignore_index} for none"
@@ -230,15 +213,10 @@ def _first(names: Sequence[str]) -> str:
 
 
 def open_split(root: str | os.PathLike, split: str) -> tuple[Path, Path]:
-    """The folders of images and masks of a split.
+    """The folders of images and masks of a split: 'train', 'validation' or 'test'.
 
-    Args:
-        root: Has `SPLIT/images` and `SPLIT/masks`, or `images/SPLIT` and `masks/SPLIT`; the masks' folder may also be
-            called annotations or labels, and the splits have timm's names (training, val, ...).
-        split: 'train', 'validation' or 'test'.
-
-    Raises:
-        ValueError: There are no such folders.
+    `root` has `SPLIT/images` and `SPLIT/masks`, or `images/SPLIT` and `masks/SPLIT`. The masks' folder may also be
+    called annotations or labels; the splits may have any of timm's names (training, val, ...).
     """
     root = Path(root)
     for name in SPLITS[split]:
@@ -315,13 +293,7 @@ def as_float(image: Tensor) -> Tensor:
 
 
 class TrainSamples(Dataset):
-    """Samples `(image, target)` whose random numbers depend on (seed, epoch, index) only.
-
-    Args:
-        data: The images.
-        transform: See `TrainTransform`.
-        seed: Seed of the transform.
-    """
+    """Samples `(image, target)` whose random numbers depend on (seed, epoch, index) only."""
 
     def __init__(self, data: MaskedImages, transform: TrainTransform, seed: int = 0) -> None:
         self.data, self.transform, self.seed = data, transform, seed
@@ -334,3 +306,9 @@ class TrainSamples(Dataset):
         sample = self.data[index]
         with seeded(sample_seed(self.seed, epoch, index)):
             return self.transform(*sample)
+
+
+def collate(samples: list) -> tuple[Tensor, Tensor]:
+    """Images `[B, C, H, W]` and classes `[B, H, W]`."""
+    images, targets = zip(*samples, strict=True)
+    return torch.stack(images), torch.stack(targets)

@@ -21,15 +21,7 @@ from .sliding import predict
 
 
 class Confusion:
-    """Counts of pixels by true and predicted class.
-
-    Args:
-        num_classes: Number of classes.
-        ignore_index: Target value of pixels that do not count.
-
-    Attributes:
-        counts: int64 `[true class, predicted class]`, on the CPU.
-    """
+    """Counts of pixels, int64 `[true class, predicted class]` on the CPU, without targets of `ignore_index`."""
 
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
         self.num_classes, self.ignore_index = num_classes, ignore_index
@@ -49,9 +41,6 @@ class Confusion:
     def measures(self) -> dict[str, Any]:
         """`miou`, the mean IoU over classes in the targets or predictions; `accuracy` of the pixels; `mean_accuracy`
         over classes in the targets; `iou`, one number per class, None if it is in neither.
-
-        Raises:
-            ValueError: No pixel was counted.
         """
         counts = self.counts.double()
         if not counts.sum():
@@ -68,23 +57,14 @@ class Confusion:
 
 
 class Inference(NamedTuple):
-    """How a segmenter is run on whole images.
+    """How a segmenter is run on whole images; see `sliding.predict`."""
 
-    Attributes:
-        short_side: Pixels that the shorter side is resized to; None keeps the image's size.
-        window: Side of sliding windows in pixels, None for whole images.
-        stride: See `sliding.slide`.
-        scales: See `sliding.predict`.
-        flip: Average with the mirrored image.
-        amp_dtype: Type of mixed precision, None for float32.
-    """
-
-    short_side: int | None = None
+    short_side: int | None = None  # pixels that the shorter side is resized to; None keeps the image's size
     window: int | None = None
     stride: int | None = None
     scales: Sequence[float] = (1.0,)
     flip: bool = False
-    amp_dtype: torch.dtype | None = None
+    amp_dtype: torch.dtype | None = None  # type of mixed precision, None for float32
 
 
 WHOLE = Inference()
@@ -128,9 +108,6 @@ def evaluate_segmenter(
 
     Returns:
         `Confusion.measures`, and the classes `[H, W]` found in the kept images, by image index.
-
-    Raises:
-        ValueError: An image or a mask cannot be read, or no pixel has a class.
     """
     rank, size = (0, 1) if world is None else (world.rank, world.size)
     kept = {i * len(data) // keep for i in range(min(keep, len(data)))} if keep else set()
@@ -163,11 +140,7 @@ def table(measures: dict[str, Any], classes: Sequence[str]) -> str:
 
 
 def save_mask(classes: Tensor, path: str | Path, num_classes: int) -> None:
-    """Writes classes `[H, W]` as an index PNG with a palette; as a 16-bit PNG for more than 256 classes.
-
-    Raises:
-        WriteError: (an OSError) It cannot be written.
-    """
+    """Writes classes `[H, W]` as an index PNG with a palette; as a 16-bit PNG for more than 256 classes."""
     if num_classes > 256:
         image = Image.fromarray(classes.numpy().astype(np.uint16))
     else:
@@ -186,14 +159,7 @@ def palette(num_classes: int) -> np.ndarray:
 def save_segmentations(path: str | Path, data: MaskedImages, found: dict[int, Tensor], title: str = "") -> None:
     """Draws images, their masks and the classes found, one row per image, as a PNG; grey pixels have no class.
 
-    Args:
-        path: PNG to write; its folder is created if needed.
-        data: The images.
-        found: Classes by image index, see `evaluate_segmenter`.
-        title: Title of the figure.
-
-    Raises:
-        WriteError: (an OSError) It cannot be written.
+    `found` has classes by image index, see `evaluate_segmenter`.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch

@@ -57,11 +57,6 @@ class Segmenter(nn.Module):
         for name, values in (("mean", backbone.mean), ("std", backbone.std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.classes)
-
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """Losses in train mode, logits in eval mode.
 
@@ -73,9 +68,6 @@ class Segmenter(nn.Module):
         Returns:
             In train mode a dict of scalars: `loss_seg`, and `loss_aux` (weighted). In eval mode logits
             `[B, num_classes, H, W]`.
-
-        Raises:
-            ValueError: No targets in train mode, or a single image (batch normalisation needs several).
         """
         if self.training and targets is None:
             raise ValueError("A segmenter in train mode needs images and targets; call eval() for logits.")
@@ -138,10 +130,6 @@ def export_segmenter(
         metrics: Results on the validation images, see `Confusion.measures`; the README states them.
         dataset: Name of the data set of these results.
         info: How the segmenter was made, for a table in the README.
-
-    Raises:
-        ValueError: A weight is not finite.
-        WriteError: (an OSError) A file cannot be written.
     """
     config = dict(
         task="segmentation", classes=model.classes, backbone=model.backbone.record(),
@@ -153,12 +141,7 @@ def export_segmenter(
 def open_segmenter(folder: str | Path, device: str | torch.device = "cpu") -> Segmenter:
     """A segmenter that `export_segmenter` wrote, in eval mode.
 
-    Args:
-        folder: Its folder, the folder of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
-        device: Where the segmenter is moved to.
-
-    Raises:
-        ValueError: There is no segmenter, or its files do not fit together.
+    `folder` is its folder, the folder of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
     """
     place, config = read_transfer(folder, "segmentation")
     try:

@@ -10,22 +10,15 @@ Model = Callable[[Tensor], Tensor]
 
 
 def slide(model: Model, images: Tensor, window: int, stride: int | None = None) -> Tensor:
-    """Logits as the mean over windows that cover the images.
+    """Logits `[B, K, H, W]` as the mean over windows that cover the images `[B, C, H, W]`.
 
-    Windows are `stride` pixels apart; the last one of a row and of a column ends at the image's edge. An image that is
-    smaller than the window is one window.
+    The last window of a row and of a column ends at the image's edge; a smaller image is one window.
 
     Args:
         model: Images `[B, C, h, w]` to logits `[B, K, h, w]`.
-        images: `[B, C, H, W]`.
+        images: Any size.
         window: Side of the windows in pixels.
         stride: Pixels between windows, at most `window`; two thirds of it if None, as in the official code.
-
-    Returns:
-        `[B, K, H, W]`.
-
-    Raises:
-        ValueError: The stride leaves gaps.
     """
     stride = max(1, window * 2 // 3) if stride is None else stride
     if not 1 <= stride <= window:
@@ -59,19 +52,16 @@ def predict(
     stride: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Class probabilities as the mean over scales and flips.
+    """Class probabilities `[B, K, height, width]` of images `[B, C, H, W]` as the mean over scales and flips.
 
     Args:
         model: Images `[B, C, h, w]` to logits `[B, K, h, w]`, in eval mode.
-        images: `[B, C, H, W]`.
+        images: Any size.
         scales: Factors of the images' size; the paper's multi-scale test has 0.75 to 1.25.
         flip: Average with the mirrored image.
         window: Side of sliding windows in pixels, see `slide`; None for whole images.
         stride: See `slide`.
         size: Height and width of the result; the images' own if None.
-
-    Returns:
-        `[B, K, height, width]`, which sum to 1 over K.
     """
     if not scales or any(scale <= 0 for scale in scales):
         raise ValueError(f"The scales are {list(scales)}, expected one or more numbers above 0.")

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ...runs.world import World
-from ..backbone import Backbone, create_backbone
+from ..backbone import Backbone
 from ..config import Averaging, Compute, SegmentConfig, SegmentData, Sliding
 from ..loop import Schedule
-from ..task import Task
-from .masks import MaskedImages, TrainSamples, TrainTransform, open_split, read_classes
+from ..task import Task, new_backbone
+from .masks import MaskedImages, TrainSamples, TrainTransform, collate, open_split, read_classes
 from .metrics import Inference, evaluate_segmenter, save_segmentations, table
 from .segmenter import build_segmenter, export_segmenter
 
@@ -21,16 +21,14 @@ class SegmentationTask(Task):
 
     name, command = "segmentation", "segment"
     fixed = ("channels", "auxiliary_channels")
+    main_metric = ("mIoU", "miou")
+    collate = staticmethod(collate)
 
     def __init__(self, config: SegmentConfig) -> None:
         options, crops, self._config = config.model, config.crops, config
         self._inference = inference_of(config.sliding, config.compute)
         self.classes = class_names(config.data)
-        torch.manual_seed(config.learning.seed)
-        self.backbone = create_backbone(
-            config.start.model, pretrained=not options.from_scratch, in_chans=options.in_chans,
-            drop_path_rate=options.drop_path, **options.model_kwargs,
-        ).read_with(config.compute.nodata)  # fmt: skip
+        self.backbone = new_backbone(config)
         self.model = build_segmenter(
             self.backbone, len(self.classes), frozen=options.frozen, channels=options.channels,
             auxiliary_channels=options.auxiliary_channels, ignore_index=config.data.ignore_index, classes=self.classes,
@@ -47,11 +45,6 @@ class SegmentationTask(Task):
         self.samples = TrainSamples(self.train, transform, config.learning.seed)
         self.num_validation = len(self.validation)
         self.data = f"{len(self.train)} images of {len(self.classes)} classes"
-
-    def collate(self, samples: list) -> tuple[Tensor, Tensor]:
-        """Images `[B, C, H, W]` and classes `[B, H, W]`."""
-        images, targets = zip(*samples, strict=True)
-        return torch.stack(images), torch.stack(targets)
 
     def schedule(self) -> Schedule:
         learning = self._config.learning
@@ -72,13 +65,13 @@ class SegmentationTask(Task):
             model, self.validation, self._inference, workers=self._config.compute.workers, world=world, keep=shown
         )
 
-    def draw(self, path: Path, found: Any, metrics: dict[str, Any], shown: int) -> None:
-        save_segmentations(path, self.validation, found, f"epoch {metrics['epoch']}, mIoU {metrics['miou']:.3f}")
+    def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
+        save_segmentations(path, self.validation, found, title)
 
     def export(self, model: Any, folder: Path, **about: Any) -> None:
         export_segmenter(model, folder, **about)
 
-    def table(self, metrics: dict[str, Any]) -> str:
+    def finish(self, folder: Path, found: Any, metrics: dict[str, Any]) -> str:
         return table(metrics, self.classes)
 
 
@@ -96,13 +89,6 @@ def open_masks(data: SegmentData, split: str, classes: list[str], backbone: Back
 
 
 def inference_of(options: Sliding, compute: Compute) -> Inference:
-    """How a segmenter runs on whole images, from the options.
-
-    Raises:
-        ValueError: --stride is larger than --window.
-    """
-    window, stride = options.window, options.stride
-    if stride is not None and stride > (window or 0):
-        raise ValueError(f"--stride is {stride}, expected 1 to --window, which is {window or 'not given'}.")
-    averaging = options if isinstance(options, Averaging) else Averaging()
-    return Inference(options.short_side, window, stride, averaging.scales, averaging.flip, compute.autocast)
+    """How a segmenter runs on whole images, from the options."""
+    more = (options.scales, options.flip) if isinstance(options, Averaging) else ((1.0,), False)
+    return Inference(options.short_side, options.window, options.stride, *more, compute.autocast)

@@ -1,0 +1,52 @@
+"""Checks that several commands share: class names, outputs, devices."""
+
+import pytest
+import torch
+
+from timm_convnextv2.console import check_same_classes
+from timm_convnextv2.files import check_free, claim_folder, write_json
+from timm_convnextv2.runs.device import check_device
+
+
+@pytest.mark.parametrize(
+    "here, there, ordered, words",
+    [
+        (["ant", "dog"], ["ant", "cat"], True, ["only HERE has dog (1)", "only THERE has cat (1)"]),
+        (["ant", "cat", "dog"], ["ant", "dog", "cat"], True, ["order differs at 2", "1 ('cat' and 'dog')"]),
+        ([f"c{i}" for i in range(9)], ["c0"], False, ["(9)", "c1, c2, c3, c4, c5, ... (8)"]),
+    ],
+)
+def test_classes_that_differ(here, there, ordered, words):
+    with pytest.raises(ValueError) as error:
+        check_same_classes(here, there, ("HERE", "THERE"), ordered=ordered, remedy="Fix it.")
+    assert all(word in str(error.value) for word in [*words, "Fix it."])
+
+
+def test_classes_that_are_the_same():
+    check_same_classes(["a", "b"], ["a", "b"], ("x", "y"), remedy="")
+    check_same_classes(["a", "b"], ["b", "a"], ("x", "y"), ordered=False, remedy="")
+
+
+def test_outputs(tmp_path):
+    folder = claim_folder(tmp_path / "a/b", overwrite=False)
+    write_json(folder / "x.json", [1])
+    assert (folder / "x.json").read_text() == "[1]"
+    claim_folder(folder, ["y.json"], overwrite=False)
+    for names, found in (([], "not empty"), (["x.json", "y.json"], "has x.json")):
+        with pytest.raises(ValueError, match=f"{found}.*--overwrite"):
+            claim_folder(folder, names, overwrite=False)
+        assert claim_folder(folder, names, overwrite=True) == folder
+    with pytest.raises(ValueError, match="is a file"):
+        claim_folder(folder / "x.json", overwrite=True)
+    with pytest.raises(ValueError, match="x.json' exists.*--overwrite"):
+        check_free(folder / "x.json", overwrite=False)
+    assert check_free(folder / "x.json", overwrite=True) == check_free(str(folder / "x.json"), overwrite=True)
+
+
+def test_devices(monkeypatch):
+    assert check_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert check_device("cuda") == torch.device("cuda") and check_device("cuda:0").index == 0
+    for name in ("cuda:1", "tpu9"):
+        with pytest.raises(ValueError, match=f"--device {name} cannot be used"):
+            check_device(name)
