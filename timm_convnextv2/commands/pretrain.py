@@ -26,11 +26,7 @@ def build_parser() -> CommandParser:
 
 
 def parse_options(argv: Sequence[str]) -> tuple[PretrainConfig, Start | None]:
-    """The config of a command line and of the file of its --config; the model to start from.
-
-    Raises:
-        ValueError: An option does not exist, or does not take its value.
-    """
+    """The config of a command line and of the file of its --config; the model to start from."""
     given = words_given(build_parser(), argv)
     path = given.pop("config")
     return configure(given, read_yaml(PretrainConfig, path) if path else {})
@@ -58,15 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def replay_bad_step(path: Path, given: dict[str, Any]) -> int:
-    """--replay: repeats the forward of an update whose loss was not finite; returns exit status 0.
-
-    Args:
-        path: The record of the update.
-        given: Options of the command line; --data-dir, --data-list, --index and --device replace those of the run.
-
-    Raises:
-        ValueError: The record, its weights or the data cannot be read.
-    """
+    """--replay: repeats the forward of an update whose loss was not finite; returns exit status 0."""
+    # the data may have moved since, and the device may be another
     own = {name: given[name] for name in ("data_dir", "data_list", "index", "device") if name in given}
     record, model, open_rank, device = open_replay(path, own)
     say(f"Weights: {load_weights(record, path, model)}")

@@ -40,19 +40,12 @@ T = TypeVar("T")
 
 
 class Sampling(NamedTuple):
-    """How images become samples, for `PretrainDataset` and `PretrainStream`.
-
-    Attributes:
-        transform: From a decoded image to a crop of the network's size.
-        grid: Size of the crop in patches, `(h, w)`.
-        mask_ratio: Fraction of the patches to remove.
-        seed: Seed of order, crops and masks.
-    """
+    """How images become samples, for `PretrainDataset` and `PretrainStream`."""
 
     transform: PretrainTransform
-    grid: tuple[int, int]
-    mask_ratio: float
-    seed: int
+    grid: tuple[int, int]  # size of the crop in patches, (h, w)
+    mask_ratio: float  # fraction of the patches to remove
+    seed: int  # of order, crops and masks
 
 
 def find_files(paths: ImagePaths, max_missing: float, world: World) -> Listing:
@@ -60,14 +53,7 @@ def find_files(paths: ImagePaths, max_missing: float, world: World) -> Listing:
 
     Rank 0 lists them and sends the names to the other processes. If folders differ, as on machines with copies of
     their own, each process lists its own. Rank 0 writes an index, and all processes open it.
-
-    Args:
-        paths: Where the files are.
-        max_missing: Largest fraction of the files of a list that may be missing.
-        world: The processes of the run.
-
-    Raises:
-        ValueError: A folder or list cannot be read, too many files are missing, or the index does not fit.
+    `max_missing` is the largest fraction of the files of a list that may be missing.
     """
     places = places_of(paths.data_dir, paths.data_list)
     alone = not paths.index and len({*world.gather([_identity(places)])}) > 1
@@ -143,15 +129,7 @@ class Batches(NamedTuple):
     stream_workers: int | None = None
 
     def check_resume(self, before: int | None, update: int) -> None:
-        """Refuses to resume in the middle of an epoch of a stream that other workers would read in another order.
-
-        Args:
-            before: `stream_workers` of the run so far.
-            update: Updates of the epoch that were made.
-
-        Raises:
-            ValueError: The number of workers differs.
-        """
+        """Refuses to resume after `update` updates of an epoch of a stream that other workers read in another order."""
         if self.stream_workers is not None and update and before != self.stream_workers:
             raise ValueError(
                 f"Cannot resume a stream in the middle of an epoch with --workers {self.stream_workers}: the run so "
@@ -227,18 +205,9 @@ def open_batches(
     world: World | Seat,
     holdout: float = 0.0,
 ) -> Batches:
-    """Opens the data and tries a few images.
+    """Opens the data and tries a few images. A stream is opened twice.
 
-    Args:
-        open_source: Opens the source; called twice for a stream.
-        sampling: How images become samples.
-        batch_size: Images per batch and process.
-        loading: Data workers.
-        world: The processes that share the data.
-        holdout: Fraction of the images that are never trained on.
-
-    Raises:
-        ValueError: No image can be decoded, or the images are fewer than a batch.
+    Refuses data of which no image can be decoded, and fewer images than a batch.
     """
     source = open_source()
     if note := str(source.left):

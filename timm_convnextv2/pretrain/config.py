@@ -11,6 +11,7 @@ import torch
 
 from ..config import option, part
 from ..data.config import DataSet, ImagePaths, PixelOptions, WindowOptions
+from ..runs.logs import Logs
 
 AUTO = "auto"  # --mean and --std that are to be measured
 KEEP_BEST = {"knn": True, "ridge": True, "loss": False}  # measure, and whether larger values are better
@@ -180,16 +181,13 @@ class Loading:
 
 @dataclass(frozen=True)
 class Destination:
-    """The folder of the run, and what else it logs to."""
+    """The folder of the run."""
 
     output: str = option("output", "folder of all runs", metavar="DIR")
     experiment: str = option("", "sub-folder of --output (default: time, model and size)", metavar="NAME")
     resume: str = option("", "a checkpoint, or 'auto' for the experiment's last", metavar="PATH", recorded=False)
     overwrite: bool = option(False, "first remove what an earlier run wrote to the folder", recorded=False)
     log_interval: int = option(10, "updates between readings of the loss", metavar="N", at_least=1)
-    log_wandb: bool = option(False, "log to Weights & Biases")
-    wandb_project: str | None = option(None, "", metavar="NAME")
-    log_tensorboard: bool = option(False, "log to TensorBoard")
     license: str = option("", "licence of the exported weights, e.g. mit", metavar="ID")
 
 
@@ -248,6 +246,7 @@ class PretrainConfig:
     compute: Compute = part(Compute, "run")
     loading: Loading = part(Loading, "run")
     destination: Destination = part(Destination, "run")
+    logs: Logs = part(Logs, "run")
     checkpoints: Checkpoints = part(Checkpoints, "run")
     measures: Measures = part(Measures, "run")
     seed: int = option(42, "seed of weights, order, crops and masks", metavar="N")

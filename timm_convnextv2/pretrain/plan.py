@@ -7,14 +7,7 @@ from .config import Schedule
 def make_plan(schedule: Schedule, batches_per_epoch: int, num_images: int, world_size: int) -> Plan:
     """Counts updates and scales the learning rate with the images of an update (paper, appendix A.1).
 
-    Args:
-        schedule: Batches, epochs and rates.
-        batches_per_epoch: Batches of an epoch per process.
-        num_images: Images of the data set, for the message.
-        world_size: Number of processes.
-
-    Raises:
-        ValueError: The data set has too few images for one update.
+    Refuses a data set that is too small for one update. `batches_per_epoch` counts those of one process.
     """
     batch, steps = schedule.batch_size, schedule.grad_accum_steps
     images, updates = batch * steps * world_size, batches_per_epoch // steps
@@ -28,18 +21,12 @@ def make_plan(schedule: Schedule, batches_per_epoch: int, num_images: int, world
 
 
 def split_batch(global_batch_size: int, most: int, world_size: int) -> tuple[int, int]:
-    """Splits the images of an update into the fewest steps whose batches are small enough.
+    """Splits the images of an update into the fewest equal steps with at most `most` images per process.
 
-    Args:
-        global_batch_size: Images per update over all processes.
-        most: Largest number of images that a process takes at once.
-        world_size: Number of processes.
+    Refuses steps of less than half of `most`.
 
     Returns:
         Images per process and step; steps per update.
-
-    Raises:
-        ValueError: They cannot be split equally, or only into batches of less than half of `most`.
     """
     each, rest = divmod(global_batch_size, world_size)
     steps = next((n for n in range(-(-each // most), each + 1) if n and not each % n), 0) if not rest else 0

@@ -43,9 +43,6 @@ def write_record(
         settings: Settings of the run; crops, masks and drop path follow from the seed.
         images: For each process the indices and names of its images, in order; None for a stream.
         model: With the weights before the update; None writes none.
-
-    Returns:
-        The path of the JSON file.
     """
     path = folder / f"bad-step-{epoch + 1}-{update + 1}.json"
     record = {
@@ -69,11 +66,7 @@ def write_record(
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Reads the JSON file of `write_record`.
-
-    Raises:
-        ValueError: The file cannot be read or is none, or one process cannot repeat the update.
-    """
+    """Reads the JSON file of `write_record`."""
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -102,19 +95,12 @@ def load_weights(record: dict[str, Any], path: Path, model: FCMAE) -> str:
 
 
 class Finding(NamedTuple):
-    """The forward of one batch.
+    """The forward of one batch."""
 
-    Attributes:
-        rank: Process that had the batch.
-        step: Batch of the update, from 0.
-        loss: Its loss.
-        cause: The first value that is not finite, in words; '' if all are finite.
-    """
-
-    rank: int
-    step: int
+    rank: int  # process that had the batch
+    step: int  # batch of the update, from 0
     loss: float
-    cause: str
+    cause: str  # the first value that is not finite, in words; '' if all are finite
 
 
 def replay(
@@ -123,15 +109,7 @@ def replay(
     """Repeats the forward of an update for all processes in turn, without compilation.
 
     Hooks on the modules rule out fused operations, so values differ from those of the run by rounding.
-
-    Args:
-        record: From `read_record`.
-        model: With the weights.
-        open_batches: Opens the data of a process of the run.
-        device: Device of the forward.
-
-    Yields:
-        One finding per batch.
+    `open_batches(rank)` opens the data of a process of the run. Yields one finding per batch.
     """
     settings, steps = record["settings"], record["settings"]["grad_accum_steps"]
     amp = getattr(torch, settings["amp_dtype"]) if settings["amp"] else None

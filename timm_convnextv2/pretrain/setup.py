@@ -23,7 +23,6 @@ from ..features import open_labelled
 from ..models import FCMAE
 from ..models.memory import memory_estimate
 from ..runs.folder import VERSIONS, RunFolder, experiment_name
-from ..runs.logs import Logs
 from ..runs.loop import Limits
 from ..runs.plan import Plan
 from ..runs.progress import with_progress
@@ -49,16 +48,13 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     """Opens and checks everything; only then writes.
 
     Args:
-        config: The options, see `resolve.configure`.
+        config: From `resolve.configure`.
         start: The model to start from.
         world: The processes of the run.
         command: The command that started it, for args.yaml and the report.
 
     Returns:
         The run, in its folder and with the state of its checkpoint; None after --dry-run.
-
-    Raises:
-        ValueError: A mistake in settings, data or folder.
     """
     config = split_between(config, world.size)
     # The model, which seeds the random numbers, and the folder first: their refusals take no time.
@@ -89,9 +85,7 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     batches.check_resume(progress.stream_workers, progress.update)
     progress.stream_workers = batches.stream_workers
     world.agree({"the number of images": batches.num_images, "the package versions": VERSIONS, **shared(settings)})
-    destination = config.destination
-    logs = Logs(destination.log_wandb, destination.wandb_project, destination.log_tensorboard)
-    logs.check()
+    config.logs.check()
     check_compile_backend(config.compute.torchcompile)
 
     about = [about_run(config.network.model, model, plan, batches.num_images, world)]
@@ -114,11 +108,11 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     )  # fmt: skip
     trainer = create_trainer(model, plan, world, optimizer, learning, config.network.channel_dropout)
     limits = Limits(
-        destination.log_interval, saving.checkpoint_interval, saving.milestone_interval or 0, saving.recovery_interval,
-        saving.checkpoint_minutes, config.selection.max_bad_images, optimizer.max_bad_steps,
+        config.destination.log_interval, saving.checkpoint_interval, saving.milestone_interval or 0,
+        saving.recovery_interval, saving.checkpoint_minutes, config.selection.max_bad_images, optimizer.max_bad_steps,
     )  # fmt: skip
     run = PretrainRun(trainer, plan, folder, settings, progress, limits, world, data=batches)
-    run.begin(command, logs, "\n".join(about), config.compute.torchcompile)
+    run.begin(command, config.logs, "\n".join(about), config.compute.torchcompile)
     run.measures = create_measures(config, trainer, batches, folder.path, plan)
     if probe is not None:
         base = probe.baselines(folder.path / "probe.json", partial(random_encoder, trainer.model.encoder, config.seed))
@@ -165,14 +159,7 @@ def shared(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_source(config: PretrainConfig, listing: Listing | None, show: bool, pixels: Pixels) -> Any:
-    """The images that the options name, or their windows and pages.
-
-    Args:
-        config: The options.
-        listing: From `find_files`; None for a data set.
-        show: Show progress; True on rank 0.
-        pixels: How stored values become pixels.
-    """
+    """The images that the options name, or their windows and pages, with values converted as `pixels` has it."""
     source = create_source(
         config.paths,
         config.data_set,
@@ -232,11 +219,9 @@ def open_probe(config: PretrainConfig, place: str, device: torch.device) -> Prob
 def open_replay(
     path: Path, own: dict[str, Any]
 ) -> tuple[dict[str, Any], FCMAE, Callable[[int], Batches], torch.device]:
-    """Builds what `replay.replay` needs: the record, the model, a function that opens a process's data, the device.
+    """What `replay.replay` needs: the record at `path`, the model, a function that opens a process's data, the device.
 
-    Args:
-        path: The record of an update.
-        own: Options that replace those of the run.
+    Options in `own` replace those of the run.
     """
     record = read_record(path)
     settings = from_mapping(PretrainConfig, record["settings"], f"--replay {path}")
