@@ -47,11 +47,12 @@ def plant(folder: Path, epochs: int = 6, *, full: bool = True, evil: str = EVIL,
 
 def plant_measures(folder: Path, epochs: int) -> None:
     """Files of the collapse, of the probe and of neighbours."""
-    blocks = [(e, b) for e in range(1, epochs + 1) for b in range(4)]
-    table(
-        folder / "collapse.csv",
-        [{"epoch": e, "block": b, "depth": b / 3, "distance": 0.5 - 0.02 * e * b, "dead": 0.1 * b} for e, b in blocks],
-    )
+    rows = [
+        {"epoch": e, "block": f"stages.0.blocks.{b}", "depth": b / 3, "distance": 0.5 - 0.02 * e * b, "dead": 0.1 * b}
+        for e in range(1, epochs + 1)
+        for b in range(4)
+    ]
+    table(folder / "collapse.csv", rows)
     probe = {"data_dir": "/labelled", "classes": ["a", "b"], "train": 80, "test": 20, "k": 20}
     probe["baselines"] = {"random": {"knn": 49.0, "ridge": 52.0, "rank": 9.0}, "pixels": {"knn": 60.0, "ridge": 33.0}}
     (folder / "probe.json").write_text(json.dumps(probe))

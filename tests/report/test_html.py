@@ -9,11 +9,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from planted import COMMAND, EVIL, draw, plant, table
 
 from timm_convnextv2.commands.report import main
+from timm_convnextv2.pretrain.measures import collapse_of_blocks
 from timm_convnextv2.report import html as report_html
 from timm_convnextv2.report.charts import Line, line_chart, spread
 from timm_convnextv2.report.html import write_report
@@ -254,8 +256,21 @@ def test_command(tmp_path, capsys, monkeypatch, no_charts):
     assert main([str(other), "--output", "one.html"]) == 0 and (tmp_path / "one.html").stat().st_size > 5_000
 
 
+def test_collapse_csv_of_a_real_run(tmp_path):
+    """As pretraining writes it, with the names of modules in the column `block`."""
+    folder = plant(tmp_path / "r", 1, full=False)
+    encoder = timm.create_model("convnextv2_atto", num_classes=0)
+    image, mask = torch.rand(3, 32, 32), torch.zeros(1, 1, dtype=torch.bool)
+    measure = collapse_of_blocks(folder / "collapse.csv", [(image, mask, [])] * 2)
+    found = [measure(epoch, encoder) for epoch in (1, 2)]
+    run = read_run(folder)
+    assert run.notes == [] and [len(rows) for rows in run.collapse.values()] == [12, 12]
+    for measured, rows in zip(found, run.collapse.values(), strict=True):
+        assert np.mean([row["distance"] for row in rows]) == pytest.approx(measured["distance"], rel=1e-4)
+
+
 def damage(folder, what):
-    """Makes a folder bad in one way; returns what of the message tells it."""
+    """Corrupts a folder in one way; returns the path to report and a part of the message."""
     if what == "nothing there":
         return folder.parent / "none", "does not exist, expected the folder of a run"
     if what == "a file":
@@ -276,7 +291,7 @@ def damage(folder, what):
         (folder / "summary.csv").write_text(text.splitlines(keepends=True)[0])
         return folder, "has no summary.csv with a row"
     (folder / "summary.csv").write_text("".join(text.splitlines(keepends=True)[:1]) + "0,0.")
-    return folder, "summary.csv: 1 line is damaged and left out, the first: '0,0.'"
+    return folder, "summary.csv: 1 corrupt line is left out, the first: '0,0.'"
 
 
 BAD = [
@@ -303,10 +318,10 @@ def test_bad_folders_are_one_message(tmp_path, capsys, what, no_charts):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("summary.csv", None, "summary.csv: 1 line is damaged and left out"),
-        ("collapse.csv", None, "collapse.csv: 1 line is damaged and left out"),
+        ("summary.csv", None, "summary.csv: 1 corrupt line is left out"),
+        ("collapse.csv", None, "collapse.csv: 1 corrupt line is left out"),
         ("probe.json", b"{", "probe.json cannot be read"),
-        ("probe.json", b"[1]", "probe.json holds something else"),
+        ("probe.json", b"[1]", "probe.json does not hold a probe"),
         ("last.pth.tar", b"PK\x03\x04torn", "last.pth.tar cannot be read"),
         ("reconstructions/epoch-0001.png", b"torn", "reconstructions/epoch-0001.png cannot be read"),
         ("neighbours/epoch-0002.png", b"\x89PNG\r\n\x1a\n", "neighbours/epoch-0002.png cannot be read"),
@@ -326,7 +341,7 @@ def test_refusals_of_the_command(tmp_path, capsys, no_charts):
     folder = plant(tmp_path / "r", 1, full=False)
     (tmp_path / "mine.html").write_text("<p>my own page")
     for words, message in (
-        ([str(folder), "--output", str(tmp_path / "mine.html")], "is there and is not a report"),
+        ([str(folder), "--output", str(tmp_path / "mine.html")], "is not a report"),
         ([str(folder), "--output", str(tmp_path)], "is a folder, expected an HTML file"),
         ([str(folder), f"{folder}/."], "is named twice"),
         ([str(folder), "--output", str(tmp_path / "no" / "x.html")], "cannot be written"),

@@ -89,7 +89,7 @@ def test_runs_side_by_side_are_of_one_task(tmp_path, capsys, no_charts):
     assert re.search("Box AP 25.0 % 25.0 %", text) and "1: a" in text
     for second, task in ((other, "segmentation"), (plant(tmp_path / "p", 1, full=False), "pretraining")):
         assert main([str(runs[0]), str(second), "--output", out]) == 2
-        assert f"is a run of detection and '{second}' one of {task}, which have no number" in capsys.readouterr().err
+        assert f"is a run of detection and '{second}' one of {task}, which share no number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
 """Publish weights on the Hugging Face Hub, as a timm folder with a model card.
 
-    timm-convnextv2 publish runs/mine USER/NAME --license mit --dry-run  # writes what would be sent
+    timm-convnextv2 publish runs/mine USER/NAME --license mit --dry-run  # writes the files to a folder, sends nothing
     timm-convnextv2 publish runs/mine USER/NAME --license mit --private
 
-FOLDER is a timm folder (encoder/, model/), or the folder of a run of `pretrain`, of timm's train.py, of `finetune`,
-of `detect train` or of `segment train`.
-The access token is the one of `hf auth login` or HF_TOKEN.
+FOLDER is a timm folder (encoder/, model/), or the folder of a run of `pretrain`, timm's train.py, `finetune`,
+`detect train` or `segment train`. The access token comes from `hf auth login` or HF_TOKEN.
 """
 
-import argparse
 import shutil
+import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
@@ -21,34 +21,51 @@ import timm_convnextv2  # noqa: F401  registers the models
 from ..checkpoint.card import IMAGES
 from ..checkpoint.provenance import WEIGHTS
 from ..checkpoint.transfer import TASKS, find_folder, read_folder_config
+from ..config import add_options, build, option, words_given
 from ..console import PROGRAM, CommandParser, refused
 from ..hub.staging import Stated, stage
 from ..hub.upload import files_to_push, push_to_hub
 
 
-# fmt: off
+@dataclass(frozen=True)
+class PublishConfig:
+    """Options of `publish`."""
+
+    folder: str = option(
+        ...,
+        "timm folder, or folder of a run: pretrain, train.py, finetune, detect, segment",
+        metavar="FOLDER",
+        positional=True,
+    )
+    repo: str = option(..., "USER/NAME on the Hub; created if needed", metavar="REPO", positional=True)
+    part: str = option(
+        "encoder",
+        "of a pretraining run: the encoder, or the whole FCMAE, from which pretraining can continue",
+        choices=("encoder", "fcmae"),
+    )
+    license: str | None = option(
+        None, "licence of the weights, e.g. mit; derived weights keep the inherited one", metavar="ID"
+    )
+    dataset: tuple[str, ...] = option((), "data sets on the Hub that the weights were trained on", metavar="NAME")
+    base_model: str | None = option(
+        None, "model on the Hub that training started from, if the files do not state it", metavar="ID"
+    )
+    private: bool = option(False, "create a private repository")
+    revision: str | None = option(None, "branch to write to; created if needed", metavar="NAME")
+    commit_message: str | None = option(None, "title of the commit", metavar="TEXT")
+    dry_run: bool = option(False, "write the files to a folder and send nothing")
+    output: str | None = option(None, "folder for --dry-run (default: FOLDER-publish, beside FOLDER)", metavar="DIR")
+
+
 def build_parser() -> CommandParser:
-    """The options."""
+    """The parser of the command."""
     parser = CommandParser(prog=f"{PROGRAM} publish", description="Publish a timm folder with a model card.")
-    add = parser.add_argument
-    add("folder", metavar="FOLDER", help="timm folder, or that of a run: pretrain, train.py, finetune, detect, segment")
-    add("repo", metavar="REPO", help="USER/NAME on the Hub; made if needed")
-    add("--part", default="encoder", choices=["encoder", "fcmae"],
-        help="of a pretraining run: the encoder, or all of the FCMAE, from which pretraining can continue")
-    add("--license", metavar="ID", help="licence of the weights, e.g. mit; derived weights keep the one they came with")
-    add("--dataset", nargs="+", metavar="NAME", help="data sets on the Hub that the weights were trained on")
-    add("--base-model", metavar="ID", help="model on the Hub that training started from, where the files do not say it")
-    add("--private", action="store_true", help="a private repository")
-    add("--revision", metavar="NAME", help="branch to write to; made if needed")
-    add("--commit-message", metavar="TEXT")
-    add("--dry-run", action="store_true", help="write what would be sent into a folder, and send nothing")
-    add("--output", metavar="DIR", help="folder for --dry-run (default: FOLDER-publish, beside FOLDER)")
+    add_options(parser, PublishConfig)
     return parser
-# fmt: on
 
 
 def open_output(folder: Path, output: str | None) -> Path:
-    """The folder for --dry-run, empty: what an earlier one wrote there goes, and nothing else."""
+    """The empty folder for --dry-run; removes only the files of an earlier dry run."""
     target = Path(output) if output else folder.resolve().with_name(f"{folder.resolve().name}-publish")
     ours = {"config.json", WEIGHTS, "README.md", *IMAGES}
     if target.exists() and (not target.is_dir() or {p.name for p in target.iterdir()} - ours):
@@ -68,80 +85,76 @@ def open_output(folder: Path, output: str | None) -> Path:
     return target
 
 
-def check_options(args: argparse.Namespace) -> Path:
-    """Mistakes that can be told before any work; returns FOLDER."""
-    folder = Path(args.folder)
+def check_options(config: PublishConfig) -> Path:
+    """Refuses options that cannot work, before any file is read; returns FOLDER."""
+    folder = Path(config.folder)
     if not folder.is_dir():
         raise ValueError(f"FOLDER '{folder}' " + ("is not a folder." if folder.exists() else "does not exist."))
-    if args.output and not args.dry_run:
+    if config.output and not config.dry_run:
         raise ValueError("--output is for --dry-run only.")
-    for option, value in (("REPO", args.repo), ("--base-model", args.base_model)):
+    for name, value in (("REPO", config.repo), ("--base-model", config.base_model)):
         try:
-            validate_repo_id(value or args.repo)
+            validate_repo_id(value or config.repo)
         except HFValidationError as e:
-            raise ValueError(f"{option} '{value}' cannot be a repository's name, USER/NAME was expected: {e}") from e
+            raise ValueError(f"{name} '{value}' cannot be the name of a repository, expected USER/NAME: {e}") from e
     return folder
 
 
 def check_transfer(folder: Path) -> None:
-    """Opens a detector or segmenter, if FOLDER is one or the run of one.
-
-    Raises:
-        ValueError: Its files do not fit each other.
-    """
-    place = find_folder(folder)
-    if not (place / "config.json").is_file() or (folder / "encoder").is_dir():
+    """Opens FOLDER if it is a detector or segmenter or the run of one: its files must fit together."""
+    model = find_folder(folder)
+    if not (model / "config.json").is_file() or (folder / "encoder").is_dir():
         return
-    task = read_folder_config(place).get("task")
+    task = read_folder_config(model).get("task")
     if task in TASKS:
         from .. import transfer  # it needs torchvision's detectors, which take a second to import
 
-        (transfer.open_detector if task == "detection" else transfer.open_segmenter)(place)
+        (transfer.open_detector if task == "detection" else transfer.open_segmenter)(model)
 
 
-def write_dry_run(staged: Path, what: str, folder: Path, args: argparse.Namespace) -> None:
-    """Writes and lists what would be sent."""
-    files = files_to_push(staged, args.repo, args.revision)
-    target = open_output(folder, args.output)
+def write_dry_run(staged: Path, what: str, folder: Path, config: PublishConfig) -> None:
+    """Writes and lists the files that would be sent."""
+    files = files_to_push(staged, config.repo, config.revision)
+    target = open_output(folder, config.output)
     for name, content in files.items():
         if isinstance(content, bytes):
             (target / name).write_bytes(content)
         else:
             shutil.copyfile(content, target / name)
-    visibility = " (private)" if args.private else ""
-    print(f"Dry run, nothing was sent. {what[0].upper()}{what[1:]} would go to {args.repo}{visibility}:")
+    visibility = " (private)" if config.private else ""
+    print(f"Dry run, nothing was sent. {what[0].upper()}{what[1:]} would go to {config.repo}{visibility}:")
     for path in sorted(target.iterdir()):
         print(f"  {path.stat().st_size:>12,} bytes  {path.name}")
     print(f"The files are in {target}, the model card is {target / 'README.md'}")
 
 
-def publish(args: argparse.Namespace) -> None:
-    """Stages what is to be sent, then shows or sends it."""
-    folder = check_options(args)
+def publish(config: PublishConfig) -> None:
+    """Stages the files, then lists or sends them."""
+    folder = check_options(config)
     check_transfer(folder)
-    stated = Stated(args.license, tuple(args.dataset or ()), args.base_model)
+    stated = Stated(config.license, config.dataset, config.base_model)
     with tempfile.TemporaryDirectory(prefix="publish-") as temporary:
-        staged = Path(temporary) / folder.resolve().name  # gone again where something is wrong
+        staged = Path(temporary) / folder.resolve().name  # removed after an error as well
         staged.mkdir()
-        what = stage(folder, staged, part=args.part, stated=stated)
-        if args.dry_run:
-            write_dry_run(staged, what, folder, args)
+        what = stage(folder, staged, part=config.part, stated=stated)
+        if config.dry_run:
+            write_dry_run(staged, what, folder, config)
             return
-        print(f"Publishing {what} as {args.repo}", flush=True)
+        print(f"Publishing {what} as {config.repo}", flush=True)
         url = push_to_hub(
             staged,
-            args.repo,
-            private=args.private or None,
-            revision=args.revision,
-            commit_message=args.commit_message,
+            config.repo,
+            private=config.private or None,
+            revision=config.revision,
+            commit_message=config.commit_message,
         )
         print(f"Published: {url}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; whatever is wrong is one message and exit status 2."""
+    """Runs the command; an error is one message and exit status 2."""
     try:
-        publish(build_parser().parse_args(argv))
+        publish(build(PublishConfig, words_given(build_parser(), sys.argv[1:] if argv is None else argv)))
     except (ValueError, RuntimeError, OSError) as e:
         return refused("publish", e)
     return 0

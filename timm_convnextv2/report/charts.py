@@ -1,4 +1,4 @@
-"""Charts of a run as SVG that stands in an HTML page and takes its colours, and as PNG."""
+"""Charts of a run as SVG elements that take the colours of their HTML page."""
 
 import hashlib
 import io
@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Colours that no chart has otherwise: in the SVG they become variables of the page, which knows light and dark.
+# Marker colours: in the SVG they become variables of the page, which has a light and a dark theme.
 _INK, _GRID, _MUTED = "#fe0001", "#fe0002", "#fe0003"
 SERIES = 8
 _VARIABLES = {_INK: "var(--ink)", _GRID: "var(--line)", _MUTED: "var(--muted)"}
 _VARIABLES |= {f"#fe01{i:02x}": f"var(--series-{i})" for i in range(SERIES)}
-_SIZE = (4.6, 2.9)  # inches; 331 x 209 units of the SVG, which is the size of a small telephone
+_SIZE = (4.6, 2.9)  # inches; 331 x 209 SVG units, about the width of a small phone
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Line:
 
     Attributes:
         values: By epoch, from 1.
-        series: Which colour of the page it has, from 0.
-        dashed: Whether it is dashed.
+        series: Index of its colour on the page.
+        dashed: Draw a dashed line.
     """
 
     values: Mapping[int, float]
@@ -31,7 +31,7 @@ class Line:
 
 
 def spread(epochs: Iterable[int], count: int) -> list[int]:
-    """At most so many of the epochs, evenly, always with the first and the last."""
+    """At most `count` of the epochs, evenly spaced, including the first and the last."""
     every = sorted(epochs)
     if len(every) <= count:
         return every
@@ -39,7 +39,7 @@ def spread(epochs: Iterable[int], count: int) -> list[int]:
 
 
 def epoch_colours(epochs: Sequence[int]) -> dict[int, str]:
-    """A colour an epoch, from grey to a strong red; they show on white and on black."""
+    """One colour per epoch, from grey to red, all visible on white and on black."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 
     scale = LinearSegmentedColormap.from_list("epochs", ["#94a3b8", "#7c6fdc", "#e5484d"])
@@ -51,11 +51,11 @@ def line_chart(name: str, lines: Sequence[Line], baselines: Mapping[str, float],
     """Curves over epochs as an SVG element.
 
     Args:
-        name: Of the chart, unique on its page.
-        lines: At least one with a value.
-        baselines: Horizontal lines, by what stands on them.
-        about: Text for those who do not see it; plain, it is escaped here.
-        zero: Whether the axis begins at 0.
+        name: Unique on the page.
+        lines: At least one has a value.
+        baselines: Horizontal lines by label.
+        about: Text alternative; escaped here.
+        zero: Begin the axis at 0.
     """
     figure, axis = _figure()
     longest = max(len(line.values) for line in lines)
@@ -79,7 +79,7 @@ def line_chart(name: str, lines: Sequence[Line], baselines: Mapping[str, float],
 
 
 def draw_collapse(axis: Any, curves: Mapping[int, Sequence[Mapping[str, float]]], column: str = "distance") -> None:
-    """Draws a column over depth, a line an epoch, on an axis of matplotlib."""
+    """Draws a column over depth on an axis of matplotlib, one line per epoch."""
     for epoch, colour in epoch_colours([*curves]).items():
         rows = [row for row in curves[epoch] if column in row]
         axis.plot(
@@ -93,7 +93,7 @@ def draw_collapse(axis: Any, curves: Mapping[int, Sequence[Mapping[str, float]]]
 def collapse_chart(
     name: str, curves: Mapping[int, Sequence[Mapping[str, float]]], column: str = "distance", about: str = ""
 ) -> str:
-    """The collapse figure as an SVG element; see `draw_collapse` and `line_chart`."""
+    """The collapse figure as an SVG element; see `line_chart`."""
     figure, axis = _figure()
     draw_collapse(axis, curves, column)
     return _svg(figure, name, about)
@@ -104,7 +104,7 @@ def _figure() -> tuple[Any, Any]:
 
     figure = Figure(figsize=_SIZE)
     figure.patch.set_visible(False)
-    axis = figure.add_axes((0.125, 0.17, 0.86, 0.77))  # a layout that is computed would double the time
+    axis = figure.add_axes((0.125, 0.17, 0.86, 0.77))  # a computed layout would double the time
     axis.patch.set_visible(False)
     axis.grid(color=_GRID, linewidth=0.8)
     axis.set_axisbelow(True)
@@ -120,7 +120,7 @@ def _figure() -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, name: str, about: str) -> str:
-    """The figure as an element: text as text, colours as variables of the page, names of its own, nothing else."""
+    """The figure as an SVG element with unique ids; text stays text, colours become variables of the page."""
     from html import escape
 
     import matplotlib
@@ -137,7 +137,7 @@ def _svg(figure: Any, name: str, about: str) -> str:
     body = text[text.index(">", text.index("<svg")) + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
     body = re.sub(r"<style.*?</style>", "", body, flags=re.S)
-    # ids are those of the whole page
+    # ids must be unique on the whole page
     body = re.sub(r'\bid="', f'id="{key}-', body)
     body = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", body)
     body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)

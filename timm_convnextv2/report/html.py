@@ -1,4 +1,4 @@
-"""The report of runs: one HTML file, which needs no network and no other file. What it says of each task: `Kind`."""
+"""The report of runs as one HTML file that needs no network and no other file; `kinds` has the texts per task."""
 
 import base64
 import functools
@@ -11,41 +11,20 @@ from typing import Any
 
 from ..files import whole_file
 from .charts import Line, collapse_chart, epoch_colours, line_chart, spread
-from .kinds import BASELINES, DETECTION, PRETRAINING, SEGMENTATION, Kind
+from .kinds import BASELINES, KINDS
 from .run import RunRecord, read_run
 
-GENERATOR = "timm_convnextv2 report"
-
-
-MAX_IMAGES = 20  # images by epoch of a report, so that it stays below some MB
-
-
+GENERATOR = "timm_convnextv2 report"  # the command overwrites only files with this mark
+MAX_IMAGES = 20  # epochs with an image: keeps the file at a few MB
 MAX_CURVES = 12  # epochs of a collapse figure
-
-
 MAX_ROWS = 30  # epochs of the table of numbers
 
 
-KINDS = {"pretraining": PRETRAINING, "detection": DETECTION, "segmentation": SEGMENTATION}
-
-
-def kind_of(run: RunRecord) -> Kind:
-    """What a report says of such a run."""
-    return KINDS[run.task]
-
-
 def write_report(runs: Sequence[str | Path], path: str | Path) -> list[str]:
-    """Writes a report of one run, or of several side by side.
-
-    Args:
-        runs: Their folders.
-        path: HTML file to write.
-
-    Returns:
-        What was left out and why; nothing where all is whole.
+    """Writes a report of the runs in these folders; returns the notes about corrupt files.
 
     Raises:
-        ValueError: A folder is not that of a run, its args.yaml is damaged, or the runs are of different tasks.
+        ValueError: A folder is not that of a run, its args.yaml is corrupt, or the runs have different tasks.
         WriteError: (an OSError) The file cannot be written.
     """
     records = read_runs(runs)
@@ -56,10 +35,10 @@ def write_report(runs: Sequence[str | Path], path: str | Path) -> list[str]:
 
 
 def read_runs(runs: Sequence[str | Path]) -> list[RunRecord]:
-    """The runs by their folders' names, or by their paths where two have the same name; see `read_run`.
+    """Reads runs, labelled by their folders' names, or by their paths if two have the same name.
 
     Raises:
-        ValueError: See `read_run`; or they are of different tasks.
+        ValueError: See `read_run`; or the runs have different tasks.
     """
     paths = [Path(run) for run in runs]
     names = [path.resolve().name for path in paths]
@@ -69,22 +48,21 @@ def read_runs(runs: Sequence[str | Path]) -> list[RunRecord]:
     other = next((run for run in records if run.task != records[0].task), None)
     if other is not None:
         raise ValueError(
-            f"'{records[0].path}' is a run of {records[0].task} and '{other.path}' one of {other.task}, which have no "
-            "number in common. Report runs of one task side by side."
+            f"'{records[0].path}' is a run of {records[0].task} and '{other.path}' one of {other.task}, which share no "
+            "number. Report runs of one task side by side."
         )
     return records
 
 
 def render(runs: Sequence[RunRecord]) -> str:
-    """The report as HTML. Whatever the user named is escaped, and no script but the page's own may run.
+    """The report as HTML. Escapes all text of the user, and the page's policy allows no script but its own.
 
-    Args:
-        runs: Of `read_runs`; what turns out to be damaged is added to their notes.
+    Adds corrupt images to the notes of the runs.
     """
     import jinja2
     from markupsafe import Markup
 
-    kind = kind_of(runs[0])
+    kind = KINDS[runs[0].task]
     folder = resources.files("timm_convnextv2.report") / "templates"
     script, style, page = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css", "html"))
     environment = jinja2.Environment(
@@ -112,7 +90,7 @@ def render(runs: Sequence[RunRecord]) -> str:
 
 
 def _table(columns: Iterable[dict[str, str]]) -> list[tuple[str, list[str]]]:
-    """Rows of a table with a column a run; a row that is empty in all of them is left out."""
+    """Rows of a table with one column per run, without rows that are empty in all of them."""
     every = list(columns)
     names = list(dict.fromkeys(name for column in every for name in column))
     rows = [(name, [column.get(name, "") for column in every]) for name in names]
@@ -120,7 +98,7 @@ def _table(columns: Iterable[dict[str, str]]) -> list[tuple[str, list[str]]]:
 
 
 def _settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], bool]]:
-    """Every setting, those first in which runs differ; whether they do."""
+    """All settings with True for those that differ between runs; these come first."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     rows = [(name, [str(run.settings.get(name, "")) for run in runs]) for name in names]
     marked = [(name, cells, len(set(cells)) > 1) for name, cells in rows]
@@ -131,9 +109,9 @@ def _settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], bool]]:
 
 
 def _charts(runs: Sequence[RunRecord]) -> list[tuple[str, str, str]]:
-    """Title, note and SVG of what runs have in common; none of what was not measured."""
+    """Title, note and SVG of each chart that at least one run measured."""
     made = []
-    for chart in kind_of(runs[0]).charts(runs):
+    for chart in KINDS[runs[0].task].charts(runs):
         lines = [
             Line({epoch: value * (chart.scale or 1) for epoch, value in values.items()}, i, dashed)
             for column, dashed in chart.columns.items()
@@ -149,7 +127,7 @@ def _charts(runs: Sequence[RunRecord]) -> list[tuple[str, str, str]]:
 
 
 def _baselines(runs: Sequence[RunRecord], measure: str) -> dict[str, float]:
-    """Value by what stands on its line, with the number of the run where runs have others."""
+    """Values by the label of their line, with the number of the run if runs differ."""
     found: dict[str, dict[int, float]] = {}
     for i, run in enumerate(runs, 1):
         for name, of in run.probe.get("baselines", {}).items():
@@ -163,7 +141,7 @@ def _baselines(runs: Sequence[RunRecord], measure: str) -> dict[str, float]:
 
 
 def _in_words(title: str, lines: Sequence[Line], baselines: dict[str, float], dashed: str) -> str:
-    """A chart for those who do not see it."""
+    """The text alternative of a chart."""
     parts = []
     for line in lines:
         first, last = min(line.values), max(line.values)
@@ -179,8 +157,8 @@ def _in_words(title: str, lines: Sequence[Line], baselines: dict[str, float], da
 
 
 def _view(run: RunRecord, number: int, max_images: int) -> dict[str, Any]:
-    """What the page shows of one run alone."""
-    bad, kind = run.progress.get("bad_images"), kind_of(run)
+    """The data of one run for the page."""
+    bad, kind = run.progress.get("bad_images"), KINDS[run.task]
     predictions = _embed(run, run.predictions, max_images)
     neighbours = _embed(run, run.neighbours, 2)
     return {
@@ -203,7 +181,7 @@ def _view(run: RunRecord, number: int, max_images: int) -> dict[str, Any]:
 
 
 def _collapse(run: RunRecord, number: int) -> dict[str, Any]:
-    """The figure of the distances, that of dead channels where there are some, and the colours of the epochs."""
+    """The figures of distances and (if any) dead channels, and the colours of the epochs."""
     from markupsafe import Markup
 
     curves = {epoch: run.collapse[epoch] for epoch in spread(run.collapse, MAX_CURVES)}
@@ -223,8 +201,8 @@ def _collapse(run: RunRecord, number: int) -> dict[str, Any]:
 
 
 def _rows(run: RunRecord) -> dict[str, Any]:
-    """The numbers of some epochs as text."""
-    columns = {name: of for name, of in kind_of(run).columns.items() if run.column(name)}
+    """The table of numbers, of at most `MAX_ROWS` epochs."""
+    columns = {name: of for name, of in KINDS[run.task].columns.items() if run.column(name)}
     epochs = spread(run.rows, MAX_ROWS)
     return {
         "columns": [title for title, _ in columns.values()],
@@ -241,23 +219,23 @@ def _rows(run: RunRecord) -> dict[str, Any]:
 
 
 def _embed(run: RunRecord, images: dict[int, Path], count: int) -> list[dict[str, Any]]:
-    """Images by epoch as data of the page; what cannot be decoded is noted."""
+    """Images by epoch as data of the page; corrupt ones are noted."""
     shown = []
     for epoch in spread(images, count):
         path = images[epoch]
         try:
             status = path.stat()
             source, width, height = _data(str(path), status.st_mtime_ns, status.st_size)
-        except (OSError, ValueError, SyntaxError) as e:  # what Pillow raises of a damaged PNG
+        except (OSError, ValueError, SyntaxError) as e:  # Pillow raises these for a corrupt PNG
             run.notes.append(f"{path.parent.name}/{path.name} cannot be read ({e}).")
             continue
         shown.append({"epoch": epoch, "source": source, "width": width, "height": height})
     return shown
 
 
-@functools.lru_cache(maxsize=3 * MAX_IMAGES)  # a run in training draws its report at every checkpoint
+@functools.lru_cache(maxsize=3 * MAX_IMAGES)  # a run in training redraws its report again and again
 def _data(path: str, _changed: int, _size: int) -> tuple[str, int, int]:
-    """A PNG as a `data:` address, as WebP or JPEG where that is smaller; its width and height."""
+    """A PNG as a `data:` address (as WebP or JPEG if smaller), its width and height."""
     from PIL import Image, features
 
     content = Path(path).read_bytes()

@@ -1,4 +1,4 @@
-"""The images that a run draws: its curves, what the model predicts, and which images are alike to it."""
+"""PNG figures of a run: curves, reconstructions, neighbours, histograms, contact sheets."""
 
 import csv
 from collections.abc import Sequence
@@ -17,16 +17,7 @@ _COLUMNS = 8
 
 
 def save_contact_sheet(images: Sequence[tuple[np.ndarray | None, str]], path: str | Path, title: str = "") -> None:
-    """Draws images in rows of eight.
-
-    Args:
-        images: `(image, text)`; `[H, W, 3]` in [0, 1], None for one that cannot be shown.
-        path: PNG to write.
-        title: Line above.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Draws `(image, text)` in rows of eight; images are `[H, W, 3]` in [0, 1], or None for a crossed-out field."""
     from matplotlib.figure import Figure
 
     columns = min(_COLUMNS, max(4, len(images)))
@@ -58,16 +49,7 @@ _HISTOGRAM_COLUMNS = 4
 
 
 def save_histograms(found: "PixelStatistics", path: str | Path, title: str = "") -> None:
-    """Draws the histogram of each channel with its mean, and its 1st and 99th percentile.
-
-    Args:
-        found: Of the pixels.
-        path: PNG to write.
-        title: Line above.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Draws the histogram of each channel with its mean and its 1st and 99th percentile."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
@@ -100,10 +82,10 @@ def save_histograms(found: "PixelStatistics", path: str | Path, title: str = "")
 
 
 def save_figure(figure, path: str | Path) -> None:
-    """Writes a figure so that a viewer never sees half of it.
+    """Writes a figure as PNG, completely or not at all.
 
     Raises:
-        WriteError: (an OSError) It cannot be written.
+        WriteError: (an OSError) The file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -113,11 +95,7 @@ def save_figure(figure, path: str | Path) -> None:
 
 
 def save_loss_curve(summary: str | Path, path: str | Path) -> None:
-    """Draws loss and learning rate of a `summary.csv` as a PNG.
-
-    Raises:
-        OSError: The summary cannot be read, or the image not written.
-    """
+    """Draws loss and learning rate of a `summary.csv` as a PNG."""
     from matplotlib.figure import Figure
 
     with open(summary, newline="") as f:
@@ -142,15 +120,10 @@ def save_loss_curve(summary: str | Path, path: str | Path) -> None:
 
 
 def save_collapse_curves(table: str | Path, path: str | Path) -> None:
-    """Draws the distances of a `collapse.csv` over depth as a PNG, a line an epoch, at most twelve of them.
-
-    Args:
-        table: CSV with the columns `epoch`, `depth` (0 to 1) and `distance`; others are not read.
-        path: PNG to write.
+    """Draws the column `distance` of a `collapse.csv` over `depth` (0 to 1) for at most twelve epochs.
 
     Raises:
-        ValueError: The table has no such rows.
-        OSError: The table cannot be read, or the image not written.
+        ValueError: The table has no rows with these columns.
     """
     from matplotlib.figure import Figure
 
@@ -181,24 +154,23 @@ def save_neighbours(
     std: Sequence[float],
     title: str = "",
 ) -> None:
-    """Draws images and those that are nearest to them as a PNG, a row an image.
+    """Draws images and their nearest neighbours as a PNG, one row per image.
 
     Args:
         path: PNG to write.
         images: Normalised images `[N, C, H, W]`.
-        neighbours: For each row, the index of its image, and those of its neighbours, the nearest first.
-        mean: Mean per channel that the images were normalised with.
-        std: Standard deviation likewise.
+        neighbours: For each row the index of its image and those of its neighbours, the nearest first.
+        mean: Mean per channel of the normalisation.
+        std: Standard deviation, likewise.
         title: Line above the images.
 
     Raises:
-        ValueError: There is no row.
-        WriteError: (an OSError) It cannot be written.
+        ValueError: `neighbours` is empty.
     """
     from matplotlib.figure import Figure
 
     if not neighbours:
-        raise ValueError("neighbours is empty, expected a row (index, [indices of its neighbours]) at least.")
+        raise ValueError("neighbours is empty, expected at least one row (index, [indices of its neighbours]).")
     shown = displayable(images.float().cpu(), torch.tensor(mean), torch.tensor(std)).clamp(0, 1)
     columns, aspect = 1 + max(len(near) for _, near in neighbours), images.shape[2] / images.shape[3]
     figure = Figure(figsize=(8, 0.4 + 8 / columns * aspect * len(neighbours)), dpi=120, layout="constrained")
@@ -233,18 +205,18 @@ def save_reconstructions(
     std: Sequence[float],
     title: str = "",
 ) -> None:
-    """Draws original, masked input, prediction of the removed patches, and both together, of each image as a PNG.
+    """Draws each image as original, masked input, prediction, and prediction with the visible patches.
 
-    Where the target is normalised per patch, the prediction is put back with the patch's true mean and standard
-    deviation, as MAE's demo does: it shows the structure that was predicted, in the brightness that was not asked for.
+    If the target is normalised per patch, the prediction gets the patch's true mean and standard deviation, as in
+    MAE's demo: it shows the predicted structure, in a brightness that the model did not predict.
 
     Args:
         path: PNG to write.
         model: The model, on any device.
         images: Normalised images `[B, C, H, W]`.
         masks: Bool `[B, h, w]`, True = removed.
-        mean: Mean per channel that the images were normalised with.
-        std: Standard deviation likewise.
+        mean: Mean per channel of the normalisation.
+        std: Standard deviation, likewise.
         title: Line above the images.
     """
     from matplotlib.figure import Figure
@@ -273,10 +245,10 @@ def save_reconstructions(
     count, aspect = images.shape[0], images.shape[2] / images.shape[3]
     figure = Figure(figsize=(8, 0.3 + 2 * count * aspect), dpi=120, layout="constrained")
     axes = figure.subplots(count, len(columns), squeeze=False)
-    for column, (name, pictures) in enumerate(columns.items()):
+    for column, (name, drawn) in enumerate(columns.items()):
         for row in range(count):
-            picture = ((pictures[row] - low) / (high - low)).clamp(0, 1)
-            axes[row][column].imshow(picture.numpy(), interpolation="nearest")
+            image = ((drawn[row] - low) / (high - low)).clamp(0, 1)
+            axes[row][column].imshow(image.numpy(), interpolation="nearest")
             axes[row][column].axis("off")
         axes[0][column].set_title(name, fontsize=9)
     if title:

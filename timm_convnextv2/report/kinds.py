@@ -1,4 +1,4 @@
-"""What a report says of a task, and what it says of all of them: `pretraining` and `transfer` have the rest."""
+"""The texts, tables and charts of a report, per task."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ class Chart(NamedTuple):
     """A chart over epochs.
 
     Attributes:
-        title: Above it.
-        columns: Of summary.csv, and whether their lines are dashed.
-        note: What its lines are.
-        scale: Factor of the values, for shares, whose axis begins at 0; 0 for none.
+        title: Text above.
+        columns: Columns of summary.csv; True for a dashed line.
+        note: Explains the lines.
+        scale: Factor of the values, whose axis then begins at 0; 0 for none.
         baseline: Measure of the probe whose baselines are drawn.
-        dashed: What dashed lines are, in words.
+        dashed: Meaning of dashed lines.
     """
 
     title: str
@@ -30,21 +30,21 @@ class Chart(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What differs between the tasks.
+    """The differences between tasks.
 
     Attributes:
-        title: Of the page.
-        heading: Above the names of the runs.
-        model: Folder of what the run exports.
-        predictions: What its images show, in a sentence or two.
-        alt: The same of one image, before ", after epoch N".
-        columns: Of summary.csv in the table of numbers: heading and format.
-        facts: What was trained on what.
-        about: The run in a line.
-        numbers: How it went, in the last numbers that were measured.
-        charts: What may be drawn of runs.
-        findings: What the numbers say, in sentences.
-        next_steps: What to do with what it exports.
+        title: Title of the page, before " of RUN".
+        heading: Text above the names of the runs.
+        model: Subfolder with the exported model.
+        predictions: Explains the images of predictions.
+        alt: Text alternative of such an image, before ", after epoch N".
+        columns: Columns of summary.csv in the table of numbers: heading and format.
+        facts: Rows about model, data and training.
+        about: The run in one line.
+        numbers: The latest measured numbers.
+        charts: Candidates for charts; those without values are left out.
+        findings: Sentences about the numbers.
+        next_steps: Commands for the exported model.
     """
 
     title: str
@@ -69,7 +69,6 @@ COST = {
     "train_memory_gib": ("memory GiB", "{:.2f}"),
     "lr": ("learning rate", "{:.2e}"),
 }
-
 
 COST_CHARTS = [
     Chart("Speed, images/s", {"train_images_per_s": False}, scale=1),
@@ -115,7 +114,6 @@ def device_of(of: dict[str, Any]) -> str:
 
 BASELINES = {"random": "random weights", "pixels": "plain pixels"}
 
-
 _COLUMNS = {
     "train_loss": ("loss", "{:.4f}"),
     "eval_loss": ("held-out loss", "{:.4f}"),
@@ -129,11 +127,11 @@ _COLUMNS = {
 
 
 def _facts(run: RunRecord) -> dict[str, str]:
-    """What was trained on what."""
+    """Rows about model, data and training."""
     of, progress = run.settings, run.progress
     chans, height, width = of["input_size"]
-    places = [of["dataset"], of["data_dir"], of.get("data_list")]
-    named = [word for place in places if place for word in (place if isinstance(place, list) else [place])]
+    sources = [of["dataset"], of["data_dir"], of.get("data_list")]
+    named = [word for source in sources if source for word in (source if isinstance(source, list) else [source])]
     data = "the embedded data set" if of["dataset"] == "embedded" else " ".join(named)
     images = progress.get("num_images") or of.get("train_num_samples")
     start = "random weights" if not of["pretrained"] else str(of.get("weights") or "published or given weights")
@@ -159,7 +157,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
 
 
 def _about(run: RunRecord) -> str:
-    """The run in a line."""
+    """The run in one line."""
     facts = _facts(run)
     images = f"{facts['Images']} images" if facts["Images"] else "images"
     size = " x ".join(map(str, run.settings["input_size"]))
@@ -167,7 +165,7 @@ def _about(run: RunRecord) -> str:
 
 
 def _numbers(run: RunRecord) -> dict[str, str]:
-    """How it went, in the last numbers that were measured."""
+    """The latest measured numbers."""
     bad = run.progress.get("bad_images") or {}
     last_bad = last_of(run, "train_bad_images", "{:.0f}")
     return {
@@ -193,13 +191,13 @@ def _charts(runs: Sequence[RunRecord]) -> list[Chart]:
         Chart("Ridge accuracy, %", {"eval_ridge": False}, "A linear classifier in closed form.", baseline="ridge"),
         Chart("RankMe", {"eval_rank": False}, "Compares runs of one method only.", baseline="rank"),
         Chart("Mean distance of channels", {"eval_distance": False}, "0: collapsed. About 0.5: independent."),
-        Chart("Dead channels, %", {"eval_dead": False}, "Channels whose norm is next to nothing.", 100),
+        Chart("Dead channels, %", {"eval_dead": False}, "Channels whose norm is almost zero.", 100),
         *COST_CHARTS,
     ]
 
 
 def _findings(run: RunRecord) -> list[str]:
-    """What the numbers say, in sentences."""
+    """Sentences about the numbers."""
     found = []
     for column, name, key in (("eval_knn", "kNN", "knn"), ("eval_ridge", "Ridge", "ridge")):
         values = run.column(column)
@@ -228,9 +226,9 @@ PRETRAINING = Kind(
     "Pretraining",
     "Report of pretraining, FCMAE",
     "encoder",
-    "The same images with the same masks: what the network saw, and what it predicts of the rest. Good predictions "
-    "do not prove good features.",
-    "Original, masked input, prediction, and prediction with the visible patches, a row an image",
+    "The same images with the same masks: the input of the network, and its prediction of the masked patches. Good "
+    "predictions do not prove good features.",
+    "Original, masked input, prediction, and prediction with the visible patches, one row per image",
     _COLUMNS,
     _facts,
     _about,
@@ -242,7 +240,7 @@ PRETRAINING = Kind(
 
 
 def _facts_of_transfer(run: RunRecord) -> dict[str, str]:
-    """What was trained on what."""
+    """Rows about model, data and training."""
     of = run.settings
     names = [str(name) for name in of["classes"]]
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
@@ -251,7 +249,7 @@ def _facts_of_transfer(run: RunRecord) -> dict[str, str]:
     prepared = ", ".join(f"{name} {value}" for name, value in (of.get("pixels") or {}).items())
     return {
         "Model": f"{kind} on {of['model']}",
-        "Backbone started from": f"{start}{', and is frozen' if of.get('frozen') else ''}",
+        "Backbone started from": f"{start}{', frozen' if of.get('frozen') else ''}",
         "Data": of["data_dir"],
         "Images": f"{of['num_images']:,}, {of['num_validation']:,} to validate",
         "Classes": f"{len(names)}: {shown}",
@@ -270,7 +268,7 @@ def _facts_of_transfer(run: RunRecord) -> dict[str, str]:
 
 
 def _about_transfer(run: RunRecord) -> str:
-    """The run in a line."""
+    """The run in one line."""
     facts, of = _facts_of_transfer(run), run.settings
     epochs = len(run.rows) and max(run.rows) + 1
     images = f"{of['num_images']:,} images, {of['num_validation']:,} to validate"
@@ -278,7 +276,7 @@ def _about_transfer(run: RunRecord) -> str:
 
 
 def _numbers_of(measures: dict[str, str]) -> Callable[[RunRecord], dict[str, str]]:
-    """The function for these measures, by name the column of summary.csv."""
+    """The function for these measures `{name: column of summary.csv}`."""
 
     def numbers(run: RunRecord) -> dict[str, str]:
         found = {"Loss": last_of(run, "train_loss", "{:.4f}")}
@@ -291,7 +289,7 @@ def _numbers_of(measures: dict[str, str]) -> Callable[[RunRecord], dict[str, str
 
 
 def _findings_of(names: dict[str, str]) -> Callable[[RunRecord], list[str]]:
-    """The function for these measures, by name the column of summary.csv."""
+    """The function for these measures `{name: column of summary.csv}`."""
 
     def findings(run: RunRecord) -> list[str]:
         found = []
@@ -309,7 +307,7 @@ def _findings_of(names: dict[str, str]) -> Callable[[RunRecord], list[str]]:
 
 
 def _losses(runs: Sequence[RunRecord]) -> list[Chart]:
-    """The sum, and each of its parts."""
+    """Charts of the loss and of each of its terms."""
     parts = dict.fromkeys(c for run in runs for row in run.rows.values() for c in row if c.startswith("train_loss_"))
     named = [Chart(f"Loss: {c.removeprefix('train_loss_').replace('_', ' ')}", {c: False}) for c in parts]
     return [Chart("Loss", {"train_loss": False}, "The sum of its parts, on the training images."), *named]
@@ -349,7 +347,6 @@ _BOXES = {
     "Mask AP50": "eval_mask_ap50",
 }
 
-
 _PIXELS = {"mIoU": "eval_miou", "Accuracy": "eval_accuracy", "Mean accuracy": "eval_mean_accuracy"}
 
 
@@ -357,8 +354,8 @@ DETECTION = Kind(
     "Detection",
     "Report of detection",
     "model",
-    "Images of the validation: the truth at the left, and what is found with a score of 0.5 and more at the right.",
-    "The truth at the left and what was found at the right, a row an image",
+    "Validation images: ground truth on the left, detections with a score of at least 0.5 on the right.",
+    "Ground truth on the left and detections on the right, one row per image",
     {"train_loss": ("loss", "{:.4f}"), **{c: (n, "{:.1%}") for n, c in _BOXES.items()}, **COST},
     _facts_of_transfer,
     _about_transfer,
@@ -373,8 +370,8 @@ SEGMENTATION = Kind(
     "Segmentation",
     "Report of segmentation",
     "model",
-    "Images of the validation: the image, its mask, and what is found.",
-    "Image, mask and what was found, a row an image",
+    "Validation images: the image, its mask, and the prediction.",
+    "Image, mask and prediction, one row per image",
     {"train_loss": ("loss", "{:.4f}"), **{c: (n, "{:.1%}") for n, c in _PIXELS.items()}, **COST},
     _facts_of_transfer,
     _about_transfer,
@@ -383,3 +380,6 @@ SEGMENTATION = Kind(
     _findings_of({"mIoU": "eval_miou"}),
     next_steps_of_transfer,
 )
+
+
+KINDS = {"pretraining": PRETRAINING, "detection": DETECTION, "segmentation": SEGMENTATION}

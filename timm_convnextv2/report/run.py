@@ -1,4 +1,4 @@
-"""Reading the folder of a run for its report: what is there, and what is damaged."""
+"""Reads the folder of a run for its report; corrupt files are left out and noted."""
 
 import json
 import math
@@ -14,10 +14,10 @@ import yaml
 from ..runs.summary import read_rows
 
 Row = dict[str, float]
+_TEXT_COLUMNS = ("block",)  # of collapse.csv: the module's name
 
-
-# What a report needs of the settings, by the task that they name; runs of pretraining name none.
-# `mask_ratio` tells a run of pretraining from one of timm's train.py.
+# The settings that a report needs, by task; runs of pretraining name no task.
+# Only `mask_ratio` distinguishes a run of pretraining from one of timm's train.py.
 _PRETRAINING: dict[str, type | tuple[type, ...]] = {
     "model": str, "epochs": int, "mask_ratio": (int, float), "batch_size": int, "grad_accum_steps": int,
     "decoder_depth": int, "decoder_dim": int, "patch_size": int, "input_size": list, "seed": int,
@@ -37,22 +37,22 @@ _SETTINGS = {"pretraining": _PRETRAINING, "detection": _TRANSFER, "segmentation"
 
 @dataclass
 class RunRecord:
-    """What the folder of a run tells. What is not there is empty.
+    """The content of a run's folder; missing files leave their attribute empty.
 
     Attributes:
         path: The folder.
-        label: What it is called beside other runs.
-        settings: Of args.yaml.
+        label: Its name beside other runs.
+        settings: Content of args.yaml.
         task: 'pretraining', 'detection' or 'segmentation'.
-        versions: Of the packages that trained.
-        command: That started it.
-        rows: Of summary.csv, by epoch from 0: numbers by column, without empty cells.
-        collapse: Of collapse.csv, by epoch from 1: rows of numbers, in order of depth.
+        versions: Versions of the packages that trained.
+        command: The command that started the run.
+        rows: summary.csv by epoch, from 0: numbers by column, without empty cells.
+        collapse: collapse.csv by epoch, from 1: rows of numbers, in order of depth.
         probe: Content of probe.json.
-        predictions: PNG of what it predicts by epoch, from 1: reconstructions, or what is found beside the truth.
-        neighbours: Likewise.
-        progress: Of the last checkpoint, see `pretrain.run_folder.Progress`.
-        notes: What was left out and why.
+        predictions: PNG by epoch, from 1: reconstructions, or predictions beside the ground truth.
+        neighbours: PNG of nearest neighbours by epoch.
+        progress: Progress in the last checkpoint.
+        notes: Files and lines that were left out, with the reason.
     """
 
     path: Path
@@ -70,19 +70,15 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
 
     def column(self, name: str) -> dict[int, float]:
-        """A column of summary.csv by epoch, from 1; epochs in which it was not measured are left out."""
+        """A column of summary.csv by epoch, from 1, without epochs that did not measure it."""
         return {epoch + 1: row[name] for epoch, row in self.rows.items() if name in row}
 
 
 def read_run(folder: Path, label: str = "") -> RunRecord:
-    """Reads what the folder of a run tells; what is damaged is left out, and named in `notes`.
-
-    Args:
-        folder: Of the run.
-        label: What to call it; the folder's name if ''.
+    """Reads the folder of a run; `label` defaults to the folder's name. Corrupt files become `notes`.
 
     Raises:
-        ValueError: It is not the folder of a run, or its args.yaml is damaged.
+        ValueError: It is not the folder of a run, or its args.yaml is corrupt.
     """
     head, settings = _read_settings(folder)
     run = RunRecord(folder, label or folder.resolve().name, settings, settings.get("task", "pretraining"))
@@ -92,7 +88,7 @@ def read_run(folder: Path, label: str = "") -> RunRecord:
             run.command = _decoded(line.removeprefix("command: "))
     run.rows = {int(row["epoch"]): row for row in _read_table(run, "summary.csv")}
     if run.task != "pretraining":
-        # COCO's evaluators give -1 where nothing counts, such as large objects in an image set without any
+        # COCO's evaluators return -1 for empty categories, such as large objects in a data set without any
         run.rows = {epoch: {k: v for k, v in row.items() if v >= 0} for epoch, row in run.rows.items()}
         run.predictions = _epochs_of(folder / "predictions")
         return run
@@ -108,10 +104,10 @@ def read_run(folder: Path, label: str = "") -> RunRecord:
 
 
 def _read_settings(folder: Path) -> tuple[list[str], dict[str, Any]]:
-    """Lines of the head comment, and the settings."""
+    """The lines of the head comment, and the settings."""
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"'{folder}' {what}, expected the folder of a run, such as output/NAME.")
+        found = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"'{folder}' {found}, expected the folder of a run, such as output/NAME.")
     path = folder / "args.yaml"
     if not path.is_file():
         below = sorted(p.parent.name for p in folder.glob("*/args.yaml"))[:5]
@@ -142,7 +138,7 @@ def _fits(settings: dict[str, Any], name: str, kind: type | tuple[type, ...]) ->
 
 
 def _decoded(text: str) -> str:
-    """What `head_comment` quoted; '' where somebody has changed the line."""
+    """The command that `head_comment` quoted; '' if the line was edited."""
     try:
         command = json.loads(text)
     except ValueError:
@@ -151,7 +147,7 @@ def _decoded(text: str) -> str:
 
 
 def _read_table(run: RunRecord, name: str, needed: tuple[str, ...] = ()) -> list[Row]:
-    """The rows of a CSV as finite numbers; a line that is torn, or lacks what is needed, is noted."""
+    """The rows of a CSV as finite numbers; torn lines are noted, rows without the needed columns are dropped."""
     path = run.path / name
     try:
         rows, damaged = read_rows(path)
@@ -161,7 +157,7 @@ def _read_table(run: RunRecord, name: str, needed: tuple[str, ...] = ()) -> list
     found = []
     for row in rows:
         try:
-            numbers = {key: float(str(cell)) for key, cell in row.items() if cell != ""}
+            numbers = {k: float(str(cell)) for k, cell in row.items() if cell != "" and k not in _TEXT_COLUMNS}
         except ValueError:
             damaged.append(",".join(map(str, row.values())))
             continue
@@ -171,8 +167,8 @@ def _read_table(run: RunRecord, name: str, needed: tuple[str, ...] = ()) -> list
             found.append(numbers)
     if damaged:
         first = damaged[0] if len(damaged[0]) <= 60 else f"{damaged[0][:60]}..."
-        count = "1 line is" if len(damaged) == 1 else f"{len(damaged)} lines are"
-        run.notes.append(f"{name}: {count} damaged and left out, the first: '{first}'.")
+        count = "1 corrupt line is" if len(damaged) == 1 else f"{len(damaged)} corrupt lines are"
+        run.notes.append(f"{name}: {count} left out, the first: '{first}'.")
     return found
 
 
@@ -187,7 +183,7 @@ def _read_probe(run: RunRecord) -> dict[str, Any]:
         return {}
     baselines = content.get("baselines", {}) if isinstance(content, dict) else None
     if not isinstance(baselines, dict) or not all(isinstance(of, dict) for of in baselines.values()):
-        run.notes.append("probe.json holds something else than a probe, and is left out.")
+        run.notes.append("probe.json does not hold a probe and is left out.")
         return {}
     content["baselines"] = {
         name: {k: float(v) for k, v in of.items() if isinstance(v, int | float) and math.isfinite(v)}
@@ -197,19 +193,19 @@ def _read_probe(run: RunRecord) -> dict[str, Any]:
 
 
 def _read_progress(run: RunRecord) -> dict[str, Any]:
-    """Of the last checkpoint, whose tensors are not read."""
+    """The progress in the last checkpoint; `mmap` avoids reading its tensors."""
     path = run.path / "last.pth.tar"
     if not path.exists():
         return {}
     try:
         progress = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["progress"]
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as e:
-        run.notes.append(f"last.pth.tar cannot be read ({type(e).__name__}): bad images and updates are not known.")
+        run.notes.append(f"last.pth.tar cannot be read ({type(e).__name__}): bad images and updates are unknown.")
         return {}
     return progress if isinstance(progress, dict) else {}
 
 
 def _epochs_of(folder: Path) -> dict[int, Path]:
-    """The images of a folder by their epoch, in order."""
+    """The images of a folder by epoch, in order."""
     found = {re.fullmatch(r"epoch-(\d+)\.png", path.name): path for path in folder.glob("epoch-*.png")}
     return dict(sorted((int(match[1]), path) for match, path in found.items() if match))
