@@ -60,7 +60,7 @@ def installed(tmp_path_factory):
     scripts = root / "venv" / "bin"
     paths = {"base": str(root / "venv"), "platbase": str(root / "venv")}
     packages = Path(sysconfig.get_path("purelib", "venv", paths))
-    # a line of a .pth is a path to look at after the environment's own; .pth files there, of the clone, are not read
+    # a line of a .pth is a path to search after the environment's own; .pth files in it, of the clone, are not read
     (packages / "others.pth").write_text(
         "".join(f"{path}\n" for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
     )

@@ -22,7 +22,7 @@ def save(path, epoch):
     time.sleep(0.01)  # another time of change
 
 
-def test_failure_is_told_with_what_is_whole(command, encoder, tmp_path, capsys):
+def test_failure_names_the_whole_checkpoint(command, encoder, tmp_path, capsys):
     folder = tmp_path / "out" / "x"
     with pytest.raises(RuntimeError, match="failed writing"):
         main(command("--seed", "17"))
@@ -63,7 +63,7 @@ def test_newest_whole_one(tmp_path, state):
     assert newest_whole(tmp_path) == (tmp_path / "checkpoint-0.pth.tar", 1)
 
 
-def test_damaged_checkpoint_is_not_resumed_from(run, refused, tmp_path):
+def test_corrupt_checkpoint_is_not_resumed_from(run, refused, tmp_path):
     run()
     folder = tmp_path / "out" / "x"
     shutil.copy(folder / "last.pth.tar", folder / "checkpoint-2.pth.tar")

@@ -1,4 +1,4 @@
-"""Folders of labelled images: what is listed, what is left out, and what is said of it."""
+"""Folders of labelled images: listed, left out and described."""
 
 import pytest
 from folders import write_images
@@ -69,10 +69,10 @@ def test_class_map_and_extensions(root, tmp_path):
         folders.FolderReader(root, input_key=".jpg")
 
 
-@pytest.mark.parametrize("counts, said", [({"a": 21, "b": 2}, True), ({"a": 20, "b": 2}, False), ({"a": 9}, False)])
-def test_imbalance(counts, said):
+@pytest.mark.parametrize("counts, warned", [({"a": 21, "b": 2}, True), ({"a": 20, "b": 2}, False), ({"a": 9}, False)])
+def test_imbalance(counts, warned):
     text = folders.imbalance(counts)
-    assert ("21 images of a against 2 of b" in text) == said
+    assert ("21 images of a against 2 of b" in text) == warned
 
 
 def test_counts_of_many_classes_are_their_extremes(tmp_path):

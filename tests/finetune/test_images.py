@@ -201,7 +201,7 @@ def test_rotation_and_grey_are_those_of_pretraining(tmp_path):
     assert image.size == (8, 16) and image.mode == "RGB" and target == 0
 
 
-def test_damaged_images_are_replaced_or_named(mixed, caplog):
+def test_corrupt_images_are_replaced_or_named(mixed, caplog):
     (mixed / "train" / "a" / "1.tif").write_bytes(b"II*\0")
     data = images.Images(FolderReader(mixed / "train"))
     bad = next(i for i in range(16) if data.name(i).endswith("a/1.tif"))
@@ -282,18 +282,18 @@ def write_hfids(root, found):
     return f"hfids/{root / 'set'}", root / "cache", "train"
 
 
-PLACES = {"wds": write_wds, "tar": write_tar, "torch": write_torch, "hfids": write_hfids}
+SETS = {"wds": write_wds, "tar": write_tar, "torch": write_torch, "hfids": write_hfids}
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
-@pytest.mark.parametrize("place", PLACES)
-def test_labelled_data_sets_are_decoded_alike(place, in_chans, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", SETS)
+def test_labelled_data_sets_are_decoded_alike(kind, in_chans, tmp_path, capsys, monkeypatch):
     """16 bits are not clipped, TIFF is not dropped, and labels stay with their images."""
-    if place == "wds":
+    if kind == "wds":
         pytest.importorskip("webdataset", reason="the package webdataset is not installed")
     kinds = [grey16_png, grey16_tiff, float_tiff] if in_chans == 1 else [rgb_png, grey16_tiff]
     found = list(samples(kinds, 6))
-    name, root, split = PLACES[place](tmp_path, found)
+    name, root, split = SETS[kind](tmp_path, found)
     fed = script()
     images.feed(fed, images.Reading(in_chans))
     data = fed.create_dataset(
@@ -309,7 +309,7 @@ def test_labelled_data_sets_are_decoded_alike(place, in_chans, tmp_path, capsys,
         expected = torch.as_tensor(np.broadcast_to(truth, (in_chans, SIZE, SIZE)).astype(np.float32))
         (match,) = [i for i in range(6) if torch.allclose(x[i], expected, atol=2e-6)]
         assert y[match] == label
-    if place == "tar":
+    if kind == "tar":
         assert "x.tar: 1 other file ignored: 1 .txt" in capsys.readouterr().out
 
 

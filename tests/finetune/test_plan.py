@@ -110,7 +110,7 @@ def test_channels_that_only_the_folder_tells(run, refused, encoder, tmp_path, ca
                 for i in range(8):
                     np.save(tmp_path / f"of{channels}" / split / label / f"{i}.npy", np.zeros((9, 9, channels), "u1"))
     args = run(model=f"local-dir:{folder}", data=tmp_path / "of4")["args"]
-    # the folder's mean and std are for three channels: their average, told to train.py and thus in its args.yaml
+    # the folder's mean and std are for three channels: their average goes to train.py and its args.yaml
     assert args["in_chans"] == 4 and args["mean"] == [0.4] * 4 and args["std"] == [0.2] * 4
     words = ("--in-chans", "2", "--mean", "0.1", "0.2", "--std", "1")
     args = run(*words, model=f"local-dir:{folder}", data=tmp_path / "of2", experiment="y")["args"]

@@ -22,8 +22,8 @@ nodes = [subprocess.Popen(command) for _ in range({NODES})]
 signal.signal(signal.SIGTERM, lambda *_: [node.send_signal(signal.SIGTERM) for node in nodes])
 sys.exit(max(abs(node.wait()) for node in nodes))
 """
-# tells of its arguments instead
-TELLING = """#!/bin/sh
+# prints its arguments instead
+PRINTING = """#!/bin/sh
 for word in "$@"; do echo "$word"; done
 exit $STATUS
 """
@@ -47,7 +47,7 @@ def cluster(folder: Path, srun: str, **more: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_what_it_starts(tmp_path, status):
-    env = cluster(tmp_path, TELLING, STATUS=str(status), SLURM_GPUS_ON_NODE="8", SLURM_RESTART_COUNT="2")
+    env = cluster(tmp_path, PRINTING, STATUS=str(status), SLURM_GPUS_ON_NODE="8", SLURM_RESTART_COUNT="2")
     options = ["--data-dir", "two words", "--experiment", "x"]
     done = subprocess.run(["bash", str(SCRIPT), *options], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == status and not done.stderr
@@ -61,7 +61,7 @@ def test_what_it_starts(tmp_path, status):
 
 
 def test_a_run_needs_a_name(tmp_path):
-    env = cluster(tmp_path, TELLING, STATUS="0")
+    env = cluster(tmp_path, PRINTING, STATUS="0")
     done = subprocess.run(["bash", str(SCRIPT), "--amp"], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "--experiment NAME" in done.stderr and not done.stdout
 

@@ -48,8 +48,8 @@ def prepare_evaluation(
         if options.checkpoint:
             check_weights_file("--checkpoint", options.checkpoint, model)
         pixels, read = choose_pixels(nodata, options.model, options.channels)
-        class_to_idx, said = _check_images(options, model, labelled, pixels)
-        notes += [*read, *said]
+        class_to_idx, listed = _check_images(options, model, labelled, pixels)
+        notes += [*read, *listed]
     feed(script, Reading(options.channels, pixels, strict=not labelled), class_to_idx)
     return [*words, *options.words_since(resolved)], notes
 

@@ -116,7 +116,7 @@ def make_plan(
         )
     loads = options.pretrained and not options.pretrained_path
     start = dict(drop_path_rate=options.drop_path, global_pool=options.gp)
-    options, model, said = create_fitted_model(options, need_weights=options.pretrained, check_weights=loads, **start)
+    options, model, fitted = create_fitted_model(options, need_weights=options.pretrained, check_weights=loads, **start)
     options, folder = _with_folder(options, model)
     for name in START_FILES:
         if getattr(options, name) and (options.pretrained or name != "pretrained_path"):
@@ -130,7 +130,7 @@ def make_plan(
     values = dict(options.values)
     refuse_for_tensors(kinds, values, resolve_data_config(values, model=model)["crop_mode"])
     words = [*words, *options.words_since(resolved)]
-    notes = [*notes, *said, *read]
+    notes = [*notes, *fitted, *read]
     return Plan(script, recipe, options, words, splits, model, folder, kinds, notes, world_size)
 
 

@@ -1,0 +1,99 @@
+"""validate and predict with a stand-in for timm's scripts: what is refused, and what the scripts get."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from folders import write_images
+from timm.models import save_for_hf
+
+from timm_convnextv2.commands import predict, validate
+
+SHAPE = dict(patch_size=1, depths=[1, 1, 1, 1], dims=[8, 8, 8, 8])
+
+
+def write_model(folder, in_chans=3):
+    """A timm folder of a classifier of a, b and c."""
+    model = timm.create_model("convnextv2_atto", num_classes=3, in_chans=in_chans, **SHAPE)
+    cfg = dict(input_size=(in_chans, 32, 32), num_classes=3, label_names=["a", "b", "c"], license="mit")
+    args = {**SHAPE, "in_chans": in_chans}
+    save_for_hf(model, folder, model_config=dict(pretrained_cfg=cfg), model_args=args, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """The classifier's folder; both scripts are in TIMM_TRAIN."""
+    (tmp_path / "timm").mkdir()
+    for name in ("validate.py", "inference.py"):
+        shutil.copy(Path(__file__).with_name("stand_in_validate.py"), tmp_path / "timm" / name)
+    monkeypatch.setenv("TIMM_TRAIN", str(tmp_path / "timm" / "train.py"))
+    monkeypatch.chdir(tmp_path)
+    return write_model(tmp_path / "model")
+
+
+def seen():
+    return json.loads(Path("seen.json").read_text())
+
+
+def test_classes_are_matched_by_name(model, data, capsys):
+    assert validate.main([str(model), "--data-dir", str(data), "--device", "cpu"]) == 0
+    found = seen()
+    assert found["args"]["model"] == f"local-dir:{model}" and found["targets"] == [0] * 4 + [1] * 4 + [2] * 4
+    assert found["args"]["in_chans"] is None and found["args"]["mean"] is None
+    write_images(Path("one") / "validation", classes=("b",), n=2)
+    assert validate.main([str(model), "--data-dir", "one", "--device", "cpu"]) == 0
+    assert seen()["targets"] == [1, 1]  # by its folder alone it would be class 0
+    assert "1 of the model's 3 classes" in capsys.readouterr().out
+    assert validate.main([str(model), "one/validation", "--device", "cpu"]) == 0  # the folder itself
+    assert seen()["targets"] == [1, 1]
+
+
+def test_channels_that_only_the_model_has(model, tmp_path):
+    for label in "ab":
+        (tmp_path / "bands" / label).mkdir(parents=True)
+        np.save(tmp_path / "bands" / label / "0.npy", np.zeros((9, 9, 5), "u1"))
+    folder = write_model(tmp_path / "five", in_chans=5)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]  # timm's own save averages
+    (folder / "config.json").write_text(json.dumps(config))
+    assert predict.main([str(folder), "--data-dir", str(tmp_path / "bands"), "--device", "cpu"]) == 0
+    args = seen()["args"]
+    assert args["in_chans"] == 5 and args["mean"] == [0.2] * 5 and args["std"] is None
+
+
+def test_predict_ends_at_a_corrupt_image_that_validate_replaces(model, data, tmp_path, capsys):
+    shutil.copytree(data / "validation", tmp_path / "copy")
+    (tmp_path / "copy" / "a" / "1.png").write_bytes(b"junk")
+    words = [str(model), "--data-dir", str(tmp_path / "copy"), "--device", "cpu"]
+    assert validate.main(words) == 0
+    assert predict.main(words) == 2
+    assert str(tmp_path / "copy" / "a" / "1.png") in capsys.readouterr().err
+
+
+MISTAKES = {
+    "no model": ([], "--model is needed"),
+    "no data": (["--model", "convnextv2_atto"], "--data-dir is needed"),
+    "two models": (["x", "--model", "y"], "both name a model"),
+    "unknown option": (["--no-such"], "unrecognized arguments: --no-such"),
+    "encoder": (["ENCODER", "--data-dir", "DATA"], "no classifier"),
+    "other classes": (["MODEL", "--data-dir", "OTHER"], "1 classes that the model does not have: z. The model's: a, b"),
+    "wrong channels": (["MODEL", "--data-dir", "DATA", "--in-chans", "5"], "has 3 channels"),
+    "mode": (["MODEL", "--data-dir", "DATA", "--input-img-mode", "L"], "--input-img-mode L"),
+    "checkpoint": (["MODEL", "--data-dir", "DATA", "--checkpoint", "gone.pth"], "'gone.pth' does not exist"),
+    "no folder": (["MODEL", "--data-dir", "gone"], "gone does not exist"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_message(mistake, model, encoder, data, tmp_path, capsys):
+    words, expected = MISTAKES[mistake]
+    write_images(tmp_path / "validation", classes=("a", "z"), n=1)
+    paths = {"ENCODER": encoder, "MODEL": model, "DATA": data, "OTHER": tmp_path}
+    words = [str(paths.get(word, word)) for word in words]
+    assert validate.main([*words, *(["--device", "cpu"] * bool(words))]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("timm-convnextv2 validate: error: ") and expected in err and err.count("error:") == 1
