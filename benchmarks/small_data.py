@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.finetune_gain import call
 from benchmarks.measure import conditions, write_csv
-from timm_convnextv2.commands.compare import SCRATCH, Candidate, compare
+from timm_convnextv2.features.compare import SCRATCH, Candidate, compare
 
 ROOT = Path(__file__).parents[1]
 # a small ConvNeXt V2 on small images: what two CPU cores train in minutes

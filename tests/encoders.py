@@ -1,4 +1,4 @@
-"""Small encoders on the disk, for what reads one, and fixtures, which `conftest` makes known to all tests."""
+"""Small encoders on disk as fixtures, which `conftest` imports for all tests, and `embed` with options by name."""
 
 import pytest
 import timm
@@ -6,6 +6,9 @@ import torch
 
 import timm_convnextv2  # noqa: F401  registers the models
 from timm_convnextv2.checkpoint import export_encoder
+from timm_convnextv2.config import build
+from timm_convnextv2.features import embed as embedding
+from timm_convnextv2.features.config import EmbedConfig
 
 DIMS = [8, 16, 24, 32]
 
@@ -20,6 +23,17 @@ def make_encoder(folder, patch_size=1, **kwargs):
             value += torch.randn_like(value) * (0.1 if value.ndim == 1 else 1.5 / value[0].numel() ** 0.5)
     export_encoder(model, folder, mean=[0.4] * model.in_chans, std=[0.3] * model.in_chans)
     return model.encoder.eval()
+
+
+def embed(model, data_dir, output, **options):
+    """Embeds on the CPU and in this process; `options` are those of the command."""
+    places = {} if data_dir is None else {"data_dir": (str(data_dir),)}
+    values = {"model": model, "output": str(output), "device": "cpu", "workers": 0, **places, **options}
+    config = build(EmbedConfig, values)
+    return embedding.embed(
+        config.model, config.images, config.output, config.extraction, max_bad_images=config.max_bad_images,
+        resume=config.resume, overwrite=config.overwrite,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -11,10 +11,11 @@ from PIL import Image
 
 from timm_convnextv2.commands import collapse as collapse_command
 from timm_convnextv2.commands.evaluate import main
-from timm_convnextv2.data import DemoSource
-from timm_convnextv2.data.samples.batches import preprocessing
+from timm_convnextv2.data import DemoSource, create_source
 from timm_convnextv2.features import collapse, evaluate_models
-from timm_convnextv2.features.network import load_network, name_of_model, random_network
+from timm_convnextv2.features.collapse_models import draw_images
+from timm_convnextv2.features.config import Extraction, Scoring
+from timm_convnextv2.features.encoder import model_name, open_encoder
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +69,18 @@ def test_models_beside_baselines(run, labelled, tmp_path, capsys):
 
 
 def test_repeatable_and_only_what_is_asked_for(run, labelled):
-    options = dict(k=[1], probe=False, baselines=False, draws=20)
-    first, again = (evaluate_models([str(run)], labelled, **options)["results"] for _ in range(2))
+    rows, scoring = Extraction(device="cpu", workers=0), Scoring(k=(1,), probe=False, draws=20)
+    first, again = (evaluate_models([str(run)], labelled, rows, scoring, baselines=False)["results"] for _ in range(2))
     assert [result["model"] for result in first] == [str(run)]
     assert list(first[0]["measures"]) == ["knn_1", "ridge", "rank"]
     assert first[0]["measures"] == again[0]["measures"]
 
 
 def test_random_weights_are_of_the_architecture_and_the_seed(run):
-    name = name_of_model(str(run))
-    trained, _ = load_network(name, None, "cpu")
+    encoder = open_encoder(str(run))
+    trained = encoder.network
     state = torch.random.get_rng_state()
-    one, same, other = random_network(name, 0), random_network(name, 0), random_network(name, 1)
+    one, same, other = (encoder.with_random_weights(seed) for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), state)
     key = "stages.1.blocks.0.mlp.fc1.weight"
     weights = [model.state_dict()[key] for model in (trained, one, same, other)]
@@ -88,10 +89,10 @@ def test_random_weights_are_of_the_architecture_and_the_seed(run):
 
 
 def test_names_of_models(run, tmp_path):
-    assert name_of_model(str(run)) == name_of_model(str(run / "encoder")) == f"local-dir:{run / 'encoder'}"
-    assert name_of_model("convnextv2_atto.fcmae") == "convnextv2_atto.fcmae"
+    assert model_name(str(run)) == model_name(str(run / "encoder")) == f"local-dir:{run / 'encoder'}"
+    assert model_name("convnextv2_atto.fcmae") == "convnextv2_atto.fcmae"
     with pytest.raises(ValueError, match="no config.json in it, nor in encoder/ or model/"):
-        name_of_model(str(tmp_path))
+        model_name(str(tmp_path))
 
 
 def test_distances_and_channels(run, labelled, tmp_path, capsys):
@@ -110,10 +111,10 @@ def test_distances_and_channels(run, labelled, tmp_path, capsys):
     assert [float(row["depth"]) for row in rows] == [0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1] + [
         0, 0.25, 0.5, 0.75, 1,
     ]  # fmt: skip
-    network, config = load_network(name_of_model(str(run)), 32, "cpu")
-    source = collapse_command.create_source(labelled)
-    images = collapse_command._draw(source, 5, preprocessing(config), 0, print)
-    expected = [block.distance for block in collapse(network, images)]
+    encoder = open_encoder(str(run), 32)
+    source = create_source(labelled)
+    images = draw_images(source, 5, encoder.transform, 0, print)
+    expected = [block.distance for block in collapse(encoder.network, images)]
     assert [float(row["distance"]) for row in rows[:4]] == pytest.approx(expected, rel=1e-4)
     assert all(Image.open(out / name).size[0] > 500 for name in ("collapse.png", "channels.png"))
     assert said.count("mean cosine distance") == 2 and "5 images of 32 x 32" in err
@@ -128,11 +129,9 @@ def test_images_that_cannot_be_decoded_are_replaced(labelled, tmp_path):
     for i, path in enumerate(sorted(labelled.rglob("*.png"))[:6]):
         (tmp_path / f"{i}.png").write_bytes(path.read_bytes() if i % 3 else b"no image")
     said = []
-    images = collapse_command._draw(
-        collapse_command.create_source(tmp_path), 4, lambda image: image[:, :32, :32], 0, said.append
-    )
+    images = draw_images(create_source(tmp_path), 4, lambda image: image[:, :32, :32], 0, said.append)
     assert len(images) == 4 and "2 images that cannot be decoded are left out" in said[0]
-    assert len(collapse_command._draw(collapse_command.create_source(tmp_path), 9, lambda x: x, 0, said.append)) == 4
+    assert len(draw_images(create_source(tmp_path), 9, lambda x: x, 0, said.append)) == 4
     assert said[-1] == "There are 4 images, fewer than the 9 asked for."
 
 
@@ -146,7 +145,7 @@ EVALUATE = {
     "The model is 'convnextv2_atoo'": lambda run, data, new: ["convnextv2_atoo", "--data-dir", str(data)],
     "has no model: there is no config.json": lambda run, data, new: [str(new), "--data-dir", str(data)],
     "has one class, only": lambda run, data, new: [str(run), "--data-dir", str(one_class(new))],
-    "k is [0]": lambda run, data, new: [str(run), "--data-dir", str(data), "-k", "0"],
+    "--k must be at least 1": lambda run, data, new: [str(run), "--data-dir", str(data), "-k", "0"],
     "--device nowhere cannot be used": lambda run, data, new: [
         str(run),
         "--data-dir",
@@ -154,7 +153,7 @@ EVALUATE = {
         "--device",
         "cpu,nowhere",
     ],  # fmt: skip
-    "batch_size is at least 1": lambda run, data, new: [str(run), "--data-dir", str(data), "-b", "0"],
+    "--batch-size must be at least 1": lambda run, data, new: [str(run), "--data-dir", str(data), "-b", "0"],
     "is a file, expected a folder": lambda run, data, new: [str(run), "--data-dir", "x", "--output", __file__],
 }
 
@@ -170,7 +169,7 @@ def test_evaluate_refuses_in_one_message(message, run, labelled, tmp_path, capsy
 COLLAPSE = {
     "no image": lambda run, data, new: [str(run), "--data-dir", str(new)],
     "No images given": lambda run, data, new: [str(run)],
-    "num_images and batch_size are at least 1": lambda run, data, new: [
+    "--num-images must be at least 1": lambda run, data, new: [
         str(run),
         "--data-dir",
         str(data),

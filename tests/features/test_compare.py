@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from timm_convnextv2.commands import compare
+from timm_convnextv2.commands import compare as command
 from timm_convnextv2.data.demo import write_folder
+from timm_convnextv2.features import compare
 
 TOP1 = {compare.SCRATCH: (20.0, 40.0), compare.OWN: (30.0, 60.0), "resnet18": (25.0, 39.0)}
 
@@ -38,8 +39,8 @@ def calls(monkeypatch):
                     writer.writerow({"epoch": epoch, "eval_top1": value + int(option["--seed"])})
         return 1.5
 
-    monkeypatch.setattr(compare, "_call", call)
-    monkeypatch.setattr(compare, "_check_finetuning", lambda words, log: made.append(["check", *map(str, words)]))
+    monkeypatch.setattr(compare, "call", call)
+    monkeypatch.setattr(command, "_check_finetuning", lambda words, log: made.append(["check", *map(str, words)]))
     return made
 
 
@@ -57,7 +58,7 @@ def words(tmp_path, *more):
 
 def test_each_candidate_gets_the_same_budget_once_per_seed(tmp_path, calls, encoder, capsys):
     options = ["--encoder", str(encoder.parent), "--weights", "resnet18", "--budget", "30", "--seeds", "0", "3"]
-    assert compare.main(words(tmp_path, *options, "--batch-size", "8")) == 0
+    assert command.main(words(tmp_path, *options, "--batch-size", "8")) == 0
     checks, runs = [c for c in calls if c[0] == "check"], [c for c in calls if c[0] == "finetune"]
     assert len(checks) == 3 and calls[:3] == checks and len(runs) == 6
     starts = [["--model", f"local-dir:{encoder}", "--from-scratch"], ["--model", f"local-dir:{encoder}"]]
@@ -86,12 +87,12 @@ def test_each_candidate_gets_the_same_budget_once_per_seed(tmp_path, calls, enco
 
 def test_resume_keeps_what_is_finished(tmp_path, calls, encoder):
     options = words(tmp_path, "--encoder", str(encoder), "--seeds", "0", "1")
-    assert compare.main(options) == 0
+    assert command.main(options) == 0
     before = [c for c in calls if c[0] == "finetune"]
     (tmp_path / "out/finetune-1-seed-1/model/config.json").unlink()
     (tmp_path / "out/finetune-1-seed-1/model").rmdir()
     calls.clear()
-    assert compare.main([*options, "--resume"]) == 0
+    assert command.main([*options, "--resume"]) == 0
     assert [c for c in calls if c[0] == "finetune"] == before[-1:]
 
 
@@ -102,7 +103,7 @@ def test_pretrains_first_and_checks_with_the_untrained_encoder(tmp_path, calls, 
         + mean
     )
     options = words(tmp_path, "--unlabelled", str(tmp_path / "images"), "--pretrain", small, "--seeds", "0")
-    assert compare.main(options) == 0
+    assert command.main(options) == 0
     kinds = [c[0] for c in calls]
     assert kinds == ["pretrain", "check", "check", "pretrain", "finetune", "finetune"]
     assert calls[0] == [*calls[3], "--dry-run"] and "--resume" in calls[3] and "depths=[1,1,1,1]" in calls[3]
@@ -117,15 +118,15 @@ def test_pretrains_first_and_checks_with_the_untrained_encoder(tmp_path, calls, 
     [
         ([], "Give --encoder MODEL, or --unlabelled DIR"),
         (["--encoder", "x", "--unlabelled", "y"], "--encoder is pretrained already"),
-        (["--encoder", "x", "--seeds", "1", "1"], "--seeds 1 1 has one number twice"),
-        (["--encoder", "x", "--budget", "0"], "--budget is at least 1 epoch"),
+        (["--encoder", "x", "--seeds", "1", "1"], "--seeds takes different numbers, got '1 1'"),
+        (["--encoder", "x", "--budget", "0"], "--budget must be at least 1"),
         (["--encoder", "x", "--weights", "a", "a"], "--weights names a twice"),
-        (["--encoder", "{tmp}/labelled"], "has neither encoder/config.json nor config.json"),
+        (["--encoder", "{tmp}/labelled"], "has no model"),
     ],
 )
 def test_refused_before_anything_is_started(tmp_path, calls, capsys, options, message):
     (tmp_path / "labelled").mkdir()
-    assert compare.main(words(tmp_path, *[o.format(tmp=tmp_path) for o in options])) == 2
+    assert command.main(words(tmp_path, *[o.format(tmp=tmp_path) for o in options])) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not [c for c in calls if c[0] == "finetune"]
 
@@ -133,13 +134,13 @@ def test_refused_before_anything_is_started(tmp_path, calls, capsys, options, me
 def test_a_folder_that_is_used_is_refused(tmp_path, calls, encoder, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("")
-    assert compare.main(words(tmp_path, "--encoder", str(encoder))) == 2
+    assert command.main(words(tmp_path, "--encoder", str(encoder))) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
 def test_what_a_finetuning_would_refuse_is_refused(tmp_path, encoder, capsys, monkeypatch):
-    monkeypatch.setattr(compare, "_call", lambda *_: pytest.fail("nothing is started"))
-    assert compare.main(words(tmp_path, "--encoder", str(encoder), "--recipe", "no-such")) == 2
+    monkeypatch.setattr(compare, "call", lambda *_: pytest.fail("nothing is started"))
+    assert command.main(words(tmp_path, "--encoder", str(encoder), "--recipe", "no-such")) == 2
     assert "no-such" in capsys.readouterr().err
 
 
@@ -148,8 +149,8 @@ def test_a_finetuning_that_fails(tmp_path, calls, encoder, capsys, monkeypatch):
         log.write_text("first\nthe last line\n")
         raise subprocess.CalledProcessError(3, [command, str(log)])
 
-    monkeypatch.setattr(compare, "_call", fail)
-    assert compare.main(words(tmp_path, "--encoder", str(encoder))) == 1
+    monkeypatch.setattr(compare, "call", fail)
+    assert command.main(words(tmp_path, "--encoder", str(encoder))) == 1
     error = capsys.readouterr().err
     assert "'finetune' failed with status 3" in error and "the last line" in error and "--resume" in error
 
@@ -162,7 +163,7 @@ def test_with_timm(tmp_path, capsys):
     small = "--img-size 32 --patch-size 1 --decoder-dim 8 --model-kwargs depths=[1,1,1,1] dims=[8,8,8,8] -b 4 -j 0"
     options = ["--unlabelled", str(tmp_path / "labelled/train"), "--pretrain", f"{small} --epochs 1 --device cpu"]
     options += ["--budget", "2", "--seeds", "0", "--recipe", "smoke", "--device", "cpu", "-b", "4", "--workers", "0"]
-    assert compare.main(words(tmp_path, *options)) == 0, capsys.readouterr().err
+    assert command.main(words(tmp_path, *options)) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "out/compare.json").read_text())["top1"]
     assert found.keys() == {compare.SCRATCH, compare.OWN}
     assert all(0 <= value <= 100 for curve in found.values() for value in curve.values())

@@ -18,7 +18,7 @@ import safetensors.numpy
 import tifffile
 import timm
 import torch
-from encoders import make_encoder
+from encoders import embed, make_encoder
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
@@ -27,9 +27,8 @@ from timm_convnextv2.commands.embed import main
 from timm_convnextv2.data import DemoSource, MissingPackageError
 from timm_convnextv2.data.formats.decode import decode
 from timm_convnextv2.features import embed as run
-from timm_convnextv2.features import network as network_models
+from timm_convnextv2.features import encoder as encoder_module
 from timm_convnextv2.features import rows as writing
-from timm_convnextv2.features.embed import embed
 from timm_convnextv2.features.rows import Parts
 from timm_convnextv2.runs.progress import ImageProgress
 
@@ -135,7 +134,7 @@ def test_embeddings_at_another_size(small, images_dir, tmp_path, monkeypatch):
         model.register_forward_pre_hook(lambda module, inputs: seen.add((*inputs[0].shape[1:], module.training)))
         return model
 
-    monkeypatch.setattr(network_models, "load_model", spy)
+    monkeypatch.setattr(encoder_module, "load_model", spy)
     embed(small, images_dir, tmp_path / "out.npy", img_size=40)
     assert seen == {(3, 40, 40, False)}
 
@@ -167,7 +166,7 @@ def test_bad_images_are_skipped_and_listed(small, images_dir, partly_bad, tmp_pa
 
 
 def test_too_many_bad_images_stop_and_write_nothing(small, partly_bad, tmp_path):
-    with pytest.raises(ValueError, match=r"(?s)2 of 6 images.*nothing was written:.*b\.png: cannot be decoded"):
+    with pytest.raises(ValueError, match=r"(?s)2 of 6 images.*b\.png: cannot be decoded"):
         embed(small, partly_bad, tmp_path / "out" / "out.npy", max_bad_images=0.2)
     assert not list((tmp_path / "out").iterdir())
 
@@ -228,8 +227,8 @@ def test_a_missing_package_is_no_bad_image(small, images_dir, tmp_path, monkeypa
         (dict(model="local-dir:absent"), "'local-dir:absent' cannot be loaded"),
         (dict(img_size=4), "--img-size 4 is smaller than the model's stride, 8"),
         (dict(device="nowhere"), "--device nowhere cannot be used"),
-        (dict(batch_size=0), "batch_size"),
-        (dict(max_bad_images=2), "--max-bad-images is a share"),
+        (dict(batch_size=0), "--batch-size must be at least 1"),
+        (dict(max_bad_images=2), "--max-bad-images must be at most 1"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -245,7 +244,7 @@ def test_what_embed_refuses(small, images_dir, tmp_path, monkeypatch, changes, m
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
-def test_parquet_without_its_package_is_told_first(small, images_dir, tmp_path, monkeypatch):
+def test_parquet_without_its_package_is_refused_first(small, images_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(writing.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match="pyarrow.*pip install pyarrow"):
         embed("local-dir:absent", images_dir, tmp_path / "out.parquet")
@@ -333,7 +332,7 @@ def test_a_stream_is_embedded_once_in_its_order(small, shards, tmp_path):
     (tmp_path / "images" / "005.png").write_bytes(b"")
     embed(small, tmp_path / "images", tmp_path / "c.npy", batch_size=4, max_bad_images=0.1)
     np.testing.assert_array_equal(matrix, np.load(tmp_path / "c.npy"))
-    with pytest.raises(ValueError, match="gave 19 images, and 20 are stated"):  # a damaged shard would lose some
+    with pytest.raises(ValueError, match="gave 19 images, expected 20"):  # a damaged shard would lose some
         embed(small, folder, tmp_path / "e.npy", num_samples=20, **options)
     assert embed(small, folder, tmp_path / "e.npy", num_samples=19, resume=True, **options)[0] == 18
     with pytest.raises(ValueError, match="1 of 19 images cannot be decoded"):
@@ -373,7 +372,7 @@ def test_a_run_resumes_where_it_stopped(small, images_dir, whole, tmp_path, monk
         with pytest.raises(_Stopped):
             embed(small, images_dir, output, batch_size=1)
     assert not output.exists() and len(list(tmp_path.glob("out.npy.parts/0*.safetensors"))) == 3
-    with pytest.raises(ValueError, match="holds 3 finished parts of a run that was stopped.*--resume.*--overwrite"):
+    with pytest.raises(ValueError, match="holds 3 finished parts.*--resume.*--overwrite"):
         embed(small, images_dir, output, batch_size=1)
     for changes, message in (
         (dict(batch_size=2), "another batch_size; batch_size was 1 and is 2"),
@@ -384,8 +383,8 @@ def test_a_run_resumes_where_it_stopped(small, images_dir, whole, tmp_path, monk
         with pytest.raises(ValueError, match=message):
             embed(small, images_dir, output, **{"batch_size": 1, "resume": True, **changes})
     seen = []
-    features = run.features
-    monkeypatch.setattr(run, "features", lambda *a, **k: seen.append(1) or features(*a, **k))
+    compute = run.compute_rows
+    monkeypatch.setattr(run, "compute_rows", lambda *a: seen.append(1) or compute(*a))
     embed(small, images_dir, output, batch_size=1, resume=True)
     assert len(seen) == 2  # of five
     assert (output.read_bytes(), output.with_name("out.npy.csv").read_bytes()) == whole
@@ -478,8 +477,8 @@ def test_killed_and_resumed(small, images_dir, whole, tmp_path, monkeypatch):
     output = tmp_path / "out.npy"
     options = ["--model", small, "--data-dir", images_dir, "--output", output, "-b", "1"]
     with monkeypatch.context() as patch:
-        features = run.features
-        patch.setattr(run, "features", lambda *a, **k: (time.sleep(0.2), features(*a, **k))[1])
+        compute = run.compute_rows
+        patch.setattr(run, "compute_rows", lambda *a: (time.sleep(0.2), compute(*a))[1])
         process = start(options)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("out.npy.parts/0*.safetensors"))) < 2 and time.monotonic() < deadline:

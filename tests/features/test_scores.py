@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_convnextv2.features import (
+    Scoring,
     accuracy_or_map,
     bootstrap,
     knn,
@@ -29,7 +30,9 @@ def planted(images=200, noise=0.1, width=16, seed=0):
 
 def test_features_that_separate_classes():
     (train, labels), (test, expected) = planted(), planted(seed=1)
-    found = measure_features(train, labels, test, expected, num_classes=CLASSES, k=(1, 10, 500), draws=50)
+    found = measure_features(
+        train, labels, test, expected, num_classes=CLASSES, scoring=Scoring(k=(1, 10, 500), draws=50)
+    )
     assert list(found) == ["knn_1", "knn_10", "knn_200", "ridge", "probe", "rank"]
     assert all(found[name] == (1, 1, 1) for name in list(found)[:-1])
     assert 1 < found["rank"].value <= 16
@@ -43,7 +46,7 @@ def test_shuffled_labels_give_chance():
         generator = torch.Generator().manual_seed(seed)
         shuffled = labels[torch.randperm(120, generator=generator)]
         answers = expected[torch.randperm(200, generator=generator)]  # else a whole cluster is right or wrong at once
-        options = dict(num_classes=CLASSES, k=(20,), draws=200, probe=seed < 4)  # it takes the longest
+        options = dict(num_classes=CLASSES, scoring=Scoring(k=(20,), draws=200, probe=seed < 4))  # it takes the longest
         for name, found in measure_features(train, shuffled, test, answers, **options).items():
             if name != "rank":
                 inside[name].append(found.low <= 1 / CLASSES <= found.high)
@@ -55,7 +58,7 @@ def test_several_labels():
     generator = torch.Generator().manual_seed(0)
     labels = (torch.rand(240, 3, generator=generator) < 0.4).long()
     features = torch.cat([labels.float(), 0.1 * torch.randn(240, 5, generator=generator) + 0.2], 1)
-    options = dict(num_classes=3, k=(5,), draws=100)
+    options = dict(num_classes=3, scoring=Scoring(k=(5,), draws=100))
     found = measure_features(features[:160], labels[:160], features[160:], labels[160:], **options)
     assert all(found[name].value > 0.98 for name in ("knn_5", "ridge", "probe"))
     noise = torch.randn(240, 8, generator=generator)
@@ -87,7 +90,7 @@ def test_several_labels_in_small_parts(monkeypatch):
     labels = (torch.rand(60, 3, generator=torch.Generator().manual_seed(0)) < 0.5).long()
     train = planted(60, noise=1)[0]
     whole = knn_scores(train, labels, train, [5])[5]
-    monkeypatch.setitem(knn_scores.__globals__, "LOOKED_AT", 4 * 5 * 3)  # the module is hidden by its function
+    monkeypatch.setitem(knn_scores.__globals__, "MULTILABEL_NUMBERS", 4 * 5 * 3)  # the module is hidden by its function
     assert torch.allclose(knn_scores(train, labels, train, [5])[5], whole, atol=1e-6)
     assert torch.allclose(whole[:, 0], knn_scores(train, labels[:, 0], train, [5])[5][:, 1], atol=1e-6)
 

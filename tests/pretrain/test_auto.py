@@ -9,16 +9,17 @@ import pytest
 import tifffile
 import torch
 import yaml
+from encoders import embed
 from runs import SMALL, load, refused, run
 
 from timm_convnextv2.checkpoint.provenance import ConfigError, read_config
-from timm_convnextv2.commands.collapse import collapse_of_models
 from timm_convnextv2.commands.pretrain import main, parse_options
 from timm_convnextv2.config import build, flat, from_mapping
 from timm_convnextv2.data import FolderSource, load_image
 from timm_convnextv2.data.formats.pixels import Pixels
 from timm_convnextv2.data.sources.folder import ImageFiles
-from timm_convnextv2.features.embed import embed
+from timm_convnextv2.features.collapse_models import collapse_of_models
+from timm_convnextv2.features.config import Computation, DrawnImages, Extraction, Scoring
 from timm_convnextv2.features.evaluate import evaluate_models
 from timm_convnextv2.finetune import images
 from timm_convnextv2.finetune.model import choose_pixels
@@ -129,15 +130,16 @@ def test_what_judges_an_encoder_applies_them(bands, made, monkeypatch, tmp_path)
 
     for source in (FolderSource, ImageFiles):
         monkeypatch.setattr(source, "__getitem__", noting(source.__getitem__))
-    judged = dict(k=(1,), probe=False, baselines=False, draws=1, batch_size=4)
-    found = evaluate_models([str(made)], tmp_path / "labelled", validation_share=0.5, **judged)
+    rows, scoring = Extraction(device="cpu", batch_size=4, workers=0), Scoring(k=(1,), probe=False, draws=1)
+    found = evaluate_models([str(made)], tmp_path / "labelled", rows, scoring, baselines=False, validation_share=0.5)
     assert all(torch.equal(seen[f"{i}.tif"], x) for i, x in wanted.items())
     assert found["results"][0]["preprocessing"]["pixels"] == Pixels.from_record(settings).record()
     seen.clear()
-    collapse_of_models([str(made)], tmp_path / "labelled", num_images=4)
+    drawn = DrawnImages(str(tmp_path / "labelled"), num_images=4)
+    collapse_of_models([str(made)], drawn, Computation(device="cpu"))
     assert all(torch.equal(seen[f"{i}.tif"], x) for i, x in wanted.items())
     seen.clear()
-    collapse_of_models([str(made)], tmp_path / "labelled", num_images=4, nodata=1.0)  # said otherwise: 0 is data
+    collapse_of_models([str(made)], drawn, Computation(device="cpu", nodata=1.0))  # said otherwise: 0 is data
     assert not torch.equal(seen["0.tif"], wanted[0])
     seen.clear()
     config = build(PretrainConfig, from_mapping(PretrainConfig, settings, "args"))

@@ -7,13 +7,13 @@ import pytest
 import tifffile
 import torch
 from dicom_files import draw
+from encoders import embed
 from runs import SMALL, refused, rows, run
 
 from timm_convnextv2.checkpoint.files import model_pixels
 from timm_convnextv2.commands import check
 from timm_convnextv2.commands.pretrain import main, parse_options
 from timm_convnextv2.data import Pixels
-from timm_convnextv2.features.embed import embed
 
 TINY = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu", *SMALL]
 

@@ -1,70 +1,38 @@
-"""The options of `timm-convnextv2 evaluate`, its table and its files."""
+"""Compare frozen features on labelled images: nearest neighbours, ridge regression, linear probe and rank.
+
+Two baselines are measured as well: random weights and plain pixels.
+"""
 
 import json
+import sys
 from typing import Any
 
-import torch
-
+from ..config import add_options, build, words_given
 from ..console import PROGRAM, CommandParser, refused, say
+from ..features.config import EvaluateConfig
 from ..features.evaluate import evaluate_models
 from ..features.figures import save_measures
-from ..features.knn import NEIGHBOURS, TEMPERATURE
 from ..files import claim_folder, whole_file
 
 FILES = ("evaluation.json", "evaluation.png")
 
 
-# fmt: off
-def add_image_options(parser: CommandParser) -> None:
-    """Options that the commands of this package share: models, how images are read, where the models run."""
-    add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL",
-        help="a model of timm, local-dir:FOLDER, hf-hub:USER/NAME, or the folder of a run")
-    add("--img-size", type=int, metavar="N", help="side of the square crops in pixels (default: each model's)")
-    add("--nodata", type=float, metavar="V",
-        help="stored value of pixels without data, which get the others' mean (default: each model's; nan: none)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D",
-        help="where the models run (default: cuda if there is one, else cpu)")
-    add("--amp", action="store_true", help="compute in bfloat16; what is measured stays float32")
-    add("--seed", type=int, default=0, metavar="N", help="seed of all that is drawn (default: 0)")
-    add("--overwrite", action="store_true", help="replace the files in --output")
-
-
 def build_parser() -> CommandParser:
-    """The options."""
-    parser = CommandParser(
-        prog=f"{PROGRAM} evaluate",
-        description="Compare frozen features on labelled images: nearest neighbours, ridge regression, linear probe, "
-        "rank; beside random weights and plain pixels.",
-    )
-    add_image_options(parser)
-    add = parser.add_argument
-    add("--data-dir", required=True, metavar="LABELLED",
-        help="folder with train/ and validation/ of class folders; or of class folders, which are split; or a CSV with "
-        "name and label")
-    add("--output", metavar="DIR", help=f"folder to write {FILES[0]} and {FILES[1]} to (default: the table only)")
-    add("-k", type=int, nargs="+", default=list(NEIGHBOURS), metavar="N",
-        help="numbers of neighbours (default: 10 20 100 200)")
-    add("--temperature", type=float, default=TEMPERATURE, metavar="T",
-        help="neighbours weigh exp(cosine / T) (default: 0.07)")
-    add("--no-probe", dest="probe", action="store_false", help="leave the linear probe out, which takes the longest")
-    add("--no-baselines", dest="baselines", action="store_false", help="leave random weights and pixels out")
-    add("--validation-share", type=float, default=0.25, metavar="SHARE",
-        help="share of the images to test on, where --data-dir has no validation/ (default: 0.25)")
-    add("-b", "--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-    add("-j", "--workers", type=int, default=4, metavar="N", help="processes that decode images (default: 4)")
+    """The parser of the command's options."""
+    parser = CommandParser(prog=f"{PROGRAM} evaluate", description=__doc__)
+    add_options(parser, EvaluateConfig)
     return parser
-# fmt: on
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; whatever is wrong is one message and exit status 2."""
+    """Runs the command; a user error is one message and exit status 2."""
     try:
-        options = vars(build_parser().parse_args(argv))
-        output, overwrite = options.pop("output"), options.pop("overwrite")
-        folder = None if output is None else claim_folder(output, FILES, overwrite=overwrite)
-        devices = [device.strip() for device in options.pop("device").split(",")]
-        found = evaluate_models(**options, devices=devices, progress=True)
+        config = build(EvaluateConfig, words_given(build_parser(), sys.argv[1:] if argv is None else argv))
+        folder = None if config.output is None else claim_folder(config.output, FILES, overwrite=config.overwrite)
+        found = evaluate_models(
+            config.models, config.data_dir, config.extraction, config.scoring, baselines=config.baselines,
+            validation_share=config.validation_share, progress=True,
+        )  # fmt: skip
         say(table(found))
         if folder is not None:
             with whole_file(folder / FILES[0]) as part:

@@ -1,18 +1,12 @@
-"""Whether features serve, and whether they collapse: functions, and the command `evaluate`.
+"""Frozen features: images to rows, and measures of rows.
 
-    timm-convnextv2 evaluate runs/mine convnextv2_atto.fcmae --data-dir LABELLED --output results
-
-    rows = extract_features(model, batches)                          one row for each image
-    measure_features(rows, labels, test_rows, test_labels)              kNN, ridge, linear probe and rank of them
-    collapse(model, images)                                  mean cosine distance of the channels of each block
-
-The command writes to `--output`, if given:
-
-    evaluation.json  every number with its 95 % interval, the data and the settings
-    evaluation.png   the same as a figure
+rows = extract_features(model, batches)                       one row per image
+measure_features(rows, labels, test_rows, test_labels, ...)   kNN, ridge, linear probe and rank
+collapse(model, images)                                       mean cosine distance of the channels of each block
 """
 
 from .collapse import BlockCollapse, blocks_of, channel_distance, channel_maps, collapse
+from .config import Scoring
 from .evaluate import evaluate_models, measure_features
 from .extract import extract_features, image_batches, pixel_features
 from .knn import knn, knn_scores
@@ -24,6 +18,7 @@ __all__ = [
     "BlockCollapse",
     "Estimate",
     "Labelled",
+    "Scoring",
     "bootstrap",
     "blocks_of",
     "channel_distance",

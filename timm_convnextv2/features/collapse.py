@@ -1,4 +1,4 @@
-"""Feature collapse: how alike the channels within a block are (ConvNeXt V2, section 3.2 and figure 4).
+"""Feature collapse: how similar the channels within a block are (ConvNeXt V2, section 3.2 and figure 4).
 
 Source: https://arxiv.org/abs/2301.00808. Its authors published no code of the analysis.
 """
@@ -20,14 +20,14 @@ DEAD = 1e-6
 
 
 class BlockCollapse(NamedTuple):
-    """How alike the channels of a block are, at the input of its second Linear.
+    """How similar the channels of a block are, at the input of its second Linear.
 
     Attributes:
-        block: Its name in the backbone.
+        block: Name in the backbone.
         depth: 0 for the first block, 1 for the last.
-        distance: Mean pairwise cosine distance of the channels that are not dead, `(1 - cosine) / 2`: 0 where all are
-            the same up to scale, 0.5 where they are independent. NaN where no image has a channel that is not dead.
-        dead: Share of channels that are dead: whose norm is under 1e-6 of the image's largest.
+        distance: Mean pairwise cosine distance of the live channels, `(1 - cosine) / 2`: 0 if all are the same up to
+            scale, 0.5 if they are independent. NaN if no image has a live channel.
+        dead: Fraction of dead channels, whose norm is below 1e-6 of the image's largest.
     """
 
     block: str
@@ -37,16 +37,16 @@ class BlockCollapse(NamedTuple):
 
 
 def channel_distance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean pairwise cosine distance of channels, in time linear in their number, and the share of dead channels.
+    """Mean pairwise cosine distance of channels, in time linear in their number, and the fraction of dead channels.
 
     `d = (1 - ||sum_i x_i||^2 / C^2) / 2`, where `x_i` is channel i over all positions, scaled to norm 1: the mean of
-    `(1 - cosine) / 2` over all C x C pairs. Dead channels have no direction: they are left out of the sum and of C.
+    `(1 - cosine) / 2` over all C x C pairs. Dead channels have no direction and count neither in the sum nor in C.
 
     Args:
         x: `[B, positions, C]`.
 
     Returns:
-        Distance `[B]`, NaN where all channels are dead, infinity where `x` has NaN or infinity; and the share of dead
+        Distance `[B]`, NaN if all channels are dead, infinity if `x` has NaN or infinity; and the fraction of dead
         channels `[B]`.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -63,7 +63,7 @@ def blocks_of(model: nn.Module) -> dict[str, Any]:
     """The ConvNeXt blocks of a backbone, V1 or V2, by name, in the order in which they run.
 
     Raises:
-        ValueError: There is none; says what the model has.
+        ValueError: There are none; names the blocks that the model has.
     """
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, ConvNeXtBlock) and hasattr(m.mlp, "fc2")}
     if not blocks:
@@ -85,28 +85,28 @@ def collapse(
     batch_size: int = 8,
     amp: bool = False,
 ) -> list[BlockCollapse]:
-    """How alike the channels of each block are: after GRN in V2, after GELU in V1, averaged over images.
+    """Measures how similar the channels of each block are: after GRN in V2, after GELU in V1, averaged over images.
 
     Args:
-        model: ConvNeXt V1 or V2, of timm or of this package, or an FCMAE, whose encoder is measured. It stays in the
-            mode that it is in.
+        model: ConvNeXt V1 or V2, of timm or of this package, or an FCMAE, whose encoder is measured. Its mode is
+            restored.
         images: `[N, C, H, W]`, normalised for this model, on any device.
-        masks: Bool `[N, h, w]`, True = removed, for an FCMAE: only visible patches are computed, and the positions are
-            those. Without masks, whole images are.
-        batch_size: Images at a time; changes no number beyond rounding.
+        masks: Bool `[N, h, w]`, True = removed, for an FCMAE: only visible patches are computed and measured. By
+            default, whole images.
+        batch_size: Images per batch; changes results by rounding only.
         amp: Compute in bfloat16 (the distances in float32).
 
     Returns:
-        One entry for each block, in order.
+        One entry per block, in order.
 
     Raises:
-        ValueError: A model without such blocks, masks for a model that is no FCMAE, no images, or activations with
-            NaN or infinity.
+        ValueError: A model without such blocks, masks for a model that is not an FCMAE, no images, or activations
+            with NaN or infinity.
     """
     encoder: Any = model.encoder if isinstance(model, FCMAE) else model
     blocks = blocks_of(encoder)
     if masks is not None and not isinstance(model, FCMAE):
-        raise ValueError(f"Masks are for an FCMAE, and the model is a {type(model).__name__}. Leave them out.")
+        raise ValueError(f"Masks need an FCMAE, but the model is a {type(model).__name__}. Leave them out.")
     if not len(images):
         raise ValueError("There are no images to measure collapse on.")
     distances: dict[str, list[Tensor]] = {name: [] for name in blocks}
@@ -134,21 +134,21 @@ def collapse(
 
 
 def _mean(block: str, distance: Tensor) -> float:
-    """Over images that have a channel that is not dead."""
+    """Mean over images that have a live channel."""
     if distance.isinf().any():
         raise ValueError(f"Block {block} gives NaN or infinity: the model has diverged.")
     return float(distance.nanmean())
 
 
 @contextmanager
-def _second_inputs(blocks: dict[str, Any], look: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Calls `look(name, x)` with the input `[B, H, W, C]` of each block's second Linear, whatever runs the model.
+def _second_inputs(blocks: dict[str, Any], measure: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Calls `measure(name, x)` with the input `[B, H, W, C]` of each block's second Linear.
 
-    The hooks make the fused token MLP step aside (`ops.dispatch.why_eager`): nothing it computes inside could be seen.
+    The hooks disable the fused token MLP (`ops.dispatch.why_eager`), which does not expose that input.
     """
 
     def hook(name: str, channels_last: bool) -> Callable:
-        return lambda _, inputs: look(name, inputs[0] if channels_last else inputs[0].permute(0, 2, 3, 1))
+        return lambda _, inputs: measure(name, inputs[0] if channels_last else inputs[0].permute(0, 2, 3, 1))
 
     handles = []
     try:
@@ -171,15 +171,15 @@ def channel_maps(
     *,
     batch_size: int = 8,
 ) -> tuple[str, Tensor]:
-    """The maps of single channels of a block, as the paper's figure 3 shows them, where `collapse` measures.
+    """Maps of single channels at the input of a block's second Linear, as in the paper's figure 3.
 
     Args:
-        model: See `collapse`; whole images are computed.
+        model: See `collapse`; it runs on whole images.
         images: `[N, C, H, W]`, normalised for this model.
-        block: Name of a block, see `blocks_of`; the last one of the last stage but one if None, whose maps still
-            show where things are.
-        channels: How many, the first; or which.
-        batch_size: Images at a time.
+        block: Name of a block, see `blocks_of`. None: the last one of the last stage but one, whose maps still
+            resolve positions.
+        channels: Number of channels, from the first; or their indices.
+        batch_size: Images per batch.
 
     Returns:
         The block's name, and float32 `[N, channels, h, w]` on the CPU.

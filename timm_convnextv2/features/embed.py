@@ -11,123 +11,80 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..checkpoint.files import model_pixels
+from ..config import check_limits
 from ..console import say
-from ..data import (
-    DataSet,
-    ImagePaths,
-    MissingPackageError,
-    StreamOrder,
-    TimmStream,
-    check_readable,
-    create_source,
-)
+from ..data import ImagePaths, MissingPackageError, StreamOrder, TimmStream, check_readable, create_source
 from ..data.paths.index import check_index_option, find_images, open_index
-from ..data.paths.places import Dirs, Listing, as_list, places_of
-from ..data.samples.batches import Batch, map_batches, preprocessing, stream_batches
+from ..data.paths.places import Listing, as_list, places_of
+from ..data.samples.batches import Batch, map_batches, stream_batches
+from ..data.sources.source import Source
 from ..runs.progress import ImageProgress
-from .network import digest, features, load_network
+from .config import EmbedImages, Extraction
+from .encoder import Encoder, open_encoder
+from .extract import compute_rows
 from .rows import Part, Parts, Processes, check_output, processes, write_output
 
-_PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 _STREAM_BATCHES_PER_PART = 16
-_SEEN_BEFORE_A_STREAM_IS_JUDGED = 1000
+_SEEN_BEFORE_STREAM_LIMIT = 1000  # of a stream, the share of bad images is known only after some images
 
 
 def embed(
     model: str,
-    data_dir: Dirs,
+    images: EmbedImages,
     output: str | os.PathLike,
+    extraction: Extraction = Extraction(),  # noqa: B008  a frozen value
     *,
-    data_list: Dirs = None,
-    index: str | os.PathLike | None = None,
-    dataset: str = "",
-    split: str = "train",
-    input_key: str | None = None,
-    download: bool = False,
-    num_samples: int | None = None,
-    nodata: float | None = None,
-    batch_size: int = 64,
-    img_size: int | None = None,
-    device: str = "cpu",
-    workers: int = 0,
-    amp: bool = False,
     max_bad_images: float = 0.01,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> tuple[int, dict[int, str]]:
-    """Writes one row of pooled features for each image; see the package for the files.
+    """Writes one row of pooled features per image, and beside it the names of rows and of skipped images.
 
-    Under torchrun every process calls it and computes its share; the folder of `output` is one that all of them see.
+    Under torchrun every process calls it and computes its share; all of them must see the folder of `output`.
 
     Args:
-        model: A model of timm with pretrained weights, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
-        data_dir: Folders with images anywhere below them, tar files, patterns; or the root of `dataset`.
+        model: A model of timm with pretrained weights, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or a run's folder.
+        images: The images. A stream is read whole by each process.
         output: File to write, `.npy`, `.safetensors` or `.parquet`.
-        data_list: Lists of images, see `timm_convnextv2.data.create_source`.
-        index: Index of the images, see `timm_convnextv2.data.find.find_images`.
-        dataset: As in `timm_convnextv2.data.create_source`, streams included. A stream is read whole by each process.
-        split: Split of `dataset`.
-        input_key: Field of `dataset` that holds the image.
-        download: Download `dataset` first.
-        num_samples: Images of the embedded data set; those of a stream, where it does not say.
-        nodata: Stored value of pixels that are no data, see `timm_convnextv2.data.load_image`; the model's if None.
-        batch_size: Images at a time.
-        img_size: Side of the square crops in pixels; the model's if None.
-        device: Where the model runs; 'cuda' is the GPU of this process.
-        workers: Processes (of a stream: threads) that decode images; 0: this one.
-        amp: Compute in bfloat16; the rows are float32 all the same.
-        max_bad_images: Share of images that may be undecodable, 0..1.
-        resume: Resume a run that was stopped, if there is one.
-        overwrite: Replace an output that exists and, without `resume`, what a run that was stopped left.
-        progress: Report images/s on stderr, on the first process.
+        extraction: How images become rows.
+        max_bad_images: Fraction of images that may be undecodable, 0..1.
+        resume: Continue a stopped run, if there is one.
+        overwrite: Replace an existing output and, without `resume`, the parts of a stopped run.
+        progress: Report images/s on stderr, from rank 0.
 
     Returns:
-        Number of rows; the images that were skipped, as `{number in the data set: reason}`.
+        Number of rows; the skipped images, as `{index in the data set: reason}`.
 
     Raises:
         ValueError: An output that must not be written, a model, data set or device that cannot be used, parts of
             another run, or more bad images than `max_bad_images` (finished parts stay, to resume from).
         OSError: The output cannot be written.
     """
-    output = Path(output)
-    parts = Parts(output)
+    output, parts, batch_size = Path(output), Parts(Path(output)), extraction.batch_size
     with processes() as group:
         group.first(lambda: check_output(output, overwrite=overwrite or resume and parts.joining()))
-        _check_numbers(batch_size, workers, max_bad_images)
-        check_index_option(dataset, index)
-        network, config = load_network(model, img_size, device)
-        pixels = model_pixels(model, config["input_size"][0], nodata)
-        listing = None if dataset else listed(group, data_dir, data_list, index, max_bad_images, progress)
+        check_limits(extraction)
+        if not 0 <= max_bad_images <= 1:
+            raise ValueError(f"--max-bad-images is a fraction from 0 to 1, got {max_bad_images}.")
+        check_index_option(images.dataset, images.paths.index)
+        encoder = open_encoder(model, extraction.img_size, extraction.nodata, extraction.device)
+        listing = None if images.dataset else _list_files(group, images.paths, max_bad_images, progress)
         source = create_source(
-            ImagePaths.of(data_dir, data_list),
-            DataSet(dataset, split, num_samples, download, input_key),
-            config["input_size"][0],
-            pixels,
-            order=StreamOrder(batch_size, whole=True),
-            listing=listing,
-        )
+            images.paths, images.data_set, encoder.in_chans, encoder.pixels,
+            order=StreamOrder(batch_size, whole=True), listing=listing,
+        )  # fmt: skip
         if progress and (note := str(source.left)):
             say(note, error=True)
-        _check_place(output, source)
+        _check_outside(output, source)
         total = None if isinstance(source, TimmStream) else len(source)
         limit = _Limit(max_bad_images, total)
 
         def claim() -> tuple[set[int], int]:
             if not isinstance(source, TimmStream):
                 check_readable(source)
-            places = [os.path.abspath(place) for place in as_list(data_dir)]
-            place = places if len(places) > 1 else places[0] if places else None
-            data = {"data_dir": place, "dataset": dataset, "split": split, "input_key": input_key}
-            data |= {"data_list": [os.path.abspath(place) for place in as_list(data_list)]} if data_list else {}
-            data |= {"images": total, "names": _digest_of_names(source)}
-            images = {key: config[key] for key in _PREPROCESSING}
-            record = pixels.record()
-            images["nodata"] = None if pixels.nodata is None else str(record.pop("nodata"))
-            images |= {"pixels": record} if record else {}
-            computed = {"batch_size": batch_size, "device": torch.device(device).type, "amp": amp}
-            run = {"model": model, "weights": digest(network), **data, **images, **computed}
+            data = _data_record(images, source)
+            run = {"model": model, "weights": encoder.digest(), **data, **_computation_record(encoder, extraction)}
             parts.claim(run, resume=resume, overwrite=overwrite)
             return parts.finished(), sum(1 for _ in parts.skipped())
 
@@ -137,12 +94,13 @@ def embed(
                 f"Process {group.rank} does not see '{parts.folder}': --output needs a shared file system."
             )
         share = _Share(group.rank, group.size, finished, _per_part(total, batch_size))
-        batches = _batches(source, preprocessing(config), batch_size, share, workers)
+        batches = _batches(source, encoder.transform, batch_size, share, extraction.workers)
         bar = ImageProgress(share.images(total, batch_size), enabled=progress and group.rank == 0)
         try:
-            seen = _compute(batches, share, partial(features, network, amp=amp), parts, limit, bad, bar)
+            rows_of = partial(_numpy_rows, encoder, extraction.amp)
+            seen = _compute(batches, share, rows_of, parts, limit, bad, bar)
         except (ValueError, OSError) as e:
-            group.tell(e)
+            group.print_error(e)
             if group.size == 1 and not parts.finished():  # nothing to resume from
                 parts.remove()
             raise
@@ -154,60 +112,74 @@ def embed(
         return group.first(lambda: _join(output, parts, limit, total or seen, batch_size * share.per_part))
 
 
-def listed(
-    group: Processes,
-    data_dir: Dirs,
-    data_list: Dirs,
-    index: str | os.PathLike | None,
-    max_bad_images: float,
-    progress: bool,
-) -> Listing:
-    """The image files, found by the first process for all."""
-    places = places_of(data_dir, data_list)
+@torch.inference_mode()
+def _numpy_rows(encoder: Encoder, amp: bool, images: list[torch.Tensor]) -> np.ndarray:
+    device = next(encoder.network.parameters()).device
+    return compute_rows(encoder.network, torch.stack(images).to(device), amp).cpu().numpy()
+
+
+def _list_files(group: Processes, paths: ImagePaths, max_bad_images: float, progress: bool) -> Listing:
+    """The image files, which the first process finds for all."""
+    places = places_of(paths.data_dir, paths.data_list)
 
     def find() -> Listing | None:
         bar = ImageProgress(None, enabled=progress)
-        tell = partial(say, error=True) if progress else lambda text: None
+        note = partial(say, error=True) if progress else lambda text: None
         try:
             found = find_images(
-                data_dir, data_list, index=index, max_missing=max_bad_images, tick=bar.update, tell=tell
-            )
+                paths.data_dir, paths.data_list, index=paths.index, max_missing=max_bad_images, tick=bar.update,
+                tell=note,
+            )  # fmt: skip
         finally:
             bar.close()
-        return found if index is None else None
+        return found if paths.index is None else None
 
     found = group.first(find)
-    if index is not None:
-        return open_index(index, places)
+    if paths.index is not None:
+        return open_index(paths.index, places)
     assert found is not None
     return found.at(places)
 
 
-def _check_numbers(batch_size: int, workers: int, max_bad_images: float) -> None:
-    if not 0 <= max_bad_images <= 1:
-        raise ValueError(f"--max-bad-images is a share between 0 and 1, got {max_bad_images}.")
-    if batch_size < 1 or workers < 0:
-        raise ValueError(f"batch_size is at least 1 and workers at least 0, got {batch_size} and {workers}.")
+def _data_record(images: EmbedImages, source: Source | TimmStream) -> dict[str, Any]:
+    """The images of a run; a run continues only with the same ones."""
+    roots = [os.path.abspath(place) for place in as_list(images.paths.data_dir)]
+    record: dict[str, Any] = {"data_dir": roots if len(roots) > 1 else roots[0] if roots else None}
+    record |= {"dataset": images.dataset, "split": images.split, "input_key": images.input_key}
+    if images.paths.data_list:
+        record["data_list"] = [os.path.abspath(place) for place in as_list(images.paths.data_list)]
+    total = None if isinstance(source, TimmStream) else len(source)
+    return record | {"images": total, "names": _digest_of_names(source)}
 
 
-def _check_place(output: Path, source: Any) -> None:
-    """An array among the images would be an image of the next run."""
-    for folder in source.folders() if output.suffix == ".npy" else []:
+def _computation_record(encoder: Encoder, extraction: Extraction) -> dict[str, Any]:
+    """The settings that determine the rows."""
+    pixels, nodata = encoder.pixels.record(), encoder.pixels.nodata
+    # as text: NaN is not equal to itself
+    record = {**encoder.settings, "nodata": None if nodata is None else str(pixels.pop("nodata"))}
+    record |= {"pixels": pixels} if pixels else {}
+    device = torch.device(extraction.device).type
+    return record | {"batch_size": extraction.batch_size, "device": device, "amp": extraction.amp}
+
+
+def _check_outside(output: Path, source: Source | TimmStream) -> None:
+    """Refuses an array among the images, which the next run would read as an image."""
+    for folder in source.folders() if output.suffix == ".npy" and isinstance(source, Source) else []:
         if Path(folder).resolve() in output.resolve().parents:
             raise ValueError(f"'{output}' lies among the images, where .npy files count as images. Write it elsewhere.")
 
 
 def _check_complete(seen: int, stated: int | None) -> None:
-    """Readers of streams skip what is damaged in a shard, and only log it."""
+    """Refuses a stream with missing images: its reader skips corrupt shards and only logs them."""
     if stated and seen != stated:
         raise ValueError(
-            f"The stream gave {seen} images, and {stated} are stated. Repair the shards, or correct --num-samples; the "
-            "finished rows stay: resume with --resume."
+            f"The stream gave {seen} images, expected {stated}. Repair the shards or correct --num-samples, then "
+            "continue with --resume: finished rows stay."
         )
 
 
 class _Share(NamedTuple):
-    """Which batches this process computes: whole parts, every `world_size`-th, that no run before has finished."""
+    """The batches of this process: every `world_size`-th part, unless an earlier run finished it."""
 
     rank: int
     world_size: int
@@ -215,12 +187,12 @@ class _Share(NamedTuple):
     per_part: int
 
     def wants(self, batch: int) -> bool:
-        """Whether this process computes the batch of this number."""
+        """True if this process computes the batch with this number."""
         part = batch // self.per_part
         return part % self.world_size == self.rank and part not in self.finished
 
     def images(self, total: int | None, batch_size: int) -> int | None:
-        """How many images that are."""
+        """Number of images of this process."""
         if total is None:
             return None
         starts = range(0, total, batch_size)
@@ -228,7 +200,7 @@ class _Share(NamedTuple):
 
 
 class _Limit(NamedTuple):
-    """How many images may be undecodable."""
+    """The largest fraction of images that may be undecodable; `total` is None for a stream."""
 
     share: float
     total: int | None
@@ -237,23 +209,25 @@ class _Limit(NamedTuple):
         """Refuses too many bad images.
 
         Args:
-            reasons: Of the bad images that are known here.
-            seen: Images that were seen, which counts where the total is not known.
-            before: Bad images of runs before.
-            last: All images were seen.
+            reasons: Reasons of the bad images of this run.
+            seen: Images read so far, used if the total is unknown.
+            before: Bad images of earlier runs.
+            last: All images were read.
         """
         total = self.total or seen
-        if self.total is None and not last and seen < _SEEN_BEFORE_A_STREAM_IS_JUDGED:
+        if self.total is None and not last and seen < _SEEN_BEFORE_STREAM_LIMIT:
             return
         bad = before + len(reasons)
         if bad > self.share * total or bad == total:
             raise ValueError(
-                f"{bad} of {total} images cannot be decoded, --max-bad-images allows a share of {self.share}; nothing "
+                f"{bad} of {total} images cannot be decoded, more than --max-bad-images {self.share} allows; nothing "
                 "was written:\n" + "\n".join(reasons[:10])
             )
 
 
-def _batches(source: Any, transform: Callable, batch_size: int, share: _Share, workers: int) -> Iterable[Batch]:
+def _batches(
+    source: Source | TimmStream, transform: Callable, batch_size: int, share: _Share, workers: int
+) -> Iterable[Batch]:
     if isinstance(source, TimmStream):
         return stream_batches(source, transform, batch_size, share.wants, workers)
     numbers = [n for n in range(-(-len(source) // batch_size)) if share.wants(n)]
@@ -261,7 +235,7 @@ def _batches(source: Any, transform: Callable, batch_size: int, share: _Share, w
 
 
 def _per_part(total: int | None, batch_size: int) -> int:
-    """Batches per part: so many that there are few files, so few that processes can share them and little is lost."""
+    """Batches per part: enough for few files, few enough to share among processes and to lose little work."""
     if total is None:
         return _STREAM_BATCHES_PER_PART
     return max(1, min(32, total // batch_size // 64))
@@ -276,17 +250,7 @@ def _compute(
     bad: int,
     bar: ImageProgress,
 ) -> int:
-    """Writes the parts of this process; returns how many images went by.
-
-    Args:
-        batches: Those of this process, or a whole stream.
-        share: Groups batches to parts.
-        rows_of: Images to rows.
-        parts: Where to.
-        limit: Of bad images.
-        bad: Bad images of runs before.
-        bar: Counts images.
-    """
+    """Writes the parts of this process and returns the number of images read; `bad` counts those of earlier runs."""
     seen, reasons = 0, []
     for number, group in groupby(batches, key=lambda batch: batch.number // share.per_part):
         rows, names, skipped = [], [], []
@@ -311,9 +275,9 @@ def _compute(
     return seen
 
 
-def _digest_of_names(source: Any) -> str | None:
-    """Notices images that come or go while a run is stopped; of files only, other sources are slow to ask."""
-    if not source.has_files:
+def _digest_of_names(source: Source | TimmStream) -> str | None:
+    """Detects images that are added or removed while a run is stopped; only for files, which are quick to list."""
+    if isinstance(source, TimmStream) or not source.has_files:
         return None
     digest = hashlib.sha256()
     for i in range(len(source)):

@@ -1,4 +1,4 @@
-"""Several models on the same labelled images, beside what needs no model and what needs no training."""
+"""Several models on the same labelled images, compared with baselines that need no model or no training."""
 
 import os
 import time
@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.files import model_pixels
+from ..config import check_limits
 from ..console import say
 from ..data import Pixels
-from ..data.samples.batches import preprocessing
+from ..data.sources.source import Source
 from ..runs.device import check_device
 from ..runs.progress import ImageProgress
+from .config import Extraction, Scoring
+from .encoder import Encoder, open_encoder
 from .extract import extract_features, image_batches, pixel_features
-from .knn import NEIGHBOURS, TEMPERATURE, capped, knn_scores
+from .knn import capped, knn_scores
 from .labelled import Labelled, open_labelled
 from .linear import Estimate, bootstrap, linear_probe, ridge
-from .network import load_network, name_of_model, random_network
 from .rank import rankme
+
+BASELINE_SIDE = 8  # pixels
 
 
 def measure_features(
@@ -30,141 +33,105 @@ def measure_features(
     test_labels: Tensor,
     *,
     num_classes: int,
-    k: Sequence[int] = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-    probe: bool = True,
-    seed: int = 0,
-    draws: int = 1000,
+    scoring: Scoring = Scoring(),  # noqa: B008  a frozen value
     device: str | torch.device = "cpu",
 ) -> dict[str, Estimate]:
     """kNN, ridge, linear probe and rank of frozen features.
 
     Args:
         train: Features `[N, D]`.
-        train_labels: int64 `[N]`, or 0 and 1 `[N, num_classes]` where an image has several labels.
+        train_labels: int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several labels.
         test: Features `[M, D]`.
-        test_labels: Likewise.
+        test_labels: Like `train_labels`.
         num_classes: Number of classes.
-        k: Numbers of neighbours, capped at N.
-        temperature: See `knn_scores`.
-        probe: Train the linear probe too, which takes the longest.
-        seed: Of all that is drawn.
-        draws: Of the bootstrap.
-        device: Where neighbours are looked for and the probe is trained.
+        scoring: What to measure.
+        device: Device of kNN and the probe.
 
     Returns:
-        By name, in this order: `knn_10`, `knn_20`, ... (`k` as capped), `ridge`, `probe`, `rank`. Accuracy 0 to 1, or
-        mean average precision where images have several labels; `rank` is that of the test features, see `rankme`.
+        By name, in this order: `knn_10`, `knn_20`, ... (`k` capped at N), `ridge`, `probe`, `rank`. Accuracy 0 to 1, or
+        mean average precision if images have several labels; `rank` is that of the test features, see `rankme`.
 
     Raises:
         ValueError: Features with NaN or infinity, shapes that do not fit, or a single class.
     """
-    near = knn_scores(
-        train.to(device), train_labels, test.to(device), k, temperature, num_classes=num_classes
-    )  # fmt: skip
-    scores = {f"knn_{count}": share for count, share in near.items()}
-    scores["ridge"] = ridge(train, train_labels, test, num_classes=num_classes, seed=seed)
-    if probe:
-        scores["probe"] = linear_probe(train, train_labels, test, num_classes=num_classes, seed=seed, device=device)
-    found = {name: bootstrap(value, test_labels, draws=draws, seed=seed) for name, value in scores.items()}
+    options: dict[str, Any] = {"num_classes": num_classes, "seed": scoring.seed}
+    neighbours = knn_scores(
+        train.to(device), train_labels, test.to(device), scoring.k, scoring.temperature, num_classes=num_classes
+    )
+    scores = {f"knn_{count}": votes for count, votes in neighbours.items()}
+    scores["ridge"] = ridge(train, train_labels, test, **options)
+    if scoring.probe:
+        scores["probe"] = linear_probe(train, train_labels, test, device=device, **options)
+    found = {
+        name: bootstrap(value, test_labels, draws=scoring.draws, seed=scoring.seed) for name, value in scores.items()
+    }
     rank = rankme(test)
     return {**found, "rank": Estimate(rank, rank, rank)}
-
-
-PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
-
-
-PIXELS = 8
 
 
 def evaluate_models(
     models: Sequence[str],
     data_dir: str | os.PathLike,
+    extraction: Extraction = Extraction(),  # noqa: B008  a frozen value
+    scoring: Scoring = Scoring(),  # noqa: B008
     *,
-    k: Sequence[int] = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-    probe: bool = True,
     baselines: bool = True,
     validation_share: float = 0.25,
-    seed: int = 0,
-    draws: int = 1000,
-    img_size: int | None = None,
-    nodata: float | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
-    devices: Sequence[str] = ("cpu",),
-    amp: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Frozen features of each model, judged on the same images.
+    """Measures the frozen features of each model on the same images.
 
     Args:
-        models: Of timm, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or the folder of a run.
+        models: Models of timm, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or folders of runs.
         data_dir: Labelled images, see `open_labelled`.
-        k: Numbers of neighbours, capped at the number of training images.
-        temperature: See `knn_scores`.
-        probe: Train the linear probe too.
-        baselines: Add images shrunk to 8 x 8 pixels, and the first model's architecture with random weights.
+        extraction: How images become rows; several devices compute batches in turn.
+        scoring: What to measure.
+        baselines: Add images averaged to 8 x 8 pixels, and the first model's architecture with random weights.
         validation_share: See `open_labelled`.
-        seed: Of all that is drawn.
-        draws: Of the bootstrap.
-        img_size: Side of the square crops in pixels; each model's own if None.
-        nodata: See `timm_convnextv2.data.load_image`; that of each model's own images if None.
-        batch_size: Images at a time.
-        workers: Processes that decode; 0: this one.
-        devices: Batches go to these in turn.
-        amp: Compute features in bfloat16.
-        progress: Tell on stderr what is done, with images/s.
+        progress: Report the steps and images/s on stderr.
 
     Returns:
-        What can be written as JSON: `data`, `settings` and `results`, a list with `model`, `measures` (by name,
-        `value`, `low` and `high`, see `measure_features`), `images_per_second` and `preprocessing`.
+        JSON values: `data`, `settings` and `results`, a list with `model`, `measures` (by name, `value`, `low` and
+        `high`, see `measure_features`), `images_per_second` and `preprocessing`.
 
     Raises:
-        ValueError: A model, the images, a device or a number cannot be used; before features are computed, where it can
-            be known.
+        ValueError: A model, the images, a device or a number cannot be used; before features are computed, if
+            possible.
     """
     if not models:
         raise ValueError("There are no models to evaluate.")
-    if batch_size < 1 or workers < 0:
-        raise ValueError(f"batch_size is at least 1 and workers at least 0, got {batch_size} and {workers}.")
-    tell = partial(say, error=True) if progress else lambda line: None
-    check_devices(devices)
-    names = [name_of_model(name) for name in models]
-    capped(k, 1)  # complains of numbers that are none
+    check_limits(extraction)
+    note = partial(say, error=True) if progress else lambda line: None
+    for device in extraction.devices:
+        check_device(device)
+    capped(scoring.k, 1)  # refuses k < 1 before any work
 
     @cache
-    def labelled(in_chans: int, scale: Pixels) -> Labelled:
+    def labelled(in_chans: int, pixels: Pixels) -> Labelled:
         return open_labelled(
-            data_dir, in_chans=in_chans, validation_share=validation_share, seed=seed, pixels=scale
-        )  # fmt: skip
+            data_dir, in_chans=in_chans, validation_share=validation_share, seed=scoring.seed, pixels=pixels
+        )
 
-    networks = [load_network(name, img_size, "cpu") for name in names]
-    scales = [
-        model_pixels(name, config["input_size"][0], nodata) for name, (_, config) in zip(names, networks, strict=True)
-    ]
-    data = [labelled(config["input_size"][0], scale) for (_, config), scale in zip(networks, scales, strict=True)]
-    first = data[0]
-    tell(describe(first, data_dir))
-    ks = capped(k, len(first.train.labels))
-    if max(k) > ks[-1]:
-        tell(f"kNN: at most {ks[-1]} neighbours, as many as there are training images (asked for {max(k)})")
-    measure = {"num_classes": len(first.classes), "k": ks, "temperature": temperature, "probe": probe}
-    measure |= {"seed": seed, "draws": draws, "device": devices[0]}
+    encoders = [open_encoder(name, extraction.img_size, extraction.nodata) for name in models]
+    first = [labelled(encoder.in_chans, encoder.pixels) for encoder in encoders][0]
+    note(describe(first, data_dir))
+    k = capped(scoring.k, len(first.train.labels))
+    if max(scoring.k) > k[-1]:
+        note(f"kNN: at most {k[-1]} neighbours, as many as there are training images (asked for {max(scoring.k)})")
 
-    results: list[dict[str, Any]] = []
-
-    def add(name: str, network: nn.Module | None, config: dict[str, Any], scale: Pixels) -> None:
-        data, transform = labelled(config["input_size"][0], scale), preprocessing(config)
+    def result(name: str, encoder: Encoder, network: nn.Module | None) -> dict[str, Any]:
+        data = labelled(encoder.in_chans, encoder.pixels)
         total = len(data.train.labels) + len(data.test.labels)
-        tell(f"{name}: features of {total} images")
+        note(f"{name}: features of {total} images")
         bar, start = ImageProgress(total, enabled=progress), time.perf_counter()
 
-        def rows(source: Any) -> Tensor:
-            batches = image_batches(source, transform, batch_size, workers)
+        def rows(source: Source) -> Tensor:
+            batches = image_batches(source, encoder.transform, extraction.batch_size, extraction.workers)
             if network is None:
-                return pixel_features(_counted(batches, bar.update), PIXELS)
-            return extract_features(network, batches, devices=devices, amp=amp, progress=bar.update)
+                return pixel_features(_counted(batches, bar.update), BASELINE_SIDE)
+            return extract_features(
+                network, batches, devices=extraction.devices, amp=extraction.amp, progress=bar.update
+            )
 
         try:
             train, test = rows(data.train.source), rows(data.test.source)
@@ -172,26 +139,27 @@ def evaluate_models(
             bar.close()
         rate = total / (time.perf_counter() - start)
         try:
-            found = measure_features(train, data.train.labels, test, data.test.labels, **measure)
+            found = measure_features(
+                train, data.train.labels, test, data.test.labels, num_classes=len(data.classes), scoring=scoring,
+                device=extraction.devices[0],
+            )  # fmt: skip
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from e
-        results.append(
-            {
-                "model": name,
-                "measures": {key: value._asdict() for key, value in found.items()},
-                "features": train.shape[1],
-                "images_per_second": round(rate, 1),
-                "preprocessing": {**{key: config[key] for key in PREPROCESSING}, "pixels": scale.record()},
-            }
-        )
+        return {
+            "model": name,
+            "measures": {key: value._asdict() for key, value in found.items()},
+            "features": train.shape[1],
+            "images_per_second": round(rate, 1),
+            "preprocessing": {**encoder.settings, "pixels": encoder.pixels.record()},
+        }
 
-    network, config = networks[0]
+    results: list[dict[str, Any]] = []
     if baselines:
-        add(f"{PIXELS}x{PIXELS} pixels", None, config, scales[0])
-        architecture = getattr(network, "pretrained_cfg", {}).get("architecture", type(network).__name__)
-        add(f"{architecture}, random weights", random_network(names[0], seed), config, scales[0])
-    for name, (network, config), scale in zip(models, networks, scales, strict=True):
-        add(name, network, config, scale)
+        base = encoders[0]
+        architecture = getattr(base.network, "pretrained_cfg", {}).get("architecture", type(base.network).__name__)
+        results.append(result(f"{BASELINE_SIDE}x{BASELINE_SIDE} pixels", base, None))
+        results.append(result(f"{architecture}, random weights", base, base.with_random_weights(scoring.seed)))
+    results += [result(name, encoder, encoder.network) for name, encoder in zip(models, encoders, strict=True)]
     return {
         "data": {
             "place": os.fspath(data_dir),
@@ -202,31 +170,24 @@ def evaluate_models(
             "chance": first.chance,
         },
         "settings": {
-            **{key: value for key, value in measure.items() if key != "num_classes"},
+            "k": k,
+            "temperature": scoring.temperature,
+            "probe": scoring.probe,
+            "seed": scoring.seed,
+            "draws": scoring.draws,
+            "device": extraction.devices[0],
             "validation_share": validation_share,
-            "amp": amp,
+            "amp": extraction.amp,
         },
         "results": results,
     }
 
 
-def check_devices(devices: Sequence[str]) -> None:
-    """Refuses devices that cannot be used.
-
-    Raises:
-        ValueError: One cannot, or there is none.
-    """
-    if not devices:
-        raise ValueError("There is no device to compute on.")
-    for device in devices:
-        check_device(device)
-
-
-def describe(data: Labelled, place: str | os.PathLike) -> str:
+def describe(data: Labelled, path: str | os.PathLike) -> str:
     """One line on labelled images."""
-    kind = "labels, several an image" if data.several else "classes"
+    kind = "labels, several per image" if data.several else "classes"
     return (
-        f"{os.fspath(place)}: {len(data.train.labels)} images to train on and {len(data.test.labels)} to test on, "
+        f"{os.fspath(path)}: {len(data.train.labels)} images to train on and {len(data.test.labels)} to test on, "
         f"{len(data.classes)} {kind}; chance is {100 * data.chance:.1f} %"
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..report.images import save_figure
 from .collapse import BlockCollapse
 
-GREYS = ("#9a9a9a", "#5f5f5f")  # of the baselines
+GREYS = ("#9a9a9a", "#5f5f5f")  # baselines
 NAME_LENGTH = 40
 
 
@@ -22,16 +22,12 @@ def _colours(count: int) -> list[Any]:
 
 
 def short(name: str) -> str:
-    """The end of a long name, which tells models apart better than its start."""
+    """The end of a long name, which differs more between models than its start."""
     return name if len(name) <= NAME_LENGTH else "..." + name[3 - NAME_LENGTH :]
 
 
 def save_measures(found: Mapping[str, Any], path: str | Path) -> None:
-    """Draws the measures of `evaluate_models` with their 95 % intervals, but the rank, as a PNG.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Draws the measures of `evaluate_models` with their 95 % intervals, except the rank, as a PNG."""
     from matplotlib.figure import Figure
 
     results = found["results"]
@@ -64,15 +60,7 @@ def save_measures(found: Mapping[str, Any], path: str | Path) -> None:
 
 
 def save_distances(found: Mapping[str, Sequence[BlockCollapse]], path: str | Path) -> None:
-    """Draws the mean cosine distance of channels over depth, a line for each model, as a PNG (the paper's figure 4).
-
-    Args:
-        found: What `collapse` gives, by the model's name.
-        path: PNG to write.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Draws the mean cosine distance of channels over depth, one line per model, as a PNG (the paper's figure 4)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4 + 0.2 * len(found)), dpi=120, layout="constrained")
@@ -96,16 +84,12 @@ def save_distances(found: Mapping[str, Sequence[BlockCollapse]], path: str | Pat
 def save_channels(shown: Sequence[Tensor], maps: Mapping[str, tuple[str, Tensor]], path: str | Path) -> None:
     """Draws images, and beside each the channels of a block as small squares, as a PNG (the paper's figure 3).
 
-    Each square is scaled to its own range: what a channel looks like, not how strong it is. Squares of one colour are
-    channels that are the same everywhere.
+    Each square is scaled to its own range, which hides its strength. A square of one colour is a constant channel.
 
     Args:
         shown: The images, each `[h, w, 3]` in 0..1.
-        maps: By the model's name, the block's name and its maps `[images, channels, h, w]`, see `channel_maps`.
+        maps: The results of `channel_maps` by model.
         path: PNG to write.
-
-    Raises:
-        OSError: It cannot be written.
     """
     from matplotlib.figure import Figure
 

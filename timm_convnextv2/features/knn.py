@@ -7,16 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import NEIGHBOURS, TEMPERATURE
 from .extract import check_finite
 
-NEIGHBOURS = (10, 20, 100, 200)
-TEMPERATURE = 0.07
-QUERIES = 1024  # rows of the test at a time
-LOOKED_AT = 2**24
+QUERIES = 1024  # test rows per step
+MULTILABEL_NUMBERS = 2**24  # labels of neighbours gathered per step
 
 
 def capped(k: Iterable[int], images: int) -> list[int]:
-    """Numbers of neighbours that `images` allow: those that are larger become that number, each once.
+    """Numbers of neighbours, capped at `images`, sorted and without duplicates.
 
     Raises:
         ValueError: A number is below 1.
@@ -28,16 +27,15 @@ def capped(k: Iterable[int], images: int) -> list[int]:
 
 
 def nearest(train: Tensor, test: Tensor, k: int, *, chunk: int = 8192) -> tuple[Tensor, Tensor]:
-    """The `k` most similar rows of `train` for each row of `test`, by cosine, the most similar first.
+    """The `k` rows of `train` with the highest cosine similarity to each row of `test`, in descending order.
 
-    Products are computed in blocks, and the best are merged as blocks come, so that memory is bounded by
-    `chunk * chunk` numbers whatever the sizes.
+    Products are computed in blocks whose best are merged, so that memory is bounded by `chunk * chunk` numbers.
 
     Args:
         train: `[N, D]`.
         test: `[M, D]`, on the same device.
         k: At most N.
-        chunk: Rows of either side at a time.
+        chunk: Rows of each side per block.
 
     Returns:
         Similarities float32 `[M, k]`, and rows of `train` int64 `[M, k]`.
@@ -67,19 +65,19 @@ def knn_scores(
     num_classes: int | None = None,
     chunk: int = 8192,
 ) -> dict[int, Tensor]:
-    """The share of the neighbours' votes that each class has, each vote weighted with `exp(similarity / temperature)`.
+    """Each class's fraction of the neighbours' votes, which are weighted by `exp(similarity / temperature)`.
 
     Args:
         train: Features `[N, D]`, on any device.
-        train_labels: int64 `[N]`, or 0 and 1 `[N, num_classes]` where an image has several labels.
+        train_labels: int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several labels.
         test: Features `[M, D]`.
-        k: Numbers of neighbours; of those above N see `capped`.
-        temperature: The smaller, the more the nearest count.
-        num_classes: As many as the labels have by default.
+        k: Numbers of neighbours, capped at N.
+        temperature: Smaller values give nearer neighbours more weight.
+        num_classes: Number of classes; by default taken from the labels.
         chunk: See `nearest`.
 
     Returns:
-        `{k: float32 [M, num_classes]}`, with the numbers as `capped` gives them.
+        `{k: float32 [M, num_classes]}`, by `capped` numbers.
 
     Raises:
         ValueError: Features with NaN or infinity, shapes that do not fit, or numbers out of range.
@@ -99,11 +97,11 @@ def knn_scores(
     counts = capped(k, len(train))
     scores: dict[int, list[Tensor]] = {count: [] for count in counts}
     rows = min(chunk, QUERIES)
-    if several:  # the labels of all neighbours are looked at together
-        rows = max(1, min(rows, LOOKED_AT // (counts[-1] * classes)))
+    if several:  # labels of all neighbours are gathered at once
+        rows = max(1, min(rows, MULTILABEL_NUMBERS // (counts[-1] * classes)))
     for part in test.to(train.device).split(rows):
         similar, indices = nearest(train, part, counts[-1], chunk=chunk)
-        weights = ((similar - 1) / temperature).exp()  # of the same proportions, and never too large
+        weights = ((similar - 1) / temperature).exp()  # -1: the same proportions without overflow
         for count in counts:
             votes, near = weights[:, :count], labels[indices[:, :count]]
             if several:
@@ -134,7 +132,7 @@ def knn(
     num_classes: int | None = None,
     chunk: int = 8192,
 ) -> Tensor | dict[int, Tensor]:
-    """The class that most votes are for, int64 `[M]`: of one `k`, or `{k: classes}` of several; see `knn_scores`."""
+    """The class with most votes, int64 `[M]`, for one `k`, or `{k: classes}` for several; see `knn_scores`."""
     ks = [k] if isinstance(k, int) else k
     scores = knn_scores(train, train_labels, test, ks, temperature, num_classes=num_classes, chunk=chunk)
     classes = {count: share.argmax(1) for count, share in scores.items()}

@@ -15,6 +15,7 @@ from ..data import FolderSource, Pixels, check_readable
 from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, printable
 from ..data.formats.pixels import PLAIN
 from ..data.sources.folder import ImageFiles
+from .extract import refuse_bad
 
 SEPARATOR = ";"
 
@@ -24,7 +25,7 @@ class Split(NamedTuple):
 
     Attributes:
         source: The images.
-        labels: int64 `[N]`; or 0 and 1 `[N, num_classes]` where images have several labels.
+        labels: int64 `[N]`; or 0 and 1 `[N, num_classes]` if images have several labels.
     """
 
     source: ImageFiles
@@ -35,9 +36,9 @@ class Labelled(NamedTuple):
     """A labelled data set.
 
     Attributes:
-        classes: Names in the order of the labels.
-        train: What neighbours are looked for in and classifiers are trained on.
-        test: What is measured.
+        classes: Names, in the order of the labels.
+        train: Images that classifiers are trained on and neighbours are taken from.
+        test: Images that are classified.
     """
 
     classes: list[str]
@@ -46,13 +47,13 @@ class Labelled(NamedTuple):
 
     @property
     def several(self) -> bool:
-        """Whether an image has several labels."""
+        """True if images may have several labels."""
         return self.train.labels.ndim == 2
 
     @property
     def chance(self) -> float:
-        """What always guessing the most frequent class of `train` gives on `test`; of several labels, the mAP of
-        scores that say nothing: the mean share of images that have a label."""
+        """Accuracy on `test` of always guessing the most frequent class of `train`; for several labels, the mAP of
+        constant scores, which is the mean fraction of images per label."""
         if self.several:
             share = self.test.labels.double().mean(0)
             return float(share[share > 0].mean())
@@ -71,24 +72,23 @@ def open_labelled(
 
     Args:
         place: One of
-            - a folder with `train/` and `validation/` (or timm's other names of them, or `test/`), which have the same
-              classes;
-            - a folder of classes, which is split by `seed`, each class in the same proportion;
-            - a CSV with the columns `name` (path, relative to the CSV) and `label`, split likewise. Labels joined by
-              `;` are several labels of an image; they are split without regard to them.
+            - a folder with `train/` and `validation/` (or timm's other names for them, or `test/`) of the same classes;
+            - a folder of classes, which is split by `seed`, in the same proportion for each class;
+            - a CSV with the columns `name` (path, relative to the CSV) and `label`, split in the same way. Labels
+              joined by `;` are several labels of one image; such data is split without regard to labels.
 
-            Of folders, the one that holds an image is its class, as in timm.
+            The class of an image is the name of its folder, as in timm.
         in_chans: Channels of the images, see `timm_convnextv2.data.load_image`.
-        validation_share: Share of the images that become `test` where they are split, above 0 and below 1.
-        seed: Of that split.
+        validation_share: Fraction of the images that become `test` in a split, above 0 and below 1.
+        seed: Seed of that split.
         pixels: How stored values become pixels, see `Pixels`.
 
     Raises:
-        ValueError: No such place, a single class, classes that differ between the parts, a row without label or file,
-            or images of which none tried can be decoded with these channels.
+        ValueError: A missing folder, a single class, classes that differ between the parts, a row without label or
+            file, or images that cannot be decoded with these channels.
     """
     if not 0 < validation_share < 1:
-        raise ValueError(f"validation_share is {validation_share}, expected a share above 0 and below 1.")
+        raise ValueError(f"validation_share is {validation_share}, expected a fraction above 0 and below 1.")
     path = Path(place)
     if not path.exists():
         raise ValueError(f"The labelled images '{printable(path)}' do not exist; expected a folder or a CSV.")
@@ -116,10 +116,7 @@ def open_labelled(
     train_split = Split(ImageFiles(train_files, in_chans, pixels), _numbers(train_labels, classes, several))
     test_split = Split(ImageFiles(test_files, in_chans, pixels), _numbers(test_labels, classes, several))
     for split in (train_split, test_split):
-        bad = check_readable(split.source)
-        if bad:
-            shown = "\n".join(message for _, message in bad[:5])
-            raise ValueError(f"Images cannot be decoded; repair them or take them out, with their labels:\n{shown}")
+        refuse_bad([message for _, message in check_readable(split.source)])
     return Labelled(classes, train_split, test_split)
 
 
@@ -127,7 +124,7 @@ Files = tuple[list[str], list[tuple[str, ...]]]  # paths, and the labels of each
 
 
 def _parts(root: Path) -> tuple[Path, Path] | None:
-    """The folders for training and for validation; None where the folder holds classes."""
+    """The folders for training and for validation; None if the folder holds classes."""
     found = [
         next((root / name for name in names if _has_folders(root / name)), None)
         for names in (TRAIN_FOLDERS, (*VALIDATION_FOLDERS, "test"))
@@ -145,7 +142,7 @@ def _parts(root: Path) -> tuple[Path, Path] | None:
 
 
 def _has_folders(folder: Path) -> bool:
-    """Whether it may be a part, with classes in it, rather than a class of this name."""
+    """True if it holds folders, so that it is a part with classes rather than a class of this name."""
     return folder.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir())
 
 
@@ -187,11 +184,11 @@ def _names(files: Files) -> list[str]:
 def _check_classes(classes: list[str], place: Path) -> None:
     if len(classes) < 2:
         has = f"one class, {classes[0]}" if classes else "no images"
-        raise ValueError(f"'{printable(place)}' has {has}; expected at least two classes to tell apart.")
+        raise ValueError(f"'{printable(place)}' has {has}; expected at least two classes.")
 
 
 def _held(labels: list[tuple[str, ...]], share: float, seed: int) -> set[int]:
-    """Numbers of the images that become the test: of each class that share, one at least where it has two."""
+    """Indices of the test images: that share of each class, at least one if the class has two."""
     generator = torch.Generator().manual_seed(seed)
     several = any(len(label) > 1 for label in labels)
     groups: dict[str, list[int]] = {}

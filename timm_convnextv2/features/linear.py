@@ -11,7 +11,7 @@ from .extract import check_finite
 
 
 class Estimate(NamedTuple):
-    """A measure, and the 95 % interval of its bootstrap over test images; without one, all three are the measure."""
+    """A measure and its 95 % interval from a bootstrap over test images; without one, all three are equal."""
 
     value: float
     low: float
@@ -19,7 +19,7 @@ class Estimate(NamedTuple):
 
 
 def accuracy_or_map(scores: Tensor, labels: Tensor) -> float:
-    """Accuracy, or mean average precision where images have several labels; 0 to 1.
+    """Accuracy, or mean average precision if images have several labels; 0 to 1.
 
     Args:
         scores: `[M, num_classes]`.
@@ -32,7 +32,7 @@ def accuracy_or_map(scores: Tensor, labels: Tensor) -> float:
 
 
 def _mean_average_precision(scores: Tensor, labels: Tensor) -> float:
-    """Over the classes that at least one image has; NaN where none has one."""
+    """Mean over the classes of at least one image; NaN if there are none."""
     order = scores.argsort(dim=0, descending=True, stable=True)
     hits = labels.gather(0, order).double()
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, device=hits.device).unsqueeze(1)
@@ -42,15 +42,15 @@ def _mean_average_precision(scores: Tensor, labels: Tensor) -> float:
 
 
 def bootstrap(scores: Tensor, labels: Tensor, *, draws: int = 1000, seed: int = 0) -> Estimate:
-    """`accuracy_or_map` with its 95 % interval over test images, which are drawn anew, with replacement, `draws` times.
+    """`accuracy_or_map` with its 95 % interval: test images are resampled with replacement, `draws` times.
 
-    The interval tells what another sample of test images would change; not what another training would.
+    The interval covers the choice of test images, not the variation between trainings.
 
     Args:
         scores: `[M, num_classes]`.
         labels: int64 `[M]`, or 0 and 1 `[M, num_classes]`.
-        draws: How often; of several labels a tenth of that, which takes longer.
-        seed: Of the draws: the same for all models, which are so compared on the same images.
+        draws: Number of resamples; a tenth of it for several labels, which take longer.
+        seed: Seed of the resamples, the same for all models, so that they are compared on the same images.
     """
     scores, labels = scores.cpu(), labels.cpu()
     value, n = accuracy_or_map(scores, labels), len(labels)
@@ -65,13 +65,10 @@ def bootstrap(scores: Tensor, labels: Tensor, *, draws: int = 1000, seed: int = 
     return Estimate(value, low, high)
 
 
-PENALTIES = tuple(10.0**e for e in range(-6, 4))  # times N, of features whose mean square is 1
-
-
+PENALTIES = tuple(10.0**e for e in range(-6, 4))  # times N, for features with mean square 1
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-
-
 HELD_OUT = 0.2
+BATCH_SIZE = 256
 
 
 def _targets(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
@@ -80,7 +77,7 @@ def _targets(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
 
 
 def _split(images: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to fit on and rows to choose on, from the training part alone."""
+    """Training rows to fit on, and training rows to choose settings on."""
     order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
     held = max(1, round(images * HELD_OUT))
     return order[held:], order[:held]
@@ -107,17 +104,17 @@ def ridge(
     seed: int = 0,
     penalties: Sequence[float] = PENALTIES,
 ) -> Tensor:
-    """Scores of ridge regression on the labels as 0 and 1, in closed form and float64: the same numbers each time.
+    """Scores of ridge regression on the labels as 0 and 1, in closed form and float64, so that they are repeatable.
 
-    The penalty is the one with the least squared error on a fifth of the training images, drawn by `seed`; the
-    regression is then solved on all of them. Test images decide nothing.
+    The penalty minimises the squared error on a fifth of the training images, drawn by `seed`; the regression is then
+    solved on all of them. Test images have no influence.
 
     Args:
-        train: Features `[N, D]`. Where D is above N, the dual problem is solved.
+        train: Features `[N, D]`; the dual problem is solved if D > N.
         train_labels: int64 `[N]`, or 0 and 1 `[N, num_classes]`.
         test: Features `[M, D]`.
         num_classes: Number of classes.
-        seed: Of the part that chooses the penalty.
+        seed: Seed of the part that chooses the penalty.
         penalties: Candidates, in units of N times the mean square of the features.
 
     Returns:
@@ -136,7 +133,7 @@ def ridge(
 
 
 def _solve(x: Tensor, y: Tensor, rows: Tensor, penalties: Sequence[float]) -> list[Tensor]:
-    """Scores of `rows` `[M, C]` for each penalty, from one eigendecomposition of the smaller of `x'x` and `xx'`."""
+    """Scores of `rows`, `[M, C]`, per penalty, from one eigendecomposition of the smaller of `x'x` and `xx'`."""
     center, offset = x.mean(0), y.mean(0)
     x, rows, y = x - center, rows - center, y - offset
     scale = x.square().mean().sqrt()
@@ -161,14 +158,13 @@ def linear_probe(
     seed: int = 0,
     rates: Sequence[float] = RATES,
     epochs: int = 50,
-    batch_size: int = 256,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """Scores of a linear classifier behind a BatchNorm without parameters, trained by SGD on frozen features.
+    """Scores of a linear classifier after a BatchNorm without parameters, trained by SGD on frozen features.
 
-    One classifier for each learning rate is trained at once, on four fifths of the training images; the rate that is
-    best on the other fifth (accuracy, or mean average precision of several labels) then trains on all of them: SGD with
-    momentum 0.9, a cosine schedule, no weight decay, no augmentation. Test images decide nothing.
+    One classifier per learning rate is trained on four fifths of the training images; the best rate on the other fifth
+    (see `accuracy_or_map`) then trains on all of them: SGD with momentum 0.9, a cosine schedule, batches of at most
+    256, no weight decay, no augmentation. Test images have no influence.
 
     Source: BatchNorm without parameters as in MAE (https://arxiv.org/abs/2111.06377, appendix A.1), a grid of learning
     rates at once as in DINOv2 (https://arxiv.org/abs/2304.07193).
@@ -178,11 +174,10 @@ def linear_probe(
         train_labels: int64 `[N]` (cross-entropy), or 0 and 1 `[N, num_classes]` (binary cross-entropy).
         test: Features `[M, D]`.
         num_classes: Number of classes.
-        seed: Of the part that chooses the rate and of the order of images.
-        rates: Learning rates, for batches of `batch_size`.
-        epochs: Times that each image is seen.
-        batch_size: Largest number of images of an update.
-        device: Where it is trained.
+        seed: Seed of the part that chooses the rate and of the order of images.
+        rates: Candidate learning rates.
+        epochs: Passes over the images.
+        device: Device of the training.
 
     Returns:
         float32 `[M, num_classes]`, on the CPU.
@@ -193,7 +188,7 @@ def linear_probe(
     _check(train, train_labels, test, num_classes)
     x, labels, rows = train.float().to(device), train_labels.to(device), test.float().to(device)
     fit, held = (part.to(device) for part in _split(len(x), seed))
-    options = {"num_classes": num_classes, "seed": seed, "epochs": epochs, "batch_size": batch_size}
+    options = {"num_classes": num_classes, "seed": seed, "epochs": epochs, "batch_size": BATCH_SIZE}
     tried = _train(x[fit], labels[fit], x[held], rates=rates, **options)
     best = max(range(len(rates)), key=lambda i: accuracy_or_map(tried[i], labels[held]))
     return _train(x, labels, rows, rates=[rates[best]], **options)[0].cpu()
@@ -203,21 +198,21 @@ def _train(
     x: Tensor, labels: Tensor, rows: Tensor, *, rates: Sequence[float], num_classes: int, seed: int, epochs: int,
     batch_size: int,
 ) -> Tensor:  # fmt: skip
-    """Scores of `rows` `[G, M, C]`, by one classifier for each learning rate."""
+    """Scores of `rows`, `[G, M, C]`, from one classifier per learning rate."""
     generator = torch.Generator().manual_seed(seed)
     norm = nn.BatchNorm1d(x.shape[1], affine=False).to(x.device)
     weight = (0.01 * torch.randn(1, x.shape[1], num_classes, generator=generator)).to(x.device)
     weight = weight.repeat(len(rates), 1, 1).requires_grad_()
     bias = torch.zeros(len(rates), 1, num_classes, device=x.device, requires_grad=True)
     scale = torch.tensor(rates, device=x.device)
-    # each loss is multiplied by its learning rate, so that one optimizer serves all of them
+    # each loss is multiplied by its learning rate, so that one optimizer trains all classifiers
     optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)
     targets = _targets(labels, num_classes, torch.float32)
     batches = -(-len(x) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     with torch.enable_grad():
         for _ in range(epochs):
-            # of nearly equal size: BatchNorm cannot take a single image
+            # batches of nearly equal size: BatchNorm cannot train on a single image
             for part in torch.randperm(len(x), generator=generator).to(x.device).tensor_split(batches):
                 if len(x) == 1:
                     break

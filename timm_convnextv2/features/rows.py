@@ -1,4 +1,4 @@
-"""The files that embedding writes: the rows with their names, and the images that have none."""
+"""The files that `embed` writes: rows with their names, and the table of skipped images."""
 
 import csv
 import importlib.util
@@ -22,18 +22,16 @@ from safetensors.numpy import save_file
 from ..data import MissingPackageError
 
 _RUN = "run.json"
-
-
 _SUFFIX = ".safetensors"
 
 
 class Part(NamedTuple):
-    """Some images of the data set, one after the other.
+    """Consecutive images of the data set.
 
     Attributes:
         rows: float32 `[n, num_features]`.
-        names: Of the rows, `[n]`.
-        skipped: Images without a row: number in the data set, name, reason.
+        names: Names of the rows, `[n]`.
+        skipped: Images without a row: index in the data set, name, reason.
     """
 
     rows: np.ndarray
@@ -42,31 +40,27 @@ class Part(NamedTuple):
 
 
 class Parts:
-    """The folder of the finished parts of a run.
-
-    Args:
-        output: The file that the run will write; the folder is beside it.
-    """
+    """The folder of the finished parts of a run, beside the file `output` that the run will write."""
 
     def __init__(self, output: Path) -> None:
         self.folder = output.with_name(f"{output.name}.parts")
 
     def finished(self) -> set[int]:
-        """Numbers of the parts that are there."""
+        """Numbers of the finished parts."""
         return {int(path.stem) for path in self.folder.glob(f"[0-9]*{_SUFFIX}")}
 
     def claim(self, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Makes the folder this run's.
+        """Reserves the folder for this run.
 
         Args:
-            run: What decides about the rows, for JSON.
-            resume: Keep the parts of a run with the same `run`.
-            overwrite: Remove those of any other.
+            run: Everything that determines the rows, as JSON values.
+            resume: Keep the finished parts, whose `run` must be equal.
+            overwrite: Remove finished parts.
 
         Raises:
-            ValueError: There are finished parts, and neither was asked for; or they are of another run.
+            ValueError: There are finished parts and neither flag is set, or the parts belong to another run.
         """
-        run = json.loads(json.dumps(run))  # as it is read
+        run = json.loads(json.dumps(run))  # tuples become lists, as in the file
         found = self.finished()
         if found and resume:
             before = self._run()
@@ -74,13 +68,14 @@ class Parts:
             if differing:
                 key = differing[0]
                 raise ValueError(
-                    f"'{self.folder}' is of a run with another {', '.join(differing)}; {key} was {before.get(key)!r} "
-                    f"and is {run[key]!r}. Give the same options to resume it, or replace it with --overwrite alone."
+                    f"'{self.folder}' belongs to a run with another {', '.join(differing)}; {key} was "
+                    f"{before.get(key)!r} and is {run[key]!r}. Resume with the same options, or replace it with "
+                    "--overwrite alone."
                 )
             return
         if found and not overwrite:
             raise ValueError(
-                f"'{self.folder}' holds {len(found)} finished parts of a run that was stopped. Resume it with "
+                f"'{self.folder}' holds {len(found)} finished parts of a stopped run. Resume it with "
                 "--resume, or replace it with --overwrite."
             )
         self.remove()
@@ -88,11 +83,11 @@ class Parts:
         self._write_run(run)
 
     def joining(self) -> bool:
-        """Whether a run was stopped while it wrote the output: what is there of it may be replaced."""
+        """True if a run was stopped while it wrote the output, whose files may then be replaced."""
         return bool(self.finished()) and bool(self._run().get("joining"))
 
     def mark_joining(self) -> None:
-        """Notes that the output is about to be written."""
+        """Records that the output is about to be written."""
         self._write_run({**self._run(), "joining": True})
 
     def _run(self) -> dict[str, Any]:
@@ -112,7 +107,7 @@ class Parts:
     def write(self, number: int, part: Part) -> None:
         """Writes a finished part."""
         temporary = self.folder / f".{number:08d}.tmp"
-        # JSON in ASCII: names may have bytes that are not UTF-8
+        # JSON in ASCII, because names may contain bytes that are not UTF-8
         metadata = {"names": json.dumps(part.names), "skipped": json.dumps(part.skipped)}
         save_file({"rows": part.rows}, temporary, metadata=metadata)
         os.replace(temporary, self._path(number))
@@ -130,7 +125,7 @@ class Parts:
             yield from self.read(number).skipped
 
     def remove(self) -> None:
-        """Removes the folder, of which nothing stays under its name at any time."""
+        """Removes the folder: it disappears at once, so that a crash leaves no half of it."""
         gone = self.folder.with_name(f".{self.folder.name}")
         shutil.rmtree(gone, ignore_errors=True)  # left by a run that was killed here
         if self.folder.exists():
@@ -142,13 +137,13 @@ T = TypeVar("T")
 
 
 class Processes(NamedTuple):
-    """The number of this process, and how many there are."""
+    """Rank of this process and number of processes."""
 
     rank: int = 0
     size: int = 1
 
     def first(self, work: Callable[[], T]) -> T:
-        """Lets the first process work; all get its result, or its error."""
+        """Runs `work` on rank 0; all processes return its result or raise its error."""
         if self.size == 1:
             return work()
         box: list[Any] = [None, None]
@@ -163,12 +158,12 @@ class Processes(NamedTuple):
         return box[0]
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Waits for all processes."""
         if self.size > 1:
             dist.barrier()
 
-    def tell(self, error: Exception) -> None:
-        """Prints an error of this process alone, where the command, which speaks once per node, would not."""
+    def print_error(self, error: Exception) -> None:
+        """Prints an error of one process; the command itself prints only on the first process of a node."""
         if self.size > 1 and int(os.environ.get("LOCAL_RANK", self.rank)):
             print(f"process {self.rank}: {error}", file=sys.stderr, flush=True)
 
@@ -177,7 +172,7 @@ class Processes(NamedTuple):
 def processes() -> Iterator[Processes]:
     """Joins the processes of torchrun, unless the caller has; leaves them at the end."""
     own = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
-    if own:  # the others wait for the slowest, however long it takes
+    if own:  # no timeout in practice: processes wait for the slowest
         dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         yield Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Processes()
@@ -190,16 +185,16 @@ SUFFIXES = (".npy", ".safetensors", ".parquet")
 
 
 def _beside(output: Path) -> tuple[Path | None, Path]:
-    """Table of the names (Parquet has them within), table of the skipped images."""
+    """Paths of the table of names (None for Parquet, which contains them) and of the skipped images."""
     names = None if output.suffix == ".parquet" else output.with_name(f"{output.name}.csv")
     return names, output.with_name(f"{output.name}.skipped.csv")
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuses an output that cannot or must not be written, before any work.
+    """Refuses an output that cannot or must not be written.
 
     Raises:
-        ValueError: Another suffix than `SUFFIXES`, a folder, or something that exists.
+        ValueError: Its suffix is not one of `SUFFIXES`, or it is a folder or exists.
         MissingPackageError: (a ValueError) `.parquet` without the package pyarrow.
     """
     if output.suffix not in SUFFIXES or output.is_dir():
@@ -216,15 +211,10 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[int, dict[int, str]]:
-    """Joins finished parts to the output and its tables, which appear when all of them are complete.
-
-    Args:
-        output: The file; what is there goes.
-        parts: Where the parts are, and new files until they are complete.
-        numbers: The parts, in order.
+    """Joins the parts `numbers` to the output and its tables, which appear once all of them are complete.
 
     Returns:
-        Number of rows; the reasons of the skipped images by their number.
+        Number of rows; the reasons of the skipped images by index.
     """
     names, table = _beside(output)
     skipped = [entry for number in numbers for entry in parts.read(number).skipped]
@@ -245,7 +235,7 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
         _write_csv(new[table], ("file", "reason"), ((name, reason) for _, name, reason in skipped))
 
     parts.mark_joining()
-    for file in (output, names, table):  # nothing old beside something new, whenever this is cut off
+    for file in (output, names, table):  # a crash must never leave an old file beside a new one
         if file:
             file.unlink(missing_ok=True)
     for file, complete in reversed(new.items()):
@@ -260,13 +250,13 @@ def _shape(parts: Parts, numbers: Sequence[int]) -> tuple[int, int]:
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    # file names may have bytes that are not UTF-8
+    # file names may contain bytes that are not UTF-8
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(chain([header], rows))
 
 
 def _write_rows(path: Path, header: bytes, blocks: Iterable[Part]) -> None:
-    """Both formats are a header and the numbers; their own writers want all of them in memory."""
+    """Writes a header and the numbers; the libraries of both formats would need all rows in memory."""
     with open(path, "wb") as file:
         file.write(header)
         for part in blocks:

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..features import Labelled, extract_features, image_batches, measure_features, pixel_features
+from ..features import Labelled, Scoring, extract_features, image_batches, measure_features, pixel_features
 from ..features.knn import nearest
 from ..files import whole_file
 from ..models import ConvNeXtV2
@@ -80,7 +80,7 @@ class Probe:
         """kNN and ridge in %, and the rank of the features of the test images."""
         found = measure_features(
             train, self.labelled.train.labels, test, self.labelled.test.labels,
-            num_classes=len(self.labelled.classes), k=(self.neighbours,), probe=False, draws=1,
+            num_classes=len(self.labelled.classes), scoring=Scoring(k=(self.neighbours,), probe=False, draws=1),
         )  # fmt: skip
         knn, ridge = found[f"knn_{self.neighbours}"].value, found["ridge"].value
         return {"knn": round(100 * knn, 2), "ridge": round(100 * ridge, 2), "rank": round(found["rank"].value, 2)}

@@ -1,0 +1,97 @@
+"""Feature collapse of several models on the same images."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import check_limits
+from ..console import say
+from ..data import DataSet, ImageError, ImagePaths, TimmStream, check_readable, create_source
+from ..data.sources.source import Source
+from ..report.images import displayable
+from .collapse import BlockCollapse, blocks_of, channel_maps, collapse
+from .config import Computation, DrawnImages
+from .encoder import open_encoder
+
+SHOWN = 3  # images in the figure of channels
+Maps = dict[str, tuple[str, Tensor]]
+
+
+def collapse_of_models(
+    models: Sequence[str],
+    images: DrawnImages,
+    computation: Computation = Computation(),  # noqa: B008  a frozen value
+    *,
+    layer: str | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> tuple[dict[str, list[BlockCollapse]], list[Tensor], Maps]:
+    """Measures collapse of several models.
+
+    Args:
+        models: Models of timm, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or folders of runs.
+        images: The images, the same for all models. Images that cannot be decoded are replaced by others.
+        computation: Size of the images, and where the models run.
+        layer: Block whose channels are returned, see `channel_maps`.
+        batch_size: Images per batch.
+        progress: Report the steps on stderr.
+
+    Returns:
+        The result of `collapse` by model; the images of the figure of channels, `[h, w, 3]`; the block and its
+        channels by model.
+
+    Raises:
+        ValueError: A model without such blocks, or a model, the images, the device or a number cannot be used.
+    """
+    check_limits(images)
+    note = partial(say, error=True) if progress else lambda line: None
+    encoders = {
+        name: open_encoder(name, computation.img_size, computation.nodata, computation.device) for name in models
+    }
+    for name, encoder in encoders.items():
+        blocks = blocks_of(encoder.network)
+        if layer is not None and layer not in blocks:
+            raise ValueError(f"'{name}' has no block '{layer}' (--layer); there are: {', '.join(blocks)}.")
+    found: dict[str, list[BlockCollapse]] = {}
+    shown: list[Tensor] = []
+    maps: Maps = {}
+    folder, names = ((value,) if value else None for value in (images.data_dir, images.data_list))
+    paths = ImagePaths(data_dir=folder, data_list=names)
+    for name, encoder in encoders.items():
+        source = create_source(paths, DataSet(images.dataset, images.split), encoder.in_chans, encoder.pixels)
+        if isinstance(source, TimmStream):
+            raise ValueError(
+                f"--dataset {images.dataset} is a stream, from which images cannot be drawn. Give a folder."
+            )
+        once = note if not found else lambda line: None
+        drawn = draw_images(source, images.num_images, encoder.transform, images.seed, once)
+        note(f"{name}: {len(drawn)} images of {drawn.shape[2]} x {drawn.shape[3]}")
+        found[name] = collapse(encoder.network, drawn, batch_size=batch_size, amp=computation.amp)
+        if not shown:
+            mean, std = (torch.tensor(encoder.config[key]) for key in ("mean", "std"))
+            shown = list(displayable(drawn[:SHOWN], mean, std))
+        maps[name] = channel_maps(encoder.network, drawn[:SHOWN], layer)
+    return found, shown, maps
+
+
+def draw_images(source: Source, count: int, transform: Callable, seed: int, note: Callable[[str], Any]) -> Tensor:
+    """Draws `[count, C, H, W]` by `seed`, or all images if there are fewer."""
+    check_readable(source)  # one message if all files are corrupt
+    images, bad = [], []
+    for i in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():
+        if len(images) == count:
+            break
+        try:
+            images.append(transform(source[i]))
+        except (ImageError, OSError) as e:
+            bad.append(str(e))
+    if source.left:
+        note(str(source.left))
+    if bad:
+        note(f"{len(bad)} images that cannot be decoded are left out, for example: {bad[0]}")
+    if len(images) < count:
+        note(f"Found {len(images)} images, fewer than the {count} requested.")
+    return torch.stack(images)

@@ -1,0 +1,220 @@
+"""Which weights to start from: the same finetuning from several candidates, once per seed."""
+
+import csv
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..console import PACKAGE
+from ..files import whole_file
+from .config import CompareConfig
+
+SCRATCH, OWN = "from scratch", "own encoder"
+
+
+class Candidate(NamedTuple):
+    """Weights to start a finetuning from.
+
+    Attributes:
+        name: Name in the table.
+        model: Value of `finetune --model`.
+        options: More options of `finetune`.
+    """
+
+    name: str
+    model: str
+    options: tuple[str, ...] = ()
+
+
+class Curve(NamedTuple):
+    """One finetuning.
+
+    Attributes:
+        name: Name of its candidate.
+        seed: Seed of the order of images, augmentation and new weights.
+        accuracy: Top-1 in % on the validation images, after each epoch.
+        seconds: Duration; 0 if it was finished before.
+    """
+
+    name: str
+    seed: int
+    accuracy: list[float]
+    seconds: float
+
+
+def check_options(config: CompareConfig) -> None:
+    """Refuses options that contradict each other, and an output folder that is in use, before anything starts.
+
+    Raises:
+        ValueError: Names the options.
+    """
+    output = Path(config.output)
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise ValueError(f"--seeds takes different numbers, got '{' '.join(map(str, config.seeds))}'.")
+    if not (config.encoder or config.unlabelled):
+        raise ValueError("Nothing to compare. Give --encoder MODEL, or --unlabelled DIR to pretrain one first.")
+    if config.encoder and (config.unlabelled or config.pretrain):
+        raise ValueError("--encoder is pretrained already: leave out --unlabelled and --pretrain, or --encoder.")
+    if output.is_dir() and any(output.iterdir()) and not config.resume:
+        raise ValueError(f"--output {output} is not empty. Continue with --resume, or choose another --output.")
+
+
+def finetune_options(config: CompareConfig, more: Sequence[str]) -> list[str]:
+    """The words of `finetune` that are the same for all candidates."""
+    warmup = config.budget // 10
+    # with --warmup-prefix, train.py adds the warmup to --epochs
+    length = ["--epochs", str(config.budget - warmup), "--warmup-epochs", str(warmup), "--warmup-prefix"]
+    return ["--recipe", config.recipe, "--data-dir", config.data_dir, *length, *more]
+
+
+def pretrain_options(config: CompareConfig) -> list[str]:
+    """The words of the pretraining."""
+    words = ["--data-dir", str(config.unlabelled), *shlex.split(config.pretrain)]
+    return [*words, "--output", config.output, "--experiment", "pretrain", "--resume", "auto"]
+
+
+def candidates_of(encoder: str, weights: Sequence[str]) -> list[Candidate]:
+    """Random weights, the user's encoder and the named weights.
+
+    Raises:
+        ValueError: Weights are named twice.
+    """
+    found = [Candidate(SCRATCH, encoder, ("--from-scratch",)), Candidate(OWN, encoder)]
+    names = {SCRATCH, OWN}
+    for model in weights:
+        if model in names:
+            raise ValueError(f"--weights names {model} twice.")
+        names.add(model)
+        found.append(Candidate(model, model, ("--pretrained",)))
+    return found
+
+
+def start_options(candidate: Candidate) -> list[str]:
+    """The words of `finetune` that choose the weights."""
+    return ["--model", candidate.model, *candidate.options]
+
+
+def compare(
+    candidates: Sequence[Candidate], options: Sequence[str], seeds: Sequence[int], output: Path, resume: bool = False
+) -> Iterator[Curve]:
+    """Finetunes each candidate once per seed, all candidates of a seed before the next seed.
+
+    Args:
+        candidates: Weights to start from.
+        options: Options of `finetune`, the same for all: recipe, data, length.
+        seeds: One finetuning of each candidate per seed.
+        output: Folder of the runs.
+        resume: Keep finished runs and start the others again.
+
+    Yields:
+        Each curve when its finetuning has finished.
+
+    Raises:
+        CalledProcessError: A finetuning failed; the last word of `cmd` is its log.
+    """
+    for seed in seeds:
+        for number, candidate in enumerate(candidates):
+            name = f"finetune-{number}-seed-{seed}"
+            run, seconds = output / name, 0.0
+            if not (resume and (run / "model" / "config.json").is_file()):
+                words = [*start_options(candidate), *options, "--seed", str(seed)]
+                words += ["--output", str(output), "--experiment", name]
+                seconds = call("finetune", words, output / f"{name}.log")
+            yield Curve(candidate.name, seed, _accuracies(run), seconds)
+
+
+def call(command: str, words: Sequence[str], log: Path) -> float:
+    """Runs a command of this package as a child process and returns its duration in seconds.
+
+    Raises:
+        CalledProcessError: It failed; the last word of `cmd` is the log.
+    """
+    start = time.perf_counter()
+    with open(log, "w", encoding="utf-8") as file:
+        done = subprocess.run([sys.executable, "-m", PACKAGE, command, *words], stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, [f"{command} {shlex.join(words)}", str(log)])
+    return time.perf_counter() - start
+
+
+def tail(path: Path, lines: int) -> str:
+    """The last lines of a log."""
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:])
+
+
+def _accuracies(run: Path) -> list[float]:
+    """Validation accuracy in % after each epoch, from train.py's summary.csv."""
+    with open(run / "summary.csv", newline="", encoding="utf-8") as file:
+        return [float(row["eval_top1"]) for row in csv.DictReader(file) if row.get("eval_top1")]
+
+
+def table(curves: Sequence[Curve]) -> str:
+    """Accuracy after the last epoch: one row per candidate, one column per seed; and the gains over random weights."""
+    last = {name: {c.seed: c.accuracy[-1] for c in curves if c.name == name} for name in _names(curves)}
+    seeds = sorted({c.seed for c in curves})
+    width = max(map(len, last))
+    lines = [f"{'validation top-1, %':{width}}  " + "  ".join(f"seed {s:<3}" for s in seeds) + "  median"]
+    for name, values in last.items():
+        cells = "  ".join(f"{values[s]:8.1f}" if s in values else " " * 8 for s in seeds)
+        lines.append(f"{name:{width}}  {cells}  {statistics.median(values.values()):6.1f}")
+    for name, values in last.items():
+        gains = [values[s] - last[SCRATCH][s] for s in seeds if s in values and s in last.get(SCRATCH, {})]
+        if name != SCRATCH and gains:
+            better = sum(gain > 0 for gain in gains)
+            lines.append(
+                f"{name} against {SCRATCH}: {statistics.median(gains):+.1f} points (median; {min(gains):+.1f} to "
+                f"{max(gains):+.1f}), better with {better} of {len(gains)} seeds"
+            )
+    return "\n".join(lines)
+
+
+def _names(curves: Sequence[Curve]) -> list[str]:
+    return list(dict.fromkeys(curve.name for curve in curves))
+
+
+def write_results(
+    curves: Sequence[Curve], candidates: Sequence[Candidate], config: CompareConfig, output: Path
+) -> None:
+    """Writes the curves so far: compare.csv, compare.json and compare.png."""
+    with whole_file(output / "compare.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("candidate", "seed", "epoch", "top1"))
+        writer.writerows((c.name, c.seed, i, a) for c in curves for i, a in enumerate(c.accuracy, 1))
+    found: dict[str, Any] = {
+        "budget": config.budget,
+        "recipe": config.recipe,
+        "data_dir": config.data_dir,
+        "candidates": {c.name: c.model for c in candidates},
+        "top1": {n: {c.seed: c.accuracy[-1] for c in curves if c.name == n} for n in _names(curves)},
+        "seconds": {f"{c.name}, seed {c.seed}": round(c.seconds, 1) for c in curves},
+    }
+    with whole_file(output / "compare.json") as part:
+        part.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draw_curves(curves, output / "compare.png")
+
+
+def draw_curves(curves: Sequence[Curve], path: Path, title: str = "The same finetuning from different weights") -> None:
+    """Draws accuracy over epochs as a PNG: thin lines for seeds, a thick one for the median of a candidate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(_names(curves)):
+        own, colour = [c.accuracy for c in curves if c.name == name], f"C{i}"
+        for values in own:
+            axes.plot(range(1, len(values) + 1), values, color=colour, alpha=0.35, linewidth=1)
+        middle = [statistics.median(values) for values in zip(*own, strict=False)]
+        epochs, marker = range(1, len(middle) + 1), "o" if len(middle) == 1 else None
+        label = f"{name}, median of {len(own)}"
+        axes.plot(epochs, middle, color=colour, linewidth=2.5, marker=marker, label=label)
+    axes.set(xlabel="epoch of finetuning", ylabel="validation top-1, %", ylim=(0, None), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with whole_file(path) as part:
+        figure.savefig(part, format="png")

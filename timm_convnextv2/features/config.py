@@ -1,0 +1,164 @@
+"""The options of `embed`, `evaluate`, `collapse` and `compare`, and the parts that they share."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..config import option, part
+from ..data import DataSet, ImagePaths
+
+NEIGHBOURS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How images become inputs of a model, and where the model runs."""
+
+    img_size: int | None = option(
+        None, "side of the square crops in pixels (default: the model's)", metavar="N", at_least=1
+    )
+    nodata: float | None = option(
+        None,
+        'stored value meaning "no data"; such pixels are filled with the mean of the others (default: the model\'s; '
+        "nan: none)",
+        metavar="V",
+    )
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where the model runs", metavar="NAME")
+    amp: bool = option(False, "compute in bfloat16; features stay float32")
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names of several devices, separated by commas."""
+        return tuple(name.strip() for name in self.device.split(","))
+
+
+@dataclass(frozen=True)
+class Extraction(Computation):
+    """How images become rows of features."""
+
+    batch_size: int = option(64, "images per batch", short="-b", metavar="N", at_least=1)
+    workers: int = option(
+        4, "processes (for a stream: threads) that decode images; 0: the main process", short="-j", metavar="N",
+        at_least=0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EmbedImages:
+    """The images to embed: files, or a data set that timm opens."""
+
+    paths: ImagePaths = part(ImagePaths)
+    dataset: str = option("", "timm's hfds/, hfids/, wds/, tfds/, torch/...; or 'embedded'", metavar="NAME")
+    split: str = option("train", "split of --dataset; for wds/ the names of the shards", metavar="NAME")
+    num_samples: int | None = option(
+        None, "images of --dataset embedded, or of a stream that does not state its size", metavar="N"
+    )
+    dataset_download: bool = option(False, "let --dataset download itself")
+    input_key: str | None = option(None, "image column of --dataset", metavar="NAME")
+
+    @property
+    def data_set(self) -> DataSet:
+        """The data set, under the names of `data.config`."""
+        return DataSet(self.dataset, self.split, self.num_samples, self.dataset_download, self.input_key)
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """The options of `embed`."""
+
+    model: str = option(..., "a model of timm, local-dir:FOLDER, hf-hub:USER/NAME, or the folder of a run",
+                        metavar="NAME")  # fmt: skip
+    output: str = option(..., "file to write: .npy, .safetensors or .parquet", metavar="FILE")
+    images: EmbedImages = part(EmbedImages, "images")
+    extraction: Extraction = part(Extraction, "features")
+    max_bad_images: float = option(
+        0.01, "stop if more than this fraction of the images cannot be decoded", metavar="X", at_least=0, at_most=1
+    )
+    resume: bool = option(False, "continue a stopped run from OUTPUT.parts")
+    overwrite: bool = option(False, "replace --output and the parts of a stopped run")
+
+
+MODELS_HELP = "models of timm, local-dir:FOLDER, hf-hub:USER/NAME, or folders of runs"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How features are measured; `draws` is the number of bootstrap samples."""
+
+    k: tuple[int, ...] = option(NEIGHBOURS, "numbers of neighbours", short="-k", metavar="N", at_least=1)
+    temperature: float = option(TEMPERATURE, "each neighbour is weighted by exp(cosine / T)", metavar="T", above=0)
+    probe: bool = option(True, "train the linear probe, which takes longest")
+    seed: int = option(0, "seed of the split, the bootstrap, the probe and the random weights", metavar="N")
+    draws: int = 1000
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The options of `evaluate`."""
+
+    models: tuple[str, ...] = option(..., MODELS_HELP, positional=True, metavar="MODEL")
+    data_dir: str = option(
+        ...,
+        "folder with train/ and validation/ of class folders; a folder of class folders, which is split; or a CSV with "
+        "name and label",
+        metavar="LABELLED",
+    )
+    validation_share: float = option(
+        0.25, "fraction of the images to test on if --data-dir has no validation/", metavar="X"
+    )
+    extraction: Extraction = part(Extraction, "features")
+    scoring: Scoring = part(Scoring, "measures")
+    baselines: bool = option(True, "also measure random weights and pixels")
+    output: str | None = option(
+        None, "folder for evaluation.json and evaluation.png (default: print the table only)", metavar="DIR"
+    )
+    overwrite: bool = option(False, "replace the files in --output")
+
+
+@dataclass(frozen=True)
+class DrawnImages:
+    """Images that are drawn from a folder or data set."""
+
+    data_dir: str | None = option(None, "folder with images anywhere below it, or the root of --dataset", metavar="DIR")
+    data_list: str | None = option(
+        None, "images that a .txt, .csv or .parquet lists, relative to it or to --data-dir", metavar="FILE"
+    )
+    dataset: str = option("", "hfds/NAME, torch/NAME or embedded (default: a folder)", metavar="NAME")
+    split: str = option("train", "split of --dataset", metavar="NAME")
+    num_images: int = option(64, "images to average over", metavar="N", at_least=1)
+    seed: int = option(0, "seed of the choice of images", metavar="N")
+
+
+@dataclass(frozen=True)
+class CollapseConfig:
+    """The options of `collapse`."""
+
+    models: tuple[str, ...] = option(..., MODELS_HELP, positional=True, metavar="MODEL")
+    images: DrawnImages = part(DrawnImages, "images")
+    computation: Computation = part(Computation, "features")
+    batch_size: int = option(8, "images per batch", short="-b", metavar="N", at_least=1)
+    layer: str | None = option(
+        None, "block in the figure of channels (default: the last one of the last stage but one)", metavar="NAME"
+    )
+    output: str = option("collapse", "folder to write to", metavar="DIR")
+    overwrite: bool = option(False, "replace the files in --output")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """The options of `compare`; the others go to `finetune`."""
+
+    data_dir: str = option(..., "labelled images, train/ and validation/", metavar="DIR")
+    encoder: str | None = option(
+        None, "your encoder: the folder of a run, local-dir:FOLDER or hf-hub:USER/NAME", metavar="MODEL"
+    )
+    unlabelled: str | None = option(None, "images to pretrain an encoder on, instead of --encoder", metavar="DIR")
+    pretrain: str = option("", "options of that pretraining, as one quoted word", metavar="OPTIONS")
+    weights: tuple[str, ...] = option((), "more candidates: timm's names, local-dir:, hf-hub:", metavar="NAME")
+    budget: int = option(60, "epochs of each finetuning, a tenth of them warmup", metavar="N", at_least=1)
+    seeds: tuple[int, ...] = option((0, 1, 2), "seeds; each candidate is finetuned once per seed", metavar="N")
+    recipe: str = option("small-data", "recipe of the finetuning", metavar="NAME")
+    output: str = option("output/compare", "folder to write to", metavar="DIR")
+    resume: bool = option(False, "keep what an earlier call finished there")
+    dry_run: bool = option(False, "check everything, then stop")
