@@ -88,8 +88,8 @@ def draw_images(source: Source, count: int, transform: Callable, seed: int, note
             images.append(transform(source[i]))
         except (ImageError, OSError) as e:
             bad.append(str(e))
-    if source.left:
-        note(str(source.left))
+    if left := str(source.left):
+        note(left)
     if bad:
         note(f"{len(bad)} images that cannot be decoded are left out, for example: {bad[0]}")
     if len(images) < count:
