@@ -132,7 +132,7 @@ def test_images_that_cannot_be_decoded_are_replaced(labelled, tmp_path):
     images = draw_images(create_source(tmp_path), 4, lambda image: image[:, :32, :32], 0, said.append)
     assert len(images) == 4 and "2 images that cannot be decoded are left out" in said[0]
     assert len(draw_images(create_source(tmp_path), 9, lambda x: x, 0, said.append)) == 4
-    assert said[-1] == "There are 4 images, fewer than the 9 asked for."
+    assert "4 images" in said[-1] and "9" in said[-1]
 
 
 def one_class(folder):
