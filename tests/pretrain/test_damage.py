@@ -14,7 +14,11 @@ from timm_convnextv2.commands.pretrain import parse_options
 from timm_convnextv2.config import flat
 from timm_convnextv2.pretrain import setup
 from timm_convnextv2.pretrain.plan import make_plan
+from timm_convnextv2.pretrain.resume import resume_progress
 from timm_convnextv2.pretrain.start import create_model
+from timm_convnextv2.pretrain.trainer import create_trainer
+from timm_convnextv2.runs.folder import RunFolder
+from timm_convnextv2.runs.trainer import Learning
 from timm_convnextv2.runs.world import World
 
 SIZES = [pytest.param(100, id="100"), pytest.param(1700, id="1700", marks=pytest.mark.slow)]
@@ -67,12 +71,12 @@ def resume(tmp_path_factory, tiny):
     model = create_model(config.network, config.crops, seed=config.seed, start=start)
     batches = setup.open_data(config, model, None, world)
     plan = make_plan(config.schedule, batches.per_epoch, batches.num_images, 1)
-    trainer = setup.create_trainer(config, model, plan, world)
+    trainer = create_trainer(model, plan, world, config.optimizer, Learning(config.seed))
 
     def act(path):
-        run_folder = setup.RunFolder(str(folder), "r", str(path))
-        progress = run_folder.progress(flat(config), 1, 8)
-        run_folder.restore(trainer, progress, plan.updates_per_epoch)
+        run_folder = RunFolder(str(folder), "r", str(path))
+        resume_progress(run_folder, flat(config), 1, 8)
+        run_folder.restore(trainer, plan.updates_per_epoch)
         trainer.model.zero_grad()
         for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -14,9 +14,10 @@ from runs import at_update, load, rows, run, steady
 
 from timm_convnextv2 import files
 from timm_convnextv2.files import WriteError, new_part, remove_leftovers, save_torch, whole_file
-from timm_convnextv2.pretrain import loop, measures, setup
-from timm_convnextv2.pretrain.checkpoints import RunFolder
+from timm_convnextv2.pretrain import loop, measures
+from timm_convnextv2.runs.folder import RunFolder
 from timm_convnextv2.runs.lock import LOCK
+from timm_convnextv2.runs.logs import Logs
 
 
 def hidden(folder: Path) -> list[Path]:
@@ -147,7 +148,7 @@ def test_what_a_run_can_do_without_is_a_warning(tmp_path, no_images, monkeypatch
     elif what == "summary row":
         monkeypatch.setattr(RunFolder, "add_row", refuse)
     elif what == "TensorBoard":
-        monkeypatch.setattr(setup, "open_logs", lambda *_, **__: [refuse])
+        monkeypatch.setattr(Logs, "open", lambda *_: [refuse])
     else:
         export = loop.export_encoder
         monkeypatch.setattr(loop, "export_encoder", lambda *a, **k: export(*a, **k) if next(calls) else refuse())
@@ -162,7 +163,7 @@ def test_no_done_without_the_encoder(tmp_path, no_images, monkeypatch, capsys):
         patch.setattr(loop, "export_encoder", refuse)
         out = run(tmp_path / "r", status=1)
     printed = capsys.readouterr()
-    assert "Done" not in printed.out and "The encoder was not exported" in printed.err
+    assert "Done" not in printed.out and "was not exported" in printed.err
     run(out, "--resume", "auto")
     assert "Done" in capsys.readouterr().out and (out / "encoder/config.json").exists()
 
@@ -267,7 +268,7 @@ def test_summary_with_a_torn_line(tmp_path, torn):
         {"epoch": "1", "train_loss": "0.6", "train_x": "0.2", "eval_knn": "", "lr": "0.002"},
         {"epoch": "2", "train_loss": "0.5", "train_x": "0.3", "eval_knn": "40.5", "lr": "0.003"},
     ]
-    assert len(folder.notes) == 1 and "damaged" in folder.notes[0]
+    assert len(folder.notes) == 1 and "corrupt" in folder.notes[0]
     with open(folder.summary, newline="") as file:
         assert next(csv.reader(file)) == ["epoch", "train_loss", "train_x", "eval_knn", "lr"]
 
@@ -277,5 +278,5 @@ def test_resume_with_a_torn_summary_says_so(tmp_path, no_images, capsys):
     with open(out / "summary.csv", "a") as file:
         file.write("1,0.")
     run(out, "--resume", "auto", epochs=2)
-    assert "a line that was damaged is left out: '1,0.'" in capsys.readouterr().out
+    assert "a corrupt line is left out: '1,0.'" in capsys.readouterr().out
     assert [row["epoch"] for row in rows(out)] == ["0", "1"]

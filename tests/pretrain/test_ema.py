@@ -1,5 +1,7 @@
 """A moving average of a short run: it starts short, or the user is told that it would be mostly the start."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 
 from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.pretrain import messages
+from timm_convnextv2.pretrain.config import Average
 from timm_convnextv2.runs.trainer import Trainer
 
 EMA = ["--model-ema", "--lr", "1e-2", "--warmup-epochs", "0"]
@@ -65,13 +68,13 @@ def test_short_run(tmp_path, no_images, capsys, first, warmup):
     ],
 )
 def test_warning_names_a_decay_that_fits(decay, warmup, updates, warned):
-    settings = dict(model_ema=True, model_ema_decay=decay, model_ema_warmup=warmup)
+    settings = Average(model_ema=True, model_ema_decay=decay, model_ema_warmup=warmup)
     found = messages.ema_warnings(settings, updates)
     assert bool(found) == warned
     if warned:
         fits = float(found[0].rpartition("lower the decay to ")[2].rstrip("."))
-        assert decay > fits > 0 and not messages.ema_warnings({**settings, "model_ema_decay": fits}, updates)
-    assert not messages.ema_warnings({**settings, "model_ema": False}, updates)
+        assert decay > fits > 0 and not messages.ema_warnings(replace(settings, model_ema_decay=fits), updates)
+    assert not messages.ema_warnings(replace(settings, model_ema=False), updates)
 
 
 @pytest.mark.parametrize("said, expected", [([], False), (["--model-ema-warmup"], True)])

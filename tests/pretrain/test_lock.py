@@ -22,7 +22,7 @@ from timm_convnextv2.runs.lock import LOCK, Lock, LockLostError, release_locks
 HOLD = (
     "import json, sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
     "import importlib.util as u\n"
-    "spec = u.spec_from_file_location('host', sys.argv[2] + '/timm_convnextv2/host.py')\n"
+    "spec = u.spec_from_file_location('host', sys.argv[2] + '/timm_convnextv2/files.py')\n"
     "host = u.module_from_spec(spec); spec.loader.exec_module(host)\n"
     "content = dict(host.this_process()._asdict(), command='the other', since='2026-01-01 00:00:00', token='x')\n"
     "Path(sys.argv[1], '.lock').write_text(json.dumps(content)); print('held', flush=True); time.sleep(600)\n"

@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.pretrain import loop, measures
 from timm_convnextv2.report.run import read_run
+from timm_convnextv2.runs import loop as runs_loop
 from timm_convnextv2.runs.trainer import Trainer
 
 
@@ -247,7 +248,7 @@ def test_report_is_refreshed_as_often_as_it_is_cheap(tmp_path, no_images, monkey
         seen.append(load(runs[0])["progress"]["epoch"])
         assert path == tmp_path / "r/report.html"
 
-    monkeypatch.setattr(loop, "REPORT_PAUSE", pause)
+    monkeypatch.setattr(runs_loop, "REPORT_PAUSE", pause)
     monkeypatch.setattr(loop, "write_report", write)
     run(tmp_path / "r", epochs=3)
     assert seen == expected

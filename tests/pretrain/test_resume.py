@@ -22,8 +22,8 @@ from runs import (
 from safetensors.torch import load_file
 
 from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.pretrain import checkpoints as run_folder
 from timm_convnextv2.pretrain import messages
+from timm_convnextv2.runs import folder as run_folder
 from timm_convnextv2.runs import world as distributed
 
 
