@@ -84,10 +84,10 @@ MODELS = {
     "no folder": (lambda f: without(f), ["no such folder", "model.safetensors"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["no config.json"]),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), ["JSON"]),
-    "a list": (lambda f: (f / "config.json").write_text("[1]"), ["not in timm's format"]),
+    "a list": (lambda f: (f / "config.json").write_text("[1]"), ["timm's format"]),
     "foreign": (
         lambda f: (f / "config.json").write_text('{"model_type": "bert"}'),
-        ["not in timm's format", "no architecture"],
+        ["timm's format", "no architecture"],
     ),
     "unknown": (lambda f: rewrite(f, architecture="convnextv2_attoo"), ["'convnextv2_attoo'", "'convnextv2_atto'"]),
     "FCMAE": (lambda f: rewrite(f, architecture="fcmae_convnextv2_atto"), ["whole FCMAE", "encoder"]),
