@@ -91,7 +91,7 @@ class Entry:
     """One option of a config class: name, type and settings, and the title of its group."""
 
     name: str
-    type: Any
+    hint: Any
     default: Any
     option: Option
     title: str
@@ -104,9 +104,9 @@ class Entry:
     @property
     def kind(self) -> tuple[type, str]:
         """Element type, and 'one', 'many' (tuple of any length), 'map', or the length of a tuple."""
-        choices = [t for t in typing.get_args(self.type) if t is not type(None)]
-        optional = typing.get_origin(self.type) in (types.UnionType, typing.Union)
-        inner = choices[0] if optional else self.type
+        choices = [t for t in typing.get_args(self.hint) if t is not type(None)]
+        optional = typing.get_origin(self.hint) in (types.UnionType, typing.Union)
+        inner = choices[0] if optional else self.hint
         origin, args = typing.get_origin(inner), typing.get_args(inner)
         if origin is tuple:
             return _plain(args[0]), "many" if args[-1] is Ellipsis else str(len(args))
