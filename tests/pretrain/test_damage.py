@@ -134,7 +134,7 @@ def test_resume_auto_takes_the_newest_whole_checkpoint(tmp_path, no_images, caps
     run(out, "--resume", "auto", epochs=3)
     printed = capsys.readouterr().out
     assert "last.pth.tar' (" in printed and "checksum" in printed
-    assert "newest whole checkpoint beside it is resumed from: milestone-1.pth.tar" in printed
+    assert "newest whole checkpoint beside it: milestone-1.pth.tar" in printed
     assert "Resumed from" in printed and "epoch 2, update 1" in printed
     assert_same(load(out)["state_dict"], expected)
     assert [row["epoch"] for row in rows(out)] == ["0", "1", "2"]
