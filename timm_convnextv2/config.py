@@ -40,37 +40,21 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Option:
-    """What the command line and the checks need beside a field's type and default.
+    """Properties of an option besides its type and default."""
 
-    Attributes:
-        help: Text for `--help`; the default is appended unless the text has one.
-        short: Short form, such as '-b'.
-        metavar: Placeholder for the value.
-        choices: Allowed values.
-        at_least: Smallest value (each of a sequence).
-        at_most: Largest value.
-        above: Exclusive lower limit.
-        parse: Converts a word of the command line; by default the field's type.
-        nargs: As in argparse; by default it follows from the type.
-        const: Value of the option without a word (nargs '?').
-        positional: Takes words without an option name.
-        negatable: A switch that is off by default has --no-x as well, which undoes what a file sets.
-        recorded: Whether `flat` includes the field: False for options of one call, such as --resume.
-    """
-
-    help: str = ""
-    short: str = ""
+    help: str = ""  # for `--help`; the default is appended unless the text has one
+    short: str = ""  # short form, such as '-b'
     metavar: str | tuple[str, ...] | None = None
     choices: Sequence[Any] | None = None
-    at_least: float | None = None
+    at_least: float | None = None  # inclusive limits, for each value of a sequence
     at_most: float | None = None
-    above: float | None = None
-    parse: Callable[[str], Any] | None = None
-    nargs: str | int | None = None
-    const: Any = None
+    above: float | None = None  # exclusive lower limit
+    parse: Callable[[str], Any] | None = None  # converts a word; by default the field's type
+    nargs: str | int | None = None  # as in argparse; by default it follows from the type
+    const: Any = None  # value of the option without a word (nargs '?')
     positional: bool = False
-    negatable: bool = False
-    recorded: bool = True
+    negatable: bool = False  # a switch that is off by default also has --no-x, to undo what a file sets
+    recorded: bool = True  # `flat` includes it; False for options of one call, such as --resume
 
 
 def option(default: Any, help: str, **more: Any) -> Any:

@@ -53,11 +53,8 @@ def check_same_classes(
     """Refuses class names that differ between two data sets, or between data and a model.
 
     Args:
-        here: Class names of the first.
-        there: Class names of the second.
-        where: What has these classes, for the message.
-        remedy: Last sentence of the message.
-        ordered: The order counts: class `i` must have the same name in both.
+        where: Descriptions of both for the message, which ends with `remedy`.
+        ordered: Class `i` must have the same name in both.
 
     Raises:
         ValueError: Names the first differences.

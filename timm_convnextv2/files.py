@@ -1,8 +1,7 @@
-"""Files that appear under their name whole or not at all, and what a process that was killed left of them.
+"""Reading and writing files: written whole or not at all, read without executing anything.
 
-A file is written under a name of its own beside its place, `.NAME.HOST.PID-START.TOKEN.part`, brought to the disk, and
-renamed; then its folder is brought to the disk. So a crash of the process or of the machine leaves the old file or the
-new one, and two processes never write to the same file.
+A file is written as `.NAME.HOST.PID-START.TOKEN.part` in the same folder, flushed to disk and renamed; then the folder
+is flushed. A crash of the process or machine leaves the old or the new file, and processes never share a part file.
 """
 
 import argparse
@@ -27,28 +26,21 @@ from safetensors import SafetensorError
 
 
 class ProcessId(NamedTuple):
-    """A process of some machine.
+    """A process on a named machine."""
 
-    Attributes:
-        host: The machine's name; letters, digits and hyphens.
-        system: Tells apart what has the same name: the boot of the machine and the container's own numbering.
-        pid: The number.
-        start: When it started, in the system's own count; a number that is used again has another. '' where unknown.
-    """
-
-    host: str
-    system: str
+    host: str  # letters, digits and hyphens
+    system: str  # boot and PID namespace: distinguishes machines and containers of the same name
     pid: int
-    start: str
+    start: str  # start time in the system's unit, which distinguishes reused numbers; '' if unknown
 
 
 def this_process() -> ProcessId:
-    """The process that calls."""
+    """The calling process."""
     return ProcessId(*_machine(), os.getpid(), _start(os.getpid())[0])
 
 
 def is_alive(process: ProcessId) -> bool | None:
-    """Whether a process still runs; None where it is of another machine, so that this one cannot know."""
+    """Whether a process is running; None if it belongs to another machine."""
     host, system = _machine()
     if (process.host, process.system) != (host, system):
         return None
@@ -56,7 +48,7 @@ def is_alive(process: ProcessId) -> bool | None:
         os.kill(process.pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # of another user, and there
+    except PermissionError:  # it exists and belongs to another user
         pass
     start, dead = _start(process.pid)
     return not dead and (start == process.start or "" in (start, process.start))
@@ -68,19 +60,19 @@ def _machine() -> tuple[str, str]:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return host, f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # no Linux: the name has to do
+    except OSError:  # not Linux: only the name is known
         return host, ""
 
 
 def _start(pid: int) -> tuple[str, bool]:
-    """When a process started, '' where unknown; whether it has ended and only its parent does not know yet."""
+    """Start time of a process, '' if unknown; whether it is a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
-        fields = text.rpartition(")")[2].split()  # the name before it may hold anything
+        fields = text.rpartition(")")[2].split()  # the process name before it may contain spaces and brackets
         return fields[19], fields[0] in ("Z", "X")
     except (OSError, IndexError):
         pass
-    if Path("/proc/self/stat").exists():  # Linux, which hides it
+    if Path("/proc/self/stat").exists():  # Linux hides processes of other users
         return "", False
     try:
         asked = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, timeout=9)
@@ -98,18 +90,18 @@ class WriteError(OSError):
 
 
 def new_part(path: str | os.PathLike) -> Path:
-    """A name beside `path` that no other process and no other call uses."""
+    """A name in the folder of `path` that no other process or call uses."""
     path, me = Path(path), this_process()
     return path.with_name(f".{path.name}.{me.host}.{me.pid}-{me.start}.{uuid.uuid4().hex[:8]}.part")
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Brings a file or a folder to the disk."""
+    """Flushes a file or a folder to disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     except OSError:
-        if not Path(path).is_dir():  # some file systems cannot do it for folders
+        if not Path(path).is_dir():  # some file systems cannot flush folders
             raise
     finally:
         os.close(number)
@@ -117,11 +109,7 @@ def sync(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """The name to write to instead of `path`; at the end of the block that file takes its place.
-
-    Raises:
-        WriteError: It cannot be written. What was there stays, nothing new is left.
-    """
+    """Yields the name to write to; that file replaces `path` when the block ends. A `WriteError` leaves `path` as it was."""
     path = Path(path)
     part = new_part(path)
     try:
@@ -140,33 +128,25 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike, content: Any, indent: int | None = None) -> None:
-    """Writes a JSON file, whole or not at all; its folder is made if needed.
-
-    Raises:
-        WriteError: See `whole_file`.
-    """
+    """Writes a JSON file with `whole_file`; creates its folder if needed."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
         part.write_text(json.dumps(content, indent=indent) + ("" if indent is None else "\n"), encoding="utf-8")
 
 
 def save_torch(content: Any, path: str | os.PathLike) -> None:
-    """`torch.save`, whole or not at all.
-
-    Raises:
-        WriteError: See `whole_file`.
-    """
-    # into a file of Python's, whose errors say what is wrong; of its own file torch only says 'unexpected pos'
+    """`torch.save` with `whole_file`."""
+    # a Python file object reports the system's error; torch's own file only reports 'unexpected pos'
     with whole_file(path) as part, open(part, "wb") as file:
         torch.save(content, file)
 
 
 def system_reason(error: BaseException) -> str | None:
-    """What the system said about a file, such as 'No space left on device'; None for an error of another kind."""
+    """The system's message about a file, such as 'No space left on device'; None for other errors."""
     if not isinstance(error, OSError | RuntimeError | SafetensorError):
         return None
     seen: BaseException | None = error
-    while seen is not None:  # torch and safetensors wrap it
+    while seen is not None:  # torch and safetensors wrap the system's error
         if isinstance(seen, WriteError):
             return str(seen)
         if isinstance(seen, OSError):
@@ -178,16 +158,14 @@ def system_reason(error: BaseException) -> str | None:
 
 
 def claim_folder(output: str | os.PathLike, names: Sequence[str] = (), *, overwrite: bool) -> Path:
-    """Makes the folder of --output, unless it holds files that would be replaced without --overwrite.
+    """Creates the folder of --output.
 
     Args:
-        output: The folder.
-        names: Files that will be written; none if any file in the folder is in the way.
+        names: Files that will be written; if empty, any file in the folder is in the way.
         overwrite: Existing files may be replaced.
 
     Raises:
-        ValueError: It is a file, or holds such files.
-        OSError: It cannot be made.
+        ValueError: It is a file, or contains files that must not be replaced.
     """
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
@@ -201,11 +179,7 @@ def claim_folder(output: str | os.PathLike, names: Sequence[str] = (), *, overwr
 
 
 def check_free(path: str | os.PathLike, *, overwrite: bool) -> Path:
-    """The path of a file to write, which does not exist or may be replaced.
-
-    Raises:
-        ValueError: It exists, and --overwrite was not given.
-    """
+    """The path of a file to write; a ValueError if it exists and must not be replaced."""
     path = Path(path)
     if path.exists() and not overwrite:
         raise ValueError(f"--output '{path}' exists. Pass --overwrite, or choose another --output.")
@@ -213,15 +187,11 @@ def check_free(path: str | os.PathLike, *, overwrite: bool) -> Path:
 
 
 def remove_leftovers(folder: str | os.PathLike, names: Sequence[str], *, alone: bool = False) -> list[Path]:
-    """Removes what processes that are dead left of files (or folders) that they were writing.
+    """Removes and returns the part files (or folders) that dead processes left.
 
     Args:
-        folder: Where they were written.
-        names: The files that they were to become, as patterns.
-        alone: Nobody on another machine writes there, because this process holds the lock: what they left goes too.
-
-    Returns:
-        What was removed.
+        names: Patterns of the files that they were writing.
+        alone: This process holds the lock, so that part files of other machines are removed as well.
     """
     removed = []
     for path in sorted(Path(folder).glob(".*.part")):
@@ -240,22 +210,22 @@ def remove_leftovers(folder: str | os.PathLike, names: Sequence[str], *, alone: 
 
 
 class CheckpointError(ValueError):
-    """A file of weights that is missing, damaged, foreign, asks for code, or holds something else. Names the file."""
+    """A checkpoint is missing, corrupt, in another format, or asks for code. Names the file."""
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a PyTorch or safetensors file to the CPU; nothing in it is ever executed.
 
-    The checksums of a file of `torch.save` are compared first: a bit that flipped on a disk or in a copy is found.
-    Safetensors, and what PyTorch before 1.6 wrote, have no checksums: there only the structure can tell.
+    The checksums in a file of `torch.save` are verified first. Safetensors and PyTorch before 1.6 write no checksums, so
+    that only a broken structure is detected there.
 
     Args:
-        path: `*.safetensors`, or a file of `torch.save`, which may hold tensors, plain data and an
-            `argparse.Namespace` (as training checkpoints of timm and of the official code do).
+        path: `*.safetensors`, or a file of `torch.save` with tensors, plain data and an `argparse.Namespace` (as in
+            training checkpoints of timm and of the official code).
 
     Raises:
-        CheckpointError: (a ValueError, and the only error) No such file, a truncated, damaged or foreign file, one
-            whose pickle asks for code, or one that does not hold a dictionary. Names the file.
+        CheckpointError: The only error: the file is missing, corrupt or in another format, its pickle asks for code, or
+            it does not contain a dictionary.
     """
     path = Path(path)
     if not path.is_file():
@@ -275,7 +245,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(
             f"Checkpoint '{path}' was not read: it is damaged, or not a file of torch.save. Nothing in it was executed."
         ) from e
-    except Exception as e:  # bytes that say anything: whatever the readers make of them, the file is at fault
+    except Exception as e:  # arbitrary bytes: whatever error a reader raises, the file is at fault
         raise CheckpointError(
             f"Checkpoint '{path}' ({path.stat().st_size} bytes) cannot be read: it is truncated, or in another format. "
             f"Copy or download it again. ({type(e).__name__}: {str(e).partition('. ')[0]})"

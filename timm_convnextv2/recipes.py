@@ -12,22 +12,13 @@ from .console import closest
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe file.
+    """A recipe file."""
 
-    Attributes:
-        name: The file's name without its ending.
-        path: Absolute path of the file.
-        values: Values by option name.
-        description: First line of the header.
-        global_batch: Images per update over all processes that the schedule was made for, from the header's
-            `Global batch:`; None if the header names none.
-    """
-
-    name: str
-    path: Path
-    values: dict[str, Any]
-    description: str = ""
-    global_batch: int | None = None
+    name: str  # without the ending
+    path: Path  # absolute
+    values: dict[str, Any]  # by option name
+    description: str = ""  # first line of the header
+    global_batch: int | None = None  # images per update over all processes, from the header's `Global batch:`
 
     def from_scratch(self) -> "Recipe":
         """The same recipe from random weights."""
@@ -40,15 +31,7 @@ def recipe_names(folder: Path) -> list[str]:
 
 
 def load_recipe(name: str, folder: Path) -> Recipe:
-    """Reads a recipe.
-
-    Args:
-        name: A name in `folder`, or the path of a .yaml file.
-        folder: The recipes of a command.
-
-    Raises:
-        ValueError: No such recipe, or the file is not a mapping.
-    """
+    """Reads the recipe `name` in `folder`, or the .yaml file of that path; a ValueError if there is none."""
     known = recipe_names(folder)
     path = folder / f"{name}.yaml" if name in known else Path(name)
     if path.suffix not in (".yaml", ".yml"):
