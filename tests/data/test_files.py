@@ -143,7 +143,9 @@ def test_special_files_are_skipped_counted_and_named(tmp_path, kind, name):
             load_image(folder / name)
 
 
-def test_folder_in_the_place_of_an_image(tmp_path):
+def test_folder_in_the_place_of_an_image_and_nothing(tmp_path):
+    with pytest.raises(ImageError, match="nowhere.png"):
+        load_image(tmp_path / "nowhere.png")
     (tmp_path / "x.png").mkdir()
     with pytest.raises(ImageError, match="x.png: is a folder"):
         load_image(tmp_path / "x.png")

@@ -144,6 +144,10 @@ def sub_ifd(first, second):
     return write
 
 
+def pgm_16(folder):
+    (folder / "x.pgm").write_bytes(f"P5 {S} {S} 65535\n".encode() + GREY16.astype(">u2").tobytes())
+
+
 def thumbnail_first(folder):
     with tifffile.TiffWriter(folder / "x.tif") as file:
         file.write(RGB8[::2, ::2], subfiletype=1, photometric="rgb")
@@ -220,6 +224,7 @@ KINDS = {
     "jpeg with 2 channels asked for": Kind(pillow(SMOOTH, "x.jpg"), 2, "3 channels.*expected 2"),
     # 16-bit
     "png 16": Kind(pillow(GREY16), 3, grey(GREY16 / 65535)),
+    "pgm 16": Kind(pgm_16, 3, grey(GREY16 / 65535)),
     "tiff 16": Kind(tiff(GREY16, photometric="minisblack", metadata=None), 1, GREY16[None] / 65535),
     "tiff 16 big-endian": Kind(tiff(GREY16, byteorder=">", photometric="minisblack"), 3, grey(GREY16 / 65535)),
     "tiff 16 white is 0": Kind(tiff(GREY16, photometric="miniswhite"), 3, grey(1 - GREY16 / 65535)),
@@ -365,6 +370,7 @@ KINDS = {
     "npy big-endian": Kind(npy(BANDS.astype(">u2")), 5, BANDS / 65535),
     "npy bool": Kind(npy(GREY8 > 99), 1, (GREY8 > 99)[None] * 1.0),
     "npy float64": Kind(npy(FLOAT.astype(np.float64)), 1, FLOAT[None]),
+    "npy float16": Kind(npy(FLOAT.astype(np.float16)), 1, FLOAT.astype(np.float16)[None]),
     "npy int16": Kind(npy(SIGNED), 1, SIGNED[None] / 32767),
     "npy uint32": Kind(npy(GREY16.astype(np.uint32)), 1, "uint32, expected"),
     "npy grey for colours": Kind(npy(GREY8), 3, r"\(16, 16\).*expected 3 channels"),

@@ -1,0 +1,138 @@
+"""Image files as `load_image` reads them, beside the kinds of `test_image_kinds`."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from drawn import RGB, UPRIGHT, hwc, picture
+from PIL import Image
+
+from timm_convnextv2.data import (
+    FolderSource,
+    ImageError,
+    MissingPackageError,
+    check_readable,
+    load_image,
+)
+from timm_convnextv2.data.formats.pillow import from_pil
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize(
+    "mode, name, options",
+    [
+        ("PA", "x.tif", {}),
+        ("P", "x.gif", dict(transparency=0)),
+        ("P", "x.png", dict(transparency=bytes([0, 255, 0, 128]))),
+        ("RGBA", "x.tif", {}),
+        ("YCbCr", "x.tif", dict(compression="tiff_lzw")),  # Pillow 12 cannot read its own uncompressed ones
+    ],
+)
+def test_modes_that_only_pillow_writes(tmp_path, mode, name, options, in_chans, recwarn):
+    image = Image.fromarray(RGB)
+    if mode == "PA":
+        image = image.quantize(8).convert("PA")
+    else:
+        image = image.quantize(8) if mode == "P" else image.convert(mode)
+    image.save(tmp_path / name, **options)
+    expected = image.convert("RGB" if in_chans == 3 else "L")
+    x = load_image(tmp_path / name, in_chans)
+    assert x.shape == (in_chans, 6, 8) and x.dtype == torch.uint8
+    error = np.abs(hwc(x).squeeze().astype(int) - np.asarray(expected).astype(int))
+    assert error.max() <= 1
+    assert not recwarn.list
+
+
+def test_mode_i_out_of_16_bits_is_an_error():
+    image = Image.fromarray(np.array([[0, 70000]], np.int32))
+    assert image.mode == "I"
+    with pytest.raises(ImageError, match="70000.*16 bits"):
+        from_pil(image, 1)
+    image = Image.fromarray(np.array([[0, 65535]], np.int32))
+    assert from_pil(image, 1).tolist() == [[[0.0, 1.0]]]
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_rotation_is_applied(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(RGB).save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(hwc(load_image(tmp_path / "x.png")), UPRIGHT[orientation](RGB))
+    # the same through each of the two TIFF decoders
+    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
+    for dtype in (np.uint8, np.uint16):
+        raw = RGB.astype(dtype) * (257 if dtype == np.uint16 else 1)
+        tag = (274, "H", 1, orientation, True)
+        tifffile.imwrite(tmp_path / "x.tif", raw, photometric="rgb", extratags=[tag])
+        x = hwc(load_image(tmp_path / "x.tif").float()) * (255 if dtype == np.uint16 else 1)
+        assert np.allclose(x, UPRIGHT[orientation](RGB), atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif", "gif", "npy"])
+def test_truncated_file_raises(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    image = picture(size=(64, 64))
+    np.save(path, np.asarray(image)) if suffix == "npy" else image.save(path)
+    load_image(path)
+    content = path.read_bytes()
+    for length in (len(content) // 2, 3, 0):
+        path.write_bytes(content[:length])
+        with pytest.raises(ImageError, match=f"x.{suffix}"):
+            load_image(path)
+
+
+@pytest.mark.parametrize(
+    "shape, in_chans, expected",
+    [
+        ((5, 7), 1, lambda a: a[None]),
+        ((1, 5, 7), 1, lambda a: a),
+        ((5, 7, 3), 3, lambda a: a.transpose(2, 0, 1)),
+        ((3, 5, 7), 3, lambda a: a),
+        ((12, 5, 7), 12, lambda a: a),
+        ((5, 7, 2), 2, lambda a: a.transpose(2, 0, 1)),
+        ((4, 5, 4), 4, lambda a: a.transpose(2, 0, 1)),  # ambiguous: channels-last
+    ],
+)
+def test_npy_layouts(tmp_path, shape, in_chans, expected):
+    a = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.save(tmp_path / "x.npy", a)
+    x = load_image(tmp_path / "x.npy", in_chans)
+    assert x.dtype == torch.uint8 and np.array_equal(x.numpy(), expected(a))
+
+
+@pytest.mark.parametrize(
+    "array, in_chans, words",
+    [
+        (np.zeros((5, 7), complex), 1, "complex128"),
+        (np.full((5, 7), 1e300), 1, "infinite"),
+        (np.zeros((0, 7), np.uint8), 1, "empty"),
+        (np.array([{}, None], object), 1, "allow_pickle"),
+    ],
+)
+def test_npy_errors(tmp_path, array, in_chans, words):
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    with pytest.raises(ImageError, match=f"x.npy.*{words}"):
+        load_image(tmp_path / "x.npy", in_chans)
+
+
+def test_multi_band_tiff_is_not_cut_to_rgb(tmp_path):
+    # Pillow opens these as RGB and would leave out the other bands without a word
+    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
+    a = np.dstack([RGB, RGB[..., :2]])
+    tifffile.imwrite(tmp_path / "x.tif", a, photometric="rgb", extrasamples=["unspecified"] * 2)
+    with Image.open(tmp_path / "x.tif") as image:
+        assert image.mode == "RGB"
+    with pytest.raises(ImageError, match="5 channels.*expected 3"):
+        load_image(tmp_path / "x.tif", 3)
+    assert np.array_equal(hwc(load_image(tmp_path / "x.tif", 5)), a)
+
+
+def test_missing_tifffile_names_the_remedy_and_stops_the_run(tmp_path, monkeypatch):
+    Image.fromarray(RGB).save(tmp_path / "x.tif")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    assert load_image(tmp_path / "x.tif", 3).shape == (3, 6, 8)
+    with pytest.raises(MissingPackageError, match="x.tif.*pip install tifffile"):
+        load_image(tmp_path / "x.tif", 2)
+    with pytest.raises(MissingPackageError, match="pip install tifffile"):
+        check_readable(FolderSource(tmp_path, in_chans=2))
