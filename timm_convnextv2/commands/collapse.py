@@ -25,7 +25,6 @@ FILES = ("collapse.csv", "collapse.png", "channels.png")
 
 
 def build_parser() -> CommandParser:
-    """The parser of the command's options."""
     parser = CommandParser(
         prog=f"{PROGRAM} collapse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -26,7 +26,6 @@ from ..features.encoder import model_name
 
 
 def build_parser() -> CommandParser:
-    """The parser of the command's options; the others go to `finetune`."""
     parser = CommandParser(
         prog=f"{PROGRAM} compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

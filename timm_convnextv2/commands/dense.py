@@ -18,11 +18,8 @@ from ..transfer.task import Task, set_up
 class Dense:
     """`detect` or `segment`: dense prediction with the actions train, eval and predict.
 
-    Attributes:
-        name: Name of the command.
-        description: Text of --help.
-        task: Builds the task from the config of `train`.
-        actions: Config, help text and function by name; `train` has no function, as `set_up` trains any task.
+    `task` builds the task from the config of `train`. `actions` has config, help text and function by name; `train` has
+    no function, as `set_up` trains any task.
     """
 
     name: str
@@ -32,7 +29,6 @@ class Dense:
 
     @property
     def recipes(self) -> Path:
-        """The folder of its recipes."""
         return Path(transfer.__file__).parent / "recipes" / self.name
 
     def parse(self, words: Sequence[str]) -> tuple[str, Any, Recipe | None]:

@@ -21,12 +21,10 @@ from .dense import Dense
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
     return COMMAND.main(argv)
 
 
 def evaluate(config: DetectEvalConfig) -> None:
-    """`detect eval`."""
     data, name = config.data, config.exported.model
     detector, backbone = _open(name, config.compute, config.inference)
     root, masks = Path(data.data_dir), not made_of_detector(detector)["boxes_only"]

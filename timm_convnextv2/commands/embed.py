@@ -10,7 +10,6 @@ from ..features.embed import embed
 
 
 def build_parser() -> CommandParser:
-    """The parser of the command's options."""
     parser = CommandParser(prog=f"{PROGRAM} embed", description=__doc__)
     add_options(parser, EmbedConfig)
     return parser

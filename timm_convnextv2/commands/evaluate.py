@@ -18,7 +18,6 @@ FILES = ("evaluation.json", "evaluation.png")
 
 
 def build_parser() -> CommandParser:
-    """The parser of the command's options."""
     parser = CommandParser(prog=f"{PROGRAM} evaluate", description=__doc__)
     add_options(parser, EvaluateConfig)
     return parser

@@ -21,12 +21,10 @@ from .dense import Dense
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
     return COMMAND.main(argv)
 
 
 def evaluate(config: SegmentEvalConfig) -> None:
-    """`segment eval`."""
     name, compute, inference = config.exported.model, config.compute, inference_of(config.averaging, config.compute)
     model, classes = open_segmenter(name, check_device(compute.device)), class_names(config.data)
     remedy = "Pass the --classes that the model was trained with, or train a model on these."

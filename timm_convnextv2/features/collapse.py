@@ -22,12 +22,9 @@ DEAD = 1e-6
 class BlockCollapse(NamedTuple):
     """How similar the channels of a block are, at the input of its second Linear.
 
-    Attributes:
-        block: Name in the backbone.
-        depth: 0 for the first block, 1 for the last.
-        distance: Mean pairwise cosine distance of the live channels, `(1 - cosine) / 2`: 0 if all are the same up to
-            scale, 0.5 if they are independent. NaN if no image has a live channel.
-        dead: Fraction of dead channels, whose norm is below 1e-6 of the image's largest.
+    `depth` runs from 0 (first block) to 1 (last). `distance` is the mean pairwise cosine distance `(1 - cosine) / 2` of
+    the live channels: 0 if all are equal up to scale, 0.5 if independent, NaN without live channels. `dead` is the
+    fraction of channels whose norm is below 1e-6 of the image's largest.
     """
 
     block: str
@@ -37,17 +34,11 @@ class BlockCollapse(NamedTuple):
 
 
 def channel_distance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean pairwise cosine distance of channels, in time linear in their number, and the fraction of dead channels.
+    """Mean pairwise cosine distance `[B]` of the channels of `x`, `[B, positions, C]`, and the fraction of dead ones.
 
-    `d = (1 - ||sum_i x_i||^2 / C^2) / 2`, where `x_i` is channel i over all positions, scaled to norm 1: the mean of
-    `(1 - cosine) / 2` over all C x C pairs. Dead channels have no direction and count neither in the sum nor in C.
-
-    Args:
-        x: `[B, positions, C]`.
-
-    Returns:
-        Distance `[B]`, NaN if all channels are dead, infinity if `x` has NaN or infinity; and the fraction of dead
-        channels `[B]`.
+    `d = (1 - ||sum_i x_i||^2 / C^2) / 2`, where `x_i` is channel i scaled to norm 1: the mean of `(1 - cosine) / 2`
+    over all C x C pairs, in time linear in C. Dead channels are left out. The distance is NaN if all channels are dead
+    and infinity if `x` has NaN or infinity.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = x.norm(dim=1)  # [B, C]
@@ -60,11 +51,7 @@ def channel_distance(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def blocks_of(model: nn.Module) -> dict[str, Any]:
-    """The ConvNeXt blocks of a backbone, V1 or V2, by name, in the order in which they run.
-
-    Raises:
-        ValueError: There are none; names the blocks that the model has.
-    """
+    """The ConvNeXt V1 or V2 blocks of a backbone by name, in running order; a `ValueError` if it has none."""
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, ConvNeXtBlock) and hasattr(m.mlp, "fc2")}
     if not blocks:
         kinds = Counter(type(m).__name__ for m in model.modules())
@@ -78,30 +65,19 @@ def blocks_of(model: nn.Module) -> dict[str, Any]:
 
 
 def collapse(
-    model: nn.Module,
-    images: Tensor,
-    masks: Tensor | None = None,
-    *,
-    batch_size: int = 8,
-    amp: bool = False,
+    model: nn.Module, images: Tensor, masks: Tensor | None = None, *, batch_size: int = 8, amp: bool = False
 ) -> list[BlockCollapse]:
     """Measures how similar the channels of each block are: after GRN in V2, after GELU in V1, averaged over images.
 
     Args:
-        model: ConvNeXt V1 or V2, of timm or of this package, or an FCMAE, whose encoder is measured. Its mode is
-            restored.
+        model: ConvNeXt V1 or V2, of timm or of this package, or an FCMAE, whose encoder is measured.
         images: `[N, C, H, W]`, normalised for this model, on any device.
-        masks: Bool `[N, h, w]`, True = removed, for an FCMAE: only visible patches are computed and measured. By
-            default, whole images.
+        masks: Bool `[N, h, w]`, True = removed, for an FCMAE: only visible patches are computed and measured.
         batch_size: Images per batch; changes results by rounding only.
         amp: Compute in bfloat16 (the distances in float32).
 
-    Returns:
-        One entry per block, in order.
-
     Raises:
-        ValueError: A model without such blocks, masks for a model that is not an FCMAE, no images, or activations
-            with NaN or infinity.
+        ValueError: The model has no such blocks, masks without an FCMAE, no images, or NaN or infinite activations.
     """
     encoder: Any = model.encoder if isinstance(model, FCMAE) else model
     blocks = blocks_of(encoder)
@@ -134,7 +110,6 @@ def collapse(
 
 
 def _mean(block: str, distance: Tensor) -> float:
-    """Mean over images that have a live channel."""
     if distance.isinf().any():
         raise ValueError(f"Block {block} gives NaN or infinity: the model has diverged.")
     return float(distance.nanmean())
@@ -171,21 +146,17 @@ def channel_maps(
     *,
     batch_size: int = 8,
 ) -> tuple[str, Tensor]:
-    """Maps of single channels at the input of a block's second Linear, as in the paper's figure 3.
+    """The name of a block, and maps of single channels at the input of its second Linear, as in the paper's figure 3.
 
     Args:
         model: See `collapse`; it runs on whole images.
         images: `[N, C, H, W]`, normalised for this model.
-        block: Name of a block, see `blocks_of`. None: the last one of the last stage but one, whose maps still
-            resolve positions.
+        block: See `blocks_of`. By default the last block of the last stage but one, whose maps still resolve positions.
         channels: Number of channels, from the first; or their indices.
         batch_size: Images per batch.
 
     Returns:
         The block's name, and float32 `[N, channels, h, w]` on the CPU.
-
-    Raises:
-        ValueError: No such block or channels, or a model without such blocks.
     """
     encoder: Any = model.encoder if isinstance(model, FCMAE) else model
     blocks = blocks_of(encoder)

@@ -29,22 +29,18 @@ def collapse_of_models(
     batch_size: int = 8,
     progress: bool = False,
 ) -> tuple[dict[str, list[BlockCollapse]], list[Tensor], Maps]:
-    """Measures collapse of several models.
+    """Measures collapse of several models on the same images; images that cannot be decoded are replaced by others.
 
     Args:
         models: Models of timm, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or folders of runs.
-        images: The images, the same for all models. Images that cannot be decoded are replaced by others.
+        images: The images to draw.
         computation: Size of the images, and where the models run.
         layer: Block whose channels are returned, see `channel_maps`.
         batch_size: Images per batch.
         progress: Report the steps on stderr.
 
     Returns:
-        The result of `collapse` by model; the images of the figure of channels, `[h, w, 3]`; the block and its
-        channels by model.
-
-    Raises:
-        ValueError: A model without such blocks, or a model, the images, the device or a number cannot be used.
+        The result of `collapse` by model; the images of the figure, `[h, w, 3]`; the block and its channels by model.
     """
     check_limits(images)
     note = partial(say, error=True) if progress else lambda line: None

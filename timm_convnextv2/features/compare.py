@@ -19,13 +19,7 @@ SCRATCH, OWN = "from scratch", "own encoder"
 
 
 class Candidate(NamedTuple):
-    """Weights to start a finetuning from.
-
-    Attributes:
-        name: Name in the table.
-        model: Value of `finetune --model`.
-        options: More options of `finetune`.
-    """
+    """A name in the table, and the weights to finetune: `--model` and more options of `finetune`."""
 
     name: str
     model: str
@@ -33,13 +27,9 @@ class Candidate(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One finetuning.
+    """One finetuning of a candidate: top-1 in % on the validation images after each epoch.
 
-    Attributes:
-        name: Name of its candidate.
-        seed: Seed of the order of images, augmentation and new weights.
-        accuracy: Top-1 in % on the validation images, after each epoch.
-        seconds: Duration; 0 if it was finished before.
+    `seed` is that of the order of images, augmentation and new weights; `seconds` is 0 if the run had finished before.
     """
 
     name: str
@@ -49,11 +39,7 @@ class Curve(NamedTuple):
 
 
 def check_options(config: CompareConfig) -> None:
-    """Refuses options that contradict each other, and an output folder that is in use, before anything starts.
-
-    Raises:
-        ValueError: Names the options.
-    """
+    """Refuses contradictory options, and an output folder that is in use, before anything starts."""
     output = Path(config.output)
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"--seeds takes different numbers, got '{' '.join(map(str, config.seeds))}'.")
@@ -80,11 +66,7 @@ def pretrain_options(config: CompareConfig) -> list[str]:
 
 
 def candidates_of(encoder: str, weights: Sequence[str]) -> list[Candidate]:
-    """Random weights, the user's encoder and the named weights.
-
-    Raises:
-        ValueError: Weights are named twice.
-    """
+    """Random weights, the user's encoder and the named weights, which must differ."""
     found = [Candidate(SCRATCH, encoder, ("--from-scratch",)), Candidate(OWN, encoder)]
     names = {SCRATCH, OWN}
     for model in weights:
@@ -96,24 +78,20 @@ def candidates_of(encoder: str, weights: Sequence[str]) -> list[Candidate]:
 
 
 def start_options(candidate: Candidate) -> list[str]:
-    """The words of `finetune` that choose the weights."""
     return ["--model", candidate.model, *candidate.options]
 
 
 def compare(
     candidates: Sequence[Candidate], options: Sequence[str], seeds: Sequence[int], output: Path, resume: bool = False
 ) -> Iterator[Curve]:
-    """Finetunes each candidate once per seed, all candidates of a seed before the next seed.
+    """Finetunes each candidate once per seed, all candidates of a seed before the next seed, and yields each curve.
 
     Args:
         candidates: Weights to start from.
-        options: Options of `finetune`, the same for all: recipe, data, length.
+        options: Options of `finetune`, the same for all.
         seeds: One finetuning of each candidate per seed.
         output: Folder of the runs.
         resume: Keep finished runs and start the others again.
-
-    Yields:
-        Each curve when its finetuning has finished.
 
     Raises:
         CalledProcessError: A finetuning failed; the last word of `cmd` is its log.
@@ -132,8 +110,7 @@ def compare(
 def call(command: str, words: Sequence[str], log: Path) -> float:
     """Runs a command of this package as a child process and returns its duration in seconds.
 
-    Raises:
-        CalledProcessError: It failed; the last word of `cmd` is the log.
+    A failure is a `CalledProcessError`; the last word of its `cmd` is the log.
     """
     start = time.perf_counter()
     with open(log, "w", encoding="utf-8") as file:
@@ -144,7 +121,6 @@ def call(command: str, words: Sequence[str], log: Path) -> float:
 
 
 def tail(path: Path, lines: int) -> str:
-    """The last lines of a log."""
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:])
 
 

@@ -45,21 +45,16 @@ def embed(
 
     Args:
         model: A model of timm with pretrained weights, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or a run's folder.
-        images: The images. A stream is read whole by each process.
+        images: The images. Each process reads the whole of a stream.
         output: File to write, `.npy`, `.safetensors` or `.parquet`.
         extraction: How images become rows.
-        max_bad_images: Fraction of images that may be undecodable, 0..1.
+        max_bad_images: Fraction of images that may be undecodable, 0..1. Above it, finished parts stay, to resume from.
         resume: Continue a stopped run, if there is one.
         overwrite: Replace an existing output and, without `resume`, the parts of a stopped run.
         progress: Report images/s on stderr, from rank 0.
 
     Returns:
         Number of rows; the skipped images, as `{index in the data set: reason}`.
-
-    Raises:
-        ValueError: An output that must not be written, a model, data set or device that cannot be used, parts of
-            another run, or more bad images than `max_bad_images` (finished parts stay, to resume from).
-        OSError: The output cannot be written.
     """
     output, parts, batch_size = Path(output), Parts(Path(output)), extraction.batch_size
     with processes() as group:
@@ -187,12 +182,10 @@ class _Share(NamedTuple):
     per_part: int
 
     def wants(self, batch: int) -> bool:
-        """True if this process computes the batch with this number."""
         part = batch // self.per_part
         return part % self.world_size == self.rank and part not in self.finished
 
     def images(self, total: int | None, batch_size: int) -> int | None:
-        """Number of images of this process."""
         if total is None:
             return None
         starts = range(0, total, batch_size)
@@ -206,14 +199,7 @@ class _Limit(NamedTuple):
     total: int | None
 
     def check(self, reasons: list[str], seen: int, *, before: int = 0, last: bool = False) -> None:
-        """Refuses too many bad images.
-
-        Args:
-            reasons: Reasons of the bad images of this run.
-            seen: Images read so far, used if the total is unknown.
-            before: Bad images of earlier runs.
-            last: All images were read.
-        """
+        """Refuses too many bad images: those of this run (`reasons`) and `before`, the number of earlier runs."""
         total = self.total or seen
         if self.total is None and not last and seen < _SEEN_BEFORE_STREAM_LIMIT:
             return

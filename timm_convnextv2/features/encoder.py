@@ -23,13 +23,9 @@ _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean"
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen model without classifier.
+    """A frozen model without classifier, in evaluation mode.
 
-    Attributes:
-        name: Name for timm.
-        network: The model, in evaluation mode.
-        config: timm's data config of the images that it takes.
-        pixels: How stored values become pixels, as in its training.
+    `config` is timm's data config of its images; `pixels` is how stored values become pixels, as in its training.
     """
 
     name: str
@@ -39,7 +35,6 @@ class Encoder:
 
     @property
     def in_chans(self) -> int:
-        """Channels of the images."""
         return self.config["input_size"][0]
 
     @property
@@ -49,7 +44,6 @@ class Encoder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The preprocessing, for records."""
         return {key: self.config[key] for key in _PREPROCESSING}
 
     def with_random_weights(self, seed: int) -> nn.Module:
@@ -59,7 +53,6 @@ class Encoder:
             return timm.create_model(self.name, pretrained=False, num_classes=0).eval()
 
     def digest(self) -> str:
-        """A hash of all weights."""
         sha = hashlib.sha256()
         for key, value in self.network.state_dict().items():
             sha.update(key.encode())
@@ -68,11 +61,7 @@ class Encoder:
 
 
 def model_name(name: str) -> str:
-    """The name for timm: of the folder of a run or model, `local-dir:FOLDER`; other names as they are.
-
-    Raises:
-        ValueError: A folder without a model.
-    """
+    """The name for timm: `local-dir:FOLDER` for the folder of a run or model; other names are returned unchanged."""
     folder = Path(name)
     if not name or not folder.is_dir():
         return name
@@ -86,11 +75,7 @@ def model_name(name: str) -> str:
 
 
 def open_encoder(name: str, img_size: int | None = None, nodata: float | None = None, device: str = "cpu") -> Encoder:
-    """Loads a model on its device; 'cuda' means the GPU of this process.
-
-    Raises:
-        ValueError: The model, the size or the device cannot be used.
-    """
+    """Loads a model on its device; 'cuda' means the GPU of this process."""
     name = model_name(name)
     network = load_model(name, num_classes=0).eval()
     cfg: Any = network.pretrained_cfg

@@ -48,11 +48,8 @@ def measure_features(
         device: Device of kNN and the probe.
 
     Returns:
-        By name, in this order: `knn_10`, `knn_20`, ... (`k` capped at N), `ridge`, `probe`, `rank`. Accuracy 0 to 1, or
-        mean average precision if images have several labels; `rank` is that of the test features, see `rankme`.
-
-    Raises:
-        ValueError: Features with NaN or infinity, shapes that do not fit, or a single class.
+        `knn_10`, `knn_20`, ... (`k` capped at N), `ridge`, `probe`, `rank`, in this order. Accuracy 0 to 1, or mean
+        average precision if images have several labels; `rank` is that of the test features, see `rankme`.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "seed": scoring.seed}
     neighbours = knn_scores(
@@ -93,10 +90,6 @@ def evaluate_models(
     Returns:
         JSON values: `data`, `settings` and `results`, a list with `model`, `measures` (by name, `value`, `low` and
         `high`, see `measure_features`), `images_per_second` and `preprocessing`.
-
-    Raises:
-        ValueError: A model, the images, a device or a number cannot be used; before features are computed, if
-            possible.
     """
     if not models:
         raise ValueError("There are no models to evaluate.")

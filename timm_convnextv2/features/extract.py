@@ -32,16 +32,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def image_batches(source: Source, transform: Callable, batch_size: int = 64, workers: int = 0) -> Iterator[Tensor]:
-    """The images of a source in order, as batches float32 `[B, C, H, W]`.
+    """The images of a source in order, as batches float32 `[B, C, H, W]`; `workers` processes decode, 0 is this one.
 
-    Args:
-        source: The images.
-        transform: Decoded image to `[C, H, W]`, see `data.samples.batches.preprocessing`.
-        batch_size: Images per batch.
-        workers: Processes that decode; 0: this one.
-
-    Raises:
-        ValueError: Images cannot be decoded. They are not skipped, because labels refer to them.
+    An image that cannot be decoded is a `ValueError`: images are not skipped, because labels refer to them.
     """
     numbers = range(-(-len(source) // batch_size))
     for batch in map_batches(source, transform, batch_size, numbers, workers):
@@ -64,24 +57,18 @@ def extract_features(
     amp: bool = False,
     progress: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """Rows of features: the global mean of the last stage's map, followed by LayerNorm without parameters.
+    """Rows of features `[N, D]` on the CPU: the global mean of the last stage's map, and LayerNorm without parameters.
 
     This equals timm's pre-logits for a ConvNeXt whose head is untrained. For models without a map `[B, C, h, w]`
     (tokens of a ViT, channels-last maps of a Swin), the rows are timm's pre-logits.
 
     Args:
-        model: A model of timm, or an FCMAE, whose encoder runs on whole images. Its mode is restored. It stays on its
-            device if that is the only one given; each other device gets a copy.
+        model: A model of timm, or an FCMAE, whose encoder runs on whole images. It stays on its device if that is the
+            only one given; each other device gets a copy.
         batches: Images `[B, C, H, W]`, normalised for this model.
         devices: Devices that compute batches in turn.
         amp: Compute in bfloat16; the rows are float32.
         progress: Called with the number of images of each batch.
-
-    Returns:
-        float32 `[N, D]` on the CPU, in the order of the images.
-
-    Raises:
-        ValueError: There are no images, or the model does not return one row per image.
     """
     network: nn.Module = model.encoder if isinstance(model, FCMAE) else model
     rows: list[Tensor] = []
@@ -119,17 +106,7 @@ def _on(network: nn.Module, device: torch.device) -> nn.Module:
 def compute_rows(
     network: nn.Module, images: Tensor, amp: bool, rows_of: Callable[[Any, Tensor], Tensor] | None = None
 ) -> Tensor:
-    """One row per image, float32 `[B, D]`.
-
-    Args:
-        network: The model, on the device of the images.
-        images: `[B, C, H, W]`.
-        amp: Compute in bfloat16.
-        rows_of: What to call with network and images; by default the network, whose output is timm's pooled features.
-
-    Raises:
-        ValueError: The model does not return one row per image.
-    """
+    """One row per image `[B, C, H, W]`, float32 `[B, D]`: `rows_of(network, images)` or `network(images)`."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         rows = rows_of(network, images) if rows_of else network(images)
     if rows.ndim != 2:
@@ -138,7 +115,6 @@ def compute_rows(
 
 
 def mean_of_last_map(network: Any, images: Tensor) -> Tensor:
-    """The rows of `extract_features`."""
     x = network.forward_features(images)
     channels_first = getattr(network, "output_fmt", "NCHW") == "NCHW" and x.ndim == 4
     if channels_first and x.shape[1] == network.num_features:

@@ -85,11 +85,7 @@ def save_channels(shown: Sequence[Tensor], maps: Mapping[str, tuple[str, Tensor]
     """Draws images, and beside each the channels of a block as small squares, as a PNG (the paper's figure 3).
 
     Each square is scaled to its own range, which hides its strength. A square of one colour is a constant channel.
-
-    Args:
-        shown: The images, each `[h, w, 3]` in 0..1.
-        maps: The results of `channel_maps` by model.
-        path: PNG to write.
+    `shown` has images `[h, w, 3]` in 0..1, `maps` the results of `channel_maps` by model.
     """
     from matplotlib.figure import Figure
 

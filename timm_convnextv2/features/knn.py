@@ -15,11 +15,7 @@ MULTILABEL_NUMBERS = 2**24  # labels of neighbours gathered per step
 
 
 def capped(k: Iterable[int], images: int) -> list[int]:
-    """Numbers of neighbours, capped at `images`, sorted and without duplicates.
-
-    Raises:
-        ValueError: A number is below 1.
-    """
+    """Numbers of neighbours of at least 1, capped at `images`, sorted and without duplicates."""
     wanted = list(k)
     if not wanted or min(wanted) < 1:
         raise ValueError(f"k is {wanted}, expected numbers of neighbours of at least 1.")
@@ -29,16 +25,8 @@ def capped(k: Iterable[int], images: int) -> list[int]:
 def nearest(train: Tensor, test: Tensor, k: int, *, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     """The `k` rows of `train` with the highest cosine similarity to each row of `test`, in descending order.
 
-    Products are computed in blocks whose best are merged, so that memory is bounded by `chunk * chunk` numbers.
-
-    Args:
-        train: `[N, D]`.
-        test: `[M, D]`, on the same device.
-        k: At most N.
-        chunk: Rows of each side per block.
-
-    Returns:
-        Similarities float32 `[M, k]`, and rows of `train` int64 `[M, k]`.
+    Products are computed in blocks whose best are merged, so that memory is bounded by `chunk * chunk` numbers. Returns
+    similarities float32 `[M, k]` and rows of `train` int64 `[M, k]`; k is at most N.
     """
     similarities, indices = [], []
     for part in test.split(chunk):
@@ -73,14 +61,11 @@ def knn_scores(
         test: Features `[M, D]`.
         k: Numbers of neighbours, capped at N.
         temperature: Smaller values give nearer neighbours more weight.
-        num_classes: Number of classes; by default taken from the labels.
+        num_classes: By default taken from the labels.
         chunk: See `nearest`.
 
     Returns:
         `{k: float32 [M, num_classes]}`, by `capped` numbers.
-
-    Raises:
-        ValueError: Features with NaN or infinity, shapes that do not fit, or numbers out of range.
     """
     check_finite(train, "training features")
     check_finite(test, "test features")

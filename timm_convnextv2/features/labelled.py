@@ -21,25 +21,14 @@ SEPARATOR = ";"
 
 
 class Split(NamedTuple):
-    """Images and their labels.
-
-    Attributes:
-        source: The images.
-        labels: int64 `[N]`; or 0 and 1 `[N, num_classes]` if images have several labels.
-    """
+    """Images, and their labels: int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several."""
 
     source: ImageFiles
     labels: Tensor
 
 
 class Labelled(NamedTuple):
-    """A labelled data set.
-
-    Attributes:
-        classes: Names, in the order of the labels.
-        train: Images that classifiers are trained on and neighbours are taken from.
-        test: Images that are classified.
-    """
+    """A labelled data set: `train` to learn from, `test` to measure on, `classes` in the order of the labels."""
 
     classes: list[str]
     train: Split
@@ -47,13 +36,11 @@ class Labelled(NamedTuple):
 
     @property
     def several(self) -> bool:
-        """True if images may have several labels."""
         return self.train.labels.ndim == 2
 
     @property
     def chance(self) -> float:
-        """Accuracy on `test` of always guessing the most frequent class of `train`; for several labels, the mAP of
-        constant scores, which is the mean fraction of images per label."""
+        """Accuracy of always guessing the most frequent class; for several labels, the mAP of constant scores."""
         if self.several:
             share = self.test.labels.double().mean(0)
             return float(share[share > 0].mean())
@@ -76,16 +63,10 @@ def open_labelled(
             - a folder of classes, which is split by `seed`, in the same proportion for each class;
             - a CSV with the columns `name` (path, relative to the CSV) and `label`, split in the same way. Labels
               joined by `;` are several labels of one image; such data is split without regard to labels.
-
-            The class of an image is the name of its folder, as in timm.
-        in_chans: Channels of the images, see `timm_convnextv2.data.load_image`.
+        in_chans: Channels of the images.
         validation_share: Fraction of the images that become `test` in a split, above 0 and below 1.
         seed: Seed of that split.
-        pixels: How stored values become pixels, see `Pixels`.
-
-    Raises:
-        ValueError: A missing folder, a single class, classes that differ between the parts, a row without label or
-            file, or images that cannot be decoded with these channels.
+        pixels: How stored values become pixels.
     """
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}, expected a fraction above 0 and below 1.")

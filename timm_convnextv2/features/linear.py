@@ -19,12 +19,7 @@ class Estimate(NamedTuple):
 
 
 def accuracy_or_map(scores: Tensor, labels: Tensor) -> float:
-    """Accuracy, or mean average precision if images have several labels; 0 to 1.
-
-    Args:
-        scores: `[M, num_classes]`.
-        labels: int64 `[M]`, or 0 and 1 `[M, num_classes]`.
-    """
+    """Accuracy 0 to 1 of scores `[M, num_classes]`; mean average precision for labels of 0 and 1 `[M, num_classes]`."""
     labels = labels.to(scores.device)
     if labels.ndim == 1:
         return float((scores.argmax(1) == labels).double().mean())
@@ -44,13 +39,8 @@ def _mean_average_precision(scores: Tensor, labels: Tensor) -> float:
 def bootstrap(scores: Tensor, labels: Tensor, *, draws: int = 1000, seed: int = 0) -> Estimate:
     """`accuracy_or_map` with its 95 % interval: test images are resampled with replacement, `draws` times.
 
-    The interval covers the choice of test images, not the variation between trainings.
-
-    Args:
-        scores: `[M, num_classes]`.
-        labels: int64 `[M]`, or 0 and 1 `[M, num_classes]`.
-        draws: Number of resamples; a tenth of it for several labels, which take longer.
-        seed: Seed of the resamples, the same for all models, so that they are compared on the same images.
+    The interval covers the choice of test images, not the variation between trainings. All models with one `seed` are
+    compared on the same resamples. Several labels take longer and get a tenth of `draws`.
     """
     scores, labels = scores.cpu(), labels.cpu()
     value, n = accuracy_or_map(scores, labels), len(labels)
@@ -72,12 +62,10 @@ BATCH_SIZE = 256
 
 
 def _targets(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """`[N, num_classes]` of 0 and 1."""
     return (F.one_hot(labels, num_classes) if labels.ndim == 1 else labels).to(dtype)
 
 
 def _split(images: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Training rows to fit on, and training rows to choose settings on."""
     order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
     held = max(1, round(images * HELD_OUT))
     return order[held:], order[:held]
@@ -104,24 +92,18 @@ def ridge(
     seed: int = 0,
     penalties: Sequence[float] = PENALTIES,
 ) -> Tensor:
-    """Scores of ridge regression on the labels as 0 and 1, in closed form and float64, so that they are repeatable.
+    """Scores `[M, num_classes]` of ridge regression on the labels as 0 and 1, in closed form and float64 on the CPU.
 
     The penalty minimises the squared error on a fifth of the training images, drawn by `seed`; the regression is then
     solved on all of them. Test images have no influence.
 
     Args:
-        train: Features `[N, D]`; the dual problem is solved if D > N.
+        train: Features `[N, D]`.
         train_labels: int64 `[N]`, or 0 and 1 `[N, num_classes]`.
         test: Features `[M, D]`.
         num_classes: Number of classes.
         seed: Seed of the part that chooses the penalty.
         penalties: Candidates, in units of N times the mean square of the features.
-
-    Returns:
-        float64 `[M, num_classes]`, on the CPU.
-
-    Raises:
-        ValueError: Features with NaN or infinity, shapes that do not fit, or a single class.
     """
     _check(train, train_labels, test, num_classes)
     x, rows = train.to("cpu", torch.float64), test.to("cpu", torch.float64)
@@ -160,7 +142,7 @@ def linear_probe(
     epochs: int = 50,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """Scores of a linear classifier after a BatchNorm without parameters, trained by SGD on frozen features.
+    """Scores `[M, num_classes]` of a linear classifier after a BatchNorm without parameters, trained by SGD.
 
     One classifier per learning rate is trained on four fifths of the training images; the best rate on the other fifth
     (see `accuracy_or_map`) then trains on all of them: SGD with momentum 0.9, a cosine schedule, batches of at most
@@ -178,12 +160,6 @@ def linear_probe(
         rates: Candidate learning rates.
         epochs: Passes over the images.
         device: Device of the training.
-
-    Returns:
-        float32 `[M, num_classes]`, on the CPU.
-
-    Raises:
-        ValueError: Features with NaN or infinity, shapes that do not fit, or a single class.
     """
     _check(train, train_labels, test, num_classes)
     x, labels, rows = train.float().to(device), train_labels.to(device), test.float().to(device)

@@ -7,21 +7,10 @@ from .extract import check_finite
 
 
 def rankme(features: Tensor) -> float:
-    """RankMe: the exponential of the entropy of the normalised singular values, 1 to `min(N, D)`.
+    """RankMe of features `[N, D]`: the exponential of the entropy of the normalised singular values, 1 to `min(N, D)`.
 
-    It compares runs of one method only, such as two runs of FCMAE with other settings: the authors show no relation
-    across methods, and none is known.
-
-    Source: https://arxiv.org/abs/2210.02885, equation 1.
-
-    Args:
-        features: `[N, D]`; the number depends on N where N is not well above D.
-
-    Returns:
-        The effective rank; 0 where all features are 0.
-
-    Raises:
-        ValueError: NaN or infinity.
+    It compares runs of one method only, such as two FCMAE runs with different settings, and depends on N unless N is
+    well above D. 0 if all features are 0. Source: https://arxiv.org/abs/2210.02885, equation 1.
     """
     check_finite(features)
     x = features.to("cpu", torch.float64)

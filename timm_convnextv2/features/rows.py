@@ -26,13 +26,7 @@ _SUFFIX = ".safetensors"
 
 
 class Part(NamedTuple):
-    """Consecutive images of the data set.
-
-    Attributes:
-        rows: float32 `[n, num_features]`.
-        names: Names of the rows, `[n]`.
-        skipped: Images without a row: index in the data set, name, reason.
-    """
+    """Consecutive images: rows float32 `[n, num_features]`, names, and skipped images as (index, name, reason)."""
 
     rows: np.ndarray
     names: list[str]
@@ -46,19 +40,13 @@ class Parts:
         self.folder = output.with_name(f"{output.name}.parts")
 
     def finished(self) -> set[int]:
-        """Numbers of the finished parts."""
         return {int(path.stem) for path in self.folder.glob(f"[0-9]*{_SUFFIX}")}
 
     def claim(self, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Reserves the folder for this run.
+        """Reserves the folder for the run whose rows depend on the JSON values `run`.
 
-        Args:
-            run: Everything that determines the rows, as JSON values.
-            resume: Keep the finished parts, whose `run` must be equal.
-            overwrite: Remove finished parts.
-
-        Raises:
-            ValueError: There are finished parts and neither flag is set, or the parts belong to another run.
+        `resume` keeps the finished parts, whose `run` must be equal; `overwrite` removes them. With neither flag,
+        finished parts are a `ValueError`.
         """
         run = json.loads(json.dumps(run))  # tuples become lists, as in the file
         found = self.finished()
@@ -87,7 +75,6 @@ class Parts:
         return bool(self.finished()) and bool(self._run().get("joining"))
 
     def mark_joining(self) -> None:
-        """Records that the output is about to be written."""
         self._write_run({**self._run(), "joining": True})
 
     def _run(self) -> dict[str, Any]:
@@ -105,7 +92,6 @@ class Parts:
         return self.folder / f"{number:08d}{_SUFFIX}"
 
     def write(self, number: int, part: Part) -> None:
-        """Writes a finished part."""
         temporary = self.folder / f".{number:08d}.tmp"
         # JSON in ASCII, because names may contain bytes that are not UTF-8
         metadata = {"names": json.dumps(part.names), "skipped": json.dumps(part.skipped)}
@@ -113,14 +99,12 @@ class Parts:
         os.replace(temporary, self._path(number))
 
     def read(self, number: int) -> Part:
-        """A finished part."""
         with safe_open(self._path(number), framework="np") as file:
             metadata = file.metadata()
             skipped = [(i, name, reason) for i, name, reason in json.loads(metadata["skipped"])]
             return Part(file.get_tensor("rows"), json.loads(metadata["names"]), skipped)
 
     def skipped(self) -> Iterator[tuple[int, str, str]]:
-        """Skipped images of all finished parts, in order; see `Part`."""
         for number in sorted(self.finished()):
             yield from self.read(number).skipped
 
@@ -191,12 +175,7 @@ def _beside(output: Path) -> tuple[Path | None, Path]:
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuses an output that cannot or must not be written.
-
-    Raises:
-        ValueError: Its suffix is not one of `SUFFIXES`, or it is a folder or exists.
-        MissingPackageError: (a ValueError) `.parquet` without the package pyarrow.
-    """
+    """Refuses an output that cannot or must not be written."""
     if output.suffix not in SUFFIXES or output.is_dir():
         raise ValueError(
             f"The output is '{output}', expected a file whose name ends in "
@@ -213,8 +192,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[int, dict[int, str]]:
     """Joins the parts `numbers` to the output and its tables, which appear once all of them are complete.
 
-    Returns:
-        Number of rows; the reasons of the skipped images by index.
+    Returns the number of rows, and the reasons of the skipped images by index.
     """
     names, table = _beside(output)
     skipped = [entry for number in numbers for entry in parts.read(number).skipped]

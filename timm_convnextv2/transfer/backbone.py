@@ -27,16 +27,12 @@ class Backbone(nn.Module):
 
     Args:
         model: From `timm.create_model(..., features_only=True)`.
-        spec: Makes the same model again, without weights: `architecture` and `model_args`.
+        spec: `architecture` and `model_args`, which make the same model again without weights.
         mean: Mean of the images in 0..1, one value per channel.
         std: Standard deviation, one value per channel.
         img_size: Side of the square images that the weights were trained on.
         pixels: How stored values become pixels, as for the images that the weights were trained on.
         origin: The licence that stays with the weights, and their base model.
-
-    Attributes:
-        channels: Channels of each map.
-        strides: Image pixels per pixel of each map.
     """
 
     def __init__(
@@ -70,21 +66,16 @@ class Backbone(nn.Module):
 
     @property
     def in_chans(self) -> int:
-        """Channels of the images."""
         return len(self.mean)
 
     def read_with(self, nodata: float | None) -> "Backbone":
-        """Itself, with another nodata value in its record unless that is None."""
+        """Sets the nodata value in its record unless it is None, and returns itself."""
         if nodata is not None:
             self.pixels = self.pixels._replace(nodata=nodata)
         return self
 
     def load_image(self, path: str | os.PathLike) -> Tensor:
-        """An image as in training, before normalisation: float `[C, H, W]`, integers scaled to 0..1.
-
-        Raises:
-            ImageError: (a ValueError) It cannot be decoded.
-        """
+        """An image as in training, before normalisation: float `[C, H, W]`, integers scaled to 0..1."""
         image = load_image(path, self.in_chans, self.pixels)
         return image / 255 if image.dtype == torch.uint8 else image
 
@@ -96,14 +87,10 @@ class Backbone(nn.Module):
         )  # fmt: skip
 
     def layer_ids(self, layer_decay_type: str = "group") -> tuple[dict[str, int], int]:
-        """The layer of each parameter for layer-wise learning rate decay, from the model's own `group_matcher`.
+        """The layer of each parameter for layer decay, from the model's own `group_matcher`, and that of the heads.
 
-        Args:
-            layer_decay_type: For ConvNeXt V2: 'group', about three blocks per layer, as the paper transfers all sizes
-                (appendix A.3 and A.4), or 'single'. Other models have one kind.
-
-        Returns:
-            The layer by parameter name, and the layer of the heads above.
+        ConvNeXt V2 has two types: 'group', about three blocks per layer, as the paper transfers all sizes (appendix A.3
+        and A.4), and 'single'. Other models have one.
         """
         with torch.device("meta"):  # only the whole model defines layers, features_only does not
             whole: Any = timm.create_model(self.spec["architecture"], pretrained=False, **self.spec["model_args"])
@@ -138,9 +125,6 @@ def create_backbone(
             weights, and all channels are normalised with the average of the model's means.
         drop_path_rate: Fraction of residual paths dropped in training.
         kwargs: More arguments of `timm.create_model`.
-
-    Raises:
-        ValueError: The name is unknown, the weights cannot be loaded, or the model has no stages.
     """
     if drop_path_rate is not None:
         kwargs["drop_path_rate"] = drop_path_rate

@@ -20,9 +20,6 @@ def parameter_groups(
     Layer i of L in the backbone learns at `layer_decay ** (L - i)` of the rate, everything else at the full rate;
     vectors and scalars (biases, norms) have no weight decay. Source: `layer_wise` of the official code's
     `LearningRateDecayOptimizerConstructor` for mmdetection and mmsegmentation.
-
-    Raises:
-        ValueError: The backbone is not part of the model, the decay is not in (0, 1], or the model defines no layers.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay is {layer_decay}, expected a number above 0 and at most 1.")

@@ -28,15 +28,11 @@ WRITTEN = ("predictions", "model")
 
 @dataclass(frozen=True)
 class Schedule:
-    """The optimizer, and how its learning rate changes after the warmup.
+    """The optimizer of timm `opt`, and how its learning rate changes after the warmup.
 
-    Attributes:
-        kind: 'cosine', 'poly' (power 1: linear) or 'step'.
-        warmup_share: Fraction of the rate at the first update of the warmup, which is part of the schedule: it has
-            moved on when the warmup ends.
-        steps: Fractions of the updates, in 0..1, at which 'step' divides the rate by 10.
-        opt: An optimizer of timm.
-        betas: Its betas.
+    `kind` is 'cosine', 'poly' (power 1: linear) or 'step', which divides the rate by 10 at each of `steps`, fractions
+    of the updates. The warmup starts at the fraction `warmup_share` of the rate. It is part of the schedule, which has
+    moved on when the warmup ends.
     """
 
     kind: str = "cosine"
@@ -46,11 +42,6 @@ class Schedule:
     betas: tuple[float, float] = (0.9, 0.999)
 
     def create(self, optimizer: torch.optim.Optimizer, plan: Plan) -> Scheduler:
-        """timm's scheduler.
-
-        Raises:
-            ValueError: The kind is unknown.
-        """
         warmup: dict[str, Any] = dict(
             warmup_t=plan.warmup_updates, warmup_lr_init=self.warmup_share * plan.lr, t_in_epochs=False
         )
@@ -66,26 +57,9 @@ class Schedule:
 
 
 def create_trainer(
-    model: nn.Module,
-    groups: list[dict[str, Any]],
-    plan: Plan,
-    schedule: Schedule,
-    world: World,
-    learning: Learning,
+    model: nn.Module, groups: list[dict[str, Any]], plan: Plan, schedule: Schedule, world: World, learning: Learning
 ) -> Trainer:
-    """The trainer of a detector or a segmenter.
-
-    Args:
-        model: On any device; it moves to the world's.
-        groups: From `groups.parameter_groups`.
-        plan: Length and learning rate.
-        schedule: The optimizer and its schedule.
-        world: The processes that train together.
-        learning: How updates are made.
-
-    Raises:
-        ValueError: The schedule is unknown.
-    """
+    """A trainer of the model on its device; `groups` are from `groups.parameter_groups`."""
     task = LossesTask(model.to(world.device), world.device)
     groups = [{k: v for k, v in group.items() if k != "names"} for group in groups]
     optimizer = create_optimizer_v2(groups, opt=schedule.opt, lr=plan.lr, weight_decay=0.0, betas=schedule.betas)
@@ -96,11 +70,7 @@ def plan_updates(
     loader: DataLoader, world: World, grad_accum_steps: int, lr: float, *, epochs: int = 0, updates: int = 0,
     warmup_updates: int = 0,
 ) -> Plan:  # fmt: skip
-    """The plan of a run over `loader`, of so many epochs or updates.
-
-    Raises:
-        ValueError: An epoch has less than one update.
-    """
+    """The plan of a run over `loader` of this many epochs or updates; an epoch needs at least one update."""
     size = len(loader) // grad_accum_steps
     if not size:
         raise ValueError(
@@ -123,16 +93,8 @@ def create_loader(
 ) -> DataLoader:
     """Batches `(images, targets)` in an order that depends on `(seed, epoch)` only, shared among the processes.
 
-    Args:
-        dataset: `dataset[epoch, index]` is a sample of which everything random depends on (seed, epoch, index).
-        collate: Joins samples to `(images, targets)`.
-        world: The processes.
-        batch_size: Images per batch and process.
-        workers: Data processes per process.
-        seed: Seed of the order.
-
-    Raises:
-        ValueError: The data set has less than one batch.
+    `dataset[epoch, index]` is a sample of which everything random depends on (seed, epoch, index). `batch_size` and
+    `workers` are per process.
     """
     size: Any = dataset
     sampler = EpochBatchSampler(len(size), batch_size, seed, world.rank, world.size)
@@ -150,12 +112,8 @@ EpochHook = Callable[[int, nn.Module, bool], dict[str, float]]
 class TransferRun(Run):
     """A run of detection or segmentation.
 
-    Attributes:
-        loader: From `create_loader`.
-        evaluate: Called on all processes after epochs of `eval_interval` and the last one; rank 0's numbers become
-            the columns `eval_*` of summary.csv.
-        eval_interval: Epochs between two evaluations.
-        measured: The last evaluation.
+    All processes call `evaluate` after every `eval_interval` epochs and the last one; rank 0's numbers become the
+    columns `eval_*` of summary.csv. `measured` is the last evaluation.
     """
 
     loader: DataLoader
@@ -166,21 +124,15 @@ class TransferRun(Run):
     shown_measures = 2
 
     def done(self) -> str:
-        """Where the model is."""
         return f"Done: the model is in {self.folder.path / 'model'}"
 
     def batches(self, epoch: int, start_batch: int) -> Iterator:
-        """The batches `(images, targets)` of an epoch."""
         sampler: Any = self.loader.batch_sampler
         sampler.set_epoch(epoch, start_batch)
         return iter(self.loader)
 
     def measure(self, epoch: int) -> dict[str, Any]:
-        """Evaluates the model if that is due.
-
-        Raises:
-            DataError: An image cannot be read any more.
-        """
+        """Evaluates the model if that is due; a `DataError` if an image has become unreadable."""
         if not self.ended and epoch % self.eval_interval:
             return {}
         try:
@@ -192,5 +144,4 @@ class TransferRun(Run):
         return self.measured
 
     def report(self) -> None:
-        """Writes report.html."""
         write_report([self.folder.path], self.folder.path / "report.html")

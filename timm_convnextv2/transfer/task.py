@@ -35,13 +35,9 @@ FIXED = (
 class Task(ABC):
     """Detection or segmentation: its data, its model, and its evaluation. Built from a config; writes nothing itself.
 
-    Attributes:
-        fixed: Settings besides `FIXED` that a resumed run must repeat.
-        main_metric: Its title and its name.
-        model: In train mode `model(images, targets)` returns losses by name.
-        samples: `samples[epoch, index]` is a sample for `collate`.
-        data: The training data in words.
-        num_validation: Number of images to evaluate on.
+    `fixed` names settings besides `FIXED` that a resumed run must repeat; `main_metric` is a title and a name. In train
+    mode `model(images, targets)` returns losses by name; `samples[epoch, index]` is a sample for `collate`. `data`
+    describes the training data.
     """
 
     name: ClassVar[str]
@@ -96,12 +92,7 @@ def set_up(
 ) -> TransferRun | None:
     """Opens and checks everything a run needs, and only then writes to its folder. Returns None after --dry-run.
 
-    Args:
-        task_of: Builds the task from the config.
-        config: The options.
-        recipe: Source of some options, for a note.
-        world: The processes.
-        line: The command line, for args.yaml.
+    `task_of` builds the task from the config; `line` is the command line, for args.yaml.
     """
     options, learning = config.run, config.learning
     if not config.start.model:

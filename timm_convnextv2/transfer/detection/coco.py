@@ -50,7 +50,6 @@ class Coco(NamedTuple):
 
     @property
     def annotations(self) -> list[dict[str, Any]]:
-        """Annotations of all images."""
         return [annotation for image in self.images for annotation in image.annotations]
 
     def content(self) -> dict[str, Any]:
@@ -258,15 +257,7 @@ class DetectionSamples(Dataset):
 
     `samples[epoch, index]` is `(image, target)`: image float `[C, H, W]` (in 0..1, floats as stored), target with
     `boxes` `[N, 4]` (x1, y1, x2, y2 in pixels), `labels` int64 `[N]` from 1, and `masks` uint8 `[N, H, W]`.
-    Crowds are left out; an image without objects has N = 0.
-
-    Args:
-        coco: From `open_coco`.
-        transform: On `(image, target)`, from `torchvision.transforms.v2`.
-        masks: Targets have masks.
-        in_chans: Channels of the images.
-        pixels: How stored values become pixels.
-        seed: Seed of the transform.
+    Crowds are left out; an image without objects has N = 0. `transform` is one of `torchvision.transforms.v2`.
     """
 
     def __init__(
@@ -350,6 +341,5 @@ def large_scale_jitter(
 
 
 def collate(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Joins samples to the lists that torchvision's detectors take."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)

@@ -68,9 +68,6 @@ def build_detector(
         min_size: Pixels that the shorter side is resized to; 25 times the backbone's stride if None (800 for 32).
         max_size: Limit of the longer side; 42 times the stride if None.
         options: More options of torchvision's `MaskRCNN` or `FasterRCNN` (`box_score_thresh`, ...).
-
-    Raises:
-        ValueError: The model cannot be loaded, an option is unknown, or RoIAlign does not support the strides.
     """
     _check_options(options)
     if num_classes < 1:
@@ -130,13 +127,8 @@ def export_detector(
 ) -> Path:
     """Writes a folder that `open_detector` reads: `config.json`, `model.safetensors`, `README.md`.
 
-    Args:
-        detector: From `build_detector`.
-        folder: Created if needed.
-        classes: Names of the labels 1, 2, ...
-        metrics: Results on the validation images, see `average_precision`; the README states them.
-        dataset: Name of the data set of these results.
-        info: How the detector was made, for a table in the README.
+    `classes` are the names of the labels 1, 2, ...; the README has `metrics`, the name of the `dataset` that they were
+    measured on, and `info` as a table.
     """
     made_of = dict(made_of_detector(detector))
     if len(classes) != made_of["num_classes"]:
@@ -148,7 +140,6 @@ def export_detector(
 
 
 def backbone_of(detector: FasterRCNN) -> Backbone:
-    """The backbone below the pyramid."""
     pyramid: Any = detector.backbone
     return pyramid.body
 

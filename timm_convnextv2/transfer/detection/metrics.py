@@ -37,7 +37,7 @@ def find_objects(
     amp_dtype: torch.dtype | None = None,
     world: World | None = None,
 ) -> Iterator[tuple[CocoImage, list[Result]]]:
-    """Runs a detector on images.
+    """Runs a detector on images and yields each image, with its decoded size, and its COCO results.
 
     Args:
         detector: From `build_detector`; it is set to eval mode.
@@ -46,10 +46,6 @@ def find_objects(
         workers: Processes that decode images.
         amp_dtype: Type of mixed precision, None for float32.
         world: The processes that share the images, each of which finds its part; None for this process alone.
-
-    Yields:
-        Each image, with the size that was decoded, and its COCO results: `image_id`, `category_id`, `bbox`, `score`,
-        `segmentation`.
     """
     detector.eval()
     rank, size = (0, 1) if world is None else (world.rank, world.size)
@@ -136,15 +132,7 @@ def save_found(
     path: str | Path, samples: DetectionSamples, results: Sequence[Result], image_ids: Sequence[int],
     min_score: float = SURE,
 ) -> None:  # fmt: skip
-    """Draws the truth (left) and the found objects (right) of some images as one PNG.
-
-    Args:
-        path: The PNG.
-        samples: The images with the truth, without a transform.
-        results: Results of a detector.
-        image_ids: The images to draw, one per row.
-        min_score: Objects with a lower score are left out.
-    """
+    """Draws the truth (left) and the objects found (right) of some images as one PNG; `samples` have no transform."""
     from matplotlib.figure import Figure
 
     coco = samples.coco

@@ -17,20 +17,10 @@ MIN_SCORE = 0.001  # boxes below it are left out
 def soft_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, method: str = "linear", *, limit: int = 100, threshold: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """The boxes in the order of their decayed scores.
+    """Indices `[K]` of boxes `[N, 4]` (x1, y1, x2, y2) and their decayed scores in descending order, at most `limit`.
 
-    Takes the best box, lowers the scores of the others of its class by their IoU with it, and repeats.
-
-    Args:
-        boxes: `[N, 4]`, x1, y1, x2, y2.
-        scores: `[N]`.
-        labels: Class of each box, `[N]`.
-        method: 'linear' multiplies by 1 - IoU if the IoU is above the threshold, 'gaussian' by exp(-IoU^2 / 0.5).
-        limit: Largest number of boxes.
-        threshold: IoU above which 'linear' lowers scores.
-
-    Returns:
-        Indices `[K]`, and the decayed scores `[K]` in descending order.
+    Takes the best box, lowers the scores of the others of its class by their IoU with it, and repeats. 'linear'
+    multiplies by 1 - IoU if the IoU is above the threshold, 'gaussian' by exp(-IoU^2 / 0.5).
     """
     _check_method(method)
     scores = scores.clone()
@@ -58,10 +48,7 @@ def _check_method(method: str) -> None:
 
 
 def use_soft_nms(detector: FasterRCNN, method: str = "linear") -> FasterRCNN:
-    """Replaces the NMS of a detector's final boxes by soft-NMS, in place; proposals keep NMS.
-
-    The threshold is the detector's `box_nms_thresh`.
-    """
+    """Replaces the NMS of a detector's final boxes by soft-NMS at `box_nms_thresh`, in place; proposals keep NMS."""
     _check_method(method)
     heads: Any = detector.roi_heads
     limit, threshold, all_boxes = heads.detections_per_img, heads.nms_thresh, heads.postprocess_detections

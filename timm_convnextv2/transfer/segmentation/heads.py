@@ -30,12 +30,8 @@ class _Pooled(nn.Sequential):
 class UPerHead(nn.Module):
     """Pyramid pooling on the coarsest map, a feature pyramid over all maps, their fusion at the finest.
 
-    Args:
-        in_channels: Channels of the maps, finest first.
-        num_classes: Channels of the result.
-        channels: Channels of all layers in between.
-        bins: Grid sizes of the pyramid pooling.
-        dropout: Fraction of channels dropped before the classifier in training.
+    `in_channels` are those of the maps, finest first; `bins` the grid sizes of the pooling; `dropout` the fraction of
+    channels dropped before the classifier.
     """
 
     def __init__(
@@ -56,11 +52,7 @@ class UPerHead(nn.Module):
         self.classifier = _classifier(channels, num_classes, dropout)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Logits `[B, num_classes, h, w]` at the size of the finest map.
-
-        Args:
-            maps: `[B, in_channels[i], h_i, w_i]`, finest first, of any sizes.
-        """
+        """Logits `[B, num_classes, h, w]` at the size of the finest of the maps `[B, in_channels[i], h_i, w_i]`."""
         *finer, coarsest = maps
         x = self.bottleneck(torch.cat([coarsest, *(pool(coarsest) for pool in self.pooled)], dim=1))
         levels = [x]

@@ -72,9 +72,6 @@ class MaskedImages(Dataset):
         pixels: How stored values become pixels.
         ignore_index: Value of pixels without a class, in the masks and in the targets.
         reduce_zero_label: 0 in a mask means no class, and class i is stored as i + 1, as in ADE20K.
-
-    Attributes:
-        unused: Masks without an image.
     """
 
     def __init__(
@@ -121,8 +118,7 @@ class MaskedImages(Dataset):
     def check(self) -> np.ndarray:
         """Reads all masks and the size of all images; returns the pixels of each class, int64 `[num_classes]`.
 
-        Raises:
-            ValueError: All faults, with counts and the first names.
+        A `ValueError` has all faults, with counts and the first names.
         """
         with ThreadPoolExecutor(8) as pool:
             masks = list(pool.map(self._check_mask, range(len(self))))
@@ -166,8 +162,6 @@ class MaskedImages(Dataset):
 
 
 class _Checked(NamedTuple):
-    """A mask's pixels per class, and its faults."""
-
     counts: np.ndarray
     error: str = ""
     size: str = ""
@@ -275,10 +269,7 @@ class TrainTransform:
         return self.colours(x).as_subclass(Tensor), y.as_subclass(Tensor)
 
     def _varied_crop(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """A crop in which no class has more than three quarters of the pixels, if ten tries find one.
-
-        This is mmsegmentation's `cat_max_ratio`, which the paper's settings use.
-        """
+        """mmsegmentation's `cat_max_ratio`: a crop without a class above 3/4 of the pixels, if ten tries find one."""
         for _ in range(9):
             crop = self.crop(x, y)
             counts = crop[1][crop[1] != self.ignore_index].unique(return_counts=True)[1]
@@ -309,6 +300,5 @@ class TrainSamples(Dataset):
 
 
 def collate(samples: list) -> tuple[Tensor, Tensor]:
-    """Images `[B, C, H, W]` and classes `[B, H, W]`."""
     images, targets = zip(*samples, strict=True)
     return torch.stack(images), torch.stack(targets)

@@ -28,19 +28,18 @@ class Confusion:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def add(self, predicted: Tensor, targets: Tensor) -> None:
-        """Counts pixels; both have the same shape, any."""
         counted = targets != self.ignore_index
         pairs = targets[counted].long() * self.num_classes + predicted[counted].long()
         self.counts += torch.bincount(pairs.cpu(), minlength=self.num_classes**2).view_as(self.counts)
 
     def join(self, others: Sequence[Tensor]) -> "Confusion":
-        """Replaces its counts by the sum of these, such as those of all processes."""
         self.counts = torch.stack(list(others)).sum(0)
         return self
 
     def measures(self) -> dict[str, Any]:
-        """`miou`, the mean IoU over classes in the targets or predictions; `accuracy` of the pixels; `mean_accuracy`
-        over classes in the targets; `iou`, one number per class, None if it is in neither.
+        """`miou` over classes in the targets or predictions, pixel `accuracy`, `mean_accuracy` over classes in targets.
+
+        `iou` has one number per class, None if it is in neither.
         """
         counts = self.counts.double()
         if not counts.sum():
@@ -96,18 +95,15 @@ def evaluate_segmenter(
     world: World | None = None,
     keep: int = 0,
 ) -> tuple[dict[str, Any], dict[int, Tensor]]:
-    """Measures a segmenter.
+    """`Confusion.measures` of a segmenter in eval mode, and the classes `[H, W]` found in some images, by image index.
 
     Args:
-        model: In eval mode, on its device.
+        model: The segmenter, on its device.
         data: Images with masks.
         inference: How the segmenter is run.
         workers: Processes that decode images.
         world: The processes that share the images, each of which calls this; None for this process alone.
         keep: Number of images, spread over the data, whose classes are returned.
-
-    Returns:
-        `Confusion.measures`, and the classes `[H, W]` found in the kept images, by image index.
     """
     rank, size = (0, 1) if world is None else (world.rank, world.size)
     kept = {i * len(data) // keep for i in range(min(keep, len(data)))} if keep else set()
@@ -157,10 +153,7 @@ def palette(num_classes: int) -> np.ndarray:
 
 
 def save_segmentations(path: str | Path, data: MaskedImages, found: dict[int, Tensor], title: str = "") -> None:
-    """Draws images, their masks and the classes found, one row per image, as a PNG; grey pixels have no class.
-
-    `found` has classes by image index, see `evaluate_segmenter`.
-    """
+    """Draws images, their masks and the classes found, by image index, as a PNG; grey pixels have no class."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

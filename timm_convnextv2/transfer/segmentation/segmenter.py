@@ -58,16 +58,10 @@ class Segmenter(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
-        """Losses in train mode, logits in eval mode.
+        """Losses in train mode (`loss_seg`, and `loss_aux`, weighted), logits `[B, num_classes, H, W]` in eval mode.
 
-        Args:
-            images: Float `[B, C, H, W]`, as from `data.load_image` with uint8 divided by 255; any H and W. They are
-                normalised here.
-            targets: Classes of the pixels, int64 `[B, H, W]`; in train mode only.
-
-        Returns:
-            In train mode a dict of scalars: `loss_seg`, and `loss_aux` (weighted). In eval mode logits
-            `[B, num_classes, H, W]`.
+        Images are float `[B, C, H, W]` of any size, as from `data.load_image` with uint8 divided by 255, and are
+        normalised here; targets are classes, int64 `[B, H, W]`.
         """
         if self.training and targets is None:
             raise ValueError("A segmenter in train mode needs images and targets; call eval() for logits.")
@@ -97,16 +91,9 @@ class Segmenter(nn.Module):
 
 
 def build_segmenter(backbone: str | Backbone, num_classes: int, *, frozen: bool = False, **options: Any) -> Segmenter:
-    """UPerNet on a backbone, with random heads.
+    """UPerNet with random heads on a backbone: a `Backbone`, or the name of a model with its weights.
 
-    Args:
-        backbone: A model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME` with its weights; or a `Backbone`.
-        num_classes: Number of classes, including the background if there is one.
-        frozen: Train the heads only.
-        options: More arguments of `Segmenter`: channels, auxiliary_channels, ignore_index, classes.
-
-    Raises:
-        ValueError: See `create_backbone` and `Segmenter`.
+    `frozen` trains the heads only; `options` are more arguments of `Segmenter`.
     """
     if isinstance(backbone, str):
         backbone = create_backbone(backbone)
@@ -124,12 +111,7 @@ def export_segmenter(
 ) -> Path:
     """Writes a folder that `open_segmenter` reads: `config.json`, `model.safetensors`, `README.md`.
 
-    Args:
-        model: From `build_segmenter`.
-        folder: Created if needed.
-        metrics: Results on the validation images, see `Confusion.measures`; the README states them.
-        dataset: Name of the data set of these results.
-        info: How the segmenter was made, for a table in the README.
+    The README has `metrics`, the name of the `dataset` that they were measured on, and `info` as a table.
     """
     config = dict(
         task="segmentation", classes=model.classes, backbone=model.backbone.record(),

@@ -10,15 +10,10 @@ Model = Callable[[Tensor], Tensor]
 
 
 def slide(model: Model, images: Tensor, window: int, stride: int | None = None) -> Tensor:
-    """Logits `[B, K, H, W]` as the mean over windows that cover the images `[B, C, H, W]`.
+    """Logits `[B, K, H, W]` as the mean over windows of `window` pixels that cover the images `[B, C, H, W]`.
 
-    The last window of a row and of a column ends at the image's edge; a smaller image is one window.
-
-    Args:
-        model: Images `[B, C, h, w]` to logits `[B, K, h, w]`.
-        images: Any size.
-        window: Side of the windows in pixels.
-        stride: Pixels between windows, at most `window`; two thirds of it if None, as in the official code.
+    The last window of a row and of a column ends at the image's edge; a smaller image is one window. `stride` is two
+    thirds of the window if None, as in the official code.
     """
     stride = max(1, window * 2 // 3) if stride is None else stride
     if not 1 <= stride <= window:

@@ -76,7 +76,6 @@ class SegmentationTask(Task):
 
 
 def class_names(data: SegmentData) -> list[str]:
-    """Names of the classes of a data set."""
     return read_classes(data.classes or Path(data.data_dir) / "classes.txt")
 
 
