@@ -73,7 +73,7 @@ def test_unknown_licence_must_be_stated(tmp_path, capsys, fcmae, kind):
 
 def test_official_weights_stay_non_commercial(tmp_path, capsys, fcmae):
     path = write(tmp_path / "there", fcmae, "dense")
-    refused(tmp_path / "r", capsys, "cc-by-nc-4.0, which stays", "--weights", str(path), "--license", "mit")
+    refused(tmp_path / "r", capsys, ["cc-by-nc-4.0", "mit"], "--weights", str(path), "--license", "mit")
 
 
 @pytest.mark.parametrize("export", [export_encoder, export_fcmae])
