@@ -109,7 +109,7 @@ def sync(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields the name to write to; that file replaces `path` when the block ends. A `WriteError` leaves `path` as it was."""
+    """Yields a name to write to, which replaces `path` when the block ends; a `WriteError` leaves it unchanged."""
     path = Path(path)
     part = new_part(path)
     try:
@@ -216,8 +216,8 @@ class CheckpointError(ValueError):
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a PyTorch or safetensors file to the CPU; nothing in it is ever executed.
 
-    The checksums in a file of `torch.save` are verified first. Safetensors and PyTorch before 1.6 write no checksums, so
-    that only a broken structure is detected there.
+    The checksums in a file of `torch.save` are verified first. Safetensors and PyTorch before 1.6 write no checksums:
+    only a broken structure is detected there.
 
     Args:
         path: `*.safetensors`, or a file of `torch.save` with tensors, plain data and an `argparse.Namespace` (as in
