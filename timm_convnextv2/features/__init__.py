@@ -15,25 +15,7 @@ from .linear import Estimate, accuracy_or_map, bootstrap, linear_probe, ridge
 from .rank import rankme
 
 __all__ = [
-    "BlockCollapse",
-    "Estimate",
-    "Labelled",
-    "Scoring",
-    "bootstrap",
-    "blocks_of",
-    "channel_distance",
-    "channel_maps",
-    "collapse",
-    "evaluate_models",
-    "extract_features",
-    "accuracy_or_map",
-    "image_batches",
-    "measure_features",
-    "knn",
-    "knn_scores",
-    "linear_probe",
-    "open_labelled",
-    "pixel_features",
-    "rankme",
-    "ridge",
-]
+    "BlockCollapse", "Estimate", "Labelled", "Scoring", "bootstrap", "blocks_of", "channel_distance", "channel_maps",
+    "collapse", "evaluate_models", "extract_features", "accuracy_or_map", "image_batches", "measure_features", "knn",
+    "knn_scores", "linear_probe", "open_labelled", "pixel_features", "rankme", "ridge"
+]  # fmt: skip

@@ -139,13 +139,9 @@ def _second_inputs(blocks: dict[str, Any], measure: Callable[[str, Tensor], None
 
 
 def channel_maps(
-    model: nn.Module,
-    images: Tensor,
-    block: str | None = None,
-    channels: int | Sequence[int] = 64,
-    *,
-    batch_size: int = 8,
-) -> tuple[str, Tensor]:
+    model: nn.Module, images: Tensor, block: str | None = None, channels: int | Sequence[int] = 64, *,
+    batch_size: int = 8
+) -> tuple[str, Tensor]:  # fmt: skip
     """The name of a block, and maps of single channels at the input of its second Linear, as in the paper's figure 3.
 
     Args:

@@ -228,14 +228,9 @@ def _per_part(total: int | None, batch_size: int) -> int:
 
 
 def _compute(
-    batches: Iterable[Batch],
-    share: _Share,
-    rows_of: Callable[[list[torch.Tensor]], np.ndarray],
-    parts: Parts,
-    limit: _Limit,
-    bad: int,
-    bar: ImageProgress,
-) -> int:
+    batches: Iterable[Batch], share: _Share, rows_of: Callable[[list[torch.Tensor]], np.ndarray], parts: Parts,
+    limit: _Limit, bad: int, bar: ImageProgress
+) -> int:  # fmt: skip
     """Writes the parts of this process and returns the number of images read; `bad` counts those of earlier runs."""
     seen, reasons = 0, []
     for number, group in groupby(batches, key=lambda batch: batch.number // share.per_part):

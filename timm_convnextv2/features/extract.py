@@ -50,13 +50,9 @@ def refuse_bad(reasons: Sequence[str]) -> None:
 
 
 def extract_features(
-    model: nn.Module,
-    batches: Iterable[Tensor],
-    *,
-    devices: Sequence[str | torch.device] = ("cpu",),
-    amp: bool = False,
-    progress: Callable[[int], Any] | None = None,
-) -> Tensor:
+    model: nn.Module, batches: Iterable[Tensor], *, devices: Sequence[str | torch.device] = ("cpu",), amp: bool = False,
+    progress: Callable[[int], Any] | None = None
+) -> Tensor:  # fmt: skip
     """Rows of features `[N, D]` on the CPU: the global mean of the last stage's map, and LayerNorm without parameters.
 
     This equals timm's pre-logits for a ConvNeXt whose head is untrained. For models without a map `[B, C, h, w]`

@@ -44,15 +44,9 @@ def nearest(train: Tensor, test: Tensor, k: int, *, chunk: int = 8192) -> tuple[
 
 
 def knn_scores(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    k: Sequence[int] = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-    *,
-    num_classes: int | None = None,
-    chunk: int = 8192,
-) -> dict[int, Tensor]:
+    train: Tensor, train_labels: Tensor, test: Tensor, k: Sequence[int] = NEIGHBOURS, temperature: float = TEMPERATURE,
+    *, num_classes: int | None = None, chunk: int = 8192
+) -> dict[int, Tensor]:  # fmt: skip
     """Each class's fraction of the neighbours' votes, which are weighted by `exp(similarity / temperature)`.
 
     Args:
@@ -108,15 +102,9 @@ def knn(
     *, num_classes: int | None = ..., chunk: int = ...,
 ) -> dict[int, Tensor]: ...  # fmt: skip
 def knn(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    k: int | Sequence[int] = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-    *,
-    num_classes: int | None = None,
-    chunk: int = 8192,
-) -> Tensor | dict[int, Tensor]:
+    train: Tensor, train_labels: Tensor, test: Tensor, k: int | Sequence[int] = NEIGHBOURS,
+    temperature: float = TEMPERATURE, *, num_classes: int | None = None, chunk: int = 8192
+) -> Tensor | dict[int, Tensor]:  # fmt: skip
     """The class with most votes, int64 `[M]`, for one `k`, or `{k: classes}` for several; see `knn_scores`."""
     ks = [k] if isinstance(k, int) else k
     scores = knn_scores(train, train_labels, test, ks, temperature, num_classes=num_classes, chunk=chunk)

@@ -48,13 +48,9 @@ class Labelled(NamedTuple):
 
 
 def open_labelled(
-    place: str | os.PathLike,
-    *,
-    in_chans: int = 3,
-    validation_share: float = 0.25,
-    seed: int = 0,
-    pixels: Pixels = PLAIN,
-) -> Labelled:
+    place: str | os.PathLike, *, in_chans: int = 3, validation_share: float = 0.25, seed: int = 0,
+    pixels: Pixels = PLAIN
+) -> Labelled:  # fmt: skip
     """Opens labelled images.
 
     Args:

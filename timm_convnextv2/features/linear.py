@@ -84,14 +84,9 @@ def _check(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Non
 
 
 def ridge(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    *,
-    num_classes: int,
-    seed: int = 0,
-    penalties: Sequence[float] = PENALTIES,
-) -> Tensor:
+    train: Tensor, train_labels: Tensor, test: Tensor, *, num_classes: int, seed: int = 0,
+    penalties: Sequence[float] = PENALTIES
+) -> Tensor:  # fmt: skip
     """Scores `[M, num_classes]` of ridge regression on the labels as 0 and 1, in closed form and float64 on the CPU.
 
     The penalty minimises the squared error on a fifth of the training images, drawn by `seed`; the regression is then
@@ -132,16 +127,9 @@ def _solve(x: Tensor, y: Tensor, rows: Tensor, penalties: Sequence[float]) -> li
 
 
 def linear_probe(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    *,
-    num_classes: int,
-    seed: int = 0,
-    rates: Sequence[float] = RATES,
-    epochs: int = 50,
-    device: str | torch.device = "cpu",
-) -> Tensor:
+    train: Tensor, train_labels: Tensor, test: Tensor, *, num_classes: int, seed: int = 0,
+    rates: Sequence[float] = RATES, epochs: int = 50, device: str | torch.device = "cpu"
+) -> Tensor:  # fmt: skip
     """Scores `[M, num_classes]` of a linear classifier after a BatchNorm without parameters, trained by SGD.
 
     One classifier per learning rate is trained on four fifths of the training images; the best rate on the other fifth

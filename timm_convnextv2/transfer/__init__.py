@@ -7,14 +7,6 @@ from .segmentation.metrics import find_classes
 from .segmentation.segmenter import build_segmenter, export_segmenter, open_segmenter
 
 __all__ = [
-    "Backbone",
-    "build_detector",
-    "build_segmenter",
-    "create_backbone",
-    "export_detector",
-    "export_segmenter",
-    "find_classes",
-    "open_detector",
-    "open_segmenter",
-    "parameter_groups",
-]
+    "Backbone", "build_detector", "build_segmenter", "create_backbone", "export_detector", "export_segmenter",
+    "find_classes", "open_detector", "open_segmenter", "parameter_groups"
+]  # fmt: skip

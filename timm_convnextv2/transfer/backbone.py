@@ -36,16 +36,9 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        spec: dict[str, Any],
-        *,
-        mean: list[float],
-        std: list[float],
-        img_size: int,
-        pixels: Pixels = PLAIN,
-        origin: Origin = NOBODY,
-    ) -> None:
+        self, model: nn.Module, spec: dict[str, Any], *, mean: list[float], std: list[float], img_size: int,
+        pixels: Pixels = PLAIN, origin: Origin = NOBODY
+    ) -> None:  # fmt: skip
         super().__init__()
         info: Any = model.feature_info
         self.model, self.spec, self.mean, self.std, self.img_size = model, spec, list(mean), list(std), img_size
@@ -109,13 +102,9 @@ class Backbone(nn.Module):
 
 
 def create_backbone(
-    name: str,
-    *,
-    pretrained: bool = True,
-    in_chans: int | None = None,
-    drop_path_rate: float | None = None,
-    **kwargs: Any,
-) -> Backbone:
+    name: str, *, pretrained: bool = True, in_chans: int | None = None, drop_path_rate: float | None = None,
+    **kwargs: Any
+) -> Backbone:  # fmt: skip
     """A backbone with its weights, and with the record of pixels in the model's folder.
 
     Args:

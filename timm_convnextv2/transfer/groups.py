@@ -8,13 +8,9 @@ from .backbone import Backbone
 
 
 def parameter_groups(
-    model: nn.Module,
-    backbone: Backbone,
-    *,
-    weight_decay: float,
-    layer_decay: float = 1.0,
-    layer_decay_type: str = "group",
-) -> list[dict[str, Any]]:
+    model: nn.Module, backbone: Backbone, *, weight_decay: float, layer_decay: float = 1.0,
+    layer_decay_type: str = "group"
+) -> list[dict[str, Any]]:  # fmt: skip
     """Groups for an optimizer, with `lr_scale` and `names` beside `weight_decay` and `params`; no frozen parameters.
 
     Layer i of L in the backbone learns at `layer_decay ** (L - i)` of the rate, everything else at the full rate;

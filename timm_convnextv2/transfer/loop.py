@@ -83,14 +83,9 @@ def plan_updates(
 
 
 def create_loader(
-    dataset: Dataset,
-    collate: Callable[[list], tuple[Any, Any]],
-    world: World,
-    *,
-    batch_size: int,
-    workers: int = 0,
-    seed: int = 0,
-) -> DataLoader:
+    dataset: Dataset, collate: Callable[[list], tuple[Any, Any]], world: World, *, batch_size: int, workers: int = 0,
+    seed: int = 0
+) -> DataLoader:  # fmt: skip
     """Batches `(images, targets)` in an order that depends on `(seed, epoch)` only, shared among the processes.
 
     `dataset[epoch, index]` is a sample of which everything random depends on (seed, epoch, index). `batch_size` and

@@ -71,14 +71,9 @@ def rle_codec() -> Any:
 
 
 def open_coco(
-    file: str | Path,
-    folder: str | Path,
-    *,
-    masks: bool = True,
-    drop_wrong: bool = False,
-    in_chans: int | None = None,
-    pixels: Pixels = PLAIN,
-) -> Coco:
+    file: str | Path, folder: str | Path, *, masks: bool = True, drop_wrong: bool = False, in_chans: int | None = None,
+    pixels: Pixels = PLAIN
+) -> Coco:  # fmt: skip
     """Reads and checks annotations of objects.
 
     Args:
@@ -151,13 +146,9 @@ def _images(entries: list[dict[str, Any]], file: Path, folder: Path) -> dict[int
 
 
 def _attach(
-    entries: list[dict[str, Any]],
-    images: dict[int, CocoImage],
-    categories: dict[int, str],
-    file: Path,
-    masks: bool,
-    drop_wrong: bool,
-) -> int:
+    entries: list[dict[str, Any]], images: dict[int, CocoImage], categories: dict[int, str], file: Path, masks: bool,
+    drop_wrong: bool
+) -> int:  # fmt: skip
     """Adds the annotations to their images; returns how many were left out."""
     for key, known, what in (("image_id", images, "images"), ("category_id", categories, "categories")):
         lost = [e for e in entries if e.get(key) not in known]
@@ -261,15 +252,9 @@ class DetectionSamples(Dataset):
     """
 
     def __init__(
-        self,
-        coco: Coco,
-        transform: Any = None,
-        *,
-        masks: bool = True,
-        in_chans: int = 3,
-        pixels: Pixels = PLAIN,
-        seed: int = 0,
-    ) -> None:
+        self, coco: Coco, transform: Any = None, *, masks: bool = True, in_chans: int = 3, pixels: Pixels = PLAIN,
+        seed: int = 0
+    ) -> None:  # fmt: skip
         self.coco, self.transform, self.masks = coco, transform, masks
         self.in_chans, self.pixels, self.seed = in_chans, pixels, seed
         self._label = {category: i for i, category in enumerate(coco.category_ids, 1)}

@@ -42,17 +42,10 @@ class Pyramid(nn.Module):
 
 
 def build_detector(
-    backbone: str | Backbone,
-    num_classes: int,
-    *,
-    boxes_only: bool = False,
-    img_size: int | None = None,
-    frozen: bool = False,
-    out_channels: int = 256,
-    min_size: int | None = None,
-    max_size: int | None = None,
-    **options: Any,
-) -> FasterRCNN:
+    backbone: str | Backbone, num_classes: int, *, boxes_only: bool = False, img_size: int | None = None,
+    frozen: bool = False, out_channels: int = 256, min_size: int | None = None, max_size: int | None = None,
+    **options: Any
+) -> FasterRCNN:  # fmt: skip
     """Mask R-CNN, or Faster R-CNN, with a feature pyramid on the last four stages of a backbone.
 
     It is called like torchvision's detectors: images are a list of float `[C, H, W]` in 0..1 of any sizes. It
@@ -86,15 +79,11 @@ def build_detector(
     sizes = [8 * stride for stride in (*strides, 2 * strides[-1])]  # the pyramid adds a map of twice the stride
     names = [str(i) for i in range(len(strides))]
     settings: dict[str, Any] = dict(
-        min_size=min_size or 25 * strides[-1],
-        max_size=max_size or 42 * strides[-1],
-        size_divisible=strides[-1],
-        image_mean=backbone.mean,
-        image_std=backbone.std,
+        min_size=min_size or 25 * strides[-1], max_size=max_size or 42 * strides[-1], size_divisible=strides[-1],
+        image_mean=backbone.mean, image_std=backbone.std,
         rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in sizes), ((0.5, 1.0, 2.0),) * len(sizes)),
-        box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
-        **options,
-    )
+        box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2), **options
+    )  # fmt: skip
     if not boxes_only:
         settings["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
     kind = FasterRCNN if boxes_only else MaskRCNN
@@ -117,14 +106,9 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def export_detector(
-    detector: FasterRCNN,
-    folder: str | os.PathLike,
-    *,
-    classes: Sequence[str],
-    metrics: dict[str, float] | None = None,
-    dataset: str | None = None,
-    info: dict[str, Any] | None = None,
-) -> Path:
+    detector: FasterRCNN, folder: str | os.PathLike, *, classes: Sequence[str], metrics: dict[str, float] | None = None,
+    dataset: str | None = None, info: dict[str, Any] | None = None
+) -> Path:  # fmt: skip
     """Writes a folder that `open_detector` reads: `config.json`, `model.safetensors`, `README.md`.
 
     `classes` are the names of the labels 1, 2, ...; the README has `metrics`, the name of the `dataset` that they were

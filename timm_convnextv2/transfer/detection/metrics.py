@@ -29,14 +29,9 @@ Result = dict[str, Any]
 
 @torch.no_grad()
 def find_objects(
-    detector: FasterRCNN,
-    coco: Coco,
-    *,
-    batch_size: int = 1,
-    workers: int = 0,
-    amp_dtype: torch.dtype | None = None,
-    world: World | None = None,
-) -> Iterator[tuple[CocoImage, list[Result]]]:
+    detector: FasterRCNN, coco: Coco, *, batch_size: int = 1, workers: int = 0, amp_dtype: torch.dtype | None = None,
+    world: World | None = None
+) -> Iterator[tuple[CocoImage, list[Result]]]:  # fmt: skip
     """Runs a detector on images and yields each image, with its decoded size, and its COCO results.
 
     Args:

@@ -35,13 +35,9 @@ class UPerHead(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: Sequence[int],
-        num_classes: int,
-        channels: int = 512,
-        bins: Sequence[int] = (1, 2, 3, 6),
-        dropout: float = 0.1,
-    ) -> None:
+        self, in_channels: Sequence[int], num_classes: int, channels: int = 512, bins: Sequence[int] = (1, 2, 3, 6),
+        dropout: float = 0.1
+    ) -> None:  # fmt: skip
         super().__init__()
         *finer, coarsest = in_channels
         self.pooled = nn.ModuleList(_Pooled(coarsest, channels, n) for n in bins)

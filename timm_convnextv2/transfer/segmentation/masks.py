@@ -75,16 +75,9 @@ class MaskedImages(Dataset):
     """
 
     def __init__(
-        self,
-        images: str | os.PathLike,
-        masks: str | os.PathLike,
-        classes: Sequence[str],
-        *,
-        in_chans: int = 3,
-        pixels: Pixels = PLAIN,
-        ignore_index: int = 255,
-        reduce_zero_label: bool = False,
-    ) -> None:
+        self, images: str | os.PathLike, masks: str | os.PathLike, classes: Sequence[str], *, in_chans: int = 3,
+        pixels: Pixels = PLAIN, ignore_index: int = 255, reduce_zero_label: bool = False
+    ) -> None:  # fmt: skip
         self.classes, self.ignore_index, self.reduce_zero_label = list(classes), ignore_index, reduce_zero_label
         if 0 <= ignore_index < len(self.classes):
             raise ValueError(
@@ -240,17 +233,10 @@ class TrainTransform:
     """
 
     def __init__(
-        self,
-        size: int,
-        fill: Sequence[float],
-        *,
-        scale: tuple[float, float] = (0.5, 2.0),
-        short_side: int | None = None,
-        hflip: float = 0.5,
-        vflip: float = 0.0,
-        colours: bool = True,
-        ignore_index: int = 255,
-    ) -> None:
+        self, size: int, fill: Sequence[float], *, scale: tuple[float, float] = (0.5, 2.0),
+        short_side: int | None = None, hflip: float = 0.5, vflip: float = 0.0, colours: bool = True,
+        ignore_index: int = 255
+    ) -> None:  # fmt: skip
         self.size, self.scale, self.short_side, self.ignore_index = size, scale, short_side, ignore_index
         fills = {tv_tensors.Image: list(fill), tv_tensors.Mask: ignore_index}
         self.crop = v2.RandomCrop(size, pad_if_needed=True, fill=fills)  # pyright: ignore[reportArgumentType]

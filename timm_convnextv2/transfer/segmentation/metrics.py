@@ -87,14 +87,9 @@ def find_classes(model: Segmenter, image: Tensor, inference: Inference = WHOLE) 
 
 
 def evaluate_segmenter(
-    model: Segmenter,
-    data: MaskedImages,
-    inference: Inference = WHOLE,
-    *,
-    workers: int = 0,
-    world: World | None = None,
-    keep: int = 0,
-) -> tuple[dict[str, Any], dict[int, Tensor]]:
+    model: Segmenter, data: MaskedImages, inference: Inference = WHOLE, *, workers: int = 0, world: World | None = None,
+    keep: int = 0
+) -> tuple[dict[str, Any], dict[int, Tensor]]:  # fmt: skip
     """`Confusion.measures` of a segmenter in eval mode, and the classes `[H, W]` found in some images, by image index.
 
     Args:

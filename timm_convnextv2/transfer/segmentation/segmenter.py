@@ -33,15 +33,9 @@ class Segmenter(nn.Module):
     std: Tensor
 
     def __init__(
-        self,
-        backbone: Backbone,
-        num_classes: int,
-        *,
-        channels: int = 512,
-        auxiliary_channels: int = 256,
-        ignore_index: int = IGNORE_INDEX,
-        classes: Sequence[str] | None = None,
-    ) -> None:
+        self, backbone: Backbone, num_classes: int, *, channels: int = 512, auxiliary_channels: int = 256,
+        ignore_index: int = IGNORE_INDEX, classes: Sequence[str] | None = None
+    ) -> None:  # fmt: skip
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}, expected at least 2 (the background counts).")
@@ -102,13 +96,9 @@ def build_segmenter(backbone: str | Backbone, num_classes: int, *, frozen: bool 
 
 
 def export_segmenter(
-    model: Segmenter,
-    folder: str | Path,
-    *,
-    metrics: dict[str, Any] | None = None,
-    dataset: str | None = None,
-    info: dict[str, Any] | None = None,
-) -> Path:
+    model: Segmenter, folder: str | Path, *, metrics: dict[str, Any] | None = None, dataset: str | None = None,
+    info: dict[str, Any] | None = None
+) -> Path:  # fmt: skip
     """Writes a folder that `open_segmenter` reads: `config.json`, `model.safetensors`, `README.md`.
 
     The README has `metrics`, the name of the `dataset` that they were measured on, and `info` as a table.

@@ -38,15 +38,9 @@ def _starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def predict(
-    model: Model,
-    images: Tensor,
-    *,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-    window: int | None = None,
-    stride: int | None = None,
-    size: tuple[int, int] | None = None,
-) -> Tensor:
+    model: Model, images: Tensor, *, scales: Sequence[float] = (1.0,), flip: bool = False, window: int | None = None,
+    stride: int | None = None, size: tuple[int, int] | None = None
+) -> Tensor:  # fmt: skip
     """Class probabilities `[B, K, height, width]` of images `[B, C, H, W]` as the mean over scales and flips.
 
     Args:
