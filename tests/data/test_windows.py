@@ -1,6 +1,7 @@
 """Windows: the values of the whole image, places that follow from the seed, shares by area, and messages."""
 
 import multiprocessing
+import os
 import zlib
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from timm_convnextv2.data import (
     load_image,
 )
 from timm_convnextv2.data.formats.decode import open_scene
-from timm_convnextv2.data.formats.pixels import Pixels
+from timm_convnextv2.data.formats.pixels import PLAIN, Pixels
 from timm_convnextv2.data.sources.holdout import hold_out
 from timm_convnextv2.data.sources.windows import WindowSource, check_windows, content
 
@@ -354,3 +355,17 @@ def test_memory_is_bounded_by_the_window(tmp_path):
     process.start()
     assert queue.get(timeout=60) == [(4, 512, 512)] * 18
     process.join()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".tif"])
+@pytest.mark.parametrize("width", [40, 16])  # whole rows, and parts of rows
+def test_a_file_that_shrinks_is_an_error(tmp_path, suffix, width):
+    """As a memory map it would kill the process."""
+    x, path = np.random.default_rng(0).integers(0, 256, (32, 40, 5), np.uint8), tmp_path / f"x{suffix}"
+    np.save(path, x) if suffix == ".npy" else tifffile.imwrite(path, x, photometric="minisblack", planarconfig="contig")
+    scene = open_scene(str(path), 5, PLAIN)
+    os.truncate(path, path.stat().st_size - 1 - x[16:].size)
+    assert torch.equal(scene.read(0, 0, 15, width), torch.from_numpy(x[:15, :width].transpose(2, 0, 1)))
+    with pytest.raises(ImageError, match="truncated"):
+        scene.read(10, 40 - width, 22, width)
+    scene.close()

@@ -1,9 +1,9 @@
-"""`.npy` files, `[H, W]`, `[H, W, C]` or `[C, H, W]`, and arrays that lie uncompressed in a file."""
+"""`.npy` files, `[H, W]`, `[H, W, C]` or `[C, H, W]`, and uncompressed arrays in other files."""
 
 import io
 import itertools
 import math
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,57 +17,49 @@ from .values import check_dtype, scaled
 def read_box(
     file: BinaryIO, dtype: np.dtype, offset: int, shape: tuple[int, ...], box: tuple[slice | int, ...], planes: int
 ) -> np.ndarray:
-    """The part `box` of an uncompressed array in row-major order.
+    """The part `box` of an uncompressed row-major array that begins `offset` bytes into the file.
 
-    Only the rows of the box are mapped into memory, so that an image may be larger than the address space.
-
-    Args:
-        file: The file.
-        dtype: Type of the array, with its byte order.
-        offset: Position of the first value, in bytes.
-        shape: Shape of the array.
-        box: A slice with step 1, or a number, for each axis.
-        planes: Number of axes before the rows.
+    `box` has a number, or a slice with step 1, for each axis; `planes` is the number of axes before the rows.
 
     Raises:
-        ValueError, TypeError: The file ends before the part.
+        ImageError: (a ValueError) The file ends before the part does.
     """
-    if isinstance(file, io.BytesIO):
-        return np.ndarray(shape, dtype, file.getvalue(), offset)[box].copy()
     picked = [range(i, i + 1) if isinstance(i, int) else range(*i.indices(n)) for i, n in zip(box, shape, strict=True)]
-    rows, rest = picked[planes], shape[planes + 1 :]
     x = np.empty([len(r) for r in picked], dtype)
-    columns = tuple(slice(r.start, r.stop) for r in picked[planes + 1 :])
-    for to, plane in zip(np.ndindex(*x.shape[:planes]), itertools.product(*picked[:planes]), strict=True):
+    # one read per plane if its rows are whole, else one per row: an image may be larger than the memory
+    whole = x.shape[planes + 1 :] == shape[planes + 1 :]
+    outer = planes if whole else planes + 1
+    run, inner = picked[outer], shape[outer + 1 :]
+    part = tuple(slice(r.start, r.stop) for r in picked[outer + 1 :])
+    for to, at in zip(np.ndindex(*x.shape[:outer]), itertools.product(*picked[:outer]), strict=True):
         number = 0
-        for i, n in zip(plane, shape, strict=False):
+        for i, n in zip((*at, run.start), shape, strict=False):
             number = number * n + i
-        start = offset + (number * shape[planes] + rows.start) * math.prod(rest) * dtype.itemsize
-        x[to] = np.memmap(file, dtype, "r", start, (len(rows), *rest))[(slice(None), *columns)]
+        values = x[to] if whole else np.empty((len(run), *inner), dtype)
+        file.seek(offset + number * math.prod(inner) * dtype.itemsize)
+        # not memory-mapped: a file that shrinks would kill the process
+        found = cast(io.BufferedIOBase, file).readinto(values.reshape(-1).view(np.uint8).data)
+        if found < values.nbytes:
+            raise ImageError(f"is truncated: expected {values.nbytes} bytes of pixels, found {found}")
+        if not whole:
+            x[to] = values[(slice(None), *part)]
     return x[tuple(0 if isinstance(i, int) else slice(None) for i in box)]
 
 
-class NpyLayout(NamedTuple):
-    """Where the values of a `.npy` file are.
-
-    Attributes:
-        dtype: Type of the values.
-        offset: Position of the first one, in bytes.
-        shape: Shape of the array.
-        fortran: Whether the first axis changes fastest.
-    """
+class _Layout(NamedTuple):
+    """Where the values of a `.npy` file are."""
 
     dtype: np.dtype
-    offset: int
+    offset: int  # of the first value, in bytes
     shape: tuple[int, ...]
-    fortran: bool
+    fortran: bool  # the first axis changes fastest
 
 
-def _read_layout(file: BinaryIO) -> NpyLayout:
+def _read_layout(file: BinaryIO) -> _Layout:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
-    return NpyLayout(dtype, file.tell(), shape, fortran)
+    return _Layout(dtype, file.tell(), shape, fortran)
 
 
 def is_npy(file: BinaryIO, name: str) -> bool:
@@ -76,11 +68,7 @@ def is_npy(file: BinaryIO, name: str) -> bool:
 
 
 class NpyScene:
-    """A `.npy` file of which parts are read; see `decode.Scene`.
-
-    Raises:
-        ImageError: (a ValueError) Shape or type are not those of an image.
-    """
+    """A `.npy` file of which parts are read; see `decode.Scene`."""
 
     whole = False
 
@@ -117,11 +105,7 @@ class NpyScene:
 
 
 def load_npy(file: BinaryIO, in_chans: int, pixels: Pixels) -> torch.Tensor:
-    """The whole image `[C, H, W]`; the header is checked before any value is read.
-
-    Raises:
-        ImageError: (a ValueError) Shape or type are not those of an image, or it is too large.
-    """
+    """The whole image `[C, H, W]`; the header is checked before any value is read."""
     image = NpyScene(file, in_chans, pixels)
     check_size(*image.size)
     return image.read(0, 0, *image.size)
