@@ -19,7 +19,7 @@ from timm_convnextv2.pretrain.measures import collapse_of_blocks
 from timm_convnextv2.report import html as report_html
 from timm_convnextv2.report.charts import Line, line_chart, spread
 from timm_convnextv2.report.html import write_report
-from timm_convnextv2.report.images import save_collapse_curves, save_neighbours
+from timm_convnextv2.report.images import save_neighbours
 from timm_convnextv2.report.run import read_run
 from timm_convnextv2.runs.folder import head_comment
 
@@ -202,16 +202,6 @@ def test_gaps_and_one_point():
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
-
-
-def test_collapse_curves(tmp_path):
-    folder = plant(tmp_path / "r")
-    save_collapse_curves(folder / "collapse.csv", tmp_path / "x.png")
-    with Image.open(tmp_path / "x.png") as image:
-        assert image.format == "PNG" and len(image.convert("RGB").getcolors(1 << 20)) > 30
-    (tmp_path / "no.csv").write_text("epoch,depth\n1,0.5\n")
-    with pytest.raises(ValueError, match="no rows with epoch, depth and distance"):
-        save_collapse_curves(tmp_path / "no.csv", tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("chans", [1, 3, 5])

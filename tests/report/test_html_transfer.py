@@ -55,7 +55,7 @@ def test_what_it_says(tmp_path, task):
     command, measure = ("detect", "Box AP") if detect else ("segment", "mIoU")
     for words in (
         f"Report of {task}", f"{'Mask R-CNN' if detect else 'UPerNet'} on local-dir:/runs/", "2: nucleus, <script>",
-        f"{measure} was highest after epoch 2 (50.0 %), and is 25.0 % after epoch 3.", "500, 80 to validate",
+        f"{measure} was highest after epoch 2 (50.0 %), and is 25.0 % after epoch 3.", "500 images, 80 to validate",
         "/data/my cells: 500 images, 80 to validate; 3 epochs",
         "5 channels, crops of 640 x 640", "divide 1000.0", "small-data", "4 x 2 steps x 2 processes", "0.0001",
         "cuda, bfloat16", "31.5 images/s", "11.25 GiB", "0 h 04 min", f"{command} eval --model {folder / 'model'}",

@@ -1,14 +1,9 @@
 """Reads files of weights and builds models from them, without executing code and without partial weights."""
 
-import argparse
-import os
-import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
@@ -106,69 +101,6 @@ def model_pixels(name: str, in_chans: int, nodata: float | None = None) -> Pixel
     except ValueError as e:
         raise ValueError(f"The model '{name}' was trained on pixels with other channels: {e}") from e
     return pixels if nodata is None else pixels._replace(nodata=nodata)
-
-
-# --------------------------------------------------------------------------------------------------------- one file
-
-
-class CheckpointError(ValueError):
-    """A file of weights is missing, corrupt, foreign, contains code, or has other content. The message names it."""
-
-
-def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a PyTorch or safetensors file to the CPU without executing anything in it.
-
-    Verifies the checksums in a file of `torch.save`, which reveal a bit that flipped on a disk or in a copy.
-    Safetensors and files from before PyTorch 1.6 have none: only their structure is checked.
-
-    Args:
-        path: `*.safetensors`, or a file of `torch.save`, which may hold tensors, plain data and an
-            `argparse.Namespace` (as training checkpoints of timm and of the official code do).
-
-    Raises:
-        CheckpointError: (a ValueError, and the only error) The file is missing, truncated, corrupt or foreign, its
-            pickle needs code, or it does not hold a dictionary.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"Checkpoint '{path}' {'is a folder' if path.is_dir() else 'does not exist'}.")
-    try:
-        content = _read(path)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as e:
-        wanted = re.search(r"(?:GLOBAL|global:) (?!GLOBAL)([\w.]+)", str(e))
-        if wanted:
-            raise CheckpointError(
-                f"Checkpoint '{path}' was refused and not executed: besides tensors and plain data it needs the code "
-                f"{wanted[1]}. Save only the state dict, preferably as safetensors."
-            ) from e
-        raise CheckpointError(
-            f"Checkpoint '{path}' was not read: it is corrupt, or not a file of torch.save. Nothing in it was executed."
-        ) from e
-    except Exception as e:  # for arbitrary bytes the readers raise anything; the file is at fault
-        raise CheckpointError(
-            f"Checkpoint '{path}' ({path.stat().st_size} bytes) cannot be read: it is truncated, or in another format. "
-            f"Copy or download it again. ({type(e).__name__}: {str(e).partition('. ')[0]})"
-        ) from e
-    if not isinstance(content, dict):
-        raise CheckpointError(f"Checkpoint '{path}' holds a {type(content).__name__}, expected a dictionary.")
-    return content
-
-
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path, device="cpu")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            corrupt = archive.testzip()
-        if corrupt is not None:
-            raise CheckpointError(
-                f"Checkpoint '{path}' ({path.stat().st_size} bytes) is corrupt: the checksum of its part '{corrupt}' "
-                "is wrong. Copy or download it again."
-            )
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def weights_in(content: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -14,10 +14,11 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from ..files import load_checkpoint
 from ..models import ConvNeXtV2
 from ..models.weights import check_weights
 from .export import KEEP, PAPER, write_folder
-from .files import load_checkpoint, weights_in
+from .files import weights_in
 from .provenance import Origin, origin_of_config, origin_of_file, read_config, resolve_license
 
 LABEL_NAMES = "label_names.json"  # in a run's folder: a list of the classes in the order of their index

@@ -78,24 +78,19 @@ def line_chart(name: str, lines: Sequence[Line], baselines: Mapping[str, float],
     return _svg(figure, name, about)
 
 
-def draw_collapse(axis: Any, curves: Mapping[int, Sequence[Mapping[str, float]]], column: str = "distance") -> None:
-    """Draws a column over depth on an axis of matplotlib, one line per epoch."""
+def collapse_chart(
+    name: str, curves: Mapping[int, Sequence[Mapping[str, float]]], column: str = "distance", about: str = ""
+) -> str:
+    """A column over depth as an SVG element, one line per epoch; see `line_chart`."""
+    figure, axis = _figure()
     for epoch, colour in epoch_colours([*curves]).items():
         rows = [row for row in curves[epoch] if column in row]
         axis.plot(
             [row["depth"] for row in rows], [row[column] for row in rows], color=colour, linewidth=1.6, marker="o",
-            markersize=2.4, label=f"epoch {epoch}",
+            markersize=2.4,
         )  # fmt: skip
     axis.set_xlabel("depth (0: first block, 1: last)")
     axis.set_ylim(bottom=0)
-
-
-def collapse_chart(
-    name: str, curves: Mapping[int, Sequence[Mapping[str, float]]], column: str = "distance", about: str = ""
-) -> str:
-    """The collapse figure as an SVG element; see `line_chart`."""
-    figure, axis = _figure()
-    draw_collapse(axis, curves, column)
     return _svg(figure, name, about)
 
 

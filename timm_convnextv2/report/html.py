@@ -11,7 +11,7 @@ from typing import Any
 
 from ..files import whole_file
 from .charts import Line, collapse_chart, epoch_colours, line_chart, spread
-from .kinds import BASELINES, KINDS
+from .kinds import BASELINES, COST, KINDS, as_text, in_one_line, last_numbers
 from .run import RunRecord, read_run
 
 GENERATOR = "timm_convnextv2 report"  # the command overwrites only files with this mark
@@ -78,7 +78,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         runs=[_view(run, i, MAX_IMAGES if len(runs) == 1 else max(6, MAX_IMAGES // len(runs))) for i, run in
               enumerate(runs)],
         facts=_table(kind.facts(run) for run in runs),
-        numbers=_table(kind.numbers(run) for run in runs),
+        numbers=_table(last_numbers(run, kind.measures) for run in runs),
         charts=[
             {"title": title, "note": note, "svg": Markup(svg)} for title, note, svg in _charts(runs)
         ],
@@ -165,7 +165,7 @@ def _view(run: RunRecord, number: int, max_images: int) -> dict[str, Any]:
         "id": f"run-{number}",
         "number": number,
         "label": run.label,
-        "about": kind.about(run),
+        "about": in_one_line(kind.facts(run)),
         "findings": kind.findings(run),
         "predictions": predictions,
         "left_out": len(run.predictions) - len(predictions),
@@ -202,12 +202,12 @@ def _collapse(run: RunRecord, number: int) -> dict[str, Any]:
 
 def _rows(run: RunRecord) -> dict[str, Any]:
     """The table of numbers, of at most `MAX_ROWS` epochs."""
-    columns = {name: of for name, of in KINDS[run.task].columns.items() if run.column(name)}
+    columns = {name: of for name, of in (KINDS[run.task].measures | COST).items() if run.column(name)}
     epochs = spread(run.rows, MAX_ROWS)
     return {
         "columns": [title for title, _ in columns.values()],
         "rows": [
-            (epoch + 1, [form.format(run.rows[epoch][name]) if name in run.rows[epoch] else ""
+            (epoch + 1, [as_text(run.rows[epoch][name], form) if name in run.rows[epoch] else ""
                          for name, (_, form) in columns.items()])
             for epoch in epochs
         ],

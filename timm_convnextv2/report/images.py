@@ -10,8 +10,6 @@ import torch
 
 from ..files import whole_file
 from ..models.fcmae import FCMAE, normalize_target, patchify, unpatchify
-from ..runs.summary import read_rows
-from .charts import draw_collapse, spread
 
 _COLUMNS = 8
 
@@ -116,33 +114,6 @@ def save_loss_curve(summary: str | Path, path: str | Path) -> None:
     rate.set_ylim(bottom=0)
     for side in (axis, rate):
         side.spines["top"].set_visible(False)
-    save_figure(figure, path)
-
-
-def save_collapse_curves(table: str | Path, path: str | Path) -> None:
-    """Draws the column `distance` of a `collapse.csv` over `depth` (0 to 1) for at most twelve epochs.
-
-    Raises:
-        ValueError: The table has no rows with these columns.
-    """
-    from matplotlib.figure import Figure
-
-    rows, _ = read_rows(Path(table))
-    curves: dict[int, list[dict[str, float]]] = {}
-    for row in rows:
-        if row.get("depth") and row.get("distance"):
-            numbers = {name: float(str(row[name])) for name in ("depth", "distance")}
-            curves.setdefault(int(str(row["epoch"])), []).append(numbers)
-    if not curves:
-        raise ValueError(f"'{table}' has no rows with epoch, depth and distance.")
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axis = figure.add_subplot()
-    draw_collapse(axis, {epoch: sorted(curves[epoch], key=lambda r: r["depth"]) for epoch in spread(curves, 12)})
-    axis.set_ylabel("mean cosine distance of channels")
-    axis.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     save_figure(figure, path)
 
 

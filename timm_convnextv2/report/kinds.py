@@ -1,12 +1,15 @@
 """The texts, tables and charts of a report, per task."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from .next_steps import Step, next_steps, next_steps_of_transfer
 from .run import RunRecord
+
+BASELINES = {"random": "random weights", "pixels": "plain pixels"}
 
 
 class Chart(NamedTuple):
@@ -29,160 +32,136 @@ class Chart(NamedTuple):
     dashed: str = "held out"
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Kind:
     """The differences between tasks.
 
     Attributes:
         title: Title of the page, before " of RUN".
-        heading: Text above the names of the runs.
         model: Subfolder with the exported model.
         predictions: Explains the images of predictions.
         alt: Text alternative of such an image, before ", after epoch N".
-        columns: Columns of summary.csv in the table of numbers: heading and format.
+        measures: Columns of summary.csv with name and format, in the order of the tables.
         facts: Rows about model, data and training.
-        about: The run in one line.
-        numbers: The latest measured numbers.
         charts: Candidates for charts; those without values are left out.
         findings: Sentences about the numbers.
         next_steps: Commands for the exported model.
     """
 
     title: str
-    heading: str
     model: str
     predictions: str
     alt: str
-    columns: dict[str, tuple[str, str]]
+    measures: dict[str, tuple[str, str]]
     facts: Callable[[RunRecord], dict[str, str]]
-    about: Callable[[RunRecord], str]
-    numbers: Callable[[RunRecord], dict[str, str]]
     charts: Callable[[Sequence[RunRecord]], list[Chart]]
-    findings: Callable[[RunRecord], list[str]]
+    findings: Callable[[RunRecord], Iterable[str]]
     next_steps: Callable[[dict[str, Any], Path], list[Step]]
 
 
 # ------------------------------------------------------------------------------------------------------ of every task
 
 COST = {
-    "train_images_per_s": ("images/s", "{:.1f}"),
-    "train_data_wait": ("data wait", "{:.0%}"),
-    "train_memory_gib": ("memory GiB", "{:.2f}"),
-    "lr": ("learning rate", "{:.2e}"),
+    "train_images_per_s": ("Images/s", "{:.1f}"),
+    "train_data_wait": ("Waiting for data", "{:.0%}"),
+    "train_memory_gib": ("Memory, GiB", "{:.2f}"),
+    "lr": ("Learning rate", "{:.2e}"),
 }
-
-COST_CHARTS = [
+_COST_CHARTS = [
     Chart("Speed, images/s", {"train_images_per_s": False}, scale=1),
     Chart("Waiting for data, % of the time", {"train_data_wait": False}, "More than a few %: add data workers.", 100),
     Chart("Learning rate", {"lr": False}),
 ]
 
 
-def cost_of(run: RunRecord) -> dict[str, str]:
-    """Time, speed and memory."""
-    rows = run.rows.values()
+def as_text(value: float, form: str) -> str:
+    """A number with a space before its percent sign."""
+    return form.format(value).replace("%", " %")
+
+
+def last_numbers(run: RunRecord, measures: dict[str, tuple[str, str]]) -> dict[str, str]:
+    """The latest value of each measure, and the cost of the run."""
+    rows, progress = run.rows.values(), run.progress
     seconds = sum(row.get("train_seconds", 0.0) for row in rows)
-    speeds, waits, memory = (
-        [row[name] for row in rows if name in row]
-        for name in ("train_images_per_s", "train_data_wait", "train_memory_gib")
-    )
-    return {
-        "Training time": duration(seconds) if seconds else "",
+    speeds, waits, memory = ([*run.column(name).values()] for name in [*COST][:3])
+    bad = {"train_bad_images": ("Images that cannot be decoded", "{:.0f}")}
+    latest = {
+        name: as_text(values[max(values)], form)
+        for column, (name, form) in (measures | bad).items()
+        if (values := run.column(column))
+    }
+    minutes = round(seconds / 60)
+    duration = f"{seconds:.0f} s" if seconds < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+    latest |= {
+        "Training time": duration if seconds else "",
         "Speed": f"{median(speeds):.1f} images/s" if speeds else "",
         "Waiting for data": f"{100 * median(waits):.0f} % of the time" if waits else "",
         "Peak memory": f"{max(memory):.2f} GiB" if memory else "",
+        "Skipped updates": str(progress["bad_steps"]) if "bad_steps" in progress else "",
     }
+    if progress.get("bad_images"):  # of the whole run, not of its last epoch
+        latest["Images that cannot be decoded"] = str(len(progress["bad_images"]))
+    return latest
 
 
-def last_of(run: RunRecord, column: str, form: str) -> str:
-    values = run.column(column)
-    return form.format(values[max(values)]).replace("%", " %") if values else ""
+def in_one_line(facts: dict[str, str]) -> str:
+    """The run in one line."""
+    return f"{facts['Model']} on {facts['Data']}: {facts['Images'] or 'images'}; {facts['Epochs']} epochs"
 
 
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def batch_of(of: dict[str, Any], processes: int) -> str:
+def _facts(run: RunRecord, own: dict[str, str], processes: int) -> dict[str, str]:
+    """The rows of one task, and those that all tasks share."""
+    of = run.settings
     accum = f" x {of['grad_accum_steps']} steps" if of["grad_accum_steps"] > 1 else ""
-    return f"{of['batch_size']}{accum}" + (f" x {processes} processes" if processes > 1 else "")
-
-
-def device_of(of: dict[str, Any]) -> str:
-    return f"{of.get('device', '')}{', ' + str(of.get('amp_dtype')) if of.get('amp') else ''}"
-
-
-BASELINES = {"random": "random weights", "pixels": "plain pixels"}
-
-_COLUMNS = {
-    "train_loss": ("loss", "{:.4f}"),
-    "eval_loss": ("held-out loss", "{:.4f}"),
-    "eval_knn": ("kNN %", "{:.1f}"),
-    "eval_ridge": ("ridge %", "{:.1f}"),
-    "eval_rank": ("RankMe", "{:.1f}"),
-    "eval_distance": ("distance", "{:.3f}"),
-    "eval_dead": ("dead channels", "{:.1%}"),
-    **COST,
-}
-
-
-def _facts(run: RunRecord) -> dict[str, str]:
-    """Rows about model, data and training."""
-    of, progress = run.settings, run.progress
-    chans, height, width = of["input_size"]
-    sources = [of["dataset"], of["data_dir"], of.get("data_list")]
-    named = [word for source in sources if source for word in (source if isinstance(source, list) else [source])]
-    data = "the embedded data set" if of["dataset"] == "embedded" else " ".join(named)
-    images = progress.get("num_images") or of.get("train_num_samples")
-    start = "random weights" if not of["pretrained"] else str(of.get("weights") or "published or given weights")
-    probe = run.probe
-    probed = f"{probe.get('data_dir', '')}: {len(probe.get('classes') or [])} classes, {probe.get('train', '?')} train"
     return {
-        "Model": of["model"],
-        "Started from": start,
-        "Data": data,
-        "Images": f"{images:,}" if isinstance(images, int) else "",
-        "Input": f"{chans} x {height} x {width}, stem patch {of['patch_size']}",
-        "Method": f"FCMAE, mask ratio {of['mask_ratio']:g}, decoder {of['decoder_depth']} x {of['decoder_dim']}, "
-        + ("targets normalised per patch" if of.get("norm_pix_loss") else "plain pixels"),
-        "Epochs": f"{len(run.rows) and max(run.rows) + 1} of {of['epochs']}",
-        "Batch": batch_of(of, progress.get("world_size", 1)),
-        "Device": device_of(of),
+        **own,
+        "Batch": f"{of['batch_size']}{accum}" + (f" x {processes} processes" if processes > 1 else ""),
+        "Device": f"{of.get('device', '')}{', ' + str(of.get('amp_dtype')) if of.get('amp') else ''}",
         "Seed": str(of["seed"]),
-        "Probe": f"{probed}, {probe.get('test', '?')} test images" if probe else "",
         "Versions": run.versions,
         "Folder": str(run.path),
         "Command": run.command,
     }
 
 
-def _about(run: RunRecord) -> str:
-    """The run in one line."""
-    facts = _facts(run)
-    images = f"{facts['Images']} images" if facts["Images"] else "images"
-    size = " x ".join(map(str, run.settings["input_size"]))
-    return f"{facts['Model']} on {facts['Data']}, {images} of {size}, {facts['Epochs']} epochs"
+def _best(run: RunRecord, name: str, column: str, form: str = "{:.1%}", best: Callable[..., int] = max) -> list[str]:
+    """A sentence about the best epoch of a column; nothing if it was not measured."""
+    values = run.column(column)
+    if not values:
+        return []
+    at, last = best(values, key=values.__getitem__), max(values)
+    since = "" if at == last else f", and is {as_text(values[last], form)} after epoch {last}"
+    order = "highest" if best is max else "lowest"
+    return [f"{name} was {order} after epoch {at} ({as_text(values[at], form)}){since}."]
 
 
-def _numbers(run: RunRecord) -> dict[str, str]:
-    """The latest measured numbers."""
-    bad = run.progress.get("bad_images") or {}
-    last_bad = last_of(run, "train_bad_images", "{:.0f}")
-    return {
-        "Loss": last_of(run, "train_loss", "{:.4f}"),
-        "Held-out loss": last_of(run, "eval_loss", "{:.4f}"),
-        "kNN": last_of(run, "eval_knn", "{:.1f}%"),
-        "Ridge": last_of(run, "eval_ridge", "{:.1f}%"),
-        "RankMe": last_of(run, "eval_rank", "{:.1f}"),
-        "Distance of channels": last_of(run, "eval_distance", "{:.3f}"),
-        "Dead channels": last_of(run, "eval_dead", "{:.2%}"),
-        **cost_of(run),
-        "Images that cannot be decoded": str(len(bad)) if bad else last_bad,
-        "Skipped updates": str(run.progress["bad_steps"]) if "bad_steps" in run.progress else "",
+# ------------------------------------------------------------------------------------------------------- pretraining
+
+
+def _facts_of_pretraining(run: RunRecord) -> dict[str, str]:
+    of, probe = run.settings, run.probe
+    chans, height, width = of["input_size"]
+    sources = [of["dataset"], of["data_dir"], of.get("data_list")]
+    named = [word for source in sources if source for word in (source if isinstance(source, list) else [source])]
+    images = run.progress.get("num_images") or of.get("train_num_samples")
+    probed = f"{probe.get('data_dir', '')}: {len(probe.get('classes') or [])} classes, {probe.get('train', '?')} train"
+    own = {
+        "Model": of["model"],
+        "Started from": str(of.get("weights") or "published or given weights")
+        if of["pretrained"]
+        else "random weights",
+        "Data": "the embedded data set" if of["dataset"] == "embedded" else " ".join(named),
+        "Images": f"{images:,} images" if isinstance(images, int) else "",
+        "Input": f"{chans} x {height} x {width}, stem patch {of['patch_size']}",
+        "Method": f"FCMAE, mask ratio {of['mask_ratio']:g}, decoder {of['decoder_depth']} x {of['decoder_dim']}, "
+        + ("targets normalised per patch" if of.get("norm_pix_loss") else "plain pixels"),
+        "Epochs": f"{len(run.rows) and max(run.rows) + 1} of {of['epochs']}",
+        "Probe": f"{probed}, {probe.get('test', '?')} test images" if probe else "",
     }
+    return _facts(run, own, run.progress.get("world_size", 1))
 
 
-def _charts(runs: Sequence[RunRecord]) -> list[Chart]:
+def _pretraining_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     held_out = any(run.column("eval_loss") for run in runs)
     note = "Solid: training. Dashed: held-out images." if held_out else "On masked patches of the training images."
     return [
@@ -192,114 +171,57 @@ def _charts(runs: Sequence[RunRecord]) -> list[Chart]:
         Chart("RankMe", {"eval_rank": False}, "Compares runs of one method only.", baseline="rank"),
         Chart("Mean distance of channels", {"eval_distance": False}, "0: collapsed. About 0.5: independent."),
         Chart("Dead channels, %", {"eval_dead": False}, "Channels whose norm is almost zero.", 100),
-        *COST_CHARTS,
+        *_COST_CHARTS,
     ]
 
 
-def _findings(run: RunRecord) -> list[str]:
-    """Sentences about the numbers."""
+def _findings_of_pretraining(run: RunRecord) -> list[str]:
     found = []
     for column, name, key in (("eval_knn", "kNN", "knn"), ("eval_ridge", "Ridge", "ridge")):
         values = run.column(column)
         if not values:
             continue
-        last = max(values)
+        value, last = values[max(values)], max(values)
         sides = [
-            f"{_side(values[last], of[key])} {BASELINES.get(base, base)} ({of[key]:.1f} %)"
+            f"{'above' if value > of[key] else 'below' if value < of[key] else 'equal to'} {BASELINES.get(base, base)} "
+            f"({of[key]:.1f} %)"
             for base, of in run.probe.get("baselines", {}).items()
             if key in of
         ]
-        found.append(f"{name} after epoch {last} is {values[last]:.1f} %{': ' if sides else ''}{', '.join(sides)}.")
-    held_out = run.column("eval_loss")
-    if held_out:
-        best, last = min(held_out, key=lambda epoch: held_out[epoch]), max(held_out)
-        since = "" if best == last else f", and is {held_out[last]:.4f} after epoch {last}"
-        found.append(f"The held-out loss was lowest after epoch {best} ({held_out[best]:.4f}){since}.")
-    return found
+        found.append(f"{name} after epoch {last} is {value:.1f} %{': ' if sides else ''}{', '.join(sides)}.")
+    return found + _best(run, "The held-out loss", "eval_loss", "{:.4f}", min)
 
 
-def _side(value: float, baseline: float) -> str:
-    return "above" if value > baseline else "below" if value < baseline else "equal to"
-
-
-PRETRAINING = Kind(
-    "Pretraining",
-    "Report of pretraining, FCMAE",
-    "encoder",
-    "The same images with the same masks: the input of the network, and its prediction of the masked patches. Good "
-    "predictions do not prove good features.",
-    "Original, masked input, prediction, and prediction with the visible patches, one row per image",
-    _COLUMNS,
-    _facts,
-    _about,
-    _numbers,
-    _charts,
-    _findings,
-    next_steps,
-)
+# ------------------------------------------------------------------------------------------ detection, segmentation
 
 
 def _facts_of_transfer(run: RunRecord) -> dict[str, str]:
-    """Rows about model, data and training."""
     of = run.settings
     names = [str(name) for name in of["classes"]]
-    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    start = "random weights" if of["from_scratch"] else of["model"]
     kind = "UPerNet" if run.task == "segmentation" else "Faster R-CNN" if of.get("boxes_only") else "Mask R-CNN"
-    prepared = ", ".join(f"{name} {value}" for name, value in (of.get("pixels") or {}).items())
-    return {
+    start = "random weights" if of["from_scratch"] else of["model"]
+    own = {
         "Model": f"{kind} on {of['model']}",
         "Backbone started from": f"{start}{', frozen' if of.get('frozen') else ''}",
         "Data": of["data_dir"],
-        "Images": f"{of['num_images']:,}, {of['num_validation']:,} to validate",
-        "Classes": f"{len(names)}: {shown}",
+        "Images": f"{of['num_images']:,} images, {of['num_validation']:,} to validate",
+        "Classes": f"{len(names)}: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}",
         "Input": f"{of['in_chans']} channels, crops of {of['img_size']} x {of['img_size']}",
-        "Stored values": prepared,
+        "Stored values": ", ".join(f"{name} {value}" for name, value in (of.get("pixels") or {}).items()),
         "Recipe": str(of.get("recipe") or ""),
+        "Epochs": str(len(run.rows) and max(run.rows) + 1),
         "Updates": f"{of['total_updates']:,}",
-        "Batch": batch_of(of, of["world_size"]),
         "Learning rate": f"{of['lr']:g}, layer decay {of.get('layer_decay', 1):g}",
-        "Device": device_of(of),
-        "Seed": str(of["seed"]),
-        "Versions": run.versions,
-        "Folder": str(run.path),
-        "Command": run.command,
     }
+    return _facts(run, own, of["world_size"])
 
 
-def _about_transfer(run: RunRecord) -> str:
-    """The run in one line."""
-    facts, of = _facts_of_transfer(run), run.settings
-    epochs = len(run.rows) and max(run.rows) + 1
-    images = f"{of['num_images']:,} images, {of['num_validation']:,} to validate"
-    return f"{facts['Model']}, on {facts['Data']}: {images}; {epochs} epochs"
-
-
-def _numbers_of(measures: dict[str, str]) -> Callable[[RunRecord], dict[str, str]]:
-    """The function for these measures `{name: column of summary.csv}`."""
-
-    def numbers(run: RunRecord) -> dict[str, str]:
-        found = {"Loss": last_of(run, "train_loss", "{:.4f}")}
-        for name, column in measures.items():
-            values = run.column(column)
-            found[name] = f"{100 * values[max(values)]:.1f} %" if values else ""
-        return {**found, **cost_of(run)}
-
-    return numbers
-
-
-def _findings_of(names: dict[str, str]) -> Callable[[RunRecord], list[str]]:
-    """The function for these measures `{name: column of summary.csv}`."""
+def _findings_of(*columns: str) -> Callable[[RunRecord], list[str]]:
+    """The function for these columns of summary.csv."""
 
     def findings(run: RunRecord) -> list[str]:
-        found = []
-        for name, column in names.items():
-            values = run.column(column)
-            if values:
-                best, last = max(values, key=lambda epoch: values[epoch]), max(values)
-                since = "" if best == last else f", and is {100 * values[last]:.1f} % after epoch {last}"
-                found.append(f"{name} was highest after epoch {best} ({100 * values[best]:.1f} %){since}.")
-        if found and run.column("train_loss"):
+        found = [text for column in columns for text in _best(run, _TRANSFER[column][0], column)]
+        if found:
             found.append("It was measured on the validation images, with the weights that are exported.")
         return found
 
@@ -321,7 +243,7 @@ def _detection_charts(runs: Sequence[RunRecord]) -> list[Chart]:
         Chart("AP, %", {"eval_box_ap": False, "eval_mask_ap": True}, f"{note} IoU 0.5 to 0.95.", **dashed),
         Chart("AP at IoU 0.5, %", {"eval_box_ap50": False, "eval_mask_ap50": True}, note, **dashed),
         *_losses(runs),
-        *COST_CHARTS,
+        *_COST_CHARTS,
     ]
 
 
@@ -336,50 +258,66 @@ def _segmentation_charts(runs: Sequence[RunRecord]) -> list[Chart]:
             dashed="mean over classes",
         ),  # fmt: skip
         *_losses(runs),
-        *COST_CHARTS,
+        *_COST_CHARTS,
     ]
 
 
+_LOSS = {"train_loss": ("Loss", "{:.4f}")}
 _BOXES = {
-    "Box AP": "eval_box_ap",
-    "Box AP50": "eval_box_ap50",
-    "Mask AP": "eval_mask_ap",
-    "Mask AP50": "eval_mask_ap50",
+    "eval_box_ap": ("Box AP", "{:.1%}"),
+    "eval_box_ap50": ("Box AP50", "{:.1%}"),
+    "eval_mask_ap": ("Mask AP", "{:.1%}"),
+    "eval_mask_ap50": ("Mask AP50", "{:.1%}"),
 }
+_CLASSES = {
+    "eval_miou": ("mIoU", "{:.1%}"),
+    "eval_accuracy": ("Accuracy", "{:.1%}"),
+    "eval_mean_accuracy": ("Mean accuracy", "{:.1%}"),
+}
+_TRANSFER = _BOXES | _CLASSES
 
-_PIXELS = {"mIoU": "eval_miou", "Accuracy": "eval_accuracy", "Mean accuracy": "eval_mean_accuracy"}
-
-
-DETECTION = Kind(
-    "Detection",
-    "Report of detection",
-    "model",
-    "Validation images: ground truth on the left, detections with a score of at least 0.5 on the right.",
-    "Ground truth on the left and detections on the right, one row per image",
-    {"train_loss": ("loss", "{:.4f}"), **{c: (n, "{:.1%}") for n, c in _BOXES.items()}, **COST},
-    _facts_of_transfer,
-    _about_transfer,
-    _numbers_of(_BOXES),
-    _detection_charts,
-    _findings_of({name: _BOXES[name] for name in ("Box AP", "Mask AP")}),
-    next_steps_of_transfer,
-)
-
-
-SEGMENTATION = Kind(
-    "Segmentation",
-    "Report of segmentation",
-    "model",
-    "Validation images: the image, its mask, and the prediction.",
-    "Image, mask and prediction, one row per image",
-    {"train_loss": ("loss", "{:.4f}"), **{c: (n, "{:.1%}") for n, c in _PIXELS.items()}, **COST},
-    _facts_of_transfer,
-    _about_transfer,
-    _numbers_of(_PIXELS),
-    _segmentation_charts,
-    _findings_of({"mIoU": "eval_miou"}),
-    next_steps_of_transfer,
-)
-
-
-KINDS = {"pretraining": PRETRAINING, "detection": DETECTION, "segmentation": SEGMENTATION}
+KINDS = {
+    "pretraining": Kind(
+        title="Pretraining",
+        model="encoder",
+        predictions="The same images with the same masks: the input of the network, and its prediction of the masked "
+        "patches. Good predictions do not prove good features.",
+        alt="Original, masked input, prediction, and prediction with the visible patches, one row per image",
+        measures=_LOSS
+        | {
+            "eval_loss": ("Held-out loss", "{:.4f}"),
+            "eval_knn": ("kNN", "{:.1f}%"),
+            "eval_ridge": ("Ridge", "{:.1f}%"),
+            "eval_rank": ("RankMe", "{:.1f}"),
+            "eval_distance": ("Distance of channels", "{:.3f}"),
+            "eval_dead": ("Dead channels", "{:.2%}"),
+        },
+        facts=_facts_of_pretraining,
+        charts=_pretraining_charts,
+        findings=_findings_of_pretraining,
+        next_steps=next_steps,
+    ),
+    "detection": Kind(
+        title="Detection",
+        model="model",
+        predictions="Validation images: ground truth on the left, detections with a score of at least 0.5 on the "
+        "right.",
+        alt="Ground truth on the left and detections on the right, one row per image",
+        measures=_LOSS | _BOXES,
+        facts=_facts_of_transfer,
+        charts=_detection_charts,
+        findings=_findings_of("eval_box_ap", "eval_mask_ap"),
+        next_steps=next_steps_of_transfer,
+    ),
+    "segmentation": Kind(
+        title="Segmentation",
+        model="model",
+        predictions="Validation images: the image, its mask, and the prediction.",
+        alt="Image, mask and prediction, one row per image",
+        measures=_LOSS | _CLASSES,
+        facts=_facts_of_transfer,
+        charts=_segmentation_charts,
+        findings=_findings_of("eval_miou"),
+        next_steps=next_steps_of_transfer,
+    ),
+}
