@@ -156,9 +156,7 @@ def test_float32_parameters_with_half_inputs_as_under_autocast(dtype):
 
 def test_grn_under_function_transforms():
     """`torch.func` and forward-mode differentiation work as with timm's modules."""
-    from timm.layers.grn import GlobalResponseNorm as Stock
-
-    stock, ours = Stock(6), GlobalResponseNorm(6)
+    stock, ours = TimmGlobalResponseNorm(6), GlobalResponseNorm(6)
     torch.nn.init.normal_(stock.weight)
     ours.load_state_dict(stock.state_dict())
     x, v = torch.randn(3, 1, 4, 5, 6), torch.randn(3, 1, 4, 5, 6)

@@ -222,13 +222,11 @@ def test_coordinates_find_the_pixels():
 def test_without_the_engine(monkeypatch):
     clear()
     monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)
-    with pytest.raises(
-        RuntimeError, match="set_backend.*cannot be imported.*setuptools<65.*--cpu_only --blas=openblas"
-    ):
+    with pytest.raises(RuntimeError, match="set_backend.*setuptools<65.*--cpu_only --blas=openblas"):
         set_backend("minkowski")
     assert backend() != "minkowski"
     monkeypatch.setenv("TIMM_CONVNEXTV2_BACKEND", "minkowski")
-    with pytest.raises(RuntimeError, match="TIMM_CONVNEXTV2_BACKEND asks for 'minkowski'"):
+    with pytest.raises(RuntimeError, match="TIMM_CONVNEXTV2_BACKEND.*'minkowski'"):
         backend()
     assert "cannot be imported" in explanation(toy())
 
@@ -238,7 +236,7 @@ def test_a_build_for_the_cpu_alone_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "MinkowskiEngine", SimpleNamespace(is_cuda_available=lambda: False))
     with FakeTensorMode():
         coordinates = torch.empty(4, 3, dtype=torch.int32, device="cuda")
-    with pytest.raises(RuntimeError, match="for the CPU alone.*--force_cuda"):
+    with pytest.raises(RuntimeError, match="CPU.*--force_cuda"):
         minkowski._map(coordinates)
     clear()
 
