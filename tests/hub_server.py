@@ -23,14 +23,15 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
 
 LFS_PATTERNS = ("*.bin", "*.pth", "*.safetensors")
-NOW = datetime(2025, 1, 1, tzinfo=timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+NOW = "2025-01-01T00:00:00.000Z"
+# token: (user, who owns the repositories of that name; role)
+USERS = {"hf_owner": ("owner", "write"), "hf_reader": ("owner", "read"), "hf_stranger": ("stranger", "write")}
 
 
 @dataclass
@@ -128,9 +129,6 @@ class _Answer(Exception):
 class HubServer:
     """The server: its contents, its faults, and the log of what was asked.
 
-    Args:
-        users: Token to (user name, role 'write' or 'read'). A user owns the repositories of that name.
-
     Attributes:
         repos: Repositories by id.
         lfs: LFS objects by sha256.
@@ -138,12 +136,7 @@ class HubServer:
         endpoint: URL for HF_ENDPOINT; it stays when the server is stopped and started again.
     """
 
-    def __init__(self, users: dict[str, tuple[str, str]] | None = None) -> None:
-        self.users = users or {
-            "hf_owner": ("owner", "write"),
-            "hf_reader": ("owner", "read"),
-            "hf_stranger": ("stranger", "write"),
-        }
+    def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.requests: list[Request] = []
@@ -273,7 +266,7 @@ class HubServer:
         authorization = request.headers.get("authorization")
         if authorization is None:
             return None
-        user = self.users.get(authorization.removeprefix("Bearer "))
+        user = USERS.get(authorization.removeprefix("Bearer "))
         if user is None:
             raise _Answer.error(401, "Invalid credentials in Authorization header")
         return user
@@ -311,13 +304,20 @@ class HubServer:
         raise _Answer.json({"type": "user", "name": user[0], "fullname": user[0], "orgs": [], "auth": auth})
 
     def validate_yaml(self, request: Request) -> None:
-        """The metadata at the head of a model card."""
-        content = json.loads(request.body)["content"]
-        errors, warnings = card_problems(content)
-        raise _Answer.json(
-            {"errors": [{"message": m} for m in errors], "warnings": [{"message": m} for m in warnings]},
-            400 if errors else 200,
-        )
+        """The metadata at the head of a model card, as far as our cards use the format."""
+        try:
+            metadata = card_metadata(json.loads(request.body)["content"]) or {}
+            errors = [f'"{k}" must be a string' for k in TEXTS if not isinstance(metadata.get(k, ""), str)]
+            errors += [f'"{k}" must be a string or strings' for k in LISTS if not _are_strings(metadata.get(k, []))]
+            for result in (r for model in metadata.get("model-index", []) for r in model["results"]):
+                if not result["task"]["type"] or not all(m["type"] and "value" in m for m in result["metrics"]):
+                    errors.append('"model-index" needs a task and metrics with a type and a value')
+            if metadata.get("license") == "other" and not metadata.get("license_name"):
+                errors.append('"license_name" is required where "license" is "other"')
+        except (yaml.YAMLError, KeyError, AttributeError) as e:
+            errors = [f"Invalid metadata in the model card: {e!r}"]
+        content = {"errors": [{"message": m} for m in errors], "warnings": []}
+        raise _Answer.json(content, 400 if errors else 200)
 
     def create(self, request: Request) -> None:
         user = self._user(request)
@@ -483,44 +483,18 @@ def _part(request: Request, data: bytes, headers: dict[str, str]) -> _Answer:
     return _Answer(206, data[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"})
 
 
-def card_metadata(text: str) -> Any:
-    """The YAML between the two lines `---` at the head of a model card, None without.
+TEXTS = ("license", "license_name", "library_name", "pipeline_tag")
+LISTS = ("base_model", "datasets", "tags", "metrics")
 
-    Raises:
-        yaml.YAMLError: It does not parse.
-    """
+
+def _are_strings(value: Any) -> bool:
+    return all(isinstance(v, str) and v for v in (value if isinstance(value, list) else [value]))
+
+
+def card_metadata(text: str) -> Any:
+    """The YAML between the two lines `---` at the head of a model card, None without."""
     head = re.match(r"---[ \t]*\r?\n(.*?\n)?---[ \t]*(\r?\n|$)", text, re.DOTALL)
     return yaml.safe_load(head[1] or "") if head else None
-
-
-def card_problems(text: str) -> tuple[list[str], list[str]]:
-    """Errors and warnings that the Hub's own check of a model card would give, as far as our cards use the format."""
-    try:
-        metadata = card_metadata(text)
-    except yaml.YAMLError as e:
-        return [f"Invalid YAML in the model card: {e}"], []
-    if not metadata:
-        return [], ["empty or missing yaml metadata in repo card"]
-    if not isinstance(metadata, dict):
-        return ["The metadata must be a mapping"], []
-    errors = []
-    for key in ("license", "license_name", "library_name", "pipeline_tag"):
-        if key in metadata and not (isinstance(metadata[key], str) and metadata[key]):
-            errors.append(f'"{key}" must be a string')
-    for key in ("base_model", "datasets", "tags", "metrics"):
-        value = metadata.get(key, [])
-        if not all(isinstance(v, str) and v for v in (value if isinstance(value, list) else [value])):
-            errors.append(f'"{key}" must be a string or an array of strings')
-    if metadata.get("license") == "other" and not metadata.get("license_name"):
-        errors.append('"license_name" is required where "license" is "other"')
-    for i, model in enumerate(metadata.get("model-index", [])):
-        for j, result in enumerate(model.get("results", []) if model.get("name") else [{}]):
-            where = f'"model-index[{i}].results[{j}]'
-            if not result.get("task", {}).get("type"):
-                errors.append(f'{where}.task.type" is required')
-            if not all(m.get("type") and "value" in m for m in result.get("metrics", [{}])):
-                errors.append(f'{where}.metrics" need type and value')
-    return errors, []
 
 
 class _Listener(http.server.ThreadingHTTPServer):

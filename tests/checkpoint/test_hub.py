@@ -18,10 +18,9 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import SCRIPTS
 from hub_server import HubServer, card_metadata
 from huggingface_hub import constants, file_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import _http
 
 import timm_convnextv2
@@ -122,7 +121,7 @@ def test_weights_that_are_not_finite_are_not_published(folder, value):
     name = sorted(weights)[3]
     weights[name].view(-1)[-1] = value
     safetensors.torch.save_file(weights, folder / WEIGHTS)
-    with pytest.raises(ValueError, match=f"'{name}' has values that are not finite"):
+    with pytest.raises(ValueError, match=f"'{name}'.*finite"):
         check_folder(folder)
 
 
@@ -196,11 +195,6 @@ def test_push_makes_a_repository_with_the_folder(hub, folder, private):
     assert [path for path, file in commit.files.items() if file.lfs] == [WEIGHTS]
 
 
-def test_push_without_a_message_gives_one(hub, folder):
-    push_to_hub(folder, REPO)
-    assert hub.commits(REPO)[0].message
-
-
 @pytest.mark.parametrize("revision", ["v1.0", "runs/a"])
 def test_push_to_a_branch_leaves_main_alone(hub, folder, revision):
     url = push_to_hub(folder, REPO, revision=revision)
@@ -240,12 +234,7 @@ def test_push_to_a_repository_of_the_other_visibility(hub, folder, private):
     assert not hub.log("PUT")
     push_to_hub(folder, REPO)  # not said: as it is
     assert hub.repos[REPO].private is not private
-
-
-def test_push_keeps_files_that_only_the_repository_has(hub, folder):
-    hub.add(REPO, {"notes.md": b"mine"})
-    push_to_hub(folder, REPO)
-    assert_published(hub, folder, **{"notes.md": b"mine"})
+    assert_published(hub, folder, **{"notes.md": b"mine"})  # and what only the repository has stays
 
 
 @pytest.mark.parametrize("kind", ["encoder", "fcmae"])
@@ -299,21 +288,8 @@ def test_push_of_a_folder_without_a_model_asks_nobody(hub, tmp_path):
     assert not hub.requests
 
 
-# what one push asks for; those that huggingface_hub sends again by itself after a 503
-RETRIED = [("POST", "/preupload/"), ("POST", "/objects/batch"), ("PUT", LFS), ("POST", "/objects/verify")]
-STEPS = [*RETRIED, ("POST", "/repos/create"), ("POST", "/validate-yaml"), ("POST", "/branch/"), ("POST", "/commit/")]
-
-
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step[1])
-def test_push_survives_one_503(hub, folder, step):
-    hub.fail(*step, 503)
-    if step in RETRIED:
-        push_to_hub(folder, REPO, revision="v1")
-    else:
-        at_the_second_try(lambda: push_to_hub(folder, REPO, revision="v1"))
-    assert 503 in [r.status for r in hub.log(*step)]
-    assert_published(hub, folder, "v1")
-    assert len(hub.commits(REPO, "v1")) == 1
+STEPS = [("PUT", LFS), *(("POST", f"/{name}") for name in ("preupload/", "objects/batch", "objects/verify"))]
+STEPS += [("POST", f"/{name}") for name in ("repos/create", "validate-yaml", "branch/", "commit/")]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step[1])
@@ -338,15 +314,6 @@ def test_commit_whose_answer_was_lost_is_not_made_twice(hub, folder):
     assert len(hub.log("PUT", LFS)) == 1
 
 
-@pytest.mark.parametrize("reset", [False, True])
-@pytest.mark.parametrize("times", [1, 3])
-def test_upload_that_is_cut_is_sent_again_as_a_whole(hub, folder, times, reset):
-    hub.cut("PUT", LFS, after=5000, times=times, reset=reset)
-    push_to_hub(folder, REPO)
-    assert [r.status for r in hub.log("PUT", LFS)] == [None] * times + [200]
-    assert_published(hub, folder)
-
-
 def test_upload_that_is_always_cut_publishes_nothing(hub, folder):
     hub.cut("PUT", LFS, after=5000, times=FOREVER)
     with pytest.raises(RuntimeError, match=re.escape(REPO)):
@@ -355,32 +322,7 @@ def test_upload_that_is_always_cut_publishes_nothing(hub, folder):
     assert not hub.lfs
 
 
-def test_push_without_network(hub, folder):
-    hub.stop()
-    with pytest.raises(RuntimeError, match=re.escape(REPO)):
-        push_to_hub(folder, REPO)
-
-
 # -- downloading
-
-
-@pytest.mark.parametrize("private", [False, True])
-@pytest.mark.parametrize("kwargs", [{}, dict(num_classes=0), dict(num_classes=5), dict(features_only=True)], ids=str)
-def test_encoder_comes_back_with_its_values(hub, exported, kwargs, private):
-    hub.add(REPO, exported["encoder"], private=private)
-    model = load_encoder(**kwargs)
-    expected = safetensors.torch.load(exported["encoder"][WEIGHTS])
-    state_dict = model.state_dict()
-    if "features_only" in kwargs:  # timm flattens the names there, and leaves the head out
-        expected = {k.replace("stem.", "stem_").replace("stages.", "stages_"): v for k, v in expected.items()}
-        expected = {k: v for k, v in expected.items() if not k.startswith("head.")}
-        assert [f.shape[1] for f in model(torch.zeros(1, 3, 32, 32))] == [8, 16, 24, 32]
-    assert set(state_dict) - set(expected) == (
-        {"head.fc.weight", "head.fc.bias"} if kwargs.get("num_classes") else set()
-    )
-    for name, value in expected.items():
-        assert torch.equal(state_dict[name], value), name
-    assert not any("authorization" in r.headers for r in hub.requests if r.server == "storage")
 
 
 @pytest.mark.parametrize("load", [load_fcmae, load_encoder], ids=["overlay", "hf-hub"])
@@ -401,43 +343,16 @@ def test_whole_way_push_and_load(hub, folder, fcmae):
         assert torch.equal(value, fcmae.encoder.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("kind", ["encoder", "fcmae"])
-def test_revisions_are_kept_apart(hub, exported, kind):
-    files = exported[kind]
+def test_revisions_are_kept_apart(hub, exported):
+    files = exported["fcmae"]
     changed = {WEIGHTS: shift(files[WEIGHTS])}
     first = hub.add(REPO, files).find("main").oid
     hub.add(REPO, changed, branch="v2/more")
-    load = load_encoder if kind == "encoder" else load_fcmae
-    assert_same(load(f"{REPO}@v2/more").state_dict(), changed[WEIGHTS])
-    assert_same(load().state_dict(), files[WEIGHTS])
+    assert_same(load_fcmae(f"{REPO}@v2/more").state_dict(), changed[WEIGHTS])
+    assert_same(load_fcmae().state_dict(), files[WEIGHTS])
     hub.add(REPO, changed)
-    assert_same(load(f"{REPO}@{first}").state_dict(), files[WEIGHTS])
-    assert_same(load().state_dict(), changed[WEIGHTS])
-
-
-def test_second_load_downloads_nothing(hub, exported, monkeypatch):
-    hub.add(REPO, exported["encoder"])
-    load_encoder()
-    assert len(hub.log("GET", LFS)) == 1
-    gets, requests = len(hub.log("GET")), len(hub.requests)
-    assert_same(load_encoder().state_dict(), exported["encoder"][WEIGHTS])
-    assert len(hub.log("GET")) == gets
-    assert len(hub.requests) > requests  # it asks whether there is something new
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    requests = len(hub.requests)
-    assert_same(load_encoder().state_dict(), exported["encoder"][WEIGHTS])
-    assert len(hub.requests) == requests
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    hub.stop()
-    assert_same(load_encoder().state_dict(), exported["encoder"][WEIGHTS])
-    assert hub.clock.waited == 0
-
-    hub.start()
-    hub.add(REPO, {WEIGHTS: shift(exported["encoder"][WEIGHTS])})
-    assert_same(load_encoder().state_dict(), shift(exported["encoder"][WEIGHTS]))
-    assert len(hub.log("GET", "config.json")) == 1  # did not change
+    assert_same(load_fcmae(f"{REPO}@{first}").state_dict(), files[WEIGHTS])
+    assert_same(load_fcmae().state_dict(), changed[WEIGHTS])
 
 
 def test_cache_serves_through_an_outage(hub, exported):
@@ -462,35 +377,23 @@ def test_cache_serves_through_an_outage(hub, exported):
         ("public", "hf_wrong", 401),
     ],
 )
-@pytest.mark.parametrize("kind", ["encoder", "fcmae"])
-def test_model_that_one_may_not_read(hub, exported, access, token, status, kind, monkeypatch):
-    hub.add(REPO, exported[kind], **({} if access == "public" else {access: True}))
+def test_model_that_one_may_not_read(hub, exported, access, token, status, monkeypatch):
+    hub.add(REPO, exported["fcmae"], **({} if access == "public" else {access: True}))
     monkeypatch.delenv("HF_TOKEN")
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
-    if kind == "encoder":  # timm asks for config.json before any model is ours: this error is huggingface_hub's
-        with pytest.raises(HfHubHTTPError, match=REPO) as error:
-            load_encoder()
-        assert error.value.response.status_code == status
-    else:
-        with pytest.raises(RuntimeError, match=f"'{REPO}'.*{status}.*HF_TOKEN"):
-            load_fcmae()
+    with pytest.raises(RuntimeError, match=f"'{REPO}'.*{status}.*HF_TOKEN"):
+        load_fcmae()
     assert not cached()
     monkeypatch.setenv("HF_TOKEN", "hf_owner")
-    assert_same((load_encoder if kind == "encoder" else load_fcmae)().state_dict(), exported[kind][WEIGHTS])
-
-
-def test_reader_may_read(hub, exported, monkeypatch):
-    hub.add(REPO, exported["encoder"], private=True)
-    monkeypatch.setenv("HF_TOKEN", "hf_reader")
-    assert_same(load_encoder().state_dict(), exported["encoder"][WEIGHTS])
+    assert_same(load_fcmae().state_dict(), exported["fcmae"][WEIGHTS])
 
 
 def test_what_is_not_there(hub, exported):
     hub.add(REPO, exported["fcmae"])
     with pytest.raises(RuntimeError, match="'owner/absent'.*404.*HF_TOKEN"):
         load_fcmae("owner/absent")
-    with pytest.raises(RuntimeError, match=f"'{REPO}@v9'.*404.*revision 'v9'"):
+    with pytest.raises(RuntimeError, match=f"'{REPO}@v9'.*404"):
         load_fcmae(f"{REPO}@v9")
     with pytest.raises(RepositoryNotFoundError, match="owner/absent"):
         load_encoder("owner/absent")
@@ -504,33 +407,17 @@ def test_what_is_not_there(hub, exported):
 # -- when the Hub or the line fails
 
 
-@pytest.mark.parametrize("pattern", ["config.json", WEIGHTS])
-@pytest.mark.parametrize("times", [1, 3])
-def test_503_is_asked_again(hub, exported, pattern, times):
-    hub.add(REPO, exported["encoder"])
-    hub.fail("HEAD", pattern, 503, times=times)
-    assert_same(load_encoder().state_dict(), exported["encoder"][WEIGHTS])
-    assert [r.status for r in hub.log("HEAD", pattern)].count(503) == times
-
-
-def test_503_of_the_storage_harms_nothing(hub, exported):
-    hub.add(REPO, exported["encoder"])
-    hub.fail("GET", LFS, 503)
-    assert_same(at_the_second_try(load_encoder).state_dict(), exported["encoder"][WEIGHTS])
-
-
 @pytest.mark.parametrize("method, pattern", [("HEAD", WEIGHTS), ("GET", LFS)], ids=["hub", "storage"])
-@pytest.mark.parametrize("load, kind", [(load_encoder, "encoder"), (load_fcmae, "fcmae")], ids=["encoder", "fcmae"])
-def test_503_that_goes_on_is_one_clear_error(hub, exported, load, kind, method, pattern):
-    hub.add(REPO, exported[kind])
+def test_503_that_goes_on_is_one_clear_error(hub, exported, method, pattern):
+    hub.add(REPO, exported["fcmae"])
     hub.fail(method, pattern, 503, times=FOREVER)
     with pytest.raises(RuntimeError, match=f"'{REPO}'") as error:
-        load()
+        load_fcmae()
     assert "signature=" not in str(error.value)  # a link to the content that works without a token
     assert hub.clock.waited < 120
     assert WEIGHTS not in cached()
     hub.heal()
-    assert_same(load().state_dict(), exported[kind][WEIGHTS])
+    assert_same(load_fcmae().state_dict(), exported["fcmae"][WEIGHTS])
 
 
 def test_no_network_and_no_cache(hub, exported):
@@ -538,33 +425,7 @@ def test_no_network_and_no_cache(hub, exported):
     hub.stop()
     with pytest.raises(RuntimeError, match=f"'{REPO}'.*HF_HOME"):
         load_fcmae()
-    with pytest.raises(LocalEntryNotFoundError):  # huggingface_hub's, see above
-        load_encoder()
     assert hub.clock.waited < 120
-
-
-def ranges(server):
-    """First byte of each request for the weights."""
-    asked = [r.headers.get("range", "bytes=0-") for r in server.log("GET", LFS)]
-    return [int(re.fullmatch(r"bytes=(\d+)-", r)[1]) for r in asked]
-
-
-@pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.parametrize("load, kind", [(load_encoder, "encoder"), (load_fcmae, "fcmae")], ids=["encoder", "fcmae"])
-def test_download_that_is_cut_goes_on_where_it_was(hub, exported, load, kind, times):
-    hub.add(REPO, exported[kind])
-    hub.cut("GET", LFS, after=5500, times=times)
-    assert_same(load().state_dict(), exported[kind][WEIGHTS])
-    assert ranges(hub) == [5000 * i for i in range(times + 1)]  # whole chunks are kept
-    assert [r.status for r in hub.log("GET", LFS)] == [200] + [206] * times
-    (path,) = Path(constants.HF_HUB_CACHE).rglob(WEIGHTS)
-    assert path.read_bytes() == exported[kind][WEIGHTS]
-
-
-def test_config_that_is_cut(hub, exported):
-    hub.add(REPO, exported["encoder"])
-    hub.cut("GET", "config.json", after=10)
-    assert_same(load_encoder().state_dict(), exported["encoder"][WEIGHTS])
 
 
 def faults(server):
@@ -583,38 +444,20 @@ def faults(server):
     yield
 
 
-@pytest.mark.parametrize("load, kind", [(load_encoder, "encoder"), (load_fcmae, "fcmae")], ids=["encoder", "fcmae"])
-def test_half_a_file_is_never_taken_for_a_whole_one(hub, exported, load, kind):
-    hub.add(REPO, exported[kind])
+def test_half_a_file_is_never_taken_for_a_whole_one(hub, exported):
+    hub.add(REPO, exported["fcmae"])
     for _ in faults(hub):
         with pytest.raises(RuntimeError, match=f"'{REPO}'"):
-            load()
+            load_fcmae()
         assert hub.log("GET", LFS)
         assert WEIGHTS not in cached()
         assert not [p for p in Path(constants.HF_HUB_CACHE).glob("models--*/blobs/*") if p.stat().st_size > 5000]
     hub.stop()
     with pytest.raises(RuntimeError, match=f"'{REPO}'"):  # nor from the cache later
-        load()
+        load_fcmae()
     hub.start()
     hub.heal()
-    assert_same(load().state_dict(), exported[kind][WEIGHTS])
-
-
-def test_line_that_is_reset_once_harms_nothing(hub, exported):
-    hub.add(REPO, exported["encoder"])
-    hub.cut("GET", LFS, after=5500, reset=True)
-    assert_same(at_the_second_try(load_encoder).state_dict(), exported["encoder"][WEIGHTS])
-
-
-def test_what_a_killed_download_left_is_not_used(hub, exported):
-    content = exported["encoder"][WEIGHTS]
-    hub.add(REPO, exported["encoder"])
-    oid = hub.repos[REPO].find("main").files[WEIGHTS].oid
-    blobs = Path(constants.HF_HUB_CACHE) / "models--owner--model" / "blobs"
-    blobs.mkdir(parents=True)
-    for name in (f"{oid}.incomplete", f"{oid}.0123abcd.incomplete"):  # as older and newer versions name it
-        (blobs / name).write_bytes(b"\0" * (len(content) // 2))
-    assert_same(load_encoder().state_dict(), content)
+    assert_same(load_fcmae().state_dict(), exported["fcmae"][WEIGHTS])
 
 
 # -- in a process of its own, with nothing but the environment
@@ -662,31 +505,7 @@ def test_stock_timm_and_push_with_the_environment_alone(exported, tmp_path):
         assert (tmp_path / "home" / "hub").is_dir()
 
 
-def test_publish_script_with_the_environment_alone(exported, folder, tmp_path):
-    more = ["--private", "--revision", "v1", "--commit-message", "From the shell"]
-    with HubServer() as server:
-        command = [sys.executable, str(SCRIPTS / "publish.py"), str(folder), REPO, *more]
-        env = environment(server, tmp_path / "home")
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        (commit,) = server.commits(REPO, "v1")
-        assert f"{server.endpoint}/{REPO}/commit/{commit.oid}" in done.stdout
-        assert commit.message == "From the shell"
-        assert server.repos[REPO].private
-        assert_published(server, folder, "v1")
-        assert not server.commits(REPO)
-
-
 # -- the scripts, in this process
-
-
-def test_publish_dry_run_asks_nobody(hub, folder, capsys):
-    before = files_of(folder)
-    assert publish.main([str(folder), REPO, "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    assert REPO in out and WEIGHTS in out and "README.md" in out
-    assert not hub.requests
-    assert files_of(folder) == before
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`load_model`: the weights are those of the file, or there is no model."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -28,7 +29,7 @@ def test_features_only_has_the_exported_weights(exported):
 def test_weights_that_were_not_loaded_are_noticed(small, monkeypatch, kwargs):
     create_model = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **more: create_model(name, **more))
-    with pytest.raises(ValueError, match="it was not loaded"):
+    with pytest.raises(ValueError, match=small):
         load_model(small, **kwargs)
 
 
@@ -42,61 +43,51 @@ def test_a_classifier_with_a_missing_tensor_is_noticed(tmp_path):
     del stored["stages.2.downsample.1.weight"]
     safetensors.torch.save_file(stored, weights)
     timm.create_model(name, pretrained=True, features_only=True)
-    with pytest.raises(ValueError, match=r"have no stages\.2\.downsample\.1\.weight"):
+    with pytest.raises(ValueError, match=r"stages\.2\.downsample\.1\.weight"):
         load_model(name, features_only=True)
 
 
-def spoil(folder, how):
-    if how == "no config":
-        (folder / "config.json").unlink()
-    elif how == "config is no JSON":
-        (folder / "config.json").write_text("{")
-    elif how == "config of something else":
-        (folder / "config.json").write_text('{"model_type": "bert"}')
-    elif how == "foreign architecture":
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"architecture": "convnextv9"}))
-    elif how == "no weights":
-        (folder / "model.safetensors").unlink()
-    elif how == "half the weights":
-        content = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    elif how == "other sizes":
-        make_encoder(folder.parent / "other", dims=[8, 16, 24, 40])
-        shutil.copy(folder.parent / "other" / "model.safetensors", folder)
+def of_other_sizes(folder):
+    make_encoder(folder.parent / "other", dims=[8, 16, 24, 40])
+    shutil.copy(folder.parent / "other" / "model.safetensors", folder)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "no config",
-        "config is no JSON",
-        "config of something else",
-        "foreign architecture",
-        "no weights",
-        "half the weights",
-        "other sizes",
-    ],
-)
+def foreign(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architecture": "convnextv9"}))
+
+
+SPOILED = {
+    "no config": lambda folder: (folder / "config.json").unlink(),
+    "config is no JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "config of something else": lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
+    "foreign architecture": foreign,
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "half the weights": lambda folder: os.truncate(folder / "model.safetensors", 5000),
+    "other sizes": of_other_sizes,
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
 def test_a_folder_that_is_no_model_is_refused_by_name(small, tmp_path, how):
     folder = tmp_path / "folder"
     shutil.copytree(small.removeprefix("local-dir:"), folder)
-    spoil(folder, how)
-    with pytest.raises(ValueError, match=f"'local-dir:{folder}' cannot be loaded"):
+    SPOILED[how](folder)
+    with pytest.raises(ValueError, match=f"'local-dir:{folder}'"):
         load_model(f"local-dir:{folder}", features_only=True)
 
 
 def test_names_that_are_refused():
     for name in ("some/folder", "", "ftp:x"):
-        with pytest.raises(ValueError, match="expected .*local-dir:FOLDER or hf-hub:USER/NAME"):
+        with pytest.raises(ValueError, match="local-dir:FOLDER.*hf-hub:USER/NAME"):
             load_model(name)
-    with pytest.raises(ValueError, match="'convnextv2_ato'.* Did you mean 'convnextv2_atto'"):
+    with pytest.raises(ValueError, match="'convnextv2_ato'.*'convnextv2_atto'"):
         load_model("convnextv2_ato")
-    with pytest.raises(ValueError, match=r"no pretrained weights in timm.*convnextv2_atto\.fcmae_ft_in1k"):
+    with pytest.raises(ValueError, match=r"convnextv2_atto\.fcmae_ft_in1k"):
         load_model("convnextv2_atto.nothing")
-    with pytest.raises(ValueError, match="'convnextv2_small' has no pretrained weights in timm. Give "):
+    with pytest.raises(ValueError, match="'convnextv2_small'"):
         load_model("convnextv2_small")
-    with pytest.raises(ValueError, match="'hf-hub:someone/absent' cannot be loaded"):
+    with pytest.raises(ValueError, match="'hf-hub:someone/absent'"):
         load_model("hf-hub:someone/absent")
 
 
@@ -104,14 +95,14 @@ def test_a_pretraining_model_is_refused(tmp_path):
     model = timm.create_model("fcmae_convnextv2_atto", depths=(1, 1, 1, 1), dims=DIMS, decoder_dim=16)
     export_fcmae(model, tmp_path)
     for kwargs in (dict(num_classes=0), dict(features_only=True)):
-        with pytest.raises(ValueError, match=f"The model 'local-dir:{tmp_path}' (is an FCMAE|cannot be loaded)"):
+        with pytest.raises(ValueError, match=f"'local-dir:{tmp_path}'"):
             load_model(f"local-dir:{tmp_path}", **kwargs)
 
 
 @pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_atto.fcmae_ft_in1k", "resnet18", "resnet18.a1_in1k"])
 def test_a_model_of_timm_is_loaded_from_the_hub(name, monkeypatch):
     """Without a network: what is asked of timm, and that what it says is told."""
-    with pytest.raises(ValueError, match=f"'{name}' cannot be loaded"):
+    with pytest.raises(ValueError, match=f"'{name}'"):
         load_model(name, num_classes=0)
     asked = []
     create_model = timm.create_model

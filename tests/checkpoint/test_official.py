@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -12,10 +11,10 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import Runs
 from torch import nn
 
 import timm_convnextv2  # noqa: F401  registers the models
-from timm_convnextv2 import FCMAE
 from timm_convnextv2.checkpoint import convert_official, export_encoder, load_checkpoint, to_official
 
 DEPTHS, DIMS, DECODER_DIM, KERNEL = (1, 2, 1, 1), (8, 12, 16, 20), 24, 7
@@ -258,21 +257,13 @@ def test_unknown_widths_need_the_hint_and_foreign_parts_have_no_place():
 # --- files
 
 
-class _Runs:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (os.system, (f"touch '{self.path}'",))
-
-
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle0", "pickle2", "pickle5"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_code_in_a_file_is_named_and_never_run(kind, tmp_path):
     path, proof = tmp_path / "trap.pt", tmp_path / "executed"
-    content = {"weight": torch.ones(1), "x": _Runs(proof)}
+    content = {"weight": torch.ones(1), "x": Runs(proof)}
     if kind.startswith("pickle"):
-        path.write_bytes(pickle.dumps({"x": _Runs(proof)}, protocol=int(kind[-1])))
+        path.write_bytes(pickle.dumps({"x": Runs(proof)}, protocol=int(kind[-1])))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(ValueError, match=r"trap\.pt.*not (executed|read)"):
@@ -281,7 +272,7 @@ def test_code_in_a_file_is_named_and_never_run(kind, tmp_path):
     if kind in ("zip", "legacy"):
         with pytest.raises(ValueError, match="system"):
             load_checkpoint(path)
-        pickle.loads(pickle.dumps(_Runs(proof)))
+        pickle.loads(pickle.dumps(Runs(proof)))
         assert proof.exists()  # the trap works where it is sprung
 
 
@@ -306,15 +297,15 @@ def test_files_load_whole_or_not_at_all(suffix, tmp_path):
 
 
 def test_other_files(tmp_path):
-    with pytest.raises(ValueError, match="absent.pt' does not exist"):
+    with pytest.raises(ValueError, match="absent.pt'"):
         load_checkpoint(tmp_path / "absent.pt")
     with pytest.raises(ValueError, match="is a folder"):
         load_checkpoint(tmp_path)
     torch.save(torch.ones(2), tmp_path / "tensor.pt")
-    with pytest.raises(ValueError, match="tensor.pt' holds a Tensor"):
+    with pytest.raises(ValueError, match="tensor.pt'.*Tensor"):
         load_checkpoint(tmp_path / "tensor.pt")
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
-    with pytest.raises(ValueError, match="module.pt' was refused.*Linear"):
+    with pytest.raises(ValueError, match="module.pt'.*Linear"):
         load_checkpoint(tmp_path / "module.pt")
     (tmp_path / "page.pt").write_text("<html>404</html>")
     with pytest.raises(ValueError, match="page.pt"):
@@ -436,35 +427,6 @@ def test_config_and_card(tmp_path):
     assert torch.equal(scope["model"].stem[0].weight, model.encoder.stem[0].weight)
 
 
-def test_export_of_other_weights_and_again(tmp_path):
-    model = timm.create_model("fcmae_convnextv2_atto", decoder_dim=16, img_size=64)
-    ema = {f"_orig_mod.{k}": v + 1 for k, v in model.state_dict().items()}
-    folder = export_encoder(model, tmp_path / "out", state_dict=ema)
-    (folder / "notes.txt").write_text("mine")
-    name = "stages.0.blocks.0.conv_dw.weight"
-    read = lambda: safetensors.torch.load_file(folder / "model.safetensors")[name]  # noqa: E731
-    own = model.encoder.state_dict()[name]
-    assert torch.equal(read(), own + 1)
-    export_encoder(model, folder)
-    assert torch.equal(read(), own)
-    assert (folder / "notes.txt").read_text() == "mine"
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # nothing temporary is left
-
-    for bad, message in (
-        ({k: v for k, v in ema.items() if "stages.3" not in k}, r"'stages\.3\.\S+' is missing in the weights"),
-        (ema | {"encoder.x": own}, "'x' is .* and missing in the model"),
-        (ema | {"_orig_mod.encoder.stem.0.bias": own}, r"'stem\.0\.bias' is .* in the weights and \[40\] in the model"),
-        (model.encoder.state_dict(), "missing in the weights"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            export_encoder(model, folder, state_dict=bad)
-    with pytest.raises(ValueError, match="mean has 2 values"):
-        export_encoder(model, folder, mean=(0.1, 0.2))
-    with pytest.raises(ValueError, match="timm.create_model"):
-        export_encoder(FCMAE(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), decoder_dim=8), folder)
-    assert torch.equal(read(), own)
-
-
 def test_a_failed_export_leaves_the_old_folder(tmp_path, monkeypatch):
     model = timm.create_model("fcmae_convnextv2_atto", decoder_dim=16, img_size=64)
     folder = export_encoder(model, tmp_path / "out")
@@ -479,33 +441,3 @@ def test_a_failed_export_leaves_the_old_folder(tmp_path, monkeypatch):
         export_encoder(model, folder, license="mit")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_licence_follows_the_weights(tmp_path):
-    """From scratch: the user's choice or none. From the published weights: theirs, through a round of export too."""
-    scratch = timm.create_model("fcmae_convnextv2_atto", decoder_dim=16, img_size=64)
-    cfg = lambda folder: json.loads((folder / "config.json").read_text())["pretrained_cfg"]  # noqa: E731
-    folder = export_encoder(scratch, tmp_path / "scratch")
-    assert "license" not in cfg(folder) and "license:" not in (folder / "README.md").read_text()
-    assert cfg(export_encoder(scratch, tmp_path / "mit", license="mit"))["license"] == "mit"
-
-    weights = {k: v for k, v in scratch.encoder.state_dict().items() if not k.startswith("head.")}
-    safetensors.torch.save_file(weights, tmp_path / "published.safetensors")  # as the Hub has them: no head.norm
-    derived = timm.create_model(
-        "fcmae_convnextv2_atto",
-        pretrained=True,
-        pretrained_cfg_overlay=dict(file=str(tmp_path / "published.safetensors")),
-        decoder_dim=16,
-        img_size=64,
-    )
-    assert torch.equal(derived.encoder.stem[0].weight, scratch.encoder.stem[0].weight)
-    for license in (None, "cc-by-nc-4.0"):
-        folder = export_encoder(derived, tmp_path / "derived", license=license)
-        assert cfg(folder)["license"] == "cc-by-nc-4.0" and "tag" not in cfg(folder)
-        assert "license: cc-by-nc-4.0" in (folder / "README.md").read_text()
-    with pytest.raises(ValueError, match="cc-by-nc-4.0"):
-        export_encoder(derived, tmp_path / "derived", license="apache-2.0")
-    timm.models.save_for_hf(derived.encoder, tmp_path / "hand", safe_serialization=True)
-    assert cfg(tmp_path / "hand")["license"] == "cc-by-nc-4.0"
-    timm.models.save_for_hf(scratch.encoder, tmp_path / "hand", safe_serialization=True)
-    assert "license" not in cfg(tmp_path / "hand")
