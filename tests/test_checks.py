@@ -48,5 +48,5 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert check_device("cuda") == torch.device("cuda") and check_device("cuda:0").index == 0
     for name in ("cuda:1", "tpu9"):
-        with pytest.raises(ValueError, match=f"--device {name} cannot be used"):
+        with pytest.raises(ValueError, match=f"--device {name}"):
             check_device(name)

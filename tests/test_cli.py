@@ -77,6 +77,14 @@ def test_the_package_is_a_module_for_python_and_torchrun(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage: timm-convnextv2 embed ")
 
 
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_each_script_is_its_command(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code == 0 and f" {script.stem} " in capsys.readouterr().out
+
+
 def test_help_needs_no_command_and_the_package_no_optional_part():
     """`python -m timm_convnextv2`, in a process of its own: what it imports, and subpackages as attributes."""
     code = (
@@ -84,10 +92,12 @@ def test_help_needs_no_command_and_the_package_no_optional_part():
         "sys.argv[1:] = ['--version']\n"
         "try: runpy.run_module('timm_convnextv2', run_name='__main__')\n"
         "except SystemExit as e: assert e.code == 0\n"
-        "heavy = ('matplotlib', 'pyarrow', 'datasets', 'timm_convnextv2.checkpoint', 'timm_convnextv2.data')\n"
-        "assert not [m for m in heavy if m in sys.modules], heavy\n"
+        "heavy = ['matplotlib', 'pyarrow', 'datasets', 'tifffile', 'webdataset']\n"
+        "ours = ['timm_convnextv2.checkpoint', 'timm_convnextv2.data']\n"
+        "assert not {*heavy, *ours} & {*sys.modules}\n"
         "import timm_convnextv2\n"
-        "assert timm_convnextv2.checkpoint.load_model and timm_convnextv2.data.create_source\n"
+        "assert timm_convnextv2.checkpoint.load_model and timm_convnextv2.data.DemoSource(1)[0].any()\n"
+        "assert not {*heavy} & {*sys.modules}\n"
         "try: timm_convnextv2.nothing\n"
         "except AttributeError as e: print(e)\n"
     )

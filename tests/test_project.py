@@ -23,14 +23,8 @@ FIRST_SCREEN = README.partition("\n## ")[0]
 PAGES = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
 FOREIGN_OPTIONS = {
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"),  # torchrun's
-    *(
-        "--signal",
-        "--nodes",
-        "--gpus-per-node",
-        "--cpus-per-task",
-        "--time",
-        "--shutdown-timeout",
-    ),  # SLURM's, torchrun's
+    *("--signal", "--nodes", "--gpus-per-node", "--cpus-per-task", "--time"),  # SLURM's
+    "--shutdown-timeout",  # torchrun's
     *("--no-binary", "--no-deps", "--no-build-isolation", "--cpu", "--blas", "--force"),  # pip's, MinkowskiEngine's
     # timm's train.py, validate.py and inference.py
     *("--num-classes", "--device-modules", "--warmup-prefix", "--crop-mode", "--include-index", "--results-file"),

@@ -1,5 +1,8 @@
 """Images, and loaders over them, that several tests of data share."""
 
+import io
+import tarfile
+
 import numpy as np
 import torch
 from PIL import Image
@@ -13,19 +16,19 @@ from timm_convnextv2.data import (
     collate,
 )
 
-# a picture whose corners differ, so that a rotation or a swapped axis shows
+# a image whose corners differ, so that a rotation or a swapped axis shows
 RGB = np.zeros((6, 8, 3), np.uint8)
 RGB[:3, :4], RGB[:3, 4:], RGB[3:, :4], RGB[3:, 4:] = (250, 10, 10), (10, 250, 10), (10, 10, 250), (200, 200, 40)
 
 
-def picture(seed=0, size=(24, 32)):
+def noise(seed=0, size=(24, 32)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
 def folder_of(path, n, suffix="png"):
     path.mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        picture(i).save(path / f"{i:03d}.{suffix}")
+        noise(i).save(path / f"{i:03d}.{suffix}")
     return path
 
 
@@ -71,3 +74,29 @@ def photograph(height, width, seed=0):
     texture = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((side, side), np.float32)) / frequency, s=(side, side))
     rgb = DemoSource(8, side)[seed % 8].permute(1, 2, 0).numpy() + 25 * texture[..., None] / texture.std()
     return Image.fromarray(rgb.clip(0, 255).astype(np.uint8)[:height, :width])
+
+
+def encoded(x, kind="png", **options):
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    (x if isinstance(x, Image.Image) else Image.fromarray(x)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path, files):
+    """A tar file of `{name: bytes}`."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def write_numbered(folder, *names):
+    """Images whose pixels are ten times the number in their name, and one more below `c`; other files are empty."""
+    for path in (folder / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".png":
+            Image.new("L", (4, 4), 10 * int(path.stem) + (path.parent.name == "c")).save(path)
+        else:
+            path.touch()

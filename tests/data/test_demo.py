@@ -68,9 +68,9 @@ def test_demo_grey_and_errors():
     rgb, grey = DemoSource(4, 32)[3].float(), DemoSource(4, 32, in_chans=1)[3].float()
     luma = (rgb * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
     assert grey.shape == (1, 32, 32) and (grey - luma).abs().max() <= 1.5
-    with pytest.raises(ValueError, match="1 or 3 channels.*in_chans=4"):
+    with pytest.raises(ValueError, match="in_chans=4"):
         DemoSource(in_chans=4)
-    with pytest.raises(ValueError, match="length >= 1"):
+    with pytest.raises(ValueError, match=">= 1"):
         DemoSource(0)
 
 
@@ -147,7 +147,7 @@ def test_only_an_empty_folder_is_filled(tmp_path):
     for taken in ("full/mine.txt", "file"):
         (tmp_path / taken).parent.mkdir(exist_ok=True)
         (tmp_path / taken).write_text("mine")
-        with pytest.raises(ValueError, match="is not an empty folder"):
+        with pytest.raises(ValueError, match="empty folder"):
             write_folder(tmp_path / taken.split("/")[0], **SMALL)
         assert (tmp_path / taken).read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "full"]

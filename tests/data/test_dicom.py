@@ -103,16 +103,16 @@ def test_colours_are_rgb():
 def test_frames_are_refused_or_pages(tmp_path):
     x = random((4, 6, 5))
     path = draw(tmp_path / "x.dcm", x)
-    with pytest.raises(ImageError, match="has 4 frames; read them with --pages"):
+    with pytest.raises(ImageError, match="4 frames.*--pages"):
         load_image(path, 1)
     source = PageSource(FolderSource(tmp_path, 1))
     assert count_pages(str(path)) == 4 and len(source) == 4 and source.name(2).endswith("x.dcm, page 2")
     assert all(np.allclose(source[i][0], x[i] / 4095, atol=1e-7) for i in range(4))
     assert np.allclose(load_image(path, 4, Pixels(page="channels")), x / 4095, atol=1e-7)
     assert read_header(path, "channels").channels == 4
-    with pytest.raises(ImageError, match="has 4 pages, and page 4 is asked for"):
+    with pytest.raises(ImageError, match="4 pages.*page 4"):
         load_image(path, 1, Pixels(page=4))
-    with pytest.raises(ImageError, match="has 4 channels, expected 3"):
+    with pytest.raises(ImageError, match="4 channels.*expected 3"):
         load_image(path, 3, Pixels(page="channels"))
 
 
@@ -126,7 +126,7 @@ def test_what_is_no_image_is_refused(file, text):
 
 
 def test_a_missing_window_is_refused():
-    with pytest.raises(ImageError, match="names no window .* --dicom-window CENTRE WIDTH"):
+    with pytest.raises(ImageError, match="--dicom-window CENTRE WIDTH"):
         load_image(bundled("CT_small.dcm"), 1, Pixels(dicom_window="file"))
 
 
@@ -145,9 +145,9 @@ def test_the_record_says_how(tmp_path):
     for pixels in (Pixels(dicom_window="file", page=3), Pixels(dicom_window=(40.0, 400.0), page="channels")):
         assert Pixels.from_record(pixels.record()) == pixels and "DICOM in the window" in str(pixels)
     for wrong in ((40.0,), (40.0, -1.0)):
-        with pytest.raises(ValueError, match="centre and a width above 0"):
+        with pytest.raises(ValueError, match="above 0"):
             Pixels(dicom_window=wrong).check(1)
-    with pytest.raises(ValueError, match="already gives 0 to 1"):
+    with pytest.raises(ValueError, match="0 to 1"):
         Pixels(dicom_window="file", divide=2.0).check(1)
 
 
@@ -164,5 +164,5 @@ def test_missing_packages_are_named(package, file, tmp_path, monkeypatch):
     left = str(FolderSource(tmp_path, 1).left)
     assert left == f"1 other file ignored: 1 {Path(file).suffix} (to read them: pip install {package})"
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackageError, match=f"{file}: is .*; run `pip install {package}`"):
+    with pytest.raises(MissingPackageError, match=f"{file}: .*`pip install {package}`"):
         load_image(tmp_path / file, 1)

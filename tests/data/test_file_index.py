@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn import write_numbered
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -18,11 +19,7 @@ from timm_convnextv2.files import WriteError
 
 @pytest.fixture
 def images(tmp_path, monkeypatch):
-    for name in ("a/1.png", "a/deep/2.png", "b/3.png"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (4, 4), int(path.stem)).save(path)
-    (tmp_path / "b/notes.txt").write_text("")
+    write_numbered(tmp_path, "a/1.png", "a/deep/2.png", "b/3.png", "b/notes.txt")
     (tmp_path / "l.csv").write_text("path,weight\nb/3.png,2\na/1.png,1\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -67,7 +64,7 @@ def test_workers_read_it_and_copy_nothing(images):
     queue = context.Queue()
     worker = context.Process(target=values, args=(source, queue))
     worker.start()
-    assert queue.get(timeout=60) == [3, 1, 2]
+    assert queue.get(timeout=60) == [30, 10, 20]
     worker.join()
 
 
@@ -103,40 +100,40 @@ def test_what_makes_it_stale(images, monkeypatch, data_dir, data_list):
 def test_refused(images):
     find_images("a", index="i")
     for places in (("b", None), (["a", "b"], None), (None, "l.csv")):
-        with pytest.raises(ValueError, match=f"i is an index of {images}/a, not of {images}/.*another file"):
+        with pytest.raises(ValueError, match=f"i .*{images}/a.* not .*{images}/"):
             find_images(*places, index="i")
     content = Path("i").read_bytes()
     for damaged in (content[:-3], content[:5], b"", b"x" * 300, content + b"0"):
         Path("i").write_bytes(damaged)
-        with pytest.raises(ValueError, match="--index i cannot be used: .*Remove it"):
+        with pytest.raises(ValueError, match="--index i "):
             find_images("a", index="i")
-    with pytest.raises(ValueError, match="--index a cannot be used"):
+    with pytest.raises(ValueError, match="--index a "):
         find_images("a", index="a")
-    with pytest.raises(WriteError, match="'absent/i' cannot be written"):
+    with pytest.raises(WriteError, match="'absent/i'"):
         find_images("a", index="absent/i")
 
 
 def test_replaced_while_in_use(images):
     names = pickle.dumps(find_images("a", index="i").names)
     Path("i").unlink()
-    with pytest.raises(ValueError, match="--index i cannot be used: .*No such file"):
+    with pytest.raises(ValueError, match="--index i .*No such file"):
         pickle.loads(names)
     find_images("a", index="i")
-    with pytest.raises(ValueError, match="i was replaced while the command ran"):
+    with pytest.raises(ValueError, match="i was replaced"):
         pickle.loads(names)
 
 
 def test_missing_files_are_remembered(images):
     with open("l.csv", "a") as file:
         file.write("gone.png,1\n")
-    with pytest.raises(ValueError, match="1 of 3 listed images are missing, for example gone.png"):
+    with pytest.raises(ValueError, match="1 of 3 .*gone.png"):
         find_images(None, "l.csv", index="i", max_missing=0.1)
     assert not Path("i").exists()
     find_images(None, "l.csv", index="i")
     told = []
     find_images(None, "l.csv", index="i", max_missing=0.5, tell=told.append)
     assert "1 of 3" in told[0] and load_file("i")["sizes"][2] == -1
-    with pytest.raises(ValueError, match="allows a .* 0.1"):
+    with pytest.raises(ValueError, match="0.1"):
         find_images(None, "l.csv", index="i", max_missing=0.1)
 
 
@@ -146,7 +143,7 @@ def test_nothing_is_left_of_an_index_that_fails(images, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("timm_convnextv2.data.paths.index.save_file", fail)
-    with pytest.raises(WriteError, match="'i' cannot be written: No space left on device"):
+    with pytest.raises(WriteError, match="'i'.*No space left on device"):
         find_images("a", index="i")
     assert not Path("i").exists() and not [*Path(".").glob(".i*")]
 

@@ -193,7 +193,7 @@ FMIN = float(np.finfo(np.float32).min)
 LA8 = np.dstack([GREY8, ALPHA8])
 RGBA8, RGBA16 = np.dstack([RGB8, ALPHA8]), np.dstack([RGB16, ALPHA8.astype(np.uint16) * 257])
 PREMULTIPLIED = np.rint(RGB16 * (RGBA16[..., 3:] / 65535)).astype(np.uint16)
-CMYK = Image.fromarray(RGB8).convert("CMYK")
+CMYK, YCBCR = (Image.fromarray(RGB8).convert(mode) for mode in ("CMYK", "YCbCr"))
 PALETTE = Image.fromarray(RGB8).quantize(64)
 IJ = dict(imagej=True)
 
@@ -205,6 +205,8 @@ KINDS = {
     "png grey as grey": Kind(pillow(GREY8), 1, GREY8[None] / 255),
     "png bilevel": Kind(pillow(GREY8 > 99), 1, (GREY8 > 99)[None] * 1.0),
     "png palette": Kind(pillow(PALETTE), 3, colours(PALETTE)),
+    "png palette, one clear": Kind(pillow(PALETTE, transparency=bytes([0, 255, 0, 128])), 3, colours(PALETTE)),
+    "gif, one clear": Kind(pillow(PALETTE, "x.gif", transparency=0), 3, colours(PALETTE)),
     "png alpha": Kind(pillow(RGBA8), 3, chw(RGB8) / 255),
     "png alpha kept": Kind(pillow(RGBA8), 4, chw(RGBA8) / 255),
     "png grey alpha": Kind(pillow(LA8), 3, grey(GREY8 / 255)),
@@ -256,6 +258,9 @@ KINDS = {
         tiff(RGB8, photometric="rgb", extratags=[(274, "H", 1, 8, True)]), 3, chw(np.rot90(RGB8)) / 255
     ),
     "tiff palette": Kind(pillow(PALETTE, "x.tif"), 3, colours(PALETTE)),
+    "tiff palette alpha": Kind(pillow(PALETTE.convert("PA"), "x.tif"), 3, colours(PALETTE)),
+    "tiff rgba": Kind(pillow(RGBA8, "x.tif"), 3, chw(RGB8) / 255),
+    "tiff ycbcr": Kind(pillow(YCBCR, "x.tif", compression="tiff_lzw"), 3, colours(YCBCR), tolerance=1.1 / 255),
     "tiff cmyk": Kind(pillow(CMYK, "x.tif"), 3, colours(CMYK)),
     "tiff grey alpha": Kind(
         tiff(LA8, photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"]), 3, grey(GREY8 / 255)
@@ -379,7 +384,7 @@ KINDS = {
 
 @pytest.mark.parametrize("command", READERS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_reaches_the_network(tmp_path, kind, command):
+def test_what_reaches_the_network(tmp_path, kind, command, recwarn):
     write, in_chans, truth, nodata, tolerance = KINDS[kind]
     write(tmp_path)
     (name,) = (path.name for path in tmp_path.iterdir())
@@ -388,6 +393,7 @@ def test_what_reaches_the_network(tmp_path, kind, command):
         assert image is None
         assert name in reason and re.search(truth, reason), reason
         return
+    assert not [w for w in recwarn if "PIL" in w.filename or "Transparency" in str(w.message)]
     assert reason == "" and image.shape == (in_chans, S, S) and image.dtype == torch.float32
     error = np.abs(image.numpy() - truth) / np.maximum(1, np.abs(truth))
     assert error.max() <= tolerance, error.max()

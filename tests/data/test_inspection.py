@@ -28,71 +28,35 @@ def folder(tmp_path):
 
 
 def run(folder, capsys, status, *more):
-    words = [
-        str(folder),
-        "--img-size",
-        "40",
-        "-j",
-        "0",
-        "--output",
-        str(folder.parent / "c.json"),
-        "--overwrite",
-        *more,
-    ]
-    assert cli.main(["check", *words]) == status
+    words = ["--img-size", "40", "-j", "0", "--output", str(folder.parent / "c.json"), "--overwrite", *more]
+    assert cli.main(["check", str(folder), *words]) == status
     printed = capsys.readouterr()
     content = json.loads((folder.parent / "c.json").read_text()) if status < 2 else None
     return content, printed
 
 
-def flat(folder):
-    Image.new("RGB", (SIZE, SIZE), (9, 8, 7)).save(folder / "x.png")
-
-
-def small(folder):
-    Image.open(folder / "1.png").crop((0, 0, 39, 44)).save(folder / "x.png")
-
-
-def double(folder):
-    shutil.copy(folder / "1.png", folder / "x.png")
-
-
-def cut(folder):
-    (folder / "x.png").write_bytes((folder / "1.png").read_bytes()[:700])
-
-
-def text(folder):
-    (folder / "x.png").write_text("no image")
-
-
-def nan(folder):
-    np.save(folder / "x.npy", np.full((3, SIZE, SIZE), np.nan, np.float32))
-
-
-def bands(folder):
-    np.save(folder / "x.npy", np.random.default_rng(0).random((5, SIZE, SIZE), dtype=np.float32))
-
-
+# what makes the file x, the kind of the finding, and what is printed of it
+BANDS, NAN = np.random.default_rng(0).random((5, SIZE, SIZE), np.float32), np.full((3, SIZE, SIZE), np.nan, np.float32)
 FAULTS = {
-    flat: ("flat", "same value"),
-    small: ("small", "44 x 39 pixels, crops are 40"),
-    double: ("duplicate", "the same bytes as .*1.png"),
-    cut: ("unreadable", "truncated"),
-    text: ("unreadable", "no format that Pillow reads"),
-    nan: ("unreadable", "NaN"),
-    bands: ("differs", "5 channels of float32, most files have 3 of uint8"),
+    "flat": (lambda f: Image.new("RGB", (SIZE, SIZE), (9, 8, 7)).save(f / "x.png"), "flat", "same value"),
+    "small": (lambda f: Image.open(f / "1.png").crop((0, 0, 39, 44)).save(f / "x.png"), "small", "44 x 39 .* 40"),
+    "double": (lambda f: shutil.copy(f / "1.png", f / "x.png"), "duplicate", "1.png"),
+    "cut": (lambda f: (f / "x.png").write_bytes((f / "1.png").read_bytes()[:700]), "unreadable", "truncated"),
+    "text": (lambda f: (f / "x.png").write_text("no image"), "unreadable", "no format"),
+    "NaN": (lambda f: np.save(f / "x.npy", NAN), "unreadable", "NaN"),
+    "bands": (lambda f: np.save(f / "x.npy", BANDS), "differs", "5 channels of float32, .* 3 of uint8"),
 }
 
 
-@pytest.mark.parametrize("make", FAULTS)
-def test_each_fault_is_found_and_nothing_else(folder, capsys, make):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_found_and_nothing_else(folder, capsys, fault):
+    make, kind, words = FAULTS[fault]
     make(folder)
-    kind, words = FAULTS[make]
     content, printed = run(folder, capsys, 1)
     names = [f["file"] for f in content["findings"] if f["kind"] == kind]
     assert [name.rpartition("/")[2].partition(".")[0] for name in names] == ["x"]
     others = {f["kind"] for f in content["findings"]} - {kind}
-    assert others <= ({"differs"} if make is nan else set())
+    assert others <= ({"differs"} if fault == "NaN" else set())
     assert content["found"][kind] == 1 and content["files"] == 7
     assert re.search(f"{kind}: .*x.*{words}", printed.out), printed.out
     assert Image.open(folder.parent / "c.png").size[0] > 300

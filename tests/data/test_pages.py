@@ -75,7 +75,7 @@ def test_each_page_is_an_image(kind, tmp_path):
         scene.close()
     two = PageSource(FolderSource(tmp_path, in_chans), [2, 0] if len(pages) > 2 else [1, 0])
     assert torch.equal(two[1], source[0]) and torch.equal(two[0], source[min(2, len(pages) - 1)])
-    with pytest.raises(ImageError, match=f"has {len(pages)} pages, and page {len(pages) + 3} is asked for"):
+    with pytest.raises(ImageError, match=f"{len(pages)} pages.*page {len(pages) + 3}"):
         load_image(path, in_chans, Pixels(page=len(pages) + 3))
 
 
@@ -96,10 +96,10 @@ def test_all_pages_are_the_channels(kind, tmp_path):
 
 def test_without_pages_a_stack_is_refused_as_before(tmp_path):
     KINDS["z-stack, OME"][1](tmp_path / "x.ome.tif")
-    with pytest.raises(ImageError, match=r"the axis .*\(Z: 4\), which is no channel; read its slices with --pages"):
+    with pytest.raises(ImageError, match=r"\(Z: 4\).*--pages"):
         load_image(tmp_path / "x.ome.tif", 1)
     gif(tmp_path / "x.gif")
-    with pytest.raises(ImageError, match="has 3 pages, which are channels in TIFF, DICOM and OME-Zarr only"):
+    with pytest.raises(ImageError, match="3 pages.*TIFF, DICOM.*OME-Zarr"):
         load_image(tmp_path / "x.gif", 3, Pixels(page="channels"))
 
 
@@ -123,6 +123,6 @@ def test_zarr_stacks(tmp_path):
     source = PageSource(FolderSource(tmp_path, 2))
     assert len(source) == 3
     assert all(torch.equal(source[i], torch.from_numpy(ZC[i].astype(np.float32) / np.float32(65535))) for i in range(3))
-    with pytest.raises(ImageError, match="is a stack with axes ZCYX"):
+    with pytest.raises(ImageError, match="ZCYX"):
         load_image(tmp_path / "x.zarr", 2)
     assert load_image(tmp_path / "x.zarr", 6, Pixels(page="channels")).shape == (6, 20, 33)

@@ -213,35 +213,22 @@ def test_command(tmp_path, capsys):
     assert "exists. Replace it with --overwrite" in err
 
 
-def mixed_channels(folder):
-    scenes(folder, 3)
-    np.save(folder / "x.npy", np.zeros((2, 9, 9), np.float32))
-
-
-def mixed_types(folder):
-    scenes(folder, 3)
-    scenes(folder / "more", 2, kind=np.float32)
-
-
-def nothing_else(folder):
-    folder.mkdir()
-    np.save(folder / "x.npy", np.full((1, 9, 9), -9999, np.float32))
-
-
 @pytest.mark.parametrize(
-    ("make", "options", "words"),
+    ("count", "more", "options", "words"),
     [
-        (mixed_channels, [], "differ in channels.* 3 have 5 channels of uint16 .*; 1 has 2 channels"),
-        (mixed_types, [], "2 types.*3 of uint16 .*; 2 of float32"),
-        (nothing_else, ["--nodata", "-9999"], "nodata everywhere"),
-        (scenes, ["--clip-percentiles", "99", "1"], "--clip-percentiles 99 1: expected two percentages in order"),
-        (scenes, ["--clip-percentiles", "-1", "50"], "0 <= LO < HI <= 100"),
-        (scenes, ["--error", "0"], "must be above 0"),
+        (3, np.zeros((2, 9, 9), np.float32), "", "3 .* 5 channels of uint16 .*; 1 .* 2 channels"),
+        (3, np.zeros((CHANS, 9, 9), np.float32), "", "3 of uint16 .*; 1 of float32"),
+        (0, np.full((1, 9, 9), -9999, np.float32), "--nodata -9999", "nodata everywhere"),
+        (12, None, "--clip-percentiles 99 1", "--clip-percentiles 99 1"),
+        (12, None, "--clip-percentiles -1 50", "--clip-percentiles -1 50"),
+        (12, None, "--error 0", "--error"),
     ],
 )
-def test_bad_input_is_one_message(tmp_path, capsys, make, options, words):
-    make(tmp_path / "data")
-    out, err, _ = run(tmp_path, capsys, str(tmp_path / "data"), *options, status=2)
+def test_bad_input_is_one_message(tmp_path, capsys, count, more, options, words):
+    scenes(tmp_path / "data", count)
+    if more is not None:
+        np.save(tmp_path / "data/x.npy", more)
+    out, err, _ = run(tmp_path, capsys, str(tmp_path / "data"), *options.split(), status=2)
     assert not out and err.count("error:") == 1
     assert re.search(words, err), err
     assert not (tmp_path / "out.json").exists() and not (tmp_path / "out.png").exists()

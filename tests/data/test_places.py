@@ -7,7 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from drawn import write_numbered
 
 from timm_convnextv2.data import DataSet, FolderSource, ImagePaths, create_source, hold_out
 from timm_convnextv2.data.paths.index import find_images
@@ -19,14 +19,8 @@ FILES = ["a/1.png", "a/deep/2.png", "b/3.png", "b/4.png", "b/notes.txt", "c/1.pn
 
 @pytest.fixture
 def images(tmp_path, monkeypatch):
-    """Images whose pixels are the number in their name, in the folder we are in."""
-    for name in FILES:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".png":
-            Image.new("L", (4, 4), 10 * int(path.stem) + (name[0] == "c")).save(path)
-        else:
-            path.write_text("")
+    """In the folder we are in."""
+    write_numbered(tmp_path, *FILES)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -172,7 +166,7 @@ def test_patterns_without_an_image(images):
         ValueError, match=r"b/\*.txt matches no image: 1 other file ignored: 1 .txt. Looked for .*\.png"
     ):
         create_source("b/*.txt")
-    with pytest.raises(ValueError, match="--source-weights .* got 1 for 2"):
+    with pytest.raises(ValueError, match="--source-weights .* 1 .* 2"):
         create_source(["a", "b"], source_weights=[1])
     for paths, weights in ((ImagePaths.of(None, "x"), None), (None, [1]), (["a", "b"], None)):
         with pytest.raises(ValueError, match="embedded"):
@@ -185,11 +179,11 @@ def test_missing_files_are_counted(images):
     listing = find_images(None, "l.txt", max_missing=0.4, tell=told.append)
     assert len(listing.names) == 6
     assert told == ["2 of 6 listed images are missing, for example x.png, y.png; others stand in for them."]
-    with pytest.raises(ValueError, match="2 of 6 .* x.png, y.png; --max-bad-images allows .* 0.3. Names are rel"):
+    with pytest.raises(ValueError, match="2 of 6 .* x.png, y.png.*--max-bad-images .* 0.3"):
         find_images(None, "l.txt", max_missing=0.3)
     (images / "l.txt").write_text("gone.png\n" * 10_000)
     looked = []
-    with pytest.raises(ValueError, match="4096 of the first 4096 of 10000 "):  # not all are asked for
+    with pytest.raises(ValueError, match="4096 .*10000 "):  # not all are asked for
         find_images(None, "l.txt", max_missing=0.3, tick=looked.append)
     assert sum(looked) == 10_000 + 4096  # read, and looked for
 

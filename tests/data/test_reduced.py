@@ -1,12 +1,11 @@
 """JPEGs decoded at reduced size give the samples of whole ones."""
 
-import io
 import tarfile
 
 import numpy as np
 import pytest
 import torch
-from drawn import PLAIN, UPRIGHT, photograph, run, same
+from drawn import PLAIN, UPRIGHT, encoded, photograph, run, same, write_tar
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -34,7 +33,7 @@ class Full(FolderSource):
 
 
 class Reductions(FolderSource):
-    """Notes by how much each picture was reduced."""
+    """Notes by how much each image was reduced."""
 
     def read(self, i, choose=None, seed=None):
         loaded = super().read(i, choose)
@@ -92,7 +91,7 @@ def test_reduced_crops_are_the_same_boxes(tmp_path):
     reduced, source = samples_of(tmp_path, Reductions, transform, epochs=12)
     assert {4, 8} <= set(source.seen)
     for a, b in zip(full, reduced, strict=True):
-        # per channel: position of the box, and half its extent, in shares of the picture; a full-size pixel is 1e-3
+        # per channel: position of the box, and half its extent, in shares of the image; a full-size pixel is 1e-3
         for c, dim in ((0, 0), (1, 1)):
             off = (a[0] - b[0])[c]
             assert abs(float(off.mean())) < 1e-3
@@ -111,7 +110,7 @@ def test_reduced_jpegs_are_turned(tmp_path, orientation):
     assert min(psnr(a[0], b[0]) for a, b in zip(full, reduced, strict=True)) > 42
     upright = load_image(tmp_path / "x.jpg")
     assert upright.shape == ((3, 1101, 901) if orientation > 4 else (3, 901, 1101))  # nobody else gets less
-    # where in the pixels the picture lies, to the fraction
+    # where in the pixels the image lies, to the fraction
     loaded = source.read(0, lambda size: 8)
     assert loaded.size == upright.shape[1:] and loaded.pixels.shape == (
         (3, 138, 113) if orientation > 4 else (3, 113, 138)
@@ -146,7 +145,7 @@ def test_how_far_a_jpeg_is_reduced():
         ("deep.png", "I;16", (600, 700), {}),
     ],
 )
-def test_other_pictures_are_not_reduced(tmp_path, name, mode, size, options):
+def test_other_images_are_not_reduced(tmp_path, name, mode, size, options):
     image = photograph(*size)
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
@@ -210,7 +209,7 @@ def test_no_channels_but_those_asked_for_when_reduced(tmp_path):
         PretrainTransform(32, mean=(0,), std=(1,))(FolderSource(tmp_path).read(0, lambda size: 2))
 
 
-def test_phone_pictures_of_several_frames_are_reduced(tmp_path):
+def test_phone_images_of_several_frames_are_reduced(tmp_path):
     first, second = photograph(480, 640), photograph(480, 640, 1)
     first.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[second], quality=90)
     with Image.open(tmp_path / "x.jpg") as image:
@@ -234,7 +233,7 @@ def test_reduced_samples_are_repeatable_and_leave_the_generator_alone(tmp_path):
     assert not same(run(source, 3), expected)
 
 
-def test_transforms_that_cannot_tell_get_whole_pictures(tmp_path):
+def test_transforms_that_cannot_tell_get_whole_images(tmp_path):
     photograph(300, 400).save(tmp_path / "x.jpg")
     shapes = []
     PretrainDataset(FolderSource(tmp_path), lambda x: shapes.append(x.shape) or x, (4, 4), 0.5)[0, 0]
@@ -259,13 +258,8 @@ def test_streams_reduce_and_read_stand_ins_again(tmp_path):
     pytest.importorskip("webdataset", reason="the package webdataset is not installed")
     contents = [b"junk"]
     for size in ((600, 800), (300, 400)):
-        photograph(*size).save(buffer := io.BytesIO(), "jpeg", quality=90)
-        contents += [buffer.getvalue(), b"junk"]
-    with tarfile.open(tmp_path / "train-0000.tar", "w") as tar:
-        for i, content in enumerate(contents):
-            info = tarfile.TarInfo(f"{i:04d}.jpg")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+        contents += [encoded(photograph(*size), "jpeg", quality=90), b"junk"]
+    write_tar(tmp_path / "train-0000.tar", {f"{i:04d}.jpg": content for i, content in enumerate(contents)})
     transform = PretrainTransform(32, **PLAIN)
     reduction, asked = transform.reduction, []
 

@@ -186,12 +186,12 @@ def test_sampler_errors(args, words):
 
 
 def test_sampler_start_outside_the_epoch():
-    with pytest.raises(ValueError, match=r"0\.\.2 .*got 3"):
+    with pytest.raises(ValueError, match="0..2 .*3"):
         EpochBatchSampler(8, 4).set_epoch(0, 3)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_bad_pictures_are_replaced_and_reported(tmp_path, workers):
+def test_bad_images_are_replaced_and_reported(tmp_path, workers):
     good = folder_of(tmp_path / "good", 6)
     bad = folder_of(tmp_path / "bad", 6)
     for i in (1, 2, 5):
@@ -214,7 +214,7 @@ def test_bad_pictures_are_replaced_and_reported(tmp_path, workers):
         whole.source.__class__ = FolderSource
 
 
-def test_many_bad_pictures_in_a_row(tmp_path, monkeypatch):
+def test_many_bad_images_in_a_row(tmp_path, monkeypatch):
     """A damaged stretch is passed over and reported whole; --max-bad-images decides about the run. All is too many."""
     folder_of(tmp_path, 42)
     for i in range(40):
@@ -223,10 +223,10 @@ def test_many_bad_pictures_in_a_row(tmp_path, monkeypatch):
     assert [i for i, _ in dataset[0, 1][2]] == list(range(1, 40))
     for i in (40, 41):
         (tmp_path / f"{i:03d}.png").write_bytes(b"junk")
-    with pytest.raises(ValueError, match="(?s)42 images in a row.*000.png.*041.png"):
+    with pytest.raises(ValueError, match="(?s)42 images.*000.png.*041.png"):
         dataset[0, 0]
     monkeypatch.setattr(samples_module, "_MAX_BAD_IN_A_ROW", 10)
-    with pytest.raises(ValueError, match="(?s)10 images in a row.*000.png.*009.png"):
+    with pytest.raises(ValueError, match="(?s)10 images.*000.png.*009.png"):
         dataset[0, 0]
 
 

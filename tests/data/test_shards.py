@@ -1,11 +1,10 @@
 """Streams over processes and workers: each image once an epoch where shards divide, and a note where they do not."""
 
-import io
-import tarfile
 from collections import Counter
 from importlib.util import find_spec
 
 import pytest
+from drawn import encoded, write_tar
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -26,20 +25,12 @@ def _no_sleep(monkeypatch):
 
 def write_shards(folder, kind, count):
     """Shards of images whose pixels are their number; name and split of the data set."""
-    contents = []
-    for i in range(count * PER_SHARD):
-        buffer = io.BytesIO()
-        Image.new("RGB", (2, 2), (i, i, i)).save(buffer, "png")
-        contents.append((f"{i:03d}.png", buffer.getvalue()))
+    contents = [(f"{i:03d}.png", encoded(Image.new("RGB", (2, 2), (i, i, i)))) for i in range(count * PER_SHARD)]
     shards = [contents[i : i + PER_SHARD] for i in range(0, len(contents), PER_SHARD)]
     if kind == "wds":
         pytest.importorskip("webdataset", reason="the package webdataset is not installed")
         for number, shard in enumerate(shards):
-            with tarfile.open(folder / f"s-{number}.tar", "w") as tar:
-                for name, content in shard:
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+            write_tar(folder / f"s-{number}.tar", dict(shard))
         return "wds/", f"s-{{0..{count - 1}}}.tar"
     pytest.importorskip("datasets", reason="the package datasets is not installed")
     import pyarrow

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import io
+import os
 import re
 from html.parser import HTMLParser
 
@@ -259,47 +260,32 @@ def test_collapse_csv_of_a_real_run(tmp_path):
         assert np.mean([row["distance"] for row in rows]) == pytest.approx(measured["distance"], rel=1e-4)
 
 
-def damage(folder, what):
-    """Corrupts a folder in one way; returns the path to report and a part of the message."""
-    if what == "nothing there":
-        return folder.parent / "none", "does not exist, expected the folder of a run"
-    if what == "a file":
-        return folder / "summary.csv", "is a file, expected the folder"
-    if what == "no run":
-        return folder.parent, "it has no args.yaml. Runs below it: r."
-    if what == "run of train.py":
-        (folder / "args.yaml").write_text("model: resnet50\nepochs: 3\n")
-        return folder, "does not hold the settings of a run of pretraining: mask_ratio"
-    if what == "torn args":
-        (folder / "args.yaml").write_text("model: [\n")
-        return folder, "cannot be read"
-    if what == "no summary":
-        (folder / "summary.csv").unlink()
-        return folder, "has no summary.csv with a row"
-    text = (folder / "summary.csv").read_text()
-    if what == "empty summary":
-        (folder / "summary.csv").write_text(text.splitlines(keepends=True)[0])
-        return folder, "has no summary.csv with a row"
-    (folder / "summary.csv").write_text("".join(text.splitlines(keepends=True)[:1]) + "0,0.")
-    return folder, "summary.csv: 1 corrupt line is left out, the first: '0,0.'"
+def cut_summary(folder, more=""):
+    """Leaves only the head of the table."""
+    path = folder / "summary.csv"
+    path.write_text(path.read_text().splitlines(keepends=True)[0] + more)
 
 
-BAD = [
-    "nothing there",
-    "a file",
-    "no run",
-    "run of train.py",
-    "torn args",
-    "no summary",
-    "empty summary",
-    "torn summary",
-]
+# what is done to the folder, the path that is given, and what the message must hold
+BAD = {
+    "nothing there": (None, "../none", "none"),
+    "a file": (None, "summary.csv", "is a file"),
+    "no run": (None, "..", "args.yaml. Runs below it: r."),
+    "run of train.py": (lambda r: (r / "args.yaml").write_text("model: resnet50\nepochs: 3\n"), ".", "mask_ratio"),
+    "torn args": (lambda r: (r / "args.yaml").write_text("model: [\n"), ".", "args.yaml"),
+    "no summary": (lambda r: (r / "summary.csv").unlink(), ".", "summary.csv"),
+    "empty summary": (cut_summary, ".", "summary.csv"),
+    "torn summary": (lambda r: cut_summary(r, "0,0."), ".", "summary.csv: 1 corrupt line is left out"),
+}
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_folders_are_one_message(tmp_path, capsys, what, no_charts):
-    folder, words = damage(plant(tmp_path / "r", 1, full=False), what)
-    assert main([str(folder), "--output", str(tmp_path / "x.html")]) == 2
+    folder = plant(tmp_path / "r", 1, full=False)
+    damage, path, words = BAD[what]
+    if damage:
+        damage(folder)
+    assert main([os.path.normpath(folder / path), "--output", str(tmp_path / "x.html")]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("timm-convnextv2 report: error: ") and words in err and err.count("error:") == 1
     assert not (tmp_path / "x.html").exists()
