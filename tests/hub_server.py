@@ -54,7 +54,6 @@ class Commit:
 
     oid: str
     message: str
-    description: str
     files: dict[str, File]
 
 
@@ -67,13 +66,13 @@ class Repo:
     gated: bool = False
     branches: dict[str, list[Commit]] = field(default_factory=dict)
 
-    def commit(self, branch: str, message: str, description: str, files: dict[str, File]) -> Commit:
+    def commit(self, branch: str, message: str, files: dict[str, File]) -> Commit:
         """Adds a commit that leaves the branch with exactly `files`."""
         history = self.branches.setdefault(branch, [])
         tree = "".join(f"{path} {file.oid}\n" for path, file in sorted(files.items()))
         parent = history[-1].oid if history else ""
         oid = hashlib.sha1(f"{self.id}\n{parent}\n{message}\n{tree}".encode()).hexdigest()
-        history.append(Commit(oid, message, description, files))
+        history.append(Commit(oid, message, files))
         return history[-1]
 
     def find(self, revision: str) -> Commit | None:
@@ -224,14 +223,14 @@ class HubServer:
                 repo.branches[branch] = list(repo.branches["main"])
             made = {path: File(data, self._is_lfs(path, data[:512])) for path, data in files.items()}
             self.lfs |= {file.oid: file.data for file in made.values() if file.lfs}
-            repo.commit(branch, "Add files", "", {**repo.branches[branch][-1].files, **made})
+            repo.commit(branch, "Add files", {**repo.branches[branch][-1].files, **made})
         return repo
 
     # -- what the Hub does
 
     def _create(self, repo: Repo) -> Repo:
         attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
-        repo.commit("main", "initial commit", "", {".gitattributes": File(attributes.encode(), lfs=False)})
+        repo.commit("main", "initial commit", {".gitattributes": File(attributes.encode(), lfs=False)})
         self.repos[repo.id] = repo
         return repo
 
@@ -409,7 +408,7 @@ class HubServer:
                 raise _Answer.error(501, f"This test server does not know the commit operation {key}")
         if not header.get("summary"):
             raise _Answer.error(400, "A commit needs a summary")
-        commit = repo.commit(revision, header["summary"], header.get("description", ""), files)
+        commit = repo.commit(revision, header["summary"], files)
         url = f"{self.endpoint}/{repo_id}/commit/{commit.oid}"
         raise _Answer.json({"success": True, "commitOid": commit.oid, "commitUrl": url, "hookOutput": ""})
 

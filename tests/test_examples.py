@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from encoders import make_encoder, maps_of
 
@@ -14,10 +13,6 @@ sys.path.insert(0, str(EXAMPLES))  # as when one of them is started
 import common  # noqa: E402
 import detection  # noqa: E402
 import segmentation  # noqa: E402
-
-
-def backbone_of(name):
-    return timm.create_model(name, pretrained=True, features_only=True)
 
 
 @pytest.fixture(scope="module")

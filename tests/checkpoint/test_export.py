@@ -426,22 +426,17 @@ def test_the_licence_goes_along_the_whole_chain(published, tmp_path):
 )
 def test_origins_of_a_run(path, published, tmp_path):
     run, _ = make_run(tmp_path / "run", "convnextv2_atto.fcmae", epochs=1)
-    checkpoint = load_checkpoint(run / "last.pth.tar")
-    args = checkpoint["args"]
-    args.pretrained = True
-    expected = (NC, "timm/convnextv2_atto.fcmae")
-    if path == "weights_of_a_folder":
+    args, expected = {"pretrained": True}, (NC, "timm/convnextv2_atto.fcmae")
+    if "weights" in path:
         folder = export_encoder(timm.create_model("fcmae_convnextv2_atto", **FCMAE), tmp_path / "e", license="mit")
-        args.pretrained_path, expected = str(folder / "model.safetensors"), ("mit", None)
-    elif path == "renamed_weights":
-        folder = export_encoder(timm.create_model("fcmae_convnextv2_atto", **FCMAE), tmp_path / "e", license="mit")
-        (folder / "model.safetensors").rename(folder / "mine.safetensors")
-        args.pretrained_path, expected = str(folder / "mine.safetensors"), ("mit", None)
+        file = folder / ("mine.safetensors" if path == "renamed_weights" else "model.safetensors")
+        (folder / "model.safetensors").rename(file)
+        args["pretrained_path"], expected = str(file), ("mit", None)
     elif path == "moved":
-        args.resume = "gone/run/last.pth.tar"  # its own, under the name that the folder had
+        args["resume"] = "gone/run/last.pth.tar"  # its own, under the name that the folder had
     elif path == "resumed_with_itself":
-        args.resume = str(run / "last.pth.tar")
-    torch.save(checkpoint, run / "last.pth.tar")
+        args["resume"] = str(run / "last.pth.tar")
+    set_args(run / "last.pth.tar", **args)
     config = config_of(export_finetuned(run / "last.pth.tar", tmp_path / "out"))
     assert (config["pretrained_cfg"].get("license"), config["training"]["base_model"]) == expected
 

@@ -111,16 +111,6 @@ def test_samples_do_not_depend_on_workers_or_resume():
         assert not same(other, expected)
 
 
-def test_sample_changes_with_epoch_and_seed():
-    source = DemoSource(2, 48)
-    dataset = PretrainDataset(source, PretrainTransform(32), (4, 4), 0.5)
-    image, mask, bad = dataset[0, 1]
-    assert torch.equal(image, dataset[0, 1][0]) and torch.equal(mask, dataset[0, 1][1]) and bad == []
-    other = PretrainDataset(source, PretrainTransform(32), (4, 4), 0.5, seed=1)
-    for image2, mask2, _ in (dataset[1, 1], other[0, 1]):
-        assert not torch.equal(image, image2) and not torch.equal(mask, mask2)
-
-
 def test_sample_leaves_accelerators_alone(monkeypatch):
     def fail(seed):
         raise AssertionError("reseeds the GPU in the training process")

@@ -61,7 +61,9 @@ def save_zarr(path, x, axes, chunks, ome=0.5):
 
 
 TILED = dict(tile=(32, 16))
-PLANES = dict(planarconfig="separate", photometric="minisblack")
+PLANES, BANDS = (dict(planarconfig=config, photometric="minisblack") for config in ("separate", "contig"))
+YCBCR = dict(compression="jpeg", compressionargs={"outcolorspace": "ycbcr"})
+CYX = dict(metadata={"axes": "CYX"})
 
 
 def tif(in_chans, x, name="x.tif", **options):
@@ -77,15 +79,7 @@ KINDS = {
     "big-endian": tif(1, grey("u2"), byteorder=">"),
     "big-endian tiles": tif(1, grey("u2"), byteorder=">", **TILED),
     "LZW strips": tif(1, grey("u2"), compression="lzw", rowsperstrip=5),
-    "deflate, predictor": tif(
-        4,
-        values(4, "u2"),
-        compression="deflate",
-        predictor=True,
-        photometric="minisblack",
-        planarconfig="contig",
-        **TILED,
-    ),
+    "deflate, predictor": tif(4, values(4, "u2"), compression="deflate", predictor=True, **BANDS, **TILED),
     "zstd": tif(1, grey("f4"), compression="zstd", **TILED),
     "float predictor": tif(1, grey("f4"), compression="deflate", predictor=True, **TILED),
     "planes, tiled": tif(5, values(5, "u2", False), **PLANES, **TILED),
@@ -93,7 +87,7 @@ KINDS = {
     "planes, 8-bit RGB": tif(3, values(3, "u1", False), planarconfig="separate", photometric="rgb", **TILED),
     "int16": tif(1, grey("i2"), **TILED),
     "int8": tif(1, grey("i1"), rowsperstrip=9),
-    "float64": tif(2, values(2, "f8"), planarconfig="contig", photometric="minisblack", **TILED),
+    "float64": tif(2, values(2, "f8"), **BANDS, **TILED),
     "float16": tif(1, grey("f2"), **TILED),
     "grey": tif(3, grey("u1"), **TILED),
     "grey 16-bit as RGB": tif(3, grey("u2"), **TILED),
@@ -106,25 +100,15 @@ KINDS = {
     "MinIsWhite 16-bit": tif(1, grey("u2"), photometric="miniswhite", **TILED),
     "JPEG tiles": tif(3, smooth(3), photometric="rgb", compression="jpeg", **TILED),
     "JPEG tiles, grey": tif(1, smooth(1)[..., 0], compression="jpeg", **TILED),
-    "JPEG, YCbCr": tif(
-        3,
-        smooth(3),
-        photometric="rgb",
-        compression="jpeg",
-        subsampling=(2, 2),
-        compressionargs={"outcolorspace": "ycbcr"},
-        **TILED,
-    ),
+    "JPEG, YCbCr": tif(3, smooth(3), photometric="rgb", subsampling=(2, 2), **YCBCR, **TILED),
     "palette": tif(3, grey("u1"), photometric="palette", colormap=values(256, "u2", False, 3, 1)[..., 0].T, **TILED),
     "CMYK": tif(3, values(4, "u1"), photometric="separated", **TILED),
     "1 bit": (1, lambda p: Image.fromarray(grey("u1") > 99).save(p / "x.tif")),
     "12 bits": tif(1, grey("u2") >> 4, bitspersample=12, compression=None, photometric="minisblack"),
     "pages as channels": tif(5, values(5, "u2", False), photometric="minisblack"),
-    "pages as channels, tiled": tif(
-        5, values(5, "u2", False), photometric="minisblack", metadata={"axes": "CYX"}, **TILED
-    ),
-    "OME-TIFF": tif(2, values(2, "u2", False), name="x.ome.tif", metadata={"axes": "CYX"}, **TILED),
-    "ImageJ": tif(2, values(2, "u2", False), imagej=True, metadata={"axes": "CYX"}),
+    "pages as channels, tiled": tif(5, values(5, "u2", False), photometric="minisblack", **CYX, **TILED),
+    "OME-TIFF": tif(2, values(2, "u2", False), name="x.ome.tif", **CYX, **TILED),
+    "ImageJ": tif(2, values(2, "u2", False), imagej=True, **CYX),
     "npy": (3, lambda p: np.save(p / "x.npy", values(3, "u1"))),
     "npy, channels first": (3, lambda p: np.save(p / "x.npy", values(3, "u2", False))),
     "npy, grey": (1, lambda p: np.save(p / "x.npy", grey("f4"))),
@@ -168,15 +152,10 @@ def test_a_window_has_the_values_of_the_whole_image(kind, tmp_path):
 def test_nodata_gets_the_mean_of_the_windows_other_pixels(dtype, tmp_path):
     x = values(2, dtype, False)
     x[:, 10:30, 5:40] = 7
-    tifffile.imwrite(
-        tmp_path / "x.tif", x, photometric="minisblack", planarconfig="separate",
-        extratags=[(42113, "s", 0, "7", True)], **TILED,
-    )  # fmt: skip
+    tag = [(42113, "s", 0, "7", True)]
+    tifffile.imwrite(tmp_path / "x.tif", x, extratags=tag, **PLANES, **TILED)
     scene = open_scene(str(tmp_path / "x.tif"), 2, Pixels())
-    tifffile.imwrite(
-        tmp_path / "part.tif", x[:, 20:50, 30:60], photometric="minisblack", planarconfig="separate",
-        extratags=[(42113, "s", 0, "7", True)],
-    )  # fmt: skip
+    tifffile.imwrite(tmp_path / "part.tif", x[:, 20:50, 30:60], extratags=tag, **PLANES)
     assert torch.equal(scene.read(20, 30, 30, 30), load_image(tmp_path / "part.tif", 2))
     with pytest.raises(ImageError, match="nodata everywhere"):
         scene.read(12, 8, 10, 10)
