@@ -221,7 +221,7 @@ def test_command(tmp_path, capsys):
         (0, np.full((1, 9, 9), -9999, np.float32), "--nodata -9999", "nodata everywhere"),
         (12, None, "--clip-percentiles 99 1", "--clip-percentiles 99 1"),
         (12, None, "--clip-percentiles -1 50", "--clip-percentiles -1 50"),
-        (12, None, "--error 0", "--error"),
+        (12, None, "--error 0", "standard error.* 0.0"),
     ],
 )
 def test_bad_input_is_one_message(tmp_path, capsys, count, more, options, words):
