@@ -157,7 +157,9 @@ def system_reason(error: BaseException) -> str | None:
     return None
 
 
-def claim_folder(output: str | os.PathLike, names: Sequence[str] = (), *, overwrite: bool) -> Path:
+def claim_folder(
+    output: str | os.PathLike, names: Sequence[str] = (), *, overwrite: bool, flag: str = "--overwrite"
+) -> Path:
     """Creates the folder of --output.
 
     Args:
@@ -173,7 +175,7 @@ def claim_folder(output: str | os.PathLike, names: Sequence[str] = (), *, overwr
     found = [name for name in names if (folder / name).exists()]
     if not overwrite and (found or (not names and folder.is_dir() and any(folder.iterdir()))):
         what = f"already has {', '.join(found)}" if found else "is not empty"
-        raise ValueError(f"--output '{folder}' {what}. Pass --overwrite, or choose another folder.")
+        raise ValueError(f"--output '{folder}' {what}. Pass {flag}, or choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

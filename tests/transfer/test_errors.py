@@ -9,9 +9,8 @@ from tiny import BACKBONE, DETECTOR, SEGMENTER, SHORT, tiny_detector
 
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.data.demo import write_folder
-from timm_convnextv2.data.formats.errors import ImageError, MissingPackageError
+from timm_convnextv2.data.formats.errors import ImageError, MissingPackageError, UnreadableError, naming
 from timm_convnextv2.transfer.detection.coco import DetectionSamples
-from timm_convnextv2.transfer.errors import UnreadableError, naming
 from timm_convnextv2.transfer.segmentation.masks import TrainSamples
 
 TASKS = {

@@ -51,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
 def _run(config: CompareConfig, rest: list[str]) -> int:
     output = Path(config.output)
     comparison.check_options(config)
-    output.mkdir(parents=True, exist_ok=True)
     options = finetune_options(config, rest)
     encoder = model_name(config.encoder) if config.encoder else _untrained(config, output)
     for candidate in candidates_of(encoder, config.weights):  # user errors must appear before hours of work

@@ -32,10 +32,12 @@ from ..data import (
 )
 from ..data.config import one_place
 from ..data.measure.sample import ERROR, Measured, find_channels, measure_pixels, measured_options
-from ..data.paths.index import check_index_option, find_images
+from ..data.paths.index import check_index_option
 from ..data.paths.places import Dirs, Listing, as_list, base_of
+from ..data.paths.shared import find_files
 from ..files import whole_file
 from ..report.images import save_histograms
+from ..runs.group import Processes
 from ..runs.progress import ImageProgress, with_progress
 
 _COLUMNS = ("mean", "std", "min", "p1", "p5", "p50", "p95", "p99", "max", "zeros", "saturated", "missing")
@@ -104,12 +106,7 @@ def listed(paths: ImagePaths, dataset: str = "") -> Listing | None:
     if paths.index is None:
         return None
     check_index_option(dataset, paths.index)
-    bar = ImageProgress(None)
-    tell = partial(say, error=True)
-    try:
-        return find_images(paths.data_dir, paths.data_list, index=paths.index, tick=bar.update, tell=tell)
-    finally:
-        bar.close()
+    return find_files(paths, None, Processes())
 
 
 def check_output(output: Path, data_dir: Dirs, overwrite: bool) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..console import PACKAGE
-from ..files import whole_file
+from ..files import claim_folder, whole_file
 from .config import CompareConfig
 
 SCRATCH, OWN = "from scratch", "own encoder"
@@ -40,15 +40,13 @@ class Curve(NamedTuple):
 
 def check_options(config: CompareConfig) -> None:
     """Refuses contradictory options, and an output folder that is in use, before anything starts."""
-    output = Path(config.output)
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"--seeds takes different numbers, got '{' '.join(map(str, config.seeds))}'.")
     if not (config.encoder or config.unlabelled):
         raise ValueError("Nothing to compare. Give --encoder MODEL, or --unlabelled DIR to pretrain one first.")
     if config.encoder and (config.unlabelled or config.pretrain):
         raise ValueError("--encoder is pretrained already: leave out --unlabelled and --pretrain, or --encoder.")
-    if output.is_dir() and any(output.iterdir()) and not config.resume:
-        raise ValueError(f"--output {output} is not empty. Continue with --resume, or choose another --output.")
+    claim_folder(config.output, overwrite=config.resume, flag="--resume")
 
 
 def finetune_options(config: CompareConfig, more: Sequence[str]) -> list[str]:

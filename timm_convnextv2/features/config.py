@@ -11,19 +11,17 @@ NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
 
+# fmt: off
 @dataclass(frozen=True)
 class Computation:
     """How images become inputs of a model, and where the model runs."""
 
     img_size: int | None = option(
-        None, "side of the square crops in pixels (default: the model's)", metavar="N", at_least=1
-    )
+        None, "side of the square crops in pixels (default: the model's)", metavar="N", at_least=1)
     nodata: float | None = option(
         None,
         'stored value meaning "no data"; such pixels are filled with the mean of the others (default: the model\'s; '
-        "nan: none)",
-        metavar="V",
-    )
+        "nan: none)", metavar="V")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where the model runs", metavar="NAME")
     amp: bool = option(False, "compute in bfloat16; features stay float32")
 
@@ -40,8 +38,7 @@ class Extraction(Computation):
     batch_size: int = option(64, "images per batch", short="-b", metavar="N", at_least=1)
     workers: int = option(
         4, "processes (for a stream: threads) that decode images; 0: the main process", short="-j", metavar="N",
-        at_least=0,
-    )  # fmt: skip
+        at_least=0)
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,7 @@ class EmbedImages:
     dataset: str = option("", "timm's hfds/, hfids/, wds/, tfds/, torch/...; or 'embedded'", metavar="NAME")
     split: str = option("train", "split of --dataset; for wds/ the names of the shards", metavar="NAME")
     num_samples: int | None = option(
-        None, "images of --dataset embedded, or of a stream that does not state its size", metavar="N"
-    )
+        None, "images of --dataset embedded, or of a stream that does not state its size", metavar="N")
     dataset_download: bool = option(False, "let --dataset download itself")
     input_key: str | None = option(None, "image column of --dataset", metavar="NAME")
 
@@ -68,13 +64,12 @@ class EmbedConfig:
     """The options of `embed`."""
 
     model: str = option(..., "a model of timm, local-dir:FOLDER, hf-hub:USER/NAME, or the folder of a run",
-                        metavar="NAME")  # fmt: skip
+                        metavar="NAME")
     output: str = option(..., "file to write: .npy, .safetensors or .parquet", metavar="FILE")
     images: EmbedImages = part(EmbedImages, "images")
     extraction: Extraction = part(Extraction, "features")
     max_bad_images: float = option(
-        0.01, "stop if more than this fraction of the images cannot be decoded", metavar="X", at_least=0, at_most=1
-    )
+        0.01, "stop if more than this fraction of the images cannot be decoded", metavar="X", at_least=0, at_most=1)
     resume: bool = option(False, "continue a stopped run from OUTPUT.parts")
     overwrite: bool = option(False, "replace --output and the parts of a stopped run")
 
@@ -101,18 +96,14 @@ class EvaluateConfig:
     data_dir: str = option(
         ...,
         "folder with train/ and validation/ of class folders; a folder of class folders, which is split; or a CSV with "
-        "name and label",
-        metavar="LABELLED",
-    )
+        "name and label", metavar="LABELLED")
     validation_share: float = option(
-        0.25, "fraction of the images to test on if --data-dir has no validation/", metavar="X"
-    )
+        0.25, "fraction of the images to test on if --data-dir has no validation/", metavar="X")
     extraction: Extraction = part(Extraction, "features")
     scoring: Scoring = part(Scoring, "measures")
     baselines: bool = option(True, "also measure random weights and pixels")
     output: str | None = option(
-        None, "folder for evaluation.json and evaluation.png (default: print the table only)", metavar="DIR"
-    )
+        None, "folder for evaluation.json and evaluation.png (default: print the table only)", metavar="DIR")
     overwrite: bool = option(False, "replace the files in --output")
 
 
@@ -122,8 +113,7 @@ class DrawnImages:
 
     data_dir: str | None = option(None, "folder with images anywhere below it, or the root of --dataset", metavar="DIR")
     data_list: str | None = option(
-        None, "images that a .txt, .csv or .parquet lists, relative to it or to --data-dir", metavar="FILE"
-    )
+        None, "images that a .txt, .csv or .parquet lists, relative to it or to --data-dir", metavar="FILE")
     dataset: str = option("", "hfds/NAME, torch/NAME or embedded (default: a folder)", metavar="NAME")
     split: str = option("train", "split of --dataset", metavar="NAME")
     num_images: int = option(64, "images to average over", metavar="N", at_least=1)
@@ -139,8 +129,7 @@ class CollapseConfig:
     computation: Computation = part(Computation, "features")
     batch_size: int = option(8, "images per batch", short="-b", metavar="N", at_least=1)
     layer: str | None = option(
-        None, "block in the figure of channels (default: the last one of the last stage but one)", metavar="NAME"
-    )
+        None, "block in the figure of channels (default: the last one of the last stage but one)", metavar="NAME")
     output: str = option("collapse", "folder to write to", metavar="DIR")
     overwrite: bool = option(False, "replace the files in --output")
 
@@ -151,8 +140,7 @@ class CompareConfig:
 
     data_dir: str = option(..., "labelled images, train/ and validation/", metavar="DIR")
     encoder: str | None = option(
-        None, "your encoder: the folder of a run, local-dir:FOLDER or hf-hub:USER/NAME", metavar="MODEL"
-    )
+        None, "your encoder: the folder of a run, local-dir:FOLDER or hf-hub:USER/NAME", metavar="MODEL")
     unlabelled: str | None = option(None, "images to pretrain an encoder on, instead of --encoder", metavar="DIR")
     pretrain: str = option("", "options of that pretraining, as one quoted word", metavar="OPTIONS")
     weights: tuple[str, ...] = option((), "more candidates: timm's names, local-dir:, hf-hub:", metavar="NAME")

@@ -13,16 +13,18 @@ import torch
 
 from ..config import check_limits
 from ..console import say
-from ..data import ImagePaths, MissingPackageError, StreamOrder, TimmStream, check_readable, create_source
-from ..data.paths.index import check_index_option, find_images, open_index
-from ..data.paths.places import Listing, as_list, places_of
+from ..data import MissingPackageError, StreamOrder, TimmStream, check_readable, create_source
+from ..data.paths.index import check_index_option
+from ..data.paths.places import as_list
+from ..data.paths.shared import find_files
 from ..data.samples.batches import Batch, map_batches, stream_batches
 from ..data.sources.source import Source
+from ..runs.group import on_primary, processes
 from ..runs.progress import ImageProgress
 from .config import EmbedImages, Extraction
 from .encoder import Encoder, open_encoder
 from .extract import compute_rows
-from .rows import Part, Parts, Processes, check_output, processes, write_output
+from .rows import Part, Parts, check_output, write_output
 
 _STREAM_BATCHES_PER_PART = 16
 _SEEN_BEFORE_STREAM_LIMIT = 1000  # of a stream, the share of bad images is known only after some images
@@ -58,13 +60,13 @@ def embed(
     """
     output, parts, batch_size = Path(output), Parts(Path(output)), extraction.batch_size
     with processes() as group:
-        group.first(lambda: check_output(output, overwrite=overwrite or resume and parts.joining()))
+        on_primary(group, lambda: check_output(output, overwrite=overwrite or resume and parts.joining()))
         check_limits(extraction)
         if not 0 <= max_bad_images <= 1:
             raise ValueError(f"--max-bad-images is a fraction from 0 to 1, got {max_bad_images}.")
         check_index_option(images.dataset, images.paths.index)
         encoder = open_encoder(model, extraction.img_size, extraction.nodata, extraction.device)
-        listing = None if images.dataset else _list_files(group, images.paths, max_bad_images, progress)
+        listing = None if images.dataset else find_files(images.paths, max_bad_images, group, progress=progress)
         source = create_source(
             images.paths, images.data_set, encoder.in_chans, encoder.pixels,
             order=StreamOrder(batch_size, whole=True), listing=listing,
@@ -83,14 +85,14 @@ def embed(
             parts.claim(run, resume=resume, overwrite=overwrite)
             return parts.finished(), sum(1 for _ in parts.skipped())
 
-        finished, bad = group.first(claim)
+        finished, bad = on_primary(group, claim)
         if not parts.folder.is_dir():
             raise ValueError(
                 f"Process {group.rank} does not see '{parts.folder}': --output needs a shared file system."
             )
         share = _Share(group.rank, group.size, finished, _per_part(total, batch_size))
         batches = _batches(source, encoder.transform, batch_size, share, extraction.workers)
-        bar = ImageProgress(share.images(total, batch_size), enabled=progress and group.rank == 0)
+        bar = ImageProgress(share.images(total, batch_size), enabled=progress and group.primary)
         try:
             rows_of = partial(_numpy_rows, encoder, extraction.amp)
             seen = _compute(batches, share, rows_of, parts, limit, bad, bar)
@@ -103,37 +105,14 @@ def embed(
             bar.close()
         if isinstance(source, TimmStream):
             _check_complete(seen, source.reader.num_samples)
-        group.wait()
-        return group.first(lambda: _join(output, parts, limit, total or seen, batch_size * share.per_part))
+        group.gather([])  # waits for the parts of all processes
+        return on_primary(group, lambda: _join(output, parts, limit, total or seen, batch_size * share.per_part))
 
 
 @torch.inference_mode()
 def _numpy_rows(encoder: Encoder, amp: bool, images: list[torch.Tensor]) -> np.ndarray:
     device = next(encoder.network.parameters()).device
     return compute_rows(encoder.network, torch.stack(images).to(device), amp).cpu().numpy()
-
-
-def _list_files(group: Processes, paths: ImagePaths, max_bad_images: float, progress: bool) -> Listing:
-    """The image files, which the first process finds for all."""
-    places = places_of(paths.data_dir, paths.data_list)
-
-    def find() -> Listing | None:
-        bar = ImageProgress(None, enabled=progress)
-        note = partial(say, error=True) if progress else lambda text: None
-        try:
-            found = find_images(
-                paths.data_dir, paths.data_list, index=paths.index, max_missing=max_bad_images, tick=bar.update,
-                tell=note,
-            )  # fmt: skip
-        finally:
-            bar.close()
-        return found if paths.index is None else None
-
-    found = group.first(find)
-    if paths.index is not None:
-        return open_index(paths.index, places)
-    assert found is not None
-    return found.at(places)
 
 
 def _data_record(images: EmbedImages, source: Source | TimmStream) -> dict[str, Any]:

@@ -6,20 +6,17 @@ import io
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..data import MissingPackageError
+from ..files import check_free
 
 _RUN = "run.json"
 _SUFFIX = ".safetensors"
@@ -117,54 +114,6 @@ class Parts:
             shutil.rmtree(gone, ignore_errors=True)
 
 
-T = TypeVar("T")
-
-
-class Processes(NamedTuple):
-    """Rank of this process and number of processes."""
-
-    rank: int = 0
-    size: int = 1
-
-    def first(self, work: Callable[[], T]) -> T:
-        """Runs `work` on rank 0; all processes return its result or raise its error."""
-        if self.size == 1:
-            return work()
-        box: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                box[0] = work()
-            except (ValueError, RuntimeError, OSError) as e:
-                box[1] = e
-        dist.broadcast_object_list(box)
-        if box[1] is not None:
-            raise box[1]
-        return box[0]
-
-    def wait(self) -> None:
-        """Waits for all processes."""
-        if self.size > 1:
-            dist.barrier()
-
-    def print_error(self, error: Exception) -> None:
-        """Prints an error of one process; the command itself prints only on the first process of a node."""
-        if self.size > 1 and int(os.environ.get("LOCAL_RANK", self.rank)):
-            print(f"process {self.rank}: {error}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def processes() -> Iterator[Processes]:
-    """Joins the processes of torchrun, unless the caller has; leaves them at the end."""
-    own = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
-    if own:  # no timeout in practice: processes wait for the slowest
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Processes()
-    finally:
-        if own:
-            dist.destroy_process_group()
-
-
 SUFFIXES = (".npy", ".safetensors", ".parquet")
 
 
@@ -183,10 +132,9 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         )
     if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise MissingPackageError("Writing .parquet needs the package pyarrow: run `pip install pyarrow`.")
-    names, _ = _beside(output)
-    if not overwrite and (output.exists() or (names and names.exists())):
-        what, which = (f"'{output}' or its .csv exists", "both") if names else (f"'{output}' exists", "it")
-        raise ValueError(f"{what}. Choose another --output, or replace {which} with --overwrite.")
+    for file in (output, _beside(output)[0]):
+        if file is not None:
+            check_free(file, overwrite=overwrite)
 
 
 def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[int, dict[int, str]]:

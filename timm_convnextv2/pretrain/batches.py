@@ -1,15 +1,13 @@
 """The data of a run, opened and checked before anything is written."""
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..console import say
 from ..data import (
     EpochBatchSampler,
     InputStatistics,
@@ -21,11 +19,7 @@ from ..data import (
     collate,
     hold_out,
 )
-from ..data.config import ImagePaths
-from ..data.paths.index import find_images, open_index
-from ..data.paths.places import Listing, Place, places_of
 from ..data.samples.shards import shard_note
-from ..runs.progress import ImageProgress
 from ..runs.trainer import Bad
 from ..runs.world import Seat, World, leave_signals_to_parent
 from .config import Crops, Loading
@@ -36,8 +30,6 @@ _LINES = 10
 # Crops and masks of the images that are drawn and measured: those of an epoch that no run reaches.
 SHOWN_EPOCH = 2**31 - 1
 
-T = TypeVar("T")
-
 
 class Sampling(NamedTuple):
     """How images become samples, for `PretrainDataset` and `PretrainStream`."""
@@ -46,50 +38,6 @@ class Sampling(NamedTuple):
     grid: tuple[int, int]  # size of the crop in patches, (h, w)
     mask_ratio: float  # fraction of the patches to remove
     seed: int  # of order, crops and masks
-
-
-def find_files(paths: ImagePaths, max_missing: float, world: World) -> Listing:
-    """The image files that the options name.
-
-    Rank 0 lists them and sends the names to the other processes. If folders differ, as on machines with copies of
-    their own, each process lists its own. Rank 0 writes an index, and all processes open it.
-    `max_missing` is the largest fraction of the files of a list that may be missing.
-    """
-    places = places_of(paths.data_dir, paths.data_list)
-    alone = not paths.index and len({*world.gather([_identity(places)])}) > 1
-    bar = ImageProgress(None, enabled=world.primary)
-    find = partial(
-        find_images, paths.data_dir, paths.data_list, index=paths.index, max_missing=max_missing, tick=bar.update,
-        tell=partial(say, error=True),
-    )  # fmt: skip
-    try:
-        if alone:
-            return find()
-        if not paths.index:
-            return on_primary(world, find).at(places)
-        on_primary(world, lambda: find() and None)  # all processes open the file instead of receiving its names
-        return open_index(paths.index, places)
-    finally:
-        bar.close()
-
-
-def on_primary(world: World, act: Callable[[], T]) -> T:
-    """Runs `act` on rank 0; all processes return its result or raise its error, so that none waits for the others."""
-    found = error = None
-    if world.primary:
-        try:
-            found = act()
-        except (ValueError, OSError) as e:
-            error = str(e)
-    found, error = world.share((found, error))
-    if error is not None:
-        raise ValueError(error)
-    return found  # pyright: ignore[reportReturnType]
-
-
-def _identity(places: list[Place]) -> tuple:
-    """Distinguishes a folder from one of the same name on another machine, by its time of change."""
-    return tuple((*place, os.path.abspath(place.root), os.stat(place.root or ".").st_mtime_ns) for place in places)
 
 
 def transform_of(crops: Crops) -> PretrainTransform:

@@ -15,9 +15,9 @@ from ..data import Pixels
 from ..data.config import PixelOptions
 from ..data.measure.sample import measure_pixels, measured_options
 from ..models.masking import random_channels
+from ..runs.group import on_primary
 from ..runs.progress import with_progress
 from ..runs.world import World
-from .batches import on_primary
 from .config import AUTO, Crops, PretrainConfig
 from .start import Start, open_start, open_weights
 

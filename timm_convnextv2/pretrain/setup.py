@@ -17,6 +17,7 @@ from ..console import say
 from ..data import Pixels, StreamOrder, create_source
 from ..data.paths.index import check_index_option
 from ..data.paths.places import Listing, as_list, base_of
+from ..data.paths.shared import find_files
 from ..data.samples.batches import preprocessing
 from ..data.sources.open import pages_and_windows
 from ..features import open_labelled
@@ -29,7 +30,7 @@ from ..runs.progress import with_progress
 from ..runs.summary import read_rows
 from ..runs.trainer import Learning, Trainer
 from ..runs.world import Seat, World
-from .batches import Batches, Sampling, find_files, open_batches, transform_of
+from .batches import Batches, Sampling, open_batches, transform_of
 from .config import PretrainConfig
 from .inputs import check_input, input_line, input_warnings
 from .loop import WRITTEN, PretrainRun

@@ -1,5 +1,7 @@
 """Errors of images, and of the packages that read them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 
@@ -11,12 +13,31 @@ class EmptyError(ImageError):
     """One image, or the window that was read from it, contains nothing but nodata."""
 
 
-class MissingPackageError(ValueError):
-    """An optional package that the data needs is not installed. Never skipped, because the image is not at fault."""
+class WorkerError(ValueError):
+    """An error whose message stays one line when a data worker raises it."""
 
     def __str__(self) -> str:
-        # an error from a data worker arrives with the worker's traceback in front
+        # PyTorch puts the worker's traceback before the message
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
+class MissingPackageError(WorkerError):
+    """An optional package that the data needs is not installed. Never skipped, because the image is not at fault."""
+
+
+class UnreadableError(WorkerError):
+    """A file cannot be used; names the file and the reason."""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Turns errors of a file into an `UnreadableError` whose message begins with `what`."""
+    try:
+        yield
+    except MissingPackageError:
+        raise
+    except (ValueError, OSError) as e:
+        raise UnreadableError(f"{what} cannot be used: {' '.join(str(e).split())}") from e
 
 
 def installed(package: str) -> bool:

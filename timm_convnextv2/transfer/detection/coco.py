@@ -15,11 +15,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ...data import Pixels, check_readable, load_image
+from ...data.formats.errors import naming
 from ...data.formats.files import printable
 from ...data.formats.pixels import PLAIN
 from ...data.sources.folder import ImageFiles
 from ...seeds import sample_seed, seeded
-from ..errors import naming
 
 SHOWN = 3  # names in a message
 TOLERANCE = 1.0  # pixels that a box may exceed its image by, because tools round; the excess is cut off

@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from ...files import whole_file
-from ...report.images import displayable
 from ...runs.world import World
+from ..figures import as_rgb, save_rows
 from .coco import Coco, CocoImage, DetectionSamples, collate, rle_codec
 from .detector import backbone_of, made_of_detector
 
@@ -128,35 +127,16 @@ def save_found(
     min_score: float = SURE,
 ) -> None:  # fmt: skip
     """Draws the truth (left) and the objects found (right) of some images as one PNG; `samples` have no transform."""
-    from matplotlib.figure import Figure
-
-    coco = samples.coco
+    coco, rows = samples.coco, []
     index = {image.id: i for i, image in enumerate(coco.images)}
-    figure = Figure(figsize=(8, 4 * len(image_ids)), dpi=100, layout="constrained")
-    axes = figure.subplots(len(image_ids), 2, squeeze=False)
-    for row, image_id in zip(axes, image_ids, strict=True):
+    for image_id in image_ids:
         image, truth = samples[0, index[image_id]]
         sure = [r for r in results if r["image_id"] == image_id and r["score"] >= min_score]
-        shown = _as_rgb(image)
-        for axis, title, target in (
-            (row[0], coco.images[index[image_id]].name, truth),
-            (row[1], f"found, score >= {min_score:g}", _target(sure, coco, samples.masks)),
-        ):
-            axis.imshow(_drawn(shown, target, coco.classes).permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set_title(title, fontsize=8, parse_math=False)
-            axis.axis("off")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part:
-        figure.savefig(part, format="png")
-
-
-def _as_rgb(image: Tensor) -> Tensor:
-    """Float `[C, H, W]` as uint8 `[3, H, W]`; values outside of 0..1 are stretched."""
-    zero, one = torch.zeros(len(image)), torch.ones(len(image))
-    shown = displayable(image[None], zero, one)[0].permute(2, 0, 1)
-    if shown.min() < 0 or shown.max() > 1:
-        shown = (shown - shown.min()) / (shown.max() - shown.min()).clamp(min=1e-9)
-    return (shown * 255).round().to(torch.uint8)
+        shown = (as_rgb(image) * 255).round().to(torch.uint8).permute(2, 0, 1)
+        found = _target(sure, coco, samples.masks)
+        pairs = ((truth, coco.images[index[image_id]].name), (found, f"found, score >= {min_score:g}"))
+        rows.append([(_drawn(shown, target, coco.classes).permute(1, 2, 0).numpy(), text) for target, text in pairs])
+    save_rows(path, rows, (8, 4 * len(rows)))
 
 
 def _target(results: Sequence[Result], coco: Coco, masks: bool) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
 from ...data import FolderSource, Pixels, check_readable, load_image
+from ...data.formats.errors import naming
 from ...data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file, printable
 from ...data.formats.pixels import PLAIN
 from ...data.sources.folder import ImageFiles
 from ...seeds import sample_seed, seeded
-from ..errors import naming
 
 MASK_FOLDERS = ("masks", "annotations", "labels")
 SPLITS = {"train": TRAIN_FOLDERS, "validation": VALIDATION_FOLDERS, "test": ("test", "testing")}

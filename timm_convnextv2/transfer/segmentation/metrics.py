@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import functional as V
 
 from ...files import whole_file
-from ...report.images import displayable, save_figure
 from ...runs.world import World, leave_signals_to_parent
+from ..figures import as_rgb, save_rows
 from .masks import MaskedImages, as_float
 from .segmenter import Segmenter
 from .sliding import predict
@@ -149,32 +149,17 @@ def palette(num_classes: int) -> np.ndarray:
 
 def save_segmentations(path: str | Path, data: MaskedImages, found: dict[int, Tensor], title: str = "") -> None:
     """Draws images, their masks and the classes found, by image index, as a PNG; grey pixels have no class."""
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     colours = palette(len(data.classes))
     rows, seen = [], set()
     for i in sorted(found):
         image, target = data[i]
-        zero, one = torch.zeros(len(image)), torch.ones(len(image))
-        shown = displayable(as_float(image)[None], zero, one)[0]
-        shown = ((shown - shown.min()) / (shown.max() - shown.min()).clamp(min=1e-9)).numpy()
         ignored = target == data.ignore_index
         truth = colours[target.masked_fill(ignored, 0).numpy()]
         truth[ignored.numpy()] = 128
-        rows.append((shown, truth, colours[found[i].numpy()]))
+        images = as_rgb(as_float(image), stretch=True).numpy(), truth, colours[found[i].numpy()]
+        rows.append([*zip(images, ("", "", "") if rows else ("image", "mask", "found"), strict=True)])
         seen |= set(target[~ignored].unique().tolist()) | set(found[i].unique().tolist())
-    figure = Figure(figsize=(7.5, 0.8 + 2.2 * len(rows)), dpi=120, layout="constrained")
-    axes = figure.subplots(len(rows), 3, squeeze=False)
-    for row, images in zip(axes, rows, strict=True):
-        for axis, image in zip(row, images, strict=True):
-            axis.imshow(image, interpolation="nearest")
-            axis.axis("off")
-    for axis, name in zip(axes[0], ("image", "mask", "found"), strict=True):
-        axis.set_title(name, fontsize=9)
-    handles = [Patch(color=tuple(colours[c] / 255), label=data.classes[c]) for c in sorted(seen)[:24]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=7)
-    if title:
-        figure.suptitle(title, fontsize=9, parse_math=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
+    legend = [Patch(color=tuple(colours[c] / 255), label=data.classes[c]) for c in sorted(seen)[:24]]
+    save_rows(path, rows, (7.5, 0.8 + 2.2 * len(rows)), title, legend)
