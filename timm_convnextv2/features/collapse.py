@@ -69,15 +69,9 @@ def collapse(
 ) -> list[BlockCollapse]:
     """Measures how similar the channels of each block are: after GRN in V2, after GELU in V1, averaged over images.
 
-    Args:
-        model: ConvNeXt V1 or V2, of timm or of this package, or an FCMAE, whose encoder is measured.
-        images: `[N, C, H, W]`, normalised for this model, on any device.
-        masks: Bool `[N, h, w]`, True = removed, for an FCMAE: only visible patches are computed and measured.
-        batch_size: Images per batch; changes results by rounding only.
-        amp: Compute in bfloat16 (the distances in float32).
-
-    Raises:
-        ValueError: The model has no such blocks, masks without an FCMAE, no images, or NaN or infinite activations.
+    The model is a ConvNeXt V1 or V2, or an FCMAE, whose encoder is measured. Images are `[N, C, H, W]`, normalised for
+    it, on any device. With `masks`, bool `[N, h, w]`, True = removed, an FCMAE computes and measures visible patches
+    only. `batch_size` changes results by rounding only; `amp` computes in bfloat16, but distances in float32.
     """
     encoder: Any = model.encoder if isinstance(model, FCMAE) else model
     blocks = blocks_of(encoder)
@@ -144,15 +138,9 @@ def channel_maps(
 ) -> tuple[str, Tensor]:  # fmt: skip
     """The name of a block, and maps of single channels at the input of its second Linear, as in the paper's figure 3.
 
-    Args:
-        model: See `collapse`; it runs on whole images.
-        images: `[N, C, H, W]`, normalised for this model.
-        block: See `blocks_of`. By default the last block of the last stage but one, whose maps still resolve positions.
-        channels: Number of channels, from the first; or their indices.
-        batch_size: Images per batch.
-
-    Returns:
-        The block's name, and float32 `[N, channels, h, w]` on the CPU.
+    By default the block is the last one of the last stage but one, whose maps still resolve positions. `channels` is a
+    number of channels, from the first, or their indices. The maps of images `[N, C, H, W]`, normalised for the model,
+    are float32 `[N, channels, h, w]` on the CPU.
     """
     encoder: Any = model.encoder if isinstance(model, FCMAE) else model
     blocks = blocks_of(encoder)

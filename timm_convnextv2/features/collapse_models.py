@@ -31,16 +31,8 @@ def collapse_of_models(
 ) -> tuple[dict[str, list[BlockCollapse]], list[Tensor], Maps]:
     """Measures collapse of several models on the same images; images that cannot be decoded are replaced by others.
 
-    Args:
-        models: Models of timm, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or folders of runs.
-        images: The images to draw.
-        computation: Size of the images, and where the models run.
-        layer: Block whose channels are returned, see `channel_maps`.
-        batch_size: Images per batch.
-        progress: Report the steps on stderr.
-
-    Returns:
-        The result of `collapse` by model; the images of the figure, `[h, w, 3]`; the block and its channels by model.
+    Returns the result of `collapse` by model; the images of the figure, `[h, w, 3]`; and the channels of `layer` by
+    model, see `channel_maps`.
     """
     check_limits(images)
     note = partial(say, error=True) if progress else lambda line: None

@@ -84,15 +84,8 @@ def compare(
 ) -> Iterator[Curve]:
     """Finetunes each candidate once per seed, all candidates of a seed before the next seed, and yields each curve.
 
-    Args:
-        candidates: Weights to start from.
-        options: Options of `finetune`, the same for all.
-        seeds: One finetuning of each candidate per seed.
-        output: Folder of the runs.
-        resume: Keep finished runs and start the others again.
-
-    Raises:
-        CalledProcessError: A finetuning failed; the last word of `cmd` is its log.
+    `options` of `finetune` are the same for all; the runs are in the folder `output`. `resume` keeps finished runs and
+    starts the others again. A failure is a `CalledProcessError`, see `call`.
     """
     for seed in seeds:
         for number, candidate in enumerate(candidates):

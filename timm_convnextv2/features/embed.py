@@ -43,14 +43,11 @@ def embed(
 ) -> tuple[int, dict[int, str]]:
     """Writes one row of pooled features per image, and beside it the names of rows and of skipped images.
 
-    Under torchrun every process calls it and computes its share; all of them must see the folder of `output`.
+    Under torchrun every process calls it and computes its share; all of them must see the folder of `output`, a `.npy`,
+    `.safetensors` or `.parquet`. Each process reads the whole of a stream. If more than the fraction `max_bad_images`
+    of the images cannot be decoded, finished parts stay, to resume from.
 
     Args:
-        model: A model of timm with pretrained weights, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or a run's folder.
-        images: The images. Each process reads the whole of a stream.
-        output: File to write, `.npy`, `.safetensors` or `.parquet`.
-        extraction: How images become rows.
-        max_bad_images: Fraction of images that may be undecodable, 0..1. Above it, finished parts stay, to resume from.
         resume: Continue a stopped run, if there is one.
         overwrite: Replace an existing output and, without `resume`, the parts of a stopped run.
         progress: Report images/s on stderr, from rank 0.

@@ -38,18 +38,10 @@ def measure_features(
 ) -> dict[str, Estimate]:
     """kNN, ridge, linear probe and rank of frozen features.
 
-    Args:
-        train: Features `[N, D]`.
-        train_labels: int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several labels.
-        test: Features `[M, D]`.
-        test_labels: Like `train_labels`.
-        num_classes: Number of classes.
-        scoring: What to measure.
-        device: Device of kNN and the probe.
-
-    Returns:
-        `knn_10`, `knn_20`, ... (`k` capped at N), `ridge`, `probe`, `rank`, in this order. Accuracy 0 to 1, or mean
-        average precision if images have several labels; `rank` is that of the test features, see `rankme`.
+    Features are `[N, D]`, labels int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several. kNN and the probe
+    run on `device`. Returns `knn_10`, `knn_20`, ... (`k` capped at N), `ridge`, `probe` and `rank`, in this order:
+    accuracy 0 to 1, or mean average precision if images have several labels, and the rank of the test features, see
+    `rankme`.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "seed": scoring.seed}
     neighbours = knn_scores(
@@ -76,20 +68,11 @@ def evaluate_models(
     validation_share: float = 0.25,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Measures the frozen features of each model on the same images.
+    """Measures the frozen features of each model, see `open_encoder`, on the same images, see `open_labelled`.
 
-    Args:
-        models: Models of timm, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or folders of runs.
-        data_dir: Labelled images, see `open_labelled`.
-        extraction: How images become rows; several devices compute batches in turn.
-        scoring: What to measure.
-        baselines: Add images averaged to 8 x 8 pixels, and the first model's architecture with random weights.
-        validation_share: See `open_labelled`.
-        progress: Report the steps and images/s on stderr.
-
-    Returns:
-        JSON values: `data`, `settings` and `results`, a list with `model`, `measures` (by name, `value`, `low` and
-        `high`, see `measure_features`), `images_per_second` and `preprocessing`.
+    Several devices compute batches in turn. `baselines` adds images averaged to 8 x 8 pixels, and the first model's
+    architecture with random weights. Returns JSON values: `data`, `settings` and `results`, a list with `model`,
+    `measures` (by name, `value`, `low` and `high`, see `measure_features`), `images_per_second` and `preprocessing`.
     """
     if not models:
         raise ValueError("There are no models to evaluate.")

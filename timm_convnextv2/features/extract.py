@@ -56,11 +56,11 @@ def extract_features(
     """Rows of features `[N, D]` on the CPU: the global mean of the last stage's map, and LayerNorm without parameters.
 
     This equals timm's pre-logits for a ConvNeXt whose head is untrained. For models without a map `[B, C, h, w]`
-    (tokens of a ViT, channels-last maps of a Swin), the rows are timm's pre-logits.
+    (tokens of a ViT, channels-last maps of a Swin), the rows are timm's pre-logits. An FCMAE's encoder runs on whole
+    images.
 
     Args:
-        model: A model of timm, or an FCMAE, whose encoder runs on whole images. It stays on its device if that is the
-            only one given; each other device gets a copy.
+        model: Stays on its device if that is the only one given; each other device gets a copy.
         batches: Images `[B, C, H, W]`, normalised for this model.
         devices: Devices that compute batches in turn.
         amp: Compute in bfloat16; the rows are float32.

@@ -49,17 +49,8 @@ def knn_scores(
 ) -> dict[int, Tensor]:  # fmt: skip
     """Each class's fraction of the neighbours' votes, which are weighted by `exp(similarity / temperature)`.
 
-    Args:
-        train: Features `[N, D]`, on any device.
-        train_labels: int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several labels.
-        test: Features `[M, D]`.
-        k: Numbers of neighbours, capped at N.
-        temperature: Smaller values give nearer neighbours more weight.
-        num_classes: By default taken from the labels.
-        chunk: See `nearest`.
-
-    Returns:
-        `{k: float32 [M, num_classes]}`, by `capped` numbers.
+    Features are `[N, D]` and `[M, D]`, labels int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several.
+    Returns `{k: float32 [M, num_classes]}` by number of neighbours, `capped` at N. For `chunk` see `nearest`.
     """
     check_finite(train, "training features")
     check_finite(test, "test features")

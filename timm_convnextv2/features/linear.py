@@ -90,15 +90,8 @@ def ridge(
     """Scores `[M, num_classes]` of ridge regression on the labels as 0 and 1, in closed form and float64 on the CPU.
 
     The penalty minimises the squared error on a fifth of the training images, drawn by `seed`; the regression is then
-    solved on all of them. Test images have no influence.
-
-    Args:
-        train: Features `[N, D]`.
-        train_labels: int64 `[N]`, or 0 and 1 `[N, num_classes]`.
-        test: Features `[M, D]`.
-        num_classes: Number of classes.
-        seed: Seed of the part that chooses the penalty.
-        penalties: Candidates, in units of N times the mean square of the features.
+    solved on all of them. Test images have no influence. Labels are int64 `[N]`, or 0 and 1 `[N, num_classes]`;
+    penalties are in units of N times the mean square of the features.
     """
     _check(train, train_labels, test, num_classes)
     x, rows = train.to("cpu", torch.float64), test.to("cpu", torch.float64)
@@ -134,20 +127,11 @@ def linear_probe(
 
     One classifier per learning rate is trained on four fifths of the training images; the best rate on the other fifth
     (see `accuracy_or_map`) then trains on all of them: SGD with momentum 0.9, a cosine schedule, batches of at most
-    256, no weight decay, no augmentation. Test images have no influence.
+    256, no weight decay, no augmentation. Test images have no influence. The loss is cross-entropy for labels int64
+    `[N]`, binary cross-entropy for labels 0 and 1 `[N, num_classes]`.
 
     Source: BatchNorm without parameters as in MAE (https://arxiv.org/abs/2111.06377, appendix A.1), a grid of learning
     rates at once as in DINOv2 (https://arxiv.org/abs/2304.07193).
-
-    Args:
-        train: Features `[N, D]`.
-        train_labels: int64 `[N]` (cross-entropy), or 0 and 1 `[N, num_classes]` (binary cross-entropy).
-        test: Features `[M, D]`.
-        num_classes: Number of classes.
-        seed: Seed of the part that chooses the rate and of the order of images.
-        rates: Candidate learning rates.
-        epochs: Passes over the images.
-        device: Device of the training.
     """
     _check(train, train_labels, test, num_classes)
     x, labels, rows = train.float().to(device), train_labels.to(device), test.float().to(device)

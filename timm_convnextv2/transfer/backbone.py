@@ -23,16 +23,11 @@ NOBODY = Origin()  # random weights
 
 
 class Backbone(nn.Module):
-    """The maps of the last four stages of a model of timm.
+    """The maps of the last four stages of a model from `timm.create_model(..., features_only=True)`.
 
-    Args:
-        model: From `timm.create_model(..., features_only=True)`.
-        spec: `architecture` and `model_args`, which make the same model again without weights.
-        mean: Mean of the images in 0..1, one value per channel.
-        std: Standard deviation, one value per channel.
-        img_size: Side of the square images that the weights were trained on.
-        pixels: How stored values become pixels, as for the images that the weights were trained on.
-        origin: The licence that stays with the weights, and their base model.
+    `spec` (`architecture` and `model_args`) makes the same model again without weights. Mean and std of the images in
+    0..1, `img_size` and `pixels` (how stored values become pixels) are those of the weights' training; `origin` is
+    their licence and base model.
     """
 
     def __init__(
@@ -107,13 +102,9 @@ def create_backbone(
 ) -> Backbone:  # fmt: skip
     """A backbone with its weights, and with the record of pixels in the model's folder.
 
-    Args:
-        name: A model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
-        pretrained: Load the weights instead of random ones.
-        in_chans: Channels of the images; the model's own if None. For another number, timm adapts the first layer's
-            weights, and all channels are normalised with the average of the model's means.
-        drop_path_rate: Fraction of residual paths dropped in training.
-        kwargs: More arguments of `timm.create_model`.
+    `name` is a model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME`. For another number of channels than the
+    model's, timm adapts the first layer's weights, and all channels are normalised with the average of the model's
+    means. `kwargs` go to `timm.create_model`.
     """
     if drop_path_rate is not None:
         kwargs["drop_path_rate"] = drop_path_rate

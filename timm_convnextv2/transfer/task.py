@@ -90,10 +90,7 @@ def new_backbone(config: DetectConfig | SegmentConfig) -> Backbone:
 def set_up(
     task_of: Callable[[Any], Task], config: DetectConfig | SegmentConfig, recipe: Recipe | None, world: World, line: str
 ) -> TransferRun | None:
-    """Opens and checks everything a run needs, and only then writes to its folder. Returns None after --dry-run.
-
-    `task_of` builds the task from the config; `line` is the command line, for args.yaml.
-    """
+    """Opens and checks everything a run needs, and only then writes to its folder. Returns None after --dry-run."""
     options, learning = config.run, config.learning
     if not config.start.model:
         raise ValueError("--model is required: a model of timm, local-dir:FOLDER or hf-hub:USER/NAME.")

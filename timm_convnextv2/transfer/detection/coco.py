@@ -74,17 +74,12 @@ def open_coco(
     file: str | Path, folder: str | Path, *, masks: bool = True, drop_wrong: bool = False, in_chans: int | None = None,
     pixels: Pixels = PLAIN
 ) -> Coco:  # fmt: skip
-    """Reads and checks annotations of objects.
+    """Reads and checks annotations of objects; images are relative to `folder`.
 
-    Args:
-        file: JSON with `images`, `annotations` and `categories`; ids may have gaps, annotations may be crowds
-            (`iscrowd`), and images may have no annotations.
-        folder: The images' `file_name` is relative to it.
-        masks: Every annotation needs a `segmentation`, polygons or RLE.
-        drop_wrong: Drop and count wrong annotations (no area, outside of the image, broken mask) instead of raising a
-            `ValueError` with the count and the first names of each kind.
-        in_chans: Decode some images to this number of channels and compare their sizes; None skips that.
-        pixels: How stored values become pixels.
+    Ids may have gaps, annotations may be crowds (`iscrowd`), and images may have no annotations. With `masks`, every
+    annotation needs a `segmentation`, polygons or RLE. Wrong annotations (no area, outside of the image, broken mask)
+    are a `ValueError` with the count and the first names of each kind; `drop_wrong` drops and counts them instead.
+    `in_chans` decodes some images to this number of channels and compares their sizes.
     """
     file, folder = Path(file), Path(folder)
     content = _read(file)

@@ -52,7 +52,7 @@ def build_detector(
     normalises them as in pretraining and resizes them. Labels are 1..num_classes, 0 is the background.
 
     Args:
-        backbone: A model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME` with its weights; or a `Backbone`.
+        backbone: A `Backbone`, or the name of a model with its weights, see `create_backbone`.
         num_classes: Number of object classes.
         boxes_only: Faster R-CNN, which finds boxes without masks.
         img_size: Pixels that the longer side is resized to, instead of `min_size` and `max_size`.

@@ -33,13 +33,7 @@ def find_objects(
 ) -> Iterator[tuple[CocoImage, list[Result]]]:  # fmt: skip
     """Runs a detector on images and yields each image, with its decoded size, and its COCO results.
 
-    Args:
-        detector: From `build_detector`; it is set to eval mode.
-        coco: The images; their annotations are ignored.
-        batch_size: Images per batch.
-        workers: Processes that decode images.
-        amp_dtype: Type of mixed precision, None for float32.
-        world: The processes that share the images, each of which finds its part; None for this process alone.
+    It ignores annotations and sets the detector to eval mode. Each process of `world` finds its part of the images.
     """
     detector.eval()
     rank, size = (0, 1) if world is None else (world.rank, world.size)

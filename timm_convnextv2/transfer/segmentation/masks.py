@@ -64,14 +64,8 @@ def read_classes(path: str | os.PathLike) -> list[str]:
 class MaskedImages(Dataset):
     """Images and their masks, matched by their paths below the two folders without extensions.
 
-    Args:
-        images: Folder of the images.
-        masks: Folder of the masks.
-        classes: Class names by index.
-        in_chans: Channels of the images.
-        pixels: How stored values become pixels.
-        ignore_index: Value of pixels without a class, in the masks and in the targets.
-        reduce_zero_label: 0 in a mask means no class, and class i is stored as i + 1, as in ADE20K.
+    Pixels without a class have the value `ignore_index`. With `reduce_zero_label`, 0 in a mask means no class, and
+    class i is stored as i + 1, as in ADE20K.
     """
 
     def __init__(
@@ -221,15 +215,9 @@ def open_split(root: str | os.PathLike, split: str) -> tuple[Path, Path]:
 class TrainTransform:
     """Scales, crops and flips an image with its mask, and distorts the colours of three channels.
 
-    Args:
-        size: Side of the square crops in pixels.
-        fill: Value per channel, in 0..1, beyond the image.
-        scale: Smallest and largest factor of the image's size.
-        short_side: Length of the shorter side at factor 1; None for the image's own.
-        hflip: Probability of a horizontal flip.
-        vflip: Probability of a vertical flip.
-        colours: Distort brightness, contrast, saturation and hue of images with three channels.
-        ignore_index: Class beyond the image.
+    Crops have `size` x `size` pixels; beyond the image they have the values `fill`, one per channel in 0..1, and the
+    class `ignore_index`. `scale` is the smallest and the largest factor of the image's size, or of the size at which
+    its shorter side has `short_side` pixels. `hflip` and `vflip` are probabilities.
     """
 
     def __init__(

@@ -92,13 +92,8 @@ def evaluate_segmenter(
 ) -> tuple[dict[str, Any], dict[int, Tensor]]:  # fmt: skip
     """`Confusion.measures` of a segmenter in eval mode, and the classes `[H, W]` found in some images, by image index.
 
-    Args:
-        model: The segmenter, on its device.
-        data: Images with masks.
-        inference: How the segmenter is run.
-        workers: Processes that decode images.
-        world: The processes that share the images, each of which calls this; None for this process alone.
-        keep: Number of images, spread over the data, whose classes are returned.
+    The processes of `world` share the images, and each of them calls this. `keep` is the number of images, spread over
+    the data, whose classes are returned.
     """
     rank, size = (0, 1) if world is None else (world.rank, world.size)
     kept = {i * len(data) // keep for i in range(min(keep, len(data)))} if keep else set()

@@ -20,13 +20,9 @@ AUXILIARY_WEIGHT = 0.4  # from mmsegmentation's configurations of UPerNet
 class Segmenter(nn.Module):
     """UPerNet; `build_segmenter` and `open_segmenter` make it.
 
-    Args:
-        backbone: See `create_backbone`.
-        num_classes: Number of classes, including the background if there is one.
-        channels: Channels of the head.
-        auxiliary_channels: Channels of the auxiliary head, which is used in training only; 0 for none.
-        ignore_index: Value of pixels without a class in the targets.
-        classes: Class names; '0', '1', ... if None.
+    `num_classes` includes the background if there is one. The auxiliary head is used in training only, and not at all
+    with 0 channels. `ignore_index` is the value of pixels without a class in the targets; classes are called '0', '1',
+    ... by default.
     """
 
     mean: Tensor

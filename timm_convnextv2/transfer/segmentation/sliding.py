@@ -43,14 +43,9 @@ def predict(
 ) -> Tensor:  # fmt: skip
     """Class probabilities `[B, K, height, width]` of images `[B, C, H, W]` as the mean over scales and flips.
 
-    Args:
-        model: Images `[B, C, h, w]` to logits `[B, K, h, w]`, in eval mode.
-        images: Any size.
-        scales: Factors of the images' size; the paper's multi-scale test has 0.75 to 1.25.
-        flip: Average with the mirrored image.
-        window: Side of sliding windows in pixels, see `slide`; None for whole images.
-        stride: See `slide`.
-        size: Height and width of the result; the images' own if None.
+    The model makes logits `[B, K, h, w]` in eval mode. Scales are factors of the images' size; the paper's multi-scale
+    test has 0.75 to 1.25. `window` and `stride` are those of `slide`, None for whole images; `size` is the height and
+    width of the result, by default the images'.
     """
     if not scales or any(scale <= 0 for scale in scales):
         raise ValueError(f"The scales are {list(scales)}, expected one or more numbers above 0.")
