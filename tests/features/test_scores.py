@@ -213,7 +213,7 @@ NAN = torch.full((4, 3), torch.nan)
         (lambda x, y: linear_probe(x, y, NAN, num_classes=2), "test features of 4 of 4"),
         (lambda x, y: knn(x, y[:3], x, 1), "do not fit"),
         (lambda x, y: ridge(x, y, x[:, :2], num_classes=2), "do not fit"),
-        (lambda x, y: ridge(x, y, x, num_classes=1), "1 class, expected at least 2"),
+        (lambda x, y: ridge(x, y, x, num_classes=1), "num_classes is 1"),
         (lambda x, y: knn(x, y, x, 0), r"k is \[0\]"),
         (lambda x, y: knn(x, y, x, 1, temperature=0), "temperature is 0"),
     ],

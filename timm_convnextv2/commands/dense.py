@@ -44,7 +44,7 @@ class Dense:
         below = [from_mapping(cls, recipe.values, f"--recipe {recipe.name}")] if recipe else []
         return action, build(cls, *below, given), recipe
 
-    def main(self, argv: Sequence[str] | None) -> int:
+    def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs the command. A mistake in options or data is one message and exit status 2."""
         words = list(sys.argv[1:] if argv is None else argv)
         if words[:1] == ["train"] and "--list-recipes" in words:

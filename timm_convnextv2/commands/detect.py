@@ -1,6 +1,5 @@
 """`timm-convnextv2 detect`: trains a detector, evaluates it, and finds objects."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,6 @@ from ..transfer.detection.metrics import evaluate_detector, find_objects, table
 from ..transfer.detection.soft_nms import use_soft_nms
 from ..transfer.detection.task import DetectionTask
 from .dense import Dense
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return COMMAND.main(argv)
 
 
 def evaluate(config: DetectEvalConfig) -> None:
@@ -90,3 +85,4 @@ COMMAND = Dense(
         "predict": (DetectPredictConfig, "find objects in a folder of images", predict),
     },
 )
+main = COMMAND.main

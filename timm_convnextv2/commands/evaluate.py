@@ -3,7 +3,6 @@
 Two baselines are measured as well: random weights and plain pixels.
 """
 
-import json
 import sys
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..console import PROGRAM, CommandParser, refused, say
 from ..features.config import EvaluateConfig
 from ..features.evaluate import evaluate_models
 from ..features.figures import save_measures
-from ..files import claim_folder, whole_file
+from ..files import claim_folder, write_json
 
 FILES = ("evaluation.json", "evaluation.png")
 
@@ -34,8 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         say(table(found))
         if folder is not None:
-            with whole_file(folder / FILES[0]) as part:
-                part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / FILES[0], found, indent=2)
             save_measures(found, folder / FILES[1])
             say(f"Written: {' and '.join(str(folder / name) for name in FILES)}")
     except (ValueError, RuntimeError, OSError) as e:
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 def table(found: dict[str, Any]) -> str:
     """The measures of `evaluate_models` as text: percent, with half of the 95 % interval, and the rank."""
     keys = list(found["results"][0]["measures"])
-    head = ["model", *(_title(key) for key in keys), "images/s"]
+    head = ["model", *(key.replace("knn_", "kNN ") for key in keys), "images/s"]
     rows = []
     for result in found["results"]:
         cells = [_cell(key, result["measures"][key]) for key in keys]
@@ -65,10 +63,6 @@ def table(found: dict[str, Any]) -> str:
         f"chance is {100 * found['data']['chance']:.1f}. The rank compares runs of one method only."
     )
     return "\n".join(lines)
-
-
-def _title(key: str) -> str:
-    return f"kNN {key.removeprefix('knn_')}" if key.startswith("knn_") else key
 
 
 def _cell(key: str, estimate: dict[str, float]) -> str:

@@ -1,7 +1,6 @@
 """`timm-convnextv2 segment`: trains a segmenter, evaluates it, and writes masks."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,10 +17,6 @@ from ..transfer.segmentation.metrics import evaluate_segmenter, find_classes, sa
 from ..transfer.segmentation.segmenter import open_segmenter
 from ..transfer.segmentation.task import SegmentationTask, class_names, inference_of, open_masks
 from .dense import Dense
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return COMMAND.main(argv)
 
 
 def evaluate(config: SegmentEvalConfig) -> None:
@@ -69,3 +64,4 @@ COMMAND = Dense(
         "predict": (SegmentPredictConfig, "write masks for a folder of images", predict),
     },
 )
+main = COMMAND.main

@@ -96,17 +96,14 @@ def collapse(
                     model.forward_encoder(part, model.visible(part, masks[start : start + batch_size]))
                 else:
                     encoder.forward_features(part)
-    last = max(len(blocks) - 1, 1)
-    return [
-        BlockCollapse(name, i / last, _mean(name, torch.cat(distances[name])), float(torch.cat(dead[name]).mean()))
-        for i, name in enumerate(blocks)
-    ]
-
-
-def _mean(block: str, distance: Tensor) -> float:
-    if distance.isinf().any():
-        raise ValueError(f"Block {block} gives NaN or infinity: the model has diverged.")
-    return float(distance.nanmean())
+    found: list[BlockCollapse] = []
+    for i, name in enumerate(blocks):
+        distance = torch.cat(distances[name])
+        if distance.isinf().any():
+            raise ValueError(f"Block {name} gives NaN or infinity: the model has diverged.")
+        depth = i / max(len(blocks) - 1, 1)
+        found.append(BlockCollapse(name, depth, float(distance.nanmean()), float(torch.cat(dead[name]).mean())))
+    return found
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..console import PACKAGE
 from ..files import claim_folder, whole_file
+from ..report.images import save_figure
 from .config import CompareConfig
 
 SCRATCH, OWN = "from scratch", "own encoder"
@@ -154,13 +155,11 @@ def write_results(
         writer.writerow(("candidate", "seed", "epoch", "top1"))
         writer.writerows((c.name, c.seed, i, a) for c in curves for i, a in enumerate(c.accuracy, 1))
     found: dict[str, Any] = {
-        "budget": config.budget,
-        "recipe": config.recipe,
-        "data_dir": config.data_dir,
+        "budget": config.budget, "recipe": config.recipe, "data_dir": config.data_dir,
         "candidates": {c.name: c.model for c in candidates},
         "top1": {n: {c.seed: c.accuracy[-1] for c in curves if c.name == n} for n in _names(curves)},
-        "seconds": {f"{c.name}, seed {c.seed}": round(c.seconds, 1) for c in curves},
-    }
+        "seconds": {f"{c.name}, seed {c.seed}": round(c.seconds, 1) for c in curves}
+    }  # fmt: skip
     with whole_file(output / "compare.json") as part:
         part.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draw_curves(curves, output / "compare.png")
@@ -183,5 +182,4 @@ def draw_curves(curves: Sequence[Curve], path: Path, title: str = "The same fine
     axes.set(xlabel="epoch of finetuning", ylabel="validation top-1, %", ylim=(0, None), title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    with whole_file(path) as part:
-        figure.savefig(part, format="png")
+    save_figure(figure, path)

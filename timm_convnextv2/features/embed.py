@@ -87,8 +87,14 @@ def embed(
             raise ValueError(
                 f"Process {group.rank} does not see '{parts.folder}': --output needs a shared file system."
             )
-        share = _Share(group.rank, group.size, finished, _per_part(total, batch_size))
-        batches = _batches(source, encoder.transform, batch_size, share, extraction.workers)
+        # enough batches per part for few files, few enough to share among processes and to lose little work
+        per_part = _STREAM_BATCHES_PER_PART if total is None else max(1, min(32, total // batch_size // 64))
+        share = _Share(group.rank, group.size, finished, per_part)
+        if isinstance(source, TimmStream):
+            batches = stream_batches(source, encoder.transform, batch_size, share.wants, extraction.workers)
+        else:
+            wanted = filter(share.wants, range(-(-len(source) // batch_size)))
+            batches = map_batches(source, encoder.transform, batch_size, [*wanted], extraction.workers)
         bar = ImageProgress(share.images(total, batch_size), enabled=progress and group.primary)
         try:
             rows_of = partial(_numpy_rows, encoder, extraction.amp)
@@ -101,7 +107,12 @@ def embed(
         finally:
             bar.close()
         if isinstance(source, TimmStream):
-            _check_complete(seen, source.reader.num_samples)
+            stated = source.reader.num_samples
+            if stated and seen != stated:  # the reader skips corrupt shards and only logs them
+                raise ValueError(
+                    f"The stream gave {seen} images, expected {stated}. Repair the shards or correct --num-samples, "
+                    "then continue with --resume: finished rows stay."
+                )
         group.gather([])  # waits for the parts of all processes
         return on_primary(group, lambda: _join(output, parts, limit, total or seen, batch_size * share.per_part))
 
@@ -140,15 +151,6 @@ def _check_outside(output: Path, source: Source | TimmStream) -> None:
             raise ValueError(f"'{output}' lies among the images, where .npy files count as images. Write it elsewhere.")
 
 
-def _check_complete(seen: int, stated: int | None) -> None:
-    """Refuses a stream with missing images: its reader skips corrupt shards and only logs them."""
-    if stated and seen != stated:
-        raise ValueError(
-            f"The stream gave {seen} images, expected {stated}. Repair the shards or correct --num-samples, then "
-            "continue with --resume: finished rows stay."
-        )
-
-
 class _Share(NamedTuple):
     """The batches of this process: every `world_size`-th part, unless an earlier run finished it."""
 
@@ -185,22 +187,6 @@ class _Limit(NamedTuple):
                 f"{bad} of {total} images cannot be decoded, more than --max-bad-images {self.share} allows; nothing "
                 "was written:\n" + "\n".join(reasons[:10])
             )
-
-
-def _batches(
-    source: Source | TimmStream, transform: Callable, batch_size: int, share: _Share, workers: int
-) -> Iterable[Batch]:
-    if isinstance(source, TimmStream):
-        return stream_batches(source, transform, batch_size, share.wants, workers)
-    numbers = [n for n in range(-(-len(source) // batch_size)) if share.wants(n)]
-    return map_batches(source, transform, batch_size, numbers, workers)
-
-
-def _per_part(total: int | None, batch_size: int) -> int:
-    """Batches per part: enough for few files, few enough to share among processes and to lose little work."""
-    if total is None:
-        return _STREAM_BATCHES_PER_PART
-    return max(1, min(32, total // batch_size // 64))
 
 
 def _compute(

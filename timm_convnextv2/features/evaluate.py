@@ -122,12 +122,10 @@ def evaluate_models(
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from e
         return {
-            "model": name,
-            "measures": {key: value._asdict() for key, value in found.items()},
-            "features": train.shape[1],
-            "images_per_second": round(rate, 1),
-            "preprocessing": {**encoder.settings, "pixels": encoder.pixels.record()},
-        }
+            "model": name, "measures": {key: value._asdict() for key, value in found.items()},
+            "features": train.shape[1], "images_per_second": round(rate, 1),
+            "preprocessing": {**encoder.settings, "pixels": encoder.pixels.record()}
+        }  # fmt: skip
 
     results: list[dict[str, Any]] = []
     if baselines:
@@ -136,27 +134,16 @@ def evaluate_models(
         results.append(result(f"{BASELINE_SIDE}x{BASELINE_SIDE} pixels", base, None))
         results.append(result(f"{architecture}, random weights", base, base.with_random_weights(scoring.seed)))
     results += [result(name, encoder, encoder.network) for name, encoder in zip(models, encoders, strict=True)]
-    return {
-        "data": {
-            "place": os.fspath(data_dir),
-            "classes": first.classes,
-            "train_images": len(first.train.labels),
-            "test_images": len(first.test.labels),
-            "several_labels": first.several,
-            "chance": first.chance,
-        },
-        "settings": {
-            "k": k,
-            "temperature": scoring.temperature,
-            "probe": scoring.probe,
-            "seed": scoring.seed,
-            "draws": scoring.draws,
-            "device": extraction.devices[0],
-            "validation_share": validation_share,
-            "amp": extraction.amp,
-        },
-        "results": results,
-    }
+    found = {
+        "place": os.fspath(data_dir), "classes": first.classes, "train_images": len(first.train.labels),
+        "test_images": len(first.test.labels), "several_labels": first.several, "chance": first.chance,
+    }  # fmt: skip
+    settings = {
+        "k": k, "temperature": scoring.temperature, "probe": scoring.probe, "seed": scoring.seed,
+        "draws": scoring.draws, "device": extraction.devices[0], "validation_share": validation_share,
+        "amp": extraction.amp,
+    }  # fmt: skip
+    return {"data": found, "settings": settings, "results": results}
 
 
 def describe(data: Labelled, path: str | os.PathLike) -> str:

@@ -119,6 +119,17 @@ def mean_of_last_map(network: Any, images: Tensor) -> Tensor:
     return network.forward_head(x, pre_logits=True)
 
 
+def check_features(train: Tensor, labels: Tensor, test: Tensor) -> None:
+    """Raises a `ValueError` unless features `[N, D]` and `[M, D]` are finite and fit N labels."""
+    check_finite(train, "training features")
+    check_finite(test, "test features")
+    if len(labels) != len(train) or test.shape[1] != train.shape[1]:
+        raise ValueError(
+            f"Training features {list(train.shape)}, labels {list(labels.shape)} and test features {list(test.shape)} "
+            "do not fit: expected [N, D], N labels and [M, D]."
+        )
+
+
 def check_finite(features: Tensor, what: str = "features") -> None:
     """Raises a `ValueError` for NaN, for infinity, and for features that are not `[N, D]`."""
     if features.ndim != 2 or not len(features):

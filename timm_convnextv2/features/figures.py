@@ -53,9 +53,12 @@ def save_measures(found: Mapping[str, Any], path: str | Path) -> None:
     axis.set_xticks(range(len(keys)), [key.replace("knn_", "kNN ") for key in keys])
     axis.set_ylabel("mean average precision (%)" if found["data"]["several_labels"] else "accuracy (%)")
     axis.grid(axis="y", alpha=0.25)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=1 if len(results) < 4 else 2)
+    _finish(figure, path, columns=1 if len(results) < 4 else 2)
+
+
+def _finish(figure: Any, path: str | Path, columns: int = 1) -> None:
+    figure.axes[0].spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=columns)
     save_figure(figure, path)
 
 
@@ -75,10 +78,7 @@ def save_distances(found: Mapping[str, Sequence[BlockCollapse]], path: str | Pat
     axis.axhline(0.5, color="#bbbbbb", linewidth=1, linestyle="--", label="independent channels, 0.5", zorder=0)
     axis.set_ylim(0, 1.05 * max([0.5, *(block.distance for blocks in found.values() for block in blocks)]))
     axis.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    figure.legend(loc="outside lower center", fontsize=8, frameon=False)
-    save_figure(figure, path)
+    _finish(figure, path)
 
 
 def save_channels(shown: Sequence[Tensor], maps: Mapping[str, tuple[str, Tensor]], path: str | Path) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import NEIGHBOURS, TEMPERATURE
-from .extract import check_finite
+from .extract import check_features
 
 QUERIES = 1024  # test rows per step
 MULTILABEL_NUMBERS = 2**24  # labels of neighbours gathered per step
@@ -52,13 +52,7 @@ def knn_scores(
     Features are `[N, D]` and `[M, D]`, labels int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several.
     Returns `{k: float32 [M, num_classes]}` by number of neighbours, `capped` at N. For `chunk` see `nearest`.
     """
-    check_finite(train, "training features")
-    check_finite(test, "test features")
-    if len(train_labels) != len(train) or train.shape[1] != test.shape[1]:
-        raise ValueError(
-            f"Training features {list(train.shape)}, labels {list(train_labels.shape)} and test features "
-            f"{list(test.shape)} do not fit: expected [N, D], N labels and [M, D]."
-        )
+    check_features(train, train_labels, test)
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, expected a number above 0.")
     labels = train_labels.to(train.device)

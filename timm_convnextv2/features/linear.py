@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .extract import check_finite
+from .extract import check_features
 
 
 class Estimate(NamedTuple):
@@ -72,15 +72,9 @@ def _split(images: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _check(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> None:
-    check_finite(train, "training features")
-    check_finite(test, "test features")
-    if len(train) < 2 or len(labels) != len(train) or test.shape[1] != train.shape[1]:
-        raise ValueError(
-            f"Training features {list(train.shape)}, labels {list(labels.shape)} and test features {list(test.shape)} "
-            "do not fit: expected [N, D], N labels and [M, D], with N at least 2."
-        )
-    if num_classes < 2:
-        raise ValueError(f"There is {num_classes} class, expected at least 2.")
+    check_features(train, labels, test)
+    if len(train) < 2 or num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}, for {len(train)} training images; expected at least 2 each.")
 
 
 def ridge(

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..data import MissingPackageError
-from ..files import check_free
+from ..files import check_free, write_json
 
 _RUN = "run.json"
 _SUFFIX = ".safetensors"
@@ -81,9 +81,7 @@ class Parts:
             raise ValueError(f"'{self.folder / _RUN}' cannot be read: {e}. Replace the run with --overwrite.") from e
 
     def _write_run(self, run: dict[str, Any]) -> None:
-        temporary = self.folder / f".{_RUN}"
-        temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / _RUN)
+        write_json(self.folder / _RUN, run, indent=2)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:08d}{_SUFFIX}"
@@ -144,7 +142,8 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
     """
     names, table = _beside(output)
     skipped = [entry for number in numbers for entry in parts.read(number).skipped]
-    shape = _shape(parts, numbers)
+    shapes = [parts.read(number).rows.shape for number in numbers]
+    shape = sum(rows for rows, _ in shapes), max(features for _, features in shapes)
 
     def blocks() -> Iterator[Part]:
         return (part for part in map(parts.read, numbers) if len(part.rows))
@@ -168,11 +167,6 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
         os.replace(complete, file)
     parts.remove()
     return shape[0], {i: reason for i, _, reason in skipped}
-
-
-def _shape(parts: Parts, numbers: Sequence[int]) -> tuple[int, int]:
-    shapes = [parts.read(number).rows.shape for number in numbers]
-    return sum(rows for rows, _ in shapes), max(features for _, features in shapes)
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
