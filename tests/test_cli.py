@@ -69,14 +69,6 @@ def test_every_command_is_there_and_names_itself(name, capsys):
     assert not out and err.startswith(f"timm-convnextv2 {name}: error: ") and err.count("error:") == 1
 
 
-def test_the_package_is_a_module_for_python_and_torchrun(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["timm_convnextv2", "embed", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module("timm_convnextv2", run_name="__main__", alter_sys=True)
-    assert stop.value.code == 0
-    assert capsys.readouterr().out.startswith("usage: timm-convnextv2 embed ")
-
-
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
 def test_each_script_is_its_command(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])

@@ -481,8 +481,10 @@ def test_task_gives_timm_what_it_expects():
     assert torch.equal(fresh(images, mask)["loss"], out["loss"])
 
 
-def test_task_compiles():
+@pytest.mark.parametrize("backend", ["fused", "eager"])
+def test_task_compiles(backend, monkeypatch):
     """The compiled model, its checkpoint and its EMA are those of the plain one; no graph break in the forward."""
+    monkeypatch.setenv("TIMM_CONVNEXTV2_BACKEND", backend)
     torch._dynamo.reset()
     plain, task = (FCMAETask(toy(dtype=torch.float32, depths=(1, 1, 1, 1))) for _ in range(2))
     task.setup_ema()

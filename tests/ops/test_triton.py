@@ -319,10 +319,10 @@ def test_refuses_what_it_would_misread(kernels):
         ("rstd", lambda: k.layer_norm_backward(h, h, h[..., :1].contiguous(), row, bias, True, True)),
         ("index", lambda: k.window_conv(x, weight, None, index.int())),
         ("index", lambda: k.window_conv_weight_grad(x, grad, index, 5)),
-        (".*odd", lambda: k.window_conv_weight_grad(x, grad, index[:, 1:, 1:].contiguous(), 2)),
+        ("odd", lambda: k.window_conv_weight_grad(x, grad, index[:, 1:, 1:].contiguous(), 2)),
         ("weight", lambda: k.window_conv(x, weight[:4].contiguous(), None, index)),
     ):
-        with pytest.raises(ValueError, match=rf"(^|\W){name} "):
+        with pytest.raises(ValueError, match=rf"(^|\W){name}\W"):
             call()
 
 
