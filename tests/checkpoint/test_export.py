@@ -283,6 +283,18 @@ def test_classifiers_travel_to_stock_timm_and_back(tmp_path):
     assert "license" not in config["pretrained_cfg"]  # named a published tag, and was trained from scratch
 
 
+def test_metrics_of_an_epoch_that_was_repeated_are_those_of_its_last_row(tmp_path):
+    """train.py that resumes writes the header and the epoch again; the checkpoint is of the second pass."""
+    run, _ = make_run(tmp_path / "run")
+    summary = run / "summary.csv"
+    header, first, second = summary.read_text().splitlines()
+    again = first.replace("60.0", "70.0")
+    assert again != first
+    summary.write_text("\n".join([header, first, second, header, again, second]) + "\n")
+    folder = export_finetuned(run, tmp_path / "out")
+    assert config_of(folder)["training"]["metrics"]["top1"] == 70.0
+
+
 def test_card_of_a_classifier(tmp_path):
     run, _ = make_run(tmp_path / "run", dataset="hfds/timm/oxford-iiit-pet")
     folder = export_finetuned(run, tmp_path / "out", license="mit", info={"Recipe": "smoke", "Seed": 7})

@@ -18,6 +18,7 @@ from timm_convnextv2.pretrain.plan import make_plan
 from timm_convnextv2.pretrain.resume import resume_progress
 from timm_convnextv2.pretrain.start import create_model
 from timm_convnextv2.pretrain.trainer import create_trainer
+from timm_convnextv2.runs.checkpoints import Checkpoint
 from timm_convnextv2.runs.folder import RunFolder
 from timm_convnextv2.runs.trainer import Learning
 from timm_convnextv2.runs.world import World
@@ -112,6 +113,22 @@ def test_missing_parts(tmp_path, capsys, tiny, part):
     del content[part]
     torch.save(content, tmp_path / "x.pth.tar")
     refused(tmp_path / "r", capsys, "x.pth.tar", *tiny[1], "--resume", str(tmp_path / "x.pth.tar"))
+
+
+@pytest.mark.parametrize(("update", "fits"), [(1, True), (2, False), (3, False)])
+def test_a_checkpoint_of_a_whole_epoch_counts_as_the_next_epoch(tmp_path, tiny, update, fits):
+    """An epoch of `tiny` has two updates: a checkpoint inside it lies before the second, never after it."""
+    content = load(tiny[0])
+    content["progress"]["update"] = update
+    torch.save(content, tmp_path / "x.pth.tar")
+    checkpoint = Checkpoint.read(tmp_path / "x.pth.tar")
+    states = checkpoint.state.optimizer["state"]
+    shapes = [states[i]["exp_avg"].shape for i in sorted(states)]
+    if fits:
+        checkpoint.check_fits(checkpoint.state, shapes, 2)
+        return
+    with pytest.raises(CheckpointError, match=f"after update {update} of an epoch of 2"):
+        checkpoint.check_fits(checkpoint.state, shapes, 2)
 
 
 def flip(path):
