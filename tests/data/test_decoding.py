@@ -56,52 +56,6 @@ def test_truncated_file_raises(tmp_path, suffix):
             load_image(path)
 
 
-@pytest.mark.parametrize(
-    "shape, in_chans, expected",
-    [
-        ((5, 7), 1, lambda a: a[None]),
-        ((1, 5, 7), 1, lambda a: a),
-        ((5, 7, 3), 3, lambda a: a.transpose(2, 0, 1)),
-        ((3, 5, 7), 3, lambda a: a),
-        ((12, 5, 7), 12, lambda a: a),
-        ((5, 7, 2), 2, lambda a: a.transpose(2, 0, 1)),
-        ((4, 5, 4), 4, lambda a: a.transpose(2, 0, 1)),  # ambiguous: channels-last
-    ],
-)
-def test_npy_layouts(tmp_path, shape, in_chans, expected):
-    a = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    np.save(tmp_path / "x.npy", a)
-    x = load_image(tmp_path / "x.npy", in_chans)
-    assert x.dtype == torch.uint8 and np.array_equal(x.numpy(), expected(a))
-
-
-@pytest.mark.parametrize(
-    "array, in_chans, words",
-    [
-        (np.zeros((5, 7), complex), 1, "complex128"),
-        (np.full((5, 7), 1e300), 1, "infinite"),
-        (np.zeros((0, 7), np.uint8), 1, "empty"),
-        (np.array([{}, None], object), 1, "allow_pickle"),
-    ],
-)
-def test_npy_errors(tmp_path, array, in_chans, words):
-    np.save(tmp_path / "x.npy", array, allow_pickle=True)
-    with pytest.raises(ImageError, match=f"x.npy.*{words}"):
-        load_image(tmp_path / "x.npy", in_chans)
-
-
-def test_multi_band_tiff_is_not_cut_to_rgb(tmp_path):
-    # Pillow opens these as RGB and would leave out the other bands without a word
-    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
-    a = np.dstack([RGB, RGB[..., :2]])
-    tifffile.imwrite(tmp_path / "x.tif", a, photometric="rgb", extrasamples=["unspecified"] * 2)
-    with Image.open(tmp_path / "x.tif") as image:
-        assert image.mode == "RGB"
-    with pytest.raises(ImageError, match="5 channels.*expected 3"):
-        load_image(tmp_path / "x.tif", 3)
-    assert np.array_equal(hwc(load_image(tmp_path / "x.tif", 5)), a)
-
-
 def test_missing_tifffile_names_the_remedy_and_stops_the_run(tmp_path, monkeypatch):
     Image.fromarray(RGB).save(tmp_path / "x.tif")
     monkeypatch.setitem(sys.modules, "tifffile", None)
@@ -110,3 +64,10 @@ def test_missing_tifffile_names_the_remedy_and_stops_the_run(tmp_path, monkeypat
         load_image(tmp_path / "x.tif", 2)
     with pytest.raises(MissingPackageError, match="pip install tifffile"):
         check_readable(FolderSource(tmp_path, in_chans=2))
+
+
+def test_npy_of_either_layout_has_its_channels_last(tmp_path):
+    a = np.random.default_rng(0).integers(0, 256, (4, 5, 4), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", a)
+    x = load_image(tmp_path / "x.npy", 4)
+    assert x.dtype == torch.uint8 and np.array_equal(x.numpy(), a.transpose(2, 0, 1))

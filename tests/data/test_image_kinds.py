@@ -196,6 +196,7 @@ PREMULTIPLIED = np.rint(RGB16 * (RGBA16[..., 3:] / 65535)).astype(np.uint16)
 CMYK, YCBCR = (Image.fromarray(RGB8).convert(mode) for mode in ("CMYK", "YCbCr"))
 PALETTE = Image.fromarray(RGB8).quantize(64)
 IJ = dict(imagej=True)
+RGB_AND_TWO = tiff(np.dstack([RGB8, RGB8[..., :2]]), photometric="rgb", extrasamples=["unspecified"] * 2)
 
 KINDS = {
     # 8-bit
@@ -257,6 +258,9 @@ KINDS = {
     "tiff rgb turned": Kind(
         tiff(RGB8, photometric="rgb", extratags=[(274, "H", 1, 8, True)]), 3, chw(np.rot90(RGB8)) / 255
     ),
+    # Pillow opens it as RGB and leaves out the other bands
+    "tiff rgb and two": Kind(RGB_AND_TWO, 5, chw(np.dstack([RGB8, RGB8[..., :2]])) / 255),
+    "tiff rgb and two, too many": Kind(RGB_AND_TWO, 3, "5 channels.*expected 3"),
     "tiff palette": Kind(pillow(PALETTE, "x.tif"), 3, colours(PALETTE)),
     "tiff palette alpha": Kind(pillow(PALETTE.convert("PA"), "x.tif"), 3, colours(PALETTE)),
     "tiff rgba": Kind(pillow(RGBA8, "x.tif"), 3, chw(RGB8) / 255),
@@ -370,6 +374,8 @@ KINDS = {
     # arrays
     "npy grey": Kind(npy(GREY8), 1, GREY8[None] / 255),
     "npy last": Kind(npy(RGB8), 3, chw(RGB8) / 255),
+    "npy last of two": Kind(npy(RGB8[..., :2]), 2, chw(RGB8[..., :2]) / 255),
+    "npy first of one": Kind(npy(GREY8[None]), 1, GREY8[None] / 255),
     "npy first": Kind(npy(BANDS), 5, BANDS / 65535),
     "npy fortran": Kind(npy(np.asfortranarray(BANDS)), 5, BANDS / 65535),
     "npy big-endian": Kind(npy(BANDS.astype(">u2")), 5, BANDS / 65535),
@@ -378,6 +384,10 @@ KINDS = {
     "npy float16": Kind(npy(FLOAT.astype(np.float16)), 1, FLOAT.astype(np.float16)[None]),
     "npy int16": Kind(npy(SIGNED), 1, SIGNED[None] / 32767),
     "npy uint32": Kind(npy(GREY16.astype(np.uint32)), 1, "uint32, expected"),
+    "npy complex": Kind(npy(np.zeros((S, S), complex)), 1, "complex128"),
+    "npy beyond float32": Kind(npy(np.full((S, S), 1e300)), 1, "infinite"),
+    "npy empty": Kind(npy(np.zeros((0, S), np.uint8)), 1, "empty"),
+    "npy of objects": Kind(npy(np.array([{}, None], object)), 1, "allow_pickle"),
     "npy grey for colours": Kind(npy(GREY8), 3, r"\(16, 16\).*expected 3 channels"),
 }  # fmt: skip
 
