@@ -59,7 +59,7 @@ def test_full_disk(small_disk, no_images, monkeypatch, capsys, whole):
     assert message.count("timm-convnextv2 pretrain:") == 1 and "No space left on device" in message
     assert "milestone-2.pth.tar' cannot be written" in message
     assert f"last whole checkpoint is {out / 'last.pth.tar'} (after epoch 1)" in message
-    assert re.search(r"resume with\n  .*--experiment r --resume auto", message) and "Traceback" not in message
+    assert re.search(r"Resume with\n  .*--experiment r --resume auto", message) and "Traceback" not in message
     assert not hidden(out) and load(out)["progress"]["epoch"] == 1
     (small_disk / "ballast").unlink()
     run(out, *options, "--resume", "auto", epochs=2)
@@ -231,10 +231,9 @@ def test_left_overs(tmp_path):
 def test_start_removes_what_a_killed_run_left(tmp_path, no_images):
     out = run(tmp_path / "r")
     before = {path.name for path in out.iterdir()}
-    for name in (".encoder.far.9-9.ab.part", ".encoder.123.tmp"):  # the second is of 0.1
-        (out / name).mkdir()
-        (out / name / "model.safetensors").write_text("large")
-    for name in (".last.pth.tar.far.9-9.ab.part", "last.pth.part", ".loss.png.far.9-9.ab.part"):
+    (out / ".encoder.far.9-9.ab.part").mkdir()
+    (out / ".encoder.far.9-9.ab.part/model.safetensors").write_text("large")
+    for name in (".last.pth.tar.far.9-9.ab.part", ".loss.png.far.9-9.ab.part"):
         (out / name).touch()
     run(out, "--resume", "auto", epochs=2)
     assert {path.name for path in out.iterdir()} == before | {"milestone-2.pth.tar"}
