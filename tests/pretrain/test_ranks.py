@@ -11,7 +11,7 @@ import multiprocessing, os, signal, sys, time
 from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.pretrain import loop, measures, setup
 from timm_convnextv2.runs import world
-from timm_convnextv2.pretrain.batches import DataError
+from timm_convnextv2.runs.errors import DataError
 from timm_convnextv2.runs.trainer import Trainer
 update = Trainer.update
 def wrapped(self, batches, number):
@@ -32,7 +32,7 @@ FAULTS = {
         "[os.kill(w.pid, signal.SIGKILL) for w in multiprocessing.active_children()]",
         "DataLoader worker",
     ),
-    "cannot read on": ("raise DataError('x.jpg needs a package')", "pretrain: x.jpg needs a package"),
+    "cannot read on": ("raise DataError('x.jpg needs a package')", "pretrain: error: x.jpg needs a package"),
 }
 
 

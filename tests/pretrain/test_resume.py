@@ -22,7 +22,7 @@ from runs import (
 from safetensors.torch import load_file
 
 from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.pretrain import messages
+from timm_convnextv2.runs import end
 from timm_convnextv2.runs import folder as run_folder
 from timm_convnextv2.runs import world as distributed
 
@@ -169,17 +169,17 @@ def test_resume_command(monkeypatch, argv, expected, started):
     monkeypatch.setattr(sys, "argv", [*program[started], *argv])
     for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    found, clone = shlex.split(messages.resume_command("x")), started == "a clone's script"
+    found, clone = shlex.split(end.resume_command("pretrain", "x")), started == "a clone's script"
     start = found[: -len(shlex.split(expected))]
     assert found[len(start) :] == shlex.split(expected)
     assert start[-1] == script if clone else start[-1] in ("pretrain", "timm_convnextv2.pretrain")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     words = script if clone else "-m timm_convnextv2 pretrain"
-    assert messages.resume_command("x") == f"torchrun --nproc-per-node 2 {words} {expected}"
+    assert end.resume_command("pretrain", "x") == f"torchrun --nproc-per-node 2 {words} {expected}"
     for name, value in dict(GROUP_WORLD_SIZE="3", MASTER_ADDR="node0", TORCHELASTIC_RUN_ID="7").items():
         monkeypatch.setenv(name, value)
     nodes = "--nnodes 3 --rdzv-backend c10d --rdzv-id 7 --rdzv-endpoint node0:29500"
-    assert messages.resume_command("x") == f"torchrun {nodes} --nproc-per-node 2 {words} {expected}"
+    assert end.resume_command("pretrain", "x") == f"torchrun {nodes} --nproc-per-node 2 {words} {expected}"
 
 
 def test_ctrl_c_in_a_terminal(tmp_path):
