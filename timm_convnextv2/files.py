@@ -109,7 +109,7 @@ def sync(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a name to write to, which replaces `path` when the block ends; a `WriteError` leaves it unchanged."""
+    """Yields the name to write to; the file replaces `path` when the block ends, a `WriteError` leaves `path` as is."""
     path = Path(path)
     part = new_part(path)
     try:
