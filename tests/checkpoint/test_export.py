@@ -1,6 +1,7 @@
 """Weights that travel: a whole FCMAE and train.py's classifiers as timm folders, and the licence they carry."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -83,13 +84,46 @@ def test_everybody_may_read_the_weights(tmp_path):
     assert len(modes) == 3 and set(modes.values()) == {modes["config.json"]}
 
 
+@pytest.mark.parametrize("moves", range(4))
+@pytest.mark.parametrize("before", ["nothing", "an earlier export", "another model"])
+def test_a_crash_between_two_moves_leaves_no_config_of_other_weights(before, moves, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    model, new = (timm.create_model("fcmae_convnextv2_atto", **{**FCMAE, "img_size": size}) for size in (64, 96))
+    if before != "nothing":
+        export_encoder(new if before == "an earlier export" else model, tmp_path / "out", info={"Epochs": "1 of 2"})
+    done, replace = [], os.replace
+
+    def killed(source, target):
+        if len(done) == moves:
+            raise Killed
+        done.append(Path(target).name)
+        replace(source, target)
+
+    weights = {name: value + 1 for name, value in new.state_dict().items()}
+    monkeypatch.setattr(os, "replace", killed)
+    with contextlib.suppress(Killed):
+        export_encoder(new, tmp_path / "out", state_dict=weights, info={"Epochs": "2 of 2"})
+    assert len(done) == min(moves, 3)
+    if before == "an earlier export":  # a run overwrites its export many times, and it can always be opened
+        assert (tmp_path / "out" / "config.json").is_file()
+    else:
+        assert (tmp_path / "out" / "config.json").is_file() == (moves > 1)
+    if (tmp_path / "out" / "config.json").is_file():
+        opened = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=0)
+        assert opened.pretrained_cfg["input_size"] == (3, 96, 96)
+        stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+        assert all(torch.equal(value, stored[name]) for name, value in opened.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (dict(in_chans=1), "in_chans=3 there, 1 asked for"),
-        (dict(patch_size=1, img_size=64), "patch_size=4 there, 1 asked for"),
-        (dict(decoder_dim=8), "decoder_dim=16 there, 8 asked for"),
-        (dict(decoder_depth=2), "decoder_depth=1 there, 2 asked for"),
+        (dict(in_chans=1), "in_chans=3 in the file, 1 requested"),
+        (dict(patch_size=1, img_size=64), "patch_size=4 in the file, 1 requested"),
+        (dict(decoder_dim=8), "decoder_dim=16 in the file, 8 requested"),
+        (dict(decoder_depth=2), "decoder_depth=1 in the file, 2 requested"),
         (dict(depths=(1, 1, 2, 1)), "stages.2.blocks.1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: the official formats <-> ours, safe loading, export to a timm folder, the Hub."""
+"""Checkpoints: official formats, safe loading, export to timm folders."""
 
 from ..files import CheckpointError, load_checkpoint
 from .export import export_encoder, export_fcmae

@@ -46,13 +46,13 @@ def write_folder(
         weights: Names and shapes are already checked.
         folder: Created if needed.
         data: `input_size` and the other keys of timm's `resolve_data_config`.
-        license: Licence of the weights; replaces the one in `pretrained_cfg`.
+        license: Replaces the licence in `pretrained_cfg`.
         training: The section of that name in `config.json`, see `card`; rows about the model precede its table.
-        label_names: Names of the classes in the order of the model's outputs.
+        label_names: In the order of the model's outputs.
 
     Raises:
         ValueError: A weight is not finite.
-        WriteError: (an OSError) The folder cannot be written; its old files stay.
+        WriteError: (an OSError) The folder cannot be written.
     """
     # safetensors needs contiguous tensors that share no memory; channels_last weights are not contiguous
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
@@ -72,10 +72,13 @@ def write_folder(
         images = [name for name in IMAGES if (folder / name).is_file()]
         (temporary / "README.md").write_text(render_card(config, images), encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
-        # weights first: a folder with a config.json counts as complete, also after a crash between two renames
         names = (WEIGHTS, "config.json", "README.md")
         for name in names:
             sync(temporary / name)
+        # weights first: a config.json marks a complete folder, also after a crash between two moves; that of another
+        # model goes before them, because it would describe the new weights until the next move
+        if _describes_another(folder / "config.json", config):
+            (folder / "config.json").unlink(missing_ok=True)
         for name in names:
             os.replace(temporary / name, folder / name)
         sync(folder)
@@ -88,6 +91,16 @@ def write_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _describes_another(path: Path, config: dict[str, Any]) -> bool:
+    """False if a `config.json` differs from the new one in the rows of the card's table only, as within a run."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        old["training"]["table"] = config["training"]["table"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    return old != json.loads(json.dumps(config))
 
 
 def _config(model: nn.Module, path: Path, data: dict[str, Any], label_names: Sequence[str] | None) -> dict[str, Any]:
@@ -179,13 +192,10 @@ def export_encoder(
         info: Rows for the table in the README (data, epochs, settings).
         pixels: How stored values became pixels, if not in the default way; all commands then do the same.
 
-    Returns:
-        The folder.
-
     Raises:
         ValueError: The model was not made by timm's factory, the weights do not fit or are not finite, the licence
             contradicts the inherited one, or mean or std have the wrong length.
-        WriteError: (an OSError) The folder cannot be written; its old files stay.
+        WriteError: (an OSError) The folder cannot be written.
     """
     cfg, license = _start(model, license)
     own = weights = model.encoder.state_dict()

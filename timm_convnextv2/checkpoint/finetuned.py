@@ -25,11 +25,7 @@ LABEL_NAMES = "label_names.json"  # in a run's folder: a list of the classes in 
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
-    """The checkpoint file to export for `path`, which is a file or the output folder of timm's train.py.
-
-    Raises:
-        ValueError: The folder has no such file.
-    """
+    """The checkpoint to export for `path`, a file or the output folder of timm's train.py; ValueError without one."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -86,9 +82,9 @@ def origin_of_run(
 
     Args:
         args: The run's options.
-        name: Its model's present name for timm's factory.
-        cfg: `pretrained_cfg` of the model made under that name.
-        folder: The run's folder, where files are searched that are missing at the paths in `args`.
+        name: The model's present name for timm's factory.
+        cfg: `pretrained_cfg` of that model.
+        folder: The run's folder, searched for files that are missing at the paths in `args`.
         followed: Checkpoints that were already followed.
 
     Raises:
@@ -273,21 +269,15 @@ def export_finetuned(
         checkpoint: A checkpoint file of train.py, or its output folder (model_best.pth.tar, else last.pth.tar).
         folder: Created if needed.
         ema: Export the moving average of the weights; by default if there is one, because train.py evaluated it.
-        license: Licence of the weights, by its id on the Hugging Face Hub; by default that of `finetune --license`, if
-            any. Weights that started from others under a stated licence (the published ones: cc-by-nc-4.0) keep that
-            licence.
+        license: Licence by its id on the Hub; by default that of `finetune --license`. An inherited licence stays.
         info: Rows for the table in the README, added to its own or replacing them.
-        label_names: Names of the classes in the order of their index, for `inference.py --label-type name` and the
-            Hub's widget; by default those in `label_names.json` beside the checkpoint, which `finetune` writes.
-
-    Returns:
-        The folder.
+        label_names: Names of the classes in the order of their index; by default those in `label_names.json` beside
+            the checkpoint, which `finetune` writes.
 
     Raises:
-        ValueError: The checkpoint is missing, corrupt, contains code or is not from train.py; the model is not a
-            ConvNeXt V2, or its start folder is missing; the weights do not fit; `ema=True` without an average; the
-            licence contradicts the inherited one, or nothing states the licence of the start file; or the number of
-            names differs from the number of classes.
+        ValueError: The checkpoint is unusable or not from train.py, the model is not a ConvNeXt V2, its start folder
+            is missing, the weights do not fit, the licence is unknown or contradicts the inherited one, or names and
+            classes differ in number.
         RuntimeError: The `config.json` of an `hf-hub:` model cannot be loaded.
     """
     path = find_checkpoint(checkpoint)

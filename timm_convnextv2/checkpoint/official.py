@@ -145,9 +145,8 @@ def convert_official(state_dict: dict[str, Any], conv_mlp: bool | None = None) -
             follows from the stem's width, which identifies the published sizes (atto to nano: yes).
 
     Returns:
-        Weights of an `FCMAE` for the sparse format, otherwise of a `ConvNeXtV2`. `head.norm`, which pretraining lacks,
-        starts fresh (ones and zeros). Tensors may share memory with the input. The published weights are CC-BY-NC 4.0
-        in any format: pass that licence to `export_encoder` for weights trained from them.
+        Weights of an `FCMAE` for the sparse format, otherwise of a `ConvNeXtV2`; `head.norm`, which pretraining lacks,
+        is ones and zeros. The published weights are CC-BY-NC 4.0: pass that licence to `export_encoder`.
 
     Raises:
         ValueError: Not an official checkpoint, an unknown or missing name, a shape that does not fit, or an

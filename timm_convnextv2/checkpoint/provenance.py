@@ -160,13 +160,7 @@ def _check(values: dict[str, Any], section: dict[str, str], prefix: str, where: 
 
 
 def _check_config(config: dict[str, Any], where: str, ours: bool) -> None:
-    """Checks the type of every value that is used; null is allowed where timm allows it.
-
-    Args:
-        config: A `config.json` in timm's format.
-        where: Its path, for the message.
-        ours: It describes a ConvNeXt V2 or FCMAE: check `model_args` as well.
-    """
+    """Checks the type of every value in use (`ours`: `model_args` as well); null is allowed if timm allows it."""
     _check(config, _TOP, "", where)
     nested = "pretrained_cfg" in config  # timm's first format was flat
     cfg = config["pretrained_cfg"] if nested else config
@@ -208,11 +202,7 @@ def training_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(path: str | Path, ours: bool = True) -> dict[str, Any]:
-    """Reads and checks the `config.json` of a timm folder.
-
-    Args:
-        path: The file.
-        ours: Accept only a ConvNeXt V2 or an FCMAE; otherwise any architecture.
+    """Reads and checks the `config.json` of a timm folder; with `ours` only that of a ConvNeXt V2 or an FCMAE.
 
     Raises:
         ValueError: The file is missing or not in timm's format.
@@ -305,12 +295,7 @@ class Origin(NamedTuple):
 
 
 def origin_of_config(config: dict[str, Any], hub_id: str | None = None) -> Origin:
-    """The provenance of the weights in a timm folder.
-
-    Args:
-        config: The folder's `config.json`, or a `pretrained_cfg` alone.
-        hub_id: The folder's name on the Hub, if it came from there.
-    """
+    """The provenance of weights by their `config.json` or `pretrained_cfg`, and their name on the Hub if any."""
     cfg = config.get("pretrained_cfg", config)
     license, url = cfg.get("license"), cfg.get("origin_url")
     hub_id = hub_id.partition("@")[0] if hub_id else None
@@ -326,17 +311,13 @@ def origin_of_config(config: dict[str, Any], hub_id: str | None = None) -> Origi
 def origin_of_file(path: Path, names: Iterable[str], run: Mapping[str, Any] | None = None) -> Origin:
     """The provenance of the weights in a file.
 
-    The `config.json` that belongs to the file states the licence. Without one, weights with the official names have
-    the licence of the published weights, and a pretraining run of this package that started from random weights states
-    its own. For all others the licence is unstated.
+    Without a `config.json`, weights with the official names have the licence of the published weights, and a
+    pretraining run that started from random weights states its own.
 
     Args:
         path: The file; its `config.json` lies beside it, that of a pretraining run in `encoder/`.
         names: Names of the tensors in it.
         run: Settings of the pretraining run that wrote the file; None for other files.
-
-    Raises:
-        ConfigError: (a ValueError) A value in the `config.json` has the wrong type.
     """
     folder = path.parent if run is None else path.parent / "encoder"
     config = config_beside({"file": folder / WEIGHTS})

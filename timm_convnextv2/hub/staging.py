@@ -1,4 +1,4 @@
-"""What publishing sends: put together in a folder of its own from a timm folder or a run, with the licence settled."""
+"""Gathers the files to publish from a timm folder or a run, and settles their licence."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ from .upload import check_folder
 
 
 class Stated(NamedTuple):
-    """What the user says about weights, beyond what their files say.
+    """Statements of the user about weights, which their files may lack.
 
     Attributes:
         license: Licence by its id on the Hub.
@@ -38,21 +38,18 @@ class Stated(NamedTuple):
 
 
 def stage(source: Path, target: Path, *, part: str = "encoder", stated: Stated | None = None) -> str:
-    """Puts what `source` has to publish into `target`.
+    """Fills `target` with the files to publish; returns a description of their source, for messages.
 
     Args:
         source: A timm folder, the folder of a detector or segmenter, or the folder of a run of pretraining, of timm's
             train.py, of finetuning, or of detect or segment.
         target: An empty folder.
-        part: Of a pretraining run, 'encoder' or 'fcmae' (the decoder too).
-        stated: What the user says about the weights.
-
-    Returns:
-        What it was, for messages.
+        part: 'encoder' or 'fcmae' (with the decoder) of a pretraining run.
+        stated: Statements of the user.
 
     Raises:
-        ValueError: Nothing to publish, a damaged file, a licence that nothing states or that contradicts the inherited
-            one, or `part='fcmae'` of something without a decoder.
+        ValueError: Nothing to publish, a corrupt file, a licence that nothing states or that contradicts the inherited
+            one, or `part='fcmae'` of weights without a decoder.
     """
     stated = stated or Stated()
     if (source / "config.json").is_file() and not (source / "args.yaml").is_file():
@@ -77,7 +74,7 @@ def stage(source: Path, target: Path, *, part: str = "encoder", stated: Stated |
 
 
 def _images_of(run: Path) -> dict[str, Path]:
-    """Images of a run, by their name beside the card: its loss curve, and the last of what it predicts."""
+    """Images of a run by their name beside the card: the loss curve and the latest predictions."""
     images = {"loss.png": run / "loss.png"}
     for folder in ("reconstructions", "predictions"):
         for path in sorted((run / folder).glob("epoch-*.png")):
@@ -116,10 +113,10 @@ def _write_description(folder: Path, config: dict[str, Any], card: str) -> None:
 
 
 def _describe(folder: Path, config: dict[str, Any], stated: Stated) -> dict[str, Any]:
-    """A timm folder's config with what the user says about licence, data and origin."""
+    """Adds the user's statements about licence, data and origin to a config."""
     training = dict(training_of(config))
     cfg = dict(config.get("pretrained_cfg", {}))
-    # of a folder that this package did not write, a licence that is stated came with the weights
+    # in a folder that this package did not write, the stated licence came with the weights
     binding = training.get("inherited_license") if training else origin_of_config(config).license
     if not binding and stated.base_model:  # published weights, named as the origin
         binding = origin_of_config({}, stated.base_model).license
@@ -127,7 +124,7 @@ def _describe(folder: Path, config: dict[str, Any], stated: Stated) -> dict[str,
     if license is None:
         raise ValueError(
             f"Nothing states the licence of the weights in {folder}. Name it with --license, by its id on the Hub "
-            "(mit, apache-2.0, cc-by-4.0, ...; cc-by-nc-4.0 for what started from the published weights)."
+            "(mit, apache-2.0, cc-by-4.0, ...; cc-by-nc-4.0 for training from the published weights)."
         )
     if binding and not training.get("inherited_license"):
         training["inherited_license"] = binding
@@ -139,7 +136,7 @@ def _describe(folder: Path, config: dict[str, Any], stated: Stated) -> dict[str,
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Weights are large: a link to the file, where the system can."""
+    """Links the weights, which are large; copies them if the system has no links."""
     try:
         os.symlink(source.resolve(), target)
     except OSError:
@@ -147,7 +144,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _edited_card(text: str, license: str, stated: Stated) -> str:
-    """A card that was edited by hand: its text stays, its metadata follow what is stated."""
+    """A card that was edited by hand: keeps its text, updates its metadata."""
     card = ModelCard(text, ignore_metadata_errors=True)
     for name, value in (("license", license), ("datasets", list(stated.datasets)), ("base_model", stated.base_model)):
         if value:
@@ -168,7 +165,7 @@ def _stage_folder(folder: Path, target: Path, run: Path | None, stated: Stated) 
         images = {**_images_of(run), **images}
         config = _with_loss(config, run) if folder.name == "encoder" else config
     if edited:
-        print(f"{folder / 'README.md'} was edited by hand: its text stays as it is.")
+        print(f"{folder / 'README.md'} was edited by hand: its text is kept.")
         card = _edited_card(text, config["pretrained_cfg"]["license"], stated)
     else:
         card = render_folder_card(config, list(images))
@@ -184,7 +181,7 @@ def _stage_fcmae(run: Path, target: Path, stated: Stated) -> None:
     settings = checkpoint.get("args")
     if not isinstance(settings, dict) or "mask_ratio" not in settings:
         raise ValueError(f"'{run / 'last.pth.tar'}' is not a checkpoint of a pretraining run.")
-    # written with the checkpoint: the architecture, and what came with the weights that training started from
+    # written with the checkpoint; it names the architecture and the origin of the start weights
     encoder = _describe(run, read_config(run / "encoder" / "config.json"), stated)
     training, cfg = encoder["training"], encoder["pretrained_cfg"]
     options = {k: v for k, v in encoder.get("model_args", {}).items() if k not in ("num_classes", "global_pool")}
@@ -198,8 +195,6 @@ def _stage_fcmae(run: Path, target: Path, stated: Stated) -> None:
         model.encoder.pretrained_cfg["license"] = training["inherited_license"]
     if cfg.get("origin_url"):
         model.encoder.pretrained_cfg["origin_url"] = cfg["origin_url"]
-    for name, path in _images_of(run).items():
-        shutil.copyfile(path, target / name)
     export_fcmae(
         model,
         target,
@@ -210,18 +205,26 @@ def _stage_fcmae(run: Path, target: Path, stated: Stated) -> None:
         info={k: v for k, v in (training.get("table") or {}).items() if k != "Parameters"},
         pixels=Pixels.from_record(settings),
     )
-    config = _with_loss(_describe(run, read_config(target / "config.json"), stated), run)
+    _finish(run, target, stated, with_loss=True)
+
+
+def _finish(run: Path, target: Path, stated: Stated, with_loss: bool = False) -> None:
+    """Completes config.json and card of an export in `target`."""
+    for name, path in _images_of(run).items():
+        shutil.copyfile(path, target / name)
+    config = _describe(run, read_config(target / "config.json"), stated)
+    config = _with_loss(config, run) if with_loss else config
     _write_description(target, config, render_card(config, list(_images_in(target))))
 
 
 def _stage_finetuned(run: Path, target: Path, part: str, stated: Stated) -> str:
-    """Stages `model/` of a run of timm's train.py, or exports its best checkpoint where that is newer."""
+    """Stages `model/` of a run of timm's train.py, or exports its best checkpoint if that is newer."""
     checkpoints = [name for name in ("model_best.pth.tar", "last.pth.tar") if (run / name).is_file()]
     model = run / "model"
     if not checkpoints and not (model / "config.json").is_file():
         raise ValueError(
-            f"'{run}' has nothing to publish: it is no timm folder (config.json, {WEIGHTS}), no folder of a "
-            "pretraining run (encoder/), and no folder of a run of timm's train.py (model_best.pth.tar, last.pth.tar)."
+            f"'{run}' has nothing to publish: expected a timm folder (config.json, {WEIGHTS}), or the "
+            "folder of a run of pretraining (encoder/) or of timm's train.py (model_best.pth.tar, last.pth.tar)."
         )
     if part == "fcmae":
         raise ValueError(f"--part fcmae: '{run}' is not the folder of a pretraining run.")
@@ -229,9 +232,6 @@ def _stage_finetuned(run: Path, target: Path, part: str, stated: Stated) -> str:
     if (model / "config.json").is_file() and (model / "config.json").stat().st_mtime >= newest:
         _stage_folder(model, target, run, stated)
         return f"the timm folder {model}"
-    for name, path in _images_of(run).items():
-        shutil.copyfile(path, target / name)
     export_finetuned(run, target, license=stated.license)
-    config = _describe(run, read_config(target / "config.json"), stated)
-    _write_description(target, config, render_card(config, list(_images_in(target))))
+    _finish(run, target, stated)
     return f"the model in {find_checkpoint(run)}"

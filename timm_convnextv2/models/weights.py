@@ -1,7 +1,4 @@
-"""The one check that weights are those of a model, tensor by tensor: on loading, finetuning, export and publishing.
-
-And the one check that they are numbers.
-"""
+"""Checks of weights: they fit a model, tensor by tensor, and are finite."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,18 +16,18 @@ def check_weights(
     resized: tuple[str, ...] = (),
     remedy: str = "",
 ) -> None:
-    """Compares names and shapes.
+    """Compares the names and shapes of weights with those of a model.
 
     Args:
-        weights: The tensors that came, or their shapes, by name.
-        expected: Those of the model, likewise.
-        what: Names the weights at the start of the message, such as a path.
-        optional: Beginnings of names that are not compared: a classifier that will be new.
-        resized: Names whose shape may differ: a stem whose channels timm adapts.
-        remedy: What to do, at the end of the message.
+        weights: Tensors or their shapes by name.
+        expected: The model's, in the same form.
+        what: Begins the message, such as a path.
+        optional: Prefixes of names to skip, such as a new classifier's.
+        resized: Names whose shape may differ, such as a stem whose channels timm adapts.
+        remedy: Ends the message.
 
     Raises:
-        ValueError: A tensor is missing, unknown or of another shape; counts them and names the first.
+        ValueError: A tensor is missing, unknown or has another shape; counts them and names the first.
     """
 
     def shape(side: Mapping[str, Any], name: str) -> str:
@@ -38,7 +35,7 @@ def check_weights(
             return "missing"
         value = side[name]
         value = getattr(value, "shape", value)
-        return str(list(value)) if isinstance(value, tuple | list) else f"no tensor but a {type(value).__name__}"
+        return str(list(value)) if isinstance(value, tuple | list) else f"a {type(value).__name__}, not a tensor,"
 
     names = [*expected, *sorted(name for name in weights if name not in expected)]
     wrong = []
@@ -50,14 +47,15 @@ def check_weights(
     if wrong:
         found = sum(name in weights for name in expected)
         raise ValueError(
-            f"{what}: {found} of the model's {len(expected)} tensors are there, {len(wrong)} differ; the first: "
+            f"{what}: found {found} of the model's {len(expected)} tensors, {len(wrong)} differ; the first: "
             f"{wrong[0]}. {remedy}".rstrip()
         )
 
 
 def first_not_finite(weights: Mapping[str, Tensor]) -> str | None:
-    """Name of the first tensor with a NaN or an infinity; None where all numbers are finite."""
+    """Name of the first tensor with a NaN or an infinity; None if all values are finite."""
     for name, value in weights.items():
+        # torch.isfinite does not take 8-bit floats
         if value.is_floating_point() and not torch.isfinite(value.float() if value.itemsize == 1 else value).all():
             return name
     return None

@@ -1,7 +1,6 @@
 """timm's factory: importing this package registers `convnextv2_*` and `fcmae_convnextv2_*`.
 
-It imports the models, never the reverse. timm files an entrypoint under the last part of its module's name, hence a
-module for each family.
+timm files an entrypoint under the last part of its module's name, so each family has its own module.
 """
 
 from ..models.variants import VARIANTS

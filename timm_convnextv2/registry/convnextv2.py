@@ -17,27 +17,24 @@ from .hub import build_model
 
 
 def filter_weights(state_dict: dict[str, Any], model: ConvNeXtV2) -> dict[str, Any]:
-    """timm's filter, which also takes the encoder out of a whole FCMAE, and notices what it would leave random.
-
-    Names may be timm's, the official ones of the dense format, transformers' or MMPretrain's.
-
-    With `--pretrained-path`, or a class count that differs, timm loads what happens to fit and only warns.
+    """timm's filter for names of timm, the official dense format, transformers or MMPretrain, or of a whole FCMAE.
 
     Raises:
-        ValueError: The weights do not cover or fit the model; its head may be new, its stem's channels are adapted.
+        ValueError: The weights do not cover or fit the model, where timm may only warn; the head may be new, the stem's
+            channels are adapted.
     """
     if any(name.startswith("encoder.stem.") for name in state_dict):
         state_dict = {k.removeprefix("encoder."): v for k, v in state_dict.items() if k.startswith("encoder.")}
     named = official_names(state_dict)
     try:
         loaded = checkpoint_filter_fn(named, model)
-    # it looks foreign names up in the model, takes every value for a tensor, and reshapes to the model's width
+    # timm looks unknown names up in the model, assumes tensors, and reshapes to the model's width
     except (KeyError, AttributeError, RuntimeError):
         loaded = named
     check_weights(
         loaded,
         model.state_dict(),
-        f"The weights are not those of this ConvNeXt V2 (the first names that came: {sorted(state_dict)[:3]})",
+        f"The weights are not those of this ConvNeXt V2 (the first names: {sorted(state_dict)[:3]})",
         optional=("head.",),
         resized=("stem.0.weight",),
         remedy="Expected: weights of a convnextv2_* of the same size, in the names of timm, the official code, "
@@ -59,7 +56,7 @@ def _create_convnextv2(variant: str, pretrained: bool = False, **kwargs) -> Conv
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
         **kwargs,
     )
-    if isinstance(model, ConvNeXtV2):  # not where `features_only` wraps it
+    if isinstance(model, ConvNeXtV2):  # not if `features_only` wraps it
         model.layer_decay_type = layer_decay_type(variant)
     return model
 

@@ -27,7 +27,7 @@ def _provenance() -> Any:
 
 
 def _fcmae_cfg(name: str) -> dict:
-    """Pretrained cfg of `fcmae_convnextv2_{name}`: the published encoder, where there is one."""
+    """Pretrained cfg of `fcmae_convnextv2_{name}`: the published encoder, if there is one."""
     published = encoder_cfgs[f"convnextv2_{name}"].cfgs.get("fcmae")
     cfg = {"input_size": (3, 224, 224), "interpolation": "bicubic"}
     if published is not None:
@@ -36,7 +36,7 @@ def _fcmae_cfg(name: str) -> dict:
 
 
 def _options_of(state_dict: dict[str, torch.Tensor]) -> dict[str, int]:
-    """The options of an FCMAE that shape its weights, read from them."""
+    """The options of an FCMAE that follow from the shapes of its weights."""
     stem = state_dict["encoder.stem.0.weight"]
     return {
         "in_chans": stem.shape[1],
@@ -47,20 +47,20 @@ def _options_of(state_dict: dict[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _filter_fn(state_dict: dict[str, torch.Tensor], model: FCMAE) -> dict[str, torch.Tensor]:
-    """Makes whole FCMAE weights of what was loaded: those of an FCMAE as they are, an encoder's with a fresh decoder.
+    """Whole FCMAE weights: those of an FCMAE unchanged, an encoder's with a fresh decoder.
 
     Raises:
-        ValueError: The weights do not cover the encoder, or are an FCMAE's of another shape.
+        ValueError: The weights do not cover the encoder, or belong to an FCMAE of another shape.
     """
     own = model.state_dict()
     if "encoder.stem.0.weight" in state_dict and "mask_token" in state_dict:
         there, here = _options_of(state_dict), _options_of(own)
-        options = "; ".join(f"{k}={v} there, {here[k]} asked for" for k, v in there.items() if v != here[k])
+        options = "; ".join(f"{k}={v} in the file, {here[k]} requested" for k, v in there.items() if v != here[k])
         check_weights(
             state_dict,
             own,
-            f"The FCMAE weights do not fit the model that was asked for ({options or 'same options'})",
-            remedy="Leave these options out to get the model as it was trained; its encoder alone adapts to other "
+            f"The FCMAE weights do not fit the requested model ({options or 'same options'})",
+            remedy="Leave these options out to get the model as it was trained; an encoder alone adapts to other "
             "in_chans.",
         )
         return state_dict
@@ -75,7 +75,7 @@ def _filter_fn(state_dict: dict[str, torch.Tensor], model: FCMAE) -> dict[str, t
 def _create_fcmae(
     variant: str, pretrained: bool = False, start_config: dict[str, Any] | None = None, **kwargs
 ) -> FCMAE:
-    """`start_config` is the config.json beside the weights, where the caller has read it."""
+    """`start_config` is the config.json beside the weights, if the caller has read it."""
     if kwargs.pop("features_only", False):
         raise ValueError(
             f"'{variant}' is the pretraining wrapper; use '{variant.removeprefix('fcmae_')}' for features_only=True."
@@ -107,16 +107,12 @@ def _config_beside_weights(variant: str, kwargs: dict[str, Any]) -> dict[str, An
 
 
 def _with_options_of(config: dict[str, Any], variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`kwargs` with what a `config.json` adds to them.
-
-    From it come the model's options, where they are not given, and normalisation, licence and origin: the ones
-    registered for `variant` are of the published weights.
-    """
+    """Adds a config.json's model options (unless given), normalisation, licence and origin to `kwargs`."""
     overlay = kwargs["pretrained_cfg_overlay"]
     if config["architecture"] not in (variant, variant.removeprefix("fcmae_")):
         raise ValueError(
-            f"The weights in {overlay.get('file') or overlay.get('hf_hub_id')} are of a {config['architecture']}, not "
-            f"of the {variant} that was asked for."
+            f"The weights in {overlay.get('file') or overlay.get('hf_hub_id')} belong to a {config['architecture']}, "
+            f"expected {variant}."
         )
     kwargs, own = dict(kwargs), variant_options(variant.rpartition("_")[2])
     for key, value in config.get("model_args", {}).items():
@@ -133,10 +129,10 @@ def _with_options_of(config: dict[str, Any], variant: str, kwargs: dict[str, Any
 def _describe_encoder(
     model: FCMAE, name: str, pretrained: bool, start_config: dict[str, Any] | None, kwargs: dict[str, Any]
 ) -> None:
-    """Gives `model.encoder` what timm's factory would have given it, for `timm.models.save_for_hf`.
+    """Sets the attributes that timm's factory would set on `model.encoder`, for `timm.models.save_for_hf`.
 
-    `_model_args` are the options that differ from those of the variant `name`. `pretrained_cfg` describes the
-    encoder's own weights: licence and origin of those that were loaded are in it only where some were.
+    `_model_args` holds the options that differ from the variant `name`. Licence and origin are set only if weights
+    were loaded.
     """
     model.encoder.layer_decay_type = layer_decay_type(name)
     source = model.pretrained_cfg

@@ -1,4 +1,4 @@
-"""ConvNeXt V2 weights under the names of other libraries, as names of the official code, which timm's filter reads.
+"""ConvNeXt V2 weights under the names of other libraries, as official names, which timm's filter reads.
 
 - Hugging Face transformers, `ConvNextV2Model`, `ConvNextV2ForImageClassification`, `ConvNextV2Backbone`:
   https://github.com/huggingface/transformers/blob/main/src/transformers/models/convnextv2/modeling_convnextv2.py
@@ -28,12 +28,12 @@ _MMPRETRAIN = (
     (r"^norm3\.", "norm."),
     (r"^head\.fc\.", "head."),
 )
-# of both: the norms of a backbone's other maps, which a classifier does not have
+# in both: norms of a backbone's intermediate maps, which a classifier does not have
 _LEFT_OUT = re.compile(r"^(backbone\.norm[012]|norm[012]|hidden_states_norms)\b")
 
 
 def official_names(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The weights with the official names where they have those of transformers or MMPretrain, else as they are."""
+    """Renames weights of transformers or MMPretrain to the official names; returns others unchanged."""
     names = " ".join(map(str, state_dict))
     if "embeddings.patch_embeddings." in names:
         rules = _HUGGING_FACE

@@ -1,4 +1,4 @@
-"""Building a model through timm's factory, with one clear error where the Hub does not give what is asked for."""
+"""Builds models through timm's factory, with one clear error if the Hub does not deliver."""
 
 import re
 from typing import Any
@@ -7,16 +7,12 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionN
 from timm.models import build_model_with_cfg
 from torch import nn
 
-# What huggingface_hub lets through. The bases: `HTTPError` of the HTTP library that it uses, and OSError (no network).
+# as in checkpoint.provenance, which is not imported here: it would make `import timm_convnextv2` slow
 HUB_ERRORS: Any = (OSError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 
 
 def build_model(model_cls: type, variant: str, pretrained: bool, **kwargs) -> nn.Module:
-    """`timm.models.build_model_with_cfg`, with one clear error where the weights cannot be had.
-
-    Raises:
-        RuntimeError: Neither the Hub nor its cache has the weights; names the repository and the ways out.
-    """
+    """`timm.models.build_model_with_cfg`, with one RuntimeError if neither the Hub nor its cache has them."""
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
     except HUB_ERRORS as e:
@@ -29,27 +25,27 @@ def build_model(model_cls: type, variant: str, pretrained: bool, **kwargs) -> nn
 
 
 def hub_error(error: Exception, hub_id: str, what: str, name: str) -> RuntimeError:
-    """The one message for a model that neither the Hub nor its cache gave.
+    """The error for a download that failed.
 
     Args:
-        error: What huggingface_hub or its HTTP library raised.
+        error: Raised by huggingface_hub or its HTTP library.
         hub_id: `user/name` or `user/name@revision`.
-        what: What was to be had from there.
+        what: The part that was requested, such as 'weights'.
         name: The model's name in `timm.create_model`.
     """
     repo, _, revision = hub_id.partition("@")
     cause = error.__cause__ or error
     status = getattr(getattr(error, "response", getattr(cause, "response", None)), "status_code", None)
     reason = f"{type(cause).__name__}: {cause}".partition("\n")[0].rstrip(".: ")
-    reason = re.sub(r"\?[^\s']*", "", reason)  # the address of a large file is signed: who has it needs no token
+    reason = re.sub(r"\?[^\s']*", "", reason)  # signed addresses of large files give access without a token
     if isinstance(error, RevisionNotFoundError):
-        remedy = f"It has no revision '{revision or 'main'}': name a branch, a tag or a commit that it has."
+        remedy = f"It has no revision '{revision or 'main'}'. Name an existing branch, tag or commit."
     elif isinstance(error, EntryNotFoundError) and status == 404:
-        remedy = "It has no model.safetensors, or the Hub did not answer when asked for it: see the log above."
+        remedy = "It has no model.safetensors, or the Hub did not respond: see the log above."
     elif status in (401, 403, 404):
         remedy = (
             "Check the name. For a private or gated repository log in with `hf auth login`, or set HF_TOKEN to a "
-            "token that may read it."
+            "token with read access."
         )
     else:
         remedy = (
