@@ -99,25 +99,23 @@ def images_text(images: Sequence[str]) -> list[str]:
     return [f"![{IMAGES[name]}]({name})\n\n*{IMAGES[name]}.*" for name in IMAGES if name in images]
 
 
-def dataset_type(name: str) -> str:
-    """An id for a data set that has none on the Hub."""
-    return "".join(c if c.isalnum() else "-" for c in name.lower())
+def results(
+    task: str, dataset: str | None, measured: Sequence[tuple[str, str, float]], **more: Any
+) -> list[EvalResult]:
+    """The results that the Hub shows beside the card.
 
-
-def _results(metrics: dict[str, Any]) -> list[EvalResult]:
-    name = metrics.get("dataset") or "unnamed data set"
+    Args:
+        task: Task by its id on the Hub.
+        dataset: Name of the data set.
+        measured: Id of the metric, its name and its value.
+        more: Other fields of `EvalResult`.
+    """
+    name = dataset or "unnamed data set"
+    # the id of a data set that is not on the Hub
+    more["dataset_type"] = more.get("dataset_type") or "".join(c if c.isalnum() else "-" for c in name.lower())
     return [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=metrics.get("dataset_id") or dataset_type(name),
-            dataset_name=name,
-            dataset_split=metrics.get("split"),
-            metric_type="accuracy",
-            metric_name=f"Top-{key[3:]} accuracy (%)",
-            metric_value=metrics[key],
-        )
-        for key in ("top1", "top5")
-        if metrics.get(key) is not None
+        EvalResult(task_type=task, dataset_name=name, metric_type=kind, metric_name=title, metric_value=value, **more)
+        for kind, title, value in measured
     ]
 
 
@@ -136,7 +134,13 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     kind, training, cfg = kind_of(config), training_of(config), config.get("pretrained_cfg", {})
     license, metrics = cfg.get("license"), training.get("metrics") or {}
     task = "image-classification" if kind == "classifier" else "image-feature-extraction"
-    results = _results(metrics)
+    found = results(
+        "image-classification",
+        metrics.get("dataset"),
+        [("accuracy", f"Top-{k} accuracy (%)", v) for k in (1, 5) if (v := metrics.get(f"top{k}")) is not None],
+        dataset_type=metrics.get("dataset_id"),
+        dataset_split=metrics.get("split"),
+    )
     data = ModelCardData(
         library_name="timm",
         pipeline_tag=task,
@@ -144,9 +148,9 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
         base_model=training.get("base_model"),
         datasets=training.get("datasets") or None,
         tags=["timm", task, "convnextv2"] + (["fcmae", "self-supervised-learning"] if kind != "classifier" else []),
-        metrics=["accuracy"] if results else None,
-        model_name=config["architecture"] if results else None,
-        eval_results=results or None,
+        metrics=["accuracy"] if found else None,
+        model_name=config["architecture"] if found else None,
+        eval_results=found or None,
     )
     fields = dict(
         architecture=config["architecture"],
@@ -167,9 +171,9 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
         parts.append(pixels_text(training["pixels"], _PIXELS))
     if training.get("table"):
         parts += ["## How it was made", table("", training["table"])]
-    if results:
+    if found:
         where = f"{metrics.get('dataset')}, {metrics['split']}" if metrics.get("split") else metrics.get("dataset")
-        parts += ["## Results", table(str(where), {str(r.metric_name): r.metric_value for r in results})]
+        parts += ["## Results", table(str(where), {str(r.metric_name): r.metric_value for r in found})]
     parts += images_text(images)
     parts += ["## Licence and provenance", licence_text(license, training)]
     if cfg.get("origin_url"):

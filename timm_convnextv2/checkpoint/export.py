@@ -131,35 +131,31 @@ def _complete(
     config["training"] = {**training, "made_with": versions, "table": {k: str(v) for k, v in rows.items()}}
 
 
-def _start(model: FCMAE, license: str | None) -> tuple[dict[str, Any], str | None]:
-    """The encoder's `pretrained_cfg`, and the licence of an export."""
+def _description(
+    model: FCMAE,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    license: str | None,
+    info: dict[str, Any] | None,
+    pixels: Pixels | None,
+) -> dict[str, Any]:
+    """`data`, `license` and `training` for `write_folder`."""
     cfg = getattr(model.encoder, "pretrained_cfg", None)
     if cfg is None:
         raise ValueError(
             "A timm folder names an architecture, but this FCMAE was built without one: use "
             "timm.create_model('fcmae_convnextv2_tiny', depths=..., dims=..., ...) instead of FCMAE(...)."
         )
-    return cfg, resolve_license(license, cfg.get("license"))
-
-
-def _pretraining_data(model: FCMAE, mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
-    """Image size, mean and standard deviation as timm's data config."""
+    license = resolve_license(license, cfg.get("license"))
     data: dict[str, Any] = {"input_size": (model.in_chans, *model.img_size)}
     for key, value in (("mean", mean), ("std", std)):
         if value is not None:
             if len(value) not in (1, model.in_chans):
                 raise ValueError(f"{key} has {len(value)} values, but the model has {model.in_chans} channels.")
             data[key] = tuple(float(v) for v in value)
-    return data
-
-
-def _pretraining(
-    model: FCMAE, cfg: dict[str, Any], info: dict[str, Any] | None, pixels: Pixels | None
-) -> dict[str, Any]:
-    """The section `training` of config.json, see `card`."""
     training = {"table": info, "base_model": model.base_model, "inherited_license": cfg.get("license")}
     record = pixels.check(model.in_chans).record() if pixels else {}
-    return {**training, "pixels": record} if record else training
+    return {"data": data, "license": license, "training": {**training, "pixels": record} if record else training}
 
 
 def export_encoder(
@@ -175,20 +171,18 @@ def export_encoder(
 ) -> Path:
     """Writes the encoder as a timm folder: `config.json`, `model.safetensors`, `README.md`.
 
-    Stock timm opens it as `timm.create_model("local-dir:FOLDER", pretrained=True, ...)`, with a classifier, headless
-    or as `features_only`. The files are written beside the folder and moved into it one by one once all are complete;
-    other files in the folder stay. In distributed training, call this on one rank.
+    Stock timm opens it as `timm.create_model("local-dir:FOLDER", pretrained=True, ...)`. The files are written beside
+    the folder and moved into it once all are complete; its other files stay. In distributed training, call this on one
+    rank.
 
     Args:
         model: From `timm.create_model("fcmae_convnextv2_*", ...)`.
         folder: Created if needed.
-        state_dict: Weights of the whole FCMAE to export instead of the model's own (its EMA, a checkpoint); prefixes
-            of DDP and torch.compile are removed.
-        mean: Normalisation of the images, one value or one per channel; by default that of the encoder's
-            `pretrained_cfg`.
-        std: Standard deviation, likewise.
-        license: Licence of the weights, by its id on the Hugging Face Hub; None states none. Weights that started from
-            others under a stated licence (the published ones: cc-by-nc-4.0) keep that licence.
+        state_dict: Weights of the whole FCMAE to export instead of the model's own, such as its EMA.
+        mean: Normalisation, one value or one per channel; by default that of the encoder's `pretrained_cfg`.
+        std: Its standard deviation.
+        license: Licence by its id on the Hub; None states none. Weights that started from others under a stated licence
+            (the published ones: cc-by-nc-4.0) keep that licence.
         info: Rows for the table in the README (data, epochs, settings).
         pixels: How stored values became pixels, if not in the default way; all commands then do the same.
 
@@ -197,14 +191,13 @@ def export_encoder(
             contradicts the inherited one, or mean or std have the wrong length.
         WriteError: (an OSError) The folder cannot be written.
     """
-    cfg, license = _start(model, license)
+    description = _description(model, mean, std, license, info, pixels)
     own = weights = model.encoder.state_dict()
     if state_dict is not None:
         state_dict = clean_state_dict(state_dict)
         weights = {k[len("encoder.") :]: v for k, v in state_dict.items() if k.startswith("encoder.")}
         check_weights(weights, own, "Not weights of this FCMAE's encoder")
-    data, training = _pretraining_data(model, mean, std), _pretraining(model, cfg, info, pixels)
-    return write_folder(model.encoder, weights, folder, data=data, license=license, training=training)
+    return write_folder(model.encoder, weights, folder, **description)
 
 
 def export_fcmae(
@@ -221,17 +214,14 @@ def export_fcmae(
     """Writes the whole FCMAE, decoder included, as a timm folder from which pretraining can continue.
 
     With this package imported, `timm.create_model("local-dir:FOLDER", pretrained=True)` returns the model with its
-    options, and so do `hf-hub:user/name` and `pretrained_cfg_overlay=dict(hf_hub_id="user/name")` after publishing.
-    Stock timm does not have the architecture: export the encoder for finetuning.
-
-    Arguments and errors are those of `export_encoder`.
+    options. Stock timm does not have the architecture. Arguments and errors are those of `export_encoder`.
     """
-    cfg, license = _start(model, license)
+    description = _description(model, mean, std, license, info, pixels)
     own = weights = model.state_dict()
     if state_dict is not None:
         weights = clean_state_dict(state_dict)
         check_weights(weights, own, "Not weights of this FCMAE")
-    data, training = _pretraining_data(model, mean, std), _pretraining(model, cfg, info, pixels)
+    cfg: Any = model.encoder.pretrained_cfg
     described: Any = copy.copy(model)  # shallow: the weights stay shared
     described.pretrained_cfg = {
         **{k: cfg[k] for k in (*KEEP, *PAPER, "origin_url") if k in cfg},
@@ -239,6 +229,5 @@ def export_fcmae(
         "first_conv": "encoder.stem.0",
         "classifier": None,
     }
-    traits: Any = model._traits
-    described._traits = {**traits, "img_size": data["input_size"][1:]}
-    return write_folder(described, weights, folder, data=data, license=license, training=training)
+    described._traits = {**described._traits, "img_size": tuple(model.img_size)}
+    return write_folder(described, weights, folder, **description)

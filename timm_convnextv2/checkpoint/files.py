@@ -25,14 +25,10 @@ _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order
 def load_model(name: str, **kwargs: Any) -> nn.Module:
     """`timm.create_model(name, pretrained=True, **kwargs)`, with an error instead of weights that stay random.
 
-    For a folder or a repository, every weight is compared with the file: timm loads without `strict` when it drops a
-    classifier, so that a missing tensor would stay random.
-
     Args:
         name: `local-dir:FOLDER` or `hf-hub:USER/NAME`, with weights as safetensors; or a timm model with pretrained
-            weights, with or without its tag.
-        kwargs: For `timm.create_model`, such as `features_only=True` (a list of the maps of the four stages) or
-            `num_classes=0` (pooled features).
+            weights.
+        kwargs: Such as `features_only=True` (a list of the maps of the four stages) or `num_classes=0` (features).
 
     Raises:
         ValueError: Unknown name, the model cannot be loaded, or some of its weights are not from the file.
@@ -50,6 +46,7 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
         raise ValueError(f"The model '{name}' cannot be loaded ({type(e).__name__}: {e}).") from e
     if isinstance(model, FCMAE):
         raise ValueError(f"The model '{name}' is an FCMAE, expected a backbone; give its encoder.")
+    # timm loads without `strict` when it drops a classifier, so that a missing tensor would stay random
     if stored is not None:
         _check_loaded(name, model, stored)
     return model
@@ -81,15 +78,12 @@ def _check_loaded(name: str, model: nn.Module, stored: dict[str, Tensor]) -> Non
 
 
 def model_pixels(name: str, in_chans: int, nodata: float | None = None) -> Pixels:
-    """The preparation of stored values that a model was trained with.
+    """The preparation of stored values that a model was trained with: recorded in folders and repositories.
 
     Args:
-        name: See `load_model`; only folders and repositories have a record, other models use the default.
-        in_chans: Channels of the images.
+        name: See `load_model`.
+        in_chans: Channels of the images; must fit the record.
         nodata: Replaces the recorded value that means "no data"; None keeps it.
-
-    Raises:
-        ValueError: The record is for another number of channels, or cannot be read.
     """
     source, _, place = name.partition(":")
     config = None
@@ -104,9 +98,6 @@ def model_pixels(name: str, in_chans: int, nodata: float | None = None) -> Pixel
 
 
 def weights_in(content: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors that timm would take from the result of `load_checkpoint`: the EMA if there is one.
-
-    Names are those in the file, including prefixes of DDP and torch.compile.
-    """
+    """The tensors that timm would take from a loaded checkpoint, the EMA if any, with the names in the file."""
     weights = next((content[key] for key in _NESTED if isinstance(content.get(key), dict)), content)
     return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}

@@ -260,10 +260,8 @@ def export_finetuned(
 ) -> Path:
     """Exports a classifier trained by timm's train.py as a timm folder, which stock timm opens without this package.
 
-    Model, options, number of classes, image size, normalisation, settings and provenance come from the options in the
-    checkpoint, metrics from the `summary.csv` beside it. A run that started from `local-dir:FOLDER` needs that
-    folder's `config.json`, in its place or as a copy in the run's own folder. Nothing in a file is executed. The files
-    are written as in `export_encoder`.
+    Model and settings come from the options in the checkpoint, metrics from the `summary.csv` beside it. A run that
+    started from `local-dir:FOLDER` needs that folder's `config.json`, in its place or copied to the run's folder.
 
     Args:
         checkpoint: A checkpoint file of train.py, or its output folder (model_best.pth.tar, else last.pth.tar).

@@ -139,10 +139,9 @@ def convert_official(state_dict: dict[str, Any], conv_mlp: bool | None = None) -
     """Official weights under our (timm's) names and shapes, ready for a strict `load_state_dict`.
 
     Args:
-        state_dict: A sparse (pretraining) or dense (classifier, encoder alone) official checkpoint, or the whole file
-            with the weights in its 'model'.
-        conv_mlp: The target's token MLPs are 1x1 convolutions with weights `[Cout, Cin, 1, 1]`. By default this
-            follows from the stem's width, which identifies the published sizes (atto to nano: yes).
+        state_dict: A sparse or dense official checkpoint, or the whole file with the weights in its 'model'.
+        conv_mlp: The target's token MLPs are 1x1 convolutions, `[Cout, Cin, 1, 1]`. By default this follows from the
+            stem's width (atto to nano: yes).
 
     Returns:
         Weights of an `FCMAE` for the sparse format, otherwise of a `ConvNeXtV2`; `head.norm`, which pretraining lacks,
@@ -203,8 +202,8 @@ def to_official(state_dict: dict[str, Tensor], sparse: bool = True) -> dict[str,
 
     Args:
         state_dict: Weights of an `FCMAE`, or of a `ConvNeXtV2` (always written in the dense format).
-        sparse: For an `FCMAE`: True writes the pretraining checkpoint of the MinkowskiEngine code, decoder included;
-            False the encoder alone in the dense format of the published `*_fcmae.pt`.
+        sparse: For an `FCMAE`: True writes a pretraining checkpoint of the MinkowskiEngine code, False the encoder
+            alone in the dense format.
 
     Returns:
         Official names and shapes, without `head.norm` of an `FCMAE`, which pretraining does not use.

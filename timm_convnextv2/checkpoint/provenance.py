@@ -228,15 +228,10 @@ def read_config(path: str | Path, ours: bool = True) -> dict[str, Any]:
 
 
 def config_beside(pretrained_cfg: dict[str, Any], cache_dir: str | Path | None = None) -> dict[str, Any] | None:
-    """The `config.json` of the timm folder that holds the weights of a timm `pretrained_cfg`; None without one.
-
-    Args:
-        pretrained_cfg: With a `file` (weights, or a folder of `local-dir:`), or an `hf_hub_id`.
-        cache_dir: As in `timm.create_model`.
+    """The `config.json` beside the `file` or in the `hf_hub_id` of a timm `pretrained_cfg`; None without one.
 
     Raises:
-        ConfigError: (a ValueError) The file exists, but a value has the wrong type: ignoring the file would lose the
-            licence and the options.
+        ConfigError: (a ValueError) A value has the wrong type: ignoring the file would lose licence and options.
         OSError, huggingface_hub.errors.HfHubHTTPError: The Hub cannot be reached.
     """
     file, hub_id = pretrained_cfg.get("file"), pretrained_cfg.get("hf_hub_id")
@@ -279,19 +274,12 @@ LICENSES = frozenset(
 
 
 class Origin(NamedTuple):
-    """The provenance that weights pass on to weights trained from them.
+    """The provenance that weights pass on to weights trained from them."""
 
-    Attributes:
-        license: Licence by its id on the Hub; None if nothing states one.
-        base_model: The model on the Hub that training started from, `user/name`.
-        url: Home of the code behind the published weights, if training started from those.
-        unstated: File of weights of unknown authors without a stated licence.
-    """
-
-    license: str | None = None
-    base_model: str | None = None
-    url: str | None = None
-    unstated: str | None = None
+    license: str | None = None  # licence by its id on the Hub; None if nothing states one
+    base_model: str | None = None  # the model on the Hub that training started from, `user/name`
+    url: str | None = None  # home of the code behind the published weights, if training started from those
+    unstated: str | None = None  # file of weights of unknown authors without a stated licence
 
 
 def origin_of_config(config: dict[str, Any], hub_id: str | None = None) -> Origin:

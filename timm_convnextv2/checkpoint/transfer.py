@@ -12,14 +12,14 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..files import whole_file
 from ..models.weights import first_not_finite
-from .card import HERE, IMAGES, OR_HUB, dataset_type, images_text, licence_text, pixels_text, render_card, table
+from .card import HERE, IMAGES, OR_HUB, images_text, licence_text, pixels_text, render_card, results, table
 from .provenance import HUB_ERRORS, WEIGHTS, read_config
 
 CONFIG = "config.json"
@@ -57,11 +57,7 @@ def is_transfer(config: dict[str, Any]) -> bool:
 
 
 def find_folder(name: str | os.PathLike) -> Path:
-    """The folder of an exported model.
-
-    `name` is FOLDER or `local-dir:FOLDER`, the folder itself or the run whose `model` it is; or `hf-hub:USER/NAME`,
-    which is downloaded.
-    """
+    """The folder of an exported model: `name` is that folder or its run, or `hf-hub:USER/NAME`, which is downloaded."""
     text = os.fspath(name)
     if text.startswith("hf-hub:"):
         repo, _, revision = text.removeprefix("hf-hub:").partition("@")
@@ -142,7 +138,7 @@ def write_transfer(
     dataset: str | None = None,
     info: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes the folder; existing files are replaced, each whole or not at all.
+    """Writes the folder; existing files are replaced, each completely or not at all.
 
     Args:
         folder: Created if needed.
@@ -201,7 +197,9 @@ def render_transfer(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     """The model card of a detector or a segmenter; see `card.render_card`."""
     task, training, kind = config["task"], config["training"], kind_of(config)
     architecture = config["backbone"]["architecture"]
-    license, results = config["pretrained_cfg"].get("license"), _results(config)
+    license, metrics = config["pretrained_cfg"].get("license"), config["metrics"]
+    stated = [(kind, title, round(metrics[k], 4)) for k, kind, title in _STATED[task] if metrics.get(k, -1) >= 0]
+    found = results(_PIPELINES[task], config.get("dataset"), stated, dataset_split="validation")
     data = ModelCardData(
         library_name="timm_convnextv2",
         pipeline_tag=_PIPELINES[task],
@@ -209,8 +207,8 @@ def render_transfer(config: dict[str, Any], images: Sequence[str] = ()) -> str:
         base_model=training.get("base_model"),
         datasets=training.get("datasets") or None,
         tags=[_PIPELINES[task], "convnextv2" if "convnextv2" in architecture else "timm", kind.lower()],
-        model_name=f"{kind} on {architecture}" if results else None,
-        eval_results=results or None,
+        model_name=f"{kind} on {architecture}" if found else None,
+        eval_results=found or None,
     )
     masks = ", masks" if kind == "Mask R-CNN" else ""
     classes = config["classes"]
@@ -224,9 +222,9 @@ def render_transfer(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     if training.get("pixels"):
         parts.append(pixels_text(training["pixels"], "`load_image` above and the commands of `timm_convnextv2` do it."))
     parts += ["## How it was made", table("", training["table"])]
-    numbers = {name: f"{v:.4f}" for name, v in config["metrics"].items() if isinstance(v, float) and v >= 0}
-    if isinstance(config["metrics"].get("iou"), list) and len(classes) <= 50:
-        of_class = zip(classes, config["metrics"]["iou"], strict=True)
+    numbers = {name: f"{v:.4f}" for name, v in metrics.items() if isinstance(v, float) and v >= 0}
+    if isinstance(metrics.get("iou"), list) and len(classes) <= 50:
+        of_class = zip(classes, metrics["iou"], strict=True)
         numbers |= {f"IoU of {name}": f"{v:.4f}" for name, v in of_class if v is not None}
     if numbers:
         where = f"validation images of {config['dataset']}" if config.get("dataset") else "validation images"
@@ -234,21 +232,3 @@ def render_transfer(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     parts += images_text(images)
     parts += ["## Licence and provenance", licence_text(license, training)]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(parts) + "\n"))
-
-
-def _results(config: dict[str, Any]) -> list[EvalResult]:
-    """The results that the Hub shows beside the card."""
-    name = config.get("dataset") or "unnamed data set"
-    return [
-        EvalResult(
-            task_type=_PIPELINES[config["task"]],
-            dataset_type=dataset_type(name),
-            dataset_name=name,
-            dataset_split="validation",
-            metric_type=kind,
-            metric_name=title,
-            metric_value=round(config["metrics"][key], 4),
-        )
-        for key, kind, title in _STATED[config["task"]]
-        if config["metrics"].get(key, -1) >= 0
-    ]

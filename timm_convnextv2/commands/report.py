@@ -6,8 +6,7 @@ from pathlib import Path
 
 from ..config import add_options, build, option, words_given
 from ..console import PROGRAM, CommandParser, refused, say
-from ..files import whole_file
-from ..report.html import GENERATOR, read_runs, render
+from ..report.html import GENERATOR, write_report
 
 
 @dataclass(frozen=True)
@@ -50,18 +49,9 @@ def report(folders: tuple[str, ...], output: str = "") -> None:
         raise ValueError(f"'{duplicate[0]}' is named twice. Name each run once.")
     path = Path(output) if output else Path(folders[0] if len(folders) == 1 else ".") / "report.html"
     _check_output(path)
-    runs = read_runs(folders)
-    for run in runs:
-        if not run.rows:
-            why = run.notes[0] if run.notes else "it has no summary.csv with a row, so no epoch is complete."
-            raise ValueError(f"'{run.path}' has nothing to report yet: {why} Try again after the first epoch.")
-    text = render(runs)
-    with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8")
-    for run in runs:
-        for note in run.notes:
-            say(f"{run.path}: {note}", error=True)
-    say(f"{path}: {len(text) / 1e6:.1f} MB; open it in a browser")
+    for note in write_report(folders, path):
+        say(note, error=True)
+    say(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 def _check_output(path: Path) -> None:

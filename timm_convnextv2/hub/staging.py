@@ -24,17 +24,11 @@ from .upload import check_folder
 
 
 class Stated(NamedTuple):
-    """Statements of the user about weights, which their files may lack.
+    """Statements of the user about weights, which their files may lack."""
 
-    Attributes:
-        license: Licence by its id on the Hub.
-        datasets: Hub ids of the data sets that the weights were trained on.
-        base_model: Hub id of the model that training started from.
-    """
-
-    license: str | None = None
-    datasets: Sequence[str] = ()
-    base_model: str | None = None
+    license: str | None = None  # licence by its id on the Hub
+    datasets: Sequence[str] = ()  # Hub ids of the data sets that the weights were trained on
+    base_model: str | None = None  # Hub id of the model that training started from
 
 
 def stage(source: Path, target: Path, *, part: str = "encoder", stated: Stated | None = None) -> str:

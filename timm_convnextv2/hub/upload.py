@@ -123,27 +123,19 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = (getattr(error, "server_message", None) or str(error)).strip().partition("\n")[0].rstrip(".")
     where = f"'{repo_id}'" + (f" (revision '{revision}')" if revision else "")
-    if status == 401:
+    if status is None:
         return (
-            f"The Hugging Face Hub did not accept the token for {where} (401: {said}). Log in again with "
-            "`hf auth login`, or set HF_TOKEN to a token with write access."
+            f"The Hugging Face Hub could not be reached to publish {where} ({type(error).__name__}: {said}). Check the "
+            "network and HF_ENDPOINT, then call again: uploaded files are not sent twice."
         )
-    if status == 403:
-        return (
-            f"No permission to write to {where} on the Hugging Face Hub (403: {said}). Publish under your own user "
-            "name or an organisation that you may write to, with a token that has write access."
-        )
-    if status == 404:
-        return (
-            f"The Hugging Face Hub has no {where} (404: {said}). Check the user or organisation name, and that the "
-            "repository still exists."
-        )
-    if status is not None:
-        return f"The Hugging Face Hub refused {where} ({status}: {said})."
-    return (
-        f"The Hugging Face Hub could not be reached to publish {where} ({type(error).__name__}: {said}). Check the "
-        "network and HF_ENDPOINT, then call again: uploaded files are not sent twice."
-    )
+    remedy = {
+        401: "The token was not accepted. Log in again with `hf auth login`, or set HF_TOKEN to a token with write "
+        "access.",
+        403: "No permission to write. Publish under your own user name or an organisation of yours, with a token that "
+        "has write access.",
+        404: "Check the user or organisation name, and that the repository still exists.",
+    }.get(status, "")
+    return f"The Hugging Face Hub refused {where} ({status}: {said}). {remedy}".rstrip()
 
 
 def push_to_hub(

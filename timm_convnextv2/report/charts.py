@@ -17,17 +17,11 @@ _SIZE = (4.6, 2.9)  # inches; 331 x 209 SVG units, about the width of a small ph
 
 @dataclass(frozen=True)
 class Line:
-    """A curve over epochs.
+    """A curve over epochs."""
 
-    Attributes:
-        values: By epoch, from 1.
-        series: Index of its colour on the page.
-        dashed: Draw a dashed line.
-    """
-
-    values: Mapping[int, float]
-    series: int = 0
-    dashed: bool = False
+    values: Mapping[int, float]  # by epoch, from 1
+    series: int = 0  # index of its colour on the page
+    dashed: bool = False  # draw a dashed line
 
 
 def spread(epochs: Iterable[int], count: int) -> list[int]:

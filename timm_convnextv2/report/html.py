@@ -24,10 +24,14 @@ def write_report(runs: Sequence[str | Path], path: str | Path) -> list[str]:
     """Writes a report of the runs in these folders; returns the notes about corrupt files.
 
     Raises:
-        ValueError: A folder is not that of a run, its args.yaml is corrupt, or the runs have different tasks.
+        ValueError: See `read_runs`, or a run has no complete epoch.
         WriteError: (an OSError) The file cannot be written.
     """
     records = read_runs(runs)
+    for run in records:
+        if not run.rows:
+            why = run.notes[0] if run.notes else "it has no summary.csv with a row, so no epoch is complete."
+            raise ValueError(f"'{run.path}' has nothing to report yet: {why} Try again after the first epoch.")
     text = render(records)
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")

@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,16 +11,18 @@ import torch
 from ..files import whole_file
 from ..models.fcmae import FCMAE, normalize_target, patchify, unpatchify
 
-_COLUMNS = 8
+if TYPE_CHECKING:
+    from ..data.measure.pixel_statistics import PixelStatistics
+
+_COLUMNS = 8  # of a contact sheet
+_HISTOGRAM_COLUMNS = 4
 
 
 def save_contact_sheet(images: Sequence[tuple[np.ndarray | None, str]], path: str | Path, title: str = "") -> None:
     """Draws `(image, text)` in rows of eight; images are `[H, W, 3]` in [0, 1], or None for a crossed-out field."""
-    from matplotlib.figure import Figure
-
     columns = min(_COLUMNS, max(4, len(images)))
     rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(1.6 * columns, 0.4 + 1.9 * rows), dpi=110, layout="constrained")
+    figure = _figure((1.6 * columns, 0.4 + 1.9 * rows), 110)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_xticks([])
@@ -34,26 +36,16 @@ def save_contact_sheet(images: Sequence[tuple[np.ndarray | None, str]], path: st
         else:
             axis.imshow(image, interpolation="nearest", vmin=0, vmax=1)
         axis.set_title(text, fontsize=6)
-    if title:
-        figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
-
-
-if TYPE_CHECKING:
-    from ..data.measure.pixel_statistics import PixelStatistics
-
-
-_HISTOGRAM_COLUMNS = 4
+    save_figure(figure, path, title)
 
 
 def save_histograms(found: "PixelStatistics", path: str | Path, title: str = "") -> None:
     """Draws the histogram of each channel with its mean and its 1st and 99th percentile."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
     columns = min(_HISTOGRAM_COLUMNS, found.channels)
     rows = -(-found.channels // columns)
-    figure = Figure(figsize=(max(4.5, 3 * columns), 0.5 + 2.2 * rows), dpi=110, layout="constrained")
+    figure = _figure((max(4.5, 3 * columns), 0.5 + 2.2 * rows), 110)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     low, high = found.percentile(1), found.percentile(99)
     for c, axis in enumerate(axes):
@@ -74,39 +66,39 @@ def save_histograms(found: "PixelStatistics", path: str | Path, title: str = "")
     axes[0].legend(fontsize=7, frameon=False)
     for axis in axes[np.arange(len(axes)) % columns == 0]:
         axis.set_ylabel("share of pixels", fontsize=8)
-    if title:
-        figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
+    save_figure(figure, path, title)
 
 
-def save_figure(figure, path: str | Path) -> None:
-    """Writes a figure as PNG, completely or not at all.
+def _figure(size: tuple[float, float], dpi: int) -> Any:
+    from matplotlib.figure import Figure
 
-    Raises:
-        WriteError: (an OSError) The file cannot be written.
-    """
+    return Figure(figsize=size, dpi=dpi, layout="constrained")
+
+
+def save_figure(figure, path: str | Path, title: str = "") -> None:
+    """Writes a figure as PNG, completely or not at all (`WriteError`)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, fontsize=9, parse_math=False)  # a name may contain $
     with whole_file(path) as part:
         figure.savefig(part, format="png")
 
 
 def save_loss_curve(summary: str | Path, path: str | Path) -> None:
     """Draws loss and learning rate of a `summary.csv` as a PNG."""
-    from matplotlib.figure import Figure
-
     with open(summary, newline="") as f:
         rows = list(csv.DictReader(f))
     epochs = [int(r["epoch"]) + 1 for r in rows]
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    figure = _figure((7, 4), 120)
     axis = figure.add_subplot()
     marker = "o" if len(rows) < 40 else None
     axis.plot(
         epochs, [float(r["train_loss"]) for r in rows], color="#1f5fa8", marker=marker, markersize=3, label="loss"
     )
     axis.set(xlabel="epoch", ylabel="loss on masked patches")
-    axis.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportCallIssue]
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.25)
     rate = axis.twinx()
     rate.plot(epochs, [float(r["lr"]) for r in rows], color="#999999", linewidth=1, linestyle="--")
@@ -132,19 +124,14 @@ def save_neighbours(
         images: Normalised images `[N, C, H, W]`.
         neighbours: For each row the index of its image and those of its neighbours, the nearest first.
         mean: Mean per channel of the normalisation.
-        std: Standard deviation, likewise.
+        std: Its standard deviation.
         title: Line above the images.
-
-    Raises:
-        ValueError: `neighbours` is empty.
     """
-    from matplotlib.figure import Figure
-
     if not neighbours:
         raise ValueError("neighbours is empty, expected at least one row (index, [indices of its neighbours]).")
     shown = displayable(images.float().cpu(), torch.tensor(mean), torch.tensor(std)).clamp(0, 1)
     columns, aspect = 1 + max(len(near) for _, near in neighbours), images.shape[2] / images.shape[3]
-    figure = Figure(figsize=(8, 0.4 + 8 / columns * aspect * len(neighbours)), dpi=120, layout="constrained")
+    figure = _figure((8, 0.4 + 8 / columns * aspect * len(neighbours)), 120)
     axes = figure.subplots(len(neighbours), columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -154,9 +141,7 @@ def save_neighbours(
     axes[0][0].set_title("image", fontsize=9)
     if columns > 1:
         axes[0][1].set_title("nearest", fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=9, parse_math=False)
-    save_figure(figure, path)
+    save_figure(figure, path, title)
 
 
 def displayable(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -183,15 +168,13 @@ def save_reconstructions(
 
     Args:
         path: PNG to write.
-        model: The model, on any device.
+        model: On any device.
         images: Normalised images `[B, C, H, W]`.
         masks: Bool `[B, h, w]`, True = removed.
         mean: Mean per channel of the normalisation.
-        std: Standard deviation, likewise.
+        std: Its standard deviation.
         title: Line above the images.
     """
-    from matplotlib.figure import Figure
-
     training, device = model.training, model.mask_token.device
     model.eval()
     pred = model(images.to(device), masks).pred.float().cpu()
@@ -214,7 +197,7 @@ def save_reconstructions(
         "prediction + visible": displayable(torch.where(gap, pred, images), means, stds),
     }
     count, aspect = images.shape[0], images.shape[2] / images.shape[3]
-    figure = Figure(figsize=(8, 0.3 + 2 * count * aspect), dpi=120, layout="constrained")
+    figure = _figure((8, 0.3 + 2 * count * aspect), 120)
     axes = figure.subplots(count, len(columns), squeeze=False)
     for column, (name, drawn) in enumerate(columns.items()):
         for row in range(count):
@@ -222,6 +205,4 @@ def save_reconstructions(
             axes[row][column].imshow(image.numpy(), interpolation="nearest")
             axes[row][column].axis("off")
         axes[0][column].set_title(name, fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
+    save_figure(figure, path, title)

@@ -13,50 +13,29 @@ BASELINES = {"random": "random weights", "pixels": "plain pixels"}
 
 
 class Chart(NamedTuple):
-    """A chart over epochs.
+    """A chart over epochs."""
 
-    Attributes:
-        title: Text above.
-        columns: Columns of summary.csv; True for a dashed line.
-        note: Explains the lines.
-        scale: Factor of the values, whose axis then begins at 0; 0 for none.
-        baseline: Measure of the probe whose baselines are drawn.
-        dashed: Meaning of dashed lines.
-    """
-
-    title: str
-    columns: dict[str, bool]
-    note: str = ""
-    scale: float = 0
-    baseline: str = ""
-    dashed: str = "held out"
+    title: str  # text above
+    columns: dict[str, bool]  # columns of summary.csv; True for a dashed line
+    note: str = ""  # explains the lines
+    scale: float = 0  # factor of the values, whose axis then begins at 0; 0 for none
+    baseline: str = ""  # measure of the probe whose baselines are drawn
+    dashed: str = "held out"  # meaning of dashed lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """The differences between tasks.
+    """The differences between tasks."""
 
-    Attributes:
-        title: Title of the page, before " of RUN".
-        model: Subfolder with the exported model.
-        predictions: Explains the images of predictions.
-        alt: Text alternative of such an image, before ", after epoch N".
-        measures: Columns of summary.csv with name and format, in the order of the tables.
-        facts: Rows about model, data and training.
-        charts: Candidates for charts; those without values are left out.
-        findings: Sentences about the numbers.
-        next_steps: Commands for the exported model.
-    """
-
-    title: str
-    model: str
-    predictions: str
-    alt: str
-    measures: dict[str, tuple[str, str]]
-    facts: Callable[[RunRecord], dict[str, str]]
-    charts: Callable[[Sequence[RunRecord]], list[Chart]]
-    findings: Callable[[RunRecord], Iterable[str]]
-    next_steps: Callable[[dict[str, Any], Path], list[Step]]
+    title: str  # title of the page, before " of RUN"
+    model: str  # subfolder with the exported model
+    predictions: str  # explains the images of predictions
+    alt: str  # text alternative of such an image, before ", after epoch N"
+    measures: dict[str, tuple[str, str]]  # columns of summary.csv with name and format, in the order of the tables
+    facts: Callable[[RunRecord], dict[str, str]]  # rows about model, data and training
+    charts: Callable[[Sequence[RunRecord]], list[Chart]]  # candidates for charts; those without values are left out
+    findings: Callable[[RunRecord], Iterable[str]]  # sentences about the numbers
+    next_steps: Callable[[dict[str, Any], Path], list[Step]]  # commands for the exported model
 
 
 # ------------------------------------------------------------------------------------------------------ of every task

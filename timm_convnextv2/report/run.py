@@ -37,37 +37,24 @@ _SETTINGS = {"pretraining": _PRETRAINING, "detection": _TRANSFER, "segmentation"
 
 @dataclass
 class RunRecord:
-    """The content of a run's folder; missing files leave their attribute empty.
+    """The content of a run's folder; missing files leave their attribute empty."""
 
-    Attributes:
-        path: The folder.
-        label: Its name beside other runs.
-        settings: Content of args.yaml.
-        task: 'pretraining', 'detection' or 'segmentation'.
-        versions: Versions of the packages that trained.
-        command: The command that started the run.
-        rows: summary.csv by epoch, from 0: numbers by column, without empty cells.
-        collapse: collapse.csv by epoch, from 1: rows of numbers, in order of depth.
-        probe: Content of probe.json.
-        predictions: PNG by epoch, from 1: reconstructions, or predictions beside the ground truth.
-        neighbours: PNG of nearest neighbours by epoch.
-        progress: Progress in the last checkpoint.
-        notes: Files and lines that were left out, with the reason.
-    """
-
-    path: Path
-    label: str
-    settings: dict[str, Any]
-    task: str = "pretraining"
-    versions: str = ""
-    command: str = ""
+    path: Path  # the folder
+    label: str  # its name beside other runs
+    settings: dict[str, Any]  # content of args.yaml
+    task: str = "pretraining"  # 'pretraining', 'detection' or 'segmentation'
+    versions: str = ""  # versions of the packages that trained
+    command: str = ""  # the command that started the run
+    # summary.csv by epoch, from 0, without empty cells
     rows: dict[int, Row] = field(default_factory=dict)
+    # collapse.csv by epoch, from 1: rows of numbers, in order of depth
     collapse: dict[int, list[Row]] = field(default_factory=dict)
-    probe: dict[str, Any] = field(default_factory=dict)
+    probe: dict[str, Any] = field(default_factory=dict)  # content of probe.json
+    # PNG by epoch, from 1: reconstructions, or predictions beside the ground truth
     predictions: dict[int, Path] = field(default_factory=dict)
-    neighbours: dict[int, Path] = field(default_factory=dict)
-    progress: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    neighbours: dict[int, Path] = field(default_factory=dict)  # PNG of nearest neighbours by epoch
+    progress: dict[str, Any] = field(default_factory=dict)  # progress in the last checkpoint
+    notes: list[str] = field(default_factory=list)  # files and lines that were left out, with the reason
 
     def column(self, name: str) -> dict[int, float]:
         """A column of summary.csv by epoch, from 1, without epochs that did not measure it."""
