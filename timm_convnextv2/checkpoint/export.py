@@ -4,7 +4,8 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,28 @@ def write_folder(
         label_names: In the order of the model's outputs.
 
     Raises:
+        ValueError, WriteError: See `place_folder`.
+    """
+    config = _config(model, data, label_names)
+    _complete(config, weights, license, training)
+    return place_folder(folder, weights, config, render_card)
+
+
+def place_folder(
+    folder: str | os.PathLike,
+    weights: dict[str, Tensor],
+    config: dict[str, Any],
+    render: Callable[[dict[str, Any], list[str]], str],
+) -> Path:
+    """Writes weights, config.json and README.md beside `folder` and moves them into it; its other files stay.
+
+    Args:
+        folder: Created if needed.
+        weights: On any device.
+        config: Content of config.json.
+        render: Makes the README.md from the config and the names of images in the folder.
+
+    Raises:
         ValueError: A weight is not finite.
         WriteError: (an OSError) The folder cannot be written.
     """
@@ -64,13 +87,11 @@ def write_folder(
     temporary = new_part(folder)
     try:
         temporary.mkdir(parents=True)
-        config = _config(model, temporary / "config.json", data, label_names)
-        _complete(config, weights, license, training)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
         shutil.copymode(temporary / "config.json", temporary / WEIGHTS)  # safetensors lets only the owner read
         images = [name for name in IMAGES if (folder / name).is_file()]
-        (temporary / "README.md").write_text(render_card(config, images), encoding="utf-8")
+        (temporary / "README.md").write_text(render(config, images), encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
         names = (WEIGHTS, "config.json", "README.md")
         for name in names:
@@ -103,11 +124,13 @@ def _describes_another(path: Path, config: dict[str, Any]) -> bool:
     return old != json.loads(json.dumps(config))
 
 
-def _config(model: nn.Module, path: Path, data: dict[str, Any], label_names: Sequence[str] | None) -> dict[str, Any]:
+def _config(model: nn.Module, data: dict[str, Any], label_names: Sequence[str] | None) -> dict[str, Any]:
     """The `config.json` of timm.models.save_for_hf, which would need a second copy of the model for other weights."""
     labels = {"label_names": list(label_names)} if label_names else {}
-    save_config_for_hf(model, str(path), model_config=labels, data_config=data)
-    return json.loads(path.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        save_config_for_hf(model, str(path), model_config=labels, data_config=data)
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _complete(
@@ -122,13 +145,18 @@ def _complete(
         cfg["license"] = license
     size = cfg["input_size"]
     rows = {
-        "Parameters": f"{sum(v.numel() for v in weights.values()) / 1e6:.1f} M",
         "Image size": f"{size[1]} x {size[2]}, {size[0]} channels",
         "Mean, standard deviation": f"{cfg['mean']}, {cfg['std']}",
         **(training.get("table") or {}),
     }
+    config["training"] = {**training, **how_made(weights, rows)}
+
+
+def how_made(weights: dict[str, Tensor], rows: dict[str, Any]) -> dict[str, Any]:
+    """The keys `made_with` and `table` of the section `training`."""
+    size = {"Parameters": f"{sum(v.numel() for v in weights.values()) / 1e6:.1f} M"}
     versions = {"timm_convnextv2": __version__, "timm": timm.__version__, "torch": torch.__version__}
-    config["training"] = {**training, "made_with": versions, "table": {k: str(v) for k, v in rows.items()}}
+    return {"made_with": versions, "table": {k: str(v) for k, v in (size | rows).items()}}
 
 
 def _description(

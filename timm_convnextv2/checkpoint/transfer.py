@@ -10,16 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from ..files import whole_file
-from ..models.weights import first_not_finite
-from .card import HERE, IMAGES, OR_HUB, images_text, licence_text, pixels_text, render_card, results, table
+from .card import HERE, OR_HUB, images_text, licence_text, pixels_text, render_card, results, table
+from .export import how_made, place_folder
 from .provenance import HUB_ERRORS, WEIGHTS, read_config
 
 CONFIG = "config.json"
@@ -138,7 +135,7 @@ def write_transfer(
     dataset: str | None = None,
     info: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes the folder; existing files are replaced, each completely or not at all.
+    """Writes the folder; see `place_folder`.
 
     Args:
         folder: Created if needed.
@@ -148,37 +145,17 @@ def write_transfer(
         dataset: Name of the data set of these results.
         info: How the model was made, for a table in the card.
     """
-    from .. import __version__
-
-    folder = Path(folder)
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    bad = first_not_finite(weights)
-    if bad:
-        raise ValueError(f"The weights were not written to '{folder}': '{bad}' has values that are not finite.")
-    license = config["backbone"]["license"]
-    record = config["backbone"]["pixels"]
-    rows = {"Parameters": f"{sum(v.numel() for v in weights.values()) / 1e6:.1f} M", **(info or {})}
+    weights, backbone = model.state_dict(), config["backbone"]
+    license = backbone["license"]
+    training = {"inherited_license": license, "base_model": backbone["base_model"], **how_made(weights, info or {})}
     config = {
         **config,
         "metrics": metrics or {},
         "dataset": dataset,
         "pretrained_cfg": {"license": license} if license else {},
-        "training": {
-            "inherited_license": license,
-            "base_model": config["backbone"]["base_model"],
-            "table": {name: str(value) for name, value in rows.items()},
-            "made_with": {"timm_convnextv2": __version__, "timm": timm.__version__, "torch": torch.__version__},
-            **({"pixels": record} if record else {}),
-        },
+        "training": training | ({"pixels": backbone["pixels"]} if backbone["pixels"] else {}),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    images = [name for name in IMAGES if (folder / name).is_file()]
-    with whole_file(folder / WEIGHTS) as part:
-        save_file(weights, part, metadata={"format": "pt"})
-    for name, text in ((CONFIG, json.dumps(config, indent=2) + "\n"), ("README.md", render_transfer(config, images))):
-        with whole_file(folder / name) as part:
-            part.write_text(text, encoding="utf-8")
-    return folder
+    return place_folder(folder, weights, config, render_transfer)
 
 
 def kind_of(config: dict[str, Any]) -> str:
