@@ -102,14 +102,7 @@ def images_text(images: Sequence[str]) -> list[str]:
 def results(
     task: str, dataset: str | None, measured: Sequence[tuple[str, str, float]], **more: Any
 ) -> list[EvalResult]:
-    """The results that the Hub shows beside the card.
-
-    Args:
-        task: Task by its id on the Hub.
-        dataset: Name of the data set.
-        measured: Id of the metric, its name and its value.
-        more: Other fields of `EvalResult`.
-    """
+    """The results that the Hub shows beside the card; `measured` holds id, name and value of each metric."""
     name = dataset or "unnamed data set"
     # the id of a data set that is not on the Hub
     more["dataset_type"] = more.get("dataset_type") or "".join(c if c.isalnum() else "-" for c in name.lower())

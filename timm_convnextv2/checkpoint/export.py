@@ -67,11 +67,7 @@ def place_folder(
 ) -> Path:
     """Writes weights, config.json and README.md beside `folder` and moves them into it; its other files stay.
 
-    Args:
-        folder: Created if needed.
-        weights: On any device.
-        config: Content of config.json.
-        render: Makes the README.md from the config and the names of images in the folder.
+    `render` makes the README.md from the config and the names of the images in the folder.
 
     Raises:
         ValueError: A weight is not finite.

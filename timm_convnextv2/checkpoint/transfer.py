@@ -68,11 +68,7 @@ def find_folder(name: str | os.PathLike) -> Path:
 
 
 def read_transfer(name: str | os.PathLike, task: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """The folder of an exported model (see `find_folder`) and its `config.json`.
-
-    Raises:
-        ValueError: It is not the folder of a model of this task, 'detection' or 'segmentation'; None for either.
-    """
+    """The folder (see `find_folder`) and `config.json` of a detector or segmenter; ValueError for any other folder."""
     folder = find_folder(name)
     what = f"'{os.fspath(name)}' is not a {TASKS[task] if task else ' or '.join(TASKS.values())}"
     command = {"detection": "detect", "segmentation": "segment", None: "detect` or `segment"}[task]
@@ -139,7 +135,7 @@ def write_transfer(
 
     Args:
         folder: Created if needed.
-        model: Its weights are written.
+        model: Gives the weights.
         config: `task`, `classes`, `backbone` (a `Backbone.record`), and the task's own arguments.
         metrics: Results on the validation images, kept in `config.json` and stated by the card.
         dataset: Name of the data set of these results.
