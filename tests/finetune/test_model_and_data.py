@@ -151,7 +151,7 @@ def without_a_block(folder):
     "damage, words",
     [
         (cut_off, "1000 bytes.*truncated"),
-        (of_another_model, r"the first names: \['bn1.bias', .*: \d+ of the model's \d+ tensors"),
+        (of_another_model, r"the first names: \['bn1.bias', .*found \d+ of the model's \d+ tensors"),
         (
             of_another_width,
             r"'stages\.3\.downsample\.1\.weight' is \[24, 16, 2, 2\] in the weights and \[16, 16, 2, 2\]",
