@@ -146,7 +146,7 @@ def test_pretraining_goes_on_from_what_was_published(pretrained, run_publish, ca
     for options, message in (
         ([], "add --pretrained"),
         (["--pretrained", "--decoder-dim", "16"], "decoder_dim=8 in the file, 16 requested"),
-        (["--pretrained", "--patch-size", "4", "--img-size", "64"], "patch_size=1 there, 4 asked for"),
+        (["--pretrained", "--patch-size", "4", "--img-size", "64"], "patch_size=1 in the file, 4 requested"),
         (["--pretrained", "--license", "apache-2.0"], "under mit"),
         (["--pretrained", "--model", f"local-dir:{tmp_path}"], "no config.json"),
         (["--pretrained", "--model", "hf-hub:nobody/nothing"], "nobody/nothing.*config.json"),
