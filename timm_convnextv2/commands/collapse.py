@@ -25,9 +25,8 @@ FILES = ("collapse.csv", "collapse.png", "channels.png")
 
 
 def build_parser() -> CommandParser:
-    parser = CommandParser(
-        prog=f"{PROGRAM} collapse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog=f"{PROGRAM} collapse", description=__doc__, formatter_class=layout)
     add_options(parser, CollapseConfig)
     return parser
 

@@ -26,9 +26,8 @@ from ..features.encoder import model_name
 
 
 def build_parser() -> CommandParser:
-    parser = CommandParser(
-        prog=f"{PROGRAM} compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(prog=f"{PROGRAM} compare", description=__doc__, formatter_class=layout)
     add_options(parser, CompareConfig)
     return parser
 

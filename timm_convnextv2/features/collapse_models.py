@@ -36,9 +36,8 @@ def collapse_of_models(
     """
     check_limits(images)
     note = partial(say, error=True) if progress else lambda line: None
-    encoders = {
-        name: open_encoder(name, computation.img_size, computation.nodata, computation.device) for name in models
-    }
+    how = computation.img_size, computation.nodata, computation.device
+    encoders = {name: open_encoder(name, *how) for name in models}
     for name, encoder in encoders.items():
         blocks = blocks_of(encoder.network)
         if layer is not None and layer not in blocks:
@@ -51,9 +50,7 @@ def collapse_of_models(
     for name, encoder in encoders.items():
         source = create_source(paths, DataSet(images.dataset, images.split), encoder.in_chans, encoder.pixels)
         if isinstance(source, TimmStream):
-            raise ValueError(
-                f"--dataset {images.dataset} is a stream, from which images cannot be drawn. Give a folder."
-            )
+            raise ValueError(f"--dataset {images.dataset} is a stream, and images cannot be drawn. Give a folder.")
         once = note if not found else lambda line: None
         drawn = draw_images(source, images.num_images, encoder.transform, images.seed, once)
         note(f"{name}: {len(drawn)} images of {drawn.shape[2]} x {drawn.shape[3]}")

@@ -85,7 +85,7 @@ def embed(
         finished, bad = on_primary(group, claim)
         if not parts.folder.is_dir():
             raise ValueError(
-                f"Process {group.rank} does not see '{parts.folder}': --output needs a shared file system."
+                f"Process {group.rank} does not see '{parts.folder}'. Put --output on a shared disk."
             )
         # enough batches per part for few files, few enough to share among processes and to lose little work
         per_part = _STREAM_BATCHES_PER_PART if total is None else max(1, min(32, total // batch_size // 64))

@@ -44,17 +44,14 @@ def measure_features(
     `rankme`.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "seed": scoring.seed}
-    neighbours = knn_scores(
-        train.to(device), train_labels, test.to(device), scoring.k, scoring.temperature, num_classes=num_classes
-    )
+    near = train.to(device), train_labels, test.to(device), scoring.k, scoring.temperature
+    neighbours = knn_scores(*near, num_classes=num_classes)
     scores = {f"knn_{count}": votes for count, votes in neighbours.items()}
     scores["ridge"] = ridge(train, train_labels, test, **options)
     if scoring.probe:
         scores["probe"] = linear_probe(train, train_labels, test, device=device, **options)
-    found = {
-        name: bootstrap(value, test_labels, draws=scoring.draws, seed=scoring.seed) for name, value in scores.items()
-    }
-    rank = rankme(test)
+    draws, rank = {"draws": scoring.draws, "seed": scoring.seed}, rankme(test)
+    found = {name: bootstrap(value, test_labels, **draws) for name, value in scores.items()}
     return {**found, "rank": Estimate(rank, rank, rank)}
 
 
@@ -84,9 +81,8 @@ def evaluate_models(
 
     @cache
     def labelled(in_chans: int, pixels: Pixels) -> Labelled:
-        return open_labelled(
-            data_dir, in_chans=in_chans, validation_share=validation_share, seed=scoring.seed, pixels=pixels
-        )
+        how: dict[str, Any] = {"validation_share": validation_share, "seed": scoring.seed}
+        return open_labelled(data_dir, in_chans=in_chans, pixels=pixels, **how)
 
     encoders = [open_encoder(name, extraction.img_size, extraction.nodata) for name in models]
     first = [labelled(encoder.in_chans, encoder.pixels) for encoder in encoders][0]
@@ -105,9 +101,8 @@ def evaluate_models(
             batches = image_batches(source, encoder.transform, extraction.batch_size, extraction.workers)
             if network is None:
                 return pixel_features(_counted(batches, bar.update), BASELINE_SIDE)
-            return extract_features(
-                network, batches, devices=extraction.devices, amp=extraction.amp, progress=bar.update
-            )
+            how: dict[str, Any] = {"devices": extraction.devices, "amp": extraction.amp}
+            return extract_features(network, batches, progress=bar.update, **how)
 
         try:
             train, test = rows(data.train.source), rows(data.test.source)

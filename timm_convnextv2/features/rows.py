@@ -149,9 +149,8 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
         return (part for part in map(parts.read, numbers) if len(part.rows))
 
     new = {output: parts.folder / f"output{output.suffix}"}
-    {".npy": _write_npy, ".safetensors": _write_safetensors, ".parquet": _write_parquet}[output.suffix](
-        new[output], shape, blocks()
-    )
+    write = {".npy": _write_npy, ".safetensors": _write_safetensors, ".parquet": _write_parquet}[output.suffix]
+    write(new[output], shape, blocks())
     if names:
         new[names] = parts.folder / "names.csv"
         _write_csv(new[names], ("file",), ((name,) for part in blocks() for name in part.names))

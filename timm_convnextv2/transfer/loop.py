@@ -42,9 +42,8 @@ class Schedule:
     betas: tuple[float, float] = (0.9, 0.999)
 
     def create(self, optimizer: torch.optim.Optimizer, plan: Plan) -> Scheduler:
-        warmup: dict[str, Any] = dict(
-            warmup_t=plan.warmup_updates, warmup_lr_init=self.warmup_share * plan.lr, t_in_epochs=False
-        )
+        warmup: dict[str, Any] = dict(warmup_t=plan.warmup_updates, warmup_lr_init=self.warmup_share * plan.lr)
+        warmup["t_in_epochs"] = False
         if self.kind == "cosine":
             return CosineLRScheduler(optimizer, t_initial=max(1, plan.updates), **warmup)
         if self.kind == "poly":

@@ -216,9 +216,8 @@ def _refuse(wrong: Sequence[Any], file: Path, what: str, names: Iterable[str], h
     if wrong:
         shown = ", ".join(printable(name) for name, _ in zip(names, range(SHOWN), strict=False))
         more = ", ..." if len(wrong) > SHOWN else ""
-        raise ValueError(
-            f"'{file}' has {len(wrong)} {what}: {shown}{more}. Fix the file{f', or {hint}' if hint else ''}."
-        )
+        remedy = f"Fix the file, or {hint}." if hint else "Fix the file."
+        raise ValueError(f"'{file}' has {len(wrong)} {what}: {shown}{more}. {remedy}")
 
 
 def check_sizes(coco: Coco, in_chans: int, pixels: Pixels = PLAIN) -> None:
@@ -229,9 +228,8 @@ def check_sizes(coco: Coco, in_chans: int, pixels: Pixels = PLAIN) -> None:
     tried = min(32, len(source))
     if bad:
         reasons = "\n".join(why for _, why in bad[:SHOWN])
-        raise ValueError(
-            f"{len(bad)} of {tried} images tried (of {len(source)}) cannot be decoded; fix or remove them:\n{reasons}"
-        )
+        found = f"{len(bad)} of {tried} images tried (of {len(source)})"
+        raise ValueError(f"{found} cannot be decoded; fix or remove them:\n{reasons}")
     images = [coco.images[i * len(source) // tried] for i in range(tried)]
     wrong = [pair for pair in zip(images, sizes, strict=True) if pair[1] != (pair[0].height, pair[0].width)]
     names = (f"{i.name} has {w} x {h} pixels, annotated as {i.width} x {i.height}" for i, (h, w) in wrong)
@@ -289,9 +287,7 @@ class DetectionSamples(Dataset):
         if self.masks:
             codec = rle_codec() if own else None
             masks = [_decode_mask(a["segmentation"], image.height, image.width, codec) for a in own]
-            target["masks"] = tv_tensors.Mask(
-                torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.uint8)
-            )
+            target["masks"] = tv_tensors.Mask(np.stack(masks) if masks else np.zeros((0, *size), np.uint8))
         return target
 
 

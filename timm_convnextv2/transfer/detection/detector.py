@@ -32,9 +32,8 @@ class Pyramid(nn.Module):
         super().__init__()
         self.body, self.out_channels = backbone, out_channels
         # ConvNeXt's maps are not normalised, so the pyramid has a norm; LayerNorm works with small batches
-        self.fpn = FeaturePyramidNetwork(
-            backbone.channels, out_channels, extra_blocks=LastLevelMaxPool(), norm_layer=LayerNorm2d
-        )
+        more: Any = dict(extra_blocks=LastLevelMaxPool(), norm_layer=LayerNorm2d)
+        self.fpn = FeaturePyramidNetwork(backbone.channels, out_channels, **more)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps by name, '0' is the finest: `[B, out_channels, h, w]` each."""

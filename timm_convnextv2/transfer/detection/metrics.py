@@ -43,9 +43,8 @@ def find_objects(
     backbone, device = backbone_of(detector), next(detector.parameters()).device
     samples = DetectionSamples(part, masks=False, in_chans=backbone.in_chans, pixels=backbone.pixels)
     keys: Any = [(0, i) for i in range(len(samples))]
-    loader = DataLoader(
-        samples, batch_size, sampler=keys, num_workers=workers, collate_fn=collate, generator=torch.Generator()
-    )
+    how: Any = dict(num_workers=workers, collate_fn=collate, generator=torch.Generator())
+    loader = DataLoader(samples, batch_size, sampler=keys, **how)
     images = iter(part.images)
     for batch, _ in loader:
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -58,11 +57,10 @@ def find_objects(
 def _results(found: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[Result]:
     boxes = found["boxes"].float().cpu()
     boxes[:, 2:] -= boxes[:, :2]
+    labels, scores = found["labels"].tolist(), found["scores"].float().tolist()
     results: list[Result] = [
         dict(image_id=image_id, category_id=category_ids[label - 1], bbox=[round(v, 2) for v in box], score=score)
-        for box, label, score in zip(
-            boxes.tolist(), found["labels"].tolist(), found["scores"].float().tolist(), strict=True
-        )
+        for box, label, score in zip(boxes.tolist(), labels, scores, strict=True)
     ]
     if "masks" in found and results:
         codec = rle_codec()

@@ -35,9 +35,8 @@ class SegmentationTask(Task):
         )  # fmt: skip
         if torch.distributed.is_initialized() and config.compute.device.startswith("cuda"):
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.train, self.validation = (
-            open_masks(config.data, split, self.classes, self.backbone) for split in ("train", "validation")
-        )
+        self.train = open_masks(config.data, "train", self.classes, self.backbone)
+        self.validation = open_masks(config.data, "validation", self.classes, self.backbone)
         transform = TrainTransform(
             crops.img_size, self.backbone.mean, scale=crops.scale, short_side=config.sliding.short_side,
             hflip=crops.hflip, vflip=crops.vflip, colours=crops.colours, ignore_index=config.data.ignore_index,
@@ -61,9 +60,8 @@ class SegmentationTask(Task):
         return notes
 
     def evaluate(self, model: Any, world: World, shown: int) -> tuple[dict[str, Any], dict[int, Tensor]]:
-        return evaluate_segmenter(
-            model, self.validation, self._inference, workers=self._config.compute.workers, world=world, keep=shown
-        )
+        workers = self._config.compute.workers
+        return evaluate_segmenter(model, self.validation, self._inference, workers=workers, world=world, keep=shown)
 
     def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
         save_segmentations(path, self.validation, found, title)
