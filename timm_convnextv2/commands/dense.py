@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,8 @@ class Dense:
         act = self.actions[action][2]
         if act is None:
             line = start_command(self.name, words)
-            return run_command(
-                f"{self.name} train",
-                config.compute.device,
-                lambda world: set_up(self.task, config, recipe, world, line),
-            )
+            begin = partial(set_up, self.task, config, recipe, line=line)
+            return run_command(f"{self.name} train", config.compute.device, begin)
         try:
             act(config)
         except (ValueError, OSError, RuntimeError) as e:

@@ -13,7 +13,7 @@ from ..data import DataSet, ImageError, ImagePaths, TimmStream, check_readable, 
 from ..data.sources.source import Source
 from ..report.images import displayable
 from .collapse import BlockCollapse, blocks_of, channel_maps, collapse
-from .config import Computation, DrawnImages
+from .config import COMPUTATION, Computation, DrawnImages
 from .encoder import open_encoder
 
 SHOWN = 3  # images in the figure of channels
@@ -21,14 +21,9 @@ Maps = dict[str, tuple[str, Tensor]]
 
 
 def collapse_of_models(
-    models: Sequence[str],
-    images: DrawnImages,
-    computation: Computation = Computation(),  # noqa: B008  a frozen value
-    *,
-    layer: str | None = None,
-    batch_size: int = 8,
-    progress: bool = False,
-) -> tuple[dict[str, list[BlockCollapse]], list[Tensor], Maps]:
+    models: Sequence[str], images: DrawnImages, computation: Computation = COMPUTATION, *, layer: str | None = None,
+    batch_size: int = 8, progress: bool = False,
+) -> tuple[dict[str, list[BlockCollapse]], list[Tensor], Maps]:  # fmt: skip
     """Measures collapse of several models on the same images; images that cannot be decoded are replaced by others.
 
     Returns the result of `collapse` by model; the images of the figure, `[h, w, 3]`; and the channels of `layer` by

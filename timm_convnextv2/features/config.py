@@ -19,9 +19,8 @@ class Computation:
     img_size: int | None = option(
         None, "side of the square crops in pixels (default: the model's)", metavar="N", at_least=1)
     nodata: float | None = option(
-        None,
-        'stored value meaning "no data"; such pixels are filled with the mean of the others (default: the model\'s; '
-        "nan: none)", metavar="V")
+        None, 'stored value meaning "no data"; such pixels are filled with the mean of the others (default: the '
+        "model's; nan: none)", metavar="V")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where the model runs", metavar="NAME")
     amp: bool = option(False, "compute in bfloat16; features stay float32")
 
@@ -88,15 +87,17 @@ class Scoring:
     draws: int = 1000
 
 
+COMPUTATION, EXTRACTION, SCORING = Computation(), Extraction(), Scoring()  # the defaults of functions
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """The options of `evaluate`."""
 
     models: tuple[str, ...] = option(..., MODELS_HELP, positional=True, metavar="MODEL")
     data_dir: str = option(
-        ...,
-        "folder with train/ and validation/ of class folders; a folder of class folders, which is split; or a CSV with "
-        "name and label", metavar="LABELLED")
+        ..., "folder with train/ and validation/ of class folders; a folder of class folders, which is split; or a CSV "
+        "with name and label", metavar="LABELLED")
     validation_share: float = option(
         0.25, "fraction of the images to test on if --data-dir has no validation/", metavar="X")
     extraction: Extraction = part(Extraction, "features")

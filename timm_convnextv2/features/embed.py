@@ -21,7 +21,7 @@ from ..data.samples.batches import Batch, map_batches, stream_batches
 from ..data.sources.source import Source
 from ..runs.group import on_primary, processes
 from ..runs.progress import ImageProgress
-from .config import EmbedImages, Extraction
+from .config import EXTRACTION, EmbedImages, Extraction
 from .encoder import Encoder, open_encoder
 from .extract import compute_rows
 from .rows import Part, Parts, check_output, write_output
@@ -31,16 +31,9 @@ _SEEN_BEFORE_STREAM_LIMIT = 1000  # of a stream, the share of bad images is know
 
 
 def embed(
-    model: str,
-    images: EmbedImages,
-    output: str | os.PathLike,
-    extraction: Extraction = Extraction(),  # noqa: B008  a frozen value
-    *,
-    max_bad_images: float = 0.01,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: bool = False,
-) -> tuple[int, dict[int, str]]:
+    model: str, images: EmbedImages, output: str | os.PathLike, extraction: Extraction = EXTRACTION, *,
+    max_bad_images: float = 0.01, resume: bool = False, overwrite: bool = False, progress: bool = False,
+) -> tuple[int, dict[int, str]]:  # fmt: skip
     """Writes one row of pooled features per image, and beside it the names of rows and of skipped images.
 
     Under torchrun every process calls it and computes its share; all of them must see the folder of `output`, a `.npy`,
@@ -84,9 +77,7 @@ def embed(
 
         finished, bad = on_primary(group, claim)
         if not parts.folder.is_dir():
-            raise ValueError(
-                f"Process {group.rank} does not see '{parts.folder}'. Put --output on a shared disk."
-            )
+            raise ValueError(f"Process {group.rank} does not see '{parts.folder}'. Put --output on a shared disk.")
         # enough batches per part for few files, few enough to share among processes and to lose little work
         per_part = _STREAM_BATCHES_PER_PART if total is None else max(1, min(32, total // batch_size // 64))
         share = _Share(group.rank, group.size, finished, per_part)

@@ -15,7 +15,7 @@ from ..data import Pixels
 from ..data.sources.source import Source
 from ..runs.device import check_device
 from ..runs.progress import ImageProgress
-from .config import Extraction, Scoring
+from .config import EXTRACTION, SCORING, Extraction, Scoring
 from .encoder import Encoder, open_encoder
 from .extract import extract_features, image_batches, pixel_features
 from .knn import capped, knn_scores
@@ -27,15 +27,9 @@ BASELINE_SIDE = 8  # pixels
 
 
 def measure_features(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    *,
-    num_classes: int,
-    scoring: Scoring = Scoring(),  # noqa: B008  a frozen value
-    device: str | torch.device = "cpu",
-) -> dict[str, Estimate]:
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, num_classes: int,
+    scoring: Scoring = SCORING, device: str | torch.device = "cpu",
+) -> dict[str, Estimate]:  # fmt: skip
     """kNN, ridge, linear probe and rank of frozen features.
 
     Features are `[N, D]`, labels int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several. kNN and the probe
@@ -56,15 +50,9 @@ def measure_features(
 
 
 def evaluate_models(
-    models: Sequence[str],
-    data_dir: str | os.PathLike,
-    extraction: Extraction = Extraction(),  # noqa: B008  a frozen value
-    scoring: Scoring = Scoring(),  # noqa: B008
-    *,
-    baselines: bool = True,
-    validation_share: float = 0.25,
-    progress: bool = False,
-) -> dict[str, Any]:
+    models: Sequence[str], data_dir: str | os.PathLike, extraction: Extraction = EXTRACTION,
+    scoring: Scoring = SCORING, *, baselines: bool = True, validation_share: float = 0.25, progress: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Measures the frozen features of each model, see `open_encoder`, on the same images, see `open_labelled`.
 
     Several devices compute batches in turn. `baselines` adds images averaged to 8 x 8 pixels, and the first model's

@@ -4,7 +4,7 @@ import csv
 import os
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.utils.misc import natural_key
@@ -71,30 +71,22 @@ def open_labelled(
         raise ValueError(f"The labelled images '{printable(path)}' do not exist; expected a folder or a CSV.")
     parts = None if path.is_file() else _parts(path)
     if parts is not None:
-        train, test = _folder(parts[0], in_chans, pixels), _folder(parts[1], in_chans, pixels)
-        check_same_classes(
-            _names(train),
-            _names(test),
-            tuple(f"'{printable(folder)}'" for folder in parts),  # pyright: ignore[reportArgumentType]
-            ordered=False,
-            remedy="Both parts need the same class folders.",
-        )
-        classes = _names(train)
-        _check_classes(classes, path)
-        (train_files, train_labels), (test_files, test_labels) = train, test
+        train, test = (_folder(part, in_chans, pixels) for part in parts)
+        where: Any = tuple(f"'{printable(folder)}'" for folder in parts)
+        remedy = "Both parts need the same class folders."
+        check_same_classes(_names(train), _names(test), where, ordered=False, remedy=remedy)
+        classes = _names(train, path)
     else:
         files, labels = _table(path) if path.is_file() else _folder(path, in_chans, pixels)
-        classes = _names((files, labels))
-        _check_classes(classes, path)
+        classes = _names((files, labels), path)
         chosen = _held(labels, validation_share, seed)
-        train_files, train_labels = _pick(files, labels, [i for i in range(len(files)) if i not in chosen])
-        test_files, test_labels = _pick(files, labels, sorted(chosen))
-    several = any(len(label) > 1 for label in train_labels + test_labels)
-    train_split = Split(ImageFiles(train_files, in_chans, pixels), _numbers(train_labels, classes, several))
-    test_split = Split(ImageFiles(test_files, in_chans, pixels), _numbers(test_labels, classes, several))
-    for split in (train_split, test_split):
+        train = _pick(files, labels, [i for i in range(len(files)) if i not in chosen])
+        test = _pick(files, labels, sorted(chosen))
+    several = any(len(label) > 1 for label in train[1] + test[1])
+    splits = [Split(ImageFiles(paths, in_chans, pixels), _numbers(y, classes, several)) for paths, y in (train, test)]
+    for split in splits:
         refuse_bad([message for _, message in check_readable(split.source)])
-    return Labelled(classes, train_split, test_split)
+    return Labelled(classes, *splits)
 
 
 Files = tuple[list[str], list[tuple[str, ...]]]  # paths, and the labels of each
@@ -154,14 +146,13 @@ def _table(path: Path) -> Files:
     return files, labels
 
 
-def _names(files: Files) -> list[str]:
-    return sorted({name for label in files[1] for name in label}, key=natural_key)
-
-
-def _check_classes(classes: list[str], place: Path) -> None:
-    if len(classes) < 2:
+def _names(files: Files, place: Path | None = None) -> list[str]:
+    """The classes; with `place`, for a message, at least two of them."""
+    classes = sorted({name for label in files[1] for name in label}, key=natural_key)
+    if place is not None and len(classes) < 2:
         has = f"one class, {classes[0]}" if classes else "no images"
         raise ValueError(f"'{printable(place)}' has {has}; expected at least two classes.")
+    return classes
 
 
 def _held(labels: list[tuple[str, ...]], share: float, seed: int) -> set[int]:

@@ -19,15 +19,13 @@ class Estimate(NamedTuple):
 
 
 def accuracy_or_map(scores: Tensor, labels: Tensor) -> float:
-    """Accuracy 0 to 1 of scores `[M, num_classes]`; mean average precision for labels of 0 and 1 `[M, num_classes]`."""
+    """Accuracy 0 to 1 of scores `[M, num_classes]`; mean average precision for labels of 0 and 1 `[M, num_classes]`.
+
+    The mean is over the classes of at least one image, NaN if there are none.
+    """
     labels = labels.to(scores.device)
     if labels.ndim == 1:
         return float((scores.argmax(1) == labels).double().mean())
-    return _mean_average_precision(scores, labels)
-
-
-def _mean_average_precision(scores: Tensor, labels: Tensor) -> float:
-    """Mean over the classes of at least one image; NaN if there are none."""
     order = scores.argsort(dim=0, descending=True, stable=True)
     hits = labels.gather(0, order).double()
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, device=hits.device).unsqueeze(1)

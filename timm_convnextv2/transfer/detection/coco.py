@@ -305,15 +305,9 @@ def large_scale_jitter(
 
     Smaller images are padded with black; boxes without a pixel in the crop are removed.
     """
-    return v2.Compose(
-        [
-            v2.RandomHorizontalFlip(hflip),
-            v2.RandomVerticalFlip(vflip),
-            v2.ScaleJitter((size, size), scale),
-            v2.RandomCrop((size, size), pad_if_needed=True),
-            v2.SanitizeBoundingBoxes(min_size=1),
-        ]
-    )
+    flips = v2.RandomHorizontalFlip(hflip), v2.RandomVerticalFlip(vflip)
+    crop = v2.ScaleJitter((size, size), scale), v2.RandomCrop((size, size), pad_if_needed=True)
+    return v2.Compose([*flips, *crop, v2.SanitizeBoundingBoxes(min_size=1)])
 
 
 def collate(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

@@ -61,7 +61,10 @@ def build_detector(
         max_size: Limit of the longer side; 42 times the stride if None.
         options: More options of torchvision's `MaskRCNN` or `FasterRCNN` (`box_score_thresh`, ...).
     """
-    _check_options(options)
+    known = {*inspect.signature(FasterRCNN).parameters, *inspect.signature(MaskRCNN).parameters}
+    known |= {"fixed_size", "_skip_resize"}  # options of its transform
+    for name in sorted(options.keys() - known):  # torchvision silently ignores them
+        raise ValueError(f"torchvision's detectors have no option {name}.{closest(name, known)}")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, expected at least 1.")
     if isinstance(backbone, str):
@@ -93,15 +96,6 @@ def build_detector(
     )  # fmt: skip
     detector.made_of = made_of  # what `open_detector` needs
     return detector
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Refuses unknown options, which torchvision silently ignores."""
-    known = {*inspect.signature(FasterRCNN).parameters, *inspect.signature(MaskRCNN).parameters}
-    known |= {"fixed_size", "_skip_resize"}  # options of its transform
-    for name in options:
-        if name not in known:
-            raise ValueError(f"torchvision's detectors have no option {name}.{closest(name, known)}")
 
 
 def export_detector(

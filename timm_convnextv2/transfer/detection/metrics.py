@@ -135,11 +135,8 @@ def _target(results: Sequence[Result], coco: Coco, masks: bool) -> dict[str, Any
     boxes = torch.tensor([r["bbox"] for r in results]).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     label = {category: i for i, category in enumerate(coco.category_ids, 1)}
-    target: dict[str, Any] = dict(
-        boxes=boxes,
-        labels=torch.tensor([label[r["category_id"]] for r in results]),
-        scores=[r["score"] for r in results],
-    )
+    labels = torch.tensor([label[r["category_id"]] for r in results])
+    target: dict[str, Any] = dict(boxes=boxes, labels=labels, scores=[r["score"] for r in results])
     if masks and results:
         target["masks"] = torch.from_numpy(np.stack([rle_codec().decode(r["segmentation"]) for r in results]))
     return target
