@@ -56,7 +56,9 @@ def embed(
             raise ValueError(f"--max-bad-images is a fraction from 0 to 1, got {max_bad_images}.")
         check_index_option(images.dataset, images.paths.index)
         encoder = open_encoder(model, extraction.img_size, extraction.nodata, extraction.device)
-        listing = None if images.dataset else find_files(images.paths, max_bad_images, group, progress=progress)
+        listing = None
+        if not images.dataset:  # rows are numbered by one listing, so that no process may have its own
+            listing = find_files(images.paths, max_bad_images, group, progress=progress, copies=False)
         source = create_source(
             images.paths, images.data_set, encoder.in_chans, encoder.pixels,
             order=StreamOrder(batch_size, whole=True), listing=listing,

@@ -11,15 +11,17 @@ from .index import find_images, open_index
 from .places import Listing, Place, places_of
 
 
-def find_files(paths: ImagePaths, max_missing: float | None, group: Group, *, progress: bool = True) -> Listing:
+def find_files(
+    paths: ImagePaths, max_missing: float | None, group: Group, *, progress: bool = True, copies: bool = True
+) -> Listing:
     """The image files that the options name.
 
-    Rank 0 lists them and sends the names to the other processes. If folders differ, as on machines with copies of
-    their own, each process lists its own. Rank 0 writes an index, and all processes open it.
+    Rank 0 lists them and sends the names to the other processes. With `copies`, each process lists its own folders if
+    they differ, as on machines with copies of their own. Rank 0 writes an index, and all processes open it.
     `max_missing` is the largest fraction of the files of a list that may be missing; None skips the check.
     """
     places = places_of(paths.data_dir, paths.data_list)
-    alone = not paths.index and len({*group.gather([_identity(places)])}) > 1
+    alone = copies and not paths.index and len({*group.gather([_identity(places)])}) > 1
     bar = ImageProgress(None, enabled=progress and group.primary)
     find = partial(
         find_images, paths.data_dir, paths.data_list, index=paths.index, max_missing=max_missing, tick=bar.update,
