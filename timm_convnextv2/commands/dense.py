@@ -1,4 +1,4 @@
-"""What `detect` and `segment` share: their sub-commands and how they are parsed."""
+"""The sub-commands that `detect` and `segment` share, and how they are parsed."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -1,6 +1,6 @@
 """Feature collapse: how similar the channels within a block are (ConvNeXt V2, section 3.2 and figure 4).
 
-Source: https://arxiv.org/abs/2301.00808. Its authors published no code of the analysis.
+Source: https://arxiv.org/abs/2301.00808. Its authors published no code for this analysis.
 """
 
 from collections import Counter

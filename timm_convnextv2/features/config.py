@@ -149,5 +149,5 @@ class CompareConfig:
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds; each candidate is finetuned once per seed", metavar="N")
     recipe: str = option("small-data", "recipe of the finetuning", metavar="NAME")
     output: str = option("output/compare", "folder to write to", metavar="DIR")
-    resume: bool = option(False, "keep what an earlier call finished there")
+    resume: bool = option(False, "keep the runs that an earlier call finished")
     dry_run: bool = option(False, "check everything, then stop")

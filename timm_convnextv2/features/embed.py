@@ -1,4 +1,4 @@
-"""`embed`: from a model and images to a file of rows, in parts that several processes share."""
+"""Writes a file of features, one row per image, in parts that several processes share."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ from .extract import compute_rows
 from .rows import Part, Parts, check_output, write_output
 
 _STREAM_BATCHES_PER_PART = 16
-_SEEN_BEFORE_STREAM_LIMIT = 1000  # of a stream, the share of bad images is known only after some images
+_SEEN_BEFORE_STREAM_LIMIT = 1000  # the fraction of bad images in a stream is known only after some images
 
 
 def embed(

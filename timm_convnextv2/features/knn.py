@@ -31,15 +31,15 @@ def nearest(train: Tensor, test: Tensor, k: int, *, chunk: int = 8192) -> tuple[
     similarities, indices = [], []
     for part in test.split(chunk):
         queries = F.normalize(part.float(), dim=1)
-        best, places = queries.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.long, device=part.device)
+        best, rows = queries.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.long, device=part.device)
         for start in range(0, len(train), chunk):
             block = F.normalize(train[start : start + chunk].float(), dim=1)
-            found, place = (queries @ block.T).topk(min(k, len(block)), dim=1)
-            best, places = torch.cat([best, found], 1), torch.cat([places, place + start], 1)
+            found, row = (queries @ block.T).topk(min(k, len(block)), dim=1)
+            best, rows = torch.cat([best, found], 1), torch.cat([rows, row + start], 1)
             best, order = best.topk(min(k, best.shape[1]), dim=1)
-            places = places.gather(1, order)
+            rows = rows.gather(1, order)
         similarities.append(best)
-        indices.append(places)
+        indices.append(rows)
     return torch.cat(similarities), torch.cat(indices)
 
 

@@ -147,7 +147,7 @@ def _table(path: Path) -> Files:
 
 
 def _names(files: Files, place: Path | None = None) -> list[str]:
-    """The classes; with `place`, for a message, at least two of them."""
+    """The classes in order; with `place`, which error messages name, there must be at least two."""
     classes = sorted({name for label in files[1] for name in label}, key=natural_key)
     if place is not None and len(classes) < 2:
         has = f"one class, {classes[0]}" if classes else "no images"
@@ -156,7 +156,7 @@ def _names(files: Files, place: Path | None = None) -> list[str]:
 
 
 def _held(labels: list[tuple[str, ...]], share: float, seed: int) -> set[int]:
-    """Indices of the test images: that share of each class, at least one if the class has two."""
+    """Indices of the test images: a fraction `share` of each class, at least one if the class has two."""
     generator = torch.Generator().manual_seed(seed)
     several = any(len(label) > 1 for label in labels)
     groups: dict[str, list[int]] = {}

@@ -16,7 +16,7 @@ def rankme(features: Tensor) -> float:
     x = features.to("cpu", torch.float64)
     gram = x.T @ x if x.shape[0] > x.shape[1] else x @ x.T
     values = torch.linalg.eigvalsh(gram).clamp_min(0)
-    values = torch.where(values > values.max() * 1e-14, values, 0).sqrt()  # what rounding leaves of zeros
+    values = torch.where(values > values.max() * 1e-14, values, 0).sqrt()  # zeros up to rounding
     if not values.sum():
         return 0.0
     return float(torch.special.entr(values / values.sum()).sum().exp())

@@ -142,23 +142,23 @@ def open_backbone(record: dict[str, Any]) -> Backbone:
 
 def _origin(name: str, cfg: dict[str, Any]) -> Origin:
     """Licence and base model of the weights of a model of timm, a folder or a repository."""
-    source, _, place = name.partition(":")
+    source, _, location = name.partition(":")
     if source == "local-dir":
-        return origin_of_config(config_beside({"file": place}) or cfg)
+        return origin_of_config(config_beside({"file": location}) or cfg)
     if source == "hf-hub":
-        return origin_of_config(config_beside({"hf_hub_id": place}) or cfg, place)
+        return origin_of_config(config_beside({"hf_hub_id": location}) or cfg, location)
     return origin_of_config(cfg, cfg.get("hf_hub_id"))
 
 
 def _architecture(name: str) -> tuple[str, dict[str, Any]]:
     """The model's name in timm, and the arguments in its folder or repository."""
-    source, _, place = name.partition(":")
+    source, _, location = name.partition(":")
     try:
         if source == "local-dir":
-            config = read_config(Path(place) / "config.json", ours=False)
+            config = read_config(Path(location) / "config.json", ours=False)
             architecture, own = config["architecture"], config.get("model_args")
         elif source == "hf-hub":
-            _, architecture, own = load_model_config_from_hf(place)
+            _, architecture, own = load_model_config_from_hf(location)
         else:
             return name, {}
     except Exception:

@@ -12,7 +12,7 @@ from .detection.soft_nms import METHODS
 # fmt: off
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from."""
+    """The model and the recipe that a run starts from."""
 
     model: str = option("", "a model of timm, local-dir:FOLDER or hf-hub:USER/NAME", metavar="NAME")
     recipe: str | None = option(None, "settings by name, or a .yaml file; the command line wins", metavar="NAME")
@@ -21,7 +21,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Exported:
-    """What a run exported."""
+    """An exported model, and whether to replace files."""
 
     model: str = option(..., "exported model: RUN/model, or hf-hub:USER/NAME", metavar="FOLDER")
     overwrite: bool = option(False, "replace existing files")
@@ -50,7 +50,7 @@ class BackboneOptions:
     """The backbone of a new model."""
 
     from_scratch: bool = option(False, "random weights in the backbone, for comparison")
-    frozen: bool = option(False, "train only what stands on the backbone")
+    frozen: bool = option(False, "train only the layers above the backbone")
     in_chans: int | None = option(None, "channels of the images (default: the model's)", metavar="N", at_least=1)
     drop_path: float | None = option(None, "fraction of residual paths dropped in training", metavar="X")
     model_kwargs: dict[str, Any] = option({}, "more options of timm.create_model")
@@ -58,7 +58,7 @@ class BackboneOptions:
 
 @dataclass(frozen=True)
 class Crops:
-    """What training does to images."""
+    """Crops and flips of training images."""
 
     img_size: int = option(1024, "side of the training crops in pixels", metavar="N", at_least=1)
     scale: tuple[float, float] = option((0.1, 2.0), "image size before the crop, relative to --img-size", metavar="X")
@@ -93,13 +93,13 @@ class Learning:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run is written and what it reports."""
+    """The folder of a run, and its reports."""
 
     output: str = option("output", "", metavar="DIR")
     experiment: str = option("", "sub-folder of --output (default: time, task and model)", metavar="NAME")
     resume: str = option("", "auto: continue the run of --experiment if there is one", choices=("", "auto"),
                          recorded=False)
-    overwrite: bool = option(False, "first remove what an earlier run wrote to the folder", recorded=False)
+    overwrite: bool = option(False, "first remove the files of an earlier run from the folder", recorded=False)
     eval_interval: int = option(1, "epochs between evaluations", metavar="N", at_least=1)
     shown_images: int = option(4, "images drawn at each evaluation", metavar="N", at_least=0)
     log_interval: int = option(20, "updates between progress lines", metavar="N", at_least=1)

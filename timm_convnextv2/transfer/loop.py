@@ -1,4 +1,4 @@
-"""What detection and segmentation add to the loop in `runs.loop`: batches in order, rates by layer, evaluation.
+"""Parts of a run that detection and segmentation share: batches in order, rates by layer, evaluation.
 
 A model that is trained here returns a dict of losses in train mode, `model(images, targets)`; their sum is minimized.
 """
@@ -22,7 +22,7 @@ from ..runs.plan import Plan
 from ..runs.trainer import Learning, LossesTask, Trainer
 from ..runs.world import World, leave_signals_to_parent
 
-# What these runs write into their folders beside `folder.WRITTEN`
+# Entries of a run folder besides those in `folder.WRITTEN`
 WRITTEN = ("predictions", "model")
 
 

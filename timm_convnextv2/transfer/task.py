@@ -1,4 +1,4 @@
-"""What detection and segmentation share in a run, and what each of them adds."""
+"""The set-up and evaluation that detection and segmentation share, and the interface of each task."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -181,7 +181,7 @@ def share_buffers(model: nn.Module, world: World) -> None:
 def describe(
     task: Task, config: DetectConfig | SegmentConfig, plan: Plan, world: World, recipe: Recipe | None
 ) -> Sequence[str]:
-    """What the run is, and settings that may be unintended."""
+    """Lines about the run, and notes about settings that may be unintended."""
     learning = config.learning
     batch = learning.batch_size * learning.grad_accum_steps * world.size
     lines = [

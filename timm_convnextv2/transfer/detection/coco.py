@@ -167,7 +167,7 @@ def _attach(
 
 
 def _fault(entry: dict[str, Any], image: CocoImage, masks: bool) -> str:
-    """What is wrong with an annotation, in the plural; '' if it is right."""
+    """The fault of an annotation, in the plural; '' if it has none."""
     box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(v) for v in box):
         return "annotations whose `bbox` is not four numbers [x, y, width, height]"

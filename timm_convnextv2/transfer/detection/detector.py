@@ -3,7 +3,7 @@
 detector = build_detector("local-dir:runs/mine/encoder", num_classes=20)
 losses = detector(images, targets)       in train mode, as torchvision's detectors
 
-detector = open_detector("output/run/model")      what `timm-convnextv2 detect train` exports
+detector = open_detector("output/run/model")      exported by `timm-convnextv2 detect train`
 """
 
 import inspect
@@ -94,7 +94,7 @@ def build_detector(
         num_classes=num_classes, boxes_only=boxes_only, out_channels=out_channels,
         min_size=settings["min_size"], max_size=settings["max_size"], options=options,
     )  # fmt: skip
-    detector.made_of = made_of  # what `open_detector` needs
+    detector.made_of = made_of  # for `open_detector`
     return detector
 
 
@@ -131,14 +131,14 @@ def open_detector(folder: str | os.PathLike) -> FasterRCNN:
 
     `folder` is its folder, the folder of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
     """
-    place, config = read_transfer(folder, "detection")
+    location, config = read_transfer(folder, "detection")
     try:
         made_of = dict(config["detector"])
         options = made_of.pop("options")
         detector = build_detector(open_backbone(config["backbone"]), **made_of, **options)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"The detector in '{folder}' cannot be opened ({type(e).__name__}: {e}).") from e
-    load_weights(detector, place)
+    load_weights(detector, location)
     return detector.eval()
 
 

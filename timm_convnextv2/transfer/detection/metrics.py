@@ -1,4 +1,4 @@
-"""What a detector finds, as COCO results; its average precision; and images of it beside the truth."""
+"""A detector's results in COCO's format, their average precision, and figures of them beside the truth."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

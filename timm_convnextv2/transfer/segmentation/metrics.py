@@ -1,4 +1,4 @@
-"""What a segmenter finds in images, its measures, and images of it beside the truth."""
+"""Classes that a segmenter finds in images, their measures, and figures of them beside the truth."""
 
 import colorsys
 from collections.abc import Sequence

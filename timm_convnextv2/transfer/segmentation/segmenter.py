@@ -111,11 +111,11 @@ def open_segmenter(folder: str | Path, device: str | torch.device = "cpu") -> Se
 
     `folder` is its folder, the folder of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
     """
-    place, config = read_transfer(folder, "segmentation")
+    location, config = read_transfer(folder, "segmentation")
     try:
         classes = config["classes"]
         model = Segmenter(open_backbone(config["backbone"]), len(classes), classes=classes, **config["segmenter"])
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"The segmenter in '{folder}' cannot be opened ({type(e).__name__}: {e}).") from e
-    load_weights(model, place)
+    load_weights(model, location)
     return model.eval().to(device)
