@@ -21,7 +21,7 @@ import numpy as np
 from ..config import add_options, build, option, part, words_given
 from ..console import PROGRAM, CommandParser, refused, say
 from ..data import ImageError, ImagePaths, Pixels, Source, create_source
-from ..data.config import one_place, page_word
+from ..data.config import one_data_dir, page_word
 from ..data.formats.pixels import one_page
 from ..data.measure.inspection import (
     Finding,
@@ -61,13 +61,8 @@ class CheckConfig:
 
 
 def check(config: CheckConfig) -> tuple[dict[str, Any], list[Finding]]:
-    """Inspects the files and writes the findings.
-
-    Raises:
-        ValueError: A mistake in the options, or no image below the folder.
-        OSError: The output cannot be written.
-    """
-    paths = replace(config.paths, data_dir=one_place(config.data, config.paths.data_dir))
+    """Inspects the files and writes the findings."""
+    paths = replace(config.paths, data_dir=one_data_dir(config.data, config.paths.data_dir))
     if not paths.data_dir and not paths.data_list:
         raise ValueError("No images given. Name a folder: check DATA.")
     output = Path(config.output)

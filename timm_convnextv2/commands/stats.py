@@ -30,7 +30,7 @@ from ..data import (
     create_source,
     pages_and_windows,
 )
-from ..data.config import one_place
+from ..data.config import one_data_dir
 from ..data.measure.sample import ERROR, Measured, find_channels, measure_pixels, measured_options
 from ..data.paths.index import check_index_option
 from ..data.paths.places import Dirs, Listing, as_list, base_of
@@ -65,12 +65,8 @@ class StatsConfig:
 
 
 def measure_images(config: StatsConfig) -> tuple[Measured, Pixels]:
-    """Measures the images of the options.
-
-    Raises:
-        ValueError: A mistake in options or data.
-    """
-    paths = replace(config.paths, data_dir=one_place(config.data, config.paths.data_dir))
+    """Measures the images of the options."""
+    paths = replace(config.paths, data_dir=one_data_dir(config.data, config.paths.data_dir))
     pixels = config.pixels.to_pixels()
     opened: list[Source | TimmStream] = []
 

@@ -102,11 +102,7 @@ class PixelOptions:
         )
 
     def to_pixels(self, in_chans: int | None = None) -> Pixels:
-        """The record, without the limits that --clip-percentiles measures later; checked against `in_chans` if given.
-
-        Raises:
-            ValueError: Words of an option that exclude each other, or values out of order or range.
-        """
+        """The record, checked against `in_chans` if given; --clip-percentiles adds its limits after measuring."""
         if self.clip_percentiles is not None and not 0 <= self.clip_percentiles[0] < self.clip_percentiles[1] <= 100:
             low, high = self.clip_percentiles
             raise ValueError(
@@ -161,8 +157,8 @@ class WindowOptions:
     )
 
 
-def one_place(data: Sequence[str], data_dir: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The folders that a command's DATA or --data-dir names; refuses both."""
+def one_data_dir(data: Sequence[str], data_dir: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The folders of a command's DATA or --data-dir; refuses both."""
     if data and data_dir:
         raise ValueError(f"DATA ('{' '.join(data)}') and --data-dir ('{' '.join(data_dir)}') exclude each other.")
     return tuple(data or data_dir or ()) or None

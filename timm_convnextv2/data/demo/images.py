@@ -99,12 +99,6 @@ class DemoSource(Source):
 
     The eight classes are the shapes of the objects, and `label(i) = i % 8`; position, size, rotation, colours, surface,
     light and background vary. Other seeds give other images of the same kind, for example a validation set.
-
-    Args:
-        length: Number of images.
-        size: Height and width in pixels.
-        in_chans: 3 (RGB) or 1 (luma of the same images).
-        seed: Seed of the whole set, at least 0.
     """
 
     classes = tuple(_SHAPES)

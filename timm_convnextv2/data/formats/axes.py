@@ -12,22 +12,15 @@ Page = int | str | None
 
 
 class Layout(NamedTuple):
-    """The part to read of an array whose axes have names of one letter, as in tifffile.
+    """The part to read of an array whose axes have names of one letter, as in tifffile."""
 
-    Attributes:
-        axes: All axes, in the order of the array.
-        shape: Their sizes.
-        kept: Axes that are read whole, in this order; Y and X are among them.
-        index: The entry that is read of each other axis.
-    """
-
-    axes: str
-    shape: tuple[int, ...]
-    kept: str
-    index: dict[str, int]
+    axes: str  # all axes, in the order of the array
+    shape: tuple[int, ...]  # their sizes
+    kept: str  # axes that are read whole, in this order; Y and X are among them
+    index: dict[str, int]  # the entry that is read of each other axis
 
     def pick(self, rows: slice = slice(None), columns: slice = slice(None), axes: str | None = None) -> tuple:
-        """The index that reads rows and columns of the kept part of an array with these axes (default: all)."""
+        """The index of rows and columns of the kept part, in an array with these axes (default: all)."""
         part = {"Y": rows, "X": columns}
         picked: list[Any] = []
         for axis in self.axes if axes is None else axes:
@@ -62,9 +55,6 @@ def choose_axes(axes: str, shape: tuple[int, ...], in_chans: int, page: Page = N
         in_chans: Channels wanted.
         page: None: the first entry of axes without a name; named ones (depth, time) are refused. A number: that page,
             counted over all axes except Y, X, C and S. 'channels': all pages, as channels.
-
-    Raises:
-        ImageError: (a ValueError) The axes do not fit.
     """
     sizes = dict(zip(axes, shape, strict=True))
     if not {"Y", "X"} <= set(axes) or len(sizes) != len(axes):
@@ -103,7 +93,7 @@ def _unpaged(axes: str, sizes: dict[str, int], in_chans: int) -> str:
     if named:
         names = ", ".join(f"{_name(axis)} ({axis}: {sizes[axis]})" for axis in named)
         raise ImageError(
-            f"is a stack with axes {axes}, it has the axis {names}, which is no channel; read its slices with --pages "
+            f"is a stack with axes {axes}, its axis {names} is not a channel; read its slices with --pages "
             "(all, channels, first or a number), save each slice as an image of its own or, if the slices are the "
             "channels, name that axis C: tifffile.imwrite(FILE, stack, imagej=True, metadata={'axes': 'CYX'})"
         )

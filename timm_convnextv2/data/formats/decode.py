@@ -1,6 +1,6 @@
 """Image files of any kind: decoded whole or in parts, described by their headers, counted in pages.
 
-`_FAMILIES` is the one table that says which reader takes which file.
+`_FAMILIES` maps files to readers.
 """
 
 import os
@@ -22,21 +22,16 @@ from .pixels import PLAIN, Pixels
 from .tiff import is_tiff, load_tiff, open_tiff, tiff_header, tiff_pages
 from .zarr import ZarrScene, is_zarr, load_zarr, zarr_header, zarr_pages
 
-_NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # Pillow opens documents, films and records, too
+_NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # Pillow also opens documents, videos and records
 _SLIDES = (".btf", ".ndpi", ".qptiff", ".scn", ".svs")  # TIFF by other names
 _NAMED = 5
 
 
 class Scene(Protocol):
-    """An image of which parts are read.
+    """An image of which parts are read."""
 
-    Attributes:
-        size: Height and width in pixels, upright.
-        whole: Whether each part costs decoding the whole image.
-    """
-
-    size: tuple[int, int]
-    whole: bool
+    size: tuple[int, int]  # height and width in pixels, upright
+    whole: bool  # whether each part costs decoding the whole image
 
     def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
         """A part as `[C, height, width]`, with the values that `load_image` gives for it.
@@ -72,20 +67,13 @@ class _Whole:
 
 
 class _Family(NamedTuple):
-    """The reader of a family of formats. `file` is an opened file, for Zarr the path of the folder.
+    """The reader of a family of formats. `file` is an opened file, for Zarr the path of the folder."""
 
-    Attributes:
-        takes: `(file, name)`: whether the family reads this file; leaves it at its beginning.
-        load: `(file, in_chans, pixels)`: the image `[C, H, W]`.
-        header: `(file, page)`: its `Header`.
-        pages: `(file)`: the number of its pages.
-        scene: `(file, in_chans, pixels)`: a `Scene`, or the size of an image that must be decoded whole.
-    """
-
-    takes: Callable[[Any, str], bool]
-    load: Callable[..., Any]
-    header: Callable[[Any, Page], Header]
-    pages: Callable[[Any], int]
+    takes: Callable[[Any, str], bool]  # `(file, name)`: whether the family reads this file; leaves it at its beginning
+    load: Callable[..., Any]  # `(file, in_chans, pixels)`: the image `[C, H, W]`
+    header: Callable[[Any, Page], Header]  # `(file, page)`: its `Header`
+    pages: Callable[[Any], int]  # `(file)`: the number of its pages
+    # `(file, in_chans, pixels)`: a `Scene`, or the size of an image that must be decoded whole
     scene: Callable[[Any, int, Pixels], Scene | tuple[int, int]]
 
 
@@ -219,26 +207,13 @@ def open_scene(path: str, in_chans: int, pixels: Pixels) -> Scene:
 
 
 def count_pages(path: str) -> int:
-    """Pages of a file by its header; all axes of a stack except Y, X, channels and samples count.
-
-    Raises:
-        ImageError: (a ValueError) The format is unknown.
-        MissingPackageError: (a ValueError) A package is not installed.
-    """
+    """Pages of a file by its header; all axes of a stack except Y, X, channels and samples count."""
     with faults_named(printable(path)), _opened(path, path) as (file, family):
         return family.pages(file)
 
 
 def read_header(path: str | os.PathLike, page: Page = None) -> Header:
-    """Reads the header of an image file, or of the folder of a Zarr image.
-
-    Args:
-        path: The file.
-        page: None: channels are those without `--pages`. 'channels': all pages count. Else the channels of a page.
-
-    Raises:
-        ImageError: (a ValueError) The format is unknown, or it is not a regular file.
-    """
+    """Reads the header of an image file, or of the folder of a Zarr image."""
     try:
         with _opened(path, os.fspath(path)) as (file, family):
             return family.header(file, page)

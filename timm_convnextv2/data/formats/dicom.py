@@ -64,11 +64,6 @@ def load_dicom(file: BinaryIO, in_chans: int, pixels: Pixels) -> torch.Tensor:
     values that the file does not rescale are divided by the largest one that their bits hold (12 bits: 4095), and
     rescaled ones, such as Hounsfield units, stay as they are: their scale is the same in all files. A window gives
     0 to 1. Pixel padding is nodata. Colours are 8-bit RGB.
-
-    Raises:
-        ImageError: (a ValueError) The file has no image, has several frames and no page is chosen, or does not name
-            the requested window.
-        MissingPackageError: (a ValueError) pydicom, or a decoder of its compression, is not installed.
     """
     found = _read(file)
     frames = int(found.get("NumberOfFrames") or 1)

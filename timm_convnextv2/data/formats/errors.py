@@ -54,13 +54,9 @@ def wrong_channels(found: str, in_chans: int) -> ImageError:
 
 
 def refuse_page(page: int | str | None, total: int) -> bool:
-    """Whether to seek to a page of a file whose pages are separate images.
-
-    Raises:
-        ImageError: The page does not exist, or several pages are requested as channels.
-    """
+    """Whether to seek to a page of a file whose pages are separate images."""
     if page == "channels" and total > 1:
         raise ImageError(f"has {total} pages, which are channels in TIFF, DICOM and OME-Zarr only (--pages channels)")
     if page is not None and page != "channels" and not 0 <= int(page) < total:
-        raise ImageError(f"has {total} page{'s' * (total != 1)}, and page {page} is asked for (the first is 0)")
+        raise ImageError(f"has {total} page{'s' * (total != 1)}, got page {page} (the first is 0)")
     return isinstance(page, int) and page > 0

@@ -23,21 +23,13 @@ _KINDS = {
 
 
 class Header(NamedTuple):
-    """An image file's description of itself.
+    """An image file's description of itself."""
 
-    Attributes:
-        format: Such as 'PNG', 'TIFF', 'npy'.
-        height: In pixels, as stored: before a rotation by EXIF.
-        width: As stored.
-        channels: Channels that `load_image` can give without conversion: without alpha; palettes count as three.
-        kind: Type of the stored values, such as 'uint16'.
-    """
-
-    format: str
-    height: int
-    width: int
-    channels: int
-    kind: str
+    format: str  # such as 'PNG', 'TIFF', 'npy'
+    height: int  # in pixels, as stored: before a rotation by EXIF
+    width: int  # as stored
+    channels: int  # channels that `load_image` can give without conversion: without alpha; palettes count as three
+    kind: str  # type of the stored values, such as 'uint16'
 
 
 def printable(path: str | os.PathLike) -> str:
@@ -63,12 +55,7 @@ def _kind(info: os.stat_result) -> str:
 
 
 def open_image_file(file: str | os.PathLike | bytes) -> BinaryIO:
-    """Opens a path, or the content of a file, for reading; never blocks.
-
-    Raises:
-        ImageError: (a ValueError) The path is not a regular file.
-        OSError: It cannot be opened.
-    """
+    """Opens a path, or the content of a file, for reading; never blocks."""
     if isinstance(file, bytes):
         return io.BytesIO(file)
     opened = None
@@ -85,11 +72,7 @@ def open_image_file(file: str | os.PathLike | bytes) -> BinaryIO:
 
 
 def check_size(height: int, width: int, what: str = "image") -> None:
-    """Refuses images of any format above Pillow's limit: twice `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970 pixels).
-
-    Raises:
-        ImageError: (a ValueError) The image has more pixels.
-    """
+    """Refuses images of any format above Pillow's limit: twice `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970 pixels)."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and height * width > 2 * limit:
         raise ImageError(

@@ -17,18 +17,12 @@ _GREY = ("1", "L", "LA", "La", "I", "F")
 
 
 class Reduced(NamedTuple):
-    """An image that was decoded at 1/2, 1/4 or 1/8 of its size.
+    """An image that was decoded at 1/2, 1/4 or 1/8 of its size."""
 
-    Attributes:
-        pixels: `[C, h, w]` uint8.
-        size: `(height, width)` of the image at full size, in pixels.
-        frame: `(top, left, height, width)` of the image within `pixels`, in pixels of `pixels`. Fractional: if the
-            reduction does not divide a side, the image ends within the last pixel or, if EXIF turns it, begins within
-            the first.
-    """
-
-    pixels: torch.Tensor
-    size: tuple[int, int]
+    pixels: torch.Tensor  # `[C, h, w]` uint8
+    size: tuple[int, int]  # `(height, width)` of the image at full size, in pixels
+    # `(top, left, height, width)` of the image within `pixels`, in pixels of `pixels`. Fractional: if the reduction
+    # does not divide a side, the image ends within the last pixel or, if EXIF turns it, begins within the first
     frame: tuple[float, float, float, float]
 
 

@@ -8,24 +8,19 @@ import torch
 
 
 class Pixels(NamedTuple):
-    """How stored values become the pixels that mean and std refer to.
+    """How stored values become the pixels that mean and std refer to."""
 
-    Attributes:
-        nodata: Stored value that means "no data"; such pixels get the mean of their channel, see `load_image`.
-        divide: Divisor of stored values; None: the largest value of integer types, and 1 for floats.
-        clip_low: Smallest value after the division, one or one per channel; smaller ones are raised to it.
-        clip_high: Largest value, one or one per channel; larger ones are lowered to it.
-        page: The page of a multi-page file that is the image: a number from 0, or 'channels': all pages are its
-            channels. None: see `load_image`.
-        dicom_window: DICOM values that become 0 to 1: centre and width, or 'file' for the window that each file names.
-            None: the full range of the stored bits, or the rescaled values if the file rescales.
-    """
-
+    # stored value that means "no data"; such pixels get the mean of their channel, see `load_image`
     nodata: float | None = None
-    divide: float | None = None
+    divide: float | None = None  # divisor of stored values; None: the largest value of integer types, and 1 for floats
+    # smallest value after the division, one or one per channel; smaller ones are raised to it
     clip_low: tuple[float, ...] | None = None
-    clip_high: tuple[float, ...] | None = None
+    clip_high: tuple[float, ...] | None = None  # largest value, one or one per channel; larger ones are lowered to it
+    # the page of a multi-page file that is the image: a number from 0, or 'channels': all pages are its channels.
+    # None: see `load_image`
     page: int | str | None = None
+    # DICOM values that become 0 to 1: centre and width, or 'file' for the window that each file names. None: the full
+    # range of the stored bits, or the rescaled values if the file rescales
     dicom_window: str | tuple[float, float] | None = None
 
     @property
@@ -34,11 +29,7 @@ class Pixels(NamedTuple):
         return self._replace(page=None, dicom_window=None) == PLAIN
 
     def check(self, in_chans: int) -> "Pixels":
-        """Returns itself if it suits images with `in_chans` channels.
-
-        Raises:
-            ValueError: The divisor is not above 0, or limits are out of order or for another number of channels.
-        """
+        """Returns itself if it suits images with `in_chans` channels."""
         if self.divide is not None and not (math.isfinite(self.divide) and self.divide > 0):
             raise ValueError(f"divide must be a number above 0, got {self.divide}.")
         if self.dicom_window is not None and self.dicom_window != "file":

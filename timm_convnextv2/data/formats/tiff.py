@@ -38,12 +38,7 @@ def is_tiff(file: BinaryIO, name: str) -> bool:
 
 
 def load_tiff(file: BinaryIO, in_chans: int, pixels: Pixels) -> torch.Tensor:
-    """The image `[C, H, W]`, see `load_image`.
-
-    Raises:
-        ImageError: (a ValueError) Axes, channels, tags or size do not fit.
-        MissingPackageError: (a ValueError) tifffile or imagecodecs is needed and not installed.
-    """
+    """The image `[C, H, W]`, see `load_image`."""
     try:
         image = Image.open(file)
     except Image.DecompressionBombError:
@@ -84,11 +79,7 @@ def _load_by_tifffile(file: BinaryIO, in_chans: int, pixels: Pixels, image: Imag
 
 
 def _nodata_tag(image: Image.Image) -> float | None:
-    """The nodata tag of a TIFF that Pillow has opened.
-
-    Raises:
-        ImageError: (a ValueError) Its values are not measurements.
-    """
+    """The nodata tag of a TIFF that Pillow has opened."""
     tag = image.tag_v2.get(_NODATA_TAG)  # type: ignore[attr-defined]
     if tag is not None and image.mode in ("P", "PA", "CMYK", "LAB"):
         raise ImageError(f"has a nodata tag (42113), '{tag}', for {image.mode} values; convert it to RGB")
@@ -151,7 +142,7 @@ class TiffScene:
             self.series = self.tif.series[number]
         self.frame = frame = self.series.keyframe
         self.orientation = frame.tags.valueof(_ORIENTATION, 1)
-        # are rows and columns of the series rows and columns of its pages?
+        # rows and columns of the series must be those of its pages
         self.partial = (
             self.series.dataoffset is not None or self.series.axes.endswith(frame.axes) and frame.imagedepth == 1
         )
@@ -216,10 +207,10 @@ def open_tiff(file: BinaryIO, in_chans: int, pixels: Pixels) -> TiffScene | tupl
 
 
 def _pillow_keeps_all(image: Image.Image, in_chans: int) -> bool:
-    """Whether Pillow gives all bands, bits and signs of an opened TIFF, and what it drops means nothing.
+    """Whether Pillow gives all bands, bits and signs of an opened TIFF, and drops nothing of meaning.
 
     It takes 16-bit RGB as 8-bit, leaves out extra bands, reads int8 as uint8, does not invert 16-bit MinIsWhite, and
-    knows nothing of axes and of what sub-IFDs are.
+    ignores axes and sub-IFDs.
     """
     tags = image.tag_v2  # type: ignore[attr-defined]
     if _names_axes(image) or _SUB_IFDS in tags or tags.get(_SUBFILE_TYPE, 0) & 1 or tags.get(259) == _WEBP:
@@ -238,12 +229,12 @@ def _pillow_keeps_all(image: Image.Image, in_chans: int) -> bool:
     colours = samples - sum(extra in (_ASSOCIATED, _UNASSOCIATED) for extra in tags.get(338, ()))
     if image.mode == "I" or colours not in (1, 3) or samples > 1 and max(bits) > 8:
         return False
-    # as many pages as channels: are they these?
+    # three grey pages may be the three channels
     return not (in_chans == 3 and colours == 1 and getattr(image, "n_frames", 1) == 3)
 
 
 def _names_axes(image: Image.Image) -> bool:
-    """Whether a TIFF is more than its first page, and says what the others are."""
+    """Whether a TIFF has several pages whose axes its metadata name."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     if any(tag in tags for tag in _MICROSCOPES):
         return True
@@ -251,7 +242,7 @@ def _names_axes(image: Image.Image) -> bool:
     text = text if isinstance(text, str) else str(text)
     if not text:
         return False
-    if text.startswith("{"):  # of tifffile
+    if text.startswith("{"):  # written by tifffile
         try:
             page = image.width * image.height * tags.get(277, 1)
             return math.prod(json.loads(text)["shape"]) != page
@@ -262,11 +253,7 @@ def _names_axes(image: Image.Image) -> bool:
 
 
 def _tifffile() -> Any:
-    """The package tifffile.
-
-    Raises:
-        MissingPackageError: (a ValueError) It is not installed.
-    """
+    """The package tifffile."""
     try:
         import tifffile
     except ImportError as error:
@@ -277,11 +264,7 @@ def _tifffile() -> Any:
 
 
 def _choose_series(tif: Any, in_chans: int, page: Page = None) -> tuple[int, Layout]:
-    """Which series of an opened TIFF to read, and what of it.
-
-    Raises:
-        ImageError: (a ValueError) Axes or parts that do not fit.
-    """
+    """The series of an opened TIFF to read, and the part of it."""
     number = 0
     if isinstance(page, int):
         counts = _page_counts(tif)
@@ -300,11 +283,7 @@ def _page_counts(tif: Any) -> list[int]:
 
 
 def _needs_pillow(page: Any, layout: Layout, in_chans: int) -> bool:
-    """Whether a page of tifffile has colours that only Pillow converts.
-
-    Raises:
-        ImageError: (a ValueError) It is one of several channels.
-    """
+    """Whether a page of tifffile has colours that only Pillow converts."""
     if page.photometric not in _COLOURS_OF_PILLOW or in_chans not in (1, 3):
         return False
     if "C" in layout.kept:
@@ -330,13 +309,13 @@ def _refuse_parts(series: Any, page: Any) -> None:
 
 
 def _read_pages(file: BinaryIO, tif: Any, layout: Layout, number: int) -> np.ndarray:
-    """Reads the pages of a series that the wanted axes are in, no others: `[C, Y, X]`."""
+    """Reads only the pages of a series that hold the wanted axes: `[C, Y, X]`."""
     series = tif.series[number]
     page, axes, shape = series.keyframe, layout.axes, layout.shape
     leading = len(axes) - len(page.axes)
     if leading == 0 or axes[leading:] != page.axes or not layout.index:
         return layout.arrange(series.asarray()[layout.pick()])
-    if series.dataoffset is not None:  # also where one page holds all
+    if series.dataoffset is not None:  # even if one page holds all
         return _read_part(file, tif, series, layout, slice(None), slice(None))
     numbers = np.arange(math.prod(shape[:leading])).reshape(shape[:leading])
     chosen = numbers[layout.pick(axes=axes[:leading])]
@@ -347,7 +326,7 @@ def _read_pages(file: BinaryIO, tif: Any, layout: Layout, number: int) -> np.nda
 
 
 def _codec_missing(page: Any, error: Exception) -> MissingPackageError | None:
-    """The error of a compression that only imagecodecs decodes; None where it is not the cause."""
+    """The error of a compression that only imagecodecs decodes; None if imagecodecs is not the cause."""
     if not isinstance(error, ImportError) and "imagecodecs" not in str(error):
         return None
     try:
@@ -383,7 +362,7 @@ def _to_channels(x: np.ndarray, page: Any, in_chans: int, pixels: Pixels) -> tor
 
 
 def _without_alpha(x: np.ndarray, extras: tuple[int, ...], in_chans: int) -> np.ndarray:
-    """Drops alpha where there are more channels than asked for; colours that are multiplied by it are divided first."""
+    """Drops surplus alpha; divides colours by alpha if they were multiplied by it."""
     first = len(x) - len(extras)
     if first < 1:
         return x
@@ -447,7 +426,7 @@ def _read_page(file: BinaryIO, tif: Any, page: Any, frame: Any, rows: slice, col
 
 
 def _decode_segments(tif: Any, frame: Any, page: Any, rows: slice, columns: slice) -> np.ndarray:
-    """The part by the tiles or strips that it touches: `[planes, h, w, samples]`."""
+    """Decodes the tiles or strips that the part touches: `[planes, h, w, samples]`."""
     planes, _, height, width, samples = page.shaped
     high, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
     check_size(high, wide, "tile" if page.is_tiled else "strip")
@@ -471,7 +450,7 @@ def _decode_segments(tif: Any, frame: Any, page: Any, rows: slice, columns: slic
 
 
 def _paste(x: np.ndarray, part: np.ndarray, top: int, left: int) -> None:
-    """Copies what of `part`, `[h, w, S]` at (top, left), lies within `x`."""
+    """Copies `part`, `[h, w, S]` at (top, left), into `x`, as far as it lies within."""
     height, width = part.shape[:2]
     y0, y1 = max(0, top), min(len(x), top + height)
     x0, x1 = max(0, left), min(x.shape[1], left + width)

@@ -1,4 +1,4 @@
-"""Stored values as pixels: their scale, and "no data" that is named, filled, or refused if nobody named it."""
+"""Scales stored values to pixels; fills named nodata and refuses unnamed nodata."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,17 +18,11 @@ _SENTINELS = (-999.0, -9999.0, -99999.0, -999999.0, -32768.0, 9999.0, 99999.0, 9
 
 @dataclass
 class Stored:
-    """The stored values of the last image that was decoded within `noting_stored`.
+    """The stored values of the last image that was decoded within `noting_stored`."""
 
-    Attributes:
-        kind: Type of the values, such as 'uint16'; '' before the first image.
-        unit: Their divisor.
-        largest: Largest value of the type, divided; None for floats.
-    """
-
-    kind: str = ""
-    unit: float = 1.0
-    largest: float | None = None
+    kind: str = ""  # type of the values, such as 'uint16'; '' before the first image
+    unit: float = 1.0  # their divisor
+    largest: float | None = None  # largest value of the type, divided; None for floats
 
 
 _NOTED: ContextVar[Stored | None] = ContextVar("noted", default=None)
@@ -65,9 +59,6 @@ def scaled(x: np.ndarray, pixels: Pixels, tag: float | None = None, bits: int | 
         pixels: Names nodata and the divisor.
         tag: A second value that means "no data", from the file's metadata.
         bits: Bits in use of unsigned integers; all by default.
-
-    Raises:
-        ImageError: (a ValueError) The type has no scale, or values can only be nodata.
     """
     if 0 in x.shape:
         raise ImageError(f"is empty, shape {x.shape}")
@@ -105,11 +96,7 @@ def largest_value(dtype: np.dtype, bits: int | None = None) -> int | None:
 
 
 def check_dtype(dtype: np.dtype, divide: float | None = None) -> None:
-    """Refuses 32 and 64-bit integers without a divisor: few images use their range, so they would be black.
-
-    Raises:
-        ImageError: (a ValueError) The type has no scale.
-    """
+    """Refuses 32 and 64-bit integers without a divisor: few images use their range, so they would be black."""
     if dtype.kind not in "bf" and not (dtype.kind in "iu" and (dtype.itemsize <= 2 or divide is not None)):
         raise ImageError(
             f"holds {dtype}, expected uint8, int16, uint16, bool or a float type; name the largest value of your data "
@@ -118,11 +105,7 @@ def check_dtype(dtype: np.dtype, divide: float | None = None) -> None:
 
 
 def parse_tag(tag: str | bytes | None) -> float | None:
-    """The value of a TIFF's tag 42113 (GDAL_NODATA), which is text.
-
-    Raises:
-        ImageError: (a ValueError) The tag is not a number.
-    """
+    """The value of a TIFF's tag 42113 (GDAL_NODATA), which is text."""
     if tag is None:
         return None
     text = (tag.decode("latin-1") if isinstance(tag, bytes) else str(tag)).strip("\0 \n")
@@ -149,11 +132,7 @@ def find_nodata(x: np.ndarray, pixels: Pixels, tag: float | None = None) -> np.n
 
 
 def fill_nodata(x: np.ndarray, pixels: Pixels, tag: float | None = None) -> np.ndarray:
-    """Replaces nodata by the mean of the channel's other pixels; returns `x` itself if it has none.
-
-    Raises:
-        EmptyError: (an ImageError) A channel has nothing else.
-    """
+    """Replaces nodata by the mean of the channel's other pixels; returns `x` itself if it has none."""
     return _filled(x, find_nodata(x, pixels, tag), pixels, tag)
 
 
@@ -186,13 +165,10 @@ def _equals(x: np.ndarray, value: float) -> np.ndarray:
 
 
 def _refuse_unnamed(x: np.ndarray, guess: bool) -> None:
-    """Refuses values that can only be nodata and that nobody has named.
+    """Refuses values that can only be nodata unless the user named them.
 
     These are NaN, infinities, and numbers from 1e18; with `guess` also conventional ones such as -9999 that lie further
     from all other values of their channel than these from each other.
-
-    Raises:
-        ImageError: (a ValueError) Names the value, its share, and the remedy.
     """
     low, high = x.min((1, 2)), x.max((1, 2))
     if x.dtype.kind == "f" and not (np.isfinite(low).all() and np.isfinite(high).all()):

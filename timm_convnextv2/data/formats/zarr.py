@@ -22,12 +22,7 @@ def is_zarr(path: Any) -> bool:
 
 
 def _open(path: str | os.PathLike) -> tuple[Any, str]:
-    """The array at full resolution, and its axes, '' if they have no names.
-
-    Raises:
-        ImageError: (a ValueError) The folder holds no image.
-        MissingPackageError: (a ValueError) zarr is not installed.
-    """
+    """The array at full resolution, and its axes, '' if they have no names."""
     try:
         import zarr
     except ImportError as error:
@@ -55,12 +50,7 @@ def _multiscales(node: Any) -> list[dict[str, Any]]:
 
 
 class ZarrScene:
-    """A Zarr image of which parts are read; only their chunks are decoded. See `decode.Scene`.
-
-    Raises:
-        ImageError: (a ValueError) The folder holds no image, or one with other axes or of another type.
-        MissingPackageError: (a ValueError) zarr is not installed.
-    """
+    """A Zarr image of which parts are read; only their chunks are decoded. See `decode.Scene`."""
 
     whole = False
 

@@ -22,37 +22,22 @@ _CHUNK = 16
 
 
 class Inspected(NamedTuple):
-    """An inspected file.
+    """An inspected file."""
 
-    Attributes:
-        name: Path, safe to print.
-        header: None if it cannot be read.
-        error: Reason why the file cannot be decoded, or ''.
-        flat: Whether each channel has one value only.
-        digest: Hash of the bytes; None if they cannot be read.
-        near: Perceptual hash; None if not requested.
-    """
-
-    name: str
-    header: Header | None
-    error: str
-    flat: bool = False
-    digest: bytes | None = None
-    near: str | None = None
+    name: str  # path, safe to print
+    header: Header | None  # None if it cannot be read
+    error: str  # reason why the file cannot be decoded, or ''
+    flat: bool = False  # whether each channel has one value only
+    digest: bytes | None = None  # hash of the bytes; None if they cannot be read
+    near: str | None = None  # perceptual hash; None if not requested
 
 
 class Finding(NamedTuple):
-    """A problem with a file.
+    """A problem with a file."""
 
-    Attributes:
-        name: Path of the file.
-        kind: 'unreadable', 'differs', 'flat', 'small', 'duplicate' or 'near duplicate'.
-        why: Reason, in words.
-    """
-
-    name: str
-    kind: str
-    why: str
+    name: str  # path of the file
+    kind: str  # 'unreadable', 'differs', 'flat', 'small', 'duplicate' or 'near duplicate'
+    why: str  # reason, in words
 
 
 class _Files(Dataset):
@@ -106,14 +91,7 @@ def _digest(path: str) -> bytes:
 def inspect_folder(
     source: Any, near: Callable[[np.ndarray], str] | None = None, workers: int = 0, window: int | None = None
 ) -> Iterator[Inspected]:
-    """Inspects each file, in the order of the folder: reads and decodes all of it, or a window in its middle.
-
-    Args:
-        source: A source of files; its `pixels` are applied.
-        near: Perceptual hash of a thumbnail, see `perceptual_hash`; None to skip it.
-        workers: Processes; 0: this one.
-        window: Side of the window in pixels, see `load_part`; None: images are decoded whole.
-    """
+    """Inspects each file, in the order of the folder: reads and decodes all of it, or a window in its middle."""
     n = len(source)
     chunks = [list(range(i, min(i + _CHUNK, n))) for i in range(0, n, _CHUNK)]
     loader = DataLoader(
@@ -147,12 +125,7 @@ def thumbnail(image: torch.Tensor) -> np.ndarray:
 
 
 def findings(files: list[Inspected], img_size: int) -> list[Finding]:
-    """All findings in the order of the files, perhaps several per file.
-
-    Args:
-        files: Result of `inspect_folder`.
-        img_size: Side of the crops in pretraining; smaller images are findings.
-    """
+    """All findings in the order of the files, perhaps several per file."""
     kinds: Counter[Any] = Counter((x.header.channels, x.header.kind) for x in files if x.header and not x.error)
     usual = kinds.most_common(1)[0][0] if kinds else None
     first: dict[bytes, str] = {}

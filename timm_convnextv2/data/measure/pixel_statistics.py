@@ -38,12 +38,7 @@ class PixelStatistics:
         self._of_images: list[np.ndarray] = []
 
     def add(self, image: np.ndarray, largest: float | None = None) -> None:
-        """Adds an image.
-
-        Args:
-            image: `[C, H, W]`, float; NaN and infinity have no value.
-            largest: Largest value of its type; such pixels count as saturated. None for floats.
-        """
+        """Adds an image."""
         own = PixelStatistics(self.channels)
         own.images = 1
         sums = np.zeros((2, self.channels))
@@ -94,9 +89,6 @@ class PixelStatistics:
 
         The sample consists of images, because the pixels of one image are alike. Images may differ in size, so this is
         the error of a ratio of sums (Cochran, Sampling Techniques, 1977, section 6.4).
-
-        Args:
-            total: Images of the data set: the error is 0 if all were seen. None: unlimited.
         """
         n = len(self._of_images)
         std = self.std

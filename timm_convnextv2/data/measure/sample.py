@@ -25,27 +25,16 @@ _NAMED = 3
 
 
 class Measured(NamedTuple):
-    """Statistics of a sample.
+    """Statistics of a sample."""
 
-    Attributes:
-        pixels: The statistics, in units of the pixels that mean and std refer to.
-        kind: Type of the stored values.
-        unit: Their divisor.
-        total: Images of the data set; None for a stream.
-        error: Standard error of the mean that was reached, in standard deviations, of the worst channel.
-        wanted: The requested one.
-        bad: Reasons why images were left out.
-        stored: Smallest and largest stored value, before any clipping.
-    """
-
-    pixels: PixelStatistics
-    kind: str
-    unit: float
-    total: int | None
-    error: float
-    wanted: float
-    bad: list[str]
-    stored: tuple[float, float]
+    pixels: PixelStatistics  # the statistics, in units of the pixels that mean and std refer to
+    kind: str  # type of the stored values
+    unit: float  # their divisor
+    total: int | None  # images of the data set; None for a stream
+    error: float  # standard error of the mean that was reached, in standard deviations, of the worst channel
+    wanted: float  # the requested one
+    bad: list[str]  # reasons why images were left out
+    stored: tuple[float, float]  # smallest and largest stored value, before any clipping
 
     @property
     def source(self) -> str:
@@ -113,9 +102,6 @@ def measure(
         max_images: Largest number of images to read.
         workers: Processes that decode; 0: this one.
         tick: Called with the number of images that were just read.
-
-    Raises:
-        ValueError: No image can be decoded, or the images have different types.
     """
     if not error > 0 or max_images < 2:
         raise ValueError(f"The standard error must be above 0 and images at least 2, got {error} and {max_images}.")
@@ -179,11 +165,7 @@ def _mixed(kinds: dict[str, list[str]]) -> ValueError:
 
 
 def find_channels(source: Any, seed: int = 0, page: int | str | None = None) -> int:
-    """Channels of the files of a source that has `path(i)`, by the headers of a sample; grey and colour together are 3.
-
-    Raises:
-        ValueError: No header can be read, or files differ in channels; names the groups and their sizes.
-    """
+    """Channels of a source's files by the headers of a sample; 3 if grey and colour images are mixed."""
     headers: list[tuple[str, Header]] = []
     bad: list[str] = []
     for i in random.Random(seed).sample(range(len(source)), min(_HEADERS, len(source))):
@@ -226,9 +208,6 @@ def measure_pixels(
 
     Returns:
         The statistics; the record with the limits.
-
-    Raises:
-        ValueError: See `measure`; or almost all pixels of a channel have one value, which leaves no room for limits.
     """
     source = open_source(pixels)
     found = measure(source, **options)

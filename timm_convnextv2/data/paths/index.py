@@ -42,13 +42,7 @@ _NAMED = 5
 def file_sizes(
     listing: Listing, tick: Callable[[int], Any] | None = None, most_missing: float = math.inf
 ) -> np.ndarray:
-    """Bytes of each file, int64, -1 for missing ones.
-
-    Args:
-        listing: The files.
-        tick: Called now and then with the number of files that were just checked.
-        most_missing: Stops if more files are missing; then there are fewer sizes than files.
-    """
+    """Bytes of each file, int64, -1 for missing ones."""
     sizes, done, missing = np.empty(len(listing.names), np.int64), 0, 0
     paths = (os.path.join(place.root, name) for place, names in listing.parts() for name in names)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -71,11 +65,7 @@ def _size(path: str) -> int:
 
 
 def check_missing(listing: Listing, sizes: np.ndarray, share: float) -> str:
-    """A message about missing files, '' if there are none.
-
-    Raises:
-        ValueError: More are missing.
-    """
+    """A message about missing files, '' if there are none."""
     (absent,) = np.nonzero(sizes < 0)
     if not len(absent):
         return ""
@@ -93,11 +83,7 @@ def check_missing(listing: Listing, sizes: np.ndarray, share: float) -> str:
 
 
 def check_index_option(dataset: str, index: str | os.PathLike | None) -> None:
-    """Refuses --index with --dataset.
-
-    Raises:
-        ValueError: Both are given.
-    """
+    """Refuses --index with --dataset."""
     if dataset and index:
         raise ValueError(f"--index is for image files: leave it out with --dataset {dataset}.")
 
@@ -164,14 +150,6 @@ class IndexedNames(FileNames):
 
     Each name is read on access, in two reads from the system's cache, which all processes share. Not memory-mapped: a
     map counts as memory of each process, 64 KiB and more per name, and a truncated file would kill the process.
-
-    Args:
-        path: The index.
-        token: Its identity, so that no process reads another index that has replaced it.
-        first, count: The part of its names; all of them by default.
-
-    Raises:
-        ValueError: The index is gone or was replaced.
     """
 
     def __init__(self, path: str, token: str, first: int = 0, count: int | None = None) -> None:
@@ -204,11 +182,7 @@ class IndexedNames(FileNames):
 
 
 def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) -> None:
-    """Writes an index, whole or not at all.
-
-    Raises:
-        WriteError: (an OSError) It cannot be written.
-    """
+    """Writes an index, whole or not at all."""
     home = os.path.dirname(os.path.abspath(path))
     stamps, times = [os.path.abspath(folder) for folder, _ in listing.stamps], [time for _, time in listing.stamps]
     # writing the index changes the folder that it is in
@@ -253,9 +227,6 @@ class _Index:
     Attributes:
         metadata: Its description.
         size: Bytes of the file.
-
-    Raises:
-        ValueError: It cannot be read, is not an index, or is corrupt.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -303,11 +274,7 @@ class _Index:
 
 
 def open_index(path: str | os.PathLike, places: list[Place]) -> Listing:
-    """The files in an index of these places.
-
-    Raises:
-        ValueError: It cannot be read, or was written for other places.
-    """
+    """The files in an index of these places."""
     path = os.fspath(path)
     index = _Index(path)
     metadata = index.metadata

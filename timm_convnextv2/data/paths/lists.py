@@ -14,12 +14,7 @@ from ..formats.files import printable
 
 
 class FileNames:
-    """Names of files in one block of bytes, so that forked workers share the memory; 8 bytes per name are added.
-
-    Args:
-        block: The names without separators, bytes or uint8.
-        ends: Position where each name begins, and the end of the last: int64 `[n + 1]`.
-    """
+    """Names of files in one block of bytes, so that forked workers share the memory; 8 bytes per name are added."""
 
     def __init__(self, block: Any, ends: np.ndarray) -> None:
         self.block, self.ends = block, ends
@@ -63,10 +58,6 @@ def read_list(path: str, tick: Callable[[int], Any] | None = None) -> tuple[File
     - `.csv`: with a line of column names; names are in the first of the columns path, file_name, filename and name,
       weights in the column weight.
     - `.parquet`: the same columns.
-
-    Args:
-        path: The list; UTF-8, or any bytes that the file system takes.
-        tick: Called with the number of names that were just read.
 
     Returns:
         The names; float64 weights, one per name, or None without such a column.

@@ -21,37 +21,24 @@ _TICK = 4096
 
 
 class Place(NamedTuple):
-    """Where images are.
+    """Where images are."""
 
-    Attributes:
-        kind: 'folder', 'tar', 'glob' or 'list'.
-        given: The user's word.
-        root: The folder that its names are relative to; for a tar, the file itself.
-    """
-
-    kind: str
-    given: str
-    root: str
+    kind: str  # 'folder', 'tar', 'glob' or 'list'
+    given: str  # the user's word
+    root: str  # the folder that its names are relative to; for a tar, the file itself
 
 
 @dataclass
 class Listing:
-    """The image files of folders, tar files, patterns and lists.
+    """The image files of folders, tar files, patterns and lists."""
 
-    Attributes:
-        places: The places.
-        counts: Number of files in each; 0 for a tar, which lists itself when it is opened.
-        names: All names, below the root of their place, in the order of places.
-        weights: float64, one per file, if a list has weights (1 for files of other lists); else None.
-        left: Other files.
-        stamps: Folders (or lists) that were read, and the time of their last change, in ns.
-    """
-
-    places: list[Place]
-    counts: list[int]
-    names: FileNames
+    places: list[Place]  # the places
+    counts: list[int]  # number of files in each; 0 for a tar, which lists itself when it is opened
+    names: FileNames  # all names, below the root of their place, in the order of places
+    # float64, one per file, if a list has weights (1 for files of other lists); else None
     weights: np.ndarray | None = None
-    left: LeftOut = field(default_factory=LeftOut)
+    left: LeftOut = field(default_factory=LeftOut)  # other files
+    # folders (or lists) that were read, and the time of their last change, in ns
     stamps: list[tuple[str, int]] = field(default_factory=list)
 
     def at(self, places: list[Place]) -> "Listing":
@@ -79,15 +66,7 @@ def as_list(value: Dirs) -> list[str]:
 
 
 def places_of(data_dir: Dirs, data_list: Dirs = None) -> list[Place]:
-    """The places that the options name.
-
-    Args:
-        data_dir: Folders, tar files, and patterns such as `scans/2024-*/**/*.png`; the folder of a list's names.
-        data_list: Lists, see `lists.read_list`.
-
-    Raises:
-        ValueError: Nothing is given, a path does not exist or has another kind, or a folder lies in another.
-    """
+    """The places that the options name."""
     dirs, lists = [d for d in as_list(data_dir) if d], as_list(data_list)
     if lists:
         if len(dirs) > 1 or dirs and not os.path.isdir(dirs[0]):
@@ -148,11 +127,7 @@ def _check_apart(places: list[Place]) -> None:
 def list_folder(
     root: str, tick: Callable[[int], Any] | None = None, stamps: list[tuple[str, int]] | None = None
 ) -> tuple[FileNames, LeftOut]:
-    """All image files anywhere below a folder, in a fixed order; see `walk.walk`.
-
-    Raises:
-        ValueError: The folder is missing, is not a folder, cannot be listed, or has no image below it.
-    """
+    """All image files anywhere below a folder, in a fixed order; see `walk.walk`."""
     shown = printable(root)
     if not os.path.exists(root):
         raise ValueError(f"Image folder {shown} does not exist. Check --data-dir.")
@@ -217,11 +192,7 @@ def _list_pattern(place: Place, tick: Callable[[int], Any] | None, stamps: list[
 
 
 def list_files(places: list[Place], tick: Callable[[int], Any] | None = None, *, stamps: bool = False) -> Listing:
-    """Lists the image files of all places except tars, which list themselves when they are opened.
-
-    Raises:
-        ValueError: A place has no image, or cannot be read.
-    """
+    """Lists the image files of all places except tars, which list themselves when they are opened."""
     found: list[FileNames] = []
     weights: list[np.ndarray | None] = []
     left, noted = LeftOut(), [] if stamps else None

@@ -24,16 +24,13 @@ class LeftOut:
     """Files that are not images; as text, one line, '' if there are none.
 
     For example '48 other files ignored: 24 .dcm, 24 .heic; 1 not opened, no regular file: root/x.jpg (FIFO)'.
-
-    Attributes:
-        ignored: Number of regular files by lower-case extension, '' for none.
-        special: Kind of other files, such as 'FIFO' or 'broken link', by path; the first hundred.
-        num_special: Number of all of these.
     """
 
+    # number of regular files by lower-case extension, '' for none
     ignored: Counter[str] = field(default_factory=Counter)
+    # kind of other files, such as 'FIFO' or 'broken link', by path; the first hundred
     special: dict[str, str] = field(default_factory=dict)
-    num_special: int = 0
+    num_special: int = 0  # number of all of these
 
     def add_special(self, path: str, kind: str) -> None:
         """Counts a file that is not regular."""
@@ -78,18 +75,9 @@ def walk(
     Hidden files and folders (leading dot) are skipped; links to folders are followed. Only regular files are opened. A
     folder named `.zarr` that holds a Zarr array or group is one file.
 
-    Args:
-        root: The folder.
-        extensions: Lower-case extensions of images.
-        left: Counts all other files.
-        stamps: Receives the path of each folder and the time of its last change before it was listed, in ns.
-
     Yields:
         Path of a folder below `root` ('' for itself), the sorted names of its images, and the number of its other
         files.
-
-    Raises:
-        ValueError: A folder cannot be listed.
     """
     seen, folders = set(), [""]
     while folders:
@@ -139,11 +127,7 @@ def _kind_of_entry(entry: os.DirEntry) -> str:
 def open_tar(
     path: str, class_map: Any = "", extensions: Collection[str] | None = None
 ) -> tuple[ReaderImageInTar, LeftOut]:
-    """timm's reader of a tar file (or of tars in a tar) for all kinds of images, and the files that it leaves out.
-
-    Raises:
-        ValueError: It cannot be read, has no image, or timm's list of its content, kept beside large files, lacks some.
-    """
+    """timm's reader of a tar file (or of tars in a tar) for all kinds of images, and the files that it leaves out."""
     extensions = set(extensions or image_extensions())
     left = LeftOut()
     try:

@@ -73,9 +73,6 @@ class PretrainTransform:
 
         The crop then still has at least `MIN_OVERSAMPLING` times the output's pixels in height and width. Draws the
         crop as a call does: set the random generator to the same state before both.
-
-        Args:
-            size: Full `(height, width)` of the image in pixels.
         """
         if self.interpolation == "nearest":  # picks single pixels, which a reduced image has averaged
             return 1

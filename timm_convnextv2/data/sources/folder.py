@@ -22,9 +22,6 @@ class FolderSource(FileSource):
         in_chans, pixels: See `Source`.
         names: Files to read instead of all below the folder, relative to it (or absolute); skips the listing.
         grows: Whether a file written below `root` may be an image the next time; by default, if it was listed.
-
-    Raises:
-        ValueError: The folder is missing, is a file, cannot be listed, or has no image below it.
     """
 
     def __init__(

@@ -10,13 +10,7 @@ from .source import FileSource, Source, locate
 
 
 class PageSource(FileSource):
-    """The pages of another source's files, each an image.
-
-    Args:
-        source: With files, else a ValueError.
-        pages: Numbers of the pages of each file, from 0; None: all.
-        tick: Called with 1 after each header is read.
-    """
+    """The pages of another source's files, each an image."""
 
     def __init__(
         self, source: Source, pages: Sequence[int] | None = None, tick: Callable[[int], None] | None = None

@@ -23,14 +23,7 @@ _READER_PACKAGES = dict(wds="webdataset", hfds="datasets", hfids="datasets", tfd
 
 
 class TimmSource(Source):
-    """Images of a data set with an index that timm can open; targets are neither needed nor read.
-
-    Args:
-        data_set: Named `hfds/<name or folder>`, `torch/<name>`, or '' for timm's folder and tar readers. `input_key` is
-            the image column (`hfds/`, default 'image') or the extensions (folders).
-        root: Folder, tar file, or download cache.
-        in_chans, pixels: See `Source`.
-    """
+    """Images of a data set with an index that timm can open; targets are neither needed nor read."""
 
     def __init__(
         self,
@@ -124,12 +117,7 @@ def unknown_dataset(name: str) -> ValueError:
 
 
 def open_dataset(data_set: DataSet, root: str | os.PathLike | None, **kwargs: Any) -> Any:
-    """Opens a data set with timm's `create_dataset`.
-
-    Raises:
-        ValueError: timm cannot open it.
-        MissingPackageError: (a ValueError) A package that the reader needs is not installed.
-    """
+    """Opens a data set with timm's `create_dataset`."""
     from timm.data import create_dataset
 
     name, split = data_set.dataset, data_set.train_split
