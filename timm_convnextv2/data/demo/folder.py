@@ -32,18 +32,11 @@ class DemoOptions:
 
 
 def write_folder(folder: str | os.PathLike, **options: Any) -> Path:
-    """Writes `FOLDER/{train,validation}/CLASS/*.png`, as timm's `train.py` reads it.
+    """Writes `FOLDER/{train,validation}/CLASS/*.png`, as timm's `train.py` reads it; returns its absolute path.
 
     With `coco` or `masks`, writes the same images to `FOLDER/{train,validation}/images` beside their annotations. No
     image is in both splits, in the folder of another seed, or among the images of `--dataset embedded`. The folder
-    appears once it is complete.
-
-    Args:
-        folder: New, or empty; parents are created.
-        options: Fields of `DemoOptions`.
-
-    Returns:
-        The absolute path of the folder.
+    appears once it is complete. `options` are fields of `DemoOptions`.
 
     Raises:
         ValueError: The folder exists and is not empty (or is a file), or an option is out of range.

@@ -34,13 +34,10 @@ class Scene(Protocol):
     whole: bool  # whether each part costs decoding the whole image
 
     def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
-        """A part as `[C, height, width]`, with the values that `load_image` gives for it.
-
-        Nodata gets the mean of the other pixels of this part, not of the whole image.
+        """A part as `[C, height, width]`, as `load_image` decodes it; nodata gets the mean of this part.
 
         Raises:
             EmptyError: (an ImageError) The part is nodata everywhere.
-            ImageError: (a ValueError) It cannot be decoded, or has values that can only be nodata.
         """
         ...
 
@@ -67,7 +64,7 @@ class _Whole:
 
 
 class _Family(NamedTuple):
-    """The reader of a family of formats. `file` is an opened file, for Zarr the path of the folder."""
+    """The reader of a family of formats. `file` is an opened file; for Zarr, the path of the folder."""
 
     takes: Callable[[Any, str], bool]  # `(file, name)`: whether the family reads this file; leaves it at its beginning
     load: Callable[..., Any]  # `(file, in_chans, pixels)`: the image `[C, H, W]`
@@ -99,10 +96,9 @@ def _opened(file: str | os.PathLike | bytes, name: str) -> Iterator[tuple[Any, _
 
 
 def image_extensions() -> tuple[str, ...]:
-    """Sorted lower-case file name extensions that count as images: all that Pillow opens, and `.npy`.
+    """Sorted lower-case extensions of images: all that Pillow opens, and `.npy`.
 
-    With optional packages also slides (`.svs` and others; tifffile), `.dcm` and `.dicom` (pydicom), and folders named
-    `.zarr` (zarr). Formats that are not images (eps, mpg, hdf5, wmf, grib, ...) are excluded.
+    Optional packages add slides (`.svs` and others; tifffile), `.dcm` and `.dicom` (pydicom), and `.zarr` (zarr).
     """
     Image.init()
     registered = Image.registered_extensions().items()
@@ -113,32 +109,27 @@ def image_extensions() -> tuple[str, ...]:
 
 
 def load_image(path: str | os.PathLike, in_chans: int = 3, pixels: Pixels = PLAIN) -> torch.Tensor:
-    """Decodes one image file to exactly `in_chans` channels.
+    """Decodes one image file to exactly `in_chans` channels; EXIF rotation is applied.
 
     With 1 or 3 channels any Pillow mode is converted as timm does it: grey to RGB and back, palettes and CMYK to
     colours; *alpha is dropped*, which shows the colours stored under transparent pixels. With 4 channels RGBA images
-    keep their alpha. Any other number comes from multi-band TIFF (needs the package tifffile) or `.npy`: `[H, W]`,
-    `[H, W, C]` or `[C, H, W]`, whichever axis has `in_chans` entries, channels-last if both do. If a TIFF names its
-    axes, C holds the channels; depth and time never do. The first image of a file with several is used. EXIF rotation
-    is applied.
+    keep their alpha. Any other number needs multi-band TIFF (tifffile) or `.npy`: `[H, W]`, `[H, W, C]` or `[C, H, W]`,
+    whichever axis has `in_chans` entries, channels-last if both do. If a TIFF names its axes, C holds the channels.
 
     Args:
         path: Image file, or folder of a Zarr image.
         in_chans: Number of channels wanted.
-        pixels: How stored values become pixels: the value that means "no data", the divisor, limits. Nodata is replaced
-            by the mean of the channel's other pixels; if a value is named, so are NaN and infinity. The value of a
-            TIFF's tag 42113 (GDAL_NODATA) is always replaced.
+        pixels: How stored values become pixels. Nodata is replaced by the mean of the channel's other pixels; if a
+            value is named, so are NaN and infinity. The value of a TIFF's tag 42113 (GDAL_NODATA) is always replaced.
 
     Returns:
         `[C, H, W]`: uint8 for 8-bit images; otherwise float32, where integers are divided by the largest value of
-        their type (16-bit by 65535: never clipped to 8 bits) and floats are kept as stored. 16-bit colour PNG comes
-        as 8-bit, which is all that Pillow gives. With a divisor or limits, always float32.
+        their type and floats are kept as stored. 16-bit colour PNG comes as 8-bit, which is all that Pillow gives.
+        With a divisor or limits, always float32.
 
     Raises:
-        ImageError: (a ValueError) The file cannot be decoded, is truncated, is not a regular file, has another number
-            of channels, contains NaN, infinity or another value that is nodata and not named, or has more pixels than
-            twice `PIL.Image.MAX_IMAGE_PIXELS`, in any format (cut such images into tiles or raise that limit; from
-            once that number Pillow only warns).
+        ImageError: (a ValueError) The file cannot be decoded, is not a regular file, has another number of channels,
+            contains nodata that is not named, or more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels.
         MissingPackageError: (a ValueError) The file needs a package that is not installed.
     """
     return decode(path, in_chans, printable(path), pixels=pixels)
@@ -152,14 +143,12 @@ def decode(
     pixels: Pixels = PLAIN,
     convert: Callable[[Image.Image, int], Any] | None = None,
 ) -> Any:
-    """Decodes a file; every error starts with `name`.
+    """Decodes a path, or the content of a file; every error starts with `name`.
 
     Args:
-        file: Path, or content of the file.
-        in_chans: As of `load_image`.
+        file, in_chans, pixels: See `load_image`.
         name: Of the file; its extension decides about `.npy` and DICOM.
-        choose: Picks the reduction of a grey or RGB JPEG, which then comes as `Reduced`.
-        pixels: As of `load_image`.
+        choose: Picks the reduction of a grey or RGB JPEG, which is then returned as `Reduced`.
         convert: Makes the result from `(image, in_chans)` if Pillow reads the file and it is not TIFF.
     """
     with faults_named(name), _opened(file, name) as (opened, family):
@@ -184,12 +173,7 @@ def faults_named(name: str) -> Iterator[None]:
 
 
 def open_scene(path: str, in_chans: int, pixels: Pixels) -> Scene:
-    """Opens an image of which parts are to be read; its header is read and checked.
-
-    Raises:
-        ImageError: (a ValueError) As of `load_image`; images may be larger than its limit if parts can be read.
-        MissingPackageError: (a ValueError) A package is not installed.
-    """
+    """Opens an image of which parts are to be read, perhaps larger than `load_image` allows; checks its header."""
     with faults_named(printable(path)):
         if is_zarr(path):
             return ZarrScene(path, in_chans, pixels)

@@ -85,7 +85,7 @@ class PixelStatistics:
         return np.array([math.ldexp(1.0, power) for power, _, _ in self._bins])
 
     def standard_error(self, total: int | None = None) -> np.ndarray:
-        """Standard error of the mean, in standard deviations of the pixels, `[C]`.
+        """Standard error of the mean, in standard deviations of the pixels, `[C]`; 0 if all `total` images were seen.
 
         The sample consists of images, because the pixels of one image are alike. Images may differ in size, so this is
         the error of a ratio of sums (Cochran, Sampling Techniques, 1977, section 6.4).

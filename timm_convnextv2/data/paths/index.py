@@ -42,7 +42,7 @@ _NAMED = 5
 def file_sizes(
     listing: Listing, tick: Callable[[int], Any] | None = None, most_missing: float = math.inf
 ) -> np.ndarray:
-    """Bytes of each file, int64, -1 for missing ones."""
+    """Bytes of each file, int64, -1 if missing; stops early, with fewer sizes, after more than `most_missing`."""
     sizes, done, missing = np.empty(len(listing.names), np.int64), 0, 0
     paths = (os.path.join(place.root, name) for place, names in listing.parts() for name in names)
     with ThreadPoolExecutor(_THREADS) as pool:

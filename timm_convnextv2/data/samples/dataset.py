@@ -45,19 +45,14 @@ class PretrainDataset(Dataset):
     """Samples of masked pretraining, whose crop, flip and mask depend on (seed, epoch, index) only.
 
     `dataset[epoch, index]` is `(image [C, H, W], mask [h, w], bad)`: `mask` is bool, True = removed. An image that
-    cannot be decoded is replaced by the next one that can, under the random numbers of the original; `bad` lists the
-    `(index, message)` of the unreadable ones.
+    cannot be decoded is replaced by the next one that can, under the random numbers of the original; `bad` lists
+    `(index, message)` of the unreadable ones. A thousand unreadable images in a row are a ValueError.
 
     Args:
-        source: Source of the images.
         transform: Decoded image `[C, h, w]` to network input; may use torch's global CPU generator, no other random
             numbers. With a method `reduction(size)`, as `PretrainTransform` has, it must also take `Reduced` images.
         grid: Image size in patches, `(h, w)`.
         mask_ratio: Fraction of the patches to remove.
-        seed: Seed of the run.
-
-    Raises:
-        ValueError: From a sample: a thousand images in a row (all, in a smaller source) are unreadable.
     """
 
     def __init__(
@@ -99,14 +94,7 @@ class PretrainStream(IterableDataset):
     Crop, flip and mask depend on (seed, epoch, rank, worker, position in the worker's stream); the reader decides which
     image is at a position, depending on the number of workers. An image that cannot be decoded is replaced by the last
     readable one before it (at the very start, the next one), so that every process makes the same number of batches;
-    the index in `bad` is the position.
-
-    A run that is resumed within an epoch reads the images it has consumed again, without decoding them: see
-    `set_epoch`.
-
-    Args:
-        source: The stream.
-        transform, grid, mask_ratio, seed: As for `PretrainDataset`.
+    the index in `bad` is the position. A run resumed within an epoch rereads the consumed images without decoding.
     """
 
     def __init__(
@@ -128,11 +116,7 @@ class PretrainStream(IterableDataset):
 
         A loader takes batches from its workers in turn, starting with the first. To keep the order of an epoch that is
         read from its beginning, the first `start_batch % num_workers` batches of the loader are None.
-
-        Args:
-            epoch: From 0.
-            start_batch: Batches of this epoch that the loader gave earlier; above 0 only for repeatable sources.
-            batch_size: Batch size of the loader.
+        `start_batch` may be above 0 only for repeatable sources.
         """
         if start_batch and not self.source.repeatable:
             raise ValueError(

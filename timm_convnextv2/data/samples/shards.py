@@ -17,10 +17,8 @@ def shards_of(source: TimmStream) -> int | None:
 def shard_note(source: TimmStream, workers: int, processes: int) -> str:
     """A warning if an epoch will not have each image exactly once; '' if it will, or if that is unknown.
 
-    timm gives whole shards to data workers, and each worker makes the same number of whole batches: a worker with fewer
-    images starts its shards again, and one with more skips some.
-
-    Call it after `set_loader_cfg`. `workers` is per process; 0: the process itself.
+    timm gives whole shards to data workers, and each makes the same number of whole batches: one with fewer images
+    starts its shards again, one with more skips some. Call it after `set_loader_cfg`; `workers` is per process.
     """
     shards, each = shards_of(source), max(1, workers)
     if shards is None:

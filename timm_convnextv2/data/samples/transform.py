@@ -69,7 +69,7 @@ class PretrainTransform:
         self.steps = v2.Compose(steps)
 
     def reduction(self, size: tuple[int, int]) -> int:
-        """The largest factor of 1, 2, 4, 8 by which an image may be decoded smaller without visible change.
+        """The largest factor of 1, 2, 4, 8 by which an image of this `(height, width)` may be decoded smaller.
 
         The crop then still has at least `MIN_OVERSAMPLING` times the output's pixels in height and width. Draws the
         crop as a call does: set the random generator to the same state before both.

@@ -12,16 +12,14 @@ from .source import FileSource
 
 
 class FolderSource(FileSource):
-    """All images anywhere below a folder, in a fixed order; the names of subfolders mean nothing.
+    """All images anywhere below a folder, in a fixed order; subfolder names mean nothing.
 
-    Hidden files and folders (leading dot) are skipped. Links to folders are followed, each folder once. FIFOs, sockets,
-    devices and broken links are never opened. The names share one buffer, about 8 bytes per image beside their text.
+    Hidden files and folders (leading dot) are skipped, links to folders followed, each folder once. FIFOs, sockets,
+    devices and broken links are never opened. The names share one buffer, with 8 bytes per image beside their text.
 
     Args:
-        root: The folder.
-        in_chans, pixels: See `Source`.
         names: Files to read instead of all below the folder, relative to it (or absolute); skips the listing.
-        grows: Whether a file written below `root` may be an image the next time; by default, if it was listed.
+        grows: Whether a file written below `root` may be an image in the next run; by default, if it was listed.
     """
 
     def __init__(

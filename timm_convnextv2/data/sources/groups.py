@@ -116,14 +116,10 @@ def sampling_groups(
     weights: np.ndarray | None,
     names: Sequence[str] = (),
 ) -> Groups | None:
-    """The groups of several sources: one per source, or one per weight in a source if a list has weights.
-    None if no weight is given.
+    """One group per source, or per weight in a source if a list has weights; None without weights.
 
-    Args:
-        counts: Images of each source, in order.
-        source_weights: Share of each source; None: the sum of its images' weights.
-        weights: How often each image is drawn, relative to others of its source; None: all the same.
-        names: Names of the sources.
+    `weights` has one number per image, relative to others of its source; `source_weights` is the share of each source,
+    by default the sum of its images' weights.
     """
     if source_weights is None and weights is None:
         return None

@@ -1,4 +1,4 @@
-"""From options to a source."""
+"""Opens the source that options name."""
 
 from collections.abc import Callable, Sequence
 
@@ -31,9 +31,8 @@ def create_source(
 ) -> Source | TimmStream:
     """Opens the images that options name.
 
-    - No `dataset`: `data_dir` is a folder with images anywhere below it (`FolderSource`), a `.tar` file (`TimmSource`),
-      a pattern such as `scans/2024-*/**/*.png`, or several of these (`JoinedSource`). With `data_list`, the images that
-      the lists name.
+    - No `dataset`: folders, `.tar` files and patterns such as `scans/2024-*/**/*.png` in `data_dir`, joined if there
+      are several; with `data_list`, the images that the lists name.
     - 'embedded': the demo data set; any split other than 'train' gives other images.
     - `torch/...`, `hfds/...`: `TimmSource`. `wds/...`, `hfids/...`, `tfds/...`: `TimmStream`.
 
@@ -44,9 +43,6 @@ def create_source(
         order: How a stream is read.
         source_weights: Share of an epoch for each of the folders or lists, in any unit.
         listing: The files of `paths`, if they are listed already.
-
-    Raises:
-        MissingPackageError: (a ValueError) A package that the data need is not installed.
     """
     paths = paths if isinstance(paths, ImagePaths) else ImagePaths.of(paths)
     data_set, pixels = data_set or DataSet(), pixels.check(in_chans)
@@ -68,7 +64,7 @@ def create_source(
 
 
 def _root_of(paths: ImagePaths, dataset: str, source_weights: Sequence[float] | None) -> str | None:
-    """The one root of a data set; refuses several, and options that only image files can have."""
+    """The root of a data set; refuses several, and options of image files."""
     if paths.data_list is not None or source_weights is not None:
         option = "--source-weights" if paths.data_list is None else "--data-list"
         raise ValueError(f"{option} is for image files: leave it out with --dataset {dataset}.")
@@ -85,7 +81,7 @@ def _open_files(
     source_weights: Sequence[float] | None,
     listing: Listing | None,
 ) -> Source:
-    """Opens the image files of one place as it is, of several as one source."""
+    """Opens the image files of each folder, tar file or list, joined if there are several."""
     listing = listing or list_files(places_of(paths.data_dir, paths.data_list))
     parts: list[Source] = []
     for place, names in listing.parts():
@@ -108,10 +104,7 @@ def pages_and_windows(
     windows: WindowOptions,
     tick: Callable[[int], None] | None = None,
 ) -> Source | TimmStream:
-    """The pages and windows of a source's images that the options ask for, or the source itself.
-
-    `tick` is called with 1 after each header is read.
-    """
+    """The requested pages and windows of a source's images, or the source itself; `tick(1)` follows each header."""
     check_windows(windows)
     pages, windowed = bool(pixels.pages) and one_page(pixels.pages) is None, windows.window_size is not None
     if not pages and not windowed:
@@ -130,10 +123,7 @@ def pages_and_windows(
 
 
 def check_readable(source: Source, tries: int = 32, look: Callable[[torch.Tensor], None] | None = None) -> Bad:
-    """Decodes up to `tries` images spread over a source, and calls `look` with each.
-
-    Returns:
-        `(index, message)` of the images that cannot be decoded.
+    """Decodes up to `tries` images spread over a source, calls `look` with each, and returns those that fail.
 
     Raises:
         ValueError: None can be decoded; names up to three with their reasons.

@@ -1,4 +1,4 @@
-"""What every source of images offers, so that readers need not ask which kind it is."""
+"""The protocol of every source of images."""
 
 import copy
 from bisect import bisect_right
@@ -53,13 +53,8 @@ class Source(Dataset):
     def read(self, i: int, choose: Choose | None = None, seed: int | None = None) -> torch.Tensor | Reduced:
         """Decodes image `i` to `[C, H, W]`: uint8, or float32 that is already scaled.
 
-        Args:
-            i: Index of the image.
-            choose: Lets a large JPEG be decoded at reduced size, see `decode.decode`.
-            seed: Chooses the position of a window; other sources ignore it.
-
-        Raises:
-            ImageError, OSError: The image cannot be decoded or read.
+        `choose` lets a large JPEG be decoded at reduced size, see `decode.decode`. `seed` sets the position of a
+        window; other sources ignore it. An image that cannot be read is an ImageError or OSError.
         """
         raise NotImplementedError
 
@@ -68,11 +63,11 @@ class Source(Dataset):
         raise NotImplementedError
 
     def full_name(self, i: int) -> str:
-        """Name of image `i` among other sources: in a tar file, includes the path of the tar file."""
+        """Name of image `i` among other sources: with the path of its tar file."""
         return self.name(i)
 
     def row_name(self, i: int) -> str:
-        """Name of image `i` in tables; of files in one folder, the path below it."""
+        """Name of image `i` in tables: the path below the folder if there is one."""
         return self.name(i)
 
     def path(self, i: int) -> str:
@@ -84,11 +79,11 @@ class Source(Dataset):
         return self.pixels
 
     def folders(self) -> list[str]:
-        """Folders in which a new image file would belong to this source the next time."""
+        """Folders in which a new image file would belong to this source in the next run."""
         return []
 
     def reading(self: S, in_chans: int, pixels: Pixels) -> S:
-        """The same images, converted in another way; nothing is listed or scanned again."""
+        """The same images, converted in another way, without listing or scanning again."""
         other = copy.copy(self)
         other.in_chans, other.pixels = check_in_chans(in_chans), pixels
         return other

@@ -29,19 +29,14 @@ class StreamOrder:
 class TimmStream(IterableDataset):
     """Images of a data set that timm reads as a stream: `wds/`, `hfids/`, `tfds/`; targets are not needed.
 
-    timm's reader shuffles, and shares the data between processes and workers. The order is therefore the reader's own
-    and changes with the number of workers. If `repeatable` (`wds/`, `hfids/`), the order of an epoch depends only on
-    seed, epoch, processes and workers. `tfds/` decodes the images itself, as 8-bit with 1 or 3 channels.
+    timm's reader shuffles, and shares the data between processes and workers, so the order depends on the number of
+    workers. If `repeatable` (`wds/`, `hfids/`), the order of an epoch depends only on seed, epoch, processes and
+    workers. `tfds/` decodes the images itself, as 8-bit with 1 or 3 channels. `rank` is that of the reader.
 
     Args:
-        data_set: Named `wds/`, `hfids/<name or folder>`, or `tfds/<name>`. `wds/` takes shard names as split
-            (`train-{0000..0099}.tar`). `input_key` defaults to 'image', for `wds/` to all image extensions.
+        data_set: `wds/` takes shard names as split (`train-{0000..0099}.tar`). `input_key` defaults to 'image', for
+            `wds/` to all image extensions.
         root: Folder (or address) of the shards, or download cache.
-        in_chans, pixels: See `Source`.
-        order: How it is read.
-
-    Attributes:
-        rank: Number of the process, by which the data are shared.
     """
 
     left, has_files = "", False
@@ -98,7 +93,7 @@ class TimmStream(IterableDataset):
         return len(self.reader)
 
     def folders(self) -> list[str]:
-        """None: a new file would not belong to the stream, see `Source.folders`."""
+        """Empty: a new file would not belong to the stream."""
         return []
 
     def set_epoch(self, epoch: int) -> None:
@@ -154,14 +149,9 @@ def leave_undecoded(reader: Any, name: str, input_key: str, labelled: bool = Fal
     """Makes timm's reader of a stream pass on bytes; call it in the process that reads them, before the first sample.
 
     Otherwise it would convert 16-bit images to 8-bit, drop samples without label (`wds/`), and end at the first image
-    that cannot be decoded (`hfids/`). The reader builds its pipeline late, in the worker, and so must we. `tfds/` stays
-    as it is.
-
-    Args:
-        reader: timm's.
-        name: Of the data set, `wds/...` or `hfids/...`.
-        input_key: As of `TimmStream`.
-        labelled: Keep timm's targets and shuffling. Otherwise there are no targets, and the shuffle follows the epoch.
+    that cannot be decoded (`hfids/`). The reader builds its pipeline late, in the worker, so this must run there too.
+    `tfds/` stays as it is. `labelled` keeps timm's targets and shuffling; else there are no targets, and the shuffle
+    follows the epoch.
     """
     kind, built = prefix_of(name), getattr(reader, "ds", None) is not None
     if kind not in ("wds", "hfids") or built:

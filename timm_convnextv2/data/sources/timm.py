@@ -23,7 +23,11 @@ _READER_PACKAGES = dict(wds="webdataset", hfds="datasets", hfids="datasets", tfd
 
 
 class TimmSource(Source):
-    """Images of a data set with an index that timm can open; targets are neither needed nor read."""
+    """Images of a data set with an index that timm can open; targets are neither needed nor read.
+
+    The data set is `hfds/<name or folder>`, `torch/<name>`, or '' for timm's folder and tar readers; `input_key` is the
+    image column (`hfds/`) or the extensions (folders).
+    """
 
     def __init__(
         self,
