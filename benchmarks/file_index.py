@@ -23,8 +23,8 @@ import torch
 from benchmarks.measure import conditions, ratio, time_in_turn, write_csv
 from timm_convnextv2.data import create_source
 from timm_convnextv2.data.paths.index import find_images, open_index, write_index
+from timm_convnextv2.data.paths.listing import Listing, list_files, origins_of
 from timm_convnextv2.data.paths.lists import FileNames
-from timm_convnextv2.data.paths.places import Listing, list_files, places_of
 
 PER_FOLDER = 1000
 
@@ -43,10 +43,10 @@ def compare(count: int, rounds: int) -> list[dict[str, str]]:
         root, index = Path(name) / "images", Path(name) / "index"
         root.mkdir()
         make_files(root, count)
-        places = places_of(root)
+        origins = origins_of(root)
         steps = {
-            "list": lambda: list_files(places),
-            "open": lambda: open_index(index, places),
+            "list": lambda: list_files(origins),
+            "open": lambda: open_index(index, origins),
             "open and check": lambda: find_images(root, index=index),
             "write": lambda: (index.unlink(missing_ok=True), find_images(root, index=index)),
         }
@@ -86,9 +86,9 @@ def resident() -> int:
 
 def open_there(index: str, root: str, reads: int, pipe) -> None:
     """Opens an index in this process and tells what that took."""
-    places = places_of(root)
+    origins = origins_of(root)
     before, start = resident(), time.perf_counter()
-    source = create_source(root, listing=open_index(index, places))
+    source = create_source(root, listing=open_index(index, origins))
     source.name(len(source) - 1)
     seconds, opened = time.perf_counter() - start, resident()
     start = time.perf_counter()
@@ -101,10 +101,10 @@ def open_generated(count: int, rounds: int, reads: int) -> dict[str, str]:
     """An index of generated names."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as root:
-        places, index = places_of(root), str(Path(root) / "index")
+        origins, index = origins_of(root), str(Path(root) / "index")
         stamps = [(f"{root}/{i:06d}", 0) for i in range(count // PER_FOLDER)]
         start = time.perf_counter()
-        write_index(index, Listing(places, [count], generated(count), stamps=stamps), np.zeros(count, np.int64))
+        write_index(index, Listing(origins, [count], generated(count), stamps=stamps), np.zeros(count, np.int64))
         written = time.perf_counter() - start
         size = Path(index).stat().st_size
         told = []
@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=200_000, help="empty files that are made and listed")
     parser.add_argument("--names", type=int, default=10_000_000, help="generated names")
-    parser.add_argument("--reads", type=int, default=100_000, help="names read at random places")
+    parser.add_argument("--reads", type=int, default=100_000, help="names read at random positions")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -32,9 +32,9 @@ PLACES = [(["a", "b"], None), ("*/*.png", None), (None, "l.csv"), ("a", None)]
 def test_an_index_is_what_a_scan_gives(images, data_dir, data_list):
     scanned = find_images(data_dir, data_list)
     told = []
-    written = find_images(data_dir, data_list, index="i", tell=told.append)
+    written = find_images(data_dir, data_list, index="i", notify=told.append)
     assert told == [f"Written: i, an index of {len(scanned.names)} images."]
-    opened = find_images(data_dir, data_list, index="i", tell=told.append)
+    opened = find_images(data_dir, data_list, index="i", notify=told.append)
     assert len(told) == 1  # it is fresh
     for listing in (written, opened):
         assert [*listing.names] == [*scanned.names] and listing.counts == scanned.counts
@@ -74,7 +74,7 @@ def test_stale(images):
     assert stale("i") == ""
     Image.new("L", (4, 4), 9).save("a/deep/9.png")
     os.utime("a/deep", ns=(1, 1))  # a clock that is coarse
-    listing = find_images(["a", "b"], index="i", tell=told.append)
+    listing = find_images(["a", "b"], index="i", notify=told.append)
     assert len(listing.names) == 3  # as it was written
     (text,) = told
     assert f"1 of 3 folders and lists have changed, for example {images}/a/deep" in text
@@ -131,7 +131,7 @@ def test_missing_files_are_remembered(images):
     assert not Path("i").exists()
     find_images(None, "l.csv", index="i")
     told = []
-    find_images(None, "l.csv", index="i", max_missing=0.5, tell=told.append)
+    find_images(None, "l.csv", index="i", max_missing=0.5, notify=told.append)
     assert "1 of 3" in told[0] and load_file("i")["sizes"][2] == -1
     with pytest.raises(ValueError, match="0.1"):
         find_images(None, "l.csv", index="i", max_missing=0.1)

@@ -369,7 +369,7 @@ def test_commands_tell_a_missing_codec_in_one_message(
     folder = packed_bands(tmp_path / "images", range(8) if when == "at the start" else [5])
     if when == "in the middle":
         passing = {"pretrain": "timm_convnextv2.pretrain.batches", "embed": "timm_convnextv2.features.embed"}
-        first = lambda source, look=None: look and look(source[0])  # noqa: E731  (the one that needs it is not tried)
+        first = lambda source, visit=None: visit and visit(source[0])  # noqa: E731  (the one that needs it is not tried)
         monkeypatch.setattr(f"{passing[command]}.check_readable", first)
         for name in ("SHOWN_IMAGES", "WATCHED_IMAGES"):
             monkeypatch.setattr(f"timm_convnextv2.pretrain.batches.{name}", 1)

@@ -11,8 +11,8 @@ from drawn import write_numbered
 
 from timm_convnextv2.data import DataSet, FolderSource, ImagePaths, create_source, hold_out
 from timm_convnextv2.data.paths.index import find_images
+from timm_convnextv2.data.paths.listing import origins_of
 from timm_convnextv2.data.paths.lists import read_list
-from timm_convnextv2.data.paths.places import places_of
 
 FILES = ["a/1.png", "a/deep/2.png", "b/3.png", "b/4.png", "b/notes.txt", "c/1.png"]
 
@@ -158,7 +158,7 @@ def test_lists_that_are_refused(tmp_path, name, content, message):
 )
 def test_places_that_are_refused(images, data_dir, data_list, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        places_of(data_dir, data_list)
+        origins_of(data_dir, data_list)
 
 
 def test_patterns_without_an_image(images):
@@ -176,7 +176,7 @@ def test_patterns_without_an_image(images):
 def test_missing_files_are_counted(images):
     (images / "l.txt").write_text("".join(f"{name}\n" for name in [*FILES[:4], "x.png", "y.png"]))
     told = []
-    listing = find_images(None, "l.txt", max_missing=0.4, tell=told.append)
+    listing = find_images(None, "l.txt", max_missing=0.4, notify=told.append)
     assert len(listing.names) == 6
     assert told == ["2 of 6 listed images are missing, for example x.png, y.png; others stand in for them."]
     with pytest.raises(ValueError, match="2 of 6 .* x.png, y.png.*--max-bad-images .* 0.3"):

@@ -12,7 +12,7 @@ from runs import ERROR, at_update, image_folder, load, run, steady
 
 from timm_convnextv2.data.config import ImagePaths
 from timm_convnextv2.data.paths import index as find
-from timm_convnextv2.data.paths import places, shared
+from timm_convnextv2.data.paths import listing, shared
 
 OPTIONS = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
 
@@ -97,10 +97,10 @@ def test_only_the_first_process_lists(folders, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shared, "find_images", dict)  # takes none of the arguments
         received = find_files(Other((found, None)), "a2", "b")
-        assert [*received.names] == [*found.names] and received.places[0].root == "a2"  # as this process names it
+        assert [*received.names] == [*found.names] and received.origins[0].root == "a2"  # as this process names it
         with pytest.raises(ValueError, match="^the first fails$"):
             find_files(Other((None, ValueError("the first fails"))), "a", "b")
         find.find_images("a", index="i")
         assert len(find_files(Other((None, None)), "a", index="i").names) == 13
-    elsewhere = shared._identity(places.places_of("b"))  # a machine with a copy of its own
+    elsewhere = shared._identity(listing.origins_of("b"))  # a machine with a copy of its own
     assert len(find_files(Other(others=[elsewhere]), "a").names) == 13

@@ -207,7 +207,7 @@ def test_each_image_is_decoded_once_for_it(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(DemoSource, "read", noted)
     seen = []
-    assert check_readable(DemoSource(100), look=seen.append) == [] and len(seen) == len(decoded) == 32
+    assert check_readable(DemoSource(100), visit=seen.append) == [] and len(seen) == len(decoded) == 32
     spoil(monkeypatch, {0, 7})
     run(tmp_path / "r", "--dry-run", "--max-bad-images", "0.1")
     assert "Input after normalisation, 30 images" in capsys.readouterr().out

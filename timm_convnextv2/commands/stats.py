@@ -33,7 +33,7 @@ from ..data import (
 from ..data.config import one_data_dir
 from ..data.measure.sample import ERROR, Measured, find_channels, measure_pixels, measured_options
 from ..data.paths.index import check_index_option
-from ..data.paths.places import Dirs, Listing, as_list, base_of
+from ..data.paths.listing import Dirs, Listing, as_list, base_of
 from ..data.paths.shared import find_files
 from ..files import whole_file
 from ..report.images import save_histograms

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ..config import option
 from .formats.axes import CHANNELS
 from .formats.pixels import Pixels, one_page
-from .paths.places import Dirs, as_list
+from .paths.listing import Dirs, as_list
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..config import check_limits
 from ..console import say
 from ..data import MissingPackageError, StreamOrder, TimmStream, check_readable, create_source
 from ..data.paths.index import check_index_option
-from ..data.paths.places import as_list
+from ..data.paths.listing import as_list
 from ..data.paths.shared import find_files
 from ..data.samples.batches import Batch, map_batches, stream_batches
 from ..data.sources.source import Source

@@ -196,7 +196,7 @@ def open_batches(
             torch.default_generator.manual_seed(inputs.images)
             inputs.add(transform(image))
 
-    check_readable(source, look=add if world.primary else None)
+    check_readable(source, visit=add if world.primary else None)
     inputs = world.share(inputs)
     source, apart = hold_out(source, holdout, sampling.seed)
     dataset = PretrainDataset(source, *sampling)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..data.paths.places import as_list
+from ..data.paths.listing import as_list
 from ..models import FCMAE
 from ..runs import summary
 from ..runs.checkpoints import Progress

@@ -16,7 +16,7 @@ from ..config import build, evolve, flat, from_mapping
 from ..console import say
 from ..data import Pixels, StreamOrder, create_source
 from ..data.paths.index import check_index_option
-from ..data.paths.places import Listing, as_list, base_of
+from ..data.paths.listing import Listing, as_list, base_of
 from ..data.paths.shared import find_files
 from ..data.samples.batches import preprocessing
 from ..data.sources.open import pages_and_windows

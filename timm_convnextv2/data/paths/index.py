@@ -29,8 +29,8 @@ from safetensors.numpy import save_file
 from ...files import whole_file
 from ..formats.decode import image_extensions
 from ..formats.files import printable
+from .listing import Dirs, Listing, Origin, list_files, origins_of
 from .lists import FileNames
-from .places import Dirs, Listing, Place, list_files, places_of
 from .walk import LeftOut
 
 _THREADS = 16  # file systems may be remote
@@ -44,7 +44,7 @@ def file_sizes(
 ) -> np.ndarray:
     """Bytes of each file, int64, -1 if missing; stops early, with fewer sizes, after more than `most_missing`."""
     sizes, done, missing = np.empty(len(listing.names), np.int64), 0, 0
-    paths = (os.path.join(place.root, name) for place, names in listing.parts() for name in names)
+    paths = (os.path.join(origin.root, name) for origin, names in listing.parts() for name in names)
     with ThreadPoolExecutor(_THREADS) as pool:
         while missing <= most_missing and (chunk := [*islice(paths, _CHUNK)]):
             # in batches: a task per file costs more than `stat`
@@ -95,46 +95,46 @@ def find_images(
     index: str | os.PathLike | None = None,
     max_missing: float | None = None,
     tick: Callable[[int], Any] | None = None,
-    tell: Callable[[str], Any] = lambda text: None,
+    notify: Callable[[str], Any] = lambda text: None,
 ) -> Listing:
     """The image files of folders, patterns and lists; one process calls it for all.
 
     Args:
-        data_dir, data_list: See `places.places_of`.
+        data_dir, data_list: See `origins.origins_of`.
         index: Index to open, or to write if it does not exist.
         max_missing: Fraction of the files of lists that may be missing; None skips the check.
         tick: Called now and then with the number of files that were just found or checked.
-        tell: Receives messages for the user.
+        notify: Receives messages for the user.
 
     Raises:
         ValueError: A folder or list cannot be read, too many files are missing, or the index cannot be used.
         WriteError: (an OSError) The index cannot be written.
     """
-    places = places_of(data_dir, data_list)
+    origins = origins_of(data_dir, data_list)
     if index is None:
-        listing = list_files(places, tick)
-        if max_missing is not None and any(place.kind == "list" for place in places):
+        listing = list_files(origins, tick)
+        if max_missing is not None and any(origin.kind == "list" for origin in origins):
             most = max_missing * len(listing.names)
             if found := check_missing(listing, file_sizes(listing, tick, most), max_missing):
-                tell(found)
+                notify(found)
         return listing
-    tars = [place.given for place in places if place.kind == "tar"]
+    tars = [origin.given for origin in origins if origin.kind == "tar"]
     if tars:
         raise ValueError(f"--index is for files in folders, not for a tar file ({tars[0]}). Leave it out.")
     if os.path.lexists(index):
-        listing = open_index(index, places)
+        listing = open_index(index, origins)
         if found := stale(index):
-            tell(found)
+            notify(found)
     else:
-        listing = list_files(places, tick, stamps=True)
+        listing = list_files(origins, tick, stamps=True)
         sizes = file_sizes(listing, tick)
         if max_missing is not None:
             check_missing(listing, sizes, max_missing)
         write_index(index, listing, sizes)
-        tell(f"Written: {os.fspath(index)}, an index of {len(listing.names)} images.")
-        listing = open_index(index, places)
+        notify(f"Written: {os.fspath(index)}, an index of {len(listing.names)} images.")
+        listing = open_index(index, origins)
     if max_missing is not None and (found := check_missing(listing, index_sizes(index), max_missing)):
-        tell(found)
+        notify(found)
     return listing
 
 
@@ -204,7 +204,7 @@ def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) ->
         "version": _VERSION,
         "token": uuid.uuid4().hex,
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "places": json.dumps([_identity(place) for place in listing.places]),
+        "places": json.dumps([_identity(origin) for origin in listing.origins]),
         "counts": json.dumps(listing.counts),
         "extensions": json.dumps(image_extensions()),
         "left": json.dumps(left),
@@ -216,9 +216,9 @@ def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) ->
         os.utime(path, ns=(changed, changed))
 
 
-def _identity(place: Place) -> list[str]:
-    """A place, named the same way on all machines that share its folder."""
-    return [place.kind, *(os.fsencode(os.path.abspath(p)).decode("utf-8", "replace") for p in place[1:])]
+def _identity(origin: Origin) -> list[str]:
+    """An origin, named the same way on all machines that share its folder."""
+    return [origin.kind, *(os.fsencode(os.path.abspath(p)).decode("utf-8", "replace") for p in origin[1:])]
 
 
 class _Index:
@@ -273,14 +273,14 @@ class _Index:
         return "weights" in self._arrays
 
 
-def open_index(path: str | os.PathLike, places: list[Place]) -> Listing:
-    """The files in an index of these places."""
+def open_index(path: str | os.PathLike, origins: list[Origin]) -> Listing:
+    """The files in an index that was written for these origins."""
     path = os.fspath(path)
     index = _Index(path)
     metadata = index.metadata
-    known, wanted = json.loads(metadata["places"]), [_identity(place) for place in places]
+    known, wanted = json.loads(metadata["places"]), [_identity(origin) for origin in origins]
     if known != wanted:
-        own, given = (", ".join(place[1] for place in listed) for listed in (known, wanted))
+        own, given = (", ".join(origin[1] for origin in listed) for listed in (known, wanted))
         raise ValueError(
             f"--index {printable(path)} is an index of {own}, not of {given}. Give another file, or remove it to have "
             "it rewritten."
@@ -289,7 +289,7 @@ def open_index(path: str | os.PathLike, places: list[Place]) -> Listing:
     left = LeftOut(Counter(record["ignored"]), record["special"], record["num"])
     weights = index.read("weights") if index.weighted else None
     names = IndexedNames(path, metadata["token"])
-    return Listing(places, json.loads(metadata["counts"]), names, weights, left)
+    return Listing(origins, json.loads(metadata["counts"]), names, weights, left)
 
 
 def index_sizes(path: str | os.PathLike) -> np.ndarray:

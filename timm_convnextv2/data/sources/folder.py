@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from ..formats.decode import check_index
 from ..formats.pixels import PLAIN, Pixels
+from ..paths.listing import list_folder
 from ..paths.lists import FileNames
-from ..paths.places import list_folder
 from ..paths.walk import LeftOut
 from .source import FileSource
 

@@ -8,7 +8,7 @@ from ..config import DataSet, ImagePaths, PixelOptions, WindowOptions
 from ..formats.errors import ImageError
 from ..formats.files import printable
 from ..formats.pixels import PLAIN, Pixels, one_page
-from ..paths.places import Dirs, Listing, list_files, places_of
+from ..paths.listing import Dirs, Listing, list_files, origins_of
 from .folder import FolderSource
 from .groups import sampling_groups
 from .joined import JoinedSource
@@ -82,18 +82,18 @@ def _open_files(
     listing: Listing | None,
 ) -> Source:
     """Opens the image files of each folder, tar file or list, joined if there are several."""
-    listing = listing or list_files(places_of(paths.data_dir, paths.data_list))
+    listing = listing or list_files(origins_of(paths.data_dir, paths.data_list))
     parts: list[Source] = []
-    for place, names in listing.parts():
-        if place.kind == "tar":
-            parts.append(TimmSource(DataSet(), place.root, in_chans, pixels))
+    for origin, names in listing.parts():
+        if origin.kind == "tar":
+            parts.append(TimmSource(DataSet(), origin.root, in_chans, pixels))
         else:
-            parts.append(FolderSource(place.root, in_chans, pixels, names, grows=place.kind != "list"))
+            parts.append(FolderSource(origin.root, in_chans, pixels, names, grows=origin.kind != "list"))
     source = parts[0] if len(parts) == 1 else JoinedSource(parts)
     source.left.merge(listing.left)  # pyright: ignore[reportAttributeAccessIssue]  # of files it is a LeftOut
     if listing.weights is not None and len(listing.weights) != len(source):
         raise ValueError("A list with weights cannot be joined with a tar file.")
-    names = [printable(place.given) for place in listing.places]
+    names = [printable(origin.given) for origin in listing.origins]
     source.groups = sampling_groups([len(part) for part in parts], source_weights, listing.weights, names)
     return source
 
@@ -122,8 +122,8 @@ def pages_and_windows(
     return WindowSource(source, windows, tick) if windowed else source
 
 
-def check_readable(source: Source, tries: int = 32, look: Callable[[torch.Tensor], None] | None = None) -> Bad:
-    """Decodes up to `tries` images spread over a source, calls `look` with each, and returns those that fail.
+def check_readable(source: Source, tries: int = 32, visit: Callable[[torch.Tensor], None] | None = None) -> Bad:
+    """Decodes up to `tries` images spread over a source, calls `visit` with each, and returns those that fail.
 
     Raises:
         ValueError: None can be decoded; names up to three with their reasons.
@@ -136,8 +136,8 @@ def check_readable(source: Source, tries: int = 32, look: Callable[[torch.Tensor
         except (ImageError, OSError) as error:
             bad.append((i, source.reason(i, error)))
             continue
-        if look is not None:
-            look(image)
+        if visit is not None:
+            visit(image)
     if len(bad) == count:
         reasons = "\n".join(message for _, message in bad[:3])
         raise ValueError(f"None of {count} images tried (of {len(source)}) can be read, for example:\n{reasons}")

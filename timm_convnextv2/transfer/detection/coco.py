@@ -224,7 +224,7 @@ def check_sizes(coco: Coco, in_chans: int, pixels: Pixels = PLAIN) -> None:
     """Decodes some of the images and compares their sizes with the annotations."""
     source = ImageFiles([image.path for image in coco.images], in_chans, pixels)
     sizes: list[tuple[int, int]] = []
-    bad = check_readable(source, look=lambda x: sizes.append((x.shape[-2], x.shape[-1])))
+    bad = check_readable(source, visit=lambda x: sizes.append((x.shape[-2], x.shape[-1])))
     tried = min(32, len(source))
     if bad:
         reasons = "\n".join(why for _, why in bad[:SHOWN])

@@ -1,4 +1,4 @@
-"""Folders, tar files, patterns and lists as options name them, and the image files in them."""
+"""Finds the image files of folders, tar files, patterns and lists (their origins) as options name them."""
 
 import glob
 import os
@@ -20,7 +20,7 @@ _MAGIC = re.compile(r"[*?[]")
 _TICK = 4096
 
 
-class Place(NamedTuple):
+class Origin(NamedTuple):
     """Where images are."""
 
     kind: str  # 'folder', 'tar', 'glob' or 'list'
@@ -32,30 +32,26 @@ class Place(NamedTuple):
 class Listing:
     """The image files of folders, tar files, patterns and lists."""
 
-    places: list[Place]  # the places
+    origins: list[Origin]
     counts: list[int]  # number of files in each; 0 for a tar, which lists itself when it is opened
-    names: FileNames  # all names, below the root of their place, in the order of places
+    names: FileNames  # in the order of origins, relative to their roots
     # float64, one per file, if a list has weights (1 for files of other lists); else None
     weights: np.ndarray | None = None
     left: LeftOut = field(default_factory=LeftOut)  # other files
     # folders (or lists) that were read, and the time of their last change, in ns
     stamps: list[tuple[str, int]] = field(default_factory=list)
 
-    def at(self, places: list[Place]) -> "Listing":
-        """The same files, at the paths of this process."""
-        return Listing(places, self.counts, self.names, self.weights, self.left, self.stamps)
-
-    def parts(self) -> Iterator[tuple[Place, FileNames]]:
-        """Each place with its names."""
+    def parts(self) -> Iterator[tuple[Origin, FileNames]]:
+        """Each origin with its names."""
         first = 0
-        for place, count in zip(self.places, self.counts, strict=True):
-            yield place, self.names.part(first, count)
+        for origin, count in zip(self.origins, self.counts, strict=True):
+            yield origin, self.names.part(first, count)
             first += count
 
     def path(self, i: int) -> str:
         """Path of file `i` of all."""
         at = int(np.searchsorted(np.cumsum(self.counts), i, side="right"))
-        return os.path.join(self.places[at].root, self.names[i])
+        return os.path.join(self.origins[at].root, self.names[i])
 
 
 def as_list(value: Dirs) -> list[str]:
@@ -65,8 +61,8 @@ def as_list(value: Dirs) -> list[str]:
     return [os.fspath(value)] if isinstance(value, str | os.PathLike) else [os.fspath(v) for v in value]
 
 
-def places_of(data_dir: Dirs, data_list: Dirs = None) -> list[Place]:
-    """The places that the options name."""
+def origins_of(data_dir: Dirs, data_list: Dirs = None) -> list[Origin]:
+    """The folders, tar files, patterns or lists that the options name."""
     dirs, lists = [d for d in as_list(data_dir) if d], as_list(data_list)
     if lists:
         if len(dirs) > 1 or dirs and not os.path.isdir(dirs[0]):
@@ -77,26 +73,26 @@ def places_of(data_dir: Dirs, data_list: Dirs = None) -> list[Place]:
         for path in lists:
             if not os.path.isfile(path):
                 raise ValueError(f"--data-list {printable(path)} does not exist, or is not a file.")
-        return [Place("list", path, dirs[0] if dirs else os.path.dirname(path)) for path in lists]
+        return [Origin("list", path, dirs[0] if dirs else os.path.dirname(path)) for path in lists]
     if not dirs:
         raise ValueError("No images given. Give a folder (--data-dir), or --dataset embedded to try things out.")
-    places = [_place(path) for path in dirs]
-    _check_apart([place for place in places if place.kind in ("folder", "tar")])
-    return places
+    origins = [_origin(path) for path in dirs]
+    _check_apart([origin for origin in origins if origin.kind in ("folder", "tar")])
+    return origins
 
 
-def _place(path: str) -> Place:
+def _origin(path: str) -> Origin:
     if os.path.isdir(path):
-        return Place("folder", path, path)
+        return Origin("folder", path, path)
     shown = printable(path)
     if os.path.isfile(path):
         if path.lower().endswith(".tar"):
-            return Place("tar", path, path)
+            return Origin("tar", path, path)
         raise ValueError(f"{shown} is a file, expected a folder with images below it. Give the folder it is in.")
     if _MAGIC.search(path) and not os.path.lexists(path):
         if not os.path.isdir(base_of(path) or "."):
             raise ValueError(f"--data-dir {shown}: the folder {printable(base_of(path))} does not exist.")
-        return Place("glob", path, base_of(path))
+        return Origin("glob", path, base_of(path))
     if os.path.exists(path):
         raise ValueError(f"{shown} is neither a folder nor a file. Give a folder with images below it.")
     raise ValueError(f"Image folder {shown} does not exist. Check --data-dir.")
@@ -111,9 +107,9 @@ def base_of(path: str) -> str:
     return os.sep.join(parts[:fixed]) or (os.sep if path.startswith(os.sep) else "")
 
 
-def _check_apart(places: list[Place]) -> None:
+def _check_apart(origins: list[Origin]) -> None:
     """Refuses a folder in another one, because its images would count twice, under two names."""
-    resolved = [(Path(place.root).resolve(), place.given) for place in places]
+    resolved = [(Path(origin.root).resolve(), origin.given) for origin in origins]
     for i, (here, given) in enumerate(resolved):
         for j, (there, other) in enumerate(resolved):
             if i != j and (there in here.parents or here == there and i > j):
@@ -129,10 +125,9 @@ def list_folder(
 ) -> tuple[FileNames, LeftOut]:
     """All image files anywhere below a folder, in a fixed order; see `walk.walk`."""
     shown = printable(root)
-    if not os.path.exists(root):
-        raise ValueError(f"Image folder {shown} does not exist. Check --data-dir.")
-    if not os.path.isdir(root):
-        raise ValueError(f"{shown} is a file, expected a folder with images below it. Give the folder it is in.")
+    if (kind := _origin(root).kind) != "folder":
+        found = "pattern" if kind == "glob" else "file"
+        raise ValueError(f"{shown} is a {found}, expected a folder with images below it. Give the folder it is in.")
     extensions, left = image_extensions(), LeftOut()
     folders = walk(root, frozenset(extensions), left, stamps)
     found = (os.fsencode(os.path.join(folder, name)) for folder, names, _ in folders for name in names)
@@ -156,14 +151,14 @@ def _ticking(names: Iterator[bytes], tick: Callable[[int], Any] | None) -> Itera
         tick(count % _TICK)
 
 
-def _list_pattern(place: Place, tick: Callable[[int], Any] | None, stamps: list[tuple[str, int]] | None):
+def _list_pattern(origin: Origin, tick: Callable[[int], Any] | None, stamps: list[tuple[str, int]] | None):
     """Files that a pattern matches; if it matches folders only, the images below these."""
     extensions, left = frozenset(image_extensions()), LeftOut()
-    pattern = place.given[len(place.root) :].lstrip(os.sep)
+    pattern = origin.given[len(origin.root) :].lstrip(os.sep)
     files, folders = set(), []
-    for name in glob.iglob(pattern, root_dir=place.root or None, recursive=True):
+    for name in glob.iglob(pattern, root_dir=origin.root or None, recursive=True):
         extension = os.path.splitext(name)[1].lower()
-        if os.path.isdir(os.path.join(place.root, name)):
+        if os.path.isdir(os.path.join(origin.root, name)):
             folders.append(name)
         elif extension in extensions:
             files.add(os.fsencode(name))
@@ -171,12 +166,12 @@ def _list_pattern(place: Place, tick: Callable[[int], Any] | None, stamps: list[
             left.ignored[printable(extension)] += 1
     if not files:
         for folder in sorted(folders):
-            for below, names, _ in walk(os.path.join(place.root, folder), extensions, left, stamps):
+            for below, names, _ in walk(os.path.join(origin.root, folder), extensions, left, stamps):
                 files.update(os.fsencode(os.path.join(folder, below, name)) for name in names)
     if not files:
         found = left or f"{len(folders)} folders matched"
         raise ValueError(
-            f"--data-dir {printable(place.given)} matches no image: {found}. Looked for the extensions "
+            f"--data-dir {printable(origin.given)} matches no image: {found}. Looked for the extensions "
             f"{' '.join(sorted(extensions))}."
         )
     if stamps is not None:
@@ -186,26 +181,26 @@ def _list_pattern(place: Place, tick: Callable[[int], Any] | None, stamps: list[
                 folder = os.path.dirname(folder)
                 around.add(folder)
         known = {path for path, _ in stamps}
-        paths = (os.path.join(place.root, folder) if folder else place.root or "." for folder in sorted(around))
+        paths = (os.path.join(origin.root, folder) if folder else origin.root or "." for folder in sorted(around))
         stamps += [(path, os.stat(path).st_mtime_ns) for path in paths if path not in known]
     return FileNames.collect(_ticking(iter(sorted(files)), tick)), left
 
 
-def list_files(places: list[Place], tick: Callable[[int], Any] | None = None, *, stamps: bool = False) -> Listing:
-    """Lists the image files of all places except tars, which list themselves when they are opened."""
+def list_files(origins: list[Origin], tick: Callable[[int], Any] | None = None, *, stamps: bool = False) -> Listing:
+    """Lists the image files of all origins except tars, which list themselves when they are opened."""
     found: list[FileNames] = []
     weights: list[np.ndarray | None] = []
     left, noted = LeftOut(), [] if stamps else None
-    for place in places:
+    for origin in origins:
         names, weight, other = FileNames.collect(()), None, LeftOut()
-        if place.kind == "folder":
-            names, other = list_folder(place.root, tick, noted)
-        elif place.kind == "glob":
-            names, other = _list_pattern(place, tick, noted)
-        elif place.kind == "list":
+        if origin.kind == "folder":
+            names, other = list_folder(origin.root, tick, noted)
+        elif origin.kind == "glob":
+            names, other = _list_pattern(origin, tick, noted)
+        elif origin.kind == "list":
             if noted is not None:
-                noted.append((place.given, os.stat(place.given).st_mtime_ns))
-            names, weight = read_list(place.given, tick)
+                noted.append((origin.given, os.stat(origin.given).st_mtime_ns))
+            names, weight = read_list(origin.given, tick)
         found.append(names)
         weights.append(weight)
         left.merge(other)
@@ -213,7 +208,7 @@ def list_files(places: list[Place], tick: Callable[[int], Any] | None = None, *,
     each = None
     if any(weight is not None for weight in weights):
         each = np.concatenate([np.ones(n) if w is None else w for n, w in zip(counts, weights, strict=True)])
-    return Listing(places, counts, _joined(found), each, left, noted or [])
+    return Listing(origins, counts, _joined(found), each, left, noted or [])
 
 
 def _joined(found: list[FileNames]) -> FileNames:
