@@ -106,7 +106,7 @@ def _unpaged(axes: str, sizes: dict[str, int], in_chans: int) -> str:
             raise ImageError(
                 "has 3 pages of one channel and does not say whether they are channels; save it with axes CYX "
                 "(tifffile.imwrite(FILE, x, imagej=True, metadata={'axes': 'CYX'})), or each page as a file of its own;"
-                " or say it with --pages (channels, all, first or a number)"
+                " or state it with --pages (channels, all, first or a number)"
             )
         return axes
     if "Q" in unnamed:

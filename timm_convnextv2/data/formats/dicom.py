@@ -1,4 +1,4 @@
-"""DICOM: rescaled values, on a scale that does not depend on the file."""
+"""Reads DICOM on a scale that does not depend on the file."""
 
 from typing import Any, BinaryIO, NamedTuple
 

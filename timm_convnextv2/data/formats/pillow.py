@@ -1,4 +1,4 @@
-"""Images that Pillow reads, JPEGs also at reduced size, and Pillow's conversions between kinds of colours."""
+"""Reads images with Pillow, JPEGs also at reduced size, and converts between Pillow's modes."""
 
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
@@ -26,7 +26,7 @@ class Reduced(NamedTuple):
     frame: tuple[float, float, float, float]
 
 
-# from an image's full size (height, width), upright, to the reduction that suffices: 1, 2, 4 or 8
+# full upright size (height, width) -> the reduction that suffices: 1, 2, 4 or 8
 Choose = Callable[[tuple[int, int]], int]
 
 

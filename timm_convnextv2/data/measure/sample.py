@@ -1,4 +1,4 @@
-"""Pixel statistics of a data set, on a seeded sample that is as large as the wanted precision needs."""
+"""Measures pixel statistics on a seeded sample that is as large as the requested precision requires."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -31,8 +31,8 @@ class Measured(NamedTuple):
     kind: str  # type of the stored values
     unit: float  # their divisor
     total: int | None  # images of the data set; None for a stream
-    error: float  # standard error of the mean that was reached, in standard deviations, of the worst channel
-    wanted: float  # the requested one
+    error: float  # standard error of the mean that was reached, in standard deviations, largest of all channels
+    wanted: float  # requested standard error
     bad: list[str]  # reasons why images were left out
     stored: tuple[float, float]  # smallest and largest stored value, before any clipping
 
@@ -159,7 +159,7 @@ def _mixed(kinds: dict[str, list[str]]) -> ValueError:
     groups = sorted(kinds.items(), key=lambda item: -len(item[1]))
     shown = "; ".join(f"{len(names)} of {kind} ({names[0]})" for kind, names in groups)
     return ValueError(
-        f"The images have {len(kinds)} types, which one mean and scale do not fit: {shown}. Convert them to one, or "
+        f"The images have {len(kinds)} types, which need different means and scales: {shown}. Convert them to one, or "
         "keep each type in a folder of its own; to train on the mixture anyway, give --mean and --std."
     )
 

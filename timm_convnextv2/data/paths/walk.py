@@ -1,4 +1,4 @@
-"""Lists a folder or a tar file: the images, and the files that are left out."""
+"""Lists the images in a folder or a tar file, and counts the files that are left out."""
 
 import os
 import tarfile

@@ -13,8 +13,8 @@ class EpochBatchSampler:
 
     A global batch is `batch_size * world_size` consecutive entries of the permutation; rank r takes every
     `world_size`-th of them, starting with r. So N processes together see the batches of one process with N times the
-    batch size. An incomplete last global batch is dropped. The epoch travels with the index, so that it reaches
-    persistent workers.
+    batch size. An incomplete last global batch is dropped. The epoch is part of each index, so that it
+    reaches persistent workers.
 
     Args:
         num_samples: Length of the data set, at least one global batch.

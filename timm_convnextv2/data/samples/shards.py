@@ -36,6 +36,6 @@ def shard_note(source: TimmStream, workers: int, processes: int) -> str:
     if made != images:
         return (
             f"An epoch takes {made} images of {images}, because each of {readers} data workers makes whole batches: "
-            f"{made - images} come twice."
+            f"{made - images} are repeated."
         )
     return ""

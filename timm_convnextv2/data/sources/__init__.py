@@ -1,1 +1,1 @@
-"""Sources of images: folders, timm's data sets, streams, windows, pages, the demo data set lies in `data/demo`."""
+"""Sources of images: folders, timm's data sets, streams, windows and pages. The demo data set is in `data/demo`."""

@@ -1,4 +1,4 @@
-"""How often images are drawn: groups of images that each get a share of an epoch."""
+"""Groups of images that each get a share of an epoch."""
 
 from collections.abc import Sequence
 
@@ -41,7 +41,7 @@ class Groups:
         self.sizes = np.array([len(group) for group in self.members], np.int64)
         if not self.sizes.all():
             name = self.names[int(np.argmin(self.sizes))]
-            raise ValueError(f"{name}: all images are held out, none is left to draw. Lower --holdout.")
+            raise ValueError(f"{name}: all images are held out, so none can be drawn. Lower --holdout.")
         shares = self.sizes * np.asarray(self.weights, np.float64)
         if source_weights is not None:
             shares *= (np.asarray(source_weights, np.float64) / np.bincount(self.sources, shares))[self.sources]

@@ -42,11 +42,11 @@ class TimmSource(Source):
         self.prefix = prefix = prefix_of(name)
         if prefix in STREAMS:
             raise ValueError(f"Data set '{name}' is a stream, which has no index. Use TimmStream.")
-        if name and prefix not in MAPS:  # timm would ignore the name and read the folder
+        if name and prefix not in MAPS:  # else timm would ignore the name and read the folder
             raise unknown_dataset(name)
         kwargs: dict[str, Any] = {"input_key": input_key} if input_key else {}
         if prefix == "torch" and input_key:
-            raise ValueError(f"input_key='{input_key}' has no meaning for '{name}'; leave it out.")
+            raise ValueError(f"input_key='{input_key}' does not apply to '{name}'; leave it out.")
         if prefix == "hfds":
             kwargs["target_key"] = input_key or "image"  # timm requires a target column; the image column always exists
         if not name and (root is None or not os.path.exists(root)):
