@@ -290,12 +290,12 @@ KINDS = {
     "imagej cyx packed": Kind(
         tiff(BANDS, **IJ, metadata={"axes": "CYX"}, compression="zlib"), 5, BANDS / 65535
     ),
-    "imagej zyx": Kind(tiff(CYX8, **IJ, metadata={"axes": "ZYX"}), 3, r"depth \(Z: 3\), which is no channel.*axis C"),
-    "imagej zyx as grey": Kind(tiff(CYX8, **IJ, metadata={"axes": "ZYX"}), 1, "depth .*no channel"),
-    "imagej tyx": Kind(tiff(BANDS, **IJ, metadata={"axes": "TYX"}), 5, r"time \(T: 5\), which is no channel"),
+    "imagej zyx": Kind(tiff(CYX8, **IJ, metadata={"axes": "ZYX"}), 3, r"depth \(Z: 3\) is not a channel.*axis C"),
+    "imagej zyx as grey": Kind(tiff(CYX8, **IJ, metadata={"axes": "ZYX"}), 1, "depth .*not a channel"),
+    "imagej tyx": Kind(tiff(BANDS, **IJ, metadata={"axes": "TYX"}), 5, r"time \(T: 5\) is not a channel"),
     "imagej tcyx": Kind(tiff(np.stack([CYX8] * 2), **IJ, metadata={"axes": "TCYX"}), 3, r"time \(T: 2\)"),
     "ome cyx": Kind(tiff(BANDS, ome=True, metadata={"axes": "CYX"}), 5, BANDS / 65535),
-    "ome zyx": Kind(tiff(BANDS, ome=True, metadata={"axes": "ZYX"}), 5, "no channel"),
+    "ome zyx": Kind(tiff(BANDS, ome=True, metadata={"axes": "ZYX"}), 5, "not a channel"),
     "array without axes": Kind(tiff(CYX8, photometric="minisblack"), 3, CYX8 / 255),
     "array in one page": Kind(tiff(CYX8, photometric="minisblack", truncate=True), 3, CYX8 / 255),
     "array without axes, too few": Kind(tiff(CYX8[:2], photometric="minisblack"), 3, "axes QYX.*expected 3"),

@@ -102,5 +102,5 @@ def test_whole_batches_repeat_a_few(tmp_path):
     (source,) = streams(tmp_path, "wds", 2, 1, 0)
     source.reader.batch_size = 3
     assert shard_note(source, 0, 1) == (
-        "An epoch takes 9 images of 8, because each of 1 data workers makes whole batches: 1 come twice."
+        "An epoch takes 9 images of 8, because each of 1 data workers makes whole batches: 1 is repeated."
     )

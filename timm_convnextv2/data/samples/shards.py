@@ -36,6 +36,6 @@ def shard_note(source: TimmStream, workers: int, processes: int) -> str:
     if made != images:
         return (
             f"An epoch takes {made} images of {images}, because each of {readers} data workers makes whole batches: "
-            f"{made - images} are repeated."
+            f"{made - images} {'is' if made - images == 1 else 'are'} repeated."
         )
     return ""
