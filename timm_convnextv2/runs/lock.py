@@ -1,16 +1,17 @@
-"""The lock of a run's folder: one process at a time writes there.
+"""The lock of a run's folder: only one process at a time writes to it.
 
-The lock is the file `.lock`, which says who holds it. It does not rely on locks of the system, which network file
-systems may ignore, but on two things that they keep: a hard link (or, where there are none, an exclusive creation)
-succeeds for one process only, and so does a rename. The holder touches the file every 30 seconds. It is free again
+The file `.lock` records the holder. It relies on two operations that succeed for one process only: creating a hard link
+(or, without links, exclusive creation) and renaming. The holder touches the file every 30 seconds. The lock is free
 
-- when the holder gives it back: at the end, after an error, at the exit of the interpreter;
-- when the holder is dead, on this machine: no process has its number and its start time;
-- when it was not touched for five minutes, where the holder is on another machine, or on this one before a restart.
-  Both times are taken from the file system, so the clocks of the machines need not agree.
+- when the holder releases it: at the end, after an error, or when the interpreter exits;
+- when the holder is dead on this machine: no process has its number and start time;
+- when it was not touched for five minutes and the holder is on another machine, or on this one before a reboot. Both
+  times come from the file system, so the machines' clocks need not agree.
 
-A holder that comes back after such a pause finds the lock gone before it writes, and stops.
+A holder that resumes after such a pause finds the lock lost before it writes, and stops.
 """
+# Not filelock: its FileLock uses system locks, which some network file systems ignore and forked data workers keep
+# after a kill; its soft locks do not record the holder's command and make a resume on another machine wait.
 
 import contextlib
 import json
@@ -27,57 +28,49 @@ from typing import Any
 from ..files import ProcessId, is_alive, new_part, this_process
 
 LOCK = ".lock"
-BEAT = 30.0  # seconds between signs of life
-STALE = 300.0  # without one, a holder that cannot be asked is dead
+HEARTBEAT = 30.0  # seconds between touches
+STALE = 300.0  # seconds without a touch after which a holder that cannot be checked counts as dead
 
 _held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
 
 
 class LockLostError(Exception):
-    """Another process took the folder over."""
+    """Another process has taken the folder."""
 
 
 class Lock:
-    """The lock of a folder, held from now on.
-
-    Args:
-        folder: It exists.
-
-    Raises:
-        ValueError: Another process holds it; says which and since when.
-        OSError: The folder cannot be written.
-    """
+    """Locks an existing folder; a ValueError names the process that holds the lock and since when."""
 
     def __init__(self, folder: Path) -> None:
         self.path, self._token = folder / LOCK, uuid.uuid4().hex
         _take(self.path, self._token)
         self._stop = threading.Event()
-        thread = threading.Thread(target=_beat, args=(self.path, self._token, self._stop), daemon=True)
-        # runs when nobody refers to the lock any more, and at the exit of the interpreter
-        self._finish = weakref.finalize(self, _give_back, self.path, self._token, self._stop, os.getpid())
+        thread = threading.Thread(target=_touch_regularly, args=(self.path, self._token, self._stop), daemon=True)
+        # runs when the lock is garbage collected and when the interpreter exits
+        self._finish = weakref.finalize(self, _release, self.path, self._token, self._stop, os.getpid())
         thread.start()
         _held.add(self)
 
     def check(self) -> None:
-        """Raises `LockLostError` where the lock is another's by now."""
+        """Raises `LockLostError` if this process no longer holds the lock."""
         holder = _read(self.path)
         if holder is None or holder.get("token") != self._token:
             who = f"is held by {_name(holder)}" if holder else "is gone"
-            raise LockLostError(f"The lock '{self.path}' {who}: this process had given no sign of life for too long.")
+            raise LockLostError(f"The lock '{self.path}' {who}: this process missed its heartbeat.")
 
     def release(self) -> None:
-        """Gives it back; once is enough."""
+        """Releases the lock; further calls do nothing."""
         self._finish()
 
 
 def release_locks() -> None:
-    """Gives back all locks of this process."""
+    """Releases all locks of this process."""
     for lock in list(_held):
         lock.release()
 
 
 def refuse_locked(folder: Path) -> None:
-    """Raises a `ValueError` where a process that lives holds the folder."""
+    """Raises a `ValueError` if a running process holds the folder."""
     path = folder / LOCK
     holder = _read(path)
     if holder is not None and not _is_free(path, holder):
@@ -112,7 +105,7 @@ def _take(path: Path, token: str) -> None:
 
 
 def _remove(path: Path, token: Any) -> None:
-    """Removes a lock that is free, and none that another process took in between: a rename succeeds for one only."""
+    """Removes a free lock, but not one that another process has taken meanwhile: only one rename succeeds."""
     aside = new_part(path)
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, aside)
@@ -124,7 +117,7 @@ def _remove(path: Path, token: Any) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Who holds a lock; None where nobody does, {} where it cannot be told (it is being written)."""
+    """The holder of a lock; None if there is none, {} if it is unknown because the file is being written."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -144,7 +137,7 @@ def _is_free(path: Path, holder: dict[str, Any]) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since the last sign of life, by the clock of the file system."""
+    """Seconds since the last touch, by the file system's clock."""
     probe = new_part(path)
     try:
         probe.touch()
@@ -158,30 +151,30 @@ def _age(path: Path) -> float:
 
 def _name(holder: dict[str, Any]) -> str:
     if "pid" not in holder:
-        return "a process that has just begun"
+        return "a process that has just started"
     return f"process {holder['pid']} on {holder.get('host')} since {holder.get('since')} ({holder.get('command')})"
 
 
 def _refusal(path: Path, holder: dict[str, Any]) -> str:
     text = f"The output folder {path.parent} is in use by {_name(holder)}. "
     if holder.get("host") == this_process().host:
-        return text + "Wait for its end or stop it, or choose another --experiment."
+        return text + "Wait until it ends, stop it, or choose another --experiment."
     return (
-        f"{text}Wait for its end or stop it, or choose another --experiment. If that machine is down, the folder is "
-        f"free again {STALE / 60:.0f} minutes after the last sign of life, {_age(path):.0f} seconds ago."
+        f"{text}Wait until it ends, stop it, or choose another --experiment. If that machine is down, the folder is "
+        f"free again {STALE / 60:.0f} minutes after its last heartbeat, {_age(path):.0f} seconds ago."
     )
 
 
-def _beat(path: Path, token: str, stop: threading.Event) -> None:
-    while not stop.wait(BEAT):
+def _touch_regularly(path: Path, token: str, stop: threading.Event) -> None:
+    while not stop.wait(HEARTBEAT):
         holder = _read(path)
         if holder is not None and holder.get("token") == token:
             with contextlib.suppress(OSError):
                 os.utime(path)
 
 
-def _give_back(path: Path, token: str, stop: threading.Event, pid: int) -> None:
-    if os.getpid() != pid:  # a copy of the process, which holds nothing
+def _release(path: Path, token: str, stop: threading.Event, pid: int) -> None:
+    if os.getpid() != pid:  # a forked copy, which does not hold the lock
         return
     stop.set()
     holder = _read(path)

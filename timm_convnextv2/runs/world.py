@@ -19,7 +19,7 @@ from timm.utils import init_distributed_device
 
 from ..console import PROGRAM
 
-BEAT = 1.0  # seconds
+HEARTBEAT = 1.0  # seconds
 
 
 PATIENCE = 60  # beats that a process may miss: a whole machine can stand still for a while
@@ -41,14 +41,14 @@ def leave(status: int) -> None:
 
 
 class Peers:
-    """The other processes of a run, seen through the store.
+    """Heartbeats of the other processes of a run, exchanged through a store.
 
     Args:
-        rank: Of this process.
-        size: Number of processes.
-        suspicious: Whether something has happened, so that patience is short.
-        writing: Held while a file is written; this process does not leave meanwhile.
+        suspicious: Returns whether something went wrong, so that missing heartbeats count sooner.
+        writing: Held while a file is written; this process does not exit meanwhile.
     """
+
+    # Not gloo's or NCCL's timeout alone: it cannot distinguish a dead process from rank 0 that measures for minutes.
 
     def __init__(
         self, rank: int, size: int, suspicious: Callable[[], bool], writing: threading.Lock, command: str
@@ -65,53 +65,53 @@ class Peers:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def start(self) -> None:
-        """Begins to beat and to watch; all processes must have been made."""
+        """Starts the heartbeat; all processes must have been created."""
         self._thread.start()
 
     def close(self) -> None:
-        """This process ends as it should."""
+        """Announces that this process ends normally."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
         try:
             self._store.set(f"alive/{self.rank}", LEFT)
-        except RuntimeError:  # whoever kept the store has left before
+        except RuntimeError:  # the process with the store has exited already
             return
 
     def is_first(self, text: str) -> bool:
-        """Whether no other process has asked this about the same text, as one of them prints it."""
+        """Whether no other process has printed the same text."""
         return self._store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
 
     def fail(self) -> None:
-        """Tells the others that this process has failed, after it has printed why."""
+        """Announces that this process has failed, after it has printed the reason."""
         if self._store.add("failures", 1) == 1:
             self._store.set("failed", str(self.rank))
 
     def others_failed(self, broken: bool) -> bool:
-        """Whether another process has failed, so that an error here need not be told.
+        """Whether another process has failed, so that this one need not report its error.
 
         Args:
-            broken: The error is one of a connection: then it takes some beats to see whose.
+            broken: The error is a broken connection: it takes some heartbeats to learn whose.
         """
         self._broken = broken
         for _ in range(2 * SUSPICION + 1 if broken else 1):
             if self._failed():
                 return True
             if broken:
-                self._end.wait(BEAT)
+                self._end.wait(HEARTBEAT)
         return self._failed()
 
     def _failed(self) -> bool:
         try:
             return self._store.check(["failed"]) and int(self._store.get("failed")) != self.rank
         except RuntimeError:
-            return True  # the store is gone, with the process that kept it
+            return True  # the store is gone with its process
 
     def _watch(self) -> None:
         seen: dict[int, bytes] = {}
         missed = dict.fromkeys(self._others, 0)
         beats = silent = 0
-        while not self._end.wait(BEAT):
+        while not self._end.wait(HEARTBEAT):
             beats += 1
             try:
                 self._store.set(f"alive/{self.rank}", str(beats))
@@ -128,10 +128,10 @@ class Peers:
             for rank, value in now.items():
                 missed[rank] = 0 if value != seen.get(rank) or value == LEFT.encode() else missed[rank] + 1
                 if missed[rank] >= patience:
-                    self._tell_lost(rank)
+                    self._report_lost(rank)
             seen = now
 
-    def _tell_lost(self, rank: int) -> None:
+    def _report_lost(self, rank: int) -> None:
         name = self._store.get(f"name/{rank}").decode()
         text = (
             f"{PROGRAM} {self._command}: {name} was killed or stopped responding. The last checkpoint is whole; "
@@ -147,14 +147,19 @@ class Peers:
             leave(1)
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # that ask to stop; SLURM can be told to send the last one
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+)  # requests to stop; SLURM can send the last one
 
 
-_BROKEN = "Connection (closed|reset)|Broken pipe|gloo|NCCL|remote process|Socket"  # how the end of a peer is told
+# Messages about a connection that a peer has closed.
+_BROKEN = "Connection (closed|reset)|Broken pipe|gloo|NCCL|remote process|Socket"
 
 
 def leave_signals_to_parent(_worker: int) -> None:
-    """Lets data workers live on while the training process finishes its update."""
+    """Keeps data workers alive while the training process finishes its update."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -175,22 +180,16 @@ class Seat(NamedTuple):
 
 
 class World:
-    """The processes of a run; without torchrun, this one alone.
+    """The processes of a run; without torchrun, only this one.
 
     Args:
-        device: Name of the device, such as 'cuda' or 'cpu'; torchrun's local rank is added to it.
+        device: Name such as 'cuda' or 'cpu', to which torchrun's local rank is added; a ValueError if it is unusable.
         command: Name of the command, for messages.
 
     Attributes:
-        device: Where this process trains.
-        rank: Its number.
-        size: Number of processes.
-        primary: Whether it is the first, which speaks and writes.
-        stop: Name of the signal that asked to stop, else ''.
-        writing: Held while a checkpoint is written, which the end of another process does not cut short.
-
-    Raises:
-        ValueError: The device cannot be used.
+        primary: True on rank 0, which prints and writes.
+        stop: Name of the signal that requested a stop, else ''.
+        writing: Held while a checkpoint is written, so that a failing peer does not interrupt it.
     """
 
     def __init__(self, device: str, command: str = "") -> None:
