@@ -56,14 +56,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainerState:
-    """The state of a trainer, under timm's names.
-
-    Attributes:
-        state_dict: Weights.
-        optimizer: State of the optimizer.
-        state_dict_ema: Moving average of the weights; None without one.
-        amp_scaler: State of the gradient scaler; None without one.
-    """
+    """The state of a trainer, under timm's names."""
 
     state_dict: dict[str, Tensor]
     optimizer: dict[str, Any]
@@ -82,14 +75,7 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of a run.
-
-    Attributes:
-        settings: Settings of the run.
-        progress: How far it was.
-        state: State of the trainer.
-        path: The file that it was read from, for messages.
-    """
+    """A checkpoint of a run; `path` is the file that it was read from, for messages."""
 
     settings: dict[str, Any]
     progress: Progress

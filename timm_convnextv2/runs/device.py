@@ -4,11 +4,7 @@ import torch
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name, without making a CUDA context.
-
-    Raises:
-        ValueError: PyTorch does not know the device or does not see it here.
-    """
+    """The device of that name, without creating a CUDA context; a ValueError if PyTorch does not know or see it."""
     try:
         device = torch.device(name)
         if device.type != "cuda":

@@ -70,17 +70,7 @@ def attempt(
     note: Callable[[str], Any],
     errors: type[Exception] | tuple[type[Exception], ...] = OSError,
 ) -> str:
-    """Does something that a run can do without; a failure to read or write is a warning.
-
-    Args:
-        what: Its name.
-        act: The action.
-        note: Prints a line.
-        errors: Errors that become a warning.
-
-    Returns:
-        The warning, '' on success.
-    """
+    """Does something optional: `errors` become a warning, which `note` prints and which is returned ('' if none)."""
     try:
         act()
     except errors as e:

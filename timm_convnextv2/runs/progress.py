@@ -9,12 +9,9 @@ from tqdm import tqdm
 
 
 class ImageProgress:
-    """A bar on a terminal, a line every ten seconds elsewhere, both on stderr; silence where not enabled.
+    """A bar on a terminal, a line every `interval` seconds elsewhere, both on stderr; nothing unless enabled (rank 0).
 
-    Args:
-        total: Images of this process; None where they are not known.
-        enabled: False on all processes but the first.
-        interval: Seconds between plain lines.
+    `total` counts the images of this process; None if unknown.
     """
 
     def __init__(self, total: int | None, enabled: bool = True, interval: float = 10.0) -> None:
@@ -58,14 +55,9 @@ def with_progress(make: Callable[[Callable[[int], None]], Any], enabled: bool = 
 
 
 class ProgressBar:
-    """Progress of a whole run: a bar on a terminal, plain lines elsewhere, silence where not enabled.
+    """Run progress: a bar on a terminal, a line per `interval` updates elsewhere; nothing unless enabled (rank 0).
 
-    Args:
-        total: Updates in the run.
-        done: Updates done before (resumed runs).
-        epochs: Epochs in the run.
-        interval: Updates between plain lines.
-        enabled: False on all ranks but the first.
+    `total` and `done` count updates; a resumed run starts at `done`.
     """
 
     def __init__(self, total: int, done: int, epochs: int, interval: int, enabled: bool = True) -> None:
@@ -93,15 +85,7 @@ class ProgressBar:
         return self.done % self.interval == 0 or self.done == self.total
 
     def show(self, epoch: int, loss: float, lr: float, images_per_s: float, data_wait: float) -> None:
-        """Shows the numbers of the last updates.
-
-        Args:
-            epoch: From 0.
-            loss: Of the last update.
-            lr: Learning rate likewise.
-            images_per_s: Since numbers were last shown.
-            data_wait: Share of that time spent waiting for data.
-        """
+        """Shows the epoch (from 0), loss and rate of the last update, and speed and data wait since the last call."""
         if not self.enabled:
             return
         text = f"loss {loss:.4f}  lr {lr:.2e}  {images_per_s:.1f} images/s  data wait {data_wait:.0%}"
@@ -120,11 +104,7 @@ class ProgressBar:
 
 
 class Stopwatch:
-    """Speed of an epoch, and since the last lap.
-
-    Args:
-        images_per_update: Images of an update.
-    """
+    """Speed of an epoch, and since the last lap."""
 
     def __init__(self, images_per_update: int) -> None:
         self.images_per_update = images_per_update

@@ -1,4 +1,4 @@
-"""Reading the tables that a run writes, `summary.csv` and `collapse.csv`, also where a crash tore a line."""
+"""The tables of a run, `summary.csv` and `collapse.csv`; a line that a crash truncated is reported and removed."""
 
 import csv
 from pathlib import Path
@@ -11,20 +11,9 @@ _Row = dict[str, object]
 def add_row(
     path: Path, epoch: int, metrics: dict[str, float], measured: dict[str, float | str], lr: float
 ) -> list[str]:
-    """Adds an epoch: columns `epoch`, `train_*`, `eval_*` of what was measured, `lr`.
+    """Adds the row of an epoch, counted from 0: `epoch`, `train_*`, `eval_*`, `lr`. Returns corrupt lines, now removed.
 
-    Args:
-        path: Of the file.
-        epoch: From 0.
-        metrics: Of training.
-        measured: Of the measures.
-        lr: Learning rate of the last update.
-
-    Returns:
-        Lines of the file that were damaged and are gone.
-
-    Raises:
-        WriteError: (an OSError) It cannot be written; what was there stays.
+    A `WriteError` leaves the file unchanged.
     """
     row: _Row = {"epoch": epoch}
     row |= {f"train_{name}": value for name, value in metrics.items()}
@@ -36,14 +25,7 @@ def add_row(
 
 
 def trim(path: Path, epoch: int) -> list[str]:
-    """Forgets the epochs from this one on, which a run that resumes makes again.
-
-    Returns:
-        Lines of the file that were damaged and are gone.
-
-    Raises:
-        WriteError: (an OSError) See `add_row`.
-    """
+    """Removes the rows from `epoch` on, which a resumed run writes again. Returns corrupt lines, now removed."""
     rows, damaged = read_rows(path)
     keep = [row for row in rows if int(str(row["epoch"])) < epoch]
     if len(keep) < len(rows) or damaged:
@@ -73,11 +55,7 @@ def _write(path: Path, rows: list[_Row]) -> None:
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, object]], list[str]]:
-    """The rows of a table whose first column is `epoch`, and the lines that are none; nothing where there is no file.
-
-    Raises:
-        OSError: It cannot be read.
-    """
+    """The rows of a table whose first column is `epoch`, and its corrupt lines; both empty if there is no file."""
     if not path.exists():
         return [], []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -85,8 +63,6 @@ def read_rows(path: Path) -> tuple[list[dict[str, object]], list[str]]:
     header = next(csv.reader(lines[:1]), [])
     for line in lines[1:]:
         cells = next(csv.reader([line]), [])
-        if cells == header:  # of a run that was resumed by an earlier version
-            continue
         whole = line.endswith("\n") and len(cells) == len(header) and header[:1] == ["epoch"] and cells[0].isdecimal()
         if whole:
             rows.append(dict(zip(header, cells, strict=True)))
