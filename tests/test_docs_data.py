@@ -72,7 +72,7 @@ def test_from_raw_files_to_an_encoder(page, heading, commands, package, tmp_path
 
 def test_two_roots_and_a_list(monkeypatch, capsys):
     monkeypatch.setattr(loop, "save_loss_curve", lambda *_: None)  # drawing takes longer than the runs
-    monkeypatch.setattr(loop, "report_when_due", lambda *_: 0.0)
+    monkeypatch.setattr(loop, "write_report", lambda *_: None)
     monkeypatch.setattr(measures, "save_reconstructions", lambda *_: None)
     assert run_section("data.md", "Where the files are") == ["check", "pretrain", "pretrain", "embed"]
     printed = capsys.readouterr()

@@ -87,7 +87,7 @@ def test_shares_of_a_global_batch(wanted, most, processes, shared):
 
 @pytest.mark.parametrize("wanted, most, processes, near", [(100, 64, 3, "192"), (127, 64, 1, "64 or 128")])
 def test_a_global_batch_that_cannot_be_shared(wanted, most, processes, near):
-    with pytest.raises(ValueError, match=f"cannot be shared by {processes} process.*{near}"):
+    with pytest.raises(ValueError, match=f"cannot be split between {processes} process.*{near}"):
         split_batch(wanted, most, processes)
 
 

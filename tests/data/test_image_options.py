@@ -5,7 +5,7 @@ import pytest
 from timm_convnextv2.config import add_options, build, words_given
 from timm_convnextv2.console import CommandParser
 from timm_convnextv2.data import PixelOptions, Pixels
-from timm_convnextv2.data.config import one_place
+from timm_convnextv2.data.config import one_data_dir
 
 
 def parse(text):
@@ -53,7 +53,8 @@ def test_wrong_words_are_refused(text, words):
         parse(text).to_pixels(3)
 
 
-def test_one_place():
-    assert one_place((), ("a", "b")) == ("a", "b") and one_place(("a",), None) == ("a",) and one_place((), None) is None
+def test_one_data_dir():
+    assert one_data_dir((), ("a", "b")) == ("a", "b") and one_data_dir(("a",), None) == ("a",)
+    assert one_data_dir((), None) is None
     with pytest.raises(ValueError, match="'a'.*--data-dir.*'b'"):
-        one_place(("a",), ("b",))
+        one_data_dir(("a",), ("b",))
