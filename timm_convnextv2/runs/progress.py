@@ -17,7 +17,7 @@ class ImageProgress:
     def __init__(self, total: int | None, enabled: bool = True, interval: float = 10.0) -> None:
         self.total, self.enabled, self.interval = total, enabled, interval
         self.done, self.start = 0, time.perf_counter()
-        self.told = self.start
+        self.shown_at = self.start
         self.bar = tqdm(total=total, unit="image", dynamic_ncols=True) if enabled and sys.stderr.isatty() else None
 
     def update(self, images: int) -> None:
@@ -26,8 +26,8 @@ class ImageProgress:
         now = time.perf_counter()
         if self.bar is not None:
             self.bar.update(images)
-        elif self.enabled and now - self.told >= self.interval:
-            self.told = now
+        elif self.enabled and now - self.shown_at >= self.interval:
+            self.shown_at = now
             of = f"/{self.total}" if self.total is not None else ""
             rate = self.done / (now - self.start)
             print(f"{self.done}{of} images  {rate:.1f} images/s", file=sys.stderr, flush=True)
@@ -39,7 +39,7 @@ class ImageProgress:
 
 
 def with_progress(make: Callable[[Callable[[int], None]], Any], enabled: bool = True) -> Any:
-    """What `make` returns, while it tells of images by the function that it is called with."""
+    """Returns the result of `make`, which reports images through the function that it is called with."""
     bar = None
 
     def tick(images: int) -> None:

@@ -1,4 +1,4 @@
-"""What a process knows of the others: its device and rank, who speaks, and when all of them stop."""
+"""The processes of a run: device and rank, which one prints, and when all of them stop."""
 
 import argparse
 import hashlib
@@ -22,7 +22,7 @@ from ..console import PROGRAM
 HEARTBEAT = 1.0  # seconds
 
 
-PATIENCE = 60  # beats that a process may miss: a whole machine can stand still for a while
+PATIENCE = 60  # heartbeats that a process may miss: a machine can be suspended for a while
 
 
 SUSPICION = 5  # the same where a signal or a broken connection says that something has happened
@@ -266,12 +266,12 @@ class World:
         self.fail()
 
     def fail(self) -> None:
-        """Tells the other processes that this one ends by an error, so that they end, too."""
+        """Announces that this process ends with an error, so that the others end as well."""
         if self._peers is not None:
             self._peers.fail()
 
     def is_consequence(self, error: BaseException) -> bool:
-        """Whether an error only says that another process has failed, which tells why itself."""
+        """Whether an error only follows from another process's failure, which that process reports itself."""
         if self._peers is None:
             return False
         broken = isinstance(error, RuntimeError) and re.search(_BROKEN, str(error)) is not None
