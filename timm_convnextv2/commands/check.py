@@ -7,9 +7,7 @@ findings, 1 with findings, 2 for a mistake in the options. Every file is read an
 duplicates, images with the same perceptual hash, need `pip install imagehash`.
 """
 
-import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import add_options, build, option, part, words_given
-from ..console import PROGRAM, CommandParser, refused, say
+from ..config import option, part
+from ..console import say
 from ..data import ImageError, ImagePaths, Pixels, Source, create_source
 from ..data.config import one_data_dir, page_word
 from ..data.formats.pixels import one_page
@@ -35,6 +33,7 @@ from ..data.measure.inspection import (
 from ..files import whole_file
 from ..report.images import save_contact_sheet
 from ..runs.progress import ImageProgress
+from .base import run
 from .stats import check_output, listed
 
 _SHOWN = 48
@@ -131,19 +130,11 @@ def summary(source: Any, files: list[Inspected], found: list[Finding]) -> dict[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
-    parser = CommandParser(
-        prog=f"{PROGRAM} check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, CheckConfig)
-    try:
-        config = build(CheckConfig, words_given(parser, sys.argv[1:] if argv is None else argv))
-        content, found = check(config)
-    except (ValueError, RuntimeError, OSError) as e:
-        return refused("check", e)
-    except KeyboardInterrupt:
-        say("Stopped; nothing was written.", error=True)
-        return 130
+    return run("check", __doc__, CheckConfig, inspect, argv)
+
+
+def inspect(config: CheckConfig) -> int:
+    content, found = check(config)
 
     def listed(key: str) -> str:
         return ", ".join(f"{count} {name}" for name, count in content[key].items()) or "none"

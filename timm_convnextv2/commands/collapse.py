@@ -9,48 +9,35 @@ Writes to --output:
     channels.png  64 channels of a block as small squares, for a few images (its figure 3)
 """
 
-import argparse
 import csv
-import sys
 
-from ..config import add_options, build, words_given
-from ..console import PROGRAM, CommandParser, refused, say
+from ..console import say
 from ..features.collapse import BlockCollapse
 from ..features.collapse_models import collapse_of_models
 from ..features.config import CollapseConfig
 from ..features.figures import save_channels, save_distances
 from ..files import claim_folder, whole_file
+from .base import run
 
 FILES = ("collapse.csv", "collapse.png", "channels.png")
 
 
-def build_parser() -> CommandParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser(prog=f"{PROGRAM} collapse", description=__doc__, formatter_class=layout)
-    add_options(parser, CollapseConfig)
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; a user error is one message and exit status 2."""
-    try:
-        config = build(CollapseConfig, words_given(build_parser(), sys.argv[1:] if argv is None else argv))
-        folder = claim_folder(config.output, FILES, overwrite=config.overwrite)
-        found, shown, maps = collapse_of_models(
-            list(dict.fromkeys(config.models)), config.images, config.computation, layer=config.layer,
-            batch_size=config.batch_size, progress=True,
-        )  # fmt: skip
-        with whole_file(folder / FILES[0]) as part, open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["model", *BlockCollapse._fields])
-            writer.writerows([name, *block] for name, blocks in found.items() for block in blocks)
-        save_distances(found, folder / FILES[1])
-        save_channels(shown, maps, folder / FILES[2])
-    except (ValueError, RuntimeError, OSError) as e:
-        return refused("collapse", e)
-    except KeyboardInterrupt:
-        say("Stopped.", error=True)
-        return 130
+    return run("collapse", __doc__, CollapseConfig, measure, argv)
+
+
+def measure(config: CollapseConfig) -> None:
+    folder = claim_folder(config.output, FILES, overwrite=config.overwrite)
+    found, shown, maps = collapse_of_models(
+        list(dict.fromkeys(config.models)), config.images, config.computation, layer=config.layer,
+        batch_size=config.batch_size, progress=True,
+    )  # fmt: skip
+    with whole_file(folder / FILES[0]) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", *BlockCollapse._fields])
+        writer.writerows([name, *block] for name, blocks in found.items() for block in blocks)
+    save_distances(found, folder / FILES[1])
+    save_channels(shown, maps, folder / FILES[2])
     for name, blocks in found.items():
         lowest = min(blocks, key=lambda block: block.distance)
         mean, dead = (sum(getattr(block, key) for block in blocks) / len(blocks) for key in ("distance", "dead"))
@@ -59,4 +46,3 @@ def main(argv: list[str] | None = None) -> int:
             f"{100 * dead:.2g} % of channels dead"
         )
     say(f"Written: {', '.join(str(folder / name) for name in FILES)}")
-    return 0

@@ -10,50 +10,39 @@ Prints a table; writes compare.csv, compare.json and compare.png. Options that a
 `timm-convnextv2 finetune`. A stopped comparison continues with --resume.
 """
 
-import argparse
 import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from ..config import add_options, build
-from ..console import PROGRAM, CommandParser, refused, say
+from ..console import PROGRAM, refused, say
 from ..features import compare as comparison
-from ..features.compare import candidates_of, finetune_options, pretrain_options, start_options, tail
+from ..features.compare import candidates_of, pretrain_options, tail
 from ..features.config import CompareConfig
 from ..features.encoder import model_name
-
-
-def build_parser() -> CommandParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser(prog=f"{PROGRAM} compare", description=__doc__, formatter_class=layout)
-    add_options(parser, CompareConfig)
-    return parser
+from .base import own_options
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; a user error is one message and exit status 2, a finetuning that fails is status 1."""
+    """A user error is one message and exit status 2, a finetuning that fails is status 1."""
     try:
-        own, rest = build_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
-        return _run(build(CompareConfig, vars(own)), rest)
+        return _run(*own_options("compare", __doc__, CompareConfig, argv))
     except (ValueError, OSError) as e:
         return refused("compare", e)
     except subprocess.CalledProcessError as e:
         log = Path(e.cmd[-1])
         say(f"{PROGRAM} compare: '{e.cmd[0]}' failed with status {e.returncode}; its last lines:", error=True)
-        say(tail(log, 15), error=True)
-        say(f"The whole output is in {log}. Finished runs are kept: continue with --resume.", error=True)
+        say(f"{tail(log, 15)}\nThe whole output is in {log}. Finished runs are kept: resume with --resume.", error=True)
         return 1
 
 
 def _run(config: CompareConfig, rest: list[str]) -> int:
     output = Path(config.output)
     comparison.check_options(config)
-    options = finetune_options(config, rest)
+    options = comparison.finetune_options(config, rest)
     encoder = model_name(config.encoder) if config.encoder else _untrained(config, output)
     for candidate in candidates_of(encoder, config.weights):  # user errors must appear before hours of work
-        _check_finetuning([*start_options(candidate), *options], output / "dry-run.log")
+        _check_finetuning([*candidate.start, *options], output / "dry-run.log")
     if config.dry_run:
         count = (2 + len(config.weights)) * len(config.seeds)
         say(f"Would finetune {count} times for {config.budget} epochs; nothing was started.")

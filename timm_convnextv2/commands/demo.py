@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config import add_options, build, flat, option, part, words_given
-from ..console import PROGRAM, CommandParser, refused, say
+from ..config import flat, option, part
+from ..console import say
 from ..data.demo import DemoSource, write_folder
 from ..data.demo.folder import DemoOptions
+from .base import run
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,14 @@ class DemoConfig:
     demo: DemoOptions = part(DemoOptions)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs the command and returns its exit status."""
-    parser = CommandParser(prog=f"{PROGRAM} demo", description="Write a small labelled image folder to try things out.")
-    add_options(parser, DemoConfig)
-    try:
-        config = build(DemoConfig, words_given(parser, argv))
-        folder = write_folder(config.folder, **flat(config.demo))
-    except (ValueError, OSError) as e:
-        return refused("demo", e)
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("demo", "Write a small labelled image folder to try things out.", DemoConfig, write, argv)
+
+
+def write(config: DemoConfig) -> None:
+    folder = write_folder(config.folder, **flat(config.demo))
     demo, classes = config.demo, DemoSource.classes
     say(
         f"{folder}: {demo.train} training images and {demo.validation} validation images, {demo.size} x {demo.size}, "
         f"of {len(classes)} classes: {', '.join(classes)}"
     )
-    return 0

@@ -3,45 +3,33 @@
 Two baselines are measured as well: random weights and plain pixels.
 """
 
-import sys
 from typing import Any
 
-from ..config import add_options, build, words_given
-from ..console import PROGRAM, CommandParser, refused, say
+from ..console import say
 from ..features.config import EvaluateConfig
 from ..features.evaluate import evaluate_models
 from ..features.figures import save_measures
 from ..files import claim_folder, write_json
+from .base import run
 
 FILES = ("evaluation.json", "evaluation.png")
 
 
-def build_parser() -> CommandParser:
-    parser = CommandParser(prog=f"{PROGRAM} evaluate", description=__doc__)
-    add_options(parser, EvaluateConfig)
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; a user error is one message and exit status 2."""
-    try:
-        config = build(EvaluateConfig, words_given(build_parser(), sys.argv[1:] if argv is None else argv))
-        folder = None if config.output is None else claim_folder(config.output, FILES, overwrite=config.overwrite)
-        found = evaluate_models(
-            config.models, config.data_dir, config.extraction, config.scoring, baselines=config.baselines,
-            validation_share=config.validation_share, progress=True,
-        )  # fmt: skip
-        say(table(found))
-        if folder is not None:
-            write_json(folder / FILES[0], found, indent=2)
-            save_measures(found, folder / FILES[1])
-            say(f"Written: {' and '.join(str(folder / name) for name in FILES)}")
-    except (ValueError, RuntimeError, OSError) as e:
-        return refused("evaluate", e)
-    except KeyboardInterrupt:
-        say("Stopped; nothing was written.", error=True)
-        return 130
-    return 0
+    return run("evaluate", __doc__, EvaluateConfig, measure, argv)
+
+
+def measure(config: EvaluateConfig) -> None:
+    folder = None if config.output is None else claim_folder(config.output, FILES, overwrite=config.overwrite)
+    found = evaluate_models(
+        config.models, config.data_dir, config.extraction, config.scoring, baselines=config.baselines,
+        validation_share=config.validation_share, progress=True,
+    )  # fmt: skip
+    say(table(found))
+    if folder is not None:
+        write_json(folder / FILES[0], found, indent=2)
+        save_measures(found, folder / FILES[1])
+        say(f"Written: {' and '.join(str(folder / name) for name in FILES)}")
 
 
 def table(found: dict[str, Any]) -> str:

@@ -11,13 +11,9 @@ go to train.py. The same by hand, without checks and export:
     python train.py --device-modules timm_convnextv2 --config RECIPES/smoke.yaml --model ...
 """
 
-import argparse
-import sys
-
 from timm.utils.distributed import world_info_from_env
 
-from ..config import add_options, build
-from ..console import PROGRAM, CommandParser, refused, say
+from ..console import refused, say
 from ..finetune.config import RECIPES, FinetuneConfig
 from ..finetune.launch import epochs_done, export, failure, next_commands, run_plan
 from ..finetune.options import ScriptOptions, resolve_options
@@ -25,31 +21,15 @@ from ..finetune.plan import Plan, check_augmentation, count, describe_plan, make
 from ..finetune.scripts import load_script
 from ..recipes import list_recipes, load_recipe, recipe_names
 from ..runs.device import check_device
+from .base import own_options
 
 
-def build_parser() -> CommandParser:
-    """The parser of the launcher's own options."""
-    parser = CommandParser(
-        prog=f"{PROGRAM} finetune",
-        description=__doc__,
-        epilog=f"RECIPES: {RECIPES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_options(parser, FinetuneConfig)
-    return parser
-
-
-def prepare(argv: list[str]) -> Plan | None:
+def prepare(argv: list[str] | None) -> Plan | None:
     """Checks everything that can be checked before training, and prints what will run.
 
-    Returns:
-        The plan, or None if there is nothing to run (--list-recipes, --dry-run).
-
-    Raises:
-        ValueError: A user's mistake, in one message.
+    Returns None if there is nothing to run (--list-recipes, --dry-run).
     """
-    own, rest = build_parser().parse_known_args(argv)
-    config = build(FinetuneConfig, vars(own))
+    config, rest = own_options("finetune", f"{__doc__}\nRECIPES: {RECIPES}", FinetuneConfig, argv)
     if config.list_recipes:
         say(list_recipes(RECIPES))
         return None
@@ -58,7 +38,8 @@ def prepare(argv: list[str]) -> Plan | None:
     if any(word in ("-c", "--config") or word.startswith("--config=") for word in rest):
         raise ValueError("The launcher sets train.py's --config: give your file as --recipe FILE.")
     # train.py's parser knows these two as well, so that they are in its args.yaml
-    rest += [f"--{name}={vars(own)[name]}" for name in ("nodata", "license") if name in own]
+    kept = {"nodata": config.nodata, "license": config.license}
+    rest += [f"--{name}={value}" for name, value in kept.items() if value is not None]
     recipe = load_recipe(config.recipe, RECIPES)
     if config.from_scratch:
         recipe = recipe.from_scratch()
@@ -83,11 +64,10 @@ def prepare(argv: list[str]) -> Plan | None:
 
 
 def _check_start(options: ScriptOptions, from_scratch: bool) -> None:
-    """Refuses options on the first weights that contradict each other."""
-    if from_scratch:
-        for name in ("pretrained", "pretrained_path", "initial_checkpoint"):
-            if getattr(options, name):
-                raise ValueError(f"--from-scratch starts from random weights; leave out --{name.replace('_', '-')}.")
+    """Refuses contradictory options on the first weights."""
+    for name in ("pretrained", "pretrained_path", "initial_checkpoint") if from_scratch else ():
+        if getattr(options, name):
+            raise ValueError(f"--from-scratch starts from random weights; leave out --{name.replace('_', '-')}.")
     if options.pretrained_path and not options.pretrained:
         raise ValueError("train.py reads --pretrained-path only with --pretrained: add it, or leave both out.")
 
@@ -113,9 +93,9 @@ def finish(plan: Plan) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the launcher and returns its exit status; errors of train.py pass through, after a message on its files."""
+    """Errors of train.py pass through, after a message on its files."""
     try:
-        plan = prepare(sys.argv[1:] if argv is None else argv)
+        plan = prepare(argv)
     except ValueError as e:
         return refused("finetune", e)
     if plan is None:

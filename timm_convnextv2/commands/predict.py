@@ -12,5 +12,4 @@ from .validate import evaluate
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
-    return evaluate("predict", "inference.py", __doc__ or "", argv, labelled=False)
+    return evaluate("predict", "inference.py", __doc__, argv, labelled=False)

@@ -1,12 +1,12 @@
 """`timm-convnextv2 report`: one HTML page for one or several runs."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import add_options, build, option, words_given
-from ..console import PROGRAM, CommandParser, refused, say
+from ..config import option
+from ..console import say
 from ..report.html import GENERATOR, write_report
+from .base import run
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,10 @@ class ReportConfig:
     )
 
 
-def build_parser() -> CommandParser:
-    """The parser of the command."""
-    parser = CommandParser(prog=f"{PROGRAM} report", description="Show runs on one page.")
-    add_options(parser, ReportConfig)
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; an error is one message and exit status 2."""
-    try:
-        config = build(ReportConfig, words_given(build_parser(), sys.argv[1:] if argv is None else argv))
-        report(config.runs, config.output)
-    except (ValueError, OSError) as e:
-        return refused("report", e)
-    return 0
+    return run(
+        "report", "Show runs on one page.", ReportConfig, lambda config: report(config.runs, config.output), argv
+    )
 
 
 def report(folders: tuple[str, ...], output: str = "") -> None:

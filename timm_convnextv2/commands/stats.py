@@ -7,17 +7,15 @@ Writes FILE.json and FILE.png with the histograms; FILE is stats by default. All
 the sample is drawn by --seed and as large as --error requires. NaN, infinity and nodata are left out.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import add_options, build, option, part, words_given
-from ..console import PROGRAM, CommandParser, refused, say
+from ..config import option, part
+from ..console import say
 from ..data import (
     DataSet,
     ImagePaths,
@@ -39,6 +37,7 @@ from ..files import whole_file
 from ..report.images import save_histograms
 from ..runs.group import Processes
 from ..runs.progress import ImageProgress, with_progress
+from .base import run
 
 _COLUMNS = ("mean", "std", "min", "p1", "p5", "p50", "p95", "p99", "max", "zeros", "saturated", "missing")
 _SHARES = ("zeros", "saturated", "missing")
@@ -161,26 +160,18 @@ def option_line(found: Measured, pixels: Pixels) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
-    parser = CommandParser(
-        prog=f"{PROGRAM} stats", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, StatsConfig)
-    try:
-        config = build(StatsConfig, words_given(parser, sys.argv[1:] if argv is None else argv))
-        found, pixels = measure_images(config)
-        content = report(found, pixels, config.seed)
-        output = Path(config.output)
-        with whole_file(output) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        figure = output.with_suffix(".png")
-        title = f"{found.pixels.images} images, {found.kind}; pixels divided by {found.unit:g}"
-        save_histograms(found.pixels, figure, title)
-    except (ValueError, RuntimeError, OSError) as e:
-        return refused("stats", e)
-    except KeyboardInterrupt:
-        say("Stopped; nothing was written.", error=True)
-        return 130
+    return run("stats", __doc__, StatsConfig, measure, argv)
+
+
+def measure(config: StatsConfig) -> None:
+    found, pixels = measure_images(config)
+    content = report(found, pixels, config.seed)
+    output = Path(config.output)
+    with whole_file(output) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    figure = output.with_suffix(".png")
+    title = f"{found.pixels.images} images, {found.kind}; pixels divided by {found.unit:g}"
+    save_histograms(found.pixels, figure, title)
     low, high = found.stored
     say(f"{found.kind}, stored values {low:g} to {high:g}, divided by {found.unit:g}; {found.source}")
     if found.bad:
@@ -193,4 +184,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(table(content))
     say(f"Options of pretraining (or --mean auto --std auto):\n  {option_line(found, pixels)}")
     say(f"Written: {output}, {figure}")
-    return 0

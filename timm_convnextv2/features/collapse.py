@@ -5,7 +5,7 @@ Source: https://arxiv.org/abs/2301.00808. Its authors published no code for this
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,25 +20,19 @@ DEAD = 1e-6
 
 
 class BlockCollapse(NamedTuple):
-    """How similar the channels of a block are, at the input of its second Linear.
-
-    `depth` runs from 0 (first block) to 1 (last). `distance` is the mean pairwise cosine distance `(1 - cosine) / 2` of
-    the live channels: 0 if all are equal up to scale, 0.5 if independent, NaN without live channels. `dead` is the
-    fraction of channels whose norm is below 1e-6 of the image's largest.
-    """
+    """How similar the channels of a block are, at the input of its second Linear."""
 
     block: str
-    depth: float
-    distance: float
-    dead: float
+    depth: float  # 0 (first block) to 1 (last)
+    distance: float  # mean (1 - cosine) / 2 of live channels; 0: equal up to scale, 0.5: independent, NaN: all dead
+    dead: float  # fraction of channels whose norm is below 1e-6 of the image's largest
 
 
 def channel_distance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean pairwise cosine distance `[B]` of the channels of `x`, `[B, positions, C]`, and the fraction of dead ones.
+    """Mean pairwise cosine distance `[B]` of the live channels of `[B, positions, C]`, and the fraction of dead ones.
 
     `d = (1 - ||sum_i x_i||^2 / C^2) / 2`, where `x_i` is channel i scaled to norm 1: the mean of `(1 - cosine) / 2`
-    over all C x C pairs, in time linear in C. Dead channels are left out. The distance is NaN if all channels are dead
-    and infinity if `x` has NaN or infinity.
+    over all C x C pairs, in time linear in C. It is infinity if `x` has NaN or infinity.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = x.norm(dim=1)  # [B, C]
@@ -55,12 +49,9 @@ def blocks_of(model: nn.Module) -> dict[str, Any]:
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, ConvNeXtBlock) and hasattr(m.mlp, "fc2")}
     if not blocks:
         kinds = Counter(type(m).__name__ for m in model.modules())
-        found = {kind: n for kind, n in kinds.items() if kind.endswith(("Block", "Bottleneck"))}
-        has = ", ".join(f"{n} {kind}" for kind, n in found.items()) or "no blocks"
-        raise ValueError(
-            f"{type(model).__name__} has {has}, expected the blocks of ConvNeXt V1 or V2: feature collapse is measured "
-            "before their second Linear."
-        )
+        found = (f"{n} {kind}" for kind, n in kinds.items() if kind.endswith(("Block", "Bottleneck")))
+        has = f"{type(model).__name__} has {', '.join(found) or 'no blocks'}"
+        raise ValueError(f"{has}, expected the blocks of ConvNeXt V1 or V2: collapse is measured in them.")
     return blocks
 
 
@@ -79,13 +70,10 @@ def collapse(
         raise ValueError(f"Masks need an FCMAE, but the model is a {type(model).__name__}. Leave them out.")
     if not len(images):
         raise ValueError("There are no images to measure collapse on.")
-    distances: dict[str, list[Tensor]] = {name: [] for name in blocks}
-    dead: dict[str, list[Tensor]] = {name: [] for name in blocks}
+    measured: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in blocks}
 
     def measure(name: str, x: Tensor) -> None:
-        distance, share = channel_distance(x.flatten(1, 2))
-        distances[name].append(distance)
-        dead[name].append(share)
+        measured[name].append(channel_distance(x.flatten(1, 2)))
 
     device = next(encoder.parameters()).device
     with evaluating(model), _second_inputs(blocks, measure):
@@ -97,36 +85,29 @@ def collapse(
                 else:
                     encoder.forward_features(part)
     found: list[BlockCollapse] = []
-    for i, name in enumerate(blocks):
-        distance = torch.cat(distances[name])
+    for i, (name, parts) in enumerate(measured.items()):
+        distance, dead = (torch.cat(values) for values in zip(*parts, strict=True))
         if distance.isinf().any():
             raise ValueError(f"Block {name} gives NaN or infinity: the model has diverged.")
         depth = i / max(len(blocks) - 1, 1)
-        found.append(BlockCollapse(name, depth, float(distance.nanmean()), float(torch.cat(dead[name]).mean())))
+        found.append(BlockCollapse(name, depth, float(distance.nanmean()), float(dead.mean())))
     return found
 
 
 @contextmanager
 def _second_inputs(blocks: dict[str, Any], measure: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Calls `measure(name, x)` with the input `[B, H, W, C]` of each block's second Linear.
-
-    The hooks disable the fused token MLP (`ops.dispatch.why_eager`), which does not expose that input.
-    """
-
-    def hook(name: str, channels_last: bool) -> Callable:
-        return lambda _, inputs: measure(name, inputs[0] if channels_last else inputs[0].permute(0, 2, 3, 1))
-
-    handles = []
-    try:
+    """Calls `measure(name, x)` with the input `[B, H, W, C]` of each block's second Linear."""
+    with ExitStack() as hooks:  # they disable the fused token MLP (`ops.dispatch.why_eager`), which hides that input
         for name, block in blocks.items():
             fc2 = block.mlp.fc2
             # timm's blocks with 1x1 convolutions keep [B, C, H, W]; ours apply them to tokens
-            channels_last = isinstance(fc2, PointwiseConv2d) or not isinstance(fc2, nn.Conv2d)
-            handles.append(fc2.register_forward_pre_hook(hook(name, channels_last)))
+            first = isinstance(fc2, nn.Conv2d) and not isinstance(fc2, PointwiseConv2d)
+
+            def hook(_: nn.Module, inputs: Any, name: str = name, first: bool = first) -> None:
+                measure(name, inputs[0].permute(0, 2, 3, 1) if first else inputs[0])
+
+            hooks.callback(fc2.register_forward_pre_hook(hook).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def channel_maps(
@@ -135,9 +116,8 @@ def channel_maps(
 ) -> tuple[str, Tensor]:  # fmt: skip
     """The name of a block, and maps of single channels at the input of its second Linear, as in the paper's figure 3.
 
-    By default the block is the last one of the last stage but one, whose maps still resolve positions. `channels` is a
-    number of channels, from the first, or their indices. The maps of images `[N, C, H, W]`, normalised for the model,
-    are float32 `[N, channels, h, w]` on the CPU.
+    By default the block is the last one of the last stage but one, whose maps still resolve positions. `channels` is
+    their number, from the first, or their indices. Maps are float32 `[N, channels, h, w]` on the CPU.
     """
     encoder: Any = model.encoder if isinstance(model, FCMAE) else model
     blocks = blocks_of(encoder)

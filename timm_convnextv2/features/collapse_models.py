@@ -24,10 +24,9 @@ def collapse_of_models(
     models: Sequence[str], images: DrawnImages, computation: Computation = COMPUTATION, *, layer: str | None = None,
     batch_size: int = 8, progress: bool = False,
 ) -> tuple[dict[str, list[BlockCollapse]], list[Tensor], Maps]:  # fmt: skip
-    """Measures collapse of several models on the same images; images that cannot be decoded are replaced by others.
+    """Measures several models on the same images; images that cannot be decoded are replaced by others.
 
-    Returns the result of `collapse` by model; the images of the figure, `[h, w, 3]`; and the channels of `layer` by
-    model, see `channel_maps`.
+    Returns the results of `collapse`; images `[h, w, 3]` for the figure; and `channel_maps` of `layer`.
     """
     check_limits(images)
     note = partial(say, error=True) if progress else lambda line: None
@@ -51,8 +50,7 @@ def collapse_of_models(
         note(f"{name}: {len(drawn)} images of {drawn.shape[2]} x {drawn.shape[3]}")
         found[name] = collapse(encoder.network, drawn, batch_size=batch_size, amp=computation.amp)
         if not shown:
-            mean, std = (torch.tensor(encoder.config[key]) for key in ("mean", "std"))
-            shown = list(displayable(drawn[:SHOWN], mean, std))
+            shown = list(displayable(drawn[:SHOWN], *(torch.tensor(encoder.config[key]) for key in ("mean", "std"))))
         maps[name] = channel_maps(encoder.network, drawn[:SHOWN], layer)
     return found, shown, maps
 

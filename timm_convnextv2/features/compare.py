@@ -1,7 +1,6 @@
 """Which weights to start from: the same finetuning from several candidates, once per seed."""
 
 import csv
-import json
 import shlex
 import statistics
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..console import PACKAGE
-from ..files import claim_folder, whole_file
+from ..files import claim_folder, whole_file, write_json
 from ..report.images import save_figure
 from .config import CompareConfig
 
@@ -25,6 +24,11 @@ class Candidate(NamedTuple):
     name: str
     model: str
     options: tuple[str, ...] = ()
+
+    @property
+    def start(self) -> list[str]:
+        """The words of `finetune` for these weights."""
+        return ["--model", self.model, *self.options]
 
 
 class Curve(NamedTuple):
@@ -66,18 +70,12 @@ def pretrain_options(config: CompareConfig) -> list[str]:
 
 def candidates_of(encoder: str, weights: Sequence[str]) -> list[Candidate]:
     """Random weights, the user's encoder and the named weights, which must differ."""
-    found = [Candidate(SCRATCH, encoder, ("--from-scratch",)), Candidate(OWN, encoder)]
-    names = {SCRATCH, OWN}
-    for model in weights:
-        if model in names:
-            raise ValueError(f"--weights names {model} twice.")
-        names.add(model)
-        found.append(Candidate(model, model, ("--pretrained",)))
+    own = [Candidate(SCRATCH, encoder, ("--from-scratch",)), Candidate(OWN, encoder)]
+    found = [*own, *(Candidate(model, model, ("--pretrained",)) for model in weights)]
+    for i, candidate in enumerate(found):
+        if candidate.name in [other.name for other in found[:i]]:
+            raise ValueError(f"--weights names {candidate.name} twice.")
     return found
-
-
-def start_options(candidate: Candidate) -> list[str]:
-    return ["--model", candidate.model, *candidate.options]
 
 
 def compare(
@@ -93,7 +91,7 @@ def compare(
             name = f"finetune-{number}-seed-{seed}"
             run, seconds = output / name, 0.0
             if not (resume and (run / "model" / "config.json").is_file()):
-                words = [*start_options(candidate), *options, "--seed", str(seed)]
+                words = [*candidate.start, *options, "--seed", str(seed)]
                 words += ["--output", str(output), "--experiment", name]
                 seconds = call("finetune", words, output / f"{name}.log")
             yield Curve(candidate.name, seed, _accuracies(run), seconds)
@@ -122,10 +120,15 @@ def _accuracies(run: Path) -> list[float]:
         return [float(row["eval_top1"]) for row in csv.DictReader(file) if row.get("eval_top1")]
 
 
+def _last(curves: Sequence[Curve]) -> dict[str, dict[int, float]]:
+    """Accuracy after the last epoch, by candidate and seed."""
+    names = dict.fromkeys(curve.name for curve in curves)
+    return {name: {c.seed: c.accuracy[-1] for c in curves if c.name == name} for name in names}
+
+
 def table(curves: Sequence[Curve]) -> str:
     """Accuracy after the last epoch: one row per candidate, one column per seed; and the gains over random weights."""
-    last = {name: {c.seed: c.accuracy[-1] for c in curves if c.name == name} for name in _names(curves)}
-    seeds = sorted({c.seed for c in curves})
+    last, seeds = _last(curves), sorted({c.seed for c in curves})
     width = max(map(len, last))
     lines = [f"{'validation top-1, %':{width}}  " + "  ".join(f"seed {s:<3}" for s in seeds) + "  median"]
     for name, values in last.items():
@@ -142,10 +145,6 @@ def table(curves: Sequence[Curve]) -> str:
     return "\n".join(lines)
 
 
-def _names(curves: Sequence[Curve]) -> list[str]:
-    return list(dict.fromkeys(curve.name for curve in curves))
-
-
 def write_results(
     curves: Sequence[Curve], candidates: Sequence[Candidate], config: CompareConfig, output: Path
 ) -> None:
@@ -156,22 +155,20 @@ def write_results(
         writer.writerows((c.name, c.seed, i, a) for c in curves for i, a in enumerate(c.accuracy, 1))
     found: dict[str, Any] = {
         "budget": config.budget, "recipe": config.recipe, "data_dir": config.data_dir,
-        "candidates": {c.name: c.model for c in candidates},
-        "top1": {n: {c.seed: c.accuracy[-1] for c in curves if c.name == n} for n in _names(curves)},
-        "seconds": {f"{c.name}, seed {c.seed}": round(c.seconds, 1) for c in curves}
+        "candidates": {c.name: c.model for c in candidates}, "top1": _last(curves),
+        "seconds": {f"{c.name}, seed {c.seed}": round(c.seconds, 1) for c in curves},
     }  # fmt: skip
-    with whole_file(output / "compare.json") as part:
-        part.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(output / "compare.json", found, indent=2)
     draw_curves(curves, output / "compare.png")
 
 
-def draw_curves(curves: Sequence[Curve], path: Path, title: str = "The same finetuning from different weights") -> None:
+def draw_curves(curves: Sequence[Curve], path: Path) -> None:
     """Draws accuracy over epochs as a PNG: thin lines for seeds, a thick one for the median of a candidate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for i, name in enumerate(_names(curves)):
+    for i, name in enumerate(_last(curves)):
         own, colour = [c.accuracy for c in curves if c.name == name], f"C{i}"
         for values in own:
             axes.plot(range(1, len(values) + 1), values, color=colour, alpha=0.35, linewidth=1)
@@ -179,6 +176,7 @@ def draw_curves(curves: Sequence[Curve], path: Path, title: str = "The same fine
         epochs, marker = range(1, len(middle) + 1), "o" if len(middle) == 1 else None
         label = f"{name}, median of {len(own)}"
         axes.plot(epochs, middle, color=colour, linewidth=2.5, marker=marker, label=label)
+    title = "The same finetuning from different weights"
     axes.set(xlabel="epoch of finetuning", ylabel="validation top-1, %", ylim=(0, None), title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -55,18 +55,12 @@ def after_failure(folder: Path, epochs: int, experiment: str) -> str:
     found, lines = newest_whole(folder), []
     for path in (folder / name for name in TORN):
         if path.is_file() and (found is None or path != found[0]):
-            size = path.stat().st_size
+            lines.append(f"Removed {path.name} ({path.stat().st_size / 2**20:.1f} MiB), which was half written.")
             path.unlink()
-            lines.append(f"Removed {path.name} ({size / 2**20:.1f} MiB), which was half written.")
     if found is None:
         return " ".join([f"{folder} has no whole checkpoint; the same command starts the run again.", *lines])
     path, done = found
     if shutil.disk_usage(folder).free < path.stat().st_size:
         lines.append(f"The disk of {folder} has no space for another checkpoint.")
-    return " ".join(
-        [
-            f"The last whole checkpoint is {path} (after epoch {done} of {epochs}).",
-            *lines,
-            f"To resume, repeat the command with --experiment {experiment} --resume {path}.",
-        ]
-    )
+    first = f"The last whole checkpoint is {path} (after epoch {done} of {epochs})."
+    return " ".join([first, *lines, f"To resume, repeat the command with --experiment {experiment} --resume {path}."])

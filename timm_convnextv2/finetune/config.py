@@ -9,37 +9,30 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class EvaluationConfig:
+    """Options of `validate` and `predict` themselves; all others go to timm's validate.py or inference.py."""
+
+    timm_train: str | None = option(
+        None, "timm's script, or the folder of a clone (default: TIMM_TRAIN, or the clone timm is installed from)",
+        metavar="PATH",
+    )  # fmt: skip
+    nodata: float | None = option(
+        None, 'stored value that means "no data"; such pixels are filled with the mean (default: the model\'s; '
+        "nan: none)", metavar="V",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(EvaluationConfig):
     """Options of `finetune` itself; all others go to timm's train.py."""
 
     recipe: str | None = option(
         None, "a recipe of --list-recipes, or a YAML file with options of train.py", metavar="NAME"
     )
     list_recipes: bool = option(False, "print names and purposes of the recipes, then stop")
-    timm_train: str | None = option(
-        None, "timm's train.py, or the folder of a clone (default: TIMM_TRAIN, or the clone timm is installed from)",
-        metavar="PATH",
-    )  # fmt: skip
     global_batch_size: int | None = option(None, "images per update over all processes", metavar="N")
     from_scratch: bool = option(False, "the same recipe from random weights")
-    nodata: float | None = option(
-        None, 'stored value that means "no data"; such pixels are filled with the mean (default: the encoder\'s; '
-        "nan: none)", metavar="V",
-    )  # fmt: skip
     license: str | None = option(
         None, "licence of the weights, e.g. mit; weights that you start from keep their own", metavar="ID"
     )
     dry_run: bool = option(False, "check everything, print what would run, then stop")
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Options of `validate` and `predict` themselves; all others go to timm's validate.py or inference.py."""
-
-    timm_train: str | None = option(
-        None, "a script of timm, or the folder of a clone (default: TIMM_TRAIN)", metavar="PATH"
-    )
-    nodata: float | None = option(
-        None, 'stored value that means "no data"; such pixels are filled with the mean (default: the model\'s; '
-        "nan: none)", metavar="V",
-    )  # fmt: skip

@@ -21,15 +21,9 @@ def prepare_evaluation(
 ) -> tuple[list[str], list[str]]:
     """Checks options, model and images, and lets the script read the images.
 
-    Args:
-        script: validate.py or inference.py, imported.
-        words: Its options; the first word may be the model instead.
-        labelled: Compare the folder's classes with the model's. Otherwise an image that cannot be decoded is an error,
-            because it would get the answer for the next one.
-        nodata: Value of --nodata; None for the model's.
-
-    Returns:
-        The command line of the script, and notes for the user.
+    The first of the script's `words` may be the model instead. `labelled` compares the folder's classes with the
+    model's; otherwise an image that cannot be decoded is an error, because it would get the answer for the next one.
+    Returns the command line of the script, and notes for the user.
     """
     words = _with_model(words)
     options = resolved = resolve_options(script, words)
@@ -89,16 +83,14 @@ def _check_images(
         if isinstance(names, list | tuple) and not options.class_map and not getattr(options, "valid_labels", ""):
             class_to_idx = _match(reader, [str(name) for name in names])
         elif max(reader.class_to_idx.values()) >= num_classes:
-            raise ValueError(
-                f"{reader.root} has {len(reader.classes)} classes and --model {options.model} {num_classes}."
-            )
+            found = f"{reader.root} has {len(reader.classes)} classes"
+            raise ValueError(f"{found} and --model {options.model} {num_classes}.")
     else:
         reader = open_folder(split_folder(root, options.split))
     notes = describe(reader)
-    if class_to_idx is not None and len(reader.class_to_idx) < len(class_to_idx):
-        notes.append(
-            f"{len(reader.class_to_idx)} of the model's {len(class_to_idx)} classes are present; matched by name."
-        )
+    present = len(reader.class_to_idx)
+    if class_to_idx is not None and present < len(class_to_idx):
+        notes.append(f"{present} of the model's {len(class_to_idx)} classes are present; matched by name.")
     values = dict(options.values)
     kinds = probe(Images(reader, Reading(options.channels, pixels)))
     refuse_for_tensors(kinds, values, resolve_data_config(values, model=model)["crop_mode"])

@@ -110,26 +110,18 @@ Open = Callable[[Path], FolderReader]
 def open_splits(data_dir: str | None, splits: Mapping[str, str], open_folder: Open) -> list[FolderReader]:
     """Lists the splits of a data folder, which must have the same classes.
 
-    Args:
-        data_dir: The folder.
-        splits: Name of each split by the option that gave it, such as '--train-split'; an empty name is left out.
-        open_folder: Makes the reader of a folder.
+    `splits` has the name of each by the option that gave it, such as '--train-split'; an empty name is left out.
     """
+    layout = "a folder with train/ and validation/, each with a sub-folder per class"
     if not data_dir:
-        raise ValueError(
-            "--data-dir is needed: a folder with train/ and validation/, each with a sub-folder per class."
-        )
+        raise ValueError(f"--data-dir is needed: {layout}.")
     root = Path(data_dir)
     if not root.is_dir():
-        raise ValueError(f"--data-dir {root} does not exist. Expected a folder with train/ and validation/.")
+        raise ValueError(f"--data-dir {root} does not exist. Expected {layout}.")
     found = [open_split(root, split, option, open_folder) for option, split in splits.items() if split]
-    check_same_classes(
-        found[0].classes,
-        found[-1].classes,
-        (found[0].root, found[-1].root),
-        ordered=False,
-        remedy="Both need a sub-folder with images for every class, with the same name.",
-    )
+    remedy = "Both need a sub-folder with images for every class, with the same name."
+    first, last = found[0], found[-1]
+    check_same_classes(first.classes, last.classes, (first.root, last.root), ordered=False, remedy=remedy)
     return found
 
 
@@ -140,9 +132,8 @@ def open_split(root: Path, split: str, option: str, open_folder: Open, root_too:
     there = sorted(p.name for p in root.iterdir() if p.is_dir())
     # timm takes the root itself for the split then, and `train` for a class
     if folder.resolve() == root.resolve() and not (root_too and there):
-        raise ValueError(
-            f"{root} has no {option} '{split}'; it has {', '.join(there[:10]) or 'no folders'}. {expected}"
-        )
+        has = ", ".join(there[:10]) or "no folders"
+        raise ValueError(f"{root} has no {option} '{split}'; it has {has}. {expected}")
     try:
         reader = open_folder(folder)
     except ValueError as e:
@@ -155,25 +146,18 @@ def open_split(root: Path, split: str, option: str, open_folder: Open, root_too:
 def describe(reader: FolderReader) -> list[str]:
     """Lines on the contents of a folder: images, classes, and the files that are left out."""
     counts = reader.counts()
-    lines = [f"{len(reader)} images"]
+    first = f"{len(reader)} images"
     if set(counts) != {""}:
-        lines[0] += f" of {len(counts)} class{'es' * (len(counts) != 1)}: {_describe_classes(counts)}"
-    if str(reader.left):
-        lines.append(str(reader.left))
-    if reader.imageless:
-        lines.append(f"no images in {shown(reader.imageless)}")
+        each = ", ".join(f"{name} {n}" for name, n in counts.items())
+        if len(counts) > FEW_CLASSES:
+            (least, low), (most, high) = (f(counts.items(), key=lambda item: item[1]) for f in (min, max))
+            each = f"from {low} ({least}) to {high} ({most}) per class"
+        first += f" of {len(counts)} class{'es' * (len(counts) != 1)}: {each}"
+    lines = [first, str(reader.left), f"no images in {shown(reader.imageless)}" if reader.imageless else ""]
     if reader.unlabelled:
         names = ", ".join(list(reader.unlabelled)[:SHOWN])
         lines.append(f"left out {reader.unlabelled.total()} images whose folder is not in the class map: {names}")
-    return [f"{reader.root}: {line}" for line in lines]
-
-
-def _describe_classes(counts: Mapping[str, int]) -> str:
-    """Images per class: all counts if they are few, else the extremes."""
-    if len(counts) <= FEW_CLASSES:
-        return ", ".join(f"{name} {n}" for name, n in counts.items())
-    (least, low), (most, high) = (f(counts.items(), key=lambda item: item[1]) for f in (min, max))
-    return f"from {low} ({least}) to {high} ({most}) per class"
+    return [f"{reader.root}: {line}" for line in lines if line]
 
 
 def imbalance(counts: Mapping[str, int]) -> str:

@@ -2,13 +2,10 @@
 
 timm's own reader converts every image to 8-bit RGB or grey, which clips 16-bit values to white and drops bands. `feed`
 replaces the functions with which a script opens its data. Images of 8 bits with 1 or 3 channels stay Pillow images and
-go through timm's own transforms, collation and mixup: the numbers are those of the script alone (except for EXIF
-rotation, which timm ignores). All others, 16-bit, float and with other numbers of channels, are tensors:
-
-- geometry (crop, scale, ratio, flips, interpolation) is timm's, which takes tensors too; RandAugment, AutoAugment,
-  colour jitter and grey conversion are for 8-bit images and are left out;
-- if timm's prefetcher normalises, on the device and by mean and std in units of 255, a batch that is not all uint8 is
-  float32 in these units. Otherwise the transform normalises.
+give the numbers of the script alone (except for EXIF rotation, which timm ignores). All others are tensors: their
+geometry (crop, scale, ratio, flips, interpolation) is timm's; RandAugment, AutoAugment, colour jitter and grey
+conversion are for 8-bit images and are left out. timm's prefetcher normalises in units of 255, so a batch that is not
+all uint8 is float32 in these units.
 """
 
 import logging
@@ -72,15 +69,10 @@ class Reading:
         return to_pil_image(image) if small else image
 
 
-# ----------------------------------------------------------------------------------------------------------- data sets
-
-
 class Images(ImageDataset):
     """timm's `ImageDataset` with images decoded as in pretraining; `dataset[i]` is `(image, target)`.
 
-    Args:
-        reader: A reader of timm, a `FolderReader`, or a map-style data set of torchvision.
-        reading: Channels, pixels, and what happens to corrupt images.
+    `reader` is a reader of timm, a `FolderReader`, or a map-style data set of torchvision.
     """
 
     def __init__(self, reader: Any, reading: Reading = Reading()) -> None:  # noqa: B008  frozen
@@ -169,12 +161,9 @@ def refuse_for_tensors(kinds: str, options: Mapping[str, Any], crop_mode: str | 
         "--naflex-loader": (options.get("naflex_loader"), "leave it out"),
         "--tf-preprocessing": (options.get("tf_preprocessing"), "leave it out"),
     }
-    for option, (is_set, remedy) in wrong.items():
-        if kinds and is_set:
+    for option, (is_set, remedy) in wrong.items() if kinds else ():
+        if is_set:
             raise ValueError(f"{option} is for 8-bit RGB or grey, and there are images {kinds}: {remedy}.")
-
-
-# --------------------------------------------------------------------------------------------------------- transforms
 
 
 def _is_colour(step: Any) -> bool:
@@ -192,27 +181,22 @@ class ByKind:
     def __init__(self, transform: Any) -> None:
         self.transform = transform
         steps = transform.transforms if isinstance(transform, Compose) else [transform]
-        self.left_out = [step for step in steps if _is_colour(step)]
+        self.left_out = [type(step).__name__ for step in steps if _is_colour(step)]
         swap = {MaybeToTensor: v2.ToDtype(torch.float32, scale=True), MaybePILToTensor: _times_255}
         self.steps = [swap.get(type(step), step) for step in steps if not _is_colour(step)]
 
     def __call__(self, image: Any) -> torch.Tensor:
         if not isinstance(image, torch.Tensor):
             return self.transform(image)
-        self._warn_once()
+        worker = get_worker_info()
+        if self.left_out and (worker is None or worker.id == 0):  # once, and from one data worker only
+            _logger.warning(f"Left out for images that are not 8-bit RGB or grey: {', '.join(self.left_out)}.")
+        self.left_out = []
         for step in self.steps:
             if isinstance(step, CenterCropOrPad) and isinstance(step.fill, list | tuple):
                 raise ValueError("--crop-mode border is for 8-bit images; use center or squash.")
             image = step(image)
         return image
-
-    def _warn_once(self) -> None:
-        """Names the steps that are left out; of all data workers only the first does."""
-        worker = get_worker_info()
-        if self.left_out and (worker is None or worker.id == 0):
-            names = ", ".join(type(step).__name__ for step in self.left_out)
-            _logger.warning(f"Left out for images that are not 8-bit RGB or grey: {names}.")
-        self.left_out = []
 
 
 def _by_kind(dataset: Any) -> None:
@@ -223,9 +207,6 @@ def _by_kind(dataset: Any) -> None:
         dataset.transform = tuple(ByKind(x) for x in (dataset.transform, dataset.augmentation, dataset.normalize))
     else:
         dataset.transform = ByKind(dataset.transform)
-
-
-# -------------------------------------------------------------------------------------------------------------- batches
 
 
 def collate(batch: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,24 +230,13 @@ class CollateMixup(FastCollateMixup):
         return Mixup.__call__(self, *collate(batch))
 
 
-# ---------------------------------------------------------------------------------------------------- for the scripts
-
-
 def create_dataset(
-    name: str = "",
-    root: str | None = None,
-    split: str = "validation",
-    *,
-    reading: Reading,
-    class_to_idx: Mapping[str, int] | None = None,
-    **kwargs: Any,
-) -> Any:
+    name: str = "", root: str | None = None, split: str = "validation", *, reading: Reading,
+    class_to_idx: Mapping[str, int] | None = None, **kwargs: Any
+) -> Any:  # fmt: skip
     """timm's `create_dataset`; folders, tars, `hfds/` and `torch/` give `Images`, streams `ImageStream`.
 
-    Args:
-        name, root, split, kwargs: timm's arguments.
-        reading: See `Images`.
-        class_to_idx: Class by the name of its folder, instead of `class_map`.
+    `class_to_idx` has the class by the name of its folder, and replaces `class_map`.
     """
     class_map, input_key = class_to_idx or kwargs.get("class_map", ""), kwargs.get("input_key")
     prefix = opaque_prefix(name)
@@ -303,12 +273,12 @@ def create_loader(dataset: Any, *args: Any, **kwargs: Any) -> Any:
     base = dataset
     while not isinstance(base, Images | ImageStream) and hasattr(base, "dataset"):
         base = base.dataset
-    if not isinstance(base, Images | ImageStream):
-        return timm.data.create_loader(dataset, *args, **kwargs)
-    if kwargs.get("use_prefetcher", True) and kwargs.get("collate_fn") is None:
+    ours = isinstance(base, Images | ImageStream)
+    if ours and kwargs.get("use_prefetcher", True) and kwargs.get("collate_fn") is None:
         kwargs["collate_fn"] = collate
     loader = timm.data.create_loader(dataset, *args, **kwargs)
-    _by_kind(loader.dataset)
+    if ours:
+        _by_kind(loader.dataset)
     return loader
 
 

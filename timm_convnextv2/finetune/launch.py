@@ -54,17 +54,13 @@ def failure(plan: Plan, error: BaseException) -> str:
 
 
 def export(plan: Plan) -> Path:
-    """Exports the result of train.py to the folder `model` of the run.
-
-    Raises:
-        ValueError: There is no checkpoint, or it could not be exported.
-    """
+    """Exports the result of train.py to the folder `model` of the run."""
     if not any((plan.folder / name).is_file() for name in ("model_best.pth.tar", "last.pth.tar")):
         raise ValueError(f"train.py ended without a checkpoint in {plan.folder}; there is nothing to export.")
     try:
         return export_finetuned(plan.folder, plan.folder / "model", info={"Recipe": plan.recipe.name})
     except (OSError, ValueError, RuntimeError) as e:
-        raise ValueError(f"the run in {plan.folder} is complete, but its model could not be exported: {e}") from e
+        raise ValueError(f"The run in {plan.folder} is complete, but its model could not be exported: {e}") from e
 
 
 def epochs_done(folder: Path) -> int | None:
@@ -78,8 +74,7 @@ def epochs_done(folder: Path) -> int | None:
 
 def next_commands(plan: Plan, model: Path) -> list[str]:
     """Commands that evaluate the exported model and show what publishing would send."""
-    options = plan.options
-    commands = []
+    options, commands = plan.options, []
     if options.val_split:
         words = [*invocation("validate"), "--model", f"local-dir:{model}"]
         words += [] if os.environ.get("TIMM_TRAIN") else ["--timm-train", str(script_path(plan.script))]

@@ -46,13 +46,7 @@ def check_model_folder(folder: Path, need_weights: bool = True) -> None:
 
 
 def create_meta_model(name: str, *, need_weights: bool, **kwargs: Any) -> torch.nn.Module:
-    """The model that timm's script will create, on the meta device: without memory for its weights.
-
-    Args:
-        name: As of timm.create_model: a model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME`.
-        need_weights: Whether a folder must have weights.
-        kwargs: Other arguments of timm.create_model.
-    """
+    """The model that timm's script will create, on the meta device; with `need_weights` a folder must have weights."""
     try:
         source, path = parse_model_name(name)
     except ValueError as e:
@@ -61,9 +55,7 @@ def create_meta_model(name: str, *, need_weights: bool, **kwargs: Any) -> torch.
         check_model_folder(Path(path), need_weights=need_weights)
     elif source is None and not timm.is_model(path.split(".")[0]):
         known = timm.list_models("convnextv2_*")
-        raise ValueError(
-            f"--model {path} is not a model of timm.{closest(path, known)} ConvNeXt V2: {', '.join(known)}."
-        )
+        raise ValueError(f"--model {path} is no model of timm.{closest(path, known)} ConvNeXt V2: {', '.join(known)}.")
     try:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **kwargs)
@@ -76,23 +68,16 @@ def create_fitted_model(
 ) -> tuple[ScriptOptions, torch.nn.Module, list[str]]:
     """The script's model on the meta device; channels, size, mean and std that only the model's config has are set.
 
-    Args:
-        options: Options of the script.
-        need_weights: Whether a folder must have weights.
-        check_weights: Whether to read them: the script will load them.
-        kwargs: Other arguments of timm.create_model.
-
-    Returns:
-        The options, the model, and notes for the user.
+    `check_weights` reads the weights, because the script will load them. Returns the options, the model, and notes.
     """
-    kwargs |= {"num_classes": options.num_classes, **(options.model_kwargs or {})}
-    model = create_meta_model(options.model, need_weights=need_weights, in_chans=options.channels, **kwargs)
+    kwargs |= {"num_classes": options.num_classes, "need_weights": need_weights, **(options.model_kwargs or {})}
+    model = create_meta_model(options.model, in_chans=options.channels, **kwargs)
     if not options.in_chans and not options.input_size:
         cfg: Any = model.pretrained_cfg
         in_chans = (cfg.get("input_size") or (3,))[0]
         if in_chans != 3:  # the script would build 3 channels
             options = options.evolve(in_chans=in_chans)
-            model = create_meta_model(options.model, need_weights=need_weights, in_chans=in_chans, **kwargs)
+            model = create_meta_model(options.model, in_chans=in_chans, **kwargs)
     source, folder = parse_model_name(options.model)
     if source == "local-dir" and check_weights:
         check_folder_weights(Path(folder), model)
@@ -101,17 +86,13 @@ def create_fitted_model(
 
 
 def check_folder_weights(folder: Path, model: torch.nn.Module) -> None:
-    """Refuses a timm folder whose weights are corrupt or do not fit the model of its config; the classifier may differ.
-
-    The model may be on the meta device.
-    """
+    """Refuses a timm folder whose weights are corrupt or do not fit its config; the classifier may differ."""
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
     if not files:  # timm accepts rarer names; the script reads those
         return
     weights = load_checkpoint(files[0])
-    if isinstance(model, ConvNeXtV2):
-        _check_filtered(weights, model, f"{files[0]} does not fit its config.json")
-    elif any(".grn." in name for name in weights):
+    _check_filtered(weights, model, f"{files[0]} does not fit its config.json")
+    if not isinstance(model, ConvNeXtV2) and any(".grn." in name for name in weights):
         cfg: Any = model.pretrained_cfg
         raise ValueError(
             f"{files[0]} holds a ConvNeXt V2, but its config.json names the architecture '{cfg['architecture']}'. "
@@ -119,18 +100,18 @@ def check_folder_weights(folder: Path, model: torch.nn.Module) -> None:
         )
 
 
-def _check_filtered(weights: dict[str, Any], model: ConvNeXtV2, where: str) -> None:
+def _check_filtered(weights: dict[str, Any], model: torch.nn.Module, where: str) -> None:
     try:
-        filter_weights(weights, model)
+        if isinstance(model, ConvNeXtV2):
+            filter_weights(weights, model)
     except ValueError as e:
         raise ValueError(f"{where}: {e}") from e
 
 
 def check_weights_file(option: str, path: str, model: torch.nn.Module) -> None:
-    """Refuses a file of weights that is missing or corrupt or does not fit the model, which may be on the meta device.
+    """Refuses a file of weights that is missing, corrupt or not of this model.
 
-    timm converts the names of --pretrained-path, whose classifier may differ; it loads --initial-checkpoint, --resume
-    and --checkpoint without conversion.
+    timm converts the names of --pretrained-path, whose classifier may differ; it loads the others as they are.
     """
     if path.lower().endswith((".npz", ".npy")):  # only other architectures take them, by code of their own
         return
@@ -138,19 +119,15 @@ def check_weights_file(option: str, path: str, model: torch.nn.Module) -> None:
     resumed = option == "--resume" and isinstance(content.get("state_dict"), dict)
     weights = clean_state_dict(content["state_dict"] if resumed else weights_in(content))
     if option == "--pretrained-path":
-        if isinstance(model, ConvNeXtV2):
-            _check_filtered(weights, model, f"{option} {path}")
-        return
+        return _check_filtered(weights, model, f"{option} {path}")
     remedy = {
         "--resume": "Give a checkpoint of this run, such as last.pth.tar; weights to start from are --pretrained "
         f"--pretrained-path {path}.",
         "--initial-checkpoint": f"--pretrained --pretrained-path {path} also takes an encoder without classifier, a "
         "classifier of other classes, and the names of transformers, MMPretrain and the official code.",
     }.get(option, "Give a checkpoint of this model, or its exported folder as --model local-dir:FOLDER.")
-    what = (
-        f"{option} {path} is loaded without conversion, but is not of this model (first names: {sorted(weights)[:3]})"
-    )
-    check_weights(weights, model.state_dict(), what, remedy=remedy)
+    what = f"{option} {path} is loaded without conversion, but is not of this model"
+    check_weights(weights, model.state_dict(), f"{what} (first names: {sorted(weights)[:3]})", remedy=remedy)
 
 
 def choose_pixels(

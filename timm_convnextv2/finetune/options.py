@@ -66,16 +66,11 @@ class ScriptOptions:
 
 
 def resolve_options(script: ModuleType, words: list[str], recipe: Recipe | None = None) -> ScriptOptions:
-    """Resolves a command line, and for train.py a recipe, with the script's own parser.
-
-    Raises:
-        ValueError: The script does not know an option or does not accept a value.
-    """
+    """Resolves a command line, and for train.py a recipe, with the script's own parser."""
     parser = script.parser
     parser.error = MethodType(CommandParser.error, parser)  # raises; argparse would print a usage of 150 options first
-    if recipe:
-        for name, kind in ADDED_OPTIONS.items():
-            parser.add_argument(f"--{name}", type=kind)
+    for name, kind in ADDED_OPTIONS.items() if recipe else ():
+        parser.add_argument(f"--{name}", type=kind)
     defaults = vars(parser.parse_args([]))
     if recipe:
         _check_recipe(script, recipe, defaults)
@@ -83,24 +78,19 @@ def resolve_options(script: ModuleType, words: list[str], recipe: Recipe | None 
     given = vars(parser.parse_args(words, SimpleNamespace(**dict.fromkeys(defaults, unset))))
     if recipe:
         parser.set_defaults(**recipe.values)  # as train.py does with its --config
-    return ScriptOptions(
-        values=vars(parser.parse_args(words)),
-        defaults=defaults,
-        # argparse sets a positional word even if it is missing
-        given=frozenset(k for k, v in given.items() if v is not unset and not (k == "data" and v is None)),
-    )
+    # argparse sets a positional word even if it is missing
+    typed = frozenset(k for k, v in given.items() if v is not unset and not (k == "data" and v is None))
+    return ScriptOptions(vars(parser.parse_args(words)), defaults, typed)
 
 
 def _check_recipe(script: ModuleType, recipe: Recipe, known: dict[str, Any]) -> None:
     path, version = script_path(script), script_version(script)
     if "device_modules" not in known:
         raise ValueError(f"{path} has no --device-modules: it is too old for {PLUGIN}. {matching_script()}")
-    for key in map(str, recipe.values):
-        if key not in known:
-            raise ValueError(
-                f"Recipe {recipe.path} sets '{key}', which {path}{f' (timm {version})' if version else ''} does not "
-                f"have.{closest(key.replace('-', '_'), known)}"
-            )
+    if unknown := [key for key in map(str, recipe.values) if key not in known]:
+        what = f"{path}{f' (timm {version})' if version else ''} does not have"
+        near = closest(unknown[0].replace("-", "_"), known)
+        raise ValueError(f"Recipe {recipe.path} sets '{unknown[0]}', which {what}.{near}")
 
 
 def fit_channels(options: ScriptOptions, model: torch.nn.Module) -> tuple[ScriptOptions, list[str]]:
@@ -122,17 +112,12 @@ def fit_channels(options: ScriptOptions, model: torch.nn.Module) -> tuple[Script
             raise ValueError(f"--{name} has {len(values)} numbers, expected one or {wanted}: one per channel.")
         average = float(f"{sum(values) / len(values):.6g}")
         options = options.evolve(**{name: [average] * wanted})
-        notes.append(
-            f"--{name} {average:g}: the average of the model's {len(values)} channels, because the images have "
-            f"{wanted}; give --{name} for your images."
-        )
+        what = f"--{name} {average:g}: the average of the model's {len(values)} channels"
+        notes.append(f"{what}, because the images have {wanted}; give --{name} for your images.")
     return options, notes
 
 
 def check_input_mode(options: ScriptOptions) -> None:
     """Refuses timm's --input-img-mode: our reader converts images to --in-chans channels."""
     if mode := getattr(options, "input_img_mode", None):
-        raise ValueError(
-            f"--input-img-mode {mode} is for timm's own reader. Leave it out: images are converted to --in-chans "
-            "channels."
-        )
+        raise ValueError(f"--input-img-mode {mode} is for timm's own reader. Leave it out and set --in-chans instead.")

@@ -60,11 +60,6 @@ class Plan:
         return self.options.batch_size * self.world_size * max(1, self.options.grad_accum_steps)
 
     @property
-    def updates(self) -> int | None:
-        """Updates per epoch; None without `splits`."""
-        return _updates_per_epoch(self.options, self.splits[0], self.world_size) if self.splits else None
-
-    @property
     def pretrained(self) -> bool:
         """Whether training starts from any weights."""
         return bool(self.options.pretrained or any(getattr(self.options, name) for name in START_FILES))
@@ -89,13 +84,9 @@ class Plan:
 def make_plan(
     script: ModuleType, recipe: Recipe, options: ScriptOptions, words: list[str], global_batch_size: int | None = None
 ) -> Plan:
-    """Checks data, batch, model and folder, and derives the options that follow from them.
+    """Checks data, batch, model and folder, and derives the options of train.py that follow from them.
 
-    Args:
-        script, recipe: See `Plan`.
-        options: Options of train.py, resolved.
-        words: The user's options.
-        global_batch_size: Images per update over all processes; None for those of the options.
+    `words` are the user's options; `global_batch_size` is images per update over all processes.
     """
     resolved, world_size = options, world_info_from_env()[2]
     if options.device == "cpu" and world_size > 1:
@@ -111,9 +102,8 @@ def make_plan(
     if splits:
         _updates_per_epoch(options, splits[0], world_size)
     if "model" not in options.given and options.model == options.defaults["model"]:
-        raise ValueError(
-            "--model is needed: --model local-dir:FOLDER, where FOLDER is the encoder that pretraining exported."
-        )
+        what = "where FOLDER is the encoder that pretraining exported"
+        raise ValueError(f"--model is needed: --model local-dir:FOLDER, {what}.")
     loads = options.pretrained and not options.pretrained_path
     start = dict(drop_path_rate=options.drop_path, global_pool=options.gp)
     options, model, fitted = create_fitted_model(options, need_weights=options.pretrained, check_weights=loads, **start)
@@ -129,8 +119,7 @@ def make_plan(
     kinds = ", ".join(dict.fromkeys(filter(None, map(probe, opened))))
     values = dict(options.values)
     refuse_for_tensors(kinds, values, resolve_data_config(values, model=model)["crop_mode"])
-    words = [*words, *options.words_since(resolved)]
-    notes = [*notes, *fitted, *read]
+    words, notes = [*words, *options.words_since(resolved)], [*notes, *fitted, *read]
     return Plan(script, recipe, options, words, splits, model, folder, kinds, notes, world_size)
 
 
@@ -142,13 +131,10 @@ def _with_classes(options: ScriptOptions, splits: list[FolderReader]) -> tuple[S
             where = options.dataset or options.data_folder
             raise ValueError(f"--num-classes is needed: only a folder of images has a class per folder, not {where}.")
         return options, []
-    train = splits[0]
-    found = len(train.classes)
+    train, found = splits[0], len(splits[0].classes)
     if "num_classes" in options.given and given != found:
-        raise ValueError(
-            f"--num-classes {given}, but {train.root} has {found} classes ({shown(train.classes)}). Leave "
-            "--num-classes out, or correct one."
-        )
+        has = f"{train.root} has {found} classes ({shown(train.classes)})"
+        raise ValueError(f"--num-classes {given}, but {has}. Leave --num-classes out, or correct one.")
     replaced = [f"{found} classes, counted in {train.root}, replace the recipe's {given}."]
     return options.evolve(num_classes=found), replaced if given not in (None, found) else []
 
@@ -163,17 +149,15 @@ def _with_batch(options: ScriptOptions, world_size: int, wanted: int | None) -> 
     step = size * world_size
     steps, left = divmod(wanted, step)
     if steps < 1 or left:
-        ways = []
+        ways = sorted({max(1, steps) * step, max(1, steps + 1) * step})
+        fits = [f"--global-batch-size {' or '.join(map(str, ways))}"]
         if wanted > 0 and wanted % world_size == 0:
             share = wanted // world_size
-            divisors = [b for b in range(1, share + 1) if share % b == 0]
-            near = sorted(sorted(divisors, key=lambda b: abs(b - size))[:3])
-            ways.append(f"--batch-size {' or '.join(map(str, near))}")
-        sizes = sorted({max(1, steps) * step, max(1, steps + 1) * step})
-        ways.append(f"--global-batch-size {' or '.join(map(str, sizes))}")
+            near = sorted((b for b in range(1, share + 1) if share % b == 0), key=lambda b: abs(b - size))[:3]
+            fits.insert(0, f"--batch-size {' or '.join(map(str, sorted(near)))}")
+        batch = f"--batch-size {size} x {count(world_size, 'process')} = {step}"
         raise ValueError(
-            f"--global-batch-size {wanted} is not a multiple of --batch-size {size} x "
-            f"{count(world_size, 'process')} = {step}. These divide: {'; or '.join(ways)}."
+            f"--global-batch-size {wanted} is not a multiple of {batch}. These divide: {'; or '.join(fits)}."
         )
     if "grad_accum_steps" in options.given and options.grad_accum_steps != steps:
         raise ValueError(
@@ -232,9 +216,9 @@ def check_augmentation(policy: str | None) -> None:
     except ValueError as e:
         policy = f"{policy}-mmax9" if "-inc1" in policy and not bounded else "rand-m9-mstd0.5-inc1-mmax9"
         raise ValueError(
-            f"--aa needs another Pillow: timm {timm.__version__} posterizes to 0 bits, which Pillow {PIL.__version__} "
-            f"refuses ({e}), so the run would stop at some image. Install an older one (pip install 'pillow<13'), or "
-            f"keep the strength below its maximum, which differs a little from the paper: --aa {policy}"
+            f"--aa: timm {timm.__version__} posterizes to 0 bits, which Pillow {PIL.__version__} refuses ({e}), so the "
+            "run would stop at some image. Install an older Pillow (pip install 'pillow<13'), or keep the strength "
+            f"below its maximum, which differs a little from the paper: --aa {policy}"
         ) from e
 
 
@@ -243,27 +227,23 @@ def describe_plan(plan: Plan) -> list[str]:
     options, path, version = plan.options, script_path(plan.script), script_version(plan.script)
     more = "".join(f" + {n} of {name}" for name, n in plan.extra_epochs.items() if n)
     length = count(plan.epochs, "epoch") + (f" ({options.epochs}{more})" if more else "")
+    if plan.splits:
+        length += f" of {count(_updates_per_epoch(options, plan.splits[0], plan.world_size), 'update')}"
+    batch, wanted = plan.global_batch, plan.recipe.global_batch
+    lr, how = _learning_rate(options, batch)
+    made = f"{options.batch_size} images x {count(plan.world_size, 'process')}"
+    made += f" x {count(max(1, options.grad_accum_steps), 'step')}; lr {lr:.4g} ({how})"
+    if wanted and wanted != batch:
+        made += f"; the recipe's is {wanted}, lr {_learning_rate(options, wanted)[0]:.4g}"
     return [
         f"{path} ({f'timm {version}' if version else 'version unknown'}; timm {timm.__version__} is installed)",
         f"recipe {plan.recipe.name}: {plan.recipe.description}",
         f"{options.model}, {'pretrained' if plan.pretrained else 'from random weights'}, {options.num_classes} classes",
         *(line for split in plan.splits for line in describe(split)),
-        _describe_batch(plan),
-        length + (f" of {count(plan.updates, 'update')}" if plan.updates else ""),
+        f"global batch {batch} = {made}",
+        length,
         _describe_layers(plan),
     ]
-
-
-def _describe_batch(plan: Plan) -> str:
-    options, batch, wanted = plan.options, plan.global_batch, plan.recipe.global_batch
-    lr, how = _learning_rate(options, batch)
-    text = (
-        f"global batch {batch} = {options.batch_size} images x {count(plan.world_size, 'process')} x "
-        f"{count(max(1, options.grad_accum_steps), 'step')}; lr {lr:.4g} ({how})"
-    )
-    if wanted and wanted != batch:
-        text += f"; the recipe's is {wanted}, lr {_learning_rate(options, wanted)[0]:.4g}"
-    return text
 
 
 def _learning_rate(options: ScriptOptions, global_batch: int) -> tuple[float, str]:
@@ -279,13 +259,8 @@ def _learning_rate(options: ScriptOptions, global_batch: int) -> tuple[float, st
 
 def _layer_scales(plan: Plan) -> dict[str, float | None]:
     """The scale of layer-wise decay for each parameter; None if it is frozen. train.py makes the same groups."""
-    options = plan.options
-    groups = param_groups_layer_decay(
-        plan.model,
-        layer_decay=options.layer_decay,
-        min_scale=options.layer_decay_min_scale,
-        no_opt_scale=options.layer_decay_no_opt_scale,
-    )
+    given = {"min_scale": plan.options.layer_decay_min_scale, "no_opt_scale": plan.options.layer_decay_no_opt_scale}
+    groups = param_groups_layer_decay(plan.model, layer_decay=plan.options.layer_decay, **given)
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     return {name: scales.get(id(p)) for name, p in plan.model.named_parameters()}
 
@@ -294,48 +269,33 @@ def _describe_layers(plan: Plan) -> str:
     decay = plan.options.layer_decay
     if decay is None:
         return "no layer-wise lr decay"
-    scales = _layer_scales(plan)
-    names = list(scales)
+    scales = {name: "frozen" if scale is None else f"{scale:.4g}" for name, scale in _layer_scales(plan).items()}
+    names, frozen = list(scales), list(scales.values()).count("frozen")
     first_block = next((name for name in names if name.startswith("stages.0.")), names[0])
-    parts = []
-    for name in dict.fromkeys((names[0], first_block, names[-1])):
-        scale = scales[name]
-        parts.append(f"{name} {'frozen' if scale is None else f'{scale:.4g}'}")
-    frozen = sum(scale is None for scale in scales.values())
+    some = ", ".join(f"{name} {scales[name]}" for name in dict.fromkeys((names[0], first_block, names[-1])))
     more = f"; {frozen} of {len(names)} parameters are frozen" if frozen else ""
-    return f"layer-wise lr decay {decay:g}, lr scale of {', '.join(parts)}{more}"
+    return f"layer-wise lr decay {decay:g}, lr scale of {some}{more}"
 
 
 def warnings(plan: Plan, from_scratch: bool = False) -> list[str]:
     """Choices that may be mistakes; `from_scratch` if random weights were asked for."""
-    options, found = plan.options, []
-    if plan.kinds:
-        found.append(
-            f"there are images {plan.kinds}: their augmentation is crop, scale, ratio, flips, random erasing, "
-            "mixup and cutmix; --aa, --color-jitter and --grayscale-prob are for 8-bit RGB or grey and are left out."
-        )
-    found += filter(None, [imbalance(split.counts()) for split in plan.splits[:1]])
-    if options.layer_decay is not None:
-        if not isinstance(plan.model, ConvNeXtV2):
-            found.append(
-                f"--model {options.model} is a {type(plan.model).__name__}, not a ConvNeXt V2: its layers for the lr "
-                "decay are timm's, and the recipe was not made for it."
-            )
-        smallest = min((scale for scale in _layer_scales(plan).values() if scale is not None), default=1.0)
-        if smallest < SMALL_SCALE:
-            found.append(
-                f"With --layer-decay {options.layer_decay:g} the first layers of {options.model} learn at "
-                f"{smallest:.1e} of the rate: they will hardly change."
-            )
-    version = script_version(plan.script)
-    if version and version != timm.__version__:
-        found.append(
-            f"{script_path(plan.script)} is of timm {version}, and timm {timm.__version__} is installed: options may "
-            f"be missing or mean something else. {matching_script()}"
-        )
-    if options.model.startswith("local-dir:") and not plan.pretrained and not from_scratch:
-        found.append(
-            f"the weights in {options.model} are not loaded, because neither recipe nor options set pretrained. Add "
-            "--pretrained, or --from-scratch if you want random weights."
-        )
-    return found
+    options, version, decay = plan.options, script_version(plan.script), plan.options.layer_decay
+    scales = [] if decay is None else [scale for scale in _layer_scales(plan).values() if scale is not None]
+    smallest = min(scales, default=1.0)
+    unequal = imbalance(plan.splits[0].counts()) if plan.splits else ""
+    unloaded = options.model.startswith("local-dir:") and not plan.pretrained and not from_scratch
+    found = [
+        (plan.kinds, f"there are images {plan.kinds}: their augmentation is crop, scale, ratio, flips, random erasing, "
+         "mixup and cutmix; --aa, --color-jitter and --grayscale-prob are for 8-bit RGB or grey and are left out."),
+        (unequal, unequal),
+        (decay is not None and not isinstance(plan.model, ConvNeXtV2),
+         f"--model {options.model} is a {type(plan.model).__name__}, not a ConvNeXt V2: its layers for the lr decay "
+         "are timm's, and the recipe was not made for it."),
+        (smallest < SMALL_SCALE, f"With --layer-decay {decay} the first layers of {options.model} learn at "
+         f"{smallest:.1e} of the rate: they will hardly change."),
+        (version not in ("", timm.__version__), f"{script_path(plan.script)} is of timm {version}, and timm "
+         f"{timm.__version__} is installed: options may be missing or mean something else. {matching_script()}"),
+        (unloaded, f"the weights in {options.model} are not loaded, because neither recipe nor options set pretrained. "
+         "Add --pretrained, or --from-scratch if you want random weights."),
+    ]  # fmt: skip
+    return [text for holds, text in found if holds]

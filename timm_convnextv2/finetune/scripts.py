@@ -20,14 +20,14 @@ NEEDED = {
 }
 
 
-def script_url(name: str) -> str:
+def _url(name: str) -> str:
     """Address of the installed timm version's script."""
     return f"{TIMM_RAW}/v{timm.__version__}/{name}"
 
 
 def matching_script(name: str = "train.py") -> str:
     """The remedy if a script does not fit the installed timm."""
-    return f"Give the {name} of timm {timm.__version__} with --timm-train: {script_url(name)}"
+    return f"Give the {name} of timm {timm.__version__} with --timm-train: {_url(name)}"
 
 
 def find_script(name: str, option: str | None = None) -> Path:
@@ -42,17 +42,14 @@ def find_script(name: str, option: str | None = None) -> Path:
             path = path.with_name(name)
         if path.is_file():
             return path.resolve()
-        raise ValueError(
-            f"{source} is {value}, but there is no {name} there. Save {script_url(name)} there, or give the folder of "
-            "a clone of timm."
-        )
+        remedy = f"Save {_url(name)} there, or give the folder of a clone of timm."
+        raise ValueError(f"{source} is {value}, but there is no {name} there. {remedy}")
     beside = Path(timm.__file__).resolve().parents[1] / name
     if not script_problem(beside, name):
         return beside
     raise ValueError(
-        f"timm's {name} is needed and is not part of timm's package. Save {script_url(name)} and give its path with "
-        "--timm-train PATH or set TIMM_TRAIN=PATH; or install timm from a clone of its repository (pip install -e "
-        "CLONE)."
+        f"timm's {name} is needed and is not part of timm's package. Save {_url(name)} and give its path with "
+        "--timm-train PATH or set TIMM_TRAIN=PATH; or install timm from a clone (pip install -e CLONE)."
     )
 
 
@@ -78,7 +75,6 @@ def script_version(script: ModuleType) -> str:
 
 
 def script_path(script: ModuleType) -> Path:
-    """The file of an imported script."""
     return Path(str(script.__file__))
 
 
@@ -97,9 +93,8 @@ def load_script(name: str, option: str | None = None) -> ModuleType:
         package = (e.name or "").partition(".")[0]
         if package and package != "timm" and isinstance(e, ModuleNotFoundError):
             raise ValueError(f"timm's {name} needs the package {package}; run `pip install {package}`.") from e
-        raise ValueError(
-            f"{path} does not fit the installed timm {timm.__version__} ({e}). {matching_script(name)}"
-        ) from e
+        what = f"{path} does not fit the installed timm {timm.__version__} ({e})."
+        raise ValueError(f"{what} {matching_script(name)}") from e
     return module
 
 
