@@ -8,13 +8,7 @@ import torch
 from drawn import RGB, UPRIGHT, hwc, noise
 from PIL import Image
 
-from timm_convnextv2.data import (
-    FolderSource,
-    ImageError,
-    MissingPackageError,
-    check_readable,
-    load_image,
-)
+from timm_convnextv2.data import FolderSource, ImageError, MissingPackageError, check_readable, load_image
 from timm_convnextv2.data.formats.pillow import from_pil
 
 

@@ -14,7 +14,7 @@ from timm_convnextv2.data import FolderSource, ImageError, MissingPackageError, 
 from timm_convnextv2.data.formats.decode import count_pages, open_scene, read_header
 from timm_convnextv2.data.formats.pixels import Pixels
 from timm_convnextv2.data.measure.sample import measure
-from timm_convnextv2.data.sources.pages import PageSource
+from timm_convnextv2.data.sources.files import PageSource
 
 pydicom = pytest.importorskip("pydicom", reason="the package pydicom is not installed")
 from pydicom.data import get_testdata_file  # noqa: E402
@@ -117,8 +117,7 @@ def test_frames_are_refused_or_pages(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file, text",
-    [("rtplan.dcm", "DICOM without an image .RTPLAN."), ("MR_truncated.dcm", "cannot be decoded")],
+    "file, text", [("rtplan.dcm", "DICOM without an image .RTPLAN."), ("MR_truncated.dcm", "cannot be decoded")]
 )
 def test_what_is_no_image_is_refused(file, text):
     with pytest.raises(ImageError, match=text):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from timm_convnextv2.data import DemoSource, Source, hold_out
-from timm_convnextv2.data.sources.holdout import MOST_HELD_OUT
+from timm_convnextv2.data.sources.picked import MOST_HELD_OUT
 
 
 class Numbers(Source):

@@ -124,6 +124,10 @@ def tiff(x, **options):
     return lambda folder: tifffile.imwrite(folder / "x.tif", x, **options)
 
 
+def mono(x, **options):
+    return tiff(x, photometric="minisblack", **options)
+
+
 def tagged(x, nodata, **options):
     """With GDAL's nodata tag."""
     return tiff(x, extratags=[(42113, "s", 0, nodata, True)], **options)
@@ -195,7 +199,10 @@ RGBA8, RGBA16 = np.dstack([RGB8, ALPHA8]), np.dstack([RGB16, ALPHA8.astype(np.ui
 PREMULTIPLIED = np.rint(RGB16 * (RGBA16[..., 3:] / 65535)).astype(np.uint16)
 CMYK, YCBCR = (Image.fromarray(RGB8).convert(mode) for mode in ("CMYK", "YCbCr"))
 PALETTE = Image.fromarray(RGB8).quantize(64)
-IJ = dict(imagej=True)
+IJ, CONTIG, PLANES = (
+    dict(imagej=True),
+    *(dict(photometric="minisblack", planarconfig=kind) for kind in ("contig", "separate")),
+)
 RGB_AND_TWO = tiff(np.dstack([RGB8, RGB8[..., :2]]), photometric="rgb", extrasamples=["unspecified"] * 2)
 
 KINDS = {
@@ -222,14 +229,13 @@ KINDS = {
         3, chw(SMOOTH[::-1]) / 255, tolerance=3 / 255,
     ),
     "jpeg cmyk": Kind(
-        pillow(SMOOTH, "x.jpg", mode="CMYK", quality=100, subsampling=0), 3, chw(SMOOTH) / 255, tolerance=4 / 255
-    ),
+        pillow(SMOOTH, "x.jpg", mode="CMYK", quality=100, subsampling=0), 3, chw(SMOOTH) / 255, tolerance=4 / 255),
     "jpeg with 2 channels asked for": Kind(pillow(SMOOTH, "x.jpg"), 2, "3 channels.*expected 2"),
     # 16-bit
     "png 16": Kind(pillow(GREY16), 3, grey(GREY16 / 65535)),
     "pgm 16": Kind(pgm_16, 3, grey(GREY16 / 65535)),
-    "tiff 16": Kind(tiff(GREY16, photometric="minisblack", metadata=None), 1, GREY16[None] / 65535),
-    "tiff 16 big-endian": Kind(tiff(GREY16, byteorder=">", photometric="minisblack"), 3, grey(GREY16 / 65535)),
+    "tiff 16": Kind(mono(GREY16, metadata=None), 1, GREY16[None] / 65535),
+    "tiff 16 big-endian": Kind(mono(GREY16, byteorder=">"), 3, grey(GREY16 / 65535)),
     "tiff 16 white is 0": Kind(tiff(GREY16, photometric="miniswhite"), 3, grey(1 - GREY16 / 65535)),
     "tiff 8 white is 0": Kind(tiff(GREY8, photometric="miniswhite"), 3, grey(1 - GREY8 / 255)),
     "tiff 12 packed, white is 0": Kind(min_is_white_12, 1, 1 - (GREY16 >> 4)[None] / 4095),
@@ -242,22 +248,19 @@ KINDS = {
         3, chw(np.minimum(PREMULTIPLIED * (65535 / RGBA16[..., 3:]), 65535)) / 65535, tolerance=1e-5,
     ),
     # signs and floats
-    "tiff int16": Kind(tiff(SIGNED, photometric="minisblack"), 1, SIGNED[None] / 32767),
-    "tiff int8": Kind(
-        tiff(values((S, S), np.int8), photometric="minisblack"), 3, grey(values((S, S), np.int8) / 127)
-    ),
+    "tiff int16": Kind(mono(SIGNED), 1, SIGNED[None] / 32767),
+    "tiff int8": Kind(tiff(values((S, S), np.int8), photometric="minisblack"), 3, grey(values((S, S), np.int8) / 127)),
     "tiff int16 white is 0": Kind(tiff(SIGNED, photometric="miniswhite"), 1, "int16 with MinIsWhite"),
-    "tiff float": Kind(tiff(FLOAT, photometric="minisblack", metadata=None), 3, grey(FLOAT)),
-    "tiff float16": Kind(tiff(FLOAT.astype(np.float16), photometric="minisblack"), 1, FLOAT.astype(np.float16)[None]),
-    "tiff float64": Kind(tiff(FLOAT.astype(np.float64) - 7, photometric="minisblack"), 1, FLOAT[None] - 7.0),
+    "tiff float": Kind(mono(FLOAT, metadata=None), 3, grey(FLOAT)),
+    "tiff float16": Kind(mono(FLOAT.astype(np.float16)), 1, FLOAT.astype(np.float16)[None]),
+    "tiff float64": Kind(mono(FLOAT.astype(np.float64) - 7), 1, FLOAT[None] - 7.0),
     "tiff float white is 0": Kind(tiff(FLOAT, photometric="miniswhite"), 1, "float32 with MinIsWhite"),
-    "tiff uint32": Kind(tiff(GREY16.astype(np.uint32), photometric="minisblack"), 1, "uint32, expected"),
+    "tiff uint32": Kind(mono(GREY16.astype(np.uint32)), 1, "uint32, expected"),
     # colours and bands
     "tiff rgb": Kind(tiff(RGB8, photometric="rgb"), 3, chw(RGB8) / 255),
     "tiff rgb planar": Kind(tiff(CYX8, photometric="rgb", planarconfig="separate"), 3, CYX8 / 255),
     "tiff rgb turned": Kind(
-        tiff(RGB8, photometric="rgb", extratags=[(274, "H", 1, 8, True)]), 3, chw(np.rot90(RGB8)) / 255
-    ),
+        tiff(RGB8, photometric="rgb", extratags=[(274, "H", 1, 8, True)]), 3, chw(np.rot90(RGB8)) / 255),
     # Pillow opens it as RGB and leaves out the other bands
     "tiff rgb and two": Kind(RGB_AND_TWO, 5, chw(np.dstack([RGB8, RGB8[..., :2]])) / 255),
     "tiff rgb and two, too many": Kind(RGB_AND_TWO, 3, "5 channels.*expected 3"),
@@ -266,50 +269,39 @@ KINDS = {
     "tiff rgba": Kind(pillow(RGBA8, "x.tif"), 3, chw(RGB8) / 255),
     "tiff ycbcr": Kind(pillow(YCBCR, "x.tif", compression="tiff_lzw"), 3, colours(YCBCR), tolerance=1.1 / 255),
     "tiff cmyk": Kind(pillow(CMYK, "x.tif"), 3, colours(CMYK)),
-    "tiff grey alpha": Kind(
-        tiff(LA8, photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"]), 3, grey(GREY8 / 255)
-    ),
-    "tiff bands": Kind(
-        tiff(np.moveaxis(BANDS, 0, 2), photometric="minisblack", planarconfig="contig"), 5, BANDS / 65535
-    ),
-    "tiff bands planar": Kind(tiff(BANDS, photometric="minisblack", planarconfig="separate"), 5, BANDS / 65535),
-    "tiff bands tiled": Kind(
-        tiff(np.moveaxis(BANDS, 0, 2), photometric="minisblack", planarconfig="contig", tile=(16, 16)),
-        5, BANDS / 65535,
-    ),
-    "tiff bands as pages": Kind(tiff(BANDS, photometric="minisblack"), 5, BANDS / 65535),
+    "tiff grey alpha": Kind(tiff(LA8, **CONTIG, extrasamples=["unassalpha"]), 3, grey(GREY8 / 255)),
+    "tiff bands": Kind(tiff(np.moveaxis(BANDS, 0, 2), **CONTIG), 5, BANDS / 65535),
+    "tiff bands planar": Kind(tiff(BANDS, **PLANES), 5, BANDS / 65535),
+    "tiff bands tiled": Kind(tiff(np.moveaxis(BANDS, 0, 2), **CONTIG, tile=(16, 16)), 5, BANDS / 65535),
+    "tiff bands as pages": Kind(mono(BANDS), 5, BANDS / 65535),
     "tiff bands and alpha": Kind(
         tiff(np.moveaxis(BANDS, 0, 2), photometric="rgb", extrasamples=["unspecified", "unassalpha"]),
         4, BANDS[:4] / 65535,
     ),
-    "tiff bands, too many": Kind(tiff(BANDS, photometric="minisblack", planarconfig="separate"), 3, "5 channels"),
+    "tiff bands, too many": Kind(tiff(BANDS, **PLANES), 3, "5 channels"),
     # axes
     "imagej cyx": Kind(tiff(CYX8, **IJ, metadata={"axes": "CYX"}), 3, CYX8 / 255),
     "imagej cyx, too few": Kind(tiff(CYX8[:2], **IJ, metadata={"axes": "CYX"}), 3, "2 channels.*expected 3"),
     "imagej cyx as grey": Kind(tiff(CYX8, **IJ, metadata={"axes": "CYX"}), 1, "3 channels.*expected 1"),
-    "imagej cyx packed": Kind(
-        tiff(BANDS, **IJ, metadata={"axes": "CYX"}, compression="zlib"), 5, BANDS / 65535
-    ),
+    "imagej cyx packed": Kind(tiff(BANDS, **IJ, metadata={"axes": "CYX"}, compression="zlib"), 5, BANDS / 65535),
     "imagej zyx": Kind(tiff(CYX8, **IJ, metadata={"axes": "ZYX"}), 3, r"depth \(Z: 3\) is not a channel.*axis C"),
     "imagej zyx as grey": Kind(tiff(CYX8, **IJ, metadata={"axes": "ZYX"}), 1, "depth .*not a channel"),
     "imagej tyx": Kind(tiff(BANDS, **IJ, metadata={"axes": "TYX"}), 5, r"time \(T: 5\) is not a channel"),
     "imagej tcyx": Kind(tiff(np.stack([CYX8] * 2), **IJ, metadata={"axes": "TCYX"}), 3, r"time \(T: 2\)"),
     "ome cyx": Kind(tiff(BANDS, ome=True, metadata={"axes": "CYX"}), 5, BANDS / 65535),
     "ome zyx": Kind(tiff(BANDS, ome=True, metadata={"axes": "ZYX"}), 5, "not a channel"),
-    "array without axes": Kind(tiff(CYX8, photometric="minisblack"), 3, CYX8 / 255),
-    "array in one page": Kind(tiff(CYX8, photometric="minisblack", truncate=True), 3, CYX8 / 255),
-    "array without axes, too few": Kind(tiff(CYX8[:2], photometric="minisblack"), 3, "axes QYX.*expected 3"),
+    "array without axes": Kind(mono(CYX8), 3, CYX8 / 255),
+    "array in one page": Kind(mono(CYX8, truncate=True), 3, CYX8 / 255),
+    "array without axes, too few": Kind(mono(CYX8[:2]), 3, "axes QYX.*expected 3"),
     "pages of colours": Kind(tiff(np.stack([RGB8] * 3), photometric="rgb", metadata=None), 3, chw(RGB8) / 255),
-    "pages of grey": Kind(tiff(BANDS[:2], photometric="minisblack", metadata=None), 3, grey(BANDS[0] / 65535)),
-    "pages of grey as grey": Kind(tiff(BANDS, photometric="minisblack", metadata=None), 1, BANDS[:1] / 65535),
-    "pages, as many as channels": Kind(tiff(CYX8, photometric="minisblack", metadata=None), 3, "3 pages.*axes CYX"),
+    "pages of grey": Kind(mono(BANDS[:2], metadata=None), 3, grey(BANDS[0] / 65535)),
+    "pages of grey as grey": Kind(mono(BANDS, metadata=None), 1, BANDS[:1] / 65535),
+    "pages, as many as channels": Kind(mono(CYX8, metadata=None), 3, "3 pages.*axes CYX"),
     # nodata
     "float minimum": Kind(
-        tiff(holed(FLOAT, FMIN), photometric="minisblack"), 1,
-        r"contains -3.4028235e\+38 in 7 %.*smallest float32.*--nodata=-3.4028235e\+38 ",
-    ),
-    "float minimum, named": Kind(tiff(holed(FLOAT, FMIN), photometric="minisblack"), 1, mended(FLOAT), -3.4028235e38),
-    "float minimum, another named": Kind(tiff(holed(FLOAT, FMIN), photometric="minisblack"), 1, "smallest", -9999),
+        mono(holed(FLOAT, FMIN)), 1, r"contains -3.4028235e\+38 in 7 %.*smallest float32.*--nodata=-3.4028235e\+38 "),
+    "float minimum, named": Kind(mono(holed(FLOAT, FMIN)), 1, mended(FLOAT), -3.4028235e38),
+    "float minimum, another named": Kind(mono(holed(FLOAT, FMIN)), 1, "smallest", -9999),
     "float64 minimum": Kind(npy(holed(FLOAT.astype(float), -1.7976931348623157e308)[None]), 1, "smallest float64"),
     "netcdf's": Kind(npy(holed(FLOAT, 9.96921e36)), 1, r"contains 9.96921e\+36 .*too large for a pixel"),
     "infinity": Kind(npy(holed(FLOAT, -np.inf)), 1, "infinite values in 7 %.*--nodata=-inf"),
@@ -317,13 +309,11 @@ KINDS = {
     "nan": Kind(npy(holed(BANDS.astype(np.float32), np.nan)), 5, "contains NaN in 7 %.*--nodata=nan"),
     "nan, named": Kind(npy(holed(BANDS.astype(np.float32), np.nan)), 5, mended(BANDS.astype(np.float32)), np.nan),
     "nan beside another": Kind(
-        npy(np.where(np.eye(S) * HOLES > 0, np.float32(np.nan), holed(FLOAT, -9999))), 1, mended(FLOAT), -9999.0
-    ),
+        npy(np.where(np.eye(S) * HOLES > 0, np.float32(np.nan), holed(FLOAT, -9999))), 1, mended(FLOAT), -9999.0),
     "sentinel": Kind(npy(holed(FLOAT, -9999)), 1, "contains -9999 in 7 %.*most likely nodata.*--nodata=-9999"),
-    "sentinel of int16": Kind(tiff(holed(SIGNED // 9, -32768), photometric="minisblack"), 1, "-32768.*nodata"),
+    "sentinel of int16": Kind(mono(holed(SIGNED // 9, -32768)), 1, "-32768.*nodata"),
     "sentinel of one band": Kind(
-        npy(np.concatenate([BANDS.astype(np.float32), holed(FLOAT, -999)[None]])), 6, "contains -999 .*nodata"
-    ),
+        npy(np.concatenate([BANDS.astype(np.float32), holed(FLOAT, -999)[None]])), 6, "contains -999 .*nodata"),
     "sentinel that is data": Kind(npy(holed(FLOAT, -9999)), 1, holed(FLOAT, -9999)[None], np.nan),
     "-9999 among others": Kind(npy(FLOAT * -2e4 - 9999 * (FLOAT == 0)), 1, FLOAT[None] * -2e4),
     "uint16 0, named": Kind(npy(holed(BANDS, 0)), 5, mended(BANDS) / 65535, 0),
@@ -331,24 +321,16 @@ KINDS = {
     "png 0, named": Kind(pillow(holed(chw(RGB8), 0).transpose(1, 2, 0)), 3, mended(chw(RGB8)) / 255, 0),
     "nodata everywhere": Kind(npy(np.full((S, S), -9999, np.float32)), 1, "nodata everywhere.*-9999", -9999),
     "a band of nodata": Kind(
-        npy(np.stack([FLOAT, np.full((S, S), -9999, np.float32)])), 2, "nodata everywhere in channel 2", -9999
-    ),
+        npy(np.stack([FLOAT, np.full((S, S), -9999, np.float32)])), 2, "nodata everywhere in channel 2", -9999),
     "tag of float": Kind(
-        tagged(holed(FLOAT, FMIN), "-3.40282346638529e+38", photometric="minisblack"), 1, mended(FLOAT)
-    ),
+        tagged(holed(FLOAT, FMIN), "-3.40282346638529e+38", photometric="minisblack"), 1, mended(FLOAT)),
     "tag of float, nan": Kind(tagged(holed(FLOAT, np.nan), "nan", photometric="minisblack"), 3, grey(mended(FLOAT))),
-    "tag of int16": Kind(
-        tagged(holed(SIGNED, -32768), "-32768", photometric="minisblack"), 1, mended(SIGNED) / 32767
-    ),
-    "tag of bands": Kind(
-        tagged(holed(BANDS, 0), "0", photometric="minisblack", planarconfig="separate"), 5, mended(BANDS) / 65535
-    ),
+    "tag of int16": Kind(tagged(holed(SIGNED, -32768), "-32768", photometric="minisblack"), 1, mended(SIGNED) / 32767),
+    "tag of bands": Kind(tagged(holed(BANDS, 0), "0", **PLANES), 5, mended(BANDS) / 65535),
     "tag of rgb": Kind(
-        tagged(holed(chw(RGB8), 0).transpose(1, 2, 0), "0", photometric="rgb"), 3, mended(chw(RGB8)) / 255
-    ),
+        tagged(holed(chw(RGB8), 0).transpose(1, 2, 0), "0", photometric="rgb"), 3, mended(chw(RGB8)) / 255),
     "tag of 16-bit grey": Kind(
-        tagged(holed(GREY16, 65535), "65535", photometric="miniswhite"), 1, 1 - mended(GREY16) / 65535
-    ),
+        tagged(holed(GREY16, 65535), "65535", photometric="miniswhite"), 1, 1 - mended(GREY16) / 65535),
     "tag out of range": Kind(tagged(GREY8, "-9999", photometric="minisblack"), 1, GREY8[None] / 255),
     "tag that is no number": Kind(tagged(GREY8, "none", photometric="minisblack"), 1, "tag .42113. 'none'"),
     "tag of a palette": Kind(pillow(PALETTE, "x.tif", tiffinfo={42113: "0"}), 3, "nodata tag.*for P values"),
@@ -359,18 +341,16 @@ KINDS = {
     # compressions
     **{
         f"tiff {compression}": Kind(
-            tiff(np.moveaxis(BANDS, 0, 2), photometric="minisblack", planarconfig="contig", compression=compression),
+            tiff(np.moveaxis(BANDS, 0, 2), **CONTIG, compression=compression),
             5, BANDS / 65535,
         )
         for compression in ("lzw", "zstd", "zlib", "lzma", "packbits")
     },
     "tiff lzw predicted": Kind(
-        tiff(RGB16, photometric="rgb", compression="lzw", predictor=True), 3, chw(RGB16) / 65535
-    ),
+        tiff(RGB16, photometric="rgb", compression="lzw", predictor=True), 3, chw(RGB16) / 65535),
     "tiff jpeg 2000": Kind(tiff(RGB8, photometric="rgb", compression="jpeg2000"), 3, chw(RGB8) / 255),
     "tiff webp": Kind(
-        tiff(RGB8, photometric="rgb", compression="webp", compressionargs={"lossless": True}), 3, chw(RGB8) / 255
-    ),
+        tiff(RGB8, photometric="rgb", compression="webp", compressionargs={"lossless": True}), 3, chw(RGB8) / 255),
     # arrays
     "npy grey": Kind(npy(GREY8), 1, GREY8[None] / 255),
     "npy last": Kind(npy(RGB8), 3, chw(RGB8) / 255),

@@ -7,7 +7,7 @@ from PIL import Image
 
 from timm_convnextv2.data import FolderSource, ImageError, Pixels, WindowOptions, load_image
 from timm_convnextv2.data.formats.decode import count_pages, open_scene, read_header
-from timm_convnextv2.data.sources.pages import PageSource
+from timm_convnextv2.data.sources.files import PageSource
 from timm_convnextv2.data.sources.windows import WindowSource
 
 tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")

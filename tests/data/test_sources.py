@@ -61,8 +61,7 @@ def test_folder_with_a_name_that_is_not_utf8(tmp_path):
     noise().save(tmp_path / "a.png")
     os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
     source = FolderSource(tmp_path)
-    assert source[0].shape == (3, 24, 32)
-    source.name(0).encode()  # safe to print
+    assert source[0].shape == (3, 24, 32) and source.name(0).encode()  # safe to print
 
 
 def test_folder_errors(tmp_path):
@@ -177,14 +176,14 @@ def test_hfids_without_labels(parquet):
         order=StreamOrder(3),
     )
     samples = []
-    for _, load in stream.undecoded():
-        try:
+    for name, load in stream.undecoded():
+        if "broken" in name:
+            with pytest.raises(ImageError):
+                load()
+        else:
             samples.append(load())
-        except ImageError as error:
-            samples.append(error)
-    assert sum(isinstance(sample, ImageError) for sample in samples) == 1
-    assert sorted(tuple(s.shape) for s in samples if torch.is_tensor(s)) == [(3, 1, 2), (3, 6, 8)]
-    assert any(s.dtype == torch.float32 for s in samples if torch.is_tensor(s))
+    assert sorted(tuple(s.shape) for s in samples) == [(3, 1, 2), (3, 6, 8)]
+    assert {s.dtype for s in samples} == {torch.uint8, torch.float32}
 
 
 def shards(root, n, per_shard=6, broken=()):
@@ -245,7 +244,7 @@ def test_wds_stream_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--data-dir"):
         create_source(None, DataSet("wds/", "train-0000.tar"))
     source = create_source(root, DataSet("wds/", "train-0000.tar", 6, input_key="jpg"))
-    with pytest.raises(ImageError, match="0000.*input key jpg"):
+    with pytest.raises(ImageError, match="0000.*input key"):
         next(iter(source))
 
 
@@ -295,6 +294,8 @@ def test_check_readable(tmp_path):
     folder_of(tmp_path, 9)
     source = FolderSource(tmp_path)
     assert check_readable(source) == []
+    with pytest.raises(ValueError, match="3 channels.*expected 12 channels.*--in-chans"):
+        check_readable(FolderSource(tmp_path, in_chans=12))
     for i in range(1, 9):
         (tmp_path / f"{i:03d}.png").write_bytes(b"junk")
     assert [i for i, _ in check_readable(source)] == list(range(1, 9))
@@ -303,12 +304,6 @@ def test_check_readable(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)None of 9 images.*000\.png.*001\.png.*002\.png") as info:
         check_readable(source)
     assert "003.png" not in str(info.value)
-
-
-def test_check_readable_wrong_channels(tmp_path):
-    folder_of(tmp_path, 2)
-    with pytest.raises(ValueError, match="3 channels.*expected 12 channels.*--in-chans"):
-        check_readable(FolderSource(tmp_path, in_chans=12))
 
 
 def test_create_source(tmp_path):

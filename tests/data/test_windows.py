@@ -21,7 +21,7 @@ from timm_convnextv2.data import (
 )
 from timm_convnextv2.data.formats.decode import open_scene
 from timm_convnextv2.data.formats.pixels import PLAIN, Pixels
-from timm_convnextv2.data.sources.holdout import hold_out
+from timm_convnextv2.data.sources.picked import hold_out
 from timm_convnextv2.data.sources.windows import WindowSource, check_windows, content
 
 tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
@@ -49,19 +49,19 @@ def smooth(channels):
     return np.stack([128 + 100 * np.sin((y + c * x) / 9) for c in range(1, channels + 1)], -1).astype(np.uint8)
 
 
-def save_zarr(path, x, axes, chunks, ome=0.5):
+def save_zarr(path, x, axes, side, ome=0.5):
+    """OME-Zarr with chunks of `side` x 16."""
     zarr = pytest.importorskip("zarr", reason="the package zarr is not installed")
-    version = 3 if ome == 0.5 else 2
-    group = zarr.open_group(str(path), mode="w", zarr_format=version)
-    array = group.create_array("0", shape=x.shape, chunks=chunks, dtype=x.dtype)
-    array[...] = x
-    names = [{"name": a, "type": "space" if a in "zyx" else "channel" if a == "c" else "time"} for a in axes]
-    scales = [{"version": str(ome), "axes": names, "datasets": [{"path": "0"}]}]
+    group = zarr.open_group(str(path), mode="w", zarr_format=3 if ome == 0.5 else 2)
+    chunks = (*[1] * (x.ndim - 2), side, 16)
+    group.create_array("0", shape=x.shape, chunks=chunks, dtype=x.dtype)[...] = x
+    scales = [{"version": str(ome), "axes": [{"name": a} for a in axes], "datasets": [{"path": "0"}]}]
     group.attrs.update({"ome": {"version": "0.5", "multiscales": scales}} if ome == 0.5 else {"multiscales": scales})
 
 
 TILED = dict(tile=(32, 16))
 PLANES, BANDS = (dict(planarconfig=config, photometric="minisblack") for config in ("separate", "contig"))
+GREY = dict(photometric="minisblack")
 YCBCR = dict(compression="jpeg", compressionargs={"outcolorspace": "ycbcr"})
 CYX = dict(metadata={"axes": "CYX"})
 
@@ -114,20 +114,14 @@ KINDS = {
     "npy, grey": (1, lambda p: np.save(p / "x.npy", grey("f4"))),
     "npy, Fortran": (3, lambda p: np.save(p / "x.npy", np.asfortranarray(values(3, "i2")))),
     "npy, Fortran, channels first": (3, lambda p: np.save(p / "x.npy", np.asfortranarray(values(3, ">f8", False)))),
-    "OME-Zarr 0.5": (
-        2,
-        lambda p: save_zarr(p / "x.zarr", values(2, "u2", False)[None, :, None], "tczyx", (1, 1, 1, 16, 32)),
-    ),
-    "OME-Zarr 0.4": (1, lambda p: save_zarr(p / "x.zarr", grey("f4"), "yx", (16, 32), 0.4)),
+    "OME-Zarr 0.5": (2, lambda p: save_zarr(p / "x.zarr", values(2, "u2", False)[None, :, None], "tczyx", 16)),
+    "OME-Zarr 0.4": (1, lambda p: save_zarr(p / "x.zarr", grey("f4"), "yx", 32, 0.4)),
     "PNG": (3, lambda p: Image.fromarray(values(3, "u1")).save(p / "x.png")),
     "JPEG": (3, lambda p: Image.fromarray(smooth(3)).save(p / "x.jpg")),
 }
-KINDS |= {
-    f"orientation {k}": tif(
-        3, values(3, "u1" if k % 2 else "u2"), photometric="rgb", extratags=[(274, "H", 1, k, True)], **TILED
-    )
-    for k in range(2, 9)
-}
+for k in range(2, 9):
+    turned = dict(photometric="rgb", extratags=[(274, "H", 1, k, True)], **TILED)
+    KINDS[f"orientation {k}"] = tif(3, values(3, "u1" if k % 2 else "u2"), **turned)
 PLACES = [(0, 0, H, W), (0, 0, 20, 20), (H - 20, W - 20, 20, 20), (31, 15, 2, 3), (30, 14, 33, 40), (17, 3, 1, 1)]
 DECODED_WHOLE = ("1 bit", "PNG", "JPEG")
 
@@ -166,12 +160,9 @@ def test_nodata_gets_the_mean_of_the_windows_other_pixels(dtype, tmp_path):
 
 def scenes(folder, *sizes, channels=1, dtype="u1"):
     """Files of random values, of these (height, width)."""
-    for i, (height, width) in enumerate(sizes):
-        x = values(channels, dtype, False, height, width)
-        options = {} if channels == 1 else {"planarconfig": "separate"}
-        tifffile.imwrite(
-            folder / f"{i}.tif", x[0] if channels == 1 else x, photometric="minisblack", **options, **TILED
-        )
+    for i, size in enumerate(sizes):
+        x = values(channels, dtype, False, *size)
+        tifffile.imwrite(folder / f"{i}.tif", x.squeeze(), **(PLANES if channels > 1 else GREY), **TILED)
     return folder
 
 
@@ -197,10 +188,10 @@ def test_images_count_by_their_area(tmp_path):
 def test_a_window_follows_from_seed_epoch_and_index_alone(tmp_path):
     source = open_windows(scenes(tmp_path, (50, 60), (64, 40)), 24)
     dataset = PretrainDataset(source, PretrainTransform(16, mean=[0.5], std=[0.25]), (2, 2), 0.5, seed=3)
-    first = [dataset[0, i][0] for i in range(len(dataset))]
     again = PretrainDataset(open_windows(tmp_path, 24), dataset.transform, (2, 2), 0.5, seed=3)
-    assert all(torch.equal(again[0, i][0], first[i]) for i in reversed(range(len(first))))
-    assert not any(torch.equal(dataset[1, i][0], first[i]) for i in range(len(first)))
+    first = [dataset[0, i][0] for i in range(len(dataset))]
+    for i in reversed(range(len(first))):
+        assert torch.equal(again[0, i][0], first[i]) and not torch.equal(dataset[1, i][0], first[i])
     assert torch.equal(source[2], source[2]) and not torch.equal(source[2], source[3])
 
 
@@ -294,7 +285,7 @@ def test_numbers_out_of_range_are_refused(windows, text):
 
 
 def test_workers_read_the_same(tmp_path):
-    save_zarr(tmp_path / "z.zarr", values(2, "u2", False), "cyx", (1, 16, 16))
+    save_zarr(tmp_path / "z.zarr", values(2, "u2", False), "cyx", 16)
     scenes(tmp_path, (50, 60), channels=2, dtype="u2")
     source = open_windows(tmp_path, 24, 2)
     assert len(source.files) == 2  # the folder of the Zarr image is one

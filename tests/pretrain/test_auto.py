@@ -17,7 +17,7 @@ from timm_convnextv2.commands.pretrain import main, parse_options
 from timm_convnextv2.config import build, flat, from_mapping
 from timm_convnextv2.data import FolderSource, load_image
 from timm_convnextv2.data.formats.pixels import Pixels
-from timm_convnextv2.data.sources.folder import ImageFiles
+from timm_convnextv2.data.sources.files import ImageFiles
 from timm_convnextv2.features.collapse_models import collapse_of_models
 from timm_convnextv2.features.config import Computation, DrawnImages, Extraction, Scoring
 from timm_convnextv2.features.evaluate import evaluate_models

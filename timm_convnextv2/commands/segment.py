@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from ..console import check_same_classes, say
 from ..data.formats.files import printable
-from ..data.sources.folder import ImageFiles
+from ..data.sources.files import ImageFiles
 from ..files import claim_folder, whole_file, write_json
 from ..runs.device import check_device
 from ..transfer.config import SegmentConfig, SegmentEvalConfig, SegmentPredictConfig

@@ -31,11 +31,9 @@ from .samples.dataset import PretrainDataset, PretrainStream, collate
 from .samples.order import EpochBatchSampler
 from .samples.statistics import InputStatistics
 from .samples.transform import PretrainTransform
-from .sources.folder import FolderSource, ImageFiles
-from .sources.holdout import Subset, hold_out
-from .sources.joined import JoinedSource
+from .sources.files import FolderSource, ImageFiles, PageSource
 from .sources.open import check_readable, create_source, pages_and_windows
-from .sources.pages import PageSource
+from .sources.picked import JoinedSource, Subset, hold_out
 from .sources.source import Bad, Source
 from .sources.stream import StreamOrder, TimmStream
 from .sources.timm import TimmSource

@@ -14,7 +14,7 @@ from ..console import check_same_classes
 from ..data import FolderSource, Pixels, check_readable
 from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, printable
 from ..data.formats.pixels import PLAIN
-from ..data.sources.folder import ImageFiles
+from ..data.sources.files import ImageFiles
 from .extract import refuse_bad
 
 SEPARATOR = ";"

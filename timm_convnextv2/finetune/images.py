@@ -36,7 +36,7 @@ from ..data.formats.files import printable
 from ..data.formats.pillow import from_pil, is_8_bit, to_mode
 from ..data.formats.pixels import PLAIN
 from ..data.paths.walk import open_tar
-from ..data.sources.stream import decode_undecoded, leave_undecoded, undecoded_image
+from ..data.sources.stream import leave_undecoded, undecoded_image
 from ..data.sources.timm import decode_any
 from .folders import FolderReader, opaque_prefix, split_folder
 
@@ -61,9 +61,9 @@ class Reading:
         """A Pillow image if timm's transforms are for it, else a tensor."""
         return to_mode(image, in_chans) if in_chans in (1, 3) and is_8_bit(image) else from_pil(image, in_chans)
 
-    def decode(self, image: Any, name: str, decode: Any = decode_any) -> Image.Image | torch.Tensor:
+    def decode(self, image: Any, name: str) -> Image.Image | torch.Tensor:
         """An image of 8 bits with 1 or 3 channels as a Pillow image, any other as a tensor `[C, H, W]`."""
-        image = decode(image, name, in_chans=self.in_chans, pixels=self.pixels, convert=self.convert)
+        image = decode_any(image, name, in_chans=self.in_chans, pixels=self.pixels, convert=self.convert)
         # .npy and tifffile give tensors of 8-bit images too
         small = isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and self.in_chans in (1, 3)
         return to_pil_image(image) if small else image
@@ -119,12 +119,11 @@ class ImageStream(IterableImageDataset):
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         leave_undecoded(self.reader, self.dataset_name, self.input_key, labelled=True)
-        decode = partial(decode_undecoded, input_key=self.input_key)
         bad, reader = 0, iter(self.reader)  # type: ignore[arg-type]  # timm's readers of streams are iterable
         for number, (item, target) in enumerate(reader):
             name, stored = undecoded_image(item, f"{self.dataset_name} sample {number}")
             try:
-                image = self.reading.decode(stored, name, decode)
+                image = self.reading.decode(stored, name)
             except (ImageError, OSError) as e:
                 bad += 1
                 if self.reading.strict or bad >= _ERROR_RETRY:

@@ -1,7 +1,7 @@
 """The axes of a stored array: rows, columns, channels, pages; and the part of them that is read."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from .errors import ImageError, refuse_page, wrong_channels
 
 CHANNELS = "channels"  # all pages are the channels of one image
 Page = int | str | None
+_NAMES = {"Z": "depth", "T": "time"}
 
 
 class Layout(NamedTuple):
@@ -21,11 +22,8 @@ class Layout(NamedTuple):
 
     def pick(self, rows: slice = slice(None), columns: slice = slice(None), axes: str | None = None) -> tuple:
         """The index of rows and columns of the kept part, in an array with these axes (default: all)."""
-        part = {"Y": rows, "X": columns}
-        picked: list[Any] = []
-        for axis in self.axes if axes is None else axes:
-            picked.append(part.get(axis, slice(None)) if axis in self.kept else self.index[axis])
-        return tuple(picked)
+        part = {"Y": rows, "X": columns} | dict.fromkeys(set(self.kept) - {"Y", "X"}, slice(None)) | self.index
+        return tuple(part[axis] for axis in (self.axes if axes is None else axes))
 
     def arrange(self, x: np.ndarray) -> np.ndarray:
         """An array with the axes `kept` as `[C, Y, X]`."""
@@ -91,7 +89,7 @@ def _unpaged(axes: str, sizes: dict[str, int], in_chans: int) -> str:
     """
     named = [axis for axis in axes if axis not in "YXSCIQ"]
     if named:
-        names = ", ".join(f"{_name(axis)} ({axis}: {sizes[axis]})" for axis in named)
+        names = ", ".join(f"{_NAMES.get(axis, axis)} ({axis}: {sizes[axis]})" for axis in named)
         raise ImageError(
             f"is a stack with axes {axes}, its axis {names} is not a channel; read its slices with --pages "
             "(all, channels, first or a number), save each slice as an image of its own or, if the slices are the "
@@ -112,11 +110,3 @@ def _unpaged(axes: str, sizes: dict[str, int], in_chans: int) -> str:
     if "Q" in unnamed:
         raise wrong_channels(f"axes {axes} of {tuple(sizes.values())}, the first without a name", in_chans)
     return "YX"
-
-
-def _name(axis: str) -> str:
-    try:
-        import tifffile
-    except ImportError:
-        return {"Z": "depth", "T": "time"}.get(axis, axis)
-    return tifffile.TIFF.AXES_NAMES.get(axis, axis)

@@ -5,9 +5,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -15,84 +15,56 @@ from PIL import Image, UnidentifiedImageError
 from .axes import Page
 from .dicom import DICOM_EXTENSIONS, dicom_header, dicom_pages, dicom_size, is_dicom, load_dicom
 from .errors import ImageError, MissingPackageError, installed
-from .files import Header, check_size, open_image_file, printable
-from .npy import NpyScene, is_npy, load_npy, npy_header
+from .files import Header, Scene, WholeScene, open_image_file, printable
+from .npy import NpyScene, is_npy, npy_header
 from .pillow import Choose, load_pillow, pillow_header, pillow_pages, pillow_size
 from .pixels import PLAIN, Pixels
-from .tiff import is_tiff, load_tiff, open_tiff, tiff_header, tiff_pages
-from .zarr import ZarrScene, is_zarr, load_zarr, zarr_header, zarr_pages
+from .tiff import TiffScene, is_tiff, load_tiff, tiff_header, tiff_pages
+from .zarr import ZarrScene, is_zarr, zarr_header, zarr_pages
 
 _NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # Pillow also opens documents, videos and records
 _SLIDES = (".btf", ".ndpi", ".qptiff", ".scn", ".svs")  # TIFF by other names
 _NAMED = 5
 
 
-class Scene(Protocol):
-    """An image of which parts are read."""
-
-    size: tuple[int, int]  # height and width in pixels, upright
-    whole: bool  # whether each part costs decoding the whole image
-
-    def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
-        """A part as `[C, height, width]`, as `load_image` decodes it; nodata gets the mean of this part.
-
-        Raises:
-            EmptyError: (an ImageError) The part is nodata everywhere.
-        """
-        ...
-
-    def close(self) -> None:
-        """Closes the file."""
-        ...
-
-
-class _Whole:
-    """An image that must be decoded whole."""
-
-    whole = True
-
-    def __init__(self, path: str, in_chans: int, pixels: Pixels, size: tuple[int, int]) -> None:
-        check_size(*size)
-        self.path, self.in_chans, self.pixels, self.size = path, in_chans, pixels, size
-
-    def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
-        image = load_image(self.path, self.in_chans, self.pixels)
-        return image[:, top : top + height, left : left + width].clone()
-
-    def close(self) -> None:
-        pass
-
-
 class _Family(NamedTuple):
     """The reader of a family of formats. `file` is an opened file; for Zarr, the path of the folder."""
 
     takes: Callable[[Any, str], bool]  # `(file, name)`: whether the family reads this file; leaves it at its beginning
-    load: Callable[..., Any]  # `(file, in_chans, pixels)`: the image `[C, H, W]`
-    header: Callable[[Any, Page], Header]  # `(file, page)`: its `Header`
-    pages: Callable[[Any], int]  # `(file)`: the number of its pages
-    # `(file, in_chans, pixels)`: a `Scene`, or the size of an image that must be decoded whole
-    scene: Callable[[Any, int, Pixels], Scene | tuple[int, int]]
+    scene: Callable[[Any, int, Pixels], Scene]  # `(file, in_chans, pixels)`
+    header: Callable[[Any, Page], Header]  # `(file, page)`
+    pages: Callable[[Any], int]  # `(file)`: number of pages
+    load: Callable[..., Any] | None = None  # `(file, in_chans, pixels)`: the image; None: that of `scene`
 
 
-_ZARR = _Family(lambda file, name: False, load_zarr, zarr_header, zarr_pages, ZarrScene)
-_PILLOW = _Family(lambda file, name: True, load_pillow, pillow_header, pillow_pages, lambda f, *_: pillow_size(f))
+def _whole(load: Callable[..., Any], size: Callable[[Any], tuple[int, int]]) -> Callable[[Any, int, Pixels], Scene]:
+    return lambda file, *args: WholeScene(file, size(file), lambda opened: load(opened, *args))
+
+
+_ZARR = _Family(lambda file, name: False, ZarrScene, zarr_header, zarr_pages)
+_PILLOW = _Family(lambda file, name: True, _whole(load_pillow, pillow_size), pillow_header, pillow_pages, load_pillow)
 _FAMILIES = (
-    _Family(is_npy, load_npy, npy_header, lambda file: 1, NpyScene),
+    _Family(is_npy, NpyScene, npy_header, lambda file: 1),
     # before TIFF: the first 128 bytes of DICOM are free, and some programs write a TIFF header there
-    _Family(is_dicom, load_dicom, dicom_header, dicom_pages, lambda f, *_: dicom_size(f)),
-    _Family(is_tiff, load_tiff, tiff_header, tiff_pages, open_tiff),
+    _Family(is_dicom, _whole(load_dicom, dicom_size), dicom_header, dicom_pages, load_dicom),
+    _Family(is_tiff, TiffScene, tiff_header, tiff_pages, load_tiff),
     _PILLOW,
 )
 
 
-@contextmanager
-def _opened(file: str | os.PathLike | bytes, name: str) -> Iterator[tuple[Any, _Family]]:
+def _open(file: str | os.PathLike | bytes, name: str) -> tuple[Any, _Family]:
     """A file, opened, and its family."""
     if is_zarr(file):
-        yield file, _ZARR
-        return
-    with open_image_file(file) as opened:
-        yield opened, next(family for family in _FAMILIES if family.takes(opened, name))
+        return file, _ZARR
+    opened = open_image_file(file)
+    return opened, next(family for family in _FAMILIES if family.takes(opened, name))
+
+
+@contextmanager
+def _opened(file: str | os.PathLike | bytes, name: str) -> Iterator[tuple[Any, _Family]]:
+    opened, family = _open(file, name)
+    with nullcontext() if family is _ZARR else opened:
+        yield opened, family
 
 
 def image_extensions() -> tuple[str, ...]:
@@ -152,9 +124,9 @@ def decode(
         convert: Makes the result from `(image, in_chans)` if Pillow reads the file and it is not TIFF.
     """
     with faults_named(name), _opened(file, name) as (opened, family):
-        if family is _PILLOW:
-            return load_pillow(opened, in_chans, pixels, choose, convert)
-        return family.load(opened, in_chans, pixels)
+        if family.load is None:
+            return family.scene(opened, in_chans, pixels).load()
+        return family.load(opened, in_chans, pixels, *((choose, convert) if family is _PILLOW else ()))
 
 
 @contextmanager
@@ -162,10 +134,8 @@ def faults_named(name: str) -> Iterator[None]:
     """Makes every error of decoding an ImageError or MissingPackageError that starts with `name`."""
     try:
         yield
-    except MissingPackageError as error:
-        raise MissingPackageError(f"{name}: {error}") from error
-    except ImageError as error:
-        raise type(error)(f"{name}: {error}") from None
+    except (ImageError, MissingPackageError) as error:
+        raise type(error)(f"{name}: {error}") from error.__cause__
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: cannot be decoded (its content is of no format that Pillow reads)") from error
     except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, IndexError, ...
@@ -175,18 +145,12 @@ def faults_named(name: str) -> Iterator[None]:
 def open_scene(path: str, in_chans: int, pixels: Pixels) -> Scene:
     """Opens an image of which parts are to be read, perhaps larger than `load_image` allows; checks its header."""
     with faults_named(printable(path)):
-        if is_zarr(path):
-            return ZarrScene(path, in_chans, pixels)
-        file = open_image_file(path)
+        opened, family = _open(path, path)
         try:
-            family = next(family for family in _FAMILIES if family.takes(file, path))
-            scene = family.scene(file, in_chans, pixels)
-            if not isinstance(scene, tuple):
-                return scene  # which closes the file
-            file.close()
-            return _Whole(path, in_chans, pixels, scene)
+            return family.scene(opened, in_chans, pixels)
         except BaseException:
-            file.close()
+            if family is not _ZARR:
+                opened.close()
             raise
 
 
@@ -198,31 +162,19 @@ def count_pages(path: str) -> int:
 
 def read_header(path: str | os.PathLike, page: Page = None) -> Header:
     """Reads the header of an image file, or of the folder of a Zarr image."""
-    try:
-        with _opened(path, os.fspath(path)) as (file, family):
-            return family.header(file, page)
-    except (ImageError, MissingPackageError):
-        raise
-    except UnidentifiedImageError:
-        raise ImageError("its content is of no format that Pillow reads") from None
-    except Exception as error:  # as varied as the formats
-        raise ImageError(f"its header cannot be read ({type(error).__name__}: {error})") from error
+    with faults_named(printable(path)), _opened(path, os.fspath(path)) as (file, family):
+        return family.header(file, page)
 
 
-def groups_of(headers: Iterable[tuple[str, Header]]) -> str:
+def groups_of(headers: Sequence[tuple[str, Header]]) -> str:
     """Files grouped by channels and type, the largest group first, each with its count and one name."""
-    counts: Counter[tuple[int, str]] = Counter()
-    names: dict[tuple[int, str], str] = {}
-    for name, header in headers:
-        group = header.channels, header.kind
-        counts[group] += 1
-        names.setdefault(group, name)
+    groups = Counter((header.channels, header.kind) for _, header in headers).most_common()
+    names = {(header.channels, header.kind): name for name, header in reversed(headers)}
     shown = [
-        f"{count} {'has' if count == 1 else 'have'} {chans} channel{'s' * (chans != 1)} of {kind} "
-        f"({names[chans, kind]})"
-        for (chans, kind), count in counts.most_common(_NAMED)
+        f"{n} {'has' if n == 1 else 'have'} {chans} channel{'s' * (chans != 1)} of {kind} ({names[chans, kind]})"
+        for (chans, kind), n in groups[:_NAMED]
     ]
-    return "; ".join(shown) + (f"; and {len(counts) - _NAMED} more groups" if len(counts) > _NAMED else "")
+    return "; ".join(shown) + (f"; and {len(groups) - _NAMED} more groups" if len(groups) > _NAMED else "")
 
 
 def check_in_chans(in_chans: int) -> int:

@@ -1,6 +1,6 @@
 """Reads DICOM on a scale that does not depend on the file."""
 
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from .pixels import Pixels
 from .values import note_stored, scaled
 
 DICOM_EXTENSIONS = (".dcm", ".dicom")
-_GREY = ("MONOCHROME1", "MONOCHROME2")
 
 
 def is_dicom(file: BinaryIO, name: str) -> bool:
@@ -23,7 +22,7 @@ def is_dicom(file: BinaryIO, name: str) -> bool:
     return head[128:] == b"DICM" or name.lower().endswith(DICOM_EXTENSIONS)
 
 
-def _read(file: BinaryIO, header: bool = False) -> Any:
+def _read(file: BinaryIO, header: bool = True) -> Any:
     try:
         import pydicom
     except ImportError as error:
@@ -35,26 +34,33 @@ def _read(file: BinaryIO, header: bool = False) -> Any:
     return found
 
 
+def _frames(found: Any) -> int:
+    return int(found.get("NumberOfFrames") or 1)
+
+
+def _coloured(found: Any) -> bool:
+    return found.get("SamplesPerPixel", 1) > 1 or found.get("PhotometricInterpretation") == "PALETTE COLOR"
+
+
 def dicom_size(file: BinaryIO) -> tuple[int, int]:
     """Height and width."""
-    found = _read(file, header=True)
+    found = _read(file)
     return int(found.Rows), int(found.Columns)
 
 
 def dicom_header(file: BinaryIO, page: int | str | None) -> Header:
     """See `decode.read_header`."""
-    found = _read(file, header=True)
-    colours = found.get("SamplesPerPixel", 1) > 1 or found.get("PhotometricInterpretation") == "PALETTE COLOR"
-    channels = 3 if colours else int(found.get("NumberOfFrames") or 1) if page == "channels" else 1
-    kind = f"{'int' if found.get('PixelRepresentation') else 'uint'}{found.get('BitsAllocated', 16)}"
-    stored = found.get("BitsStored")
-    kind += f" ({stored} bits)" if stored not in (None, found.get("BitsAllocated")) else ""
+    found = _read(file)
+    channels = 3 if _coloured(found) else _frames(found) if page == "channels" else 1
+    allocated = found.get("BitsAllocated", 16)
+    kind = f"{'int' if found.get('PixelRepresentation') else 'uint'}{allocated}"
+    kind += f" ({found.BitsStored} bits)" if found.get("BitsStored", allocated) != allocated else ""
     return Header("DICOM", int(found.Rows), int(found.Columns), channels, kind)
 
 
 def dicom_pages(file: BinaryIO) -> int:
     """Number of frames."""
-    return int(_read(file, header=True).get("NumberOfFrames") or 1)
+    return _frames(_read(file))
 
 
 def load_dicom(file: BinaryIO, in_chans: int, pixels: Pixels) -> torch.Tensor:
@@ -65,24 +71,25 @@ def load_dicom(file: BinaryIO, in_chans: int, pixels: Pixels) -> torch.Tensor:
     rescaled ones, such as Hounsfield units, stay as they are: their scale is the same in all files. A window gives
     0 to 1. Pixel padding is nodata. Colours are 8-bit RGB.
     """
-    found = _read(file)
-    frames = int(found.get("NumberOfFrames") or 1)
+    found = _read(file, header=False)
+    frames = _frames(found)
     if frames > 1 and pixels.page is None:
         raise ImageError(
             f"has {frames} frames; read them with --pages: all (each is an image), channels, first or a number"
         )
-    if pixels.page != "channels":
+    stack = pixels.page == "channels" and frames > 1
+    if not stack:
         refuse_page(pixels.page, frames)
-    index = None if pixels.page == "channels" and frames > 1 else int(pixels.page or 0) if frames > 1 else 0
-    x = _stored(found, index)
-    if found.get("SamplesPerPixel", 1) > 1 or found.get("PhotometricInterpretation") == "PALETTE COLOR":
-        return from_pil(_colours(found, x), in_chans, pixels)
-    if found.PhotometricInterpretation not in _GREY:
+    number = int(pixels.page or 0) if frames > 1 and not stack else 0
+    if _coloured(found):
+        return from_pil(_colours(found, _stored(found, None if stack else number)), in_chans, pixels)
+    if found.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise ImageError(f"has the photometric interpretation {found.PhotometricInterpretation}, expected grey or RGB")
-    x = x[None] if x.ndim == 2 else x
-    if len(x) not in (1, in_chans) or len(x) == 1 and in_chans not in (1, 3):
-        raise wrong_channels(f"{len(x)} channel{'s' * (len(x) != 1)}", in_chans)
-    return pixels.clip(_grey(found, x, pixels).expand(in_chans, -1, -1).contiguous())
+    channels = frames if stack else 1
+    if channels not in (1, in_chans) or channels == 1 and in_chans not in (1, 3):
+        raise wrong_channels(f"{channels} channel{'s' * (channels != 1)}", in_chans)
+    x = _stored(found, None if stack else number)
+    return pixels.clip(_grey(found, x.reshape(-1, *x.shape[-2:]), pixels).expand(in_chans, -1, -1).contiguous())
 
 
 def _stored(found: Any, index: int | None) -> np.ndarray:
@@ -115,76 +122,47 @@ def _colours(found: Any, x: np.ndarray) -> Image.Image:
     return Image.fromarray(x)
 
 
-class _Range(NamedTuple):
-    """The range of stored values, and how the file rescales them."""
-
-    low: float
-    high: float
-    slope: float
-    intercept: float
-
-    @property
-    def rescales(self) -> bool:
-        return (self.slope, self.intercept) != (1, 0)
-
-
-def _range(found: Any) -> _Range:
+def _grey(found: Any, x: np.ndarray, pixels: Pixels) -> torch.Tensor:
+    """Stored values `[C, H, W]` on their scale, as float32."""
     if "ModalityLUTSequence" in found:
         raise ImageError("has a modality LUT, a table instead of slope and intercept; convert it")
     bits, signed = int(found.BitsStored), bool(found.PixelRepresentation)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     slope, intercept = (found.get(name) for name in ("RescaleSlope", "RescaleIntercept"))
-    return _Range(low, high, 1.0 if slope is None else float(slope), float(intercept or 0))
-
-
-def _grey(found: Any, x: np.ndarray, pixels: Pixels) -> torch.Tensor:
-    """Stored values `[C, H, W]` on their scale, as float32."""
-    own = _range(found)
+    slope, intercept = 1.0 if slope is None else float(slope), float(intercept or 0)
+    rescales = (slope, intercept) != (1, 0)
     padding = found.get("PixelPaddingValue")
     if padding is not None:
         padding = int(padding)
         limit = int(found.get("PixelPaddingRangeLimit", padding))
         x = np.where((x >= min(padding, limit)) & (x <= max(padding, limit)), x.dtype.type(padding), x)
     # notes a type and unit, which `note_stored` below corrects
-    values = scaled(x, pixels._replace(divide=1.0), padding).numpy().astype(np.float64)
+    values = scaled(x, pixels._replace(divide=1.0), padding).numpy().astype(np.float64) * slope + intercept
     inverted = found.PhotometricInterpretation == "MONOCHROME1"
-    values = values * own.slope + own.intercept
     unit, largest = 1.0, None
     if pixels.dicom_window is not None:
-        values = _windowed(values, _window_of(found, pixels.dicom_window))
+        values = _windowed(values, found, pixels.dicom_window)
         values = 1 - values if inverted else values
     else:
-        if inverted:
-            values = (own.low + own.high) * own.slope + 2 * own.intercept - values
-        if not own.rescales:
-            unit, largest = pixels.divide or own.high, own.high
-        elif pixels.divide:
-            unit = pixels.divide
+        values = (low + high) * slope + 2 * intercept - values if inverted else values
+        unit, largest = pixels.divide or (1.0 if rescales else high), None if rescales else high
         values = values / unit
-    note_stored(f"DICOM ({found.BitsStored} bits)" if not own.rescales else "DICOM (rescaled)", unit, largest)
+    note_stored("DICOM (rescaled)" if rescales else f"DICOM ({bits} bits)", unit, largest)
     return torch.from_numpy(values.astype(np.float32))
 
 
-class _Window(NamedTuple):
-    centre: float
-    width: float
-    function: str
-
-
-def _window_of(found: Any, wanted: str | tuple[float, float]) -> _Window:
-    function = str(found.get("VOILUTFunction") or "LINEAR").upper()
-    if not isinstance(wanted, str):
-        return _Window(float(wanted[0]), float(wanted[1]), "LINEAR")
-    centre, width = found.get("WindowCenter"), found.get("WindowWidth")
-    if centre is None or width is None:
-        raise ImageError("names no window (centre and width); give one with --dicom-window CENTRE WIDTH")
-    first = [v if isinstance(v, int | float | str) else v[0] for v in (centre, width)]  # the first of several views
-    return _Window(float(first[0]), float(first[1]), function)
-
-
-def _windowed(x: np.ndarray, window: _Window) -> np.ndarray:
+def _windowed(x: np.ndarray, found: Any, window: str | tuple[float, float]) -> np.ndarray:
     """Values in 0..1 by the formulas of the standard, PS3.3 C.11.2.1."""
-    centre, width, function = window
+    function = "LINEAR"
+    if isinstance(window, str):
+        stored = found.get("WindowCenter"), found.get("WindowWidth")
+        if None in stored:
+            raise ImageError("names no window (centre and width); give one with --dicom-window CENTRE WIDTH")
+        # the first of several views
+        centre, width = (float(v if isinstance(v, int | float | str) else v[0]) for v in stored)
+        function = str(found.get("VOILUTFunction") or "LINEAR").upper()
+    else:
+        centre, width = window
     if function == "SIGMOID":
         return 1 / (1 + np.exp(-4 * (x - centre) / width))
     if function == "LINEAR_EXACT":

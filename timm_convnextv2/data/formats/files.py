@@ -1,10 +1,12 @@
-"""Image files: opened safely, with a size that is safe to decode, and described by their headers."""
+"""Image files: opened safely, with a size that is safe to decode; the base class of readers."""
 
 import io
 import os
 import stat
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable
+from typing import Any, BinaryIO, NamedTuple
 
+import torch
 from PIL import Image
 
 from .errors import ImageError
@@ -13,13 +15,8 @@ from .errors import ImageError
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "valid", "validation", "eval", "evaluation")
 
-_KINDS = {
-    stat.S_IFDIR: "folder",
-    stat.S_IFIFO: "FIFO",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "device",
-    stat.S_IFBLK: "device",
-}
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+_KINDS |= {stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
 
 class Header(NamedTuple):
@@ -58,17 +55,13 @@ def open_image_file(file: str | os.PathLike | bytes) -> BinaryIO:
     """Opens a path, or the content of a file, for reading; never blocks."""
     if isinstance(file, bytes):
         return io.BytesIO(file)
-    opened = None
-    kind = _kind(os.stat(file))
-    if not kind:
+    if not (kind := _kind(os.stat(file))):
         # O_NONBLOCK: a FIFO may have taken its place since `stat`
         opened = open(file, "rb", opener=lambda path, flags: os.open(path, flags | getattr(os, "O_NONBLOCK", 0)))
-        kind = _kind(os.fstat(opened.fileno()))
-    if opened is None or kind:
-        if opened is not None:
-            opened.close()
-        raise ImageError(f"is a {kind}, expected a regular file")
-    return opened
+        if not (kind := _kind(os.fstat(opened.fileno()))):
+            return opened
+        opened.close()
+    raise ImageError(f"is a {kind}, expected a regular file")
 
 
 def check_size(height: int, width: int, what: str = "image") -> None:
@@ -79,3 +72,47 @@ def check_size(height: int, width: int, what: str = "image") -> None:
             f"has {height} x {width} pixels in one {what}, more than the limit of {2 * limit} (decompression bomb?); "
             "cut it into tiles, pretrain on windows of it (--window-size), or raise PIL.Image.MAX_IMAGE_PIXELS"
         )
+
+
+class Scene:
+    """An image of which parts are read. Subclasses set `size` and `file`, and define `read`.
+
+    Attributes:
+        size: Height and width in pixels, upright.
+        whole: Whether each part costs decoding the whole image.
+    """
+
+    whole = False
+    size: tuple[int, int]
+    file: BinaryIO
+
+    def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
+        """A part as `[C, height, width]`, as `load_image` decodes it; nodata gets the mean of this part.
+
+        Raises:
+            EmptyError: (an ImageError) The part is nodata everywhere.
+        """
+        raise NotImplementedError
+
+    def load(self) -> torch.Tensor:
+        """The whole image, if it has no more pixels than `check_size` allows."""
+        check_size(*self.size)
+        return self.read(0, 0, *self.size)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
+
+class WholeScene(Scene):
+    """An image that `load(file, in_chans, pixels)` decodes whole for each part."""
+
+    whole = True
+
+    def __init__(self, file: BinaryIO, size: tuple[int, int], load: Callable[[BinaryIO], Any]) -> None:
+        check_size(*size)
+        self.file, self.size, self._load = file, size, load
+
+    def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
+        self.file.seek(0)
+        return self._load(self.file)[:, top : top + height, left : left + width].clone()

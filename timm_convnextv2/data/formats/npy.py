@@ -3,13 +3,13 @@
 import io
 import itertools
 import math
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 
 from .errors import ImageError, refuse_page, wrong_channels
-from .files import Header, check_size
+from .files import Header, Scene
 from .pixels import Pixels
 from .values import check_dtype, scaled
 
@@ -19,10 +19,8 @@ def read_box(
 ) -> np.ndarray:
     """The part `box` of an uncompressed row-major array that begins `offset` bytes into the file.
 
-    `box` has a number, or a slice with step 1, for each axis; `planes` is the number of axes before the rows.
-
-    Raises:
-        ImageError: (a ValueError) The file ends before the part does.
+    `box` has a number, or a slice with step 1, for each axis; `planes` is the number of axes before the rows. A file
+    that ends before the part does is an ImageError.
     """
     picked = [range(i, i + 1) if isinstance(i, int) else range(*i.indices(n)) for i, n in zip(box, shape, strict=True)]
     x = np.empty([len(r) for r in picked], dtype)
@@ -46,20 +44,11 @@ def read_box(
     return x[tuple(0 if isinstance(i, int) else slice(None) for i in box)]
 
 
-class _Layout(NamedTuple):
-    """Where the values of a `.npy` file are."""
-
-    dtype: np.dtype
-    offset: int  # of the first value, in bytes
-    shape: tuple[int, ...]
-    fortran: bool  # the first axis changes fastest
-
-
-def _read_layout(file: BinaryIO) -> _Layout:
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether the first axis changes fastest (Fortran), and type; leaves the file at the first value."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    return _Layout(dtype, file.tell(), shape, fortran)
+    return read(file)
 
 
 def is_npy(file: BinaryIO, name: str) -> bool:
@@ -67,58 +56,43 @@ def is_npy(file: BinaryIO, name: str) -> bool:
     return name.lower().endswith(".npy")
 
 
-class NpyScene:
-    """A `.npy` file of which parts are read; see `decode.Scene`."""
-
-    whole = False
+class NpyScene(Scene):
+    """A `.npy` file, of which the header is checked before any value is read."""
 
     def __init__(self, file: BinaryIO, in_chans: int, pixels: Pixels) -> None:
         refuse_page(pixels.page, 1)
-        self.file, self.pixels, self.layout = file, pixels, _read_layout(file)
-        if self.layout.dtype.hasobject:
+        self.file, self.pixels = file, pixels
+        self.shape, self.fortran, self.dtype = shape, _, dtype = _read_header(file)
+        self.offset = file.tell()
+        if dtype.hasobject:
             raise ImageError("holds pickled objects, which are never loaded (allow_pickle)")
-        shape = self.layout.shape
         self.channels_last = len(shape) == 3 and shape[2] == in_chans
         channels_first = len(shape) == 3 and shape[0] == in_chans or len(shape) == 2 and in_chans == 1
         if not self.channels_last and not channels_first:
             raise wrong_channels(f"shape {shape}", in_chans)
-        check_dtype(self.layout.dtype, pixels.divide)
+        check_dtype(dtype, pixels.divide)
         if 0 in shape:
             raise ImageError(f"is empty, shape {shape}")
-        self.size: tuple[int, int] = (shape[0], shape[1]) if self.channels_last else (shape[-2], shape[-1])
+        self.size = (shape[0], shape[1]) if self.channels_last else (shape[-2], shape[-1])
 
     def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
-        dtype, offset, shape, fortran = self.layout
+        shape, last = self.shape, self.channels_last
         part = slice(top, top + height), slice(left, left + width)
-        box = (*part, slice(None)) if self.channels_last else (slice(None), *part)[-len(shape) :]
-        if fortran:
-            planes = 1 if self.channels_last else 0
-            x = read_box(self.file, dtype, offset, shape[::-1], box[::-1], planes).transpose()
+        box = (*part, slice(None)) if last else (slice(None), *part)[-len(shape) :]
+        if self.fortran:
+            x = read_box(self.file, self.dtype, self.offset, shape[::-1], box[::-1], int(last)).transpose()
         else:
-            planes = 0 if self.channels_last else len(shape) - 2
-            x = read_box(self.file, dtype, offset, shape, box, planes)
-        x = x.transpose(2, 0, 1) if self.channels_last else x.reshape(-1, height, width)
+            x = read_box(self.file, self.dtype, self.offset, shape, box, 0 if last else len(shape) - 2)
+        x = x.transpose(2, 0, 1) if last else x.reshape(-1, height, width)
         return self.pixels.clip(scaled(x, self.pixels))
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def load_npy(file: BinaryIO, in_chans: int, pixels: Pixels) -> torch.Tensor:
-    """The whole image `[C, H, W]`; the header is checked before any value is read."""
-    image = NpyScene(file, in_chans, pixels)
-    check_size(*image.size)
-    return image.read(0, 0, *image.size)
 
 
 def npy_header(file: BinaryIO, page: Any) -> Header:
     """See `decode.read_header`."""
-    layout = _read_layout(file)
-    shape = layout.shape
+    shape, _, dtype = _read_header(file)
     if len(shape) not in (2, 3):
         raise ImageError(f"has shape {shape}, expected [H, W], [H, W, C] or [C, H, W]")
-    if len(shape) == 2:
-        return Header("npy", *shape, 1, str(layout.dtype))
     # fewer channels than rows
-    height, width, channels = shape if shape[2] <= shape[0] else (shape[1], shape[2], shape[0])
-    return Header("npy", height, width, channels, str(layout.dtype))
+    last = len(shape) == 2 or shape[2] <= shape[0]
+    height, width, channels = (*shape, 1)[:3] if last else (shape[1], shape[2], shape[0])
+    return Header("npy", height, width, channels, str(dtype))

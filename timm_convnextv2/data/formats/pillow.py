@@ -129,7 +129,7 @@ def convert_image(image: Image.Image, in_chans: int, pixels: Pixels, tag: float 
     named = pixels.nodata is not None or tag is not None
     if named and in_chans == 1 and is_8_bit(image) and image.mode not in ("1", "L", "LA", "La"):
         image = to_mode(image, 3)  # in grey, another colour could have the same value
-        filled = fill_nodata(np.array(image).transpose(2, 0, 1), pixels, tag)
+        filled, _ = fill_nodata(np.array(image).transpose(2, 0, 1), pixels, tag)
         image = Image.fromarray(np.ascontiguousarray(filled.transpose(1, 2, 0)))
         pixels, tag, named = pixels._replace(nodata=None), None, False
     image = to_mode(image, in_chans)

@@ -1,7 +1,6 @@
 """How stored values become pixels, before mean and standard deviation: one record for every command."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,28 +29,22 @@ class Pixels(NamedTuple):
 
     def check(self, in_chans: int) -> "Pixels":
         """Returns itself if it suits images with `in_chans` channels."""
-        if self.divide is not None and not (math.isfinite(self.divide) and self.divide > 0):
-            raise ValueError(f"divide must be a number above 0, got {self.divide}.")
-        if self.dicom_window is not None and self.dicom_window != "file":
-            width = self.dicom_window[1] if len(self.dicom_window) == 2 else 0
-            if isinstance(width, str) or not width > 0:
-                raise ValueError(
-                    f"dicom_window is 'file' or a centre and a width above 0, got {self.dicom_window} (--dicom-window)."
-                )
-        if self.dicom_window is not None and self.divide is not None:
+        divide, window, limits = self.divide, self.dicom_window, (self.clip_low, self.clip_high)
+        if divide is not None and not (math.isfinite(divide) and divide > 0):
+            raise ValueError(f"divide must be a number above 0, got {divide}.")
+        if window is not None and window != "file" and not (len(window) == 2 and float(window[1]) > 0):
+            raise ValueError(f"dicom_window is 'file' or a centre and a width above 0, got {window} (--dicom-window).")
+        if window is not None and divide is not None:
             raise ValueError("dicom_window already gives 0 to 1: leave out divide (--dicom-window, --divide).")
-        if (self.clip_low is None) != (self.clip_high is None):
-            raise ValueError(
-                "clip limits come in pairs: give both the low and the high ones (--clip-low, --clip-high)."
-            )
-        for name, values in (("clip_low", self.clip_low), ("clip_high", self.clip_high)):
+        if (limits[0] is None) != (limits[1] is None):
+            raise ValueError("clip limits come in pairs: give both low and high ones (--clip-low, --clip-high).")
+        for name, values in zip(("clip_low", "clip_high"), limits, strict=True):
             if values is not None and len(values) not in (1, in_chans):
                 raise ValueError(f"{name} has {len(values)} values for {in_chans} channels, expected 1 or {in_chans}.")
-        if self.clip_low is not None and self.clip_high is not None:
-            low, high = (values * (in_chans // len(values)) for values in (self.clip_low, self.clip_high))
-            for c, (a, b) in enumerate(zip(low, high, strict=True), 1):
-                if not a < b:
-                    raise ValueError(f"clip limits are out of order in channel {c}: {a:g} is not below {b:g}.")
+        low, high = ((values or ()) * (in_chans // len(values or (0,))) for values in limits)
+        for c, (a, b) in enumerate(zip(low, high, strict=True), 1):
+            if not a < b:
+                raise ValueError(f"clip limits are out of order in channel {c}: {a:g} is not below {b:g}.")
         return self
 
     def clip(self, image: Any) -> Any:
@@ -64,34 +57,21 @@ class Pixels(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """The values that are set, by name, for a JSON or YAML file; NaN and infinity become text."""
-        values: dict[str, Any] = {}
-        if self.nodata is not None:
-            values["nodata"] = self.nodata if math.isfinite(self.nodata) else str(self.nodata)
-        if self.divide is not None:
-            values["divide"] = self.divide
-        if self.clip_low is not None and self.clip_high is not None:
-            values |= {"clip_low": list(self.clip_low), "clip_high": list(self.clip_high)}
-        if self.page is not None:
-            values["pages"] = self.page
-        if self.dicom_window is not None:
-            values["dicom_window"] = self.dicom_window if self.dicom_window == "file" else [*self.dicom_window]
-        return values
+        values = {k: [*v] if isinstance(v, tuple) else v for k, v in self._asdict().items() if v is not None}
+        if self.nodata is not None and not math.isfinite(self.nodata):
+            values["nodata"] = str(self.nodata)
+        return {"pages" if name == "page" else name: value for name, value in values.items()}
 
     @classmethod
     def from_record(cls, record: dict[str, Any] | None) -> "Pixels":
         """The inverse of `record`; None, for a config.json without section `pixels`, gives the defaults."""
         record = record or {}
-
-        def limits(name: str) -> tuple[float, ...] | None:
-            values: Sequence[float] | None = record.get(name)
-            return None if values is None else tuple(map(float, values))
-
         nodata, divide = (None if record.get(k) is None else float(record[k]) for k in ("nodata", "divide"))
+        low, high = (record.get(k) and tuple(map(float, record[k])) for k in ("clip_low", "clip_high"))
         window = record.get("dicom_window")
         if window is not None and not isinstance(window, str):
             window = window[0] if len(window) == 1 else (float(window[0]), float(window[1]))
-        page = one_page(record.get("pages"))
-        return cls(nodata, divide, limits("clip_low"), limits("clip_high"), page=page, dicom_window=window)
+        return cls(nodata, divide, low, high, one_page(record.get("pages")), window)
 
     def __str__(self) -> str:
         """In words, for messages and the model card; '' if nothing is set."""
@@ -101,9 +81,7 @@ class Pixels(NamedTuple):
             low, high = (" ".join(f"{v:.4g}" for v in values) for values in (self.clip_low, self.clip_high))
             parts.append(f"clipped to [{low}] .. [{high}]")
         if self.page is not None:
-            parts.append(
-                "all pages of a file are channels" if self.page == "channels" else f"page {self.page} of a file"
-            )
+            parts.append("all pages are channels" if self.page == "channels" else f"page {self.page} of a file")
         if self.dicom_window == "file":
             parts.append("DICOM in the window that each file names")
         elif self.dicom_window is not None:

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -11,8 +13,8 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from .axes import Layout, Page, choose_axes, count_pages
-from .errors import ImageError, MissingPackageError, refuse_page, wrong_channels
-from .files import Header, check_size
+from .errors import ImageError, MissingPackageError, installed, refuse_page, wrong_channels
+from .files import Header, Scene, check_size
 from .npy import read_box
 from .pillow import convert_image, is_8_bit, pillow_header
 from .pixels import Pixels
@@ -38,44 +40,30 @@ def is_tiff(file: BinaryIO, name: str) -> bool:
 
 
 def load_tiff(file: BinaryIO, in_chans: int, pixels: Pixels) -> torch.Tensor:
-    """The image `[C, H, W]`, see `load_image`."""
+    """The image `[C, H, W]`, see `load_image`; tifffile is needed only if Pillow would lose something."""
+    image = _pillow_image(file)
+    if not _pillow_keeps_all(image, in_chans, pixels):
+        return TiffScene(file, in_chans, pixels, image).load()
+    check_size(image.height, image.width)
+    return _load_by_pillow(image, in_chans, pixels)
+
+
+def _pillow_image(file: BinaryIO) -> Any:
+    """The image as Pillow opens it, of any size; None if the layout or compression is unknown to Pillow, or corrupt."""
     try:
-        image = Image.open(file)
-    except Image.DecompressionBombError:
-        raise
-    except Exception:  # a layout or compression that Pillow does not know, or a corrupt file: tifffile names the fault
+        return TiffImagePlugin.TiffImageFile(file)
+    except Exception:  # as varied as the faults; tifffile names them
+        return None
+    finally:
         file.seek(0)
-        return _load_by_tifffile(file, in_chans, pixels, None)
-    with image:
-        if pixels.page is None and _pillow_keeps_all(image, in_chans):
-            return _load_by_pillow(image, in_chans, pixels)
-        file.seek(0)
-        return _load_by_tifffile(file, in_chans, pixels, image)
 
 
-def _load_by_pillow(image: Image.Image | None, in_chans: int, pixels: Pixels) -> torch.Tensor:
+def _load_by_pillow(image: Any, in_chans: int, pixels: Pixels) -> torch.Tensor:
     if image is None:
         raise ImageError("has colours or a compression that Pillow does not read; convert it to RGB")
     if isinstance(pixels.page, int):
         image.seek(pixels.page)
     return pixels.clip(convert_image(image, in_chans, pixels, _nodata_tag(image)))
-
-
-def _load_by_tifffile(file: BinaryIO, in_chans: int, pixels: Pixels, image: Image.Image | None) -> torch.Tensor:
-    """As `load_tiff`; `image` is opened by Pillow, for colours that only Pillow converts."""
-    with _tifffile().TiffFile(file) as tif:
-        number, layout = _choose_series(tif, in_chans, pixels.page)
-        frame = tif.series[number].keyframe
-        check_size(frame.imagelength, frame.imagewidth)
-        if frame.is_tiled:
-            check_size(frame.tilelength, frame.tilewidth, "tile")
-        if _needs_pillow(frame, layout, in_chans):
-            return _load_by_pillow(image, in_chans, pixels)
-        try:
-            x = _read_pages(file, tif, layout, number)
-        except Exception as error:
-            raise _codec_missing(frame, error) or error from None
-        return pixels.clip(_to_channels(x, frame, in_chans, pixels))
 
 
 def _nodata_tag(image: Image.Image) -> float | None:
@@ -93,20 +81,20 @@ def tiff_header(file: BinaryIO, page: Page) -> Header:
     except MissingPackageError:
         return pillow_header(file, page)
     with tifffile.TiffFile(file) as tif:
-        series = tif.series[0]
-        frame = series.keyframe
+        series, frame = tif.series[0], tif.series[0].keyframe
         sizes = dict(zip(series.axes, series.shape, strict=False))
         alphas = sum(extra in (_ASSOCIATED, _UNASSOCIATED) for extra in frame.extrasamples or ())
-        channels = sizes["S"] - alphas if "S" in sizes else sizes.get("C", 0)
         unnamed = [size for axis, size in sizes.items() if axis in "IQ"]
+        channels = sizes["S"] - alphas if "S" in sizes else sizes.get("C", 0)
         if page == "channels":
             channels = math.prod(sizes.values()) // (sizes["Y"] * sizes["X"])
         elif not channels:
             channels = unnamed[0] if page is None and len(unnamed) == 1 else 1
         bits, kind = frame.bitspersample, str(series.dtype)
         kind += f" ({bits} bits)" if isinstance(bits, int) and bits not in (8, 16, 32, 64) and "uint" in kind else ""
-        channels = 3 if frame.photometric == _PALETTE else channels
-        return Header("TIFF", frame.imagelength, frame.imagewidth, channels, kind)
+        return Header(
+            "TIFF", frame.imagelength, frame.imagewidth, 3 if frame.photometric == _PALETTE else channels, kind
+        )
 
 
 def tiff_pages(file: BinaryIO) -> int:
@@ -115,42 +103,55 @@ def tiff_pages(file: BinaryIO) -> int:
         return sum(_page_counts(tif))
 
 
-class TiffScene:
-    """A TIFF of which parts are read by tifffile; Pillow's conversions are applied part by part. See `decode.Scene`.
+class TiffScene(Scene):
+    """A TIFF whose stored values tifffile reads; Pillow's conversions are applied part by part."""
 
-    Attributes:
-        partial: Whether parts can be read; else only `size` holds.
-    """
-
-    whole = False
-
-    def __init__(self, file: Any, in_chans: int, pixels: Pixels) -> None:
-        self.file, self.in_chans, self.pixels, self.convert = file, in_chans, pixels, None
-        tifffile = _tifffile()
-        try:
-            image: Any = TiffImagePlugin.TiffImageFile(file)  # Image.open would refuse large ones
-            by_pillow = pixels.page is None and _pillow_keeps_all(image, in_chans)
-        except Exception:  # a layout that Pillow does not know
-            image, by_pillow = None, False
+    def __init__(self, file: BinaryIO, in_chans: int, pixels: Pixels, image: Any = None) -> None:
+        self.file, self.in_chans, self.pixels, self.image = file, in_chans, pixels, image or _pillow_image(file)
+        tifffile, plain = _tifffile(), _pillow_keeps_all(self.image, in_chans, pixels)
         file.seek(0)
         self.tif = tifffile.TiffFile(file)
-        if by_pillow:
+        if plain:
             self.series = tifffile.TiffPageSeries([self.tif.pages[0]])
             self.layout = Layout(self.series.axes, self.series.shape, self.series.axes, {})
         else:
-            number, self.layout = _choose_series(self.tif, in_chans, pixels.page)
-            self.series = self.tif.series[number]
+            self.series, self.layout = _choose_series(self.tif, in_chans, pixels.page)
         self.frame = frame = self.series.keyframe
         self.orientation = frame.tags.valueof(_ORIENTATION, 1)
-        # rows and columns of the series must be those of its pages
-        self.partial = (
-            self.series.dataoffset is not None or self.series.axes.endswith(frame.axes) and frame.imagedepth == 1
-        )
-        if by_pillow and is_8_bit(image) or _needs_pillow(frame, self.layout, in_chans):
-            self.convert = None if image is None else self._converter(image)
-            self.partial = self.partial and self.convert is not None
         height, width = frame.imagelength, frame.imagewidth
         self.size = (width, height) if self.orientation in (5, 6, 7, 8) else (height, width)
+        # rows and columns of the series must be those of its pages
+        self.parts = self.series.dataoffset is not None or (
+            self.series.axes.endswith(frame.axes) and frame.imagedepth == 1
+        )
+        self.by_pillow = plain and is_8_bit(self.image) or _needs_pillow(frame, self.layout, in_chans)
+        self.convert = self._converter(self.image) if self.by_pillow and self.image is not None else None
+        self.whole = not self.parts or self.by_pillow and self.convert is None
+
+    def load(self) -> torch.Tensor:
+        check_size(*self.size)
+        if self.by_pillow:
+            return _load_by_pillow(self.image, self.in_chans, self.pixels)
+        return self._decode(slice(0, self.frame.imagelength), slice(0, self.frame.imagewidth))
+
+    def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
+        if self.whole:
+            return self.load()[:, top : top + height, left : left + width].clone()
+        return self._decode(*self._stored(top, left, height, width))
+
+    def _decode(self, rows: slice, columns: slice) -> torch.Tensor:
+        """Rows and columns as stored; all of them unless `parts`."""
+        try:
+            if self.parts:
+                x = _read_part(self.file, self.tif, self.series, self.layout, rows, columns)
+            else:
+                x = self.layout.arrange(self.series.asarray()[self.layout.pick()])
+        except ImageError:
+            raise
+        except Exception as error:
+            raise _codec_missing(self.frame, error) or error from None
+        x = self.convert(x) if self.convert else _to_channels(x, self.frame, self.in_chans, self.pixels)
+        return self.pixels.clip(x)
 
     def _converter(self, image: Any) -> Callable[[np.ndarray], torch.Tensor] | None:
         """Converts stored values `[C, h, w]` to the requested channels; None if Pillow does not take them as stored."""
@@ -175,17 +176,6 @@ class TiffScene:
 
         return convert
 
-    def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
-        rows, columns = self._stored(top, left, height, width)
-        try:
-            x = _read_part(self.file, self.tif, self.series, self.layout, rows, columns)
-        except ImageError:
-            raise
-        except Exception as error:
-            raise _codec_missing(self.frame, error) or error from None
-        x = self.convert(x) if self.convert else _to_channels(x, self.frame, self.in_chans, self.pixels)
-        return self.pixels.clip(x)
-
     def _stored(self, top: int, left: int, height: int, width: int) -> tuple[slice, slice]:
         """Rows and columns as stored, for a part of the upright image."""
         down, across = slice(top, top + height), slice(left, left + width)
@@ -197,22 +187,18 @@ class TiffScene:
 
     def close(self) -> None:
         self.tif.close()
-        self.file.close()
+        super().close()
 
 
-def open_tiff(file: BinaryIO, in_chans: int, pixels: Pixels) -> TiffScene | tuple[int, int]:
-    """An image of which parts are read, or the size of one that must be decoded whole."""
-    scene = TiffScene(file, in_chans, pixels)
-    return scene if scene.partial else scene.size
-
-
-def _pillow_keeps_all(image: Image.Image, in_chans: int) -> bool:
-    """Whether Pillow gives all bands, bits and signs of an opened TIFF, and drops nothing of meaning.
+def _pillow_keeps_all(image: Any, in_chans: int, pixels: Pixels) -> bool:
+    """Whether Pillow gives all bands, bits and signs of a TIFF, and drops nothing of meaning.
 
     It takes 16-bit RGB as 8-bit, leaves out extra bands, reads int8 as uint8, does not invert 16-bit MinIsWhite, and
     ignores axes and sub-IFDs.
     """
-    tags = image.tag_v2  # type: ignore[attr-defined]
+    if image is None or pixels.page is not None:
+        return False
+    tags = image.tag_v2
     if _names_axes(image) or _SUB_IFDS in tags or tags.get(_SUBFILE_TYPE, 0) & 1 or tags.get(259) == _WEBP:
         return False
     bits, samples, photometric = tags.get(258, (1,)), tags.get(277, 1), tags.get(262, _MIN_IS_WHITE)
@@ -233,23 +219,18 @@ def _pillow_keeps_all(image: Image.Image, in_chans: int) -> bool:
     return not (in_chans == 3 and colours == 1 and getattr(image, "n_frames", 1) == 3)
 
 
-def _names_axes(image: Image.Image) -> bool:
+def _names_axes(image: Any) -> bool:
     """Whether a TIFF has several pages whose axes its metadata name."""
-    tags = image.tag_v2  # type: ignore[attr-defined]
-    if any(tag in tags for tag in _MICROSCOPES):
-        return True
-    text = tags.get(_DESCRIPTION, "")
-    text = text if isinstance(text, str) else str(text)
-    if not text:
-        return False
+    tags, several = image.tag_v2, getattr(image, "n_frames", 1) > 1
+    text = str(tags.get(_DESCRIPTION, ""))
     if text.startswith("{"):  # written by tifffile
         try:
-            page = image.width * image.height * tags.get(277, 1)
-            return math.prod(json.loads(text)["shape"]) != page
+            several = math.prod(json.loads(text)["shape"]) != image.width * image.height * tags.get(277, 1)
         except (ValueError, TypeError, KeyError):
-            return getattr(image, "n_frames", 1) > 1
+            pass
     # an ImageJ file may have one page for all
-    return "<OME" in text or bool(re.match(r"ImageJ=.*\nimages=", text)) or getattr(image, "n_frames", 1) > 1
+    named = "<OME" in text or re.match(r"ImageJ=.*\nimages=", text) or any(tag in tags for tag in _MICROSCOPES)
+    return bool(named or text and several)
 
 
 def _tifffile() -> Any:
@@ -263,18 +244,17 @@ def _tifffile() -> Any:
     return tifffile
 
 
-def _choose_series(tif: Any, in_chans: int, page: Page = None) -> tuple[int, Layout]:
+def _choose_series(tif: Any, in_chans: int, page: Page) -> tuple[Any, Layout]:
     """The series of an opened TIFF to read, and the part of it."""
     number = 0
     if isinstance(page, int):
-        counts = _page_counts(tif)
-        refuse_page(page, sum(counts))
-        while number < len(counts) - 1 and page >= counts[number]:
-            page -= counts[number]
-            number += 1
+        ends = [*accumulate(_page_counts(tif))]
+        refuse_page(page, ends[-1])
+        number = bisect_right(ends, page)
+        page -= ends[number - 1] if number else 0
     series = tif.series[number]
     _refuse_parts(series, series.keyframe)
-    return number, choose_axes(series.axes, series.shape, in_chans, page)
+    return series, choose_axes(series.axes, series.shape, in_chans, page)
 
 
 def _page_counts(tif: Any) -> list[int]:
@@ -308,32 +288,9 @@ def _refuse_parts(series: Any, page: Any) -> None:
             )
 
 
-def _read_pages(file: BinaryIO, tif: Any, layout: Layout, number: int) -> np.ndarray:
-    """Reads only the pages of a series that hold the wanted axes: `[C, Y, X]`."""
-    series = tif.series[number]
-    page, axes, shape = series.keyframe, layout.axes, layout.shape
-    leading = len(axes) - len(page.axes)
-    if leading == 0 or axes[leading:] != page.axes or not layout.index:
-        return layout.arrange(series.asarray()[layout.pick()])
-    if series.dataoffset is not None:  # even if one page holds all
-        return _read_part(file, tif, series, layout, slice(None), slice(None))
-    numbers = np.arange(math.prod(shape[:leading])).reshape(shape[:leading])
-    chosen = numbers[layout.pick(axes=axes[:leading])]
-    x = tif.asarray(series=number, key=np.ravel(chosen).tolist())
-    x = x.reshape(*np.shape(chosen), *page.shape)
-    inner = (slice(None),) * np.ndim(chosen) + layout.pick(axes=axes[leading:])
-    return layout.arrange(x[inner])
-
-
 def _codec_missing(page: Any, error: Exception) -> MissingPackageError | None:
     """The error of a compression that only imagecodecs decodes; None if imagecodecs is not the cause."""
-    if not isinstance(error, ImportError) and "imagecodecs" not in str(error):
-        return None
-    try:
-        import imagecodecs  # noqa: F401
-    except ImportError:
-        pass
-    else:
+    if not isinstance(error, ImportError) and "imagecodecs" not in str(error) or installed("imagecodecs"):
         return None
     name = getattr(page.compression, "name", page.compression)
     return MissingPackageError(f"TIFF with compression {name}; run `pip install imagecodecs`")
@@ -366,19 +323,16 @@ def _without_alpha(x: np.ndarray, extras: tuple[int, ...], in_chans: int) -> np.
     first = len(x) - len(extras)
     if first < 1:
         return x
-    for k, extra in enumerate(extras):
-        if extra == _ASSOCIATED:
-            alpha = x[first + k].astype(np.float64)
-            largest = np.iinfo(x.dtype).max if x.dtype.kind in "iu" else 1
-            with np.errstate(divide="ignore", invalid="ignore"):
-                colours = np.where(alpha > 0, x[:first] * (largest / alpha), 0)
-            if x.dtype.kind in "iu":
-                colours = np.rint(colours).clip(0, largest)
-            x = np.concatenate([colours.astype(x.dtype), x[first:]])
-            break
-    if len(x) == in_chans:
-        return x
-    return x[[*range(first), *(first + k for k, extra in enumerate(extras) if extra not in (1, 2))]]
+    if _ASSOCIATED in extras:
+        largest = largest_value(x.dtype) or 1
+        with np.errstate(divide="ignore", invalid="ignore"):
+            alpha = x[first + extras.index(_ASSOCIATED)].astype(np.float64)
+            colours = np.where(alpha > 0, x[:first] * (largest / alpha), 0)
+        if x.dtype.kind in "iu":
+            colours = np.rint(colours).clip(0, largest)
+        x = np.concatenate([colours.astype(x.dtype), x[first:]])
+    kept = [*range(first), *(first + k for k, extra in enumerate(extras) if extra not in (_ASSOCIATED, _UNASSOCIATED))]
+    return x if len(x) == in_chans else x[kept]
 
 
 def rotate(x: np.ndarray, orientation: int) -> np.ndarray:
@@ -398,8 +352,9 @@ def _read_part(file: BinaryIO, tif: Any, series: Any, layout: Layout, rows: slic
     if series.dataoffset is not None:
         dtype = np.dtype(tif.byteorder + series.dtype.char)
         planes = min(layout.axes.index("Y"), layout.axes.index("X"))
-        box = layout.pick(rows, columns)
-        return layout.arrange(read_box(file, dtype, series.dataoffset, layout.shape, box, planes))
+        return layout.arrange(
+            read_box(file, dtype, series.dataoffset, layout.shape, layout.pick(rows, columns), planes)
+        )
     leading = len(layout.axes) - len(page.axes)
     numbers = np.arange(math.prod(layout.shape[:leading])).reshape(layout.shape[:leading])
     chosen = numbers[layout.pick(axes=layout.axes[:leading])]
@@ -414,10 +369,8 @@ def _read_page(file: BinaryIO, tif: Any, page: Any, frame: Any, rows: slice, col
     """Rows and columns of a page like `page`, with its axes."""
     samples, _, height, width, contiguous = page.shaped  # planes, depth, rows, columns, samples of a pixel
     if frame is not None and frame.is_final:
-        dtype = np.dtype(tif.byteorder + page._dtype.char)
-        shape = (samples, height, width, contiguous)
-        box = (slice(None), rows, columns, slice(None))
-        x = read_box(file, dtype, frame.dataoffsets[0], shape, box, planes=1)
+        dtype, shape = np.dtype(tif.byteorder + page._dtype.char), (samples, height, width, contiguous)
+        x = read_box(file, dtype, frame.dataoffsets[0], shape, (slice(None), rows, columns, slice(None)), planes=1)
     else:
         x = _decode_segments(tif, frame, page, rows, columns)
     if page.axes.startswith("S"):
@@ -434,25 +387,16 @@ def _decode_segments(tif: Any, frame: Any, page: Any, rows: slice, columns: slic
     touched_rows = range(rows.start // high, (rows.stop - 1) // high + 1)
     touched_columns = range(columns.start // wide, (columns.stop - 1) // wide + 1)
     indices = [(p * down + r) * across + c for p in range(planes) for r in touched_rows for c in touched_columns]
-    x = np.full((planes, rows.stop - rows.start, columns.stop - columns.start, samples), page.nodata, page._dtype)
-    if frame is None:  # a page that was never written
-        return x
-    options: dict[str, Any] = {"_fullsize": False}
-    if page.compression in (6, 7, 34892, 33007):  # JPEG, as TiffPage.segments does
-        options.update(jpegtables=frame.jpegtables, jpegheader=page.jpegheader)
-    offsets, counts = ([values[i] for i in indices] for values in (frame.dataoffsets, frame.databytecounts))
-    for data, index in tif.filehandle.read_segments(offsets, counts, indices, flat=True):
-        part, (plane, _, top, left, _), shape = page.decode(data, index, **options)
-        if part is None:  # a tile that was never written
-            continue
-        _paste(x[plane], part[0], top - rows.start, left - columns.start)
-    return x
-
-
-def _paste(x: np.ndarray, part: np.ndarray, top: int, left: int) -> None:
-    """Copies `part`, `[h, w, S]` at (top, left), into `x`, as far as it lies within."""
-    height, width = part.shape[:2]
-    y0, y1 = max(0, top), min(len(x), top + height)
-    x0, x1 = max(0, left), min(x.shape[1], left + width)
-    if y0 < y1 and x0 < x1:
-        x[y0:y1, x0:x1] = part[y0 - top : y1 - top, x0 - left : x1 - left]
+    y0, x0 = touched_rows.start * high, touched_columns.start * wide
+    x = np.full((planes, len(touched_rows) * high, len(touched_columns) * wide, samples), page.nodata, page._dtype)
+    if frame is not None:  # else a page that was never written
+        options: dict[str, Any] = {"_fullsize": False}
+        if page.compression in (6, 7, 34892, 33007):  # JPEG, as TiffPage.segments does
+            options.update(jpegtables=frame.jpegtables, jpegheader=page.jpegheader)
+        offsets, counts = ([values[i] for i in indices] for values in (frame.dataoffsets, frame.databytecounts))
+        for data, index in tif.filehandle.read_segments(offsets, counts, indices, flat=True):
+            part, (plane, _, top, left, _), shape = page.decode(data, index, **options)
+            if part is not None:  # else a tile that was never written
+                top, left = top - y0, left - x0
+                x[plane, top : top + part.shape[1], left : left + part.shape[2]] = part[0]
+    return x[:, rows.start - y0 : rows.stop - y0, columns.start - x0 : columns.stop - x0]

@@ -1,6 +1,6 @@
 """Scales stored values to pixels; fills named nodata and refuses unnamed nodata."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ _NOTED: ContextVar[Stored | None] = ContextVar("noted", default=None)
 @contextmanager
 def noting_stored() -> Iterator[Stored]:
     """For measurements: decoding leaves nodata as NaN instead of a mean, and notes the type of stored values."""
-    token = _NOTED.set(Stored())
+    token = _NOTED.set(stored := Stored())
     try:
-        yield _NOTED.get()  # type: ignore[misc]  # just set
+        yield stored
     finally:
         _NOTED.reset(token)
 
@@ -64,28 +64,23 @@ def scaled(x: np.ndarray, pixels: Pixels, tag: float | None = None, bits: int | 
         raise ImageError(f"is empty, shape {x.shape}")
     check_dtype(x.dtype, pixels.divide)
     measured = noting()
-    gone = find_nodata(x, pixels, tag)
-    x = _filled(x, gone, pixels, tag)
+    x, gone = fill_nodata(x, pixels, tag)
     if x.dtype.kind in "fi":
         _refuse_unnamed(x, guess=pixels.nodata is None)
     if x.dtype == np.uint8 and bits in (None, 8) and pixels.divide is None and not measured:
         return torch.from_numpy(np.array(x))
     largest = largest_value(x.dtype, bits)
     unit = pixels.divide or largest or 1
-    found = torch.from_numpy(_divided(x, unit))
+    if x.dtype.kind in "iu" and x.dtype.itemsize > 2 or x.dtype == np.float64 and unit != 1:
+        divided = (x / unit).astype(np.float32)  # before the conversion, which keeps the last digits
+    else:
+        divided = x.astype(np.float32) if unit == 1 else x.astype(np.float32) / np.float32(unit)
+    found = torch.from_numpy(divided)
     if measured:
         kind = str(x.dtype) if bits in (None, 8 * x.dtype.itemsize) else f"{x.dtype} ({bits} bits)"
         note_stored(kind, unit, largest)
         found[torch.from_numpy(gone)] = torch.nan
     return found
-
-
-def _divided(x: np.ndarray, unit: float) -> np.ndarray:
-    """As float32; integers of 32 bits and more are divided first, which keeps their last digits."""
-    if x.dtype.kind in "iu" and x.dtype.itemsize > 2 or x.dtype == np.float64 and unit != 1:
-        return (x / unit).astype(np.float32)
-    x = x.astype(np.float32)
-    return x if unit == 1 else x / np.float32(unit)
 
 
 def largest_value(dtype: np.dtype, bits: int | None = None) -> int | None:
@@ -115,52 +110,37 @@ def parse_tag(tag: str | bytes | None) -> float | None:
         raise ImageError(f"has the nodata tag (42113) '{text}', expected a number") from None
 
 
-def find_nodata(x: np.ndarray, pixels: Pixels, tag: float | None = None) -> np.ndarray:
-    """The values of `x`, `[C, H, W]` as stored, that are nodata: bool of the same shape.
+def fill_nodata(x: np.ndarray, pixels: Pixels, tag: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """`x`, `[C, H, W]` as stored, with the mean of the channel's other pixels instead of nodata; the mask of nodata.
 
     In signed integers and floats each value counts by itself. In unsigned integers, where nodata is mostly 0 or the
     largest value and single channels have these as data, a pixel is nodata if all its channels have the value. NaN and
     infinity are nodata if the user names any value, and in measurements.
     """
-    gone = np.zeros(x.shape, bool)
-    for value in _named(pixels, tag):
+    gone, named = np.zeros(x.shape, bool), [float(value) for value in (pixels.nodata, tag) if value is not None]
+    for value in named:
         equal = _equals(x, value)
         gone |= equal.all(0) if x.dtype.kind in "bu" else equal
     if x.dtype.kind == "f" and (pixels.nodata is not None or noting()):
         gone |= ~np.isfinite(x)
-    return gone
-
-
-def fill_nodata(x: np.ndarray, pixels: Pixels, tag: float | None = None) -> np.ndarray:
-    """Replaces nodata by the mean of the channel's other pixels; returns `x` itself if it has none."""
-    return _filled(x, find_nodata(x, pixels, tag), pixels, tag)
-
-
-def _filled(x: np.ndarray, gone: np.ndarray, pixels: Pixels, tag: float | None) -> np.ndarray:
     if not gone.any():
-        return x
+        return x, gone
     valid = (~gone).sum((1, 2))
     if not valid.all():
-        where = "is nodata everywhere" if not valid.any() else f"is nodata everywhere in channel {valid.argmin() + 1}"
-        raise EmptyError(f"{where} ({' or '.join(map(_text, _named(pixels, tag))) or 'NaN'})")
+        channel = f" in channel {valid.argmin() + 1}" if valid.any() else ""
+        raise EmptyError(f"is nodata everywhere{channel} ({' or '.join(map(_text, named)) or 'NaN'})")
     mean = np.where(gone, 0, x).sum((1, 2), dtype=np.float64) / valid
     if x.dtype.kind in "iu":
         mean = np.rint(mean)
-    return np.where(gone, mean[:, None, None].astype(x.dtype), x)
-
-
-def _named(pixels: Pixels, tag: float | None) -> Sequence[float]:
-    return [float(value) for value in (pixels.nodata, tag) if value is not None]
+    return np.where(gone, mean[:, None, None].astype(x.dtype), x), gone
 
 
 def _equals(x: np.ndarray, value: float) -> np.ndarray:
-    if np.isnan(value):
-        return np.isnan(x) if x.dtype.kind == "f" else np.zeros(x.shape, bool)
     if x.dtype.kind == "f":
-        with np.errstate(over="ignore"):
-            return x == np.asarray(value).astype(x.dtype)  # '-3.4028235e+38' is not the float32 to the last digit
-    if x.dtype.kind == "b" or (value.is_integer() and np.iinfo(x.dtype).min <= value <= np.iinfo(x.dtype).max):
-        return x == int(value)
+        with np.errstate(over="ignore"):  # '-3.4028235e+38' is not the float32 to the last digit
+            return np.isnan(x) if np.isnan(value) else x == np.asarray(value).astype(x.dtype)
+    if x.dtype.kind == "b" or value.is_integer() and np.iinfo(x.dtype).min <= value <= np.iinfo(x.dtype).max:
+        return x == value
     return np.zeros(x.shape, bool)
 
 
@@ -174,24 +154,22 @@ def _refuse_unnamed(x: np.ndarray, guess: bool) -> None:
     if x.dtype.kind == "f" and not (np.isfinite(low).all() and np.isfinite(high).all()):
         nan = np.isnan(x)
         found, what = (nan, "NaN") if nan.any() else (np.isinf(x), "infinite values")
-        raise ImageError(f"contains {what} {_share(found)}, which is nodata; {_remedy(x[found][0])}")
+        raise _unnamed(what, found, "which is nodata", x[found][0])
     for value in (low.min(), high.max()):
         if abs(float(value)) >= _HUGE:
-            name = _name_of(value, x.dtype)
-            raise ImageError(f"contains {_text(value)} {_share(x == value)}, {name}, which is nodata; {_remedy(value)}")
-    if not guess:
-        return
+            raise _unnamed(_text(value), x == value, f"{_name_of(value, x.dtype)}, which is nodata", value)
     for channel, bounds in zip(x, zip(low, high, strict=True), strict=True):
-        for value in bounds:
+        for value in bounds if guess else ():
             if float(value) in _SENTINELS and _far_off(channel, value):
-                raise ImageError(
-                    f"contains {_text(value)} {_share(channel == value)} and nothing near it: most likely nodata; "
-                    f"{_remedy(value)} (if it is data: --nodata nan)"
-                )
+                most_likely = "and nothing near it: most likely nodata (if it is data: --nodata nan)"
+                raise _unnamed(_text(value), channel == value, most_likely, value)
 
 
-def _share(found: np.ndarray) -> str:
-    return f"in {100 * found.mean():.2g} % of its values"
+def _unnamed(what: str, found: np.ndarray, reason: str, value: float) -> ImageError:
+    return ImageError(
+        f"contains {what} in {100 * found.mean():.2g} % of its values, {reason}; name it with --nodata={_text(value)} "
+        "to replace it by the mean of the other pixels"
+    )
 
 
 def _name_of(value: float, dtype: np.dtype) -> str:
@@ -204,10 +182,6 @@ def _name_of(value: float, dtype: np.dtype) -> str:
 
 def _text(value: float) -> str:
     return str(value).removesuffix(".0")  # a numpy scalar prints as few digits as its type allows
-
-
-def _remedy(value: float) -> str:
-    return f"name it with --nodata={_text(value)} to replace it by the mean of the other pixels"
 
 
 def _far_off(channel: np.ndarray, value: float) -> bool:

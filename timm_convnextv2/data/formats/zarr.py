@@ -7,7 +7,7 @@ import torch
 
 from .axes import Layout, Page, choose_axes, count_pages
 from .errors import ImageError, MissingPackageError, wrong_channels
-from .files import Header, check_size
+from .files import Header, Scene, check_size
 from .pixels import Pixels
 from .values import check_dtype, scaled
 
@@ -28,14 +28,11 @@ def _open(path: str | os.PathLike) -> tuple[Any, str]:
     except ImportError as error:
         raise MissingPackageError("is a Zarr folder; run `pip install zarr`") from error
     node: Any = zarr.open(os.fspath(path), mode="r")
+    if not isinstance(node, zarr.Array) and not _multiscales(node) and "0" in node:
+        node = node["0"]  # bioformats2raw numbers several images
     if isinstance(node, zarr.Array):
         return node, ""
     scales = _multiscales(node)
-    if not scales and "0" in node:  # bioformats2raw numbers several images
-        node = node["0"]
-        if isinstance(node, zarr.Array):
-            return node, ""
-        scales = _multiscales(node)
     if not scales:
         raise ImageError("is a Zarr group without `multiscales`, expected OME-Zarr or one array")
     array = node[scales[0]["datasets"][0]["path"]]
@@ -49,15 +46,13 @@ def _multiscales(node: Any) -> list[dict[str, Any]]:
     return attributes.get("ome", attributes).get("multiscales") or []
 
 
-class ZarrScene:
-    """A Zarr image of which parts are read; only their chunks are decoded. See `decode.Scene`."""
-
-    whole = False
+class ZarrScene(Scene):
+    """A Zarr image, of which only the chunks of a part are decoded."""
 
     def __init__(self, path: str | os.PathLike, in_chans: int, pixels: Pixels) -> None:
         self.array, axes = _open(path)
         self.pixels = pixels
-        check_dtype(self.array.dtype)
+        check_dtype(self.array.dtype, pixels.divide)
         shape = tuple(self.array.shape)
         if not axes:
             if len(shape) == 2:
@@ -73,7 +68,7 @@ class ZarrScene:
         if "C" not in layout.kept and not set(layout.kept) - set("YX") and in_chans != 1:
             raise wrong_channels(f"1 channel (axes {axes})", in_chans)
         self.layout = Layout(axes, shape, layout.kept, {**layout.index, **dict.fromkeys(single, 0)})
-        self.size: tuple[int, int] = sizes["Y"], sizes["X"]
+        self.size = sizes["Y"], sizes["X"]
 
     def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
         check_size(height, width)
@@ -82,12 +77,6 @@ class ZarrScene:
 
     def close(self) -> None:
         pass
-
-
-def load_zarr(path: str | os.PathLike, in_chans: int, pixels: Pixels) -> torch.Tensor:
-    """The whole image `[C, H, W]`; errors as of `ZarrScene`."""
-    image = ZarrScene(path, in_chans, pixels)
-    return image.read(0, 0, *image.size)
 
 
 def zarr_header(path: str | os.PathLike, page: Page) -> Header:

@@ -22,9 +22,8 @@ class Groups:
     Args:
         members: Indices of the images of each group, a range or int64.
         weights: How often an image of each group is drawn, relative to other groups.
-        sources: Number of each group's source, from 0; None: all of one.
+        sources: Number of each group's source, from 0.
         source_weights: Share of each source, to which its groups are scaled; None: the sum of its images' weights.
-        names: Names of the groups.
     """
 
     def __init__(
@@ -35,8 +34,8 @@ class Groups:
         source_weights: Sequence[float] | None = None,
         names: Sequence[str] = (),
     ) -> None:
-        self.members, self.weights = [*members], [*weights]
-        self.sources, self.source_weights = [*sources] if sources else [0] * len(self.members), source_weights
+        self.members, self.weights, self.source_weights = [*members], [*weights], source_weights
+        self.sources = [*sources] if sources else [0] * len(self.members)
         self.names = [*names] or [f"group {g + 1}" for g in range(len(self.members))]
         self.sizes = np.array([len(group) for group in self.members], np.int64)
         if not self.sizes.all():
@@ -48,10 +47,7 @@ class Groups:
         self.shares = shares / shares.sum()  # of an epoch
 
     def counts(self, epoch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draws of each group in all earlier epochs, and in this one, int64 `[groups]`.
-
-        The total of a group never differs from its share by more than a few draws.
-        """
+        """Draws of each group in all earlier epochs, and in this one, int64 `[groups]`; totals follow the shares."""
         had, now = np.zeros(len(self.shares), np.int64), np.zeros(len(self.shares), np.int64)
         for number in range(epoch + 1):
             had += now
@@ -111,45 +107,35 @@ class Groups:
 
 
 def sampling_groups(
-    counts: Sequence[int],
-    source_weights: Sequence[float] | None,
-    weights: np.ndarray | None,
-    names: Sequence[str] = (),
+    counts: Sequence[int], source_weights: Sequence[float] | None, weights: np.ndarray | None, names: Sequence[str] = ()
 ) -> Groups | None:
-    """One group per source, or per weight in a source if a list has weights; None without weights.
-
-    `weights` has one number per image, relative to others of its source; `source_weights` is the share of each source,
-    by default the sum of its images' weights.
-    """
+    """One group per source, or per weight (one number per image) in a source; None without any weights."""
     if source_weights is None and weights is None:
         return None
     if source_weights is not None:
         if len(source_weights) != len(counts):
             raise ValueError(
-                f"--source-weights takes one number per source, got {len(source_weights)} for {len(counts)} sources "
-                "(--data-list, or --data-dir without it)."
+                f"--source-weights takes one number per source (--data-list, or --data-dir without it), got "
+                f"{len(source_weights)} for {len(counts)} sources."
             )
         if not all(0 < w < float("inf") for w in source_weights):
             raise ValueError(f"--source-weights must be above 0, got {' '.join(map(str, source_weights))}.")
     members: list[Members] = []
     each: list[float] = []
     sources: list[int] = []
-    names, labels = [*names] or [f"source {s + 1}" for s in range(len(counts))], []
-    first = 0
+    names, labels, first = [*names] or [f"source {s + 1}" for s in range(len(counts))], [], 0
     for s, count in enumerate(counts):
-        own = None if weights is None else weights[first : first + count]
-        values = np.ones(1) if own is None else np.unique(own)
+        own = np.ones(1) if weights is None else weights[first : first + count]
+        values, which = np.unique(own, return_inverse=True)
         if len(members) + len(values) > _MOST_WEIGHTS:
             raise ValueError(
                 f"The images have more than {_MOST_WEIGHTS} different weights, expected at most so many groups. Round "
                 "the weights in the list, for example to two digits."
             )
-        if own is None or len(values) == 1:
-            found: list[Members] = [range(first, first + count)]
+        if len(values) == 1:
+            members.append(range(first, first + count))
         else:
-            which = np.searchsorted(values, own)
-            found = [*np.split(first + np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])]
-        members += found
+            members += np.split(first + np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
         each += values.tolist()
         sources += [s] * len(values)
         labels += [names[s] if len(values) == 1 else f"{names[s]}, weight {value:g}" for value in values]

@@ -9,10 +9,9 @@ from ..formats.errors import ImageError
 from ..formats.files import printable
 from ..formats.pixels import PLAIN, Pixels, one_page
 from ..paths.listing import Dirs, Listing, list_files, origins_of
-from .folder import FolderSource
+from .files import FolderSource, PageSource
 from .groups import sampling_groups
-from .joined import JoinedSource
-from .pages import PageSource
+from .picked import JoinedSource
 from .source import Bad, Source
 from .stream import StreamOrder, TimmStream
 from .timm import MAPS, STREAMS, TimmSource, prefix_of, unknown_dataset
@@ -38,9 +37,6 @@ def create_source(
 
     Args:
         paths: Where the files are, or the root of the data set; a path alone is a `data_dir`.
-        data_set: Data set to open instead of image files.
-        in_chans, pixels: See `Source`.
-        order: How a stream is read.
         source_weights: Share of an epoch for each of the folders or lists, in any unit.
         listing: The files of `paths`, if they are listed already.
     """
@@ -75,20 +71,16 @@ def _root_of(paths: ImagePaths, dataset: str, source_weights: Sequence[float] | 
 
 
 def _open_files(
-    paths: ImagePaths,
-    in_chans: int,
-    pixels: Pixels,
-    source_weights: Sequence[float] | None,
-    listing: Listing | None,
+    paths: ImagePaths, in_chans: int, pixels: Pixels, source_weights: Sequence[float] | None, listing: Listing | None
 ) -> Source:
     """Opens the image files of each folder, tar file or list, joined if there are several."""
     listing = listing or list_files(origins_of(paths.data_dir, paths.data_list))
-    parts: list[Source] = []
-    for origin, names in listing.parts():
-        if origin.kind == "tar":
-            parts.append(TimmSource(DataSet(), origin.root, in_chans, pixels))
-        else:
-            parts.append(FolderSource(origin.root, in_chans, pixels, names, grows=origin.kind != "list"))
+    parts: list[Source] = [
+        TimmSource(DataSet(), origin.root, in_chans, pixels)
+        if origin.kind == "tar"
+        else FolderSource(origin.root, in_chans, pixels, names, grows=origin.kind != "list")
+        for origin, names in listing.parts()
+    ]
     source = parts[0] if len(parts) == 1 else JoinedSource(parts)
     source.left.merge(listing.left)  # pyright: ignore[reportAttributeAccessIssue]  # of files it is a LeftOut
     if listing.weights is not None and len(listing.weights) != len(source):
@@ -99,10 +91,7 @@ def _open_files(
 
 
 def pages_and_windows(
-    source: Source | TimmStream,
-    pixels: PixelOptions,
-    windows: WindowOptions,
-    tick: Callable[[int], None] | None = None,
+    source: Source | TimmStream, pixels: PixelOptions, windows: WindowOptions, tick: Callable[[int], None] | None = None
 ) -> Source | TimmStream:
     """The requested pages and windows of a source's images, or the source itself; `tick(1)` follows each header."""
     check_windows(windows)
@@ -125,8 +114,7 @@ def pages_and_windows(
 def check_readable(source: Source, tries: int = 32, visit: Callable[[torch.Tensor], None] | None = None) -> Bad:
     """Decodes up to `tries` images spread over a source, calls `visit` with each, and returns those that fail.
 
-    Raises:
-        ValueError: None can be decoded; names up to three with their reasons.
+    If none can be decoded, a ValueError names up to three.
     """
     count = max(1, min(tries, len(source)))
     bad: Bad = []

@@ -1,4 +1,4 @@
-"""The protocol of every source of images."""
+"""The base classes of every source of images."""
 
 import copy
 from bisect import bisect_right
@@ -8,8 +8,7 @@ from typing import TypeVar
 import torch
 from torch.utils.data import Dataset
 
-from ..formats.decode import check_in_chans, check_index, decode
-from ..formats.files import printable
+from ..formats.decode import check_in_chans, check_index
 from ..formats.pillow import Choose, Reduced
 from ..formats.pixels import PLAIN, Pixels
 from ..paths.walk import LeftOut
@@ -92,16 +91,3 @@ class Source(Dataset):
         """The message of an error of image `i`, with its name."""
         name, message = self.name(i), str(error)
         return message if name in message else f"{name}: {message}"
-
-
-class FileSource(Source):
-    """Images that are files. Subclasses define `__len__` and `path`."""
-
-    has_files = True
-
-    def read(self, i: int, choose: Choose | None = None, seed: int | None = None) -> torch.Tensor | Reduced:
-        path = self.path(i)
-        return decode(path, self.in_chans, printable(path), choose, self.pixels_of(i))
-
-    def name(self, i: int) -> str:
-        return printable(self.path(i))

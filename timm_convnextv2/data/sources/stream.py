@@ -11,8 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..config import DataSet
 from ..formats.decode import check_in_chans, image_extensions
-from ..formats.errors import ImageError
-from ..formats.pillow import Choose, Reduced
+from ..formats.pillow import Reduced
 from ..formats.pixels import PLAIN, Pixels
 from .timm import STREAMS, decode_any, open_dataset, prefix_of
 
@@ -33,10 +32,8 @@ class TimmStream(IterableDataset):
     workers. If `repeatable` (`wds/`, `hfids/`), the order of an epoch depends only on seed, epoch, processes and
     workers. `tfds/` decodes the images itself, as 8-bit with 1 or 3 channels. `rank` is that of the reader.
 
-    Args:
-        data_set: `wds/` takes shard names as split (`train-{0000..0099}.tar`). `input_key` defaults to 'image', for
-            `wds/` to all image extensions.
-        root: Folder (or address) of the shards, or download cache.
+    `wds/` takes shard names as split (`train-{0000..0099}.tar`). `input_key` defaults to 'image', for `wds/` to all
+    image extensions. `root` is the folder (or address) of the shards, or the download cache.
     """
 
     left, has_files = "", False
@@ -51,11 +48,10 @@ class TimmStream(IterableDataset):
     ) -> None:
         super().__init__()
         name, input_key, order = data_set.dataset, data_set.input_key, order or StreamOrder()
-        self.kind = prefix_of(name)
+        self.kind, self.dataset_name, self.pixels = prefix_of(name), name, pixels
+        self.in_chans, self.input_key = check_in_chans(in_chans), input_key or "image"
         if self.kind not in STREAMS:
             raise ValueError(f"Data set '{name}' is not a stream (wds/, hfids/, tfds/). Use TimmSource.")
-        self.dataset_name, self.in_chans, self.pixels = name, check_in_chans(in_chans), pixels
-        self.input_key = input_key or "image"
         kwargs: dict[str, Any] = dict(num_samples=data_set.train_num_samples, input_img_mode="")
         if self.kind == "wds":
             self.input_key = input_key or ";".join(ext[1:] for ext in image_extensions())
@@ -67,16 +63,8 @@ class TimmStream(IterableDataset):
             if in_chans not in (1, 3):
                 raise ValueError(f"Data set '{name}' gives images with 1 or 3 channels, got in_chans={in_chans}.")
             kwargs["input_img_mode"] = "L" if in_chans == 1 else "RGB"
-        self.dataset = open_dataset(
-            data_set,
-            root,
-            is_training=not order.whole,
-            batch_size=order.batch_size,
-            seed=order.seed,
-            input_key=self.input_key,
-            download=data_set.dataset_download,
-            **kwargs,
-        )
+        kwargs |= dict(is_training=not order.whole, batch_size=order.batch_size, seed=order.seed)
+        self.dataset = open_dataset(data_set, root, input_key=self.input_key, **kwargs)
         self.reader = self.dataset.reader
         if order.whole:
             self.reader.dist_rank, self.reader.dist_num_replicas = 0, 1
@@ -109,26 +97,20 @@ class TimmStream(IterableDataset):
             yield load()
 
     def undecoded(self) -> Iterator[tuple[str, Callable[..., torch.Tensor | Reduced]]]:
-        """Yields `(name, load)`: `load(choose=None)` decodes the image, any number of times, or raises ImageError.
-
-        `choose` lets a large JPEG be decoded at reduced size, see `decode.decode`.
-        """
+        """Yields `(name, load)`: `load(choose=None)`, see `decode.decode`, any number of times, or an ImageError."""
         leave_undecoded(self.reader, self.dataset_name, self.input_key)
         count = 0
         for item, _ in self.dataset:
             name, image = undecoded_image(item, f"{self.dataset_name} sample {count}")
-            yield name, partial(self._load, image, name)
+            yield name, partial(decode_any, image, name, self.in_chans, pixels=self.pixels)
             count += 1
         if not count:
             worker = get_worker_info()
+            number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
             raise ValueError(
-                f"Data set '{self.dataset_name}' gave no sample to worker {worker.id if worker else 0} of "
-                f"{worker.num_workers if worker else 1}: it has fewer shards than workers times processes, or its "
-                "shards are empty. Use fewer --workers or more shards."
+                f"Data set '{self.dataset_name}' gave no sample to worker {number} of {workers}: it has fewer shards "
+                "than workers times processes, or its shards are empty. Use fewer --workers or more shards."
             )
-
-    def _load(self, image: Any, name: str, choose: Choose | None = None) -> torch.Tensor | Reduced:
-        return decode_undecoded(image, name, self.input_key, self.in_chans, choose, self.pixels)
 
 
 def undecoded_image(item: Any, name: str) -> tuple[str, Any]:
@@ -136,13 +118,6 @@ def undecoded_image(item: Any, name: str) -> tuple[str, Any]:
     if not isinstance(item, dict):
         return name, item
     return item["path"] or name, item["path"] if item["bytes"] is None else item["bytes"]
-
-
-def decode_undecoded(image: Any, name: str, input_key: str, *args: Any, **kwargs: Any) -> Any:
-    """`decode_any` for a sample of a stream, which may lack the image."""
-    if isinstance(image, bytes) and not image:
-        raise ImageError(f"{name}: has no image under the input key {input_key}")
-    return decode_any(image, name, *args, **kwargs)
 
 
 def leave_undecoded(reader: Any, name: str, input_key: str, labelled: bool = False) -> None:

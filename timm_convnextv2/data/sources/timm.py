@@ -30,11 +30,7 @@ class TimmSource(Source):
     """
 
     def __init__(
-        self,
-        data_set: DataSet,
-        root: str | os.PathLike | None = None,
-        in_chans: int = 3,
-        pixels: Pixels = PLAIN,
+        self, data_set: DataSet, root: str | os.PathLike | None = None, in_chans: int = 3, pixels: Pixels = PLAIN
     ) -> None:
         super().__init__(in_chans, pixels)
         name, input_key = data_set.dataset, data_set.input_key
@@ -57,7 +53,7 @@ class TimmSource(Source):
             reader, self.left = open_tar(os.fspath(root), extensions=extensions)
             self.dataset: Any = ImageDataset(None, reader=reader)  # type: ignore[arg-type]  # it takes a reader, too
         else:
-            self.dataset = open_dataset(data_set, root, download=data_set.dataset_download, **kwargs)
+            self.dataset = open_dataset(data_set, root, **kwargs)
         self.reader: Any = getattr(self.dataset, "reader", None)  # torchvision's data sets have none
         if not len(self.dataset):
             split = data_set.train_split
@@ -126,7 +122,8 @@ def open_dataset(data_set: DataSet, root: str | os.PathLike | None, **kwargs: An
 
     name, split = data_set.dataset, data_set.train_split
     try:
-        return create_dataset(name, root=None if root is None else os.fspath(root), split=split, **kwargs)
+        root_path = None if root is None else os.fspath(root)
+        return create_dataset(name, root=root_path, split=split, download=data_set.dataset_download, **kwargs)
     except Exception as error:  # readers raise AssertionError, RuntimeError, KeyError, FileNotFoundError, ...
         if isinstance(error, ImportError) or "Please install" in str(error):
             package = _READER_PACKAGES.get(prefix_of(name), getattr(error, "name", None))
@@ -157,6 +154,8 @@ def decode_any(
             return from_pil(image, in_chans, pixels)
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
+    if isinstance(image, bytes) and not image:
+        raise ImageError(f"{name}: has no image, check the name of the input key")
     if hasattr(image, "read"):
         with image:
             image = image.read()

@@ -2,10 +2,9 @@
 
 import copy
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import accumulate
-from typing import Any
+from functools import lru_cache
+from itertools import accumulate, count
 
 import torch
 
@@ -21,18 +20,16 @@ _TRIES = 16
 _CELL = 16  # pixels
 _NAMED = 5
 _MOST_OPEN = 16  # images
+_TOKENS = count()
 _FIXED_EPOCH = 2**31 - 1  # its random numbers place windows that are read without a seed
 
 
 def content(image: torch.Tensor, min_std: float) -> float:
-    """The fraction of a window's cells of 16 x 16 pixels that are not flat.
+    """The fraction of the cells of 16 x 16 pixels of a window, `[C, H, W]`, that are not flat.
 
-    A cell is flat if the standard deviation of its pixels is at most `min_std` in every channel. Pixels without data
-    are flat, because they are filled with the mean of their channel. Incomplete cells at the edges are ignored.
-
-    Args:
-        image: `[C, H, W]`, uint8 or float; uint8 is divided by 255 first.
-        min_std: In units of the pixels.
+    A cell is flat if the standard deviation of its pixels (uint8: divided by 255) is at most `min_std` in every
+    channel. Pixels without data are flat, because they are filled with the mean of their channel. Incomplete cells at
+    the edges are ignored.
     """
     cell = min(_CELL, *image.shape[1:])
     x = image.float() / 255 if image.dtype == torch.uint8 else image
@@ -40,27 +37,13 @@ def content(image: torch.Tensor, min_std: float) -> float:
     return float((cells.std(3, correction=0) > min_std).any(0).float().mean())
 
 
-class _OpenImages:
-    """Keeps the last few images of this process open, because opening a large TIFF reads thousands of offsets."""
+@lru_cache(_MOST_OPEN)
+def _opened(process: int, token: int, path: str, in_chans: int, pixels: Pixels) -> Scene:
+    """Keeps the last few images open, because opening a large TIFF reads thousands of offsets.
 
-    def __init__(self) -> None:
-        self._process, self._open = os.getpid(), OrderedDict[tuple, Scene]()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_process": 0, "_open": OrderedDict()}
-
-    def get(self, path: str, in_chans: int, pixels: Pixels) -> Scene:
-        """Opens the image if it is not open yet; see `open_scene`."""
-        if self._process != os.getpid():  # a forked worker must not share file positions with its parent
-            self._open, self._process = OrderedDict(), os.getpid()
-        key = path, in_chans, pixels
-        if key not in self._open:
-            self._open[key] = open_scene(path, in_chans, pixels)
-        self._open.move_to_end(key)
-        scene = self._open[key]
-        while len(self._open) > _MOST_OPEN:
-            self._open.popitem(last=False)[1].close()
-        return scene
+    `process`: a forked worker must not share file positions with its parent. `token`: another source opens them again.
+    """
+    return open_scene(path, in_chans, pixels)
 
 
 class WindowSource(Source):
@@ -71,12 +54,7 @@ class WindowSource(Source):
     `ceil(area / S**2)`, or `windows_per_image` times the number of images.
 
     A window that is nodata everywhere, or has less content than `min_content`, is drawn again, up to 16 times in total;
-    then the one with the most content is used.
-
-    Args:
-        source: With files, all at least as large as a window; else a ValueError.
-        windows: Which windows.
-        tick: Called with 1 after each header is read.
+    then the one with the most content is used. A source without files, or with smaller ones, is a ValueError.
     """
 
     def __init__(self, source: Source, windows: WindowOptions, tick: Callable[[int], None] | None = None) -> None:
@@ -84,7 +62,7 @@ class WindowSource(Source):
             raise ValueError("--window-size needs image files; this data set has none. Give a folder, or leave it out.")
         check_windows(windows)
         super().__init__(source.in_chans, source.pixels)
-        self.source, self.windows, self.opened = source, windows, _OpenImages()
+        self.source, self.windows, self.token = source, windows, next(_TOKENS)
         self.side = windows.window_size or 0
         sizes, self.num_whole = _scan(source, tick)
         _refuse_small(source, sizes, self.side)
@@ -95,18 +73,20 @@ class WindowSource(Source):
         # a file whose header cannot be read gets one window, which fails when it is read: there it is counted and named
         areas = [self.side**2 if size is None else size[0] * size[1] for size in sizes]
         total, per_image = sum(areas), self.windows.windows_per_image
-        count = -(-total // self.side**2) if per_image is None else max(1, round(per_image * len(areas)))
-        self.ends = [(end * count + total // 2) // total for end in accumulate(areas)]
+        windows = -(-total // self.side**2) if per_image is None else max(1, round(per_image * len(areas)))
+        self.ends = [(end * windows + total // 2) // total for end in accumulate(areas)]
         none = sum(end == before for end, before in zip(self.ends, [0, *self.ends], strict=False))
-        notes = [f"{len(self)} windows of {self.side} x {self.side} pixels per epoch, from {len(files)} images"]
-        if none:
-            notes.append(f"{none} images are too small to get a window (raise --windows-per-image)")
-        if self.num_whole:
-            notes.append(
-                f"{self.num_whole} images must be decoded whole for each window, because of their format (tiled TIFF "
-                "or .npy is faster)"
-            )
-        self.left = "; ".join(filter(None, [*notes, str(self.source.left)]))
+        whole = self.num_whole and (
+            f"{self.num_whole} images must be decoded whole for each window, because of their format (tiled TIFF or "
+            ".npy is faster)"
+        )
+        notes = (
+            f"{len(self)} windows of {self.side} x {self.side} pixels per epoch, from {len(files)} images",
+            none and f"{none} images are too small to get a window (raise --windows-per-image)",
+            whole,
+            str(self.source.left),
+        )
+        self.left = "; ".join(filter(None, notes))  # pyright: ignore
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -117,7 +97,7 @@ class WindowSource(Source):
         generator = torch.Generator().manual_seed(sample_seed(0, _FIXED_EPOCH, i) if seed is None else seed)
         best, most, empty = None, -1.0, None
         try:
-            scene = self.opened.get(self.source.path(file), self.in_chans, self.pixels_of(i))
+            scene = _opened(os.getpid(), self.token, self.source.path(file), self.in_chans, self.pixels_of(i))
             for _ in range(_TRIES):
                 top, left = (int(torch.randint(n - self.side + 1, (), generator=generator)) for n in scene.size)
                 try:
@@ -147,19 +127,17 @@ class WindowSource(Source):
 
     def hold_out(self, fraction: float, seed: int) -> tuple["WindowSource", "WindowSource"]:
         """Splits by images: the windows to train on, and those held out."""
-        count, total = max(1, round(fraction * len(self.files))), len(self.files)
-        if count >= total:
+        held, total = max(1, round(fraction * len(self.files))), len(self.files)
+        if held >= total:
             raise ValueError(
                 f"--holdout {fraction:g} leaves nothing to train on: with --window-size whole images are held out, and "
                 f"there {'is 1' if total == 1 else f'are {total}'}."
             )
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-        apart = self._subset(sorted(order[:count]))
-        return self._subset(sorted(order[count:])), apart
+        return self._subset(sorted(order[held:])), self._subset(sorted(order[:held]))
 
     def _subset(self, numbers: list[int]) -> "WindowSource":
         other = copy.copy(self)
-        other.opened = _OpenImages()
         other._set([self.files[k] for k in numbers], [self.sizes[k] for k in numbers])
         return other
 
@@ -194,14 +172,13 @@ def _scan(source: Source, tick: Callable[[int], None] | None) -> tuple[list[tupl
 
 
 def _refuse_small(source: Source, sizes: list[tuple[int, int] | None], side: int) -> None:
-    small = [(i, size) for i, size in enumerate(sizes) if size is not None and min(size) < side]
+    small = {i: size for i, size in enumerate(sizes) if size is not None and min(size) < side}
     if not small:
         return
-    shown = ", ".join(f"{source.name(i)} ({height} x {width})" for i, (height, width) in small[:_NAMED])
+    shown = ", ".join(f"{source.name(i)} ({h} x {w})" for i, (h, w) in [*small.items()][:_NAMED])
     more = f" and {len(small) - _NAMED} more" if len(small) > _NAMED else ""
-    smallest = min(min(size) for _, size in small)
     raise ValueError(
         f"{len(small)} of {len(sizes)} images are smaller than a window of {side} x {side} pixels: {shown}{more}. The "
-        f"largest --window-size that fits all is {smallest}; or move small images to another folder, or leave "
-        "--window-size out."
+        f"largest --window-size that fits all is {min(map(min, small.values()))}; or move small images to another "
+        "folder, or leave --window-size out."
     )

@@ -18,7 +18,7 @@ from ...data import Pixels, check_readable, load_image
 from ...data.formats.errors import naming
 from ...data.formats.files import printable
 from ...data.formats.pixels import PLAIN
-from ...data.sources.folder import ImageFiles
+from ...data.sources.files import ImageFiles
 from ...seeds import sample_seed, seeded
 
 SHOWN = 3  # names in a message

@@ -19,7 +19,7 @@ from ...data import FolderSource, Pixels, check_readable, load_image
 from ...data.formats.errors import naming
 from ...data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file, printable
 from ...data.formats.pixels import PLAIN
-from ...data.sources.folder import ImageFiles
+from ...data.sources.files import ImageFiles
 from ...seeds import sample_seed, seeded
 
 MASK_FOLDERS = ("masks", "annotations", "labels")
