@@ -53,17 +53,18 @@ def test_dead_channels_are_counted_and_left_out():
     assert nothing.isnan().all() and all_dead.item() == 1
 
 
+V2, CONV = dict(use_grn=True, ls_init_value=None), dict(conv_mlp=True)
 MODELS = {
-    "ours": lambda: timm_convnextv2.ConvNeXtV2(use_grn=True, ls_init_value=None, **SIZE),
-    "ours, 1x1 convolutions": lambda: timm_convnextv2.ConvNeXtV2(
-        use_grn=True, ls_init_value=None, conv_mlp=True, **SIZE
-    ),
-    "ours, V1": lambda: timm_convnextv2.ConvNeXtV2(use_grn=False, ls_init_value=1e-6, conv_mlp=True, **SIZE),
-    "timm V1": lambda: ConvNeXt(**SIZE),
-    "timm V1, 1x1 convolutions": lambda: ConvNeXt(conv_mlp=True, **SIZE),
-    "timm V2": lambda: ConvNeXt(use_grn=True, ls_init_value=None, **SIZE),
-    "timm V2, 1x1 convolutions": lambda: ConvNeXt(use_grn=True, ls_init_value=None, conv_mlp=True, **SIZE),
-}
+    "ours": (timm_convnextv2.ConvNeXtV2, V2), "ours, 1x1 convolutions": (timm_convnextv2.ConvNeXtV2, {**V2, **CONV}),
+    "ours, V1": (timm_convnextv2.ConvNeXtV2, dict(use_grn=False, ls_init_value=1e-6, **CONV)),
+    "timm V1": (ConvNeXt, {}), "timm V1, 1x1 convolutions": (ConvNeXt, CONV),
+    "timm V2": (ConvNeXt, V2), "timm V2, 1x1 convolutions": (ConvNeXt, {**V2, **CONV}),
+}  # fmt: skip
+
+
+def build(kind):
+    make, options = MODELS[kind]
+    return shaken(make(**SIZE, **options))
 
 
 def second_input(block, x):
@@ -84,15 +85,12 @@ def second_input(block, x):
 @pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
 def test_of_a_model_at_the_second_linear(kind):
-    model = shaken(MODELS[kind]()).train()
+    model = build(kind).train()
     images = torch.randn(5, 3, 16, 16, dtype=torch.float64)
-    inputs = {}
-    blocks = {name: m for name, m in model.named_modules() if hasattr(m, "conv_dw")}
-    handles = [
-        m.register_forward_pre_hook(lambda _, x, n=name: inputs.__setitem__(n, x[0])) for name, m in blocks.items()
-    ]
+    inputs, blocks = {}, {name: m for name, m in model.named_modules() if hasattr(m, "conv_dw")}
+    keep = [m.register_forward_pre_hook(lambda _, x, n=n: inputs.__setitem__(n, x[0])) for n, m in blocks.items()]
     before = model.eval()(images)
-    for handle in handles:
+    for handle in keep:
         handle.remove()
     model.train()
     found = collapse(model, images, batch_size=2)
@@ -108,7 +106,7 @@ def test_of_a_model_at_the_second_linear(kind):
 
 def test_hooks_change_no_output():
     """The fused token MLP steps aside while there are hooks, and computes the same."""
-    model = shaken(MODELS["ours"]()).eval()
+    model = build("ours").eval()
     images, seen = torch.randn(2, 3, 16, 16, dtype=torch.float64), []
     block = model.stages[1].blocks[0]
     x = model.stages[1].downsample(model.stages[0](model.stem(images)))

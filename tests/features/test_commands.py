@@ -97,20 +97,17 @@ def test_names_of_models(run, tmp_path):
 
 def test_distances_and_channels(run, labelled, tmp_path, capsys):
     torch.manual_seed(0)
-    v1 = timm.create_model("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 12, 16, 20), num_classes=0)
     sizes = dict(depths=[1, 1, 2, 1], dims=[8, 12, 16, 20])
-    timm.models.save_for_hf(
-        v1, tmp_path / "v1", model_config={"num_classes": 0}, model_args=sizes, safe_serialization=True
-    )
+    v1, how = timm.create_model("convnext_atto", num_classes=0, **sizes), dict(safe_serialization=True)
+    timm.models.save_for_hf(v1, tmp_path / "v1", model_config={"num_classes": 0}, model_args=sizes, **how)
     models, out = [str(run), str(tmp_path / "v1")], tmp_path / "out"
     words = [*models, "--data-dir", str(labelled), "--output", str(out), "--num-images", "5", "--device", "cpu"]
     assert collapse_command.main([*words, "--img-size", "32", "-b", "2"]) == 0
     said, err = capsys.readouterr()
     rows = list(csv.DictReader((out / "collapse.csv").open(newline="")))
     assert [row["model"] for row in rows] == [models[0]] * 4 + [models[1]] * 5
-    assert [float(row["depth"]) for row in rows] == [0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1] + [
-        0, 0.25, 0.5, 0.75, 1,
-    ]  # fmt: skip
+    depths = [0, 1 / 3, 2 / 3, 1, 0, 0.25, 0.5, 0.75, 1]
+    assert [float(row["depth"]) for row in rows] == pytest.approx(depths)
     encoder = open_encoder(str(run), 32)
     source = create_source(labelled)
     images = draw_images(source, 5, encoder.transform, 0, print)
@@ -135,57 +132,34 @@ def test_images_that_cannot_be_decoded_are_replaced(labelled, tmp_path):
     assert "4 images" in said[-1] and "9" in said[-1]
 
 
-def one_class(folder):
-    (folder / "only").mkdir()
-    Image.new("RGB", (32, 32)).save(folder / "only" / "x.png")
-    return folder
-
-
 EVALUATE = {
-    "The model is 'convnextv2_atoo'": lambda run, data, new: ["convnextv2_atoo", "--data-dir", str(data)],
-    "has no model: there is no config.json": lambda run, data, new: [str(new), "--data-dir", str(data)],
-    "has one class, only": lambda run, data, new: [str(run), "--data-dir", str(one_class(new))],
-    "--k must be at least 1": lambda run, data, new: [str(run), "--data-dir", str(data), "-k", "0"],
-    "--device nowhere cannot be used": lambda run, data, new: [
-        str(run),
-        "--data-dir",
-        str(data),
-        "--device",
-        "cpu,nowhere",
-    ],  # fmt: skip
-    "--batch-size must be at least 1": lambda run, data, new: [str(run), "--data-dir", str(data), "-b", "0"],
-    "is a file, expected a folder": lambda run, data, new: [str(run), "--data-dir", "x", "--output", __file__],
+    "The model is 'convnextv2_atoo'": ["convnextv2_atoo", "--data-dir", "{data}"],
+    "has no model: there is no config.json": ["{new}", "--data-dir", "{data}"],
+    "has one class, only": ["{run}", "--data-dir", "{one}"],
+    "--k must be at least 1": ["{run}", "--data-dir", "{data}", "-k", "0"],
+    "--device nowhere cannot be used": ["{run}", "--data-dir", "{data}", "--device", "cpu,nowhere"],
+    "--batch-size must be at least 1": ["{run}", "--data-dir", "{data}", "-b", "0"],
+    "is a file, expected a folder": ["{run}", "--data-dir", "x", "--output", __file__],
 }
-
-
-@pytest.mark.parametrize("message", EVALUATE)
-def test_evaluate_refuses_in_one_message(message, run, labelled, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("timm_convnextv2.features.evaluate.extract_features", None)  # nothing is computed before
-    assert main(EVALUATE[message](run, labelled, tmp_path)) == 2
-    out, err = capsys.readouterr()
-    assert not out and message in err and err.count("error:") == 1 and "Traceback" not in err
-
-
 COLLAPSE = {
-    "no image": lambda run, data, new: [str(run), "--data-dir", str(new)],
-    "No images given": lambda run, data, new: [str(run)],
-    "--num-images must be at least 1": lambda run, data, new: [
-        str(run),
-        "--data-dir",
-        str(data),
-        "--num-images",
-        "0",
-    ],  # fmt: skip
+    "no image": ["{run}", "--data-dir", "{new}"],
+    "No images given": ["{run}"],
+    "--num-images must be at least 1": ["{run}", "--data-dir", "{data}", "--num-images", "0"],
 }
 
 
-@pytest.mark.parametrize("message", COLLAPSE)
-def test_collapse_refuses_in_one_message(message, run, labelled, tmp_path, capsys):
-    (tmp_path / "images").mkdir()
-    words = [*COLLAPSE[message](run, labelled, tmp_path / "images"), "--output", str(tmp_path / "out")]
-    assert collapse_command.main(words) == 2
+@pytest.mark.parametrize(
+    ("command", "message"), [(main, m) for m in EVALUATE] + [(collapse_command.main, m) for m in COLLAPSE]
+)
+def test_mistakes_are_one_message(command, message, run, labelled, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("timm_convnextv2.features.evaluate.extract_features", None)  # nothing is computed before
+    monkeypatch.chdir(tmp_path)
+    places = {"run": run, "data": labelled, "new": tmp_path / "new", "one": tmp_path / "one"}
+    places["new"].mkdir(), (places["one"] / "only").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(places["one"] / "only" / "x.png")
+    assert command([word.format(**places) for word in {**EVALUATE, **COLLAPSE}[message]]) == 2
     out, err = capsys.readouterr()
-    assert not out and message.lower() in err.lower() and err.count("error:") == 1
+    assert not out and message.lower() in err.lower() and err.count("error:") == 1 and "Traceback" not in err
 
 
 def test_collapse_names_what_a_model_has(labelled, tmp_path, capsys):

@@ -4,19 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_convnextv2.features import (
-    Scoring,
-    accuracy_or_map,
-    bootstrap,
-    knn,
-    knn_scores,
-    linear_probe,
-    measure_features,
-    rankme,
-    ridge,
-)
+from timm_convnextv2.features import Scoring, accuracy_or_map, bootstrap, knn, knn_scores, measure_features, rankme
 from timm_convnextv2.features import linear as linear_module
 from timm_convnextv2.features.knn import nearest
+from timm_convnextv2.features.linear import linear_probe, ridge
 
 CLASSES = 4
 
@@ -30,9 +21,8 @@ def planted(images=200, noise=0.1, width=16, seed=0):
 
 def test_features_that_separate_classes():
     (train, labels), (test, expected) = planted(), planted(seed=1)
-    found = measure_features(
-        train, labels, test, expected, num_classes=CLASSES, scoring=Scoring(k=(1, 10, 500), draws=50)
-    )
+    scoring = Scoring(k=(1, 10, 500), draws=50)
+    found = measure_features(train, labels, test, expected, num_classes=CLASSES, scoring=scoring)
     assert list(found) == ["knn_1", "knn_10", "knn_200", "ridge", "probe", "rank"]
     assert all(found[name] == (1, 1, 1) for name in list(found)[:-1])
     assert 1 < found["rank"].value <= 16
@@ -66,9 +56,6 @@ def test_several_labels():
     assert all(found[name].value < 0.6 for name in ("knn_5", "ridge", "probe"))
 
 
-# ----------------------------------------------------------------------------------------------------------------- kNN
-
-
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
 def test_neighbours_in_blocks_are_those_of_the_whole_product(chunk):
     train, test = planted(150, noise=1)[0], planted(40, noise=1, seed=1)[0]
@@ -82,7 +69,7 @@ def test_memory_stays_in_bounds(monkeypatch):
     made, plain = [], torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: made.append(plain(a, b)) or made[-1])
     train, labels = planted(300)
-    knn(train, labels, planted(100, seed=1)[0], (5,), chunk=32)
+    knn(train, labels, planted(100, seed=1)[0], 5, chunk=32)
     assert made and max(product.numel() for product in made) <= 32 * 32
 
 
@@ -108,12 +95,9 @@ def test_votes_are_weighted():
 
 def test_one_k_or_several():
     train, labels = planted(30)
-    several = knn(train, labels, train, (1, 10, 200, 100))
+    several = knn_scores(train, labels, train, (1, 10, 200, 100))
     assert list(several) == [1, 10, 30]  # no more neighbours than images
-    assert torch.equal(several[10], knn(train, labels, train, 10))
-
-
-# -------------------------------------------------------------------------------------------------------------- linear
+    assert torch.equal(several[10].argmax(1), knn(train, labels, train, 10))
 
 
 @pytest.mark.parametrize("width", [16, 300])
@@ -171,9 +155,6 @@ def test_classifiers_of_a_grid_do_not_touch_each_other():
     both = linear_module._train(train, labels, train, rates=[0.01, 1.0], **options)
     alone = linear_module._train(train, labels, train, rates=[1.0], **options)
     assert torch.allclose(both[1], alone[0], rtol=1e-4, atol=1e-5) and not torch.allclose(both[0], both[1])
-
-
-# ------------------------------------------------------------------------------------------------------ rank, metrics
 
 
 def test_rank_counts_directions():

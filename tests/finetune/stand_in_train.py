@@ -17,70 +17,31 @@ parser = argparse.ArgumentParser(prog="train.py")
 parser.add_argument("data", nargs="?")
 for name in ("pretrained", "amp", "sched_on_updates", "warmup_prefix", "model_ema", "model_ema_warmup", "pin_mem"):
     parser.add_argument("--" + name.replace("_", "-"), action="store_true")
-for name, kind, default in (
-    ("data_dir", str, None),
-    ("dataset", str, ""),
-    ("train_split", str, "train"),
-    ("val_split", str, "validation"),
-    ("class_map", str, ""),
-    ("input_key", str, None),
-    ("target_key", str, None),
-    ("input_img_mode", str, None),
-    ("model", str, "resnet50"),
-    ("pretrained_path", str, None),
-    ("initial_checkpoint", str, ""),
-    ("resume", str, ""),
-    ("num_classes", int, None),
-    ("gp", str, None),
-    ("in_chans", int, None),
-    ("img_size", int, None),
-    ("crop_pct", float, None),
-    ("interpolation", str, ""),
-    ("drop_path", float, None),
-    ("head_init_scale", float, None),
-    ("device", str, "cuda"),
-    ("amp_dtype", str, "float16"),
-    ("batch_size", int, 128),
-    ("grad_accum_steps", int, 1),
-    ("opt", str, "sgd"),
-    ("opt_eps", float, None),
-    ("weight_decay", float, 2e-5),
-    ("clip_grad", float, None),
-    ("layer_decay", float, None),
-    ("layer_decay_min_scale", float, 0),
-    ("layer_decay_no_opt_scale", float, None),
-    ("lr", float, None),
-    ("lr_base", float, 0.1),
-    ("lr_base_size", int, 256),
-    ("lr_base_scale", str, ""),
-    ("sched", str, "cosine"),
-    ("min_lr", float, 0),
-    ("warmup_lr", float, 1e-5),
-    ("warmup_epochs", int, 5),
-    ("epochs", int, 300),
-    ("cooldown_epochs", int, 0),
-    ("aa", str, None),
-    ("color_jitter", float, 0.4),
-    ("train_interpolation", str, "random"),
-    ("reprob", float, 0.0),
-    ("remode", str, "pixel"),
-    ("mixup", float, 0.0),
-    ("cutmix", float, 0.0),
-    ("smoothing", float, 0.1),
-    ("model_ema_decay", float, 0.9998),
-    ("hflip", float, 0.5),
-    ("workers", int, 4),
-    ("checkpoint_hist", int, 10),
-    ("log_interval", int, 50),
-    ("seed", int, 42),
-    ("output", str, ""),
-    ("experiment", str, ""),
-):
-    parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default)
+TEXTS = dict(
+    data_dir=None, dataset="", train_split="train", val_split="validation", class_map="", input_key=None,
+    target_key=None, input_img_mode=None, model="resnet50", pretrained_path=None, initial_checkpoint="", resume="",
+    gp=None, interpolation="", device="cuda", amp_dtype="float16", opt="sgd", lr_base_scale="", sched="cosine", aa=None,
+    train_interpolation="random", remode="pixel", output="", experiment="",
+)  # fmt: skip
+COUNTS = dict(
+    num_classes=None, in_chans=None, img_size=None, batch_size=128, grad_accum_steps=1, lr_base_size=256,
+    warmup_epochs=5, epochs=300, cooldown_epochs=0, workers=4, checkpoint_hist=10, log_interval=50, seed=42,
+)  # fmt: skip
+NUMBERS = dict(
+    crop_pct=None, drop_path=None, head_init_scale=None, opt_eps=None, weight_decay=2e-5, clip_grad=None,
+    layer_decay=None, layer_decay_min_scale=0, layer_decay_no_opt_scale=None, lr=None, lr_base=0.1, min_lr=0,
+    warmup_lr=1e-5, color_jitter=0.4, reprob=0.0, mixup=0.0, cutmix=0.0, smoothing=0.1, model_ema_decay=0.9998,
+    hflip=0.5,
+)  # fmt: skip
+for kind, options in ((str, TEXTS), (int, COUNTS), (float, NUMBERS)):
+    for name, default in options.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default)
 parser.add_argument("--opt-betas", type=float, nargs="+")
 parser.add_argument("--scale", type=float, nargs="+", default=[0.08, 1.0])
 parser.add_argument("--ratio", type=float, nargs="+", default=[0.75, 1.33])
 parser.add_argument("--input-size", type=int, nargs=3)
+parser.add_argument("--mean", type=float, nargs="+")
+parser.add_argument("--std", type=float, nargs="+")
 parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
 parser.add_argument("--device-modules", nargs="+")
 
@@ -88,10 +49,6 @@ parser.add_argument("--device-modules", nargs="+")
 class ClassificationTask:
     def prepare_distributed(self, device_ids=None, **kwargs):
         return device_ids, kwargs
-
-
-for name in ("--mean", "--std"):
-    parser.add_argument(name, type=float, nargs="+")
 
 
 def main():

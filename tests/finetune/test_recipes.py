@@ -15,7 +15,8 @@ from timm.data import create_transform
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-import timm_convnextv2  # noqa: F401
+from timm_convnextv2.commands.finetune import main
+from timm_convnextv2.recipes import load_recipe
 
 RECIPES = {path.stem: path for path in helpers.RECIPES.glob("*.yaml")}
 GENERAL = {"linear-probe", "small-data", "smoke"}
@@ -123,9 +124,8 @@ def test_learning_rate_is_the_official_one_at_every_update(name, updates_per_epo
     lr *= 4
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:], "lr_scale": 0.5}], lr=lr)
-    scheduler, total = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(argparse.Namespace(**recipe)), updates_per_epoch=updates_per_epoch
-    )
+    how = scheduler_kwargs(argparse.Namespace(**recipe))
+    scheduler, total = create_scheduler_v2(optimizer, **how, updates_per_epoch=updates_per_epoch)
     assert total == epochs
     for update in range(epochs * updates_per_epoch):
         if update:  # as train.py: the first update has the rate that the scheduler begins with
@@ -157,10 +157,8 @@ def test_train_script_knows_every_key():
     assert set(known) >= TRAIN_OPTIONS
     for name in RECIPES:
         for key, value in load(name).items():
-            kind = type(known[key])
-            assert (
-                known[key] is None or value is None or isinstance(value, (kind, float) if kind is int else kind | int)
-            ), key
+            kind = (type(known[key]), int, *[float] * isinstance(known[key], int))
+            assert known[key] is None or value is None or isinstance(value, kind), key
         train.parser.set_defaults(**load(name))
         train.parser.parse_args([])
 
@@ -178,13 +176,10 @@ def test_header_states_source_cost_and_accuracy(name):
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - {"smoke"}))
 def test_cost_is_what_the_arithmetic_gives(name):
     recipe, cost = load(name), field(name, "Cost")
-    pattern = (
-        r"([\d,]+) images x (\d+) epochs x (\d) x ([\d.]+) GMACs x 2 / \(0.4 x 312 TFLOP/s\) = ([\d.,]+) A100 hours\."
-    )
+    pattern = r"([\d,]+) images x (\d+) epochs x (\d) x ([\d.]+) GMACs x 2 / \(0.4 x 312 TFLOP/s\) = ([\d.,]+) A100"
     images, epochs, passes, gmacs, hours = (float(x.replace(",", "")) for x in re.match(pattern, cost).groups())
-    assert images == (
-        1_281_167 if name in ACCURACY or name == "linear-probe" else 14_197_122 if "22k" in name else 10_000
-    )
+    imagenet = name in ACCURACY or name == "linear-probe"
+    assert images == (1_281_167 if imagenet else 14_197_122 if "22k" in name else 10_000)
     assert epochs == recipe["epochs"] + recipe["warmup_epochs"]
     assert passes == (1 if name == "linear-probe" else 3)
     table = {512: {"huge": 600.8}, 384: GMACS_384}.get(recipe.get("img_size"), GMACS)
@@ -225,22 +220,18 @@ def test_head_starts_as_the_official_one():
 @pytest.mark.parametrize("name, resize, size", [("finetune-1k-base", 256, 224), ("22k-to-1k-base-384", 384, 384)])
 def test_evaluation_crop(name, resize, size):
     recipe = load(name)
-    transform = create_transform(
-        (3, recipe["img_size"], recipe["img_size"]), crop_pct=recipe["crop_pct"], interpolation=recipe["interpolation"]
-    )
+    how = {key: recipe[key] for key in ("crop_pct", "interpolation")}
+    transform = create_transform((3, recipe["img_size"], recipe["img_size"]), **how)
     assert transform.transforms[0].size == resize and tuple(transform.transforms[1].size) == (size, size)
     assert transform.transforms[0].interpolation.value == "bicubic"
 
 
 # of the stem: decay ** blocks where a layer is a block, decay ** 13 where it is a group
-@pytest.mark.parametrize(
-    "name, power",
-    [(f"finetune-1k-{size}", power) for size, power in zip(GMACS, (12, 12, 12, 14, 18, 13, 13, 13), strict=True)],
-)
-def test_stem_learns(name, power):
-    recipe = load(name)
+@pytest.mark.parametrize("size, power", zip(GMACS, (12, 12, 12, 14, 18, 13, 13, 13), strict=True))
+def test_stem_learns(size, power):
+    recipe = load(f"finetune-1k-{size}")
     with torch.device("meta"):
-        model = timm.create_model(f"convnextv2_{size_of(name)}")
+        model = timm.create_model(f"convnextv2_{size}")
     groups = param_groups_layer_decay(model, layer_decay=recipe["layer_decay"])
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}[id(model.stem[0].weight)]
     assert scale == pytest.approx(recipe["layer_decay"] ** power) and scale > 1e-3
@@ -259,3 +250,38 @@ def test_linear_probe_trains_the_classifier_and_nothing_else(name):
     assert changed == {"head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"}
     assert {k for k, p in model.named_parameters() if p.requires_grad} == changed
     assert {group["lr_scale"] for group in optimizer.param_groups} == {1.0}
+
+
+def test_list_recipes(capsys):
+    assert main(["--list-recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(p.stem for p in helpers.RECIPES.glob("*.yaml"))
+    assert all(len(line.split()) > 5 for line in lines)
+
+
+def test_recipe_and_its_header(recipe_file):
+    recipe = load_recipe("finetune-1k-tiny", helpers.RECIPES)
+    assert recipe.path == helpers.RECIPES / "finetune-1k-tiny.yaml" and recipe.name == "finetune-1k-tiny"
+    assert recipe.description == "ConvNeXt V2 tiny: finetune on ImageNet-1K at 224 px after FCMAE pretraining"
+    assert recipe.global_batch == 1024 and recipe.values["pretrained"] and recipe.values["epochs"] == 260
+    scratch = recipe.from_scratch()
+    assert scratch.values == {**recipe.values, "pretrained": False} and scratch.path == recipe.path
+    path = recipe_file(epochs=3)
+    path.write_text(f"# Mine\n\n# Global batch: 2,048\n{path.read_text()}# Global batch: 7\n")
+    mine = load_recipe(str(path), helpers.RECIPES)
+    assert (mine.name, mine.description, mine.global_batch, mine.values) == ("mine", "Mine", 2048, {"epochs": 3})
+
+
+def test_unknown_recipe_lists_all(refused):
+    message = refused(recipe="finetune-1k-tinny")
+    assert "Did you mean 'finetune-1k-tiny'?" in message and all(n in message for n in RECIPES)
+
+
+@pytest.mark.parametrize(
+    "text, words", [("", "NoneType"), ("- a\n", "list"), ("a: [", "cannot be read"), (None, "none")]
+)
+def test_recipe_file_that_is_none(refused, tmp_path, text, words):
+    path = tmp_path / "none.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert words in refused(recipe=path)

@@ -59,10 +59,9 @@ def embed(
         listing = None
         if not images.dataset:  # rows are numbered by one listing, so that no process may have its own
             listing = find_files(images.paths, max_bad_images, group, progress=progress, copies=False)
-        source = create_source(
-            images.paths, images.data_set, encoder.in_chans, encoder.pixels,
-            order=StreamOrder(batch_size, whole=True), listing=listing,
-        )  # fmt: skip
+        order = StreamOrder(batch_size, whole=True)
+        how: dict[str, Any] = {"order": order, "listing": listing}
+        source = create_source(images.paths, images.data_set, encoder.in_chans, encoder.pixels, **how)
         if progress and (note := str(source.left)):
             say(note, error=True)
         _check_outside(output, source)
@@ -70,11 +69,10 @@ def embed(
         limit = _Limit(max_bad_images, total)
 
         def claim() -> tuple[set[int], int]:
-            if not isinstance(source, TimmStream):
+            if isinstance(source, Source):
                 check_readable(source)
-            data = _data_record(images, source)
-            run = {"model": model, "weights": encoder.digest(), **data, **_computation_record(encoder, extraction)}
-            parts.claim(run, resume=resume, overwrite=overwrite)
+            run = {"model": model, "weights": encoder.digest(), **_data_record(images, source)}
+            parts.claim({**run, **_computation_record(encoder, extraction)}, resume=resume, overwrite=overwrite)
             return parts.finished(), sum(1 for _ in parts.skipped())
 
         finished, bad = on_primary(group, claim)
@@ -83,11 +81,12 @@ def embed(
         # enough batches per part for few files, few enough to share among processes and to lose little work
         per_part = _STREAM_BATCHES_PER_PART if total is None else max(1, min(32, total // batch_size // 64))
         share = _Share(group.rank, group.size, finished, per_part)
+        how = {"transform": encoder.transform, "batch_size": batch_size, "workers": extraction.workers}
         if isinstance(source, TimmStream):
-            batches = stream_batches(source, encoder.transform, batch_size, share.wants, extraction.workers)
+            batches = stream_batches(source, wanted=share.wants, **how)
         else:
-            wanted = filter(share.wants, range(-(-len(source) // batch_size)))
-            batches = map_batches(source, encoder.transform, batch_size, [*wanted], extraction.workers)
+            wanted = [n for n in range(-(-len(source) // batch_size)) if share.wants(n)]
+            batches = map_batches(source, numbers=wanted, **how)
         bar = ImageProgress(share.images(total, batch_size), enabled=progress and group.primary)
         try:
             rows_of = partial(_numpy_rows, encoder, extraction.amp)
@@ -99,13 +98,12 @@ def embed(
             raise
         finally:
             bar.close()
-        if isinstance(source, TimmStream):
-            stated = source.reader.num_samples
-            if stated and seen != stated:  # the reader skips corrupt shards and only logs them
-                raise ValueError(
-                    f"The stream gave {seen} images, expected {stated}. Repair the shards or correct --num-samples, "
-                    "then continue with --resume: finished rows stay."
-                )
+        stated = source.reader.num_samples if isinstance(source, TimmStream) else None
+        if stated and seen != stated:  # the reader skips corrupt shards and only logs them
+            raise ValueError(
+                f"The stream gave {seen} images, expected {stated}. Repair the shards or correct --num-samples, then "
+                "resume with --resume: finished rows stay."
+            )
         group.gather([])  # waits for the parts of all processes
         return on_primary(group, lambda: _join(output, parts, limit, total or seen, batch_size * share.per_part))
 
@@ -118,11 +116,9 @@ def _numpy_rows(encoder: Encoder, amp: bool, images: list[torch.Tensor]) -> np.n
 
 def _data_record(images: EmbedImages, source: Source | TimmStream) -> dict[str, Any]:
     """The images of a run; a run continues only with the same ones."""
-    roots = [os.path.abspath(place) for place in as_list(images.paths.data_dir)]
-    record: dict[str, Any] = {"data_dir": roots if len(roots) > 1 else roots[0] if roots else None}
+    places = {"data_dir": as_list(images.paths.data_dir), "data_list": as_list(images.paths.data_list)}
+    record: dict[str, Any] = {name: [os.path.abspath(one) for one in place] for name, place in places.items()}
     record |= {"dataset": images.dataset, "split": images.split, "input_key": images.input_key}
-    if images.paths.data_list:
-        record["data_list"] = [os.path.abspath(place) for place in as_list(images.paths.data_list)]
     total = None if isinstance(source, TimmStream) else len(source)
     return record | {"images": total, "names": _digest_of_names(source)}
 
@@ -157,10 +153,8 @@ class _Share(NamedTuple):
         return part % self.world_size == self.rank and part not in self.finished
 
     def images(self, total: int | None, batch_size: int) -> int | None:
-        if total is None:
-            return None
-        starts = range(0, total, batch_size)
-        return sum(min(batch_size, total - start) for n, start in enumerate(starts) if self.wants(n))
+        starts = enumerate(range(0, total or 0, batch_size))
+        return total and sum(min(batch_size, total - start) for n, start in starts if self.wants(n))
 
 
 class _Limit(NamedTuple):
@@ -171,15 +165,12 @@ class _Limit(NamedTuple):
 
     def check(self, reasons: list[str], seen: int, *, before: int = 0, last: bool = False) -> None:
         """Refuses too many bad images: those of this run (`reasons`) and `before`, the number of earlier runs."""
-        total = self.total or seen
+        total, bad = self.total or seen, before + len(reasons)
         if self.total is None and not last and seen < _SEEN_BEFORE_STREAM_LIMIT:
             return
-        bad = before + len(reasons)
         if bad > self.share * total or bad == total:
-            raise ValueError(
-                f"{bad} of {total} images cannot be decoded, more than --max-bad-images {self.share} allows; nothing "
-                "was written:\n" + "\n".join(reasons[:10])
-            )
+            what = f"{bad} of {total} images cannot be decoded, more than --max-bad-images {self.share} allows"
+            raise ValueError("\n".join([f"{what}; nothing was written:", *reasons[:10]]))
 
 
 def _compute(
@@ -194,17 +185,18 @@ def _compute(
             seen += batch.count
             if batch.items is None:
                 continue
+            images = []
             for item in batch.items:
                 if isinstance(item.error, MissingPackageError):
                     raise item.error
-                if item.error is not None:
+                if item.image is None:
                     skipped.append((item.index, item.name, str(item.error)))
                     reasons.append(str(item.error))
+                else:
+                    names.append(item.name)
+                    images.append(item.image)
             limit.check(reasons, seen, before=bad)
-            images = [item.image for item in batch.items if item.image is not None]
-            names += [item.name for item in batch.items if item.image is not None]
-            if images:
-                rows.append(rows_of(images))
+            rows += [rows_of(images)] if images else []
             bar.update(batch.count)
         if names or skipped:
             parts.write(number, Part(np.concatenate(rows) if rows else np.empty((0, 0), np.float32), names, skipped))

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cache, partial
 from typing import Any
 
@@ -33,14 +34,12 @@ def measure_features(
     """kNN, ridge, linear probe and rank of frozen features.
 
     Features are `[N, D]`, labels int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several. kNN and the probe
-    run on `device`. Returns `knn_10`, `knn_20`, ... (`k` capped at N), `ridge`, `probe` and `rank`, in this order:
-    accuracy 0 to 1, or mean average precision if images have several labels, and the rank of the test features, see
-    `rankme`.
+    run on `device`. Returns `knn_10`, ... (`k` capped at N), `ridge`, `probe` and `rank`: accuracy 0 to 1, or mean
+    average precision if images have several labels, and the `rankme` of the test features.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "seed": scoring.seed}
     near = train.to(device), train_labels, test.to(device), scoring.k, scoring.temperature
-    neighbours = knn_scores(*near, num_classes=num_classes)
-    scores = {f"knn_{count}": votes for count, votes in neighbours.items()}
+    scores = {f"knn_{k}": votes for k, votes in knn_scores(*near, num_classes=num_classes).items()}
     scores["ridge"] = ridge(train, train_labels, test, **options)
     if scoring.probe:
         scores["probe"] = linear_probe(train, train_labels, test, device=device, **options)
@@ -55,9 +54,9 @@ def evaluate_models(
 ) -> dict[str, Any]:  # fmt: skip
     """Measures the frozen features of each model, see `open_encoder`, on the same images, see `open_labelled`.
 
-    Several devices compute batches in turn. `baselines` adds images averaged to 8 x 8 pixels, and the first model's
-    architecture with random weights. Returns JSON values: `data`, `settings` and `results`, a list with `model`,
-    `measures` (by name, `value`, `low` and `high`, see `measure_features`), `images_per_second` and `preprocessing`.
+    `baselines` adds images averaged to 8 x 8 pixels, and the first model's architecture with random weights. Returns
+    JSON values: `data`, `settings` and `results`, a list with `model`, `measures` (by name, `value`, `low` and `high`,
+    see `measure_features`), `images_per_second` and `preprocessing`.
     """
     if not models:
         raise ValueError("There are no models to evaluate.")
@@ -89,19 +88,17 @@ def evaluate_models(
             batches = image_batches(source, encoder.transform, extraction.batch_size, extraction.workers)
             if network is None:
                 return pixel_features(_counted(batches, bar.update), BASELINE_SIDE)
-            how: dict[str, Any] = {"devices": extraction.devices, "amp": extraction.amp}
-            return extract_features(network, batches, progress=bar.update, **how)
+            where = extraction.devices
+            return extract_features(network, batches, devices=where, amp=extraction.amp, progress=bar.update)
 
         try:
             train, test = rows(data.train.source), rows(data.test.source)
         finally:
             bar.close()
         rate = total / (time.perf_counter() - start)
+        how: dict[str, Any] = {"num_classes": len(data.classes), "scoring": scoring, "device": extraction.devices[0]}
         try:
-            found = measure_features(
-                train, data.train.labels, test, data.test.labels, num_classes=len(data.classes), scoring=scoring,
-                device=extraction.devices[0],
-            )  # fmt: skip
+            found = measure_features(train, data.train.labels, test, data.test.labels, **how)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from e
         return {
@@ -121,11 +118,8 @@ def evaluate_models(
         "place": os.fspath(data_dir), "classes": first.classes, "train_images": len(first.train.labels),
         "test_images": len(first.test.labels), "several_labels": first.several, "chance": first.chance,
     }  # fmt: skip
-    settings = {
-        "k": k, "temperature": scoring.temperature, "probe": scoring.probe, "seed": scoring.seed,
-        "draws": scoring.draws, "device": extraction.devices[0], "validation_share": validation_share,
-        "amp": extraction.amp,
-    }  # fmt: skip
+    settings = asdict(scoring) | {"k": k, "device": extraction.devices[0], "amp": extraction.amp}
+    settings["validation_share"] = validation_share
     return {"data": found, "settings": settings, "results": results}
 
 

@@ -1,7 +1,6 @@
 """Features of frozen models: one row per image."""
 
 import copy
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -45,8 +44,8 @@ def image_batches(source: Source, transform: Callable, batch_size: int = 64, wor
 def refuse_bad(reasons: Sequence[str]) -> None:
     """Raises a `ValueError` that lists the first labelled images that cannot be decoded, if there are any."""
     if reasons:
-        shown = "\n".join(reasons[:BAD_NAMED])
-        raise ValueError(f"Images cannot be decoded. Fix or remove them, with their labels:\n{shown}")
+        remedy = "Images cannot be decoded. Fix or remove them, with their labels:"
+        raise ValueError("\n".join([remedy, *reasons[:BAD_NAMED]]))
 
 
 def extract_features(
@@ -56,29 +55,22 @@ def extract_features(
     """Rows of features `[N, D]` on the CPU: the global mean of the last stage's map, and LayerNorm without parameters.
 
     This equals timm's pre-logits for a ConvNeXt whose head is untrained. For models without a map `[B, C, h, w]`
-    (tokens of a ViT, channels-last maps of a Swin), the rows are timm's pre-logits. An FCMAE's encoder runs on whole
-    images.
-
-    Args:
-        model: Stays on its device if that is the only one given; each other device gets a copy.
-        batches: Images `[B, C, H, W]`, normalised for this model.
-        devices: Devices that compute batches in turn.
-        amp: Compute in bfloat16; the rows are float32.
-        progress: Called with the number of images of each batch.
+    (tokens of a ViT, channels-last maps of a Swin), the rows are timm's pre-logits. Batches are images `[B, C, H, W]`,
+    normalised for this model; `devices` compute them in turn, each on a copy of the model unless it is there already.
+    `amp` computes in bfloat16. `progress` is called with the number of images of each batch.
     """
     network: nn.Module = model.encoder if isinstance(model, FCMAE) else model
     rows: list[Tensor] = []
-    waiting: deque[Tensor] = deque()  # stay on their devices, so that these compute at the same time
     with evaluating(network):
         copies = [(_on(network, torch.device(device)), torch.device(device)) for device in devices]
         for i, images in enumerate(batches):
             copied, device = copies[i % len(copies)]
-            waiting.append(compute_rows(copied, images.to(device), amp, mean_of_last_map))
-            if len(waiting) >= len(copies):
-                rows.append(waiting.popleft().cpu())
+            rows.append(compute_rows(copied, images.to(device), amp, mean_of_last_map))
+            if i + 1 >= len(copies):  # the newest rows stay on their devices, so that these compute at the same time
+                rows[-len(copies)] = rows[-len(copies)].cpu()
             if progress is not None:
                 progress(len(images))
-    return _joined([*rows, *(row.cpu() for row in waiting)])
+    return _joined([row.cpu() for row in rows])
 
 
 def pixel_features(batches: Iterable[Tensor], size: int = 8) -> Tensor:
@@ -124,19 +116,14 @@ def check_features(train: Tensor, labels: Tensor, test: Tensor) -> None:
     check_finite(train, "training features")
     check_finite(test, "test features")
     if len(labels) != len(train) or test.shape[1] != train.shape[1]:
-        raise ValueError(
-            f"Training features {list(train.shape)}, labels {list(labels.shape)} and test features {list(test.shape)} "
-            "do not fit: expected [N, D], N labels and [M, D]."
-        )
+        shapes = f"features {list(train.shape)}, labels {list(labels.shape)} and test features {list(test.shape)}"
+        raise ValueError(f"Training {shapes} do not fit: expected [N, D], N labels and [M, D].")
 
 
 def check_finite(features: Tensor, what: str = "features") -> None:
     """Raises a `ValueError` for NaN, for infinity, and for features that are not `[N, D]`."""
     if features.ndim != 2 or not len(features):
         raise ValueError(f"The {what} are {list(features.shape)}, expected [N, D] with at least one row.")
-    bad = int((~features.isfinite()).any(1).sum())
-    if bad:
-        raise ValueError(
-            f"The {what} of {bad} of {len(features)} images have NaN or infinity: the model has diverged, or images "
-            "have values outside its training data."
-        )
+    if bad := int((~features.isfinite()).any(1).sum()):
+        remedy = "the model has diverged, or images have values outside its training data"
+        raise ValueError(f"The {what} of {bad} of {len(features)} images have NaN or infinity: {remedy}.")

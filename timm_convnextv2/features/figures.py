@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..report.images import save_figure
@@ -12,6 +14,26 @@ from .collapse import BlockCollapse
 
 GREYS = ("#9a9a9a", "#5f5f5f")  # baselines
 NAME_LENGTH = 40
+
+
+def _axis(width: float, height: float, ylabel: str) -> tuple[Any, Any]:
+    """A figure, and its axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    axis = figure.add_subplot(ylabel=ylabel)
+    axis.grid(axis="y", alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def _line(axis: Any, y: float, label: str) -> None:
+    axis.axhline(y, color="#bbbbbb", linewidth=1, linestyle="--", label=label, zorder=0)
+
+
+def _save(figure: Any, path: str | Path, columns: int = 1) -> None:
+    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=columns)
+    save_figure(figure, path)
 
 
 def _colours(count: int) -> list[Any]:
@@ -28,57 +50,40 @@ def short(name: str) -> str:
 
 def save_measures(found: Mapping[str, Any], path: str | Path) -> None:
     """Draws the measures of `evaluate_models` with their 95 % intervals, except the rank, as a PNG."""
-    from matplotlib.figure import Figure
-
     results = found["results"]
     keys = [key for key in results[0]["measures"] if key != "rank"]
     baselines = [result["model"].endswith(("pixels", "random weights")) for result in results]
-    colours = iter(_colours(baselines.count(False)))
-    greys = iter(GREYS)
-    figure = Figure(figsize=(1.6 + 1.3 * len(keys), 3.6 + 0.22 * len(results)), dpi=120, layout="constrained")
-    axis = figure.add_subplot()
+    colours, greys = iter(_colours(baselines.count(False))), iter(GREYS)
+    ylabel = "mean average precision (%)" if found["data"]["several_labels"] else "accuracy (%)"
+    figure, axis = _axis(1.6 + 1.3 * len(keys), 3.6 + 0.22 * len(results), ylabel)
     for i, (result, plain) in enumerate(zip(results, baselines, strict=True)):
         shift = 0.7 * ((i + 0.5) / len(results) - 0.5)
-        estimates = [result["measures"][key] for key in keys]
-        values = [100 * e["value"] for e in estimates]
-        below = [max(100 * (e["value"] - e["low"]), 0) for e in estimates]
-        above = [max(100 * (e["high"] - e["value"]), 0) for e in estimates]
+        value, low, high = ([100 * result["measures"][key][end] for key in keys] for end in ("value", "low", "high"))
+        below = [max(v - end, 0) for v, end in zip(value, low, strict=True)]
+        above = [max(end - v, 0) for v, end in zip(value, high, strict=True)]
         axis.errorbar(
-            [x + shift for x in range(len(keys))], values, yerr=[below, above], fmt="s" if plain else "o",
+            [x + shift for x in range(len(keys))], value, yerr=[below, above], fmt="s" if plain else "o",
             markersize=5, linewidth=1.3, capsize=2, color=next(greys) if plain else next(colours),
             label=short(result["model"]),
         )  # fmt: skip
     chance = 100 * found["data"]["chance"]
-    axis.axhline(chance, color="#bbbbbb", linewidth=1, linestyle="--", label=f"chance, {chance:.1f} %", zorder=0)
+    _line(axis, chance, f"chance, {chance:.1f} %")
     axis.set_xticks(range(len(keys)), [key.replace("knn_", "kNN ") for key in keys])
-    axis.set_ylabel("mean average precision (%)" if found["data"]["several_labels"] else "accuracy (%)")
-    axis.grid(axis="y", alpha=0.25)
-    _finish(figure, path, columns=1 if len(results) < 4 else 2)
-
-
-def _finish(figure: Any, path: str | Path, columns: int = 1) -> None:
-    figure.axes[0].spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=columns)
-    save_figure(figure, path)
+    _save(figure, path, columns=1 if len(results) < 4 else 2)
 
 
 def save_distances(found: Mapping[str, Sequence[BlockCollapse]], path: str | Path) -> None:
     """Draws the mean cosine distance of channels over depth, one line per model, as a PNG (the paper's figure 4)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 4 + 0.2 * len(found)), dpi=120, layout="constrained")
-    axis = figure.add_subplot()
+    figure, axis = _axis(6.5, 4 + 0.2 * len(found), "mean cosine distance of channels")
     for colour, (name, blocks) in zip(_colours(len(found)), found.items(), strict=True):
         dead = 100 * sum(block.dead for block in blocks) / len(blocks)
-        axis.plot(
-            [block.depth for block in blocks], [block.distance for block in blocks], color=colour, marker="o",
-            markersize=3.5, label=short(name) + (f" ({dead:.2g} % of channels dead)" if dead else ""),
-        )  # fmt: skip
-    axis.set(xlabel="depth (0: first block, 1: last)", ylabel="mean cosine distance of channels")
-    axis.axhline(0.5, color="#bbbbbb", linewidth=1, linestyle="--", label="independent channels, 0.5", zorder=0)
+        label = short(name) + (f" ({dead:.2g} % of channels dead)" if dead else "")
+        depth, distance = [block.depth for block in blocks], [block.distance for block in blocks]
+        axis.plot(depth, distance, color=colour, marker="o", markersize=3.5, label=label)
+    _line(axis, 0.5, "independent channels, 0.5")
+    axis.set_xlabel("depth (0: first block, 1: last)")
     axis.set_ylim(0, 1.05 * max([0.5, *(block.distance for blocks in found.values() for block in blocks)]))
-    axis.grid(alpha=0.25)
-    _finish(figure, path)
+    _save(figure, path)
 
 
 def save_channels(shown: Sequence[Tensor], maps: Mapping[str, tuple[str, Tensor]], path: str | Path) -> None:
@@ -105,13 +110,11 @@ def save_channels(shown: Sequence[Tensor], maps: Mapping[str, tuple[str, Tensor]
 
 def _mosaic(channels: Tensor) -> Tensor:
     """Maps `[C, h, w]`, each scaled to 0..1, in a square of squares with gaps (NaN)."""
-    count, h, w = channels.shape
-    low = channels.amin((1, 2), keepdim=True)
-    scaled = (channels - low) / (channels.amax((1, 2), keepdim=True) - low).clamp_min(1e-12)
-    side = math.ceil(math.sqrt(count))
-    gap = max(1, h // 8)
-    canvas = channels.new_full((side * (h + gap) - gap, side * (w + gap) - gap), float("nan"))
-    for i, channel in enumerate(scaled):
-        y, x = i // side * (h + gap), i % side * (w + gap)
-        canvas[y : y + h, x : x + w] = channel
-    return canvas
+    low, high = channels.amin((1, 2), keepdim=True), channels.amax((1, 2), keepdim=True)
+    gap = max(1, channels.shape[1] // 8)
+    scaled = F.pad((channels - low) / (high - low).clamp_min(1e-12), (0, gap, 0, gap), value=math.nan)
+    side = math.ceil(math.sqrt(len(channels)))
+    blank = scaled.new_full((side**2 - len(scaled), *scaled.shape[1:]), math.nan)
+    return (
+        torch.cat([scaled, blank]).unflatten(0, (side, side)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:-gap, :-gap]
+    )

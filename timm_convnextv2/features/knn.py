@@ -1,7 +1,7 @@
 """Weighted nearest neighbours, as DINO evaluates frozen features (https://arxiv.org/abs/1805.01978, section 3.4)."""
 
 from collections.abc import Iterable, Sequence
-from typing import overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,22 +76,9 @@ def knn_scores(
     return {count: torch.cat(parts) for count, parts in scores.items()}
 
 
-@overload
 def knn(
-    train: Tensor, train_labels: Tensor, test: Tensor, k: int, temperature: float = ...,
-    *, num_classes: int | None = ..., chunk: int = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def knn(
-    train: Tensor, train_labels: Tensor, test: Tensor, k: Sequence[int] = ..., temperature: float = ...,
-    *, num_classes: int | None = ..., chunk: int = ...,
-) -> dict[int, Tensor]: ...  # fmt: skip
-def knn(
-    train: Tensor, train_labels: Tensor, test: Tensor, k: int | Sequence[int] = NEIGHBOURS,
-    temperature: float = TEMPERATURE, *, num_classes: int | None = None, chunk: int = 8192
-) -> Tensor | dict[int, Tensor]:  # fmt: skip
-    """The class with most votes, int64 `[M]`, for one `k`, or `{k: classes}` for several; see `knn_scores`."""
-    ks = [k] if isinstance(k, int) else k
-    scores = knn_scores(train, train_labels, test, ks, temperature, num_classes=num_classes, chunk=chunk)
-    classes = {count: share.argmax(1) for count, share in scores.items()}
-    return next(iter(classes.values())) if isinstance(k, int) else classes
+    train: Tensor, train_labels: Tensor, test: Tensor, k: int = 20, temperature: float = TEMPERATURE, **more: Any
+) -> Tensor:
+    """The class with most votes, int64 `[M]`; `knn_scores` has the options, and scores for several `k`."""
+    scores = knn_scores(train, train_labels, test, [k], temperature, **more)
+    return next(iter(scores.values())).argmax(1)

@@ -19,7 +19,7 @@ class Estimate(NamedTuple):
 
 
 def accuracy_or_map(scores: Tensor, labels: Tensor) -> float:
-    """Accuracy 0 to 1 of scores `[M, num_classes]`; mean average precision for labels of 0 and 1 `[M, num_classes]`.
+    """Accuracy 0 to 1 of scores `[M, num_classes]`; for labels 0 and 1 `[M, num_classes]` mean average precision.
 
     The mean is over the classes of at least one image, NaN if there are none.
     """
@@ -118,9 +118,8 @@ def linear_probe(
     """Scores `[M, num_classes]` of a linear classifier after a BatchNorm without parameters, trained by SGD.
 
     One classifier per learning rate is trained on four fifths of the training images; the best rate on the other fifth
-    (see `accuracy_or_map`) then trains on all of them: SGD with momentum 0.9, a cosine schedule, batches of at most
-    256, no weight decay, no augmentation. Test images have no influence. The loss is cross-entropy for labels int64
-    `[N]`, binary cross-entropy for labels 0 and 1 `[N, num_classes]`.
+    (see `accuracy_or_map`) then trains on all of them, with momentum 0.9, a cosine schedule, no weight decay and no
+    augmentation. Test images have no influence. The loss is cross-entropy, binary for several labels per image.
 
     Source: BatchNorm without parameters as in MAE (https://arxiv.org/abs/2111.06377, appendix A.1), a grid of learning
     rates at once as in DINOv2 (https://arxiv.org/abs/2304.07193).

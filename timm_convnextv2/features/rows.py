@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..data import MissingPackageError
-from ..files import check_free, write_json
+from ..files import check_free, whole_file, write_json
 
 _RUN = "run.json"
-_SUFFIX = ".safetensors"
+SUFFIXES = (".npy", ".safetensors", ".parquet")
 
 
 class Part(NamedTuple):
@@ -37,7 +37,7 @@ class Parts:
         self.folder = output.with_name(f"{output.name}.parts")
 
     def finished(self) -> set[int]:
-        return {int(path.stem) for path in self.folder.glob(f"[0-9]*{_SUFFIX}")}
+        return {int(path.stem) for path in self.folder.glob("[0-9]*.safetensors")}
 
     def claim(self, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Reserves the folder for the run whose rows depend on the JSON values `run`.
@@ -49,20 +49,17 @@ class Parts:
         found = self.finished()
         if found and resume:
             before = self._run()
-            differing = [key for key in run if before.get(key) != run[key]]
-            if differing:
+            if differing := [key for key in run if before.get(key) != run[key]]:
                 key = differing[0]
+                changed = f"{key} was {before.get(key)!r} and is {run[key]!r}"
                 raise ValueError(
-                    f"'{self.folder}' belongs to a run with another {', '.join(differing)}; {key} was "
-                    f"{before.get(key)!r} and is {run[key]!r}. Resume with the same options, or replace it with "
-                    "--overwrite alone."
+                    f"'{self.folder}' belongs to a run with another {', '.join(differing)}; {changed}. Resume with the "
+                    "same options, or replace it with --overwrite alone."
                 )
             return
         if found and not overwrite:
-            raise ValueError(
-                f"'{self.folder}' holds {len(found)} finished parts of a stopped run. Resume it with "
-                "--resume, or replace it with --overwrite."
-            )
+            what = f"'{self.folder}' holds {len(found)} finished parts of a stopped run"
+            raise ValueError(f"{what}. Resume it with --resume, or replace it with --overwrite.")
         self.remove()
         self.folder.mkdir(parents=True)
         self._write_run(run)
@@ -84,20 +81,18 @@ class Parts:
         write_json(self.folder / _RUN, run, indent=2)
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"{number:08d}{_SUFFIX}"
+        return self.folder / f"{number:08d}.safetensors"
 
     def write(self, number: int, part: Part) -> None:
-        temporary = self.folder / f".{number:08d}.tmp"
         # JSON in ASCII, because names may contain bytes that are not UTF-8
         metadata = {"names": json.dumps(part.names), "skipped": json.dumps(part.skipped)}
-        save_file({"rows": part.rows}, temporary, metadata=metadata)
-        os.replace(temporary, self._path(number))
+        with whole_file(self._path(number)) as temporary:
+            save_file({"rows": part.rows}, temporary, metadata=metadata)
 
     def read(self, number: int) -> Part:
         with safe_open(self._path(number), framework="np") as file:
-            metadata = file.metadata()
-            skipped = [(i, name, reason) for i, name, reason in json.loads(metadata["skipped"])]
-            return Part(file.get_tensor("rows"), json.loads(metadata["names"]), skipped)
+            names, skipped = (json.loads(file.metadata()[key]) for key in ("names", "skipped"))
+            return Part(file.get_tensor("rows"), names, [tuple(one) for one in skipped])
 
     def skipped(self) -> Iterator[tuple[int, str, str]]:
         for number in sorted(self.finished()):
@@ -112,9 +107,6 @@ class Parts:
             shutil.rmtree(gone, ignore_errors=True)
 
 
-SUFFIXES = (".npy", ".safetensors", ".parquet")
-
-
 def _beside(output: Path) -> tuple[Path | None, Path]:
     """Paths of the table of names (None for Parquet, which contains them) and of the skipped images."""
     names = None if output.suffix == ".parquet" else output.with_name(f"{output.name}.csv")
@@ -124,15 +116,12 @@ def _beside(output: Path) -> tuple[Path | None, Path]:
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuses an output that cannot or must not be written."""
     if output.suffix not in SUFFIXES or output.is_dir():
-        raise ValueError(
-            f"The output is '{output}', expected a file whose name ends in "
-            f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}."
-        )
+        endings = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise ValueError(f"The output is '{output}', expected a file whose name ends in {endings}.")
     if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise MissingPackageError("Writing .parquet needs the package pyarrow: run `pip install pyarrow`.")
-    for file in (output, _beside(output)[0]):
-        if file is not None:
-            check_free(file, overwrite=overwrite)
+    for file in filter(None, (output, _beside(output)[0])):
+        check_free(file, overwrite=overwrite)
 
 
 def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[int, dict[int, str]]:
@@ -150,7 +139,8 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
 
     new = {output: parts.folder / f"output{output.suffix}"}
     write = {".npy": _write_npy, ".safetensors": _write_safetensors, ".parquet": _write_parquet}[output.suffix]
-    write(new[output], shape, blocks())
+    with whole_file(new[output]) as temporary:
+        write(temporary, shape, blocks())
     if names:
         new[names] = parts.folder / "names.csv"
         _write_csv(new[names], ("file",), ((name,) for part in blocks() for name in part.names))
@@ -159,9 +149,8 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
         _write_csv(new[table], ("file", "reason"), ((name, reason) for _, name, reason in skipped))
 
     parts.mark_joining()
-    for file in (output, names, table):  # a crash must never leave an old file beside a new one
-        if file:
-            file.unlink(missing_ok=True)
+    for file in filter(None, (output, names, table)):  # a crash must never leave an old file beside a new one
+        file.unlink(missing_ok=True)
     for file, complete in reversed(new.items()):
         os.replace(complete, file)
     parts.remove()
@@ -170,7 +159,8 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
     # file names may contain bytes that are not UTF-8
-    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with whole_file(path) as part, open(part, "w", **how) as file:
         csv.writer(file, lineterminator="\n").writerows(chain([header], rows))
 
 
