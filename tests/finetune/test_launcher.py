@@ -98,8 +98,7 @@ def test_words_that_train_script_would_not_heed_are_refused(refused, recipe_file
 
 
 def test_own_recipe_file_and_other_modules(run, recipe_file):
-    path = recipe_file(epochs=3, pretrained=True, lr_base=0.1)
-    args = run("--device-modules", "colorsys", recipe=path)["args"]
+    args = run("--device-modules", "colorsys", recipe=recipe_file(epochs=3, pretrained=True, lr_base=0.1))["args"]
     assert args["epochs"] == 3 and args["device_modules"] == ["colorsys", "timm_convnextv2"]
 
 
@@ -151,9 +150,6 @@ def test_other_processes_are_silent_and_do_not_export(command, monkeypatch, tmp_
     monkeypatch.setenv("LOCAL_RANK", "0")  # the first process of another node
     assert main(command(data="/not/on/this/node")) == 2
     assert "/not/on/this/node" in capsys.readouterr().err
-
-
-# ----------------------------------------------------------------------------------------------- with timm's train.py
 
 
 @pytest.fixture(scope="module")

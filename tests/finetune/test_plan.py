@@ -1,6 +1,7 @@
 """Options resolved, batch, learning rate, layers and folder of a run."""
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -22,11 +23,9 @@ def test_recipe_key_that_train_script_does_not_know(refused, train, recipe_file,
     assert (f"Did you mean '{near}'?" in message) if near else ("Did you mean" not in message)
 
 
-@pytest.mark.parametrize(
-    "options, words", [(["--no-such-option", "1"], "no-such-option"), (["--epochs", "many"], "many")]
-)
-def test_options_that_train_script_does_not_take_are_one_message(refused, options, words):
-    assert words in refused(*options)
+@pytest.mark.parametrize("options", [["--no-such-option", "1"], ["--epochs", "many"]])
+def test_options_that_train_script_does_not_take_are_one_message(refused, options):
+    assert options[options[0] == "--epochs"] in refused(*options)
 
 
 def test_number_of_classes(run, refused, capsys):
@@ -64,10 +63,6 @@ def test_global_batch_that_does_not_divide(refused, monkeypatch, world, wanted, 
     assert all(way in message for way in ways), message
 
 
-def test_global_batch_against_steps(refused):
-    assert "--grad-accum-steps 3" in refused("--global-batch-size", "24", "--grad-accum-steps", "2")
-
-
 @pytest.mark.parametrize(
     "options, lr",
     [
@@ -83,7 +78,8 @@ def test_learning_rate_that_train_script_will_compute(command, capsys, options, 
     assert f"lr {lr:g} (" in capsys.readouterr().out
 
 
-def test_fewer_images_than_a_batch(refused, monkeypatch):
+def test_batches_that_cannot_be_made(refused, monkeypatch):
+    assert "--grad-accum-steps 3" in refused("--global-batch-size", "24", "--grad-accum-steps", "2")
     assert "--batch-size 24 or less" in refused("--batch-size", "25")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "--batch-size 6 or less" in refused("--batch-size", "8")
@@ -100,15 +96,12 @@ def test_channels_that_only_the_folder_tells(run, refused, encoder, tmp_path, ca
     folder = tmp_path / "model"
     shutil.copytree(encoder, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["pretrained_cfg"]["input_size"] = [4, 32, 32]
-    config["model_args"]["in_chans"] = 4
+    config["pretrained_cfg"]["input_size"], config["model_args"]["in_chans"] = [4, 32, 32], 4
     (folder / "config.json").write_text(json.dumps(config))
-    for channels in (2, 4):
-        for split in ("train", "validation"):
-            for label in "ab":
-                (tmp_path / f"of{channels}" / split / label).mkdir(parents=True)
-                for i in range(8):
-                    np.save(tmp_path / f"of{channels}" / split / label / f"{i}.npy", np.zeros((9, 9, channels), "u1"))
+    for channels, split, label in itertools.product((2, 4), ("train", "validation"), "ab"):
+        (tmp_path / f"of{channels}" / split / label).mkdir(parents=True)
+        for i in range(8):
+            np.save(tmp_path / f"of{channels}" / split / label / f"{i}.npy", np.zeros((9, 9, channels), "u1"))
     args = run(model=f"local-dir:{folder}", data=tmp_path / "of4")["args"]
     # the folder's mean and std are for three channels: their average goes to train.py and its args.yaml
     assert args["in_chans"] == 4 and args["mean"] == [0.4] * 4 and args["std"] == [0.2] * 4

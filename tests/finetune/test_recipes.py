@@ -227,7 +227,7 @@ def test_evaluation_crop(name, resize, size):
 
 
 # of the stem: decay ** blocks where a layer is a block, decay ** 13 where it is a group
-@pytest.mark.parametrize("size, power", zip(GMACS, (12, 12, 12, 14, 18, 13, 13, 13), strict=True))
+@pytest.mark.parametrize("size, power", [*zip(GMACS, (12, 12, 12, 14, 18, 13, 13, 13), strict=True)])
 def test_stem_learns(size, power):
     recipe = load(f"finetune-1k-{size}")
     with torch.device("meta"):

@@ -63,12 +63,12 @@ def test_other_scripts_are_found_beside_train_script(train, tmp_path, capsys):
     "change, words",
     [
         (lambda s: "x = 1\n", "it has no main"),
-        (lambda s: s[:3000], "is not Python"),
+        (lambda s: s[: s.index("dataset=")], "is not Python"),
         (lambda s: s.partition("\n\nif __name__")[0], "its end is missing"),
         (lambda s: s.replace("import yaml", "from timm.task import NoSuchTask"), "does not fit the installed timm"),
         (lambda s: s.replace("import yaml", "import no_such_package"), "pip install no_such_package"),
         (lambda s: s.replace('"--device-modules"', '"--other-modules"'), "too old"),
-        (lambda s: s.replace('("smoothing", float, 0.1),', ""), "'smoothing'"),
+        (lambda s: s.replace(" smoothing=0.1,", ""), "'smoothing'"),
     ],
 )
 def test_script_that_cannot_be_used(refused, train, stand_in, change, words):

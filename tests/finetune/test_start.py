@@ -72,6 +72,17 @@ def test_files_that_are_missing_or_of_another_model(refused, tmp_path, option):
     assert "layer1.weight" in refused(option, str(tmp_path / "other.pth"), "--license", "mit")
 
 
+def with_config(encoder, folder, **values):
+    """A copy of an encoder whose config.json has other values; 'a__b' is the key b of a."""
+    shutil.copytree(encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in values.items():
+        *outer, key = key.split("__")
+        (config[outer[0]] if outer else config)[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
 def test_the_licence_of_a_resumed_run_is_found_where_its_options_are_not_repeated(run, classifier, tmp_path):
     official = write(tmp_path / "there", classifier, "official")
     args = run("--pretrained-path", str(official))["args"]
@@ -81,19 +92,10 @@ def test_the_licence_of_a_resumed_run_is_found_where_its_options_are_not_repeate
     assert run("--resume", str(last))["args"]["license"] == "cc-by-nc-4.0"
 
 
-# ------------------------------------------------------------------------------------------------- pixels without data
-
-
 @pytest.fixture
 def with_nodata(encoder, tmp_path):
     """An encoder that was pretrained with --nodata=-9999 --divide 2."""
-    folder = tmp_path / "encoder"
-    shutil.copytree(encoder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**config, "training": {"pixels": {"nodata": -9999.0, "divide": 2.0}}})
-    )
-    return f"local-dir:{folder}"
+    return with_config(encoder, tmp_path / "encoder", training={"pixels": {"nodata": -9999.0, "divide": 2.0}})
 
 
 @pytest.fixture
@@ -130,9 +132,6 @@ def test_pixels_are_those_of_the_encoder_by_default(run, holed, with_nodata, cap
     assert f"{note}; --nodata=7 replaces that." in capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------------- what tensors are not taken for
-
-
 @pytest.mark.parametrize(
     "options, crop_mode, word",
     [
@@ -151,10 +150,6 @@ def test_what_is_for_8_bit_images_is_refused_before_the_start(options, crop_mode
 
 
 def test_border_crop_of_the_model_is_refused_before_the_start(refused, holed, encoder, tmp_path):
-    folder = tmp_path / "encoder"
-    shutil.copytree(encoder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["pretrained_cfg"]["crop_mode"] = "border"
-    (folder / "config.json").write_text(json.dumps(config))
-    message = refused("--nodata=-9999", model=f"local-dir:{folder}", data=holed)
+    model = with_config(encoder, tmp_path / "encoder", pretrained_cfg__crop_mode="border")
+    message = refused("--nodata=-9999", model=model, data=holed)
     assert "--crop-mode border is for 8-bit RGB or grey" in message

@@ -71,8 +71,8 @@ def embed(
         def claim() -> tuple[set[int], int]:
             if isinstance(source, Source):
                 check_readable(source)
-            run = {"model": model, "weights": encoder.digest(), **_data_record(images, source)}
-            parts.claim({**run, **_computation_record(encoder, extraction)}, resume=resume, overwrite=overwrite)
+            run = _record(model, encoder, images, source, extraction)
+            parts.claim(run, resume=resume, overwrite=overwrite)
             return parts.finished(), sum(1 for _ in parts.skipped())
 
         finished, bad = on_primary(group, claim)
@@ -114,23 +114,18 @@ def _numpy_rows(encoder: Encoder, amp: bool, images: list[torch.Tensor]) -> np.n
     return compute_rows(encoder.network, torch.stack(images).to(device), amp).cpu().numpy()
 
 
-def _data_record(images: EmbedImages, source: Source | TimmStream) -> dict[str, Any]:
-    """The images of a run; a run continues only with the same ones."""
+def _record(
+    model: str, encoder: Encoder, images: EmbedImages, source: Source | TimmStream, extraction: Extraction
+) -> dict[str, Any]:
+    """Everything that determines the rows; a run resumes only with the same values."""
     places = {"data_dir": as_list(images.paths.data_dir), "data_list": as_list(images.paths.data_list)}
     record: dict[str, Any] = {name: [os.path.abspath(one) for one in place] for name, place in places.items()}
+    record |= {"model": model, "weights": encoder.digest(), **encoder.settings}
     record |= {"dataset": images.dataset, "split": images.split, "input_key": images.input_key}
-    total = None if isinstance(source, TimmStream) else len(source)
-    return record | {"images": total, "names": _digest_of_names(source)}
-
-
-def _computation_record(encoder: Encoder, extraction: Extraction) -> dict[str, Any]:
-    """The settings that determine the rows."""
-    pixels, nodata = encoder.pixels.record(), encoder.pixels.nodata
-    # as text: NaN is not equal to itself
-    record = {**encoder.settings, "nodata": None if nodata is None else str(pixels.pop("nodata"))}
-    record |= {"pixels": pixels} if pixels else {}
-    device = torch.device(extraction.device).type
-    return record | {"batch_size": extraction.batch_size, "device": device, "amp": extraction.amp}
+    record |= {"images": None if isinstance(source, TimmStream) else len(source), "names": _digest_of_names(source)}
+    pixels = {key: str(value) for key, value in encoder.pixels.record().items()}  # as text: NaN is not equal to itself
+    record |= {"pixels": pixels, "batch_size": extraction.batch_size, "amp": extraction.amp}
+    return record | {"device": torch.device(extraction.device).type}
 
 
 def _check_outside(output: Path, source: Source | TimmStream) -> None:

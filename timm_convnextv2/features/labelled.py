@@ -4,7 +4,7 @@ import csv
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from timm.utils.misc import natural_key
@@ -18,6 +18,8 @@ from ..data.sources.files import ImageFiles
 from .extract import refuse_bad
 
 SEPARATOR = ";"
+TEST_FOLDERS = (*VALIDATION_FOLDERS, "test")
+Row = tuple[str, tuple[str, ...]]  # path of an image, and its labels
 
 
 class Split(NamedTuple):
@@ -72,87 +74,78 @@ def open_labelled(
     parts = None if path.is_file() else _parts(path)
     if parts is not None:
         train, test = (_folder(part, in_chans, pixels) for part in parts)
-        where: Any = tuple(f"'{printable(folder)}'" for folder in parts)
+        where = f"'{printable(parts[0])}'", f"'{printable(parts[1])}'"
         remedy = "Both parts need the same class folders."
-        check_same_classes(_names(train), _names(test), where, ordered=False, remedy=remedy)
-        classes = _names(train, path)
+        check_same_classes(_classes(train), _classes(test), where, ordered=False, remedy=remedy)
+        rows = train
     else:
-        files, labels = _table(path) if path.is_file() else _folder(path, in_chans, pixels)
-        classes = _names((files, labels), path)
-        chosen = _held(labels, validation_share, seed)
-        train = _pick(files, labels, [i for i in range(len(files)) if i not in chosen])
-        test = _pick(files, labels, sorted(chosen))
-    several = any(len(label) > 1 for label in train[1] + test[1])
-    splits = [Split(ImageFiles(paths, in_chans, pixels), _numbers(y, classes, several)) for paths, y in (train, test)]
-    for split in splits:
-        refuse_bad([message for _, message in check_readable(split.source)])
+        rows = _table(path) if path.is_file() else _folder(path, in_chans, pixels)
+    classes = _classes(rows)
+    if len(classes) < 2:
+        has = f"one class, {classes[0]}" if classes else "no images"
+        raise ValueError(f"'{printable(path)}' has {has}; expected at least two classes.")
+    if parts is None:
+        held = _held([labels for _, labels in rows], validation_share, seed)
+        train, test = ([row for i, row in enumerate(rows) if (i in held) == part] for part in (False, True))
+    several = any(len(labels) > 1 for _, labels in [*train, *test])
+    splits = []
+    for part in (train, test):
+        source = ImageFiles([name for name, _ in part], in_chans, pixels)
+        splits.append(Split(source, _numbers([labels for _, labels in part], classes, several)))
+        refuse_bad([message for _, message in check_readable(source)])
     return Labelled(classes, *splits)
-
-
-Files = tuple[list[str], list[tuple[str, ...]]]  # paths, and the labels of each
 
 
 def _parts(root: Path) -> tuple[Path, Path] | None:
     """The folders for training and for validation; None if the folder holds classes."""
-    found = [
-        next((root / name for name in names if _has_folders(root / name)), None)
-        for names in (TRAIN_FOLDERS, (*VALIDATION_FOLDERS, "test"))
-    ]
-    train, test = found
-    if train is None:
-        return None
-    if test is None:
-        expected = ", ".join((*VALIDATION_FOLDERS, "test"))
-        raise ValueError(
-            f"'{printable(root)}' has {train.name}/ and no folder to validate on, expected one of {expected}. To split "
-            f"{train.name}/ by seed, give '{printable(train)}'."
+
+    def has_folders(folder: Path) -> bool:  # so that it is a part with classes rather than a class of this name
+        return folder.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir())
+
+    train, test = (
+        next((root / name for name in names if has_folders(root / name)), None)
+        for names in (TRAIN_FOLDERS, TEST_FOLDERS)
+    )
+    if train is not None and test is None:
+        expected = (
+            f"expected one of {', '.join(TEST_FOLDERS)}. To split {train.name}/ by seed, give '{printable(train)}'"
         )
-    return train, test
+        raise ValueError(f"'{printable(root)}' has {train.name}/ and no folder to validate on, {expected}.")
+    return None if train is None or test is None else (train, test)
 
 
-def _has_folders(folder: Path) -> bool:
-    """True if it holds folders, so that it is a part with classes rather than a class of this name."""
-    return folder.is_dir() and any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir())
-
-
-def _folder(root: Path, in_chans: int, pixels: Pixels) -> Files:
+def _folder(root: Path, in_chans: int, pixels: Pixels) -> list[Row]:
     source = FolderSource(root, in_chans, pixels)
     paths = sorted((source.path(i) for i in range(len(source))), key=natural_key)
-    labels = [os.path.basename(os.path.dirname(os.path.relpath(path, root))) for path in paths]
-    if "" in labels:
-        lost = paths[labels.index("")]
-        raise ValueError(f"{printable(lost)} is in no folder of a class; expected CLASS/IMAGE in '{printable(root)}'.")
-    return paths, [(label,) for label in labels]
+    rows = [(path, (os.path.basename(os.path.dirname(os.path.relpath(path, root))),)) for path in paths]
+    if lost := [path for path, (label,) in rows if not label]:
+        what = f"{printable(lost[0])} is in no folder of a class"
+        raise ValueError(f"{what}; expected CLASS/IMAGE in '{printable(root)}'.")
+    return rows
 
 
-def _table(path: Path) -> Files:
+def _table(path: Path) -> list[Row]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
+            columns, lines = list(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f"'{printable(path)}' cannot be read as CSV: {e}") from e
     if not {"name", "label"} <= set(columns):
         raise ValueError(f"'{printable(path)}' has the columns {columns}, expected name and label.")
-    files, labels = [], []
-    for number, row in enumerate(rows, start=2):
-        label = tuple(dict.fromkeys(part.strip() for part in (row["label"] or "").split(SEPARATOR) if part.strip()))
-        file = path.parent / (row["name"] or "")
-        if not label or not file.is_file():
-            what = f"no file '{printable(file)}'" if label else f"no label for '{row['name']}'"
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=2):
+        labels = tuple(dict.fromkeys(part.strip() for part in (line["label"] or "").split(SEPARATOR) if part.strip()))
+        file = path.parent / (line["name"] or "")
+        if not labels or not file.is_file():
+            what = f"no file '{printable(file)}'" if labels else f"no label for '{line['name']}'"
             raise ValueError(f"'{printable(path)}' line {number}: {what}. Paths are relative to the CSV.")
-        files.append(os.fspath(file))
-        labels.append(label)
-    return files, labels
+        rows.append((os.fspath(file), labels))
+    return rows
 
 
-def _names(files: Files, place: Path | None = None) -> list[str]:
-    """The classes in order; with `place`, which error messages name, there must be at least two."""
-    classes = sorted({name for label in files[1] for name in label}, key=natural_key)
-    if place is not None and len(classes) < 2:
-        has = f"one class, {classes[0]}" if classes else "no images"
-        raise ValueError(f"'{printable(place)}' has {has}; expected at least two classes.")
-    return classes
+def _classes(rows: list[Row]) -> list[str]:
+    return sorted({name for _, labels in rows for name in labels}, key=natural_key)
 
 
 def _held(labels: list[tuple[str, ...]], share: float, seed: int) -> set[int]:
@@ -163,18 +156,13 @@ def _held(labels: list[tuple[str, ...]], share: float, seed: int) -> set[int]:
     for i, label in enumerate(labels):
         groups.setdefault("" if several else label[0], []).append(i)
     held: set[int] = set()
-    for name in sorted(groups):
-        members = groups[name]
+    for _, members in sorted(groups.items()):
         count = min(max(1, round(share * len(members))), len(members) - 1)
         held.update(members[j] for j in torch.randperm(len(members), generator=generator)[:count].tolist())
     if not held:
         counts = ", ".join(f"{name} {n}" for name, n in Counter(label[0] for label in labels).items())
         raise ValueError(f"No class has two images, so none can be held out: {counts}. Add images.")
     return held
-
-
-def _pick(files: list[str], labels: list[tuple[str, ...]], chosen: list[int]) -> Files:
-    return [files[i] for i in chosen], [labels[i] for i in chosen]
 
 
 def _numbers(labels: list[tuple[str, ...]], classes: list[str], several: bool) -> Tensor:
