@@ -218,18 +218,6 @@ def test_same_run_by_hand(tuned, alone, encoder, data, tmp_path):
 
 
 @pytest.mark.timm_train
-def test_stock_validate_agrees(tuned, alone, data, tmp_path):
-    folder, _ = tuned
-    best = max(float(row["eval_top1"]) for row in summary(folder))
-    words = ["--model", f"local-dir:{folder / 'model'}", "--pretrained", "--data-dir", data, "--device", "cpu"]
-    words += ["--workers", 1, "--results-file", tmp_path / "result.json", "--results-format", "json"]
-    python(alone / "validate.py", *words, cwd=tmp_path)
-    result = json.loads((tmp_path / "result.json").read_text())
-    result = result[0] if isinstance(result, list) else result
-    assert result["top1"] == pytest.approx(best, abs=1e-3) and result["img_size"] == 32
-
-
-@pytest.mark.timm_train
 def test_real_run_of_two_processes(timm_train, encoder, data, tmp_path):
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "timm_convnextv2", "finetune"]
     words += ["--recipe", "smoke", "--model", f"local-dir:{encoder}", "--data-dir", data]
@@ -278,22 +266,16 @@ def bright(timm_train, encoder, tmp_path_factory):
 
 
 @pytest.mark.timm_train
-def test_16_bit_classes_are_distinguished(bright):
+def test_16_bit_classes_are_learnt_validated_and_predicted(bright, timm_train):
     out, result = bright
     assert max(float(row["eval_top1"]) for row in summary(out / "run")) == 100
     assert "not 8-bit with 1 channels" in result.stderr and "--mean 0.4: the average" in result.stdout
-
-
-@pytest.mark.timm_train
-def test_validate_and_predict_read_them_too(bright, timm_train):
-    out, _ = bright
     config = json.loads((out / "run" / "model" / "config.json").read_text())
     assert config["label_names"] == ["bright", "dark"] and "num_classes" not in config.get("model_args", {})
     common = [out / "run" / "model", "--device", "cpu", "--workers", "1", "--batch-size", "8"]
     common += ["--timm-train", timm_train, "--data-dir", out / "data"]
     python("-m", "timm_convnextv2", "validate", *common, "--results-file", out / "v.csv", cwd=out)
-    row = next(csv.DictReader((out / "v.csv").open()))
-    assert float(row["top1"]) == 100
+    assert float(next(csv.DictReader((out / "v.csv").open()))["top1"]) == 100
     words = ["--label-type", "name", "--results-file", "p", "--no-console-results", "--fullname"]
     pytest.importorskip("pandas", reason="inference.py needs pandas")
     python("-m", "timm_convnextv2", "predict", *common, *words, cwd=out)
@@ -302,7 +284,7 @@ def test_validate_and_predict_read_them_too(bright, timm_train):
 
 
 @pytest.mark.timm_train
-def test_our_validate_agrees_with_stock_to_the_image(tuned, alone, data, timm_train, tmp_path):
+def test_our_validate_agrees_with_stock_and_with_training(tuned, alone, data, timm_train, tmp_path):
     folder, _ = tuned
     words = ["--model", f"local-dir:{folder / 'model'}", "--data-dir", data, "--device", "cpu", "--workers", 1]
     words += ["--results-format", "json", "--batch-size", 4, "--results-file"]
@@ -310,4 +292,5 @@ def test_our_validate_agrees_with_stock_to_the_image(tuned, alone, data, timm_tr
     ours = ["-m", "timm_convnextv2", "validate", "--timm-train", timm_train]
     python(*ours, *words, tmp_path / "our.json", cwd=tmp_path)
     stock, our = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("stock", "our"))
-    assert our == stock
+    best = max(float(row["eval_top1"]) for row in summary(folder))
+    assert our == stock and stock["top1"] == pytest.approx(best, abs=1e-3) and stock["img_size"] == 32
