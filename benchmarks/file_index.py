@@ -15,16 +15,19 @@ import pickle
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks.measure import conditions, ratio, time_in_turn, write_csv
-from timm_convnextv2.data import create_source
-from timm_convnextv2.data.paths.index import find_images, open_index, write_index
+from timm_convnextv2.data import ImagePaths, create_source
+from timm_convnextv2.data.paths.find import find_files
+from timm_convnextv2.data.paths.index import Index, write_index
 from timm_convnextv2.data.paths.listing import Listing, list_files, origins_of
 from timm_convnextv2.data.paths.lists import FileNames
+from timm_convnextv2.runs.group import Processes
 
 PER_FOLDER = 1000
 
@@ -44,11 +47,12 @@ def compare(count: int, rounds: int) -> list[dict[str, str]]:
         root.mkdir()
         make_files(root, count)
         origins = origins_of(root)
+        find = partial(find_files, ImagePaths((str(root),), None, str(index)), "", 1.0, Processes(), progress=False)
         steps = {
             "list": lambda: list_files(origins),
-            "open": lambda: open_index(index, origins),
-            "open and check": lambda: find_images(root, index=index),
-            "write": lambda: (index.unlink(missing_ok=True), find_images(root, index=index)),
+            "open": lambda: Index(index).listing(origins),
+            "open and check": find,
+            "write": lambda: (index.unlink(missing_ok=True), find()),
         }
         steps["write"]()
         seconds = time_in_turn(steps, rounds, warmup=1)
@@ -88,7 +92,7 @@ def open_there(index: str, root: str, reads: int, pipe) -> None:
     """Opens an index in this process and tells what that took."""
     origins = origins_of(root)
     before, start = resident(), time.perf_counter()
-    source = create_source(root, listing=open_index(index, origins))
+    source = create_source(root, listing=Index(index).listing(origins))
     source.name(len(source) - 1)
     seconds, opened = time.perf_counter() - start, resident()
     start = time.perf_counter()
@@ -104,7 +108,7 @@ def open_generated(count: int, rounds: int, reads: int) -> dict[str, str]:
         origins, index = origins_of(root), str(Path(root) / "index")
         stamps = [(f"{root}/{i:06d}", 0) for i in range(count // PER_FOLDER)]
         start = time.perf_counter()
-        write_index(index, Listing(origins, [count], generated(count), stamps=stamps), np.zeros(count, np.int64))
+        write_index(index, Listing(origins, [generated(count)], stamps=stamps), np.zeros(count, np.int64))
         written = time.perf_counter() - start
         size = Path(index).stat().st_size
         told = []

@@ -65,10 +65,10 @@ def test_folder_with_a_name_that_is_not_utf8(tmp_path):
 
 
 def test_folder_errors(tmp_path):
-    with pytest.raises(ValueError, match="missing .*--data-dir"):
+    with pytest.raises(ValueError, match="--data-dir .*missing"):
         FolderSource(tmp_path / "missing")
     noise().save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="x.png is a file, expected a folder"):
+    with pytest.raises(ValueError, match="x.png is a"):
         FolderSource(tmp_path / "x.png")
     (tmp_path / "none" / "below").mkdir(parents=True)
     (tmp_path / "none" / "a.txt").touch()

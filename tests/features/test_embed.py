@@ -202,7 +202,7 @@ def test_a_missing_package_is_no_bad_image(small, images_dir, tmp_path, monkeypa
         (dict(output="images/out.npy"), "lies among the images"),
         (dict(data_dir="absent"), "does not exist"),
         (dict(data_dir="folder.npy"), "No image below"),
-        (dict(data_dir="there.npy"), "is a file, expected a folder"),
+        (dict(data_dir="there.npy"), "there.npy is a file"),
         (dict(model="local-dir:absent"), "'local-dir:absent' cannot be loaded"),
         (dict(img_size=4), "--img-size 4 is smaller than the model's stride, 8"),
         (dict(device="nowhere"), "--device nowhere cannot be used"),

@@ -11,8 +11,8 @@ from helpers import assert_same
 from runs import ERROR, at_update, image_folder, load, run, steady
 
 from timm_convnextv2.data.config import ImagePaths
-from timm_convnextv2.data.paths import index as find
-from timm_convnextv2.data.paths import listing, shared
+from timm_convnextv2.data.paths import find, listing
+from timm_convnextv2.runs.group import Processes
 
 OPTIONS = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
 
@@ -88,19 +88,20 @@ class Other:
 
 
 def find_files(world, *data_dir, index=None):
-    return shared.find_files(ImagePaths(data_dir, index=index), 0.01, world)
+    return find.find_files(ImagePaths(data_dir, index=index), "", 0.01, world)
 
 
 def test_only_the_first_process_lists(folders, tmp_path, monkeypatch):
-    found = find.find_images(["a", "b"])
+    found = listing.list_files(listing.origins_of(["a", "b"]))
     os.symlink("a", "a2")
     with monkeypatch.context() as patch:
-        patch.setattr(shared, "find_images", dict)  # takes none of the arguments
+        patch.setattr(find, "_find", dict)  # takes none of the arguments
         received = find_files(Other((found, None)), "a2", "b")
-        assert [*received.names] == [*found.names] and received.origins[0].root == "a2"  # as this process names it
+        assert [*map(list, received.names)] == [*map(list, found.names)]
+        assert received.origins[0].root == "a2"  # as this process names it
         with pytest.raises(ValueError, match="^the first fails$"):
             find_files(Other((None, ValueError("the first fails"))), "a", "b")
-        find.find_images("a", index="i")
-        assert len(find_files(Other((None, None)), "a", index="i").names) == 13
-    elsewhere = shared._identity(listing.origins_of("b"))  # a machine with a copy of its own
-    assert len(find_files(Other(others=[elsewhere]), "a").names) == 13
+    find_files(Processes(), "a", index="i")
+    assert find_files(Other((None, None)), "a", index="i").count == 13
+    elsewhere = find._identity(listing.origins_of("b"))  # a machine with a copy of its own
+    assert find_files(Other(others=[elsewhere]), "a").count == 13

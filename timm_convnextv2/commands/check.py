@@ -7,9 +7,8 @@ findings, 1 with findings, 2 for a mistake in the options. Every file is read an
 duplicates, images with the same perceptual hash, need `pip install imagehash`.
 """
 
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,13 @@ from ..data.measure.inspection import (
     perceptual_hash,
     thumbnail,
 )
-from ..files import whole_file
+from ..data.paths.find import find_files
+from ..files import write_json
 from ..report.images import save_contact_sheet
+from ..runs.group import Processes
 from ..runs.progress import ImageProgress
 from .base import run
-from .stats import check_output, listed
+from .stats import check_output
 
 _SHOWN = 48
 _LINES = 10
@@ -59,16 +60,16 @@ class CheckConfig:
     overwrite: bool = option(False, "replace --output and its images")
 
 
-def check(config: CheckConfig) -> tuple[dict[str, Any], list[Finding]]:
-    """Inspects the files and writes the findings."""
+def check(config: CheckConfig) -> int:
+    """Inspects the files, writes and prints the findings; 1 if there are any."""
     paths = replace(config.paths, data_dir=one_data_dir(config.data, config.paths.data_dir))
     if not paths.data_dir and not paths.data_list:
         raise ValueError("No images given. Name a folder: check DATA.")
-    output = Path(config.output)
+    output, figure = Path(config.output), Path(config.output).with_suffix(".png")
     check_output(output, paths.data_dir, config.overwrite)
     page = one_page(config.pages)
     pixels = Pixels(config.nodata, page=0 if config.pages and page is None else page)
-    source = create_source(paths, pixels=pixels, listing=listed(paths))
+    source = create_source(paths, pixels=pixels, listing=find_files(paths, "", 1.0, Processes()))
     if not isinstance(source, Source) or not source.has_files:
         raise ValueError("check inspects single files, not tar files: unpack it, and name the folder.")
     near = perceptual_hash()
@@ -83,14 +84,16 @@ def check(config: CheckConfig) -> tuple[dict[str, Any], list[Finding]]:
         bar.close()
     found = findings(files, config.window_size or config.img_size)
     content = summary(source, files, found)
-    with whole_file(output) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    headers = {one.name: one.header.channels for one in files if one.header}
-    root = source.folders()[0] if len(source.folders()) == 1 else ""
+    write_json(output, content, indent=2)
     if found:
+        headers = {one.name: one.header.channels for one in files if one.header}
+        root = source.folders()[0] if len(source.folders()) == 1 else ""
         sheet = [(shown(f, headers.get(f.name), pixels, config.window_size), label(f, root)) for f in found[:_SHOWN]]
-        save_contact_sheet(sheet, output.with_suffix(".png"), f"{len(sheet)} of {len(found)} findings")
-    return content, found
+        save_contact_sheet(sheet, figure, f"{len(sheet)} of {len(found)} findings")
+    for line in lines(content, found, output):
+        say(line)
+    say(f"Found: {counts(content['found'])}. Written: {output}" + f", {figure}" * bool(found))
+    return int(bool(found))
 
 
 def shown(finding: Finding, channels: int | None, pixels: Pixels, window: int | None) -> np.ndarray | None:
@@ -111,7 +114,7 @@ def summary(source: Any, files: list[Inspected], found: list[Finding]) -> dict[s
     """The content of the JSON file."""
     headers = [one.header for one in files if one.header]
 
-    def counted(values: Any) -> dict[str, int]:
+    def counted(values: Iterable[Any]) -> dict[str, int]:
         return {str(key): count for key, count in Counter(values).most_common()}
 
     heights, widths = ([getattr(h, side) for h in headers] or [0] for side in ("height", "width"))
@@ -129,26 +132,24 @@ def summary(source: Any, files: list[Inspected], found: list[Finding]) -> dict[s
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run("check", __doc__, CheckConfig, inspect, argv)
+def counts(numbers: dict[str, int]) -> str:
+    """'2 flat, 1 small', or 'none'."""
+    return ", ".join(f"{count} {name}" for name, count in numbers.items()) or "none"
 
 
-def inspect(config: CheckConfig) -> int:
-    content, found = check(config)
-
-    def listed(key: str) -> str:
-        return ", ".join(f"{count} {name}" for name, count in content[key].items()) or "none"
-
-    say(f"{content['files']} files: {listed('formats')}; types: {listed('types')}")
-    say(f"channels: {', '.join(f'{n} files with {c}' for c, n in content['channels'].items()) or 'none'}")
+def lines(content: dict[str, Any], found: list[Finding], output: Path) -> list[str]:
+    """The files in numbers, and the first findings."""
     (h0, h1, h2), (w0, w1, w2) = content["height"], content["width"]
-    say(f"height {h0} to {h2}, median {h1:g}; width {w0} to {w2}, median {w1:g}")
-    for finding in found[:_LINES]:
-        say(f"{finding.kind}: {finding.name}: {finding.why}")
-    if len(found) > _LINES:
-        say(f"and {len(found) - _LINES} more, see {config.output}")
-    say(
-        f"Found: {listed('found')}. Written: {config.output}"
-        + (f", {Path(config.output).with_suffix('.png')}" * bool(found))
-    )
-    return int(bool(found))
+    more = len(found) - _LINES
+    return [
+        f"{content['files']} files: {counts(content['formats'])}; types: {counts(content['types'])}",
+        f"channels: {', '.join(f'{n} files with {c}' for c, n in content['channels'].items()) or 'none'}",
+        f"height {h0} to {h2}, median {h1:g}; width {w0} to {w2}, median {w1:g}",
+        *(f"{finding.kind}: {finding.name}: {finding.why}" for finding in found[:_LINES]),
+        *([f"and {more} more, see {output}"] if more > 0 else []),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    return run("check", __doc__, CheckConfig, check, argv)

@@ -20,14 +20,15 @@ class DemoConfig:
     demo: DemoOptions = part(DemoOptions)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run("demo", "Write a small labelled image folder to try things out.", DemoConfig, write, argv)
-
-
-def write(config: DemoConfig) -> None:
-    folder = write_folder(config.folder, **flat(config.demo))
-    demo, classes = config.demo, DemoSource.classes
+def demo(config: DemoConfig) -> None:
+    """Writes the images."""
+    folder, written, classes = write_folder(config.folder, **flat(config.demo)), config.demo, DemoSource.classes
     say(
-        f"{folder}: {demo.train} training images and {demo.validation} validation images, {demo.size} x {demo.size}, "
-        f"of {len(classes)} classes: {', '.join(classes)}"
+        f"{folder}: {written.train} training images and {written.validation} validation images, {written.size} x "
+        f"{written.size}, of {len(classes)} classes: {', '.join(classes)}"
     )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    return run("demo", "Write a small labelled image folder to try things out.", DemoConfig, demo, argv)

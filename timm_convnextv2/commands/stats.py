@@ -7,7 +7,6 @@ Writes FILE.json and FILE.png with the histograms; FILE is stats by default. All
 the sample is drawn by --seed and as large as --error requires. NaN, infinity and nodata are left out.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,13 +29,12 @@ from ..data import (
 )
 from ..data.config import one_data_dir
 from ..data.measure.sample import ERROR, Measured, find_channels, measure_pixels, measured_options
-from ..data.paths.index import check_index_option
-from ..data.paths.listing import Dirs, Listing, as_list, base_of
-from ..data.paths.shared import find_files
-from ..files import whole_file
+from ..data.paths.find import find_files
+from ..data.paths.listing import Dirs, as_list, base_of
+from ..files import check_free, write_json
 from ..report.images import save_histograms
 from ..runs.group import Processes
-from ..runs.progress import ImageProgress, with_progress
+from ..runs.progress import with_progress
 from .base import run
 
 _COLUMNS = ("mean", "std", "min", "p1", "p5", "p50", "p95", "p99", "max", "zeros", "saturated", "missing")
@@ -66,7 +64,6 @@ class StatsConfig:
 def measure_images(config: StatsConfig) -> tuple[Measured, Pixels]:
     """Measures the images of the options."""
     paths = replace(config.paths, data_dir=one_data_dir(config.data, config.paths.data_dir))
-    pixels = config.pixels.to_pixels()
     opened: list[Source | TimmStream] = []
 
     def open_source(pixels: Pixels) -> Source | TimmStream:
@@ -81,27 +78,16 @@ def measure_images(config: StatsConfig) -> tuple[Measured, Pixels]:
         opened.append(with_progress(partial(pages_and_windows, source, config.pixels, config.windows)))
         return opened[0]
 
+    pixels = config.pixels.to_pixels()
     check_output(Path(config.output), paths.data_dir, config.overwrite)
-    bar = ImageProgress(None)
-    try:
-        listing = listed(paths, config.data_set.dataset)
-        found, pixels = measure_pixels(
-            open_source, pixels, config.pixels.clip_percentiles, seed=config.seed, error=config.error,
-            max_images=config.max_images, workers=config.workers, tick=bar.update,
-        )  # fmt: skip
-    finally:
-        bar.close()
+    listing = find_files(paths, config.data_set.dataset, 1.0, Processes())
+    options = dict(seed=config.seed, error=config.error, max_images=config.max_images, workers=config.workers)
+    found = with_progress(
+        lambda tick: measure_pixels(open_source, pixels, config.pixels.clip_percentiles, tick=tick, **options)
+    )
     if note := str(opened[0].left):
         say(note)
-    return found, pixels
-
-
-def listed(paths: ImagePaths, dataset: str = "") -> Listing | None:
-    """The images of --index, which is written first if it does not exist; None without --index."""
-    if paths.index is None:
-        return None
-    check_index_option(dataset, paths.index)
-    return find_files(paths, None, Processes())
+    return found
 
 
 def check_output(output: Path, data_dir: Dirs, overwrite: bool) -> None:
@@ -110,9 +96,8 @@ def check_output(output: Path, data_dir: Dirs, overwrite: bool) -> None:
     if output.suffix != ".json":
         raise ValueError(f"--output {output} must end in .json.")
     for path in (output, figure):
-        if path.exists() and not overwrite:
-            raise ValueError(f"'{path}' exists. Replace it with --overwrite, or choose another --output.")
-    folders = [Path(base_of(place)) for place in as_list(data_dir) if place]
+        check_free(path, overwrite=overwrite)
+    folders = [Path(base_of(path)) for path in as_list(data_dir) if path]
     if any(folder.is_dir() and folder.resolve() in figure.resolve().parents for folder in folders):
         raise ValueError(f"'{figure}' would lie among the images and be one of them. Choose another --output.")
 
@@ -142,8 +127,7 @@ def table(content: dict[str, Any]) -> str:
     """The statistics as text, one row per channel."""
     rows = [["channel", *_COLUMNS]]
     for c, channel in enumerate(content["channels"], 1):
-        values = [f"{channel[k]:.1%}" if k in _SHARES else f"{channel[k]:.4g}" for k in _COLUMNS]
-        rows.append([str(c), *values])
+        rows.append([str(c), *(f"{channel[k]:.1%}" if k in _SHARES else f"{channel[k]:.4g}" for k in _COLUMNS)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -159,20 +143,15 @@ def option_line(found: Measured, pixels: Pixels) -> str:
     return " ".join([*words, "--mean", *(f"{v:g}" for v in mean), "--std", *(f"{v:g}" for v in std)])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run("stats", __doc__, StatsConfig, measure, argv)
-
-
-def measure(config: StatsConfig) -> None:
+def stats(config: StatsConfig) -> None:
+    """Measures, writes and prints."""
     found, pixels = measure_images(config)
-    content = report(found, pixels, config.seed)
-    output = Path(config.output)
-    with whole_file(output) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    figure = output.with_suffix(".png")
-    title = f"{found.pixels.images} images, {found.kind}; pixels divided by {found.unit:g}"
-    save_histograms(found.pixels, figure, title)
-    low, high = found.stored
+    content, output = report(found, pixels, config.seed), Path(config.output)
+    write_json(output, content, indent=2)
+    figure, (low, high) = output.with_suffix(".png"), found.stored
+    save_histograms(
+        found.pixels, figure, f"{found.pixels.images} images, {found.kind}; pixels divided by {found.unit:g}"
+    )
     say(f"{found.kind}, stored values {low:g} to {high:g}, divided by {found.unit:g}; {found.source}")
     if found.bad:
         say(f"{len(found.bad)} images left out, for example: {found.bad[0]}")
@@ -184,3 +163,8 @@ def measure(config: StatsConfig) -> None:
     say(table(content))
     say(f"Options of pretraining (or --mean auto --std auto):\n  {option_line(found, pixels)}")
     say(f"Written: {output}, {figure}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    return run("stats", __doc__, StatsConfig, stats, argv)

@@ -11,18 +11,16 @@ from .paths.listing import Dirs, as_list
 
 @dataclass(frozen=True)
 class ImagePaths:
-    """Where image files are."""
+    """The locations of image files."""
 
     data_dir: tuple[str, ...] | None = option(
         None,
-        "images anywhere below these folders, in .tar files, or that match 'scans/*/**/*.png' (quoted); or the root of "
-        "--dataset",
+        "folders with images anywhere below, .tar files, patterns such as 'a/**/*.png' (quoted); root of --dataset",
         metavar="DIR",
     )
     data_list: tuple[str, ...] | None = option(
         None,
-        "images that a .txt (one path per line), .csv or .parquet lists (column path, perhaps weight); paths are "
-        "relative to it, or to --data-dir",
+        ".txt (one path per line), .csv, .parquet (columns path, weight); relative to it, or to --data-dir",
         metavar="FILE",
     )
     index: str | None = option(
@@ -52,7 +50,7 @@ def page_word(word: str) -> int | str:
     return word if word in ("all", "first", CHANNELS) else int(word)
 
 
-def _centre_or_file(word: str) -> float | str:
+def _window_word(word: str) -> float | str:
     return word if word == "file" else float(word)
 
 
@@ -60,30 +58,24 @@ def _centre_or_file(word: str) -> float | str:
 class PixelOptions:
     """How stored values become pixels; `to_pixels` makes the record."""
 
-    nodata: float | None = option(
-        None, 'stored value meaning "no data"; such pixels are filled with the mean of the others', metavar="V"
-    )
-    divide: float | None = option(
-        None, "divide stored values by X (default: 255 or 65535 by type, floats by 1)", metavar="X"
-    )
+    nodata: float | None = option(None, 'stored value meaning "no data"; gets the mean of the others', metavar="V")
+    divide: float | None = option(None, "divisor of stored values (default: 255, 65535, floats 1)", metavar="X")
     clip_percentiles: tuple[float, float] | None = option(
         None, "clip each channel to these percentiles of the pixels, measured, e.g. 1 99", metavar=("LO", "HI")
     )
     clip_low: tuple[float, ...] | None = option(
-        None, "raise smaller values to this limit, one or one per channel, after the division", metavar="X"
+        None, "smallest value after the division, one or one per channel; smaller ones are raised to it", metavar="X"
     )
-    clip_high: tuple[float, ...] | None = option(
-        None, "lower larger values to this limit, one or one per channel", metavar="X"
-    )
+    clip_high: tuple[float, ...] | None = option(None, "largest value; larger ones are lowered to it", metavar="X")
     dicom_window: tuple[float | str, ...] | None = option(
         None,
-        "DICOM values that become 0 to 1: 'file' for the window stored in each file, or a centre and a width",
+        "DICOM values to map to 0..1: 'file' (stored in each) or centre and width",
         metavar="X",
-        parse=_centre_or_file,
+        parse=_window_word,
     )
     pages: tuple[int | str, ...] | None = option(
         None,
-        "pages of multi-page TIFF, stacks, DICOM: all or numbers from 0 (each an image), first, or channels",
+        "of TIFF, stacks, DICOM: all, numbers from 0 (each an image), first, channels",
         metavar="P",
         parse=page_word,
     )
@@ -91,32 +83,18 @@ class PixelOptions:
     @classmethod
     def of(cls, pixels: Pixels) -> "PixelOptions":
         """The options that make this record."""
-        window = pixels.dicom_window
-        return cls(
-            nodata=pixels.nodata,
-            divide=pixels.divide,
-            clip_low=pixels.clip_low,
-            clip_high=pixels.clip_high,
-            dicom_window=(window,) if isinstance(window, str) else window,
-            pages=None if pixels.page is None else (pixels.page,),
-        )
+        window = (pixels.dicom_window,) if isinstance(pixels.dicom_window, str) else pixels.dicom_window
+        pages = None if pixels.page is None else (pixels.page,)
+        return cls(pixels.nodata, pixels.divide, None, pixels.clip_low, pixels.clip_high, window, pages)
 
     def to_pixels(self, in_chans: int | None = None) -> Pixels:
         """The record, checked against `in_chans` if given; --clip-percentiles adds its limits after measuring."""
         if self.clip_percentiles is not None and not 0 <= self.clip_percentiles[0] < self.clip_percentiles[1] <= 100:
-            low, high = self.clip_percentiles
             raise ValueError(
-                f"--clip-percentiles {low:g} {high:g}: expected two percentages in order, 0 <= LO < HI <= 100, such "
-                "as 1 99."
+                "--clip-percentiles {:g} {:g}: expected 0 <= LO < HI <= 100.".format(*self.clip_percentiles)
             )
-        pixels = Pixels(
-            self.nodata,
-            self.divide,
-            self.clip_low,
-            self.clip_high,
-            page=one_page(check_pages(self.pages)),
-            dicom_window=_window(self.dicom_window),
-        )
+        page, window = one_page(check_pages(self.pages)), _window(self.dicom_window)
+        pixels = Pixels(self.nodata, self.divide, self.clip_low, self.clip_high, page=page, dicom_window=window)
         return pixels if in_chans is None else pixels.check(in_chans)
 
 
@@ -146,14 +124,9 @@ class WindowOptions:
     windows_per_image: float | None = option(
         None, "windows per image and epoch, on average (default: as many as cover it)", metavar="N", above=0
     )
-    min_content: float = option(
-        0.0, "draw a window again if less than this fraction of it has content", metavar="X", at_least=0
-    )
+    min_content: float = option(0.0, "redraw a window if less than this fraction has content", metavar="X", at_least=0)
     content_std: float = option(
-        0.01,
-        "cells of 16 x 16 pixels have content above this standard deviation, in units of the divided pixels",
-        metavar="X",
-        at_least=0,
+        0.01, "cells of 16 x 16 pixels have content above this standard deviation of pixels", metavar="X", at_least=0
     )
 
 

@@ -14,9 +14,8 @@ import torch
 from ..config import check_limits
 from ..console import say
 from ..data import MissingPackageError, StreamOrder, TimmStream, check_readable, create_source
-from ..data.paths.index import check_index_option
+from ..data.paths.find import find_files
 from ..data.paths.listing import as_list
-from ..data.paths.shared import find_files
 from ..data.samples.batches import Batch, map_batches, stream_batches
 from ..data.sources.source import Source
 from ..runs.group import on_primary, processes
@@ -54,11 +53,9 @@ def embed(
         check_limits(extraction)
         if not 0 <= max_bad_images <= 1:
             raise ValueError(f"--max-bad-images is a fraction from 0 to 1, got {max_bad_images}.")
-        check_index_option(images.dataset, images.paths.index)
         encoder = open_encoder(model, extraction.img_size, extraction.nodata, extraction.device)
-        listing = None
-        if not images.dataset:  # rows are numbered by one listing, so that no process may have its own
-            listing = find_files(images.paths, max_bad_images, group, progress=progress, copies=False)
+        # rows are numbered by one listing, so that no process may have its own
+        listing = find_files(images.paths, images.dataset, max_bad_images, group, progress=progress, copies=False)
         order = StreamOrder(batch_size, whole=True)
         how: dict[str, Any] = {"order": order, "listing": listing}
         source = create_source(images.paths, images.data_set, encoder.in_chans, encoder.pixels, **how)

@@ -15,9 +15,8 @@ import yaml
 from ..config import build, evolve, flat, from_mapping
 from ..console import say
 from ..data import Pixels, StreamOrder, create_source
-from ..data.paths.index import check_index_option
+from ..data.paths.find import find_files
 from ..data.paths.listing import Listing, as_list, base_of
-from ..data.paths.shared import find_files
 from ..data.samples.batches import preprocessing
 from ..data.sources.open import pages_and_windows
 from ..features import open_labelled
@@ -70,8 +69,7 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
         config = evolve(config, model_ema_warmup=before.get("model_ema_warmup") is not False)
 
     # Then the data. From here on no option is `auto`.
-    check_index_option(config.data_set.dataset, config.paths.index)
-    listing = None if config.data_set.dataset else find_files(config.paths, config.selection.max_bad_images, world)
+    listing = find_files(config.paths, config.data_set.dataset, config.selection.max_bad_images, world)
     config, measured = measure(config, before, partial(open_source, config, listing, world.primary), world)
     batches = open_data(config, model, listing, world)
     check_input(batches.inputs)
@@ -230,7 +228,7 @@ def open_replay(
     if record["images"][0] is not None:
         config = evolve(config, workers=0)  # the number of workers matters for streams only
     world = World(config.compute.device)
-    listing = None if config.data_set.dataset else find_files(config.paths, config.selection.max_bad_images, world)
+    listing = find_files(config.paths, config.data_set.dataset, config.selection.max_bad_images, world)
     start = open_start(config.network.model)
     model = create_model(config.network, config.crops, seed=config.seed, start=start)
 

@@ -26,9 +26,7 @@ class DemoOptions:
     validation: int = option(800, "validation images, a multiple of 8", metavar="N", at_least=8)
     seed: int = option(0, "seed of the images; no seed gives images of pretraining", metavar="S", at_least=0)
     coco: bool = option(False, "write FOLDER/{train,validation}.json with boxes and masks, images in images/")
-    masks: bool = option(
-        False, "write {train,validation}/masks/*.png (0 is the background), images in images/, and classes.txt"
-    )
+    masks: bool = option(False, "write {train,validation}/masks/*.png (background 0), images in images/, classes.txt")
 
 
 def write_folder(folder: str | os.PathLike, **options: Any) -> Path:
@@ -41,28 +39,23 @@ def write_folder(folder: str | os.PathLike, **options: Any) -> Path:
     Raises:
         ValueError: The folder exists and is not empty (or is a file), or an option is out of range.
     """
-    chosen, classes = DemoOptions(**options), DemoSource.classes
+    chosen = DemoOptions(**options)
     check_limits(chosen)
-    for name, count in (("train", chosen.train), ("validation", chosen.validation)):
-        if count % len(classes):
-            raise ValueError(f"--{name} {count}: expected a multiple of {len(classes)}, the number of classes.")
+    splits = {"train": chosen.train, "validation": chosen.validation}
+    for name, count in splits.items():
+        if count % len(DemoSource.classes):
+            raise ValueError(
+                f"--{name} {count}: expected a multiple of {len(DemoSource.classes)}, the number of classes."
+            )
     folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder. Choose another one, or remove it.")
-
-    first = _PRETRAINING_SEEDS + 2 * chosen.seed
-    sources = {
-        "train": DemoSource(chosen.train, chosen.size, seed=first),
-        "validation": DemoSource(chosen.validation, chosen.size, seed=first + 1),
-    }
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        for split, source in sources.items():
-            if chosen.coco or chosen.masks:
-                _write_annotated(source, temporary, split, chosen)
-            else:
-                _write_labelled(source, temporary / split)
+        for number, (split, count) in enumerate(splits.items(), _PRETRAINING_SEEDS + 2 * chosen.seed):
+            write = _write_annotated if chosen.coco or chosen.masks else _write_labelled
+            write(DemoSource(count, chosen.size, seed=number), temporary, split, chosen)
         if folder.exists():
             folder.rmdir()  # Windows cannot move a folder onto an empty one
         os.replace(temporary, folder)
@@ -71,32 +64,32 @@ def write_folder(folder: str | os.PathLike, **options: Any) -> Path:
     return folder
 
 
-def _write_labelled(source: DemoSource, folder: Path) -> None:
+def _write_labelled(source: DemoSource, folder: Path, split: str, options: DemoOptions) -> None:
     """Writes one folder per class."""
     for name in source.classes:
-        (folder / name).mkdir(parents=True)
+        (folder / split / name).mkdir(parents=True)
     for i in range(len(source)):
-        _to_pil(source, i).save(folder / source.classes[source.label(i)] / f"{i:05d}.png")
+        _to_pil(source, i).save(folder / split / source.classes[source.label(i)] / f"{i:05d}.png")
 
 
 def _write_annotated(source: DemoSource, folder: Path, split: str, options: DemoOptions) -> None:
     """Writes one folder of images, and their annotations."""
-    (folder / split / "images").mkdir(parents=True)
+    home, categories = folder / split, [dict(id=label, name=name) for label, name in enumerate(source.classes, 1)]
+    (home / "images").mkdir(parents=True)
     if options.masks:
-        (folder / split / "masks").mkdir()
+        (home / "masks").mkdir()
         (folder / "classes.txt").write_text("".join(f"{n}\n" for n in ("background", *source.classes)))
     images, annotations = [], []
     for i in range(len(source)):
         name, label, mask = f"{i:05d}.png", source.label(i) + 1, source.mask(i)
-        _to_pil(source, i).save(folder / split / "images" / name)
+        _to_pil(source, i).save(home / "images" / name)
         images.append(dict(id=i + 1, file_name=name, height=source.size, width=source.size))
         annotations.append(_annotation(i + 1, label, mask))
         if options.masks:
             image = Image.fromarray(mask.astype(np.uint8) * label, mode="L")
             image.putpalette(_palette(len(source.classes)))
-            image.save(folder / split / "masks" / name)
+            image.save(home / "masks" / name)
     if options.coco:
-        categories = [dict(id=label, name=name) for label, name in enumerate(source.classes, 1)]
         content = dict(images=images, annotations=annotations, categories=categories)
         (folder / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -108,16 +101,9 @@ def _to_pil(source: DemoSource, i: int) -> Image.Image:
 def _annotation(number: int, label: int, mask: np.ndarray) -> dict[str, Any]:
     """COCO's annotation of the one object of an image; `mask` is bool `[H, W]`."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    left, top = int(columns[0]), int(rows[0])
-    return dict(
-        id=number,
-        image_id=number,
-        category_id=label,
-        bbox=[left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
-        area=int(mask.sum()),
-        iscrowd=0,
-        segmentation=uncompressed_rle(mask),
-    )
+    left, top, right, bottom = (int(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    box, area, runs = [left, top, right - left, bottom - top], int(mask.sum()), uncompressed_rle(mask)
+    return dict(id=number, image_id=number, category_id=label, bbox=box, area=area, iscrowd=0, segmentation=runs)
 
 
 def uncompressed_rle(mask: np.ndarray) -> dict[str, list[int]]:

@@ -82,16 +82,8 @@ def _flower(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
     return 0.75 * (np.hypot(x, y) - 0.72 - 0.2 * np.cos(petals * np.arctan2(y, x)))
 
 
-_SHAPES: dict[str, Shape] = dict(
-    disc=_disc,
-    ring=_ring,
-    square=_square,
-    triangle=_triangle,
-    star=_star,
-    cross=_cross,
-    crescent=_crescent,
-    flower=_flower,
-)
+_ALL = (_disc, _ring, _square, _triangle, _star, _cross, _crescent, _flower)
+_SHAPES: dict[str, Shape] = {shape.__name__[1:]: shape for shape in _ALL}
 
 
 class DemoSource(Source):
@@ -115,7 +107,6 @@ class DemoSource(Source):
         return self.length
 
     def name(self, i: int) -> str:
-        """Identifier of image `i`."""
         return f"embedded {self.classes[self.label(i)]} {i}"
 
     def label(self, i: int) -> int:
@@ -145,9 +136,7 @@ def _smoothstep(t: np.ndarray) -> np.ndarray:
 def draw(shape: Shape, dice: _Dice, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws one image, float32 `[3, size, size]` in [0, 1].
 
-    Returns:
-        The image, and the signed distance from its object's edge, negative inside, `[size, size]`, in half widths of
-        the image.
+    Returns the image, and the signed distance from its object's edge, negative inside, in half widths of the image.
     """
     axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     x, y = axis[None, :], axis[:, None]

@@ -2,20 +2,22 @@
 
 import hashlib
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from ..formats.decode import faults_named, load_image, open_scene, read_header
 from ..formats.errors import ImageError
 from ..formats.files import Header, printable
 from ..formats.pixels import PLAIN, Pixels
 from ..formats.zarr import is_zarr
+from ..samples.batches import load_batches
+from ..sources.source import Source
 
 _THUMBNAIL = 96
 _CHUNK = 16
@@ -40,28 +42,27 @@ class Finding(NamedTuple):
     why: str  # reason, in words
 
 
-class _Files(Dataset):
-    def __init__(self, source: Any, near: Callable[[np.ndarray], str] | None, window: int | None = None) -> None:
-        self.source, self.near, self.window = source, near, window
+def inspect_folder(
+    source: Source, near: Callable[[np.ndarray], str] | None = None, workers: int = 0, window: int | None = None
+) -> Iterator[Inspected]:
+    """Inspects each file, in the order of the folder: reads and decodes all of it, or a window in its middle."""
+    numbers = range(len(source))
+    chunks = [numbers[i : i + _CHUNK] for i in numbers[::_CHUNK]]
+    for files in load_batches(partial(_inspect, source, near, window), chunks, workers):
+        yield from files
 
-    def __getitem__(self, i: int) -> Inspected:
-        source = self.source
-        path, name = source.path(i), source.name(i)
-        try:
-            digest = None if is_zarr(path) else _digest(path)
-        except OSError as error:
-            return Inspected(name, None, str(error))
-        try:
-            header = read_header(path, source.pixels.page)
-        except (ImageError, OSError) as error:
-            return Inspected(name, None, str(error), digest=digest)
-        try:
-            image = load_part(path, header.channels, source.pixels, self.window)
-        except (ImageError, OSError) as error:
-            return Inspected(name, header, str(error).removeprefix(f"{name}: "), digest=digest)
-        flat = bool((image.amin((1, 2)) == image.amax((1, 2))).all())
-        near = self.near(thumbnail(image)) if self.near and not flat else None
-        return Inspected(name, header, "", flat, digest, near)
+
+def _inspect(source: Source, near: Callable[[np.ndarray], str] | None, window: int | None, i: int) -> Inspected:
+    path, name = source.path(i), source.name(i)
+    header = digest = None
+    try:
+        digest = None if is_zarr(path) else digest_of(path)
+        header = read_header(path, source.pixels.page)
+        image = load_part(path, header.channels, source.pixels, window)
+    except (ImageError, OSError) as error:
+        return Inspected(name, header, str(error).removeprefix(f"{name}: "), digest=digest)
+    flat = bool((image.amin((1, 2)) == image.amax((1, 2))).all())
+    return Inspected(name, header, "", flat, digest, near(thumbnail(image)) if near and not flat else None)
 
 
 def load_part(
@@ -80,29 +81,13 @@ def load_part(
         scene.close()
 
 
-def _digest(path: str) -> bytes:
+def digest_of(path: str | os.PathLike) -> bytes:
+    """Hash of the bytes of a file."""
     state = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while part := file.read(2**20):
             state.update(part)
     return state.digest()
-
-
-def inspect_folder(
-    source: Any, near: Callable[[np.ndarray], str] | None = None, workers: int = 0, window: int | None = None
-) -> Iterator[Inspected]:
-    """Inspects each file, in the order of the folder: reads and decodes all of it, or a window in its middle."""
-    n = len(source)
-    chunks = [list(range(i, min(i + _CHUNK, n))) for i in range(0, n, _CHUNK)]
-    loader = DataLoader(
-        _Files(source, near, window),
-        batch_sampler=chunks,
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator(),
-    )
-    for files in loader:
-        yield from files
 
 
 def perceptual_hash() -> Callable[[np.ndarray], str] | None:
@@ -118,38 +103,33 @@ def thumbnail(image: torch.Tensor) -> np.ndarray:
     """An image `[C, H, W]` as RGB `[h, w, 3]` in [0, 1], at most 96 pixels per side; floats are stretched."""
     step = max(1, -(-max(image.shape[1:]) // _THUMBNAIL))
     x = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1))[:, ::step, ::step]
-    if x.dtype == torch.uint8:
-        return (x.float() / 255).permute(1, 2, 0).numpy()
-    low, high = x.min(), x.max()
-    return ((x - low) / (high - low).clamp(min=1e-12)).permute(1, 2, 0).numpy()
+    low, high = (0, 255) if x.dtype == torch.uint8 else (x.min(), (x.max() - x.min()).clamp(min=1e-12) + x.min())
+    return ((x.float() - low) / (high - low)).permute(1, 2, 0).numpy()
 
 
 def findings(files: list[Inspected], img_size: int) -> list[Finding]:
     """All findings in the order of the files, perhaps several per file."""
     kinds: Counter[Any] = Counter((x.header.channels, x.header.kind) for x in files if x.header and not x.error)
     usual = kinds.most_common(1)[0][0] if kinds else None
-    first: dict[bytes, str] = {}
-    hashes: defaultdict[str, list[str]] = defaultdict(list)
-    found = []
-    for x in files:
-        if x.error:
-            found.append(Finding(x.name, "unreadable", x.error))
-            continue
-        header: Any = x.header
-        if (header.channels, header.kind) != usual and usual is not None:
-            of = f"{header.channels} channels of {header.kind}, most files have {usual[0]} of {usual[1]}"
-            found.append(Finding(x.name, "differs", of))
-        if x.flat:
-            found.append(Finding(x.name, "flat", "every pixel has the same value"))
-        if min(header.height, header.width) < img_size:
-            found.append(Finding(x.name, "small", f"{header.height} x {header.width} pixels, crops are {img_size}"))
-        if x.digest in first:
-            found.append(Finding(x.name, "duplicate", f"the same bytes as {first[x.digest]}"))
-            continue
-        if x.digest is not None:
-            first[x.digest] = x.name
-        if x.near is not None:
-            if hashes[x.near]:
-                found.append(Finding(x.name, "near duplicate", f"looks like {hashes[x.near][0]}"))
-            hashes[x.near].append(x.name)
-    return found
+    first: dict[Any, str] = {}  # name of the first file with these bytes, or with this perceptual hash
+    return [Finding(x.name, kind, why) for x in files for kind, why in _problems(x, usual, first, img_size)]
+
+
+def _problems(x: Inspected, usual: Any, first: dict[Any, str], img_size: int) -> Iterator[tuple[str, str]]:
+    header: Any = x.header
+    if x.error:
+        yield "unreadable", x.error
+        return
+    if (header.channels, header.kind) != usual:
+        yield "differs", f"{header.channels} channels of {header.kind}, most files have {usual[0]} of {usual[1]}"
+    if x.flat:
+        yield "flat", "every pixel has the same value"
+    if min(header.height, header.width) < img_size:
+        yield "small", f"{header.height} x {header.width} pixels, crops are {img_size}"
+    if x.digest in first:
+        yield "duplicate", f"the same bytes as {first[x.digest]}"
+        return
+    if x.near in first:
+        yield "near duplicate", f"looks like {first[x.near]}"
+    for key in filter(None, (x.digest, x.near)):
+        first.setdefault(key, x.name)

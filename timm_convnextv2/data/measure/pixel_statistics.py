@@ -18,14 +18,10 @@ class PixelStatistics:
     order. The width is the smallest at which at most 8192 bins hold all values; it is `resolution`, the largest error
     of a percentile.
 
-    Attributes:
-        images: Number of images.
-        count: Pixels that have a value, `[C]`.
-        missing: Pixels without one: NaN, infinity, nodata.
-        mean: `[C]`; NaN if no pixel has a value.
-        low, high: Smallest and largest value.
-        zeros: Pixels that are 0.
-        saturated: Pixels that have the largest value of the type.
+    Attributes (by channel, `[C]`):
+        count, missing: Pixels that have a value; those that have none (NaN, infinity, nodata).
+        mean, low, high: Mean (NaN if no pixel has a value), smallest and largest value.
+        zeros, saturated: Pixels that are 0, and that have the largest value of the type.
     """
 
     def __init__(self, channels: int) -> None:
@@ -33,9 +29,8 @@ class PixelStatistics:
         self.count, self.missing, self.zeros, self.saturated = (np.zeros(channels, np.int64) for _ in range(4))
         self.mean, self.squares = np.zeros(channels), np.zeros(channels)
         self.low, self.high = np.full(channels, np.inf), np.full(channels, -np.inf)
-        self._bins: list[tuple[int, int, np.ndarray]] = [(0, 0, np.zeros(0, np.int64))] * channels
-        # pixels and sum of each image, for the standard error of the mean
-        self._of_images: list[np.ndarray] = []
+        self._bins: list[_Bins] = [(0, 0, np.zeros(0, np.int64))] * channels
+        self._of_images: list[np.ndarray] = []  # pixels and sum of each image, for the standard error of the mean
 
     def add(self, image: np.ndarray, largest: float | None = None) -> None:
         """Adds an image."""
@@ -129,13 +124,10 @@ class PixelStatistics:
         if not count:
             return {"pixels": 0, "missing": 1.0}
         named = {f"p{p}": self._percentile(c, p) for p in PERCENTILES}
-        return {
-            **{"mean": float(self.mean[c]), "std": float(self.std[c])},
-            **{"min": float(self.low[c]), **named, "max": float(self.high[c])},
-            **{"zeros": int(self.zeros[c]) / count, "saturated": int(self.saturated[c]) / count},
-            **{"missing": int(self.missing[c]) / (count + int(self.missing[c])), "pixels": count},
-            "resolution": float(self.resolution[c]),
-        }
+        values = {"mean": self.mean[c], "std": self.std[c], "min": self.low[c], **named, "max": self.high[c]}
+        values |= {"zeros": self.zeros[c] / count, "saturated": self.saturated[c] / count}
+        values |= {"missing": self.missing[c] / (count + self.missing[c]), "resolution": self.resolution[c]}
+        return {name: float(value) for name, value in values.items()} | {"pixels": count}
 
 
 _Bins = tuple[int, int, np.ndarray]  # width as a power of two, number of the first bin, pixels in each
@@ -169,17 +161,10 @@ def _coarser(power: int, first: int, counts: np.ndarray) -> _Bins:
 def _merged(a: _Bins, b: _Bins) -> _Bins:
     if not a[2].size or not b[2].size:
         return a if a[2].size else b
-    while True:
-        while a[0] < b[0]:
-            a = _coarser(*a)
-        while b[0] < a[0]:
-            b = _coarser(*b)
-        first = min(a[1], b[1])
-        size = max(a[1] + a[2].size, b[1] + b[2].size) - first
-        if size <= _BINS:
-            break
-        a, b = _coarser(*a), _coarser(*b)
-    counts = np.zeros(size, np.int64)
+    while a[0] != b[0] or max(a[1] + a[2].size, b[1] + b[2].size) - min(a[1], b[1]) > _BINS:
+        a, b = (_coarser(*a), b) if a[0] <= b[0] else (a, _coarser(*b))
+    first = min(a[1], b[1])
+    counts = np.zeros(max(a[1] + a[2].size, b[1] + b[2].size) - first, np.int64)
     for _, start, part in (a, b):
         counts[start - first : start - first + part.size] += part
     return a[0], first, counts

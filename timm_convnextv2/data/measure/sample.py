@@ -2,17 +2,20 @@
 
 import random
 from collections.abc import Callable, Iterator
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from ..formats.decode import groups_of, read_header
 from ..formats.errors import ImageError
 from ..formats.files import Header
 from ..formats.pixels import Pixels
 from ..formats.values import noting_stored
+from ..samples.batches import load_batches
+from ..sources.source import Source
 from ..sources.stream import TimmStream
 from .pixel_statistics import PixelStatistics
 
@@ -27,7 +30,7 @@ _NAMED = 3
 class Measured(NamedTuple):
     """Statistics of a sample."""
 
-    pixels: PixelStatistics  # the statistics, in units of the pixels that mean and std refer to
+    pixels: PixelStatistics  # in units of the pixels that mean and std refer to
     kind: str  # type of the stored values
     unit: float  # their divisor
     total: int | None  # images of the data set; None for a stream
@@ -42,7 +45,7 @@ class Measured(NamedTuple):
         of = "the first of a stream" if self.total is None else f"of {self.total}"
         return (
             f"measured on {self.pixels.images} images ({of}), standard error of the mean {self.error:.2g} standard "
-            f"deviations"
+            "deviations"
         )
 
 
@@ -56,38 +59,40 @@ class _Image(NamedTuple):
     why: str = ""
 
 
-class _Images(Dataset):
-    """`_Image` by index."""
-
-    def __init__(self, source: Any) -> None:
-        self.source = source
-
-    def __getitem__(self, i: int) -> _Image:
-        return _measured(lambda: self.source[i], lambda: self.source.name(i))
-
-
-def _measured(load: Callable[[], Any], name: Callable[[], str]) -> _Image:
+def _measured(load: Callable[[], Any], name: str) -> _Image:
     try:
         with noting_stored() as stored:
             image = load()
     except (ImageError, OSError) as error:
-        return _Image(name(), None, why=str(error))
+        return _Image(name, None, why=str(error))
     kind, unit, largest = stored.kind or str(image.dtype), stored.unit, stored.largest
     if image.dtype == torch.uint8:  # from a source whose images are always 8-bit
         image, kind, unit, largest = image.float() / 255, "uint8", 255.0, 1.0
     own = PixelStatistics(len(image))
     own.add(image.numpy(), largest)
-    return _Image(name(), own, kind, unit)
+    return _Image(name, own, kind, unit)
+
+
+def _measured_at(source: Source, i: int) -> _Image:
+    return _measured(partial(source.__getitem__, i), source.name(i))
+
+
+def _images(source: Source | TimmStream, seed: int, most: int, workers: int) -> Iterator[_Image]:
+    if isinstance(source, TimmStream):
+        return (_measured(load, name) for name, load in islice(source.undecoded(), most))
+    order = random.Random(seed).sample(range(len(source)), min(most, len(source)))
+    chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]
+    return chain.from_iterable(load_batches(partial(_measured_at, source), chunks, workers))
 
 
 def measure(
-    source: Any,
+    source: Source | TimmStream,
     *,
     seed: int = 0,
     error: float = ERROR,
     max_images: int = _MOST,
     workers: int = 0,
-    tick: Callable[[int], None] | None = None,
+    tick: Callable[[int], Any] = lambda count: None,
 ) -> Measured:
     """Measures images of a source in a seeded random order until the mean of each channel is known precisely enough.
 
@@ -96,8 +101,6 @@ def measure(
     on the source and the seed, not on the workers.
 
     Args:
-        source: Map-style or a stream.
-        seed: Seed of the order.
         error: Wanted standard error of the mean, in standard deviations of the pixels.
         max_images: Largest number of images to read.
         workers: Processes that decode; 0: this one.
@@ -108,11 +111,9 @@ def measure(
     total = None if isinstance(source, TimmStream) else len(source)
     kinds: dict[str, list[str]] = {}
     bad: list[str] = []
-    found: PixelStatistics | None = None
-    unit = 1.0
+    found, unit = None, 1.0
     for number, image in enumerate(_images(source, seed, max_images, workers), 1):
-        if tick is not None:
-            tick(1)
+        tick(1)
         if image.pixels is None:
             bad.append(image.why)
         else:
@@ -121,33 +122,20 @@ def measure(
             found = found or PixelStatistics(image.pixels.channels)
             found.merge(image.pixels)
         enough = number >= _LEAST and number % _CHUNK == 0 and number != total
-        if enough and found is not None and _error(found, total) <= error:
+        if enough and found and found.standard_error(total).max() <= error:
             break
     if found is None:
         raise _none_readable(bad)
     if len(kinds) > 1:
-        raise _mixed(kinds)
-    (kind,) = kinds
+        groups = sorted(kinds.items(), key=lambda item: -len(item[1]))
+        shown = "; ".join(f"{len(names)} of {kind} ({names[0]})" for kind, names in groups)
+        raise ValueError(
+            f"The images have {len(kinds)} types, which need different means and scales: {shown}. Convert them to one, "
+            "or keep each type in a folder of its own; to train on the mixture anyway, give --mean and --std."
+        )
+    (kind,), reached = kinds, float(found.standard_error(total).max())
     stored = float(found.low.min()) * unit, float(found.high.max()) * unit
-    return Measured(found, kind, unit, total, _error(found, total), error, bad, stored)
-
-
-def _error(found: PixelStatistics, total: int | None) -> float:
-    return float(found.standard_error(total).max())
-
-
-def _images(source: Any, seed: int, most: int, workers: int) -> Iterator[_Image]:
-    if isinstance(source, TimmStream):
-        for name, load in islice(source.undecoded(), most):
-            yield _measured(load, lambda name=name: name)
-        return
-    order = random.Random(seed).sample(range(len(source)), min(most, len(source)))
-    chunks = [order[i : i + _CHUNK] for i in range(0, len(order), _CHUNK)]
-    loader = DataLoader(
-        _Images(source), batch_sampler=chunks, num_workers=workers, collate_fn=list, generator=torch.Generator()
-    )
-    for images in loader:
-        yield from images
+    return Measured(found, kind, unit, total, reached, error, bad, stored)
 
 
 def _none_readable(bad: list[str]) -> ValueError:
@@ -155,16 +143,7 @@ def _none_readable(bad: list[str]) -> ValueError:
     return ValueError(f"None of {len(bad)} images tried can be read, for example:\n{reasons}")
 
 
-def _mixed(kinds: dict[str, list[str]]) -> ValueError:
-    groups = sorted(kinds.items(), key=lambda item: -len(item[1]))
-    shown = "; ".join(f"{len(names)} of {kind} ({names[0]})" for kind, names in groups)
-    return ValueError(
-        f"The images have {len(kinds)} types, which need different means and scales: {shown}. Convert them to one, or "
-        "keep each type in a folder of its own; to train on the mixture anyway, give --mean and --std."
-    )
-
-
-def find_channels(source: Any, seed: int = 0, page: int | str | None = None) -> int:
+def find_channels(source: Source, seed: int = 0, page: int | str | None = None) -> int:
     """Channels of a source's files by the headers of a sample; 3 if grey and colour images are mixed."""
     headers: list[tuple[str, Header]] = []
     bad: list[str] = []
@@ -186,10 +165,8 @@ def find_channels(source: Any, seed: int = 0, page: int | str | None = None) -> 
 
 def measured_options(found: PixelStatistics) -> tuple[list[float], list[float]]:
     """Mean and standard deviation as options take them, to six digits; a constant channel gets the deviation 1."""
-    mean = [float(f"{v:.6g}") for v in found.mean]
-    varies = found.high > found.low
-    std = [float(f"{v:.6g}") if more else 1.0 for v, more in zip(found.std, varies, strict=True)]
-    return mean, std
+    std = np.where(found.high > found.low, found.std, 1.0)
+    return [float(f"{v:.6g}") for v in found.mean], [float(f"{v:.6g}") for v in std]
 
 
 def measure_pixels(
@@ -213,24 +190,21 @@ def measure_pixels(
     found = measure(source, **options)
     if clip_percentiles is None:
         return found, pixels
-    limits = [_limits(found.pixels, c, clip_percentiles) for c in range(found.pixels.channels)]
-    low, high = zip(*limits, strict=True)
+    low, high = zip(*(_limits(found.pixels, c, clip_percentiles) for c in range(found.pixels.channels)), strict=True)
     pixels = pixels._replace(clip_low=low, clip_high=high)
-    if isinstance(source, TimmStream):
-        source = open_source(pixels)
-    else:
-        source = source.reading(source.in_chans, pixels)  # avoids a second listing or scan
+    # an indexed source is not listed or scanned again
+    source = open_source(pixels) if isinstance(source, TimmStream) else source.reading(source.in_chans, pixels)
     return measure(source, **options)._replace(stored=found.stored), pixels
 
 
 def _limits(found: PixelStatistics, c: int, percentiles: tuple[float, float]) -> tuple[float, float]:
     low, high = (float(f"{found.percentile(p)[c]:.6g}") for p in percentiles)
-    if not low < high:
-        if found.high[c] > found.low[c]:
-            raise ValueError(
-                f"--clip-percentiles {percentiles[0]:g} {percentiles[1]:g} leave one value in channel {c + 1}, "
-                f"{low:g}, and pixels range from {found.low[c]:g} to {found.high[c]:g}: choose wider ones, "
-                "such as 0 99.9, or name the value with --nodata if it is none."
-            )
-        high = low + 1  # a constant channel
-    return low, high
+    if low < high:
+        return low, high
+    if found.high[c] > found.low[c]:
+        raise ValueError(
+            f"--clip-percentiles {percentiles[0]:g} {percentiles[1]:g} leave one value in channel {c + 1}, {low:g}; "
+            f"pixels range from {found.low[c]:g} to {found.high[c]:g}. Choose wider ones, such as 0 99.9, or name the "
+            "value with --nodata if it is none."
+        )
+    return low, low + 1  # a constant channel

@@ -1,10 +1,9 @@
-"""Lists the images in a folder or a tar file, and counts the files that are left out."""
+"""Walks folders and tar files, and counts the files that are left out."""
 
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,16 +33,13 @@ class LeftOut:
 
     def add_special(self, path: str, kind: str) -> None:
         """Counts a file that is not regular."""
-        self.num_special += 1
-        if len(self.special) < _NAMED_SPECIAL:
-            self.special[printable(path)] = kind
+        self.merge(LeftOut(Counter(), {printable(path): kind}, 1))
 
     def merge(self, other: "LeftOut") -> None:
         """Adds the files that were left out elsewhere."""
         self.ignored += other.ignored
         self.num_special += other.num_special
-        room = _NAMED_SPECIAL - len(self.special)
-        self.special.update([*other.special.items()][:room])
+        self.special.update([*other.special.items()][: _NAMED_SPECIAL - len(self.special)])
 
     def __str__(self) -> str:
         parts = []
@@ -73,7 +69,7 @@ def walk(
     """Walks all folders from `root` down, each once, in a fixed order.
 
     Hidden files and folders (leading dot) are skipped; links to folders are followed. Only regular files are opened. A
-    folder named `.zarr` that holds a Zarr array or group is one file.
+    folder named `.zarr` that holds a Zarr array or group is one file. `stamps` receives each folder's time of change.
 
     Yields:
         Path of a folder below `root` ('' for itself), the sorted names of its images, and the number of its other
@@ -82,27 +78,25 @@ def walk(
     seen, folders = set(), [""]
     while folders:
         folder = folders.pop()
-        below: list[str] = []
-        images: list[str] = []
-        others = 0
+        path = os.path.join(root, folder)
+        below, images, others = [], [], 0
         try:
-            info = os.stat(os.path.join(root, folder))
+            info = os.stat(path)
             if (info.st_dev, info.st_ino) in seen:
                 continue
             seen.add((info.st_dev, info.st_ino))
             if stamps is not None:
-                stamps.append((os.path.join(root, folder), info.st_mtime_ns))
-            with os.scandir(os.path.join(root, folder)) as entries:
+                stamps.append((path, info.st_mtime_ns))
+            with os.scandir(path) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
                     extension = os.path.splitext(entry.name)[1].lower()
-                    kind = _kind_of_entry(entry)
-                    if kind == "folder" and extension == ".zarr" and is_zarr(entry.path):
-                        kind = ""
-                    if kind == "folder":
+                    # `kind_of_file` would cost another system call
+                    kind = "" if entry.is_file(follow_symlinks=False) else kind_of_file(entry.path)
+                    if kind == "folder" and not (extension == ".zarr" and is_zarr(entry.path)):
                         below.append(entry.name)
-                    elif kind:
+                    elif kind not in ("", "folder"):
                         left.add_special(entry.path, kind)
                     elif extension in extensions:
                         images.append(entry.name)
@@ -110,36 +104,29 @@ def walk(
                         left.ignored[printable(extension)] += 1
                         others += 1
         except OSError as error:
-            raise ValueError(f"Cannot list the folder {printable(os.path.join(root, folder))}: {error}") from error
+            raise ValueError(f"Cannot list the folder {printable(path)}: {error}") from error
         yield folder, sorted(images), others
         folders.extend(os.path.join(folder, name) for name in sorted(below, reverse=True))
-
-
-def _kind_of_entry(entry: os.DirEntry) -> str:
-    """As `kind_of_file`; on most file systems without another system call."""
-    if entry.is_file(follow_symlinks=False):
-        return ""
-    if entry.is_dir(follow_symlinks=False):
-        return "folder"
-    return kind_of_file(entry.path)
 
 
 def open_tar(
     path: str, class_map: Any = "", extensions: Collection[str] | None = None
 ) -> tuple[ReaderImageInTar, LeftOut]:
     """timm's reader of a tar file (or of tars in a tar) for all kinds of images, and the files that it leaves out."""
-    extensions = set(extensions or image_extensions())
-    left = LeftOut()
+    extensions, left = set(extensions or image_extensions()), LeftOut()
+    before: Any = get_img_extensions()
     try:
         with tarfile.open(path) as tar:
             found = _count(tar, extensions, left)
         if not found:
             raise ValueError(f"0 images in {printable(path)}: {left or 'it has no files'}.")
-        with _img_extensions(extensions):
-            # an open tar file that forked workers inherit has one read position for all of them
-            reader = ReaderImageInTar(path, class_map, cache_tarfiles=False)
+        set_img_extensions(tuple(extensions))
+        # an open tar file that forked workers inherit has one read position for all of them
+        reader = ReaderImageInTar(path, class_map, cache_tarfiles=False)
     except (AssertionError, OSError, tarfile.TarError) as error:
         raise ValueError(f"{printable(path)} cannot be read ({type(error).__name__}: {error}).") from error
+    finally:
+        set_img_extensions(before)
     if len(reader) < found and not class_map:
         raise ValueError(
             f"{printable(path)} has {found} images, and timm reads {len(reader)}: its list of the content beside the "
@@ -163,14 +150,3 @@ def _count(tar: tarfile.TarFile, extensions: Collection[str], left: LeftOut) -> 
         else:
             left.ignored[printable(extension)] += 1
     return found
-
-
-@contextmanager
-def _img_extensions(extensions: Collection[str]) -> Iterator[None]:
-    """Makes timm take these extensions for images."""
-    before: Any = get_img_extensions()
-    set_img_extensions(tuple(extensions))
-    try:
-        yield
-    finally:
-        set_img_extensions(before)

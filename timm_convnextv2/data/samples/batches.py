@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -45,36 +46,40 @@ def preprocessing(config: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tens
     return v2.Compose([resize, *scale])
 
 
-class _Images(Dataset):
-    """`Item` by index."""
+class _Loads(Dataset):
+    """`load(i)` by index."""
 
-    def __init__(self, source: Source, transform: Callable) -> None:
-        self.source, self.transform = source, transform
+    def __init__(self, load: Callable[[int], Any]) -> None:
+        self.load = load
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def __getitem__(self, i: int) -> Any:
+        return self.load(i)
 
-    def __getitem__(self, i: int) -> Item:
-        try:
-            image = self.source[i]
-        except (ImageError, MissingPackageError, OSError) as e:
-            return Item(i, self.source.row_name(i), None, e)
-        return Item(i, self.source.row_name(i), self.transform(image))
+
+def load_batches(load: Callable[[int], Any], batches: Sequence[Sequence[int]], workers: int) -> Iterator[list]:
+    """`load(i)` for the indices of each batch, called by `workers` processes (0: this one)."""
+    options: Any = dict(batch_sampler=batches, num_workers=workers, collate_fn=list, generator=torch.Generator())
+    return iter(DataLoader(_Loads(load), **options))
+
+
+def _item(load: Callable[[], Any], transform: Callable, index: int, name: str) -> Item:
+    try:
+        return Item(index, name, transform(load()))
+    except (ImageError, MissingPackageError, OSError) as e:
+        return Item(index, name, None, e)
+
+
+def _source_item(source: Source, transform: Callable, i: int) -> Item:
+    return _item(partial(source.__getitem__, i), transform, i, source.row_name(i))
 
 
 def map_batches(
     source: Source, transform: Callable, batch_size: int, numbers: Sequence[int], workers: int
 ) -> Iterator[Batch]:
     """The batches of a source with these numbers, decoded by `workers` processes."""
-    loader = DataLoader(
-        _Images(source, transform),
-        batch_sampler=[list(range(len(source))[n * batch_size : (n + 1) * batch_size]) for n in numbers],
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator(),
-    )
-    for number, items in zip(numbers, loader, strict=True):
-        yield Batch(number, len(items), items)
+    batches = [range(len(source))[n * batch_size : (n + 1) * batch_size] for n in numbers]
+    loaded = load_batches(partial(_source_item, source, transform), batches, workers)
+    return (Batch(number, len(items), items) for number, items in zip(numbers, loaded, strict=True))
 
 
 def stream_batches(
@@ -86,12 +91,6 @@ def stream_batches(
     GIL.
     """
 
-    def prepare(index: int, name: str, load: Callable) -> Item:
-        try:
-            return Item(index, name, transform(load()))
-        except (ImageError, MissingPackageError, OSError) as e:
-            return Item(index, name, None, e)
-
     def finish(number: int, size: int, futures: list[Future[Item]] | None) -> Batch:
         return Batch(number, size, None if futures is None else [future.result() for future in futures])
 
@@ -102,7 +101,8 @@ def stream_batches(
             group = list(islice(samples, batch_size))
             if not group:
                 break
-            futures = [pool.submit(prepare, i, *sample) for i, sample in group] if wanted(number) else None
+            submit = partial(pool.submit, _item)
+            futures = [submit(load, transform, i, name) for i, (name, load) in group] if wanted(number) else None
             ahead.append((number, len(group), futures))
             if len(ahead) > 2:  # the threads stay two batches ahead of the model
                 yield finish(*ahead.popleft())

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from ...models.masking import random_mask
@@ -19,34 +20,8 @@ _KEPT_OF_SKIPPED = 32  # most bad images in a row at the position where a resume
 _MAX_BAD_IN_A_ROW = 1000  # a corrupt folder or shard; --max-bad-images stops most runs earlier
 
 
-def _choose(transform: Callable, seed: int) -> Choose | None:
-    """How far an image may be reduced for the crop of this seed; None if the transform has no `reduction`."""
-    reduction = getattr(transform, "reduction", None)
-    if reduction is None:
-        return None
-
-    def choose(size: tuple[int, int]) -> int:
-        with seeded(seed):
-            return reduction(size)
-
-    return choose
-
-
-def _make_sample(
-    image: torch.Tensor | Reduced, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    with seeded(seed):
-        sample = transform(image)
-    generator = torch.Generator().manual_seed(mix(seed, 1))
-    return sample, random_mask(1, grid, mask_ratio, generator=generator)[0]
-
-
-class PretrainDataset(Dataset):
-    """Samples of masked pretraining, whose crop, flip and mask depend on (seed, epoch, index) only.
-
-    `dataset[epoch, index]` is `(image [C, H, W], mask [h, w], bad)`: `mask` is bool, True = removed. An image that
-    cannot be decoded is replaced by the next one that can, under the random numbers of the original; `bad` lists
-    `(index, message)` of the unreadable ones. A thousand unreadable images in a row are a ValueError.
+class _Samples:
+    """The parts of a data set of samples.
 
     Args:
         transform: Decoded image `[C, h, w]` to network input; may use torch's global CPU generator, no other random
@@ -56,7 +31,7 @@ class PretrainDataset(Dataset):
     """
 
     def __init__(
-        self, source: Source, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int = 0
+        self, source: Any, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int = 0
     ) -> None:
         self.source, self.transform, self.grid, self.mask_ratio, self.seed = source, transform, grid, mask_ratio, seed
         random_mask(1, grid, mask_ratio, generator=torch.Generator())  # fails here, not in a worker
@@ -64,21 +39,48 @@ class PretrainDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def choose(self, seed: int) -> Choose | None:
+        """How far an image may be reduced for the crop of this seed; None if the transform has no `reduction`."""
+        reduction = getattr(self.transform, "reduction", None)
+        if reduction is None:
+            return None
+
+        def choose(size: tuple[int, int]) -> int:
+            with seeded(seed):
+                return reduction(size)
+
+        return choose
+
+    def sample(self, image: torch.Tensor | Reduced, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The input and the mask of this seed."""
+        with seeded(seed):
+            sample = self.transform(image)
+        generator = torch.Generator().manual_seed(mix(seed, 1))
+        return sample, random_mask(1, self.grid, self.mask_ratio, generator=generator)[0]
+
+
+class PretrainDataset(_Samples, Dataset):
+    """Samples of masked pretraining, whose crop, flip and mask depend on (seed, epoch, index) only.
+
+    `dataset[epoch, index]` is `(image [C, H, W], mask [h, w], bad)`: `mask` is bool, True = removed. An image that
+    cannot be decoded is replaced by the next one that can, under the random numbers of the original; `bad` lists
+    `(index, message)` of the unreadable ones. A thousand unreadable images in a row are a ValueError.
+    """
+
+    source: Source
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, Bad]:
         epoch, index = key
-        n, bad = len(self), []
-        seed = sample_seed(self.seed, epoch, index)
-        choose = _choose(self.transform, seed)
+        n, bad, seed = len(self), [], sample_seed(self.seed, epoch, index)
         for offset in range(min(_MAX_BAD_IN_A_ROW, n)):
             i = (index + offset) % n
             try:
-                image = self.source.read(i, choose, seed=mix(seed, 2))
-                break
+                image = self.source.read(i, self.choose(seed), seed=mix(seed, 2))
             except (ImageError, OSError) as error:
                 bad.append((i, self.source.reason(i, error)))
-        else:
-            raise _too_many(bad)
-        return *_make_sample(image, self.transform, self.grid, self.mask_ratio, seed), bad
+            else:
+                return *self.sample(image, seed), bad
+        raise _too_many(bad)
 
 
 def _too_many(bad: Bad) -> ValueError:
@@ -88,8 +90,8 @@ def _too_many(bad: Bad) -> ValueError:
     )
 
 
-class PretrainStream(IterableDataset):
-    """`PretrainDataset` for streams: yields `(image [C, H, W], mask [h, w], bad)`.
+class PretrainStream(_Samples, IterableDataset):
+    """`PretrainDataset` for a `TimmStream`: yields `(image [C, H, W], mask [h, w], bad)`.
 
     Crop, flip and mask depend on (seed, epoch, rank, worker, position in the worker's stream); the reader decides which
     image is at a position, depending on the number of workers. An image that cannot be decoded is replaced by the last
@@ -97,19 +99,12 @@ class PretrainStream(IterableDataset):
     the index in `bad` is the position. A run resumed within an epoch rereads the consumed images without decoding.
     """
 
-    def __init__(
-        self, source: TimmStream, transform: Callable, grid: tuple[int, int], mask_ratio: float, seed: int = 0
-    ) -> None:
-        super().__init__()
-        from timm.data.readers.shared_count import SharedCount
+    source: TimmStream
 
-        self.source, self.transform, self.grid, self.mask_ratio, self.seed = source, transform, grid, mask_ratio, seed
+    def __init__(self, source: TimmStream, *sampling: Any, **named: Any) -> None:
+        super().__init__(source, *sampling, **named)
         # shared memory: reaches persistent workers
         self.epoch, self.start, self.batch_size = SharedCount(), SharedCount(), SharedCount(1)
-        random_mask(1, grid, mask_ratio, generator=torch.Generator())
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def set_epoch(self, epoch: int, start_batch: int = 0, batch_size: int = 1) -> None:
         """Selects the random numbers, the reader's order, and the batch to start from; call before iterating.
@@ -139,7 +134,7 @@ class PretrainStream(IterableDataset):
         for position, (name, load) in numbered:
             bad, image = [], None
             try:
-                image = load(_choose(self.transform, sample_seed(stream, epoch, position)))
+                image = load(self.choose(sample_seed(stream, epoch, position)))
             except ImageError as error:
                 message = str(error)
                 bad = [(position, message if name in message else f"{name}: {message}")]
@@ -155,8 +150,8 @@ class PretrainStream(IterableDataset):
             for at, reported in [*waiting, (position, bad)]:
                 seed = sample_seed(stream, epoch, at)
                 # the replacement of a bad image is decoded again, at the size that this crop needs
-                shown: Any = last(_choose(self.transform, seed)) if reported else image
-                yield *_make_sample(shown, self.transform, self.grid, self.mask_ratio, seed), reported
+                shown: Any = last(self.choose(seed)) if reported else image
+                yield *self.sample(shown, seed), reported
             waiting = []
         if waiting:
             raise _too_many(in_a_row)

@@ -13,37 +13,26 @@ class EpochBatchSampler:
 
     A global batch is `batch_size * world_size` consecutive entries of the permutation; rank r takes every
     `world_size`-th of them, starting with r. So N processes together see the batches of one process with N times the
-    batch size. An incomplete last global batch is dropped. The epoch is part of each index, so that it
-    reaches persistent workers.
+    batch size. An incomplete last global batch is dropped. The epoch in each index reaches persistent workers.
 
-    Args:
-        num_samples: Length of the data set, at least one global batch.
-        batch_size: Images per batch and process.
-        groups: Weighted sampling of the same number of images; None: each image at most once.
+    With `groups`, as many images are drawn by weight; without them, each image comes at most once.
     """
 
     def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        self, num_samples: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1,
         groups: Groups | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
                 f"Expected batch_size >= 1 and 0 <= rank < world_size, got batch_size {batch_size}, rank {rank}, "
                 f"world_size {world_size}."
             )
         if world_size > num_samples:
-            raise ValueError(
-                f"{world_size} processes cannot share {num_samples} image{'s' * (num_samples != 1)}; start at most "
-                f"{num_samples} processes."
-            )
+            images = f"{num_samples} image{'s' * (num_samples != 1)}"
+            raise ValueError(f"{world_size} processes cannot share {images}; start at most {num_samples}.")
         if batch_size * world_size > num_samples:
             raise ValueError(
-                f"A batch of {batch_size} images on {world_size} process{'es' * (world_size != 1)} needs "
+                f"--batch-size {batch_size} on {world_size} process{'es' * (world_size != 1)} needs "
                 f"{batch_size * world_size} images, the data set has {num_samples}; the largest --batch-size that "
                 f"works is {num_samples // world_size}."
             )

@@ -28,14 +28,13 @@ def shard_note(source: TimmStream, workers: int, processes: int) -> str:
     sharing = each if source.kind == "hfids" and shards % processes else readers
     if shards % sharing:
         return (
-            f"{shards} shards do not divide evenly among {sharing} data workers ({processes} processes x {each}): "
-            "an epoch repeats some images and skips others, the next epoch other ones. Choose --workers so that they "
-            "divide evenly."
+            f"{shards} shards do not divide evenly among {sharing} data workers ({processes} processes x {each}): an "
+            "epoch repeats some images and skips others, the next epoch other ones. Choose other --workers."
         )
     images, made = source.reader.num_samples, len(source) * processes
-    if made != images:
-        return (
-            f"An epoch takes {made} images of {images}, because each of {readers} data workers makes whole batches: "
-            f"{made - images} {'is' if made - images == 1 else 'are'} repeated."
-        )
-    return ""
+    if made == images:
+        return ""
+    return (
+        f"An epoch takes {made} images of {images}, because each of {readers} data workers makes whole batches: "
+        f"{made - images} {'is' if made - images == 1 else 'are'} repeated."
+    )

@@ -19,15 +19,11 @@ class InputStatistics:
     """
 
     def __init__(self, patch: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.patch, self.images = patch, 0
-        self.given_mean = torch.tensor(mean, dtype=torch.float64)
-        self.given_std = torch.tensor(std, dtype=torch.float64)
-        channels = len(self.given_mean)
+        self.patch, self.images, channels = patch, 0, len(mean)
+        self.given_mean, self.given_std = (torch.tensor(v, dtype=torch.float64) for v in (mean, std))
         self.low, self.high = torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf)
-        self._means: list[torch.Tensor] = []  # [C] of each image
-        self._variances: list[torch.Tensor] = []
-        self._flat: list[torch.Tensor] = []
-        self._patch_variances: list[torch.Tensor] = []  # [patches] of each image, all channels together
+        # of each image: mean, variance and share of flat patches `[C]`; variance of each patch, all channels together
+        self._rows: list[tuple[torch.Tensor, ...]] = []
         self._equal = torch.ones(channels, channels, dtype=torch.bool).triu(1)
 
     def add(self, image: torch.Tensor) -> None:
@@ -36,12 +32,10 @@ class InputStatistics:
         patches = image.view(chans, height // self.patch, self.patch, width // self.patch, self.patch)
         variances, means = (x.flatten(1).double() for x in torch.var_mean(patches, dim=(2, 4), correction=0))
         mean, pixels = means.mean(1), self.patch**2
-        self._means.append(mean)
-        self._variances.append(variances.mean(1) + means.var(1, correction=0))
-        unbiased = pixels / max(1, pixels - 1)
-        self._flat.append((variances * unbiased <= FLAT).double().mean(1))
+        flat = (variances * (pixels / max(1, pixels - 1)) <= FLAT).double().mean(1)
         together = variances.mean(0) + means.var(0, correction=0)
-        self._patch_variances.append(together * chans * pixels / max(1, chans * pixels - 1))
+        together = together * chans * pixels / max(1, chans * pixels - 1)
+        self._rows.append((mean, variances.mean(1) + means.var(1, correction=0), flat, together))
         low, high = image.amin((1, 2)), image.amax((1, 2))
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         self._compare_channels(image, mean, low, high)
@@ -61,16 +55,18 @@ class InputStatistics:
             one, other = (image[c].double() * self.given_std[c] + self.given_mean[c] for c in (a, b))
             self._equal[a, b] = bool((one - other).abs().amax() <= rounding)
 
+    def _column(self, i: int) -> torch.Tensor:
+        return torch.stack([row[i] for row in self._rows])
+
     @property
     def mean(self) -> torch.Tensor:
         """Mean after normalisation, `[C]` float64."""
-        return torch.stack(self._means).mean(0)
+        return self._column(0).mean(0)
 
     @property
     def std(self) -> torch.Tensor:
         """Standard deviation over all pixels of all images after normalisation, `[C]` float64."""
-        means = torch.stack(self._means)
-        return (torch.stack(self._variances).mean(0) + means.var(0, correction=0)).sqrt()
+        return (self._column(1).mean(0) + self._column(0).var(0, correction=0)).sqrt()
 
     @property
     def stored_mean(self) -> torch.Tensor:
@@ -85,12 +81,12 @@ class InputStatistics:
     @property
     def flat(self) -> torch.Tensor:
         """Fraction of patches whose variance after normalisation is at most `FLAT`, `[C]` float64."""
-        return torch.stack(self._flat).mean(0)
+        return self._column(2).mean(0)
 
     @property
     def patch_variance(self) -> float:
         """Median over patches of the variance over all channels, by which the loss divides."""
-        return float(torch.cat(self._patch_variances).median())
+        return float(self._column(3).median())
 
     @property
     def constant(self) -> list[int]:
@@ -102,9 +98,8 @@ class InputStatistics:
     def equal(self) -> list[list[int]]:
         """Groups of channels that are equal in every image before normalisation, and not constant."""
         groups: list[list[int]] = []
-        constant = set(self.constant)
         for a, b in self._equal.nonzero().tolist():
-            if a in constant or b in constant:
+            if {a, b} & {*self.constant}:
                 continue
             group = next((g for g in groups if a in g or b in g), None)
             if group is None:

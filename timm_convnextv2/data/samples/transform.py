@@ -26,13 +26,10 @@ class PretrainTransform:
 
     Args:
         img_size: Output size in pixels, one side or `(H, W)`.
-        scale: Range of the crop's area relative to the image.
-        ratio: Range of the crop's width / height.
-        hflip: Probability of a horizontal flip.
-        vflip: Probability of a vertical flip.
+        scale, ratio: Ranges of the crop's area relative to the image, and of its width / height.
+        hflip, vflip: Probabilities of a horizontal and of a vertical flip.
         interpolation: 'bilinear', 'bicubic' or 'nearest', antialiased.
-        mean: Mean per channel, in units of the scaled image (uint8 images: 0..1).
-        std: Standard deviation per channel, same units.
+        mean, std: One number per channel, in units of the scaled image (uint8 images: 0..1).
     """
 
     def __init__(
@@ -53,20 +50,17 @@ class PretrainTransform:
             raise ValueError(f"scale must be two fractions of the area, 0 < low <= high <= 1, got {scale}.")
         if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
             raise ValueError(f"ratio must be two values of width / height, 0 < low <= high, got {ratio}.")
-        for option, p in (("hflip", hflip), ("vflip", vflip)):
-            if not 0 <= p <= 1:
-                raise ValueError(f"{option} is a probability in [0, 1], got {p}.")
+        if not (0 <= hflip <= 1 and 0 <= vflip <= 1):
+            raise ValueError(f"hflip and vflip are probabilities from 0 to 1, got {hflip} and {vflip}.")
         if interpolation not in ("bilinear", "bicubic", "nearest"):
             raise ValueError(f"interpolation must be 'bilinear', 'bicubic' or 'nearest', got '{interpolation}'.")
         if len(mean) != len(std) or min(std) <= 0:
             raise ValueError(f"mean and std must have the same length and std be positive, got {mean} and {std}.")
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.interpolation = interpolation
+        self.mean, self.std, self.interpolation = tuple(mean), tuple(std), interpolation
         self.crop = v2.RandomResizedCrop(self.img_size, scale, ratio, InterpolationMode(interpolation), antialias=True)
-        steps: list[torch.nn.Module] = [v2.RandomHorizontalFlip(hflip)] if hflip else []
-        steps += [v2.RandomVerticalFlip(vflip)] if vflip else []
-        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        self.steps = v2.Compose(steps)
+        flips = [v2.RandomHorizontalFlip(hflip)] * bool(hflip) + [v2.RandomVerticalFlip(vflip)] * bool(vflip)
+        scaling = v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)
+        self.steps = v2.Compose([*flips, *scaling])
 
     def reduction(self, size: tuple[int, int]) -> int:
         """The largest factor of 1, 2, 4, 8 by which an image of this `(height, width)` may be decoded smaller.
@@ -109,9 +103,9 @@ class PretrainTransform:
         """`[C, h, w]` uint8 or float, or `Reduced` -> float32 `[C, H, W]`, normalised."""
         channels = len(image.pixels if isinstance(image, Reduced) else image)
         if channels != len(self.mean):
+            given = len(self.mean)
             raise ValueError(
-                f"The image has {channels} channels but mean and std have {len(self.mean)} numbers; give one "
-                "number per channel (--mean, --std)."
+                f"The image has {channels} channels, --mean and --std have {given} numbers: give one each."
             )
         cropped = self._crop_reduced(image) if isinstance(image, Reduced) else self.crop(image)
         return self.steps(cropped).contiguous()

@@ -79,7 +79,7 @@ def _open_files(
         TimmSource(DataSet(), origin.root, in_chans, pixels)
         if origin.kind == "tar"
         else FolderSource(origin.root, in_chans, pixels, names, grows=origin.kind != "list")
-        for origin, names in listing.parts()
+        for origin, names in zip(listing.origins, listing.names, strict=True)
     ]
     source = parts[0] if len(parts) == 1 else JoinedSource(parts)
     source.left.merge(listing.left)  # pyright: ignore[reportAttributeAccessIssue]  # of files it is a LeftOut
