@@ -92,7 +92,8 @@ def npy_header(file: BinaryIO, page: Any) -> Header:
     shape, _, dtype = _read_header(file)
     if len(shape) not in (2, 3):
         raise ImageError(f"has shape {shape}, expected [H, W], [H, W, C] or [C, H, W]")
+    if len(shape) == 2:
+        return Header("npy", *shape, 1, str(dtype))
     # fewer channels than rows
-    last = len(shape) == 2 or shape[2] <= shape[0]
-    height, width, channels = (*shape, 1)[:3] if last else (shape[1], shape[2], shape[0])
+    height, width, channels = shape if shape[2] <= shape[0] else (shape[1], shape[2], shape[0])
     return Header("npy", height, width, channels, str(dtype))

@@ -154,11 +154,11 @@ def decode_any(
             return from_pil(image, in_chans, pixels)
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
-    if isinstance(image, bytes) and not image:
-        raise ImageError(f"{name}: has no image, check the name of the input key")
     if hasattr(image, "read"):
         with image:
             image = image.read()
+    if isinstance(image, bytes) and not image:
+        raise ImageError(f"{name}: has no image, check the name of the input key")
     if not isinstance(image, str | bytes):
         raise ImageError(f"{name}: is {type(image).__name__}, expected an image; check the name of the input key")
     return decode(image, in_chans, name, choose, pixels, convert)
