@@ -127,5 +127,5 @@ def start(script):
 def test_a_wrong_model_is_one_message(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--model", "local-dir:absent"])
     assert start(script) == 2
-    start_of = "error: The model 'local-dir:absent' cannot be loaded (ValueError: 'absent' is not a timm folder"
+    start_of = "error: The model 'local-dir:absent' cannot be loaded (ValueError: 'absent' is not the folder of a model"
     assert capsys.readouterr().err.startswith(start_of)

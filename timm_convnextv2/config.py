@@ -3,15 +3,13 @@
     @dataclass(frozen=True)
     class Schedule:
         epochs: int = option(800, "passes over the images", at_least=1)
-        lr: float | None = option(None, "peak learning rate; replaces --lr-base", above=0)
 
     @dataclass(frozen=True)
     class PretrainConfig:
         schedule: Schedule = part(Schedule, "schedule")
 
-    parser = CommandParser(prog=...)
     add_options(parser, PretrainConfig)
-    given = words_given(parser, argv)                       # {'epochs': 5}: only what the command line sets
+    given = words_given(parser, argv)                       # {'epochs': 5}: only what argv sets
     config = build(PretrainConfig, read_yaml(PretrainConfig, path), given)  # later layers win; values are checked
     resolved = evolve(config, lr=1e-3)                      # a second value; the first never changes
     flat(resolved)                                          # {'epochs': 5, 'lr': 0.001}, as args.yaml records it
@@ -28,6 +26,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache
+from operator import ge, gt, le
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,13 +144,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     for entry in entries(cls).values():
         if entry.title not in groups:
             groups[entry.title] = parser.add_argument_group(entry.title)
-        groups[entry.title].add_argument(*_names(entry), **_keywords(entry))
-
-
-def _names(entry: Entry) -> list[str]:
-    if entry.option.positional:
-        return [entry.name]
-    return [entry.option.short, entry.flag] if entry.option.short else [entry.flag]
+        names = [entry.name] if entry.option.positional else [name for name in (entry.option.short, entry.flag) if name]
+        groups[entry.title].add_argument(*names, **_keywords(entry))
 
 
 def _keywords(entry: Entry) -> dict[str, Any]:
@@ -179,12 +173,12 @@ def _help(entry: Entry) -> str:
     text, default = entry.option.help, entry.default
     if default is MISSING or default is False or default in (None, "", {}, ()) or "default" in text:
         return text
-    shown = (
-        " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in default)
-        if isinstance(default, tuple)
-        else ("yes" if default is True else f"{default:g}" if isinstance(default, float) else default)
-    )
-    return f"{text} (default: {shown})".lstrip()
+    shown = ["yes" if v is True else f"{v:g}" if isinstance(v, float) else str(v) for v in _values(default)]
+    return f"{text} (default: {' '.join(shown)})".lstrip()
+
+
+def _values(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def words_given(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
@@ -277,16 +271,13 @@ def check_limits(config: Any) -> None:
     values = flat(config, recorded_only=False)
     for name, entry in entries(type(config)).items():
         spec, value = entry.option, values[name]
-        for one in value if isinstance(value, tuple) else (value,):
+        limits = (("at least", spec.at_least, ge), ("above", spec.above, gt), ("at most", spec.at_most, le))
+        for one in _values(value):
             if isinstance(one, bool) or not isinstance(one, int | float):
                 continue
-            # `not` before the comparison: NaN is refused as well
-            if spec.at_least is not None and not one >= spec.at_least:
-                raise ValueError(f"{entry.flag} must be at least {spec.at_least:g}, got {one:g}.")
-            if spec.above is not None and not one > spec.above:
-                raise ValueError(f"{entry.flag} must be above {spec.above:g}, got {one:g}.")
-            if spec.at_most is not None and not one <= spec.at_most:
-                raise ValueError(f"{entry.flag} must be at most {spec.at_most:g}, got {one:g}.")
+            for words, limit, holds in limits:
+                if limit is not None and not holds(one, limit):  # `not`: NaN is refused as well
+                    raise ValueError(f"{entry.flag} must be {words} {limit:g}, got {one:g}.")
 
 
 def evolve(config: C, **values: Any) -> C:

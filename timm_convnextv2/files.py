@@ -113,18 +113,26 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     part = new_part(path)
     try:
-        yield part
-        sync(part)
-        os.replace(part, path)
-        sync(path.parent)
+        with write_errors(f"'{path}'"):
+            yield part
+            sync(part)
+            os.replace(part, path)
+            sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def write_errors(what: str) -> Iterator[None]:
+    """Turns errors of the system while `what`, such as a path, is written into a `WriteError`."""
+    try:
+        yield
     except Exception as e:
         reason = system_reason(e)
         if reason is None:
             raise
-        raise WriteError(f"'{path}' cannot be written: {reason}.") from e
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        raise WriteError(f"{what} cannot be written: {reason}.") from e
 
 
 def write_json(path: str | os.PathLike, content: Any, indent: int | None = None) -> None:
@@ -160,14 +168,12 @@ def system_reason(error: BaseException) -> str | None:
 def claim_folder(
     output: str | os.PathLike, names: Sequence[str] = (), *, overwrite: bool, flag: str = "--overwrite"
 ) -> Path:
-    """Creates the folder of --output.
+    """Creates the folder of --output; a ValueError if it is a file, or holds files that must not be replaced.
 
     Args:
         names: Files that will be written; if empty, any file in the folder is in the way.
         overwrite: Existing files may be replaced.
-
-    Raises:
-        ValueError: It is a file, or contains files that must not be replaced.
+        flag: The option that allows it; '' if there is none.
     """
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
@@ -175,16 +181,20 @@ def claim_folder(
     found = [name for name in names if (folder / name).exists()]
     if not overwrite and (found or (not names and folder.is_dir() and any(folder.iterdir()))):
         what = f"already has {', '.join(found)}" if found else "is not empty"
-        raise ValueError(f"--output '{folder}' {what}. Pass {flag}, or choose another folder.")
+        raise ValueError(
+            f"--output '{folder}' {what}. {f'Pass {flag}, or choose' if flag else 'Choose'} another folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def check_free(path: str | os.PathLike, *, overwrite: bool) -> Path:
-    """The path of a file to write; a ValueError if it exists and must not be replaced."""
-    path = Path(path)
+def check_free(path: str | os.PathLike, *, overwrite: bool, flag: str = "--overwrite") -> Path:
+    """The path of a file to write; a ValueError if it is a folder, or exists and must not be replaced."""
+    path, remedy = Path(path), f"Pass {flag}, or choose" if flag else "Choose"
+    if path.is_dir():
+        raise ValueError(f"--output '{path}' is a folder, expected a file.")
     if path.exists() and not overwrite:
-        raise ValueError(f"--output '{path}' exists. Pass --overwrite, or choose another --output.")
+        raise ValueError(f"--output '{path}' exists. {remedy} another --output.")
     return path
 
 
@@ -222,12 +232,11 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     only a broken structure is detected there.
 
     Args:
-        path: `*.safetensors`, or a file of `torch.save` with tensors, plain data and an `argparse.Namespace` (as in
-            training checkpoints of timm and of the official code).
+        path: `*.safetensors`, or a file of `torch.save` with tensors, plain data and, as timm writes it, a Namespace.
 
     Raises:
-        CheckpointError: The only error: the file is missing, corrupt or in another format, its pickle asks for code, or
-            it does not contain a dictionary.
+        CheckpointError: (the only error) The file is missing, corrupt or in another format, its pickle asks for code,
+            or it does not contain a dictionary.
     """
     path = Path(path)
     if not path.is_file():
@@ -239,14 +248,12 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as e:
         wanted = re.search(r"(?:GLOBAL|global:) (?!GLOBAL)([\w.]+)", str(e))
-        if wanted:
-            raise CheckpointError(
-                f"Checkpoint '{path}' was refused and not executed: besides tensors and plain data it asks for code, "
-                f"{wanted[1]}. Save the state dict alone, best as safetensors."
-            ) from e
-        raise CheckpointError(
-            f"Checkpoint '{path}' was not read: it is damaged, or not a file of torch.save. Nothing in it was executed."
-        ) from e
+        what = (
+            f"was refused and not executed: it asks for code, {wanted[1]}. Save the state dict alone, as safetensors."
+            if wanted
+            else "was not read: it is corrupt, or not a file of torch.save. Nothing in it was executed."
+        )
+        raise CheckpointError(f"Checkpoint '{path}' {what}") from e
     except Exception as e:  # arbitrary bytes: whatever error a reader raises, the file is at fault
         raise CheckpointError(
             f"Checkpoint '{path}' ({path.stat().st_size} bytes) cannot be read: it is truncated, or in another format. "
@@ -254,7 +261,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         ) from e
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"Checkpoint '{path}' holds a {type(content).__name__}; a dictionary of weights was expected."
+            f"Checkpoint '{path}' holds a {type(content).__name__}, expected a dictionary of weights."
         )
     return content
 
@@ -267,8 +274,8 @@ def _read(path: Path) -> Any:
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(
-                f"Checkpoint '{path}' ({path.stat().st_size} bytes) is damaged: the checksum of its part '{damaged}' "
-                "is wrong. Copy or download it again."
+                f"Checkpoint '{path}' ({path.stat().st_size} bytes) is corrupt: its part '{damaged}' has another "
+                "checksum. Copy or download it again."
             )
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -228,7 +228,7 @@ def test_second_push_sends_what_changed(hub, folder):
 @pytest.mark.parametrize("private", [True, False])
 def test_push_to_a_repository_of_the_other_visibility(hub, folder, private):
     hub.add(REPO, {"notes.md": b"mine"}, private=not private)
-    with pytest.raises(RuntimeError, match=REPO):
+    with pytest.raises(ValueError, match=REPO):
         push_to_hub(folder, REPO, private=private)
     assert published(hub) == {"notes.md": b"mine"}
     assert not hub.log("PUT")

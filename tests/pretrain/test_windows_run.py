@@ -10,7 +10,7 @@ from dicom_files import draw
 from encoders import embed
 from runs import SMALL, refused, rows, run
 
-from timm_convnextv2.checkpoint.files import model_pixels
+from timm_convnextv2.checkpoint.loading import model_pixels
 from timm_convnextv2.commands import check
 from timm_convnextv2.commands.pretrain import main, parse_options
 from timm_convnextv2.data import Pixels

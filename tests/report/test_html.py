@@ -317,8 +317,8 @@ def test_refusals_of_the_command(tmp_path, capsys, no_charts):
     folder = plant(tmp_path / "r", 1, full=False)
     (tmp_path / "mine.html").write_text("<p>my own page")
     for words, message in (
-        ([str(folder), "--output", str(tmp_path / "mine.html")], "is not a report"),
-        ([str(folder), "--output", str(tmp_path)], "is a folder, expected an HTML file"),
+        ([str(folder), "--output", str(tmp_path / "mine.html")], "mine.html' exists"),
+        ([str(folder), "--output", str(tmp_path)], "is a folder"),
         ([str(folder), f"{folder}/."], "is named twice"),
         ([str(folder), "--output", str(tmp_path / "no" / "x.html")], "cannot be written"),
         ([], "the following arguments are required: RUN"),

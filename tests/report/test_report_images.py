@@ -46,7 +46,7 @@ def columns(monkeypatch):
     drawn = []
     imshow = Axes.imshow
     monkeypatch.setattr(Axes, "imshow", lambda self, x, **kw: (drawn.append(np.asarray(x)), imshow(self, x, **kw))[1])
-    return lambda calls=1: np.stack(drawn).reshape(calls, 4, -1, *drawn[0].shape).swapaxes(0, 1)
+    return lambda calls=1: np.stack(drawn).reshape(calls, -1, 4, *drawn[0].shape).transpose(2, 0, 1, 3, 4, 5)
 
 
 class Oracle(torch.nn.Module):

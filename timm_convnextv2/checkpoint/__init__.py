@@ -2,8 +2,8 @@
 
 from ..files import CheckpointError, load_checkpoint
 from .export import export_encoder, export_fcmae
-from .files import load_model
 from .finetuned import export_finetuned
+from .loading import load_model
 from .official import convert_official, to_official
 
 __all__ = [

@@ -65,13 +65,6 @@ _USE = {
 }
 
 
-def kind_of(config: dict[str, Any]) -> str:
-    """'fcmae', 'encoder' (no classifier) or 'classifier'."""
-    if config["architecture"].startswith("fcmae_"):
-        return "fcmae"
-    return "classifier" if config.get("num_classes", config.get("pretrained_cfg", {}).get("num_classes")) else "encoder"
-
-
 def licence_text(license: str | None, training: dict[str, Any]) -> str:
     """The card's sentence about the licence."""
     if license is None:
@@ -99,6 +92,11 @@ def images_text(images: Sequence[str]) -> list[str]:
     return [f"![{IMAGES[name]}]({name})\n\n*{IMAGES[name]}.*" for name in IMAGES if name in images]
 
 
+def with_metadata(data: ModelCardData, parts: Sequence[str]) -> str:
+    """A card: metadata at its head, then paragraphs."""
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(parts) + "\n"))
+
+
 def results(
     task: str, dataset: str | None, measured: Sequence[tuple[str, str, float]], **more: Any
 ) -> list[EvalResult]:
@@ -122,9 +120,11 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     Raises:
         ValueError: The licence is not an id of the Hub.
     """
-    if not is_ours(config.get("architecture")):
-        raise ValueError(f"No card for the architecture {config.get('architecture')!r}: not a ConvNeXt V2.")
-    kind, training, cfg = kind_of(config), training_of(config), config.get("pretrained_cfg", {})
+    architecture, training, cfg = config.get("architecture"), training_of(config), config.get("pretrained_cfg", {})
+    if not is_ours(architecture):
+        raise ValueError(f"No card for the architecture {architecture!r}: not a ConvNeXt V2.")
+    num_classes = config.get("num_classes", cfg.get("num_classes"))
+    kind = "fcmae" if str(architecture).startswith("fcmae_") else "classifier" if num_classes else "encoder"
     license, metrics = cfg.get("license"), training.get("metrics") or {}
     task = "image-classification" if kind == "classifier" else "image-feature-extraction"
     found = results(
@@ -142,24 +142,16 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
         datasets=training.get("datasets") or None,
         tags=["timm", task, "convnextv2"] + (["fcmae", "self-supervised-learning"] if kind != "classifier" else []),
         metrics=["accuracy"] if found else None,
-        model_name=config["architecture"] if found else None,
+        model_name=architecture if found else None,
         eval_results=found or None,
     )
     fields = dict(
-        architecture=config["architecture"],
-        version=training.get("made_with", {}).get("timm_convnextv2", __version__),
-        num_features=config.get("num_features"),
-        num_classes=config.get("num_classes"),
-        in_chans=cfg.get("input_size", (3,))[0],
-        name=HERE,
-        or_hub=OR_HUB,
-        bare=HERE.strip('"'),
-    )
-    parts = [
-        _TEXT[kind].format(**fields),
-        f"```python\n{_CODE[kind].format(**fields)}\n```",
-        _USE[kind].format(**fields),
-    ]
+        architecture=architecture, version=training.get("made_with", {}).get("timm_convnextv2", __version__),
+        num_features=config.get("num_features"), num_classes=config.get("num_classes"),
+        in_chans=cfg.get("input_size", (3,))[0], name=HERE, or_hub=OR_HUB, bare=HERE.strip('"'),
+    )  # fmt: skip
+    parts = [_TEXT[kind], f"```python\n{_CODE[kind]}\n```", _USE[kind]]
+    parts = [part.format(**fields) for part in parts]
     if training.get("pixels"):
         parts.append(pixels_text(training["pixels"], _PIXELS))
     if training.get("table"):
@@ -171,7 +163,7 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     parts += ["## Licence and provenance", licence_text(license, training)]
     if cfg.get("origin_url"):
         parts += [f"Code behind the published weights: {cfg['origin_url']}"]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(parts) + "\n"))
+    return with_metadata(data, parts)
 
 
 def card_for_repo(card: str, repo_id: str, revision: str | None = None) -> str:

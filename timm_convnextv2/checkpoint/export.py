@@ -17,7 +17,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..data import Pixels
-from ..files import WriteError, new_part, remove_leftovers, sync, system_reason
+from ..files import new_part, remove_leftovers, sync, write_errors
 from ..models import FCMAE
 from ..models.weights import check_weights, first_not_finite
 from ..version import __version__
@@ -40,7 +40,7 @@ def write_folder(
     training: dict[str, Any],
     label_names: Sequence[str] | None = None,
 ) -> Path:
-    """Writes a timm folder for `model` with other `weights`; other files in the folder stay, see `export_encoder`.
+    """Writes a timm folder for `model` with other `weights`; see `place_folder` for its errors.
 
     Args:
         model: Made by timm's factory, on any device; gives the architecture, its options and `pretrained_cfg`.
@@ -50,13 +50,34 @@ def write_folder(
         license: Replaces the licence in `pretrained_cfg`.
         training: The section of that name in `config.json`, see `card`; rows about the model precede its table.
         label_names: In the order of the model's outputs.
-
-    Raises:
-        ValueError, WriteError: See `place_folder`.
     """
-    config = _config(model, data, label_names)
-    _complete(config, weights, license, training)
+    labels = {"label_names": list(label_names)} if label_names else {}
+    # timm.models.save_for_hf would need a second copy of the model for other weights
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "config.json"
+        save_config_for_hf(model, str(path), model_config=labels, data_config=data)
+        config = json.loads(path.read_text(encoding="utf-8"))
+    cfg = config["pretrained_cfg"]
+    # also at the top level; transformers' wrapper would pass it to timm.create_model twice
+    config.get("model_args", {}).pop("num_classes", None)
+    cfg.pop("license", None)
+    if license:
+        cfg["license"] = license
+    chans, height, width = cfg["input_size"]
+    rows = {
+        "Image size": f"{height} x {width}, {chans} channels",
+        "Mean, standard deviation": f"{cfg['mean']}, {cfg['std']}",
+        **(training.get("table") or {}),
+    }
+    config["training"] = {**training, **how_made(weights, rows)}
     return place_folder(folder, weights, config, render_card)
+
+
+def how_made(weights: dict[str, Tensor], rows: dict[str, Any]) -> dict[str, Any]:
+    """The keys `made_with` and `table` of the section `training`."""
+    size = {"Parameters": f"{sum(v.numel() for v in weights.values()) / 1e6:.1f} M"}
+    versions = {"timm_convnextv2": __version__, "timm": timm.__version__, "torch": torch.__version__}
+    return {"made_with": versions, "table": {k: str(v) for k, v in (size | rows).items()}}
 
 
 def place_folder(
@@ -75,36 +96,30 @@ def place_folder(
     """
     # safetensors needs contiguous tensors that share no memory; channels_last weights are not contiguous
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    bad = first_not_finite(weights)
-    if bad:
+    if bad := first_not_finite(weights):
         raise ValueError(f"The weights were not written to '{folder}': '{bad}' has values that are not finite.")
     folder = Path(folder).resolve()  # a file moves only within its file system, so write beside the target of a link
     remove_leftovers(folder.parent, [folder.name])  # a killed export leaves files as large as the model
-    temporary = new_part(folder)
+    temporary, names = new_part(folder), (WEIGHTS, "config.json", "README.md")
     try:
-        temporary.mkdir(parents=True)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-        shutil.copymode(temporary / "config.json", temporary / WEIGHTS)  # safetensors lets only the owner read
-        images = [name for name in IMAGES if (folder / name).is_file()]
-        (temporary / "README.md").write_text(render(config, images), encoding="utf-8")
-        folder.mkdir(parents=True, exist_ok=True)
-        names = (WEIGHTS, "config.json", "README.md")
-        for name in names:
-            sync(temporary / name)
-        # weights first: a config.json marks a complete folder, also after a crash between two moves; that of another
-        # model goes before them, because it would describe the new weights until the next move
-        if _describes_another(folder / "config.json", config):
-            (folder / "config.json").unlink(missing_ok=True)
-        for name in names:
-            os.replace(temporary / name, folder / name)
-        sync(folder)
-        sync(folder.parent)
-    except Exception as e:
-        reason = system_reason(e)
-        if reason is None:
-            raise
-        raise WriteError(f"The folder '{folder}' cannot be written: {reason}.") from e
+        with write_errors(f"The folder '{folder}'"):
+            temporary.mkdir(parents=True)
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+            shutil.copymode(temporary / "config.json", temporary / WEIGHTS)  # safetensors lets only the owner read
+            images = [name for name in IMAGES if (folder / name).is_file()]
+            (temporary / "README.md").write_text(render(config, images), encoding="utf-8")
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                sync(temporary / name)
+            # weights first: a config.json marks a complete folder, also after a crash between two moves; that of
+            # another model goes before them, because it would describe the new weights until the next move
+            if _describes_another(folder / "config.json", config):
+                (folder / "config.json").unlink(missing_ok=True)
+            for name in names:
+                os.replace(temporary / name, folder / name)
+            sync(folder)
+            sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -120,48 +135,13 @@ def _describes_another(path: Path, config: dict[str, Any]) -> bool:
     return old != json.loads(json.dumps(config))
 
 
-def _config(model: nn.Module, data: dict[str, Any], label_names: Sequence[str] | None) -> dict[str, Any]:
-    """The `config.json` of timm.models.save_for_hf, which would need a second copy of the model for other weights."""
-    labels = {"label_names": list(label_names)} if label_names else {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        save_config_for_hf(model, str(path), model_config=labels, data_config=data)
-        return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _complete(
-    config: dict[str, Any], weights: dict[str, Tensor], license: str | None, training: dict[str, Any]
-) -> None:
-    """Adds the licence and the section `training` to timm's config."""
-    cfg = config["pretrained_cfg"]
-    # also at the top level; transformers' wrapper would pass it to timm.create_model twice
-    config.get("model_args", {}).pop("num_classes", None)
-    cfg.pop("license", None)
-    if license:
-        cfg["license"] = license
-    size = cfg["input_size"]
-    rows = {
-        "Image size": f"{size[1]} x {size[2]}, {size[0]} channels",
-        "Mean, standard deviation": f"{cfg['mean']}, {cfg['std']}",
-        **(training.get("table") or {}),
-    }
-    config["training"] = {**training, **how_made(weights, rows)}
-
-
-def how_made(weights: dict[str, Tensor], rows: dict[str, Any]) -> dict[str, Any]:
-    """The keys `made_with` and `table` of the section `training`."""
-    size = {"Parameters": f"{sum(v.numel() for v in weights.values()) / 1e6:.1f} M"}
-    versions = {"timm_convnextv2": __version__, "timm": timm.__version__, "torch": torch.__version__}
-    return {"made_with": versions, "table": {k: str(v) for k, v in (size | rows).items()}}
-
-
 def _description(
     model: FCMAE,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    license: str | None,
-    info: dict[str, Any] | None,
-    pixels: Pixels | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    license: str | None = None,
+    info: dict[str, Any] | None = None,
+    pixels: Pixels | None = None,
 ) -> dict[str, Any]:
     """`data`, `license` and `training` for `write_folder`."""
     cfg = getattr(model.encoder, "pretrained_cfg", None)
@@ -170,16 +150,17 @@ def _description(
             "A timm folder names an architecture, but this FCMAE was built without one: use "
             "timm.create_model('fcmae_convnextv2_tiny', depths=..., dims=..., ...) instead of FCMAE(...)."
         )
-    license = resolve_license(license, cfg.get("license"))
+    inherited = cfg.get("license")
     data: dict[str, Any] = {"input_size": (model.in_chans, *model.img_size)}
     for key, value in (("mean", mean), ("std", std)):
         if value is not None:
             if len(value) not in (1, model.in_chans):
                 raise ValueError(f"{key} has {len(value)} values, but the model has {model.in_chans} channels.")
             data[key] = tuple(float(v) for v in value)
-    training = {"table": info, "base_model": model.base_model, "inherited_license": cfg.get("license")}
-    record = pixels.check(model.in_chans).record() if pixels else {}
-    return {"data": data, "license": license, "training": {**training, "pixels": record} if record else training}
+    training = {"table": info, "base_model": model.base_model, "inherited_license": inherited}
+    if record := pixels.check(model.in_chans).record() if pixels else {}:
+        training["pixels"] = record
+    return {"data": data, "license": resolve_license(license, inherited), "training": training}
 
 
 def export_encoder(
@@ -215,35 +196,27 @@ def export_encoder(
             contradicts the inherited one, or mean or std have the wrong length.
         WriteError: (an OSError) The folder cannot be written.
     """
+    weights = model.encoder.state_dict()
     description = _description(model, mean, std, license, info, pixels)
-    own = weights = model.encoder.state_dict()
     if state_dict is not None:
-        state_dict = clean_state_dict(state_dict)
-        weights = {k[len("encoder.") :]: v for k, v in state_dict.items() if k.startswith("encoder.")}
+        own, prefix = weights, "encoder."
+        weights = {k[len(prefix) :]: v for k, v in clean_state_dict(state_dict).items() if k.startswith(prefix)}
         check_weights(weights, own, "Not weights of this FCMAE's encoder")
     return write_folder(model.encoder, weights, folder, **description)
 
 
 def export_fcmae(
-    model: FCMAE,
-    folder: str | os.PathLike,
-    *,
-    state_dict: dict[str, Tensor] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    license: str | None = None,
-    info: dict[str, Any] | None = None,
-    pixels: Pixels | None = None,
+    model: FCMAE, folder: str | os.PathLike, *, state_dict: dict[str, Tensor] | None = None, **options: Any
 ) -> Path:
     """Writes the whole FCMAE, decoder included, as a timm folder from which pretraining can continue.
 
     With this package imported, `timm.create_model("local-dir:FOLDER", pretrained=True)` returns the model with its
-    options. Stock timm does not have the architecture. Arguments and errors are those of `export_encoder`.
+    options. Stock timm does not have the architecture. `options` and errors are those of `export_encoder`.
     """
-    description = _description(model, mean, std, license, info, pixels)
-    own = weights = model.state_dict()
+    weights = model.state_dict()
+    description = _description(model, **options)
     if state_dict is not None:
-        weights = clean_state_dict(state_dict)
+        own, weights = weights, clean_state_dict(state_dict)
         check_weights(weights, own, "Not weights of this FCMAE")
     cfg: Any = model.encoder.pretrained_cfg
     described: Any = copy.copy(model)  # shallow: the weights stay shared

@@ -12,16 +12,16 @@ from typing import Any
 import timm
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
-from torch import Tensor
 
 from ..files import load_checkpoint
 from ..models import ConvNeXtV2
 from ..models.weights import check_weights
 from .export import KEEP, PAPER, write_folder
-from .files import weights_in
+from .loading import weights_in
 from .provenance import Origin, origin_of_config, origin_of_file, read_config, resolve_license
 
 LABEL_NAMES = "label_names.json"  # in a run's folder: a list of the classes in the order of their index
+BEST = ("model_best.pth.tar", "last.pth.tar")
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path:
@@ -29,19 +29,16 @@ def find_checkpoint(path: str | os.PathLike) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    for name in ("model_best.pth.tar", "last.pth.tar"):
-        if (path / name).is_file():
-            return path / name
-    others = sorted(p.name for p in path.glob("*.pth.tar"))
-    if others:
-        raise ValueError(f"'{path}' has no model_best.pth.tar and no last.pth.tar; name one of {', '.join(others)}.")
-    if (path / "config.json").is_file():
-        raise ValueError(f"'{path}' is a timm folder already, not the output folder of timm's train.py.")
-    raise ValueError(f"'{path}' has no checkpoint of timm's train.py (model_best.pth.tar, last.pth.tar).")
+    if best := [path / name for name in BEST if (path / name).is_file()]:
+        return best[0]
+    if others := sorted(p.name for p in path.glob("*.pth.tar")):
+        raise ValueError(f"'{path}' has no {' and no '.join(BEST)}; name one of {', '.join(others)}.")
+    what = "is a timm folder already" if (path / "config.json").is_file() else "has no checkpoint"
+    raise ValueError(f"'{path}' {what}, expected the output folder of timm's train.py ({', '.join(BEST)}).")
 
 
 def _args_of(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The options of train.py in one of its checkpoints."""
+    """The options of train.py in one of its checkpoints, which are an argparse.Namespace there."""
     args = checkpoint.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if isinstance(args, dict) and "mask_ratio" in args:
@@ -68,9 +65,9 @@ def _model_name(args: dict[str, Any], folder: Path) -> str:
         return f"local-dir:{folder}"
     if source == "local-dir" and not (Path(place) / "config.json").is_file():
         raise ValueError(
-            f"Training started from '{name}', but '{Path(place) / 'config.json'}' is not there: it names the "
-            "architecture, its options and the licence. Restore the folder, call this from the folder where the "
-            f"training was started, or copy that config.json to '{folder}'."
+            f"Training started from '{name}', but '{Path(place) / 'config.json'}', which names the architecture and "
+            "the licence, is missing. Restore the folder, call this from the folder where the training was started, "
+            f"or copy that config.json to '{folder}'."
         )
     return name
 
@@ -92,9 +89,7 @@ def origin_of_run(
     """
     # in this order: what train.py loads last replaces earlier weights
     keys = ("resume", "initial_checkpoint", *(("pretrained_path",) if args.get("pretrained") else ()))
-    for key in keys:
-        if not args.get(key):
-            continue
+    for key in filter(args.get, keys):
         path = Path(args[key])
         if not path.is_file() and (folder / path.name).is_file():  # the run was moved together with its files
             path = folder / path.name
@@ -102,7 +97,7 @@ def origin_of_run(
             continue  # the run resumed itself
         if not path.is_file():
             raise ValueError(
-                f"Training continued from '{path}' (--{key.replace('_', '-')}), which is not there: the licence of the "
+                f"Training continued from '{path}' (--{key.replace('_', '-')}), which is missing: the licence of the "
                 "weights is unknown. Restore the file, or call this from the folder where training was started."
             )
         return _origin_of_file(path, folder, followed)
@@ -155,27 +150,15 @@ def _dataset(args: dict[str, Any]) -> str | None:
     return args.get("dataset") or (Path(folder).resolve().name if folder else None)
 
 
-def _start(args: dict[str, Any]) -> str:
-    """A word for the weights that training started from."""
-    if not any(args.get(key) for key in ("pretrained", "initial_checkpoint", "resume")):
-        return "random weights"
-    name = args["model"]
-    return name.rstrip("/").rpartition("/")[2] if name.startswith("local-dir:") else name
-
-
 _AUGMENTATION = {
-    "aa": "policy",
-    "mixup": "mixup",
-    "cutmix": "cutmix",
-    "reprob": "random erasing",
-    "smoothing": "label smoothing",
+    "aa": "policy", "mixup": "mixup", "cutmix": "cutmix", "reprob": "random erasing", "smoothing": "label smoothing",
     "drop_path": "drop path",
-}
+}  # fmt: skip
 
 
 def _describe(args: dict[str, Any], checkpoint: dict[str, Any], ema: bool) -> dict[str, str]:
     """Rows for the table about the training."""
-    get, epoch = args.get, checkpoint.get("epoch")
+    get, epoch, name = args.get, checkpoint.get("epoch"), args["model"]
     images = (get("batch_size") or 0) * (get("grad_accum_steps") or 1) * (get("world_size") or 1)
     lr = f"{get('lr'):.2e}" if isinstance(get("lr"), float) else str(get("lr"))
     warmup = get("warmup_epochs") or 0
@@ -183,9 +166,11 @@ def _describe(args: dict[str, Any], checkpoint: dict[str, Any], ema: bool) -> di
     optimizer = f"{get('opt')}, lr {lr} for {images} images per update, weight decay {get('weight_decay')}"
     optimizer += f", betas {tuple(args['opt_betas'])}" if get("opt_betas") else ""
     optimizer += f", layer decay {get('layer_decay')}" if get("layer_decay") else ""
+    started = any(map(get, ("pretrained", "initial_checkpoint", "resume")))
+    start = name.rstrip("/").rpartition("/")[2] if name.startswith("local-dir:") else name
     rows = {
         "Method": "supervised training with timm's train.py",
-        "Started from": _start(args),
+        "Started from": start if started else "random weights",
         "Recipe": Path(args["config"]).name if get("config") else None,
         "Data": _dataset(args),
         "Epochs": f"{epoch + 1} of {epochs}, {warmup} of them warmup" if isinstance(epoch, int) else None,
@@ -199,16 +184,15 @@ def _describe(args: dict[str, Any], checkpoint: dict[str, Any], ema: bool) -> di
 
 def _label_names(path: Path, given: Sequence[str] | None, num_classes: int) -> list[str] | None:
     """Names of the classes: the given ones, else those in the run's folder, if any."""
-    file = path.parent / LABEL_NAMES
-    names: Any = given
-    if names is None:
+    file, names, source = path.parent / LABEL_NAMES, given, "label_names"
+    if given is None and file.is_file():
+        source = f"'{file}'"
         try:
-            names = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            names = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as e:
-            raise ValueError(f"'{file}' cannot be read: {e}") from e
+            raise ValueError(f"{source} cannot be read: {e}") from e
     if names is None:
         return None
-    source = f"'{file}'" if given is None else "label_names"
     if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{source} must be a list of strings, the names of the classes.")
     if len(names) != num_classes:
@@ -219,22 +203,10 @@ def _label_names(path: Path, given: Sequence[str] | None, num_classes: int) -> l
 # ---------------------------------------------------------------------------------------------------------- the export
 
 
-def _weights(content: dict[str, Any], path: Path, ema: bool | None) -> tuple[dict[str, Tensor], bool]:
-    """The weights to export; True if they are the EMA."""
-    if ema and "state_dict_ema" not in content:
-        raise ValueError(f"'{path}' holds no moving average of the weights: train with --model-ema, or pass ema=False.")
-    ema = "state_dict_ema" in content if ema is None else ema
-    return clean_state_dict(content["state_dict_ema" if ema else "state_dict"]), ema
-
-
 def _create_model(args: dict[str, Any], name: str, path: Path) -> Any:
     """The `ConvNeXtV2` of a run on the meta device, as train.py creates it, without options for training."""
     chans = args.get("in_chans") or (args["input_size"][0] if args.get("input_size") else 3)
-    options = {
-        "num_classes": args.get("num_classes"),
-        "global_pool": args.get("gp"),
-        **(args.get("model_kwargs") or {}),
-    }
+    options = {"num_classes": args.get("num_classes"), "global_pool": args.get("gp")} | (args.get("model_kwargs") or {})
     try:
         model = timm.create_model(name, pretrained=False, in_chans=chans, device="meta", **options)
     except OSError as e:
@@ -280,16 +252,19 @@ def export_finetuned(
     """
     path = find_checkpoint(checkpoint)
     content = load_checkpoint(path)
-    args = _args_of(content, path)
-    weights, ema = _weights(content, path, ema)
+    args, has_ema = _args_of(content, path), "state_dict_ema" in content
+    if ema and not has_ema:
+        raise ValueError(f"'{path}' holds no moving average of the weights: train with --model-ema, or pass ema=False.")
+    ema = has_ema if ema is None else ema
+    weights = clean_state_dict(content["state_dict_ema" if ema else "state_dict"])
     name = _model_name(args, path.parent)
     model = _create_model(args, name, path)
     check_weights(weights, model.state_dict(), f"'{path}' does not hold weights of '{args['model']}'")
 
-    origin = origin_of_run(args, name, model.pretrained_cfg, path.resolve().parent, (path.resolve(),))
+    cfg = model.pretrained_cfg
+    origin = origin_of_run(args, name, cfg, path.resolve().parent, (path.resolve(),))
     license = resolve_license(license or args.get("license"), origin.license, origin.unstated)
     data = resolve_data_config(args, model=model)
-    cfg = model.pretrained_cfg
     model.pretrained_cfg = {
         **{k: cfg[k] for k in (*KEEP, *(PAPER if origin.license else ())) if k in cfg},
         **({"origin_url": origin.url} if origin.url else {}),

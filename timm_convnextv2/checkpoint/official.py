@@ -69,11 +69,7 @@ def _block(official: str, ours: str, sparse: bool, mlp: _Form) -> Iterator[_Row]
 
 
 def _table(
-    depths: Sequence[int],
-    mlp: _Form,
-    decoder_depth: int | None = None,
-    norm: bool = False,
-    head: bool = False,
+    depths: Sequence[int], mlp: _Form, decoder_depth: int | None = None, norm: bool = False, head: bool = False
 ) -> Iterator[_Row]:
     """Every tensor of a checkpoint: in the sparse format if `decoder_depth` is given, otherwise in the dense one."""
     sparse = decoder_depth is not None
@@ -103,36 +99,43 @@ def _table(
         yield from _affine("pred", "pred")
 
 
-def _count(names: Sequence[str], pattern: str) -> int:
-    """Counts the different values of the group of `pattern` in `names`."""
-    return len({m[1] for m in (re.match(pattern, name) for name in names) if m})
+def _table_of(names: set[str], side: int, what: str, mlp: _Form) -> list[_Row]:
+    """The rows for exactly these names, which are official (`side` 0) or ours (1); a ValueError if others are there."""
+
+    def count(pattern: str) -> int:
+        return len({m[1] for m in (re.match(pattern, name) for name in names) if m})
+
+    sparse = any(name.startswith("encoder.") for name in names)
+    stage = f"{'encoder.' if sparse else ''}stages\\.{{}}\\.{'blocks.' if side else ''}(\\d+)\\."
+    norm, head = (("norm", "head"), ("head.norm", "head.fc"))[side]
+    table = list(
+        _table(
+            [count(stage.format(s)) for s in range(4)],
+            mlp,
+            decoder_depth=count(r"decoder\.(\d+)\.") if sparse else None,
+            norm=f"{norm}.weight" in names and not sparse,
+            head=f"{head}.weight" in names and not sparse,
+        )
+    )
+    expected = {row[side] for row in table}
+    for wrong, text in ((names - expected, "unknown"), (expected - names, "missing")):
+        if wrong:
+            plural = "s" if len(wrong) > 1 else ""
+            raise ValueError(f"Not {what}: {len(wrong)} {text} name{plural}, the first: '{min(wrong)}'.")
+    return table
 
 
-def _check_names(found: set[str], expected: set[str], what: str) -> None:
-    for names, text in ((found - expected, "unknown"), (expected - found, "missing")):
-        if names:
-            raise ValueError(
-                f"Not {what}: {len(names)} {text} name{'s' if len(names) > 1 else ''}, the first: '{min(names)}'."
-            )
-
-
-def _looks_like(state_dict: dict[str, Any]) -> str:
-    """A guess at the format of a dictionary that is not an official ConvNeXt V2 checkpoint."""
-    names = [str(name) for name in state_dict]
-    clean = set(clean_state_dict(dict.fromkeys(names)))
-    if not names:
-        return "it is empty"
-    if {"state_dict", "state_dict_ema"} & clean:
-        return "it looks like a timm training checkpoint, with the weights in its 'state_dict'"
-    if "stem.0.weight" in clean or "encoder.stem.0.weight" in clean:
-        return "it already has timm's names and needs no conversion"
-    if clean != set(names):
-        return "its names begin with a DDP or torch.compile prefix; remove it with timm.models.clean_state_dict"
-    if "cls_token" in clean or "patch_embed.proj.weight" in clean:
-        return "it looks like a vision transformer (MAE?)"
-    if "stages.0.0.gamma" in clean:
-        return "it looks like ConvNeXt V1, with layer scale instead of GRN"
-    return f"its first names are {', '.join(repr(name) for name in names[:3])}"
+_PREFIXED = "its names have a DDP or torch.compile prefix; remove it with timm.models.clean_state_dict"
+# guesses at weights that are not official: a name, once DDP's and torch.compile's prefixes are gone, and its meaning
+_LOOKS_LIKE = {
+    "state_dict": "it looks like a timm training checkpoint, with the weights in its 'state_dict'",
+    "stem.0.weight": "it already has timm's names and needs no conversion",
+    "encoder.stem.0.weight": "it already has timm's names and needs no conversion",
+    "stages.0.0.gamma": "it looks like ConvNeXt V1, with layer scale instead of GRN",
+    "downsample_layers.0.0.weight": _PREFIXED,
+    "encoder.downsample_layers.0.0.weight": _PREFIXED,
+    "cls_token": "it looks like a vision transformer (MAE?)",
+}
 
 
 def convert_official(state_dict: dict[str, Any], conv_mlp: bool | None = None) -> dict[str, Tensor]:
@@ -159,7 +162,10 @@ def convert_official(state_dict: dict[str, Any], conv_mlp: bool | None = None) -
     sparse = f"encoder.{stem}" in state_dict
     prefix = "encoder." if sparse else ""
     if not sparse and stem not in state_dict or f"{prefix}stages.0.0.gamma" in state_dict:
-        raise ValueError(f"Not an official ConvNeXt V2 checkpoint: {_looks_like(state_dict)}.")
+        clean = clean_state_dict(dict.fromkeys(map(str, state_dict)))
+        first = f"its first names are {', '.join(map(repr, [*clean][:3]))}" if clean else "it is empty"
+        guess = next((text for name, text in _LOOKS_LIKE.items() if name in clean), first)
+        raise ValueError(f"Not an official ConvNeXt V2 checkpoint: {guess}.")
 
     width = state_dict[prefix + stem].shape[0]
     if conv_mlp is None:
@@ -171,17 +177,8 @@ def convert_official(state_dict: dict[str, Any], conv_mlp: bool | None = None) -
             )
         conv_mlp = known[width]
 
-    names = list(state_dict)
-    table = list(
-        _table(
-            [_count(names, rf"{prefix}stages\.{s}\.(\d+)\.") for s in range(4)],
-            _CONV_1X1 if conv_mlp else _LINEAR,
-            decoder_depth=_count(names, r"decoder\.(\d+)\.") if sparse else None,
-            norm="norm.weight" in state_dict and not sparse,
-            head="head.weight" in state_dict and not sparse,
-        )
-    )
-    _check_names(set(names), {official for official, _, _ in table}, "an official ConvNeXt V2 checkpoint")
+    mlp = _CONV_1X1 if conv_mlp else _LINEAR
+    table = _table_of(set(state_dict), 0, "an official ConvNeXt V2 checkpoint", mlp)
     converted = {}
     for official, ours, form in table:
         try:
@@ -215,20 +212,7 @@ def to_official(state_dict: dict[str, Tensor], sparse: bool = True) -> dict[str,
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith("encoder.head.norm.")}
         if not sparse:
             state_dict = {k[len("encoder.") :]: v for k, v in state_dict.items() if k.startswith("encoder.")}
-    elif "stem.0.weight" in state_dict:
-        sparse = False
-    else:
+    elif "stem.0.weight" not in state_dict:
         raise ValueError("Expected weights of an FCMAE or a ConvNeXtV2, but they have no stem.0.weight.")
-    prefix = "encoder." if sparse else ""
-    names = list(state_dict)
-    table = list(
-        _table(
-            [_count(names, rf"{prefix}stages\.{s}\.blocks\.(\d+)\.") for s in range(4)],
-            _LINEAR,
-            decoder_depth=_count(names, r"decoder\.(\d+)\.") if sparse else None,
-            norm="head.norm.weight" in state_dict,
-            head="head.fc.weight" in state_dict,
-        )
-    )
-    _check_names(set(names), {ours for _, ours, _ in table}, "weights of the official architecture")
+    table = _table_of(set(state_dict), 1, "weights of the official architecture", _LINEAR)
     return {official: form.to_official(state_dict[ours]).contiguous() for official, ours, form in table}

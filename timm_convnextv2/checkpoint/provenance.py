@@ -4,17 +4,17 @@ A licence travels in `pretrained_cfg["license"]` of a timm folder's `config.json
 for which timm has no field are in the section `training` of that file, which timm ignores (see `checkpoint.card`).
 """
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ..console import closest
 from ..data import Pixels
 
 WEIGHTS = "model.safetensors"
@@ -30,6 +30,9 @@ class ConfigError(ValueError):
     """A value in a `config.json` has the wrong type. The message names the file, the key, the value and the type."""
 
 
+_Test = Callable[[Any], bool]
+
+
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -42,25 +45,22 @@ def _positive(value: Any) -> bool:
     return _number(value) and value > 0
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _line(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable()
 
 
-def _list(test: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+def _list(test: _Test, length: int | None = None) -> _Test:
     """A test for a list that is not empty, of this length if given."""
     return lambda v: isinstance(v, list) and len(v) == (length or len(v) or 1) and all(map(test, v))
 
 
-def _table(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _table(test: _Test = lambda _: True) -> _Test:
     return lambda v: isinstance(v, dict) and all(map(test, v.values()))
 
 
+_strings = _table(lambda v: isinstance(v, str))
 # the types by the words for them in messages
-_TYPES: dict[str, Callable[[Any], bool]] = {
+_TYPES: dict[str, _Test] = {
     "a string without a line break": _line,
     "true or false": lambda v: isinstance(v, bool),
     "a number": _number,
@@ -78,108 +78,107 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "a list of numbers, one per channel": _list(_number),
     "a list of numbers above 0, one per channel": _list(_positive),
     "'file', or a centre and a width": lambda v: v == "file" or _list(_number, 2)(v),
-    "a string or a list of strings": lambda v: _text(v) or _list(_line)(v),
+    "a string or a list of strings": lambda v: isinstance(v, str) or _list(_line)(v),
     "a list of strings": lambda v: v == [] or _list(_line)(v),
-    "a list or a table of strings": lambda v: v == [] or _list(_text)(v) or _table(_text)(v),
-    "a table": lambda v: isinstance(v, dict),
-    "a table of strings": _table(_text),
+    "a list or a table of strings": lambda v: v == [] or _list(lambda w: isinstance(w, str))(v) or _strings(v),
+    "a table": _table(),
+    "a table of strings": _strings,
     "a table of strings and numbers": _table(lambda v: isinstance(v, str | int | float | None)),
 }
+_LABELS = {"label_names": "a list or a table of strings", "label_descriptions": "a table of strings"}
 # per section: keys and the words for their type
-_TOP = {
-    "architecture global_pool": "a string without a line break",
-    "num_classes": "a whole number from 0",
-    "num_features": "a whole number from 1",
-    "label_names": "a list or a table of strings",
-    "label_descriptions": "a table of strings",
-    "model_args pretrained_cfg": "a table",
-}
-_CFG = {  # the part of timm's PretrainedCfg that this package or timm's factory and transforms use
-    "input_size test_input_size min_input_size": "3 whole numbers: channels, height, width",
-    "pool_size test_pool_size": "2 whole numbers: height, width",
-    "crop_pct test_crop_pct": "a number above 0",
-    "fixed_input_size custom_load": "true or false",
-    "interpolation crop_mode license origin_url tag paper_name": "a string without a line break",
-    "architecture hf_hub_id hf_hub_filename url file source description": "a string without a line break",
-    "first_conv classifier paper_ids": "a string or a list of strings",
-    "mean": "a list of numbers, one per channel",
-    "std": "a list of numbers above 0, one per channel",
-    "num_classes label_offset": "a whole number from 0",
-    "label_names": "a list or a table of strings",
-    "label_descriptions": "a table of strings",
-}
-_ARGS = {  # of the models in this package
-    "depths dims": "4 whole numbers, one per stage",
-    "patch_size in_chans decoder_dim output_stride": "a whole number from 1",
-    "num_classes decoder_depth": "a whole number from 0",
-    "global_pool": "a string without a line break",
-    "drop_path_rate drop_rate mask_ratio": "a number from 0 to 1",
-    "norm_pix_loss conv_mlp conv_bias use_grn head_norm_first": "true or false",
-    "img_size": "a whole number, or 2: height, width",
-    "ls_init_value": "a number",
-    "kernel_sizes": "a whole number, or 4, one per stage",
-}
-_TRAINING = {  # see `checkpoint.card`
-    "made_with": "a table of strings",
-    "table": "a table of strings and numbers",
-    "base_model inherited_license": "a string without a line break",
-    "datasets": "a list of strings",
-    "metrics pixels": "a table",
-}
-_METRICS = {"top1 top5 loss": "a number", "dataset dataset_id split": "a string without a line break"}
-_PIXELS = {  # see `data.Pixels`
-    "nodata": "a number, or 'nan', 'inf' or '-inf'",
-    "divide": "a number above 0",
-    "clip_low clip_high": "a list of numbers, one per channel",
-    "pages": "a whole number from 0, or 'channels'",
-    "dicom_window": "'file', or a centre and a width",
+_SECTIONS = {
+    "": _LABELS
+    | {
+        "architecture global_pool": "a string without a line break",
+        "num_classes": "a whole number from 0",
+        "num_features": "a whole number from 1",
+        "model_args pretrained_cfg": "a table",
+    },
+    "pretrained_cfg": _LABELS  # the part of timm's PretrainedCfg that this package or timm's factory and transforms use
+    | {
+        "input_size test_input_size min_input_size": "3 whole numbers: channels, height, width",
+        "pool_size test_pool_size": "2 whole numbers: height, width",
+        "crop_pct test_crop_pct": "a number above 0",
+        "fixed_input_size custom_load": "true or false",
+        "interpolation crop_mode license origin_url tag paper_name": "a string without a line break",
+        "architecture hf_hub_id hf_hub_filename url file source description": "a string without a line break",
+        "first_conv classifier paper_ids": "a string or a list of strings",
+        "mean": "a list of numbers, one per channel",
+        "std": "a list of numbers above 0, one per channel",
+        "num_classes label_offset": "a whole number from 0",
+    },
+    "model_args": {  # of the models in this package
+        "depths dims": "4 whole numbers, one per stage",
+        "patch_size in_chans decoder_dim output_stride": "a whole number from 1",
+        "num_classes decoder_depth": "a whole number from 0",
+        "global_pool": "a string without a line break",
+        "drop_path_rate drop_rate mask_ratio": "a number from 0 to 1",
+        "norm_pix_loss conv_mlp conv_bias use_grn head_norm_first": "true or false",
+        "img_size": "a whole number, or 2: height, width",
+        "ls_init_value": "a number",
+        "kernel_sizes": "a whole number, or 4, one per stage",
+    },
+    "training": {  # see `checkpoint.card`
+        "made_with": "a table of strings",
+        "table": "a table of strings and numbers",
+        "base_model inherited_license": "a string without a line break",
+        "datasets": "a list of strings",
+        "metrics pixels": "a table",
+    },
+    "training.metrics": {"top1 top5 loss": "a number", "dataset dataset_id split": "a string without a line break"},
+    "training.pixels": {  # see `data.Pixels`
+        "nodata": "a number, or 'nan', 'inf' or '-inf'",
+        "divide": "a number above 0",
+        "clip_low clip_high": "a list of numbers, one per channel",
+        "pages": "a whole number from 0, or 'channels'",
+        "dicom_window": "'file', or a centre and a width",
+    },
 }
 # timm leaves these keys out when they are unset; null would reach its factory as a value
 _NOT_NULL = set(
     "architecture model_args pretrained_cfg num_classes input_size fixed_input_size mean std interpolation crop_pct "
-    f"crop_mode custom_load {' '.join(_ARGS)}".split()
+    f"crop_mode custom_load {' '.join(_SECTIONS['model_args'])}".split()
 )
 
 
-def _refuse(where: str, key: str, value: Any, expected: str) -> None:
-    text = repr(value)
-    text = text if len(text) < 80 else f"{text[:77]}..."
-    raise ConfigError(
-        f"'{where}' has {key} = {text} ({type(value).__name__}), expected {expected}. Correct it, or export the model "
-        "again."
-    )
-
-
-def _check(values: dict[str, Any], section: dict[str, str], prefix: str, where: str) -> None:
-    for keys, expected in section.items():
-        for key in keys.split():
-            value = values.get(key)
-            unset = key not in values or value is None and key not in _NOT_NULL
-            if not unset and not _TYPES[expected](value):
-                _refuse(where, f"{prefix}{key}", value, expected)
-
-
-def _check_config(config: dict[str, Any], where: str, ours: bool) -> None:
+def _check_types(config: dict[str, Any], where: str, ours: bool) -> None:
     """Checks the type of every value in use (`ours`: `model_args` as well); null is allowed if timm allows it."""
-    _check(config, _TOP, "", where)
+
+    def refuse(key: str, value: Any, expected: str) -> NoReturn:
+        text = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
+        raise ConfigError(
+            f"'{where}' has {key} = {text} ({type(value).__name__}), expected {expected}. Correct it, or export the "
+            "model again."
+        )
+
+    def check(section: str, values: dict[str, Any], prefix: str) -> None:
+        for keys, expected in _SECTIONS[section].items():
+            for key in keys.split():
+                value = values.get(key)
+                unset = key not in values or value is None and key not in _NOT_NULL
+                if not unset and not _TYPES[expected](value):
+                    refuse(f"{prefix}{key}", value, expected)
+
+    check("", config, "")
     nested = "pretrained_cfg" in config  # timm's first format was flat
     cfg = config["pretrained_cfg"] if nested else config
-    _check(cfg, _CFG, "pretrained_cfg." if nested else "", where)
+    check("pretrained_cfg", cfg, "pretrained_cfg." if nested else "")
     if ours:
-        _check(config.get("model_args", {}), _ARGS, "model_args.", where)
+        check("model_args", config.get("model_args", {}), "model_args.")
     chans = (cfg.get("input_size") or [None])[0]
     for key in ("mean", "std"):
         values = cfg.get(key)
         if values is not None and chans is not None and len(values) not in (1, 3, chans):
-            _refuse(where, f"pretrained_cfg.{key}", values, f"one number, or {chans}, one per channel")
+            refuse(f"pretrained_cfg.{key}", values, f"one number, or {chans}, one per channel")
     training = training_of(config)
-    _check(training, _TRAINING, "training.", where)
-    _check(training.get("metrics") or {}, _METRICS, "training.metrics.", where)
+    check("training", training, "training.")
+    check("training.metrics", training.get("metrics") or {}, "training.metrics.")
     pixels = training.get("pixels") or {}
-    _check(pixels, _PIXELS, "training.pixels.", where)
-    known = " ".join(_PIXELS).split()
+    check("training.pixels", pixels, "training.pixels.")
+    known = " ".join(_SECTIONS["training.pixels"]).split()
     for key in pixels.keys() - set(known):  # an unknown preparation of pixels must not be ignored
-        _refuse(where, f"training.pixels.{key}", pixels[key], f"one of {', '.join(known)}")
+        refuse(f"training.pixels.{key}", pixels[key], f"one of {', '.join(known)}")
     try:
         Pixels.from_record(pixels).check(chans or len(pixels.get("clip_low") or [0]))
     except ValueError as e:
@@ -201,6 +200,19 @@ def training_of(config: dict[str, Any]) -> dict[str, Any]:
     return training if isinstance(training, dict) else {}
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the `config.json` of a folder of a model; a ValueError without one."""
+    if not path.is_file():
+        raise ValueError(f"'{path.parent}' is not the folder of a model: it has no {path.name}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"'{path}' cannot be read as JSON: {e}") from e
+    if not isinstance(config, dict):
+        raise ValueError(f"'{path}' holds a {type(config).__name__}, expected an object in timm's format.")
+    return config
+
+
 def read_config(path: str | Path, ours: bool = True) -> dict[str, Any]:
     """Reads and checks the `config.json` of a timm folder; with `ours` only that of a ConvNeXt V2 or an FCMAE.
 
@@ -208,22 +220,17 @@ def read_config(path: str | Path, ours: bool = True) -> dict[str, Any]:
         ValueError: The file is missing or not in timm's format.
         ConfigError: (a ValueError) A value has the wrong type.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"'{path.parent}' is not a timm folder: it has no {path.name}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"'{path}' cannot be read as JSON: {e}") from e
-    name = config.get("architecture") if isinstance(config, dict) else None
+    return check_config(read_json(Path(path)), path, ours)
+
+
+def check_config(config: dict[str, Any], path: str | Path, ours: bool = True) -> dict[str, Any]:
+    """The content of a `config.json`, if it is in timm's format; see `read_config`."""
+    name = config.get("architecture")
     if not is_ours(name) and (ours or not isinstance(name, str)):
         found = f"names the architecture {name!r}" if name else "names no architecture"
-        raise ValueError(
-            f"'{path}' does not describe {'a ConvNeXt V2' if ours else 'a model'} in timm's format: it {found}; "
-            f"expected {'convnextv2_* or fcmae_convnextv2_*' if ours else 'one'}. The export functions of "
-            "timm_convnextv2.checkpoint write such files."
-        )
-    _check_config(config, str(path), ours=is_ours(name))
+        expected = "convnextv2_* or fcmae_convnextv2_*" if ours else "one"
+        raise ValueError(f"'{path}' does not describe a model in timm's format: it {found}, expected {expected}.")
+    _check_types(config, str(path), ours=is_ours(name))
     return config
 
 
@@ -297,13 +304,13 @@ def origin_of_config(config: dict[str, Any], hub_id: str | None = None) -> Origi
 
 
 def origin_of_file(path: Path, names: Iterable[str], run: Mapping[str, Any] | None = None) -> Origin:
-    """The provenance of the weights in a file.
+    """The provenance of the weights in a file, by the `config.json` beside it.
 
-    Without a `config.json`, weights with the official names have the licence of the published weights, and a
-    pretraining run that started from random weights states its own.
+    Without one, weights with the official names have the licence of the published weights, and a pretraining run that
+    started from random weights states its own.
 
     Args:
-        path: The file; its `config.json` lies beside it, that of a pretraining run in `encoder/`.
+        path: The file; the `config.json` of a pretraining run lies in `encoder/`.
         names: Names of the tensors in it.
         run: Settings of the pretraining run that wrote the file; None for other files.
     """
@@ -322,40 +329,33 @@ def origin_of_file(path: Path, names: Iterable[str], run: Mapping[str, Any] | No
 
 
 def resolve_license(asked: str | None, inherited: str | None, unstated: str | None = None) -> str | None:
-    """The licence of weights: the inherited one if there is one, otherwise the requested one.
+    """The licence of weights: the inherited one if there is one, otherwise the one that the user asks for.
 
-    Args:
-        asked: The licence that the user names.
-        inherited: That of the weights training started from, see `Origin`.
-        unstated: The file of those weights if nothing states its licence; then `asked` is required.
+    `unstated` is the file of the weights training started from if nothing states its licence; then one must be asked.
 
     Raises:
-        ValueError: The requested licence contradicts the inherited one or is not the id of a licence; or none is known.
+        ValueError: The licence contradicts the inherited one or is not an id of the Hub; or none is known.
     """
     if unstated and not inherited and not asked:
         raise ValueError(
             f"'{unstated}' has no config.json beside it that states the licence of these weights, which also applies "
-            f"to weights trained from them. State it: --license ID, which is {OFFICIAL_LICENSE} for the published "
-            "ConvNeXt V2 weights."
+            f"to weights trained from them. State it: --license ID ({OFFICIAL_LICENSE} for the published weights)."
         )
     if asked == "other" and inherited != "other":
         raise ValueError(
-            "license='other' is not enough: the Hub needs a name and the text as well. Export without a licence, add "
-            "the text as a file LICENSE, and write into the README's first lines `license: other`, `license_name` and "
-            "`license_link`. Or name a licence that the Hub lists, such as mit, apache-2.0 or cc-by-4.0."
+            "license='other' is not enough: the Hub needs a name and the text. Export without a licence, add the text "
+            "as LICENSE, and `license: other`, `license_name`, `license_link` to the README's head. Or name a licence "
+            "that the Hub lists, such as mit, apache-2.0 or cc-by-4.0."
         )
     if asked is not None and asked not in LICENSES and asked != inherited:
-        near = difflib.get_close_matches(asked.lower().replace(" ", "-"), LICENSES, n=1, cutoff=0.6)
         raise ValueError(
             f"license='{asked}' is not the id of a licence on the Hugging Face Hub."
-            + (f" Did you mean '{near[0]}'?" if near else "")
-            + " Examples: mit, apache-2.0, cc-by-4.0, cc-by-nc-4.0; all: "
+            f"{closest(asked.lower().replace(' ', '-'), LICENSES)} Examples: mit, apache-2.0, cc-by-4.0; all: "
             "https://huggingface.co/docs/hub/repositories-licenses"
         )
     if inherited and asked not in (None, inherited):
         raise ValueError(
             f"license='{asked}', but training started from weights under {inherited}, which still applies. Leave the "
-            "licence out, or train from scratch (pretrained=False). If those weights are yours, change 'license' in "
-            "their config.json first."
+            "licence out or train from scratch. If those weights are yours, change it in their config.json first."
         )
     return inherited or asked

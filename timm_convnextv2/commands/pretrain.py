@@ -5,23 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import add_options, read_yaml, words_given
-from ..console import PROGRAM, CommandParser, refused, say
+from ..config import read_yaml, words_given
+from ..console import CommandParser, refused, say
 from ..pretrain.config import PretrainConfig
 from ..pretrain.replay import load_weights, replay
 from ..pretrain.resolve import configure
 from ..pretrain.setup import open_replay, set_up
 from ..pretrain.start import Start
 from ..runs.end import run_command, start_command
+from .base import parser_of
 
 
 def build_parser() -> CommandParser:
     """The options of `PretrainConfig`, and the file that sets them."""
-    parser = CommandParser(
-        prog=f"{PROGRAM} pretrain", description="FCMAE pretraining of ConvNeXt V2 on unlabelled images."
-    )
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file that sets any of the options below")
-    add_options(parser, PretrainConfig)
+    parser = parser_of("pretrain", "FCMAE pretraining of ConvNeXt V2 on unlabelled images.", PretrainConfig)
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file that sets any of the options")
     return parser
 
 

@@ -8,8 +8,8 @@ FOLDER is a timm folder (encoder/, model/), or the folder of a run of `pretrain`
 """
 
 import shutil
-import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,15 @@ from huggingface_hub.utils import validate_repo_id
 
 import timm_convnextv2  # noqa: F401  registers the models
 
-from ..checkpoint.card import IMAGES
+from ..checkpoint.card import HERE, IMAGES
 from ..checkpoint.provenance import WEIGHTS
-from ..checkpoint.transfer import TASKS, find_folder, read_folder_config
-from ..config import add_options, build, option, words_given
-from ..console import PROGRAM, CommandParser, refused
+from ..checkpoint.task_folder import TASKS, find_folder, read_folder_config
+from ..config import option
+from ..console import say
+from ..files import claim_folder
 from ..hub.staging import Stated, stage
 from ..hub.upload import files_to_push, push_to_hub
+from .base import run
 
 
 @dataclass(frozen=True)
@@ -57,31 +59,17 @@ class PublishConfig:
     output: str | None = option(None, "folder for --dry-run (default: FOLDER-publish, beside FOLDER)", metavar="DIR")
 
 
-def build_parser() -> CommandParser:
-    """The parser of the command."""
-    parser = CommandParser(prog=f"{PROGRAM} publish", description="Publish a timm folder with a model card.")
-    add_options(parser, PublishConfig)
-    return parser
-
-
 def open_output(folder: Path, output: str | None) -> Path:
     """The empty folder for --dry-run; removes only the files of an earlier dry run."""
     target = Path(output) if output else folder.resolve().with_name(f"{folder.resolve().name}-publish")
-    ours = {"config.json", WEIGHTS, "README.md", *IMAGES}
-    if target.exists() and (not target.is_dir() or {p.name for p in target.iterdir()} - ours):
-        raise ValueError(f"'{target}' exists and holds other files. Choose another folder with --output.")
-    card = target / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    if target.exists() and any(target.iterdir()) and ("hf-hub:" not in text or "local-dir:path/to" in text):
-        raise ValueError(f"'{target}' exists and was not written by --dry-run. Choose another folder with --output.")
     if target.resolve() == folder.resolve():
         raise ValueError(f"--output {output} is FOLDER itself. Choose another folder.")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for path in target.iterdir():
-            path.unlink()
-    except OSError as e:
-        raise ValueError(f"'{target}' cannot be written ({e}). Choose another folder with --output.") from e
+    card, ours = target / "README.md", {"config.json", WEIGHTS, "README.md", *IMAGES}
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    earlier = "hf-hub:" in text and HERE not in text and {p.name for p in target.iterdir()} <= ours
+    claim_folder(target, overwrite=earlier, flag="")
+    for path in target.iterdir():
+        path.unlink()
     return target
 
 
@@ -122,10 +110,10 @@ def write_dry_run(staged: Path, what: str, folder: Path, config: PublishConfig) 
         else:
             shutil.copyfile(content, target / name)
     visibility = " (private)" if config.private else ""
-    print(f"Dry run, nothing was sent. {what[0].upper()}{what[1:]} would go to {config.repo}{visibility}:")
+    say(f"Dry run, nothing was sent. {what[0].upper()}{what[1:]} would go to {config.repo}{visibility}:")
     for path in sorted(target.iterdir()):
-        print(f"  {path.stat().st_size:>12,} bytes  {path.name}")
-    print(f"The files are in {target}, the model card is {target / 'README.md'}")
+        say(f"  {path.stat().st_size:>12,} bytes  {path.name}")
+    say(f"The files are in {target}, the model card is {target / 'README.md'}")
 
 
 def publish(config: PublishConfig) -> None:
@@ -140,7 +128,7 @@ def publish(config: PublishConfig) -> None:
         if config.dry_run:
             write_dry_run(staged, what, folder, config)
             return
-        print(f"Publishing {what} as {config.repo}", flush=True)
+        say(f"Publishing {what} as {config.repo}")
         url = push_to_hub(
             staged,
             config.repo,
@@ -148,13 +136,8 @@ def publish(config: PublishConfig) -> None:
             revision=config.revision,
             commit_message=config.commit_message,
         )
-        print(f"Published: {url}")
+        say(f"Published: {url}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; an error is one message and exit status 2."""
-    try:
-        publish(build(PublishConfig, words_given(build_parser(), sys.argv[1:] if argv is None else argv)))
-    except (ValueError, RuntimeError, OSError) as e:
-        return refused("publish", e)
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    return run("publish", __doc__, PublishConfig, publish, argv)

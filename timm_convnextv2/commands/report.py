@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..config import option
 from ..console import say
+from ..files import check_free
 from ..report.html import GENERATOR, write_report
 from .base import run
 
@@ -25,29 +26,19 @@ class ReportConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run(
-        "report", "Show runs on one page.", ReportConfig, lambda config: report(config.runs, config.output), argv
-    )
+    return run("report", "Show runs on one page.", ReportConfig, report, argv)
 
 
-def report(folders: tuple[str, ...], output: str = "") -> None:
+def report(config: ReportConfig) -> None:
     """Writes the report, prints its path, and the notes about corrupt files to stderr."""
+    folders, output = config.runs, config.output
     resolved = [Path(name).resolve() for name in folders]
     duplicate = [name for i, name in enumerate(folders) if resolved[i] in resolved[:i]]
     if duplicate:
         raise ValueError(f"'{duplicate[0]}' is named twice. Name each run once.")
     path = Path(output) if output else Path(folders[0] if len(folders) == 1 else ".") / "report.html"
-    _check_output(path)
+    head = path.read_text(encoding="utf-8", errors="replace")[:2000] if path.is_file() else ""
+    check_free(path, overwrite=GENERATOR in head, flag="")  # only a report is replaced
     for note in write_report(folders, path):
         say(note, error=True)
     say(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
-
-
-def _check_output(path: Path) -> None:
-    """Refuses to replace a file that is not a report."""
-    if path.is_dir():
-        raise ValueError(f"--output {path} is a folder, expected an HTML file such as {path / 'report.html'}.")
-    if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            if GENERATOR not in file.read(2000):
-                raise ValueError(f"{path} exists and is not a report, so it is not replaced. Name another --output.")

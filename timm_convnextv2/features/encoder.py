@@ -12,7 +12,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from ..checkpoint.files import load_model, model_pixels
+from ..checkpoint.loading import load_model, model_pixels
 from ..data import Pixels
 from ..data.samples.batches import preprocessing
 from ..runs.device import check_device

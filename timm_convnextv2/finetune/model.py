@@ -7,7 +7,7 @@ import timm
 import torch
 from timm.models import clean_state_dict, parse_model_name
 
-from ..checkpoint.files import model_pixels, weights_in
+from ..checkpoint.loading import model_pixels, weights_in
 from ..checkpoint.provenance import read_config
 from ..console import closest
 from ..data import Pixels

@@ -1,6 +1,5 @@
 """Gathers the files to publish from a timm folder or a run, and settles their licence."""
 
-import csv
 import json
 import math
 import os
@@ -15,11 +14,13 @@ from timm.models import clean_state_dict
 
 from ..checkpoint.card import IMAGES, render_card
 from ..checkpoint.export import export_fcmae
-from ..checkpoint.finetuned import export_finetuned, find_checkpoint
+from ..checkpoint.finetuned import BEST, export_finetuned
 from ..checkpoint.provenance import WEIGHTS, origin_of_config, read_config, resolve_license, training_of
-from ..checkpoint.transfer import TASKS, is_transfer, read_folder_config, render_folder_card
+from ..checkpoint.task_folder import TASKS, is_task, read_folder_config, render_folder_card
+from ..console import say
 from ..data import Pixels
 from ..files import load_checkpoint
+from ..runs.summary import read_rows
 from .upload import check_folder
 
 
@@ -52,18 +53,14 @@ def stage(source: Path, target: Path, *, part: str = "encoder", stated: Stated |
         if part == "fcmae" and not config.get("architecture", "").startswith("fcmae_"):
             raise ValueError(f"--part fcmae: '{source}' has no decoder. Name the folder of the pretraining run.")
         _stage_folder(source, target, run, stated)
-        return f"the {TASKS[config['task']] if is_transfer(config) else 'timm folder'} {source}"
-    if part == "encoder" and (source / "model" / "config.json").is_file():
-        config = read_folder_config(source / "model")
-        if is_transfer(config):
-            _stage_folder(source / "model", target, source, stated)
-            return f"the {TASKS[config['task']]} of the run {source}"
-    if (source / "encoder" / "config.json").is_file():
-        if part == "encoder":
-            _stage_folder(source / "encoder", target, source, stated)
-            return f"the encoder of the pretraining run {source}"
+        return f"the {TASKS[config['task']] if is_task(config) else 'timm folder'} {source}"
+    has_encoder, has_model = ((source / name / "config.json").is_file() for name in ("encoder", "model"))
+    if has_encoder and part == "fcmae":
         _stage_fcmae(source, target, stated)
         return f"encoder and decoder of the pretraining run {source}"
+    if has_encoder or part == "encoder" and has_model and is_task(read_folder_config(source / "model")):
+        _stage_folder(source / ("encoder" if has_encoder else "model"), target, source, stated)
+        return f"the {'encoder' if has_encoder else 'model'} of the run {source}"
     return _stage_finetuned(source, target, part, stated)
 
 
@@ -80,25 +77,17 @@ def _images_in(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in IMAGES if (folder / name).is_file()}
 
 
-def _pretraining_loss(summary: Path) -> str | None:
-    """The last training loss in a `summary.csv`."""
-    if not summary.is_file():
-        return None
-    with open(summary, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        epoch, loss = int(rows[-1]["epoch"]) + 1, float(rows[-1]["train_loss"])
-    except (IndexError, KeyError, TypeError, ValueError):
-        return None
-    return f"{loss:.4f} in epoch {epoch}" if math.isfinite(loss) else None
-
-
 def _with_loss(config: dict[str, Any], run: Path) -> dict[str, Any]:
     """The config with the last training loss of a pretraining run in the card's table."""
-    training, loss = training_of(config), _pretraining_loss(run / "summary.csv")
-    if loss is None or not training.get("table"):
+    training, rows = training_of(config), read_rows(run / "summary.csv")[0]
+    try:
+        epoch, loss = int(str(rows[-1]["epoch"])) + 1, float(str(rows[-1]["train_loss"]))
+    except (IndexError, KeyError, ValueError):
         return config
-    return {**config, "training": {**training, "table": {**training["table"], "Last training loss": loss}}}
+    if not math.isfinite(loss) or not training.get("table"):
+        return config
+    table = training["table"] | {"Last training loss": f"{loss:.4f} in epoch {epoch}"}
+    return {**config, "training": {**training, "table": table}}
 
 
 def _write_description(folder: Path, config: dict[str, Any], card: str) -> None:
@@ -129,23 +118,6 @@ def _describe(folder: Path, config: dict[str, Any], stated: Stated) -> dict[str,
     return {**config, "pretrained_cfg": {**cfg, "license": license}, "training": training}
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Links the weights, which are large; copies them if the system has no links."""
-    try:
-        os.symlink(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _edited_card(text: str, license: str, stated: Stated) -> str:
-    """A card that was edited by hand: keeps its text, updates its metadata."""
-    card = ModelCard(text, ignore_metadata_errors=True)
-    for name, value in (("license", license), ("datasets", list(stated.datasets)), ("base_model", stated.base_model)):
-        if value:
-            setattr(card.data, name, value)
-    return str(card)
-
-
 def _stage_folder(folder: Path, target: Path, run: Path | None, stated: Stated) -> None:
     """Stages a timm folder, with images and last loss of its pretraining run."""
     files = check_folder(folder)
@@ -158,12 +130,19 @@ def _stage_folder(folder: Path, target: Path, run: Path | None, stated: Stated) 
     if run is not None:
         images = {**_images_of(run), **images}
         config = _with_loss(config, run) if folder.name == "encoder" else config
-    if edited:
-        print(f"{folder / 'README.md'} was edited by hand: its text is kept.")
-        card = _edited_card(text, config["pretrained_cfg"]["license"], stated)
-    else:
-        card = render_folder_card(config, list(images))
-    _link_or_copy(folder / WEIGHTS, target / WEIGHTS)
+    card = render_folder_card(config, list(images))
+    if edited:  # keep the text, update the metadata
+        say(f"{folder / 'README.md'} was edited by hand: its text is kept.")
+        kept, license = ModelCard(text, ignore_metadata_errors=True), config["pretrained_cfg"]["license"]
+        new = {"license": license, "datasets": list(stated.datasets), "base_model": stated.base_model}
+        for name, value in new.items():
+            if value:
+                setattr(kept.data, name, value)
+        card = str(kept)
+    try:
+        os.symlink((folder / WEIGHTS).resolve(), target / WEIGHTS)  # they are large
+    except OSError:  # the system has no links
+        shutil.copyfile(folder / WEIGHTS, target / WEIGHTS)
     for name, path in images.items():
         shutil.copyfile(path, target / name)
     _write_description(target, config, card)
@@ -213,19 +192,19 @@ def _finish(run: Path, target: Path, stated: Stated, with_loss: bool = False) ->
 
 def _stage_finetuned(run: Path, target: Path, part: str, stated: Stated) -> str:
     """Stages `model/` of a run of timm's train.py, or exports its best checkpoint if that is newer."""
-    checkpoints = [name for name in ("model_best.pth.tar", "last.pth.tar") if (run / name).is_file()]
-    model = run / "model"
-    if not checkpoints and not (model / "config.json").is_file():
+    checkpoints = [run / name for name in BEST if (run / name).is_file()]
+    model, exported = run / "model", run / "model" / "config.json"
+    if not checkpoints and not exported.is_file():
         raise ValueError(
-            f"'{run}' has nothing to publish: expected a timm folder (config.json, {WEIGHTS}), or the "
-            "folder of a run of pretraining (encoder/) or of timm's train.py (model_best.pth.tar, last.pth.tar)."
+            f"'{run}' has nothing to publish: expected a timm folder (config.json, {WEIGHTS}), or the folder of a run "
+            f"of pretraining (encoder/) or of timm's train.py ({', '.join(BEST)})."
         )
     if part == "fcmae":
         raise ValueError(f"--part fcmae: '{run}' is not the folder of a pretraining run.")
-    newest = find_checkpoint(run).stat().st_mtime if checkpoints else 0.0
-    if (model / "config.json").is_file() and (model / "config.json").stat().st_mtime >= newest:
+    newest = checkpoints[0].stat().st_mtime if checkpoints else 0.0
+    if exported.is_file() and exported.stat().st_mtime >= newest:
         _stage_folder(model, target, run, stated)
         return f"the timm folder {model}"
     export_finetuned(run, target, license=stated.license)
     _finish(run, target, stated)
-    return f"the model in {find_checkpoint(run)}"
+    return f"the model in {checkpoints[0]}"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..checkpoint.card import IMAGES, card_for_repo
 from ..checkpoint.provenance import HUB_ERRORS, WEIGHTS, origin_of_config, training_of
-from ..checkpoint.transfer import is_transfer, read_folder_config, render_folder_card
+from ..checkpoint.task_folder import is_task, read_folder_config, render_folder_card
 from ..models.weights import check_weights, first_not_finite
 
 _FAULTS: Any = (*HUB_ERRORS, RuntimeError)  # RuntimeError: the upload of a large file failed, with its cause
@@ -33,7 +33,7 @@ def _check_folder_weights(folder: Path, config: dict[str, Any]) -> None:
             bad = next((name for name in names if first_not_finite({name: file.get_tensor(name)})), None)
     except (SafetensorError, OSError) as e:
         raise ValueError(f"'{path}' cannot be read as safetensors: it is truncated or in another format ({e}).") from e
-    if not is_transfer(config):
+    if not is_task(config):
         try:
             model = timm.create_model(f"local-dir:{folder}", pretrained=False, device="meta")
         except Exception as e:  # constructors raise anything for unknown arguments
@@ -46,10 +46,9 @@ def _check_folder_weights(folder: Path, config: dict[str, Any]) -> None:
 
 def _check_licence(folder: Path, config: dict[str, Any], card: str) -> None:
     """Refuses a licence that differs between config.json and card, or from the inherited one."""
-    stated = config.get("pretrained_cfg", {}).get("license")
-    binding = training_of(config).get("inherited_license")
-    if not training_of(config):  # not written by this package: the tag of published models implies the licence
-        binding = origin_of_config(config).license
+    stated, training = config.get("pretrained_cfg", {}).get("license"), training_of(config)
+    # without `training`, this package did not write it, and the tag of a published model implies the licence
+    binding = training.get("inherited_license") if training else origin_of_config(config).license
     if binding and stated not in (None, binding):
         raise ValueError(
             f"'{folder / 'config.json'}' states the licence {stated}, but training started from weights under "
@@ -59,8 +58,8 @@ def _check_licence(folder: Path, config: dict[str, Any], card: str) -> None:
         stated_there = ModelCard(card, ignore_metadata_errors=True).data.to_dict().get("license")
     except (yaml.YAMLError, ValueError) as e:
         raise ValueError(
-            f"The metadata at the head of '{folder / 'README.md'}' are not valid YAML: {e}. Correct them, or delete "
-            "the file; it is then written again."
+            f"The head of '{folder / 'README.md'}' is not valid YAML: {e}. Correct it, or delete the file, which is "
+            "then written again."
         ) from e
     if (stated or binding) and stated_there != (stated or binding):
         raise ValueError(
@@ -112,14 +111,9 @@ def files_to_push(folder: str | os.PathLike, repo_id: str, revision: str | None 
     return files
 
 
-class _WrongVisibility(RuntimeError):
-    """The repository is public and should be private, or the reverse."""
-
-
 def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
     """The message for an error of the Hub or the network."""
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
+    error = error.__cause__ or error if isinstance(error, RuntimeError) else error
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = (getattr(error, "server_message", None) or str(error)).strip().partition("\n")[0].rstrip(".")
     where = f"'{repo_id}'" + (f" (revision '{revision}')" if revision else "")
@@ -164,9 +158,10 @@ def push_to_hub(
         Address of the commit.
 
     Raises:
-        ValueError: The folder is not an export (see `check_folder`), or the name of the repository is invalid.
-        RuntimeError: The token is missing or not accepted, there is no permission, HF_HUB_OFFLINE is set, the Hub
-            cannot be reached or refuses, or an existing repository has the other visibility.
+        ValueError: The folder is not an export (see `check_folder`), the repository's name is invalid, or it exists
+            with the other visibility.
+        RuntimeError: The token is missing or not accepted, there is no permission, HF_HUB_OFFLINE is set, or the Hub
+            cannot be reached or refuses.
     """
     try:
         validate_repo_id(repo_id)
@@ -184,8 +179,6 @@ def push_to_hub(
             commit_message=commit_message or f"Model from timm_convnextv2: {Path(folder).resolve().name}",
             revision=revision,
         )
-    except _WrongVisibility:
-        raise
     except _FAULTS as e:
         raise RuntimeError(_explain(e, repo_id, revision)) from e
     return commit.commit_url
@@ -207,7 +200,7 @@ def _open_repo(api: HfApi, repo_id: str, private: bool | None, revision: str | N
     """Creates repository and branch if needed; returns the repository's full name."""
     full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private is not None and bool(api.repo_info(full_id).private) != private:
-        raise _WrongVisibility(
+        raise ValueError(
             f"'{full_id}' exists and is {'public' if private else 'private'}; nothing was sent. Change its "
             "visibility in its settings on the Hub, or publish under another name."
         )

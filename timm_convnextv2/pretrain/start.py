@@ -11,7 +11,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from ..checkpoint import convert_official, load_checkpoint
-from ..checkpoint.files import weights_in
+from ..checkpoint.loading import weights_in
 from ..checkpoint.provenance import (
     WEIGHTS,
     config_beside,

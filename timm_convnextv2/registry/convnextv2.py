@@ -31,16 +31,13 @@ def filter_weights(state_dict: dict[str, Any], model: ConvNeXtV2) -> dict[str, A
     # timm looks unknown names up in the model, assumes tensors, and reshapes to the model's width
     except (KeyError, AttributeError, RuntimeError):
         loaded = named
-    check_weights(
-        loaded,
-        model.state_dict(),
-        f"The weights are not those of this ConvNeXt V2 (the first names: {sorted(state_dict)[:3]})",
-        optional=("head.",),
-        resized=("stem.0.weight",),
-        remedy="Expected: weights of a convnextv2_* of the same size, in the names of timm, the official code, "
-        "transformers or MMPretrain, or of an fcmae_convnextv2_*. Official pretraining checkpoints of the "
-        "MinkowskiEngine code go through timm_convnextv2.checkpoint.convert_official first.",
+    what = f"The weights are not those of this ConvNeXt V2 (the first names: {sorted(state_dict)[:3]})"
+    remedy = (
+        "Expected: a convnextv2_* or fcmae_convnextv2_* of the same size, in the names of timm, the official code, "
+        "transformers or MMPretrain. Convert the official MinkowskiEngine checkpoints with "
+        "timm_convnextv2.checkpoint.convert_official first."
     )
+    check_weights(loaded, model.state_dict(), what, optional=("head.",), resized=("stem.0.weight",), remedy=remedy)
     return loaded
 
 
@@ -48,14 +45,9 @@ def _create_convnextv2(variant: str, pretrained: bool = False, **kwargs) -> Conv
     if kwargs.get("pretrained_cfg", "") == "fcmae":
         # as in timm: the fcmae weights have neither classifier nor `head.norm`
         kwargs.setdefault("pretrained_strict", False)
-    model: Any = build_model(
-        ConvNeXtV2,
-        variant,
-        pretrained,
-        pretrained_filter_fn=filter_weights,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-        **kwargs,
-    )
+    features = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
+    options = {"pretrained_filter_fn": filter_weights, "feature_cfg": features, **kwargs}
+    model: Any = build_model(ConvNeXtV2, variant, pretrained, **options)
     if isinstance(model, ConvNeXtV2):  # not if `features_only` wraps it
         model.layer_decay_type = layer_decay_type(variant)
     return model

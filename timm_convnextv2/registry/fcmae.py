@@ -20,8 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _provenance() -> Any:
-    # imported on use: `import timm_convnextv2` must not import `checkpoint` with cards, Pillow and the Hub's client
-    from ..checkpoint import provenance
+    from ..checkpoint import provenance  # on use: `import timm_convnextv2` must not import cards and the Hub's client
 
     return provenance
 
@@ -56,13 +55,9 @@ def _filter_fn(state_dict: dict[str, torch.Tensor], model: FCMAE) -> dict[str, t
     if "encoder.stem.0.weight" in state_dict and "mask_token" in state_dict:
         there, here = _options_of(state_dict), _options_of(own)
         options = "; ".join(f"{k}={v} in the file, {here[k]} requested" for k, v in there.items() if v != here[k])
-        check_weights(
-            state_dict,
-            own,
-            f"The FCMAE weights do not fit the requested model ({options or 'same options'})",
-            remedy="Leave these options out to get the model as it was trained; an encoder alone adapts to other "
-            "in_chans.",
-        )
+        what = f"The FCMAE weights do not fit the requested model ({options or 'same options'})"
+        remedy = "Leave these options out for the model as it was trained; an encoder alone adapts to other in_chans."
+        check_weights(state_dict, own, what, remedy=remedy)
         return state_dict
     loaded = filter_weights(state_dict, model.encoder)
     loaded = {f"encoder.{k}": v for k, v in loaded.items() if not k.startswith("head.")}
@@ -77,33 +72,20 @@ def _create_fcmae(
 ) -> FCMAE:
     """`start_config` is the config.json beside the weights, if the caller has read it."""
     if kwargs.pop("features_only", False):
-        raise ValueError(
-            f"'{variant}' is the pretraining wrapper; use '{variant.removeprefix('fcmae_')}' for features_only=True."
-        )
-    if pretrained and kwargs.get("pretrained_cfg_overlay"):
-        start_config = start_config or _config_beside_weights(variant, kwargs)
+        raise ValueError(f"features_only=True needs a backbone: use '{variant.removeprefix('fcmae_')}'.")
+    overlay = kwargs.get("pretrained_cfg_overlay")
+    if pretrained and overlay:
+        try:  # timm does not read the config.json beside these weights
+            start_config = start_config or _provenance().config_beside(overlay, kwargs.get("cache_dir"))
+        except (OSError, HfHubHTTPError) as e:
+            raise hub_error(e, overlay["hf_hub_id"], "config.json", variant) from e
         kwargs = _with_options_of(start_config, variant, kwargs) if start_config else kwargs
-    model: Any = build_model(
-        FCMAE,
-        variant,
-        pretrained,
-        pretrained_filter_fn=_filter_fn,
-        kwargs_filter=("global_pool",),
-        **kwargs,
-    )
+    options = {"pretrained_filter_fn": _filter_fn, "kwargs_filter": ("global_pool",), **kwargs}
+    model: Any = build_model(FCMAE, variant, pretrained, **options)
     if pretrained and model.pretrained_cfg.get("file") and start_config is None:
         start_config = _provenance().config_beside(model.pretrained_cfg)  # timm itself parsed a `local-dir:` name
     _describe_encoder(model, variant.removeprefix("fcmae_"), pretrained, start_config, kwargs)
     return model
-
-
-def _config_beside_weights(variant: str, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The config.json beside the weights of a `pretrained_cfg_overlay`, which timm does not read; None without one."""
-    overlay = kwargs["pretrained_cfg_overlay"]
-    try:
-        return _provenance().config_beside(overlay, kwargs.get("cache_dir"))
-    except (OSError, HfHubHTTPError) as e:
-        raise hub_error(e, overlay["hf_hub_id"], "config.json", variant) from e
 
 
 def _with_options_of(config: dict[str, Any], variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -160,10 +142,6 @@ def _describe_encoder(
     encoder._model_args = {k: v for k, v in given.items() if k not in own or v != own[k]}
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"fcmae_convnextv2_{name}" + (".fcmae" if name != "small" else ".untrained"): _fcmae_cfg(name)
-        for name in VARIANTS
-    }
-)
+_TAGS = {name: "untrained" if name == "small" else "fcmae" for name in VARIANTS}  # small was never published
+default_cfgs = generate_default_cfgs({f"fcmae_convnextv2_{n}.{tag}": _fcmae_cfg(n) for n, tag in _TAGS.items()})
 register_variants(__name__, "fcmae_convnextv2_", _create_fcmae)

@@ -25,14 +25,7 @@ def build_model(model_cls: type, variant: str, pretrained: bool, **kwargs) -> nn
 
 
 def hub_error(error: Exception, hub_id: str, what: str, name: str) -> RuntimeError:
-    """The error for a download that failed.
-
-    Args:
-        error: Raised by huggingface_hub or its HTTP library.
-        hub_id: `user/name` or `user/name@revision`.
-        what: The part that was requested, such as 'weights'.
-        name: The model's name in `timm.create_model`.
-    """
+    """The error for a failed download of `what` from `hub_id`, `user/name[@revision]`, for timm's model `name`."""
     repo, _, revision = hub_id.partition("@")
     cause = error.__cause__ or error
     status = getattr(getattr(error, "response", getattr(cause, "response", None)), "status_code", None)
@@ -43,16 +36,12 @@ def hub_error(error: Exception, hub_id: str, what: str, name: str) -> RuntimeErr
     elif isinstance(error, EntryNotFoundError) and status == 404:
         remedy = "It has no model.safetensors, or the Hub did not respond: see the log above."
     elif status in (401, 403, 404):
-        remedy = (
-            "Check the name. For a private or gated repository log in with `hf auth login`, or set HF_TOKEN to a "
-            "token with read access."
-        )
+        remedy = "Check the name. A private or gated repository needs `hf auth login`, or a token in HF_TOKEN."
     else:
         remedy = (
-            f"Try again later. Without network, download https://huggingface.co/{repo} elsewhere and pass its weights "
-            f"file: timm.create_model('{name}', pretrained=True, "
-            "pretrained_cfg_overlay=dict(file='/path/to/model.safetensors')), or set HF_HOME to a folder whose hub "
-            "cache holds the repository. pretrained=False starts from random weights."
+            f"Try again later. Without network, download https://huggingface.co/{repo} elsewhere and pass its weights: "
+            f"timm.create_model('{name}', pretrained=True, pretrained_cfg_overlay=dict(file='model.safetensors')), or "
+            "set HF_HOME to a folder whose hub cache holds the repository."
         )
     return RuntimeError(
         f"Could not get the {what} of '{hub_id}' from the Hugging Face Hub or its local cache ({reason}). {remedy}"

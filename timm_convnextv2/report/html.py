@@ -11,7 +11,7 @@ from typing import Any
 
 from ..files import whole_file
 from .charts import Line, collapse_chart, epoch_colours, line_chart, spread
-from .kinds import BASELINES, COST, KINDS, as_text, in_one_line, last_numbers
+from .kinds import BASELINES, COST, KINDS, as_text, charts_of, in_one_line, last_numbers
 from .run import RunRecord, read_run
 
 GENERATOR = "timm_convnextv2 report"  # the command overwrites only files with this mark
@@ -115,7 +115,7 @@ def _settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], bool]]:
 def _charts(runs: Sequence[RunRecord]) -> list[tuple[str, str, str]]:
     """Title, note and SVG of each chart that at least one run measured."""
     made = []
-    for chart in KINDS[runs[0].task].charts(runs):
+    for chart in charts_of(runs, KINDS[runs[0].task]):
         lines = [
             Line({epoch: value * (chart.scale or 1) for epoch, value in values.items()}, i, dashed)
             for column, dashed in chart.columns.items()
@@ -126,7 +126,8 @@ def _charts(runs: Sequence[RunRecord]) -> list[tuple[str, str, str]]:
             lows = _baselines(runs, chart.baseline) if chart.baseline else {}
             words = _in_words(chart.title, lines, lows, chart.dashed)
             svg = line_chart("-".join(chart.columns), lines, lows, words, bool(chart.scale))
-            made.append((chart.title, chart.note, svg))
+            note = chart.note if any(line.dashed for line in lines) else chart.solid or chart.note
+            made.append((chart.title, note, svg))
     return made
 
 
@@ -245,12 +246,8 @@ def _data(path: str, _changed: int, _size: int) -> tuple[str, int, int]:
     content = Path(path).read_bytes()
     with Image.open(io.BytesIO(content)) as image:
         pixels = image.convert("RGB")
-    smallest, kind = content, "png"
-    webp: dict[str, Any] = {"quality": 82, "method": 4}
-    jpeg: dict[str, Any] = {"quality": 82, "optimize": True}
-    for name, options in [("webp", webp)] if features.check("webp") else [("jpeg", jpeg)]:
-        packed = io.BytesIO()
-        pixels.save(packed, name.upper(), **options)
-        if packed.tell() < len(smallest):
-            smallest, kind = packed.getvalue(), name
-    return f"data:image/{kind};base64,{base64.b64encode(smallest).decode()}", pixels.width, pixels.height
+    kind, packed = "webp" if features.check("webp") else "jpeg", io.BytesIO()
+    pixels.save(packed, kind.upper(), quality=82)
+    if packed.tell() >= len(content):
+        kind, packed = "png", io.BytesIO(content)
+    return f"data:image/{kind};base64,{base64.b64encode(packed.getvalue()).decode()}", pixels.width, pixels.height

@@ -1,7 +1,7 @@
 """PNG figures of a run: curves, reconstructions, neighbours, histograms, contact sheets."""
 
-import csv
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 
 from ..files import whole_file
 from ..models.fcmae import FCMAE, normalize_target, patchify, unpatchify
+from ..runs.summary import read_rows
 
 if TYPE_CHECKING:
     from ..data.measure.pixel_statistics import PixelStatistics
@@ -21,21 +22,32 @@ _HISTOGRAM_COLUMNS = 4
 def save_contact_sheet(images: Sequence[tuple[np.ndarray | None, str]], path: str | Path, title: str = "") -> None:
     """Draws `(image, text)` in rows of eight; images are `[H, W, 3]` in [0, 1], or None for a crossed-out field."""
     columns = min(_COLUMNS, max(4, len(images)))
-    rows = max(1, -(-len(images) // columns))
-    figure = _figure((1.6 * columns, 0.4 + 1.9 * rows), 110)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_visible(False)
-    for axis, (image, text) in zip(axes, images, strict=False):
-        axis.set_visible(True)
+    rows: list[Any] = [[*images[i : i + columns]] for i in range(0, len(images), columns)] or [[]]
+    rows[-1] += [("", "")] * (columns - len(rows[-1]))  # blank
+    save_rows(path, rows, (1.6 * columns, 0.4 + 1.9 * len(rows)), title)
+
+
+def save_rows(
+    path: str | Path, rows: Sequence[Sequence[tuple[Any, str]]], size: tuple[float, float], title: str = "",
+    legend: Sequence[Any] = (),
+) -> None:  # fmt: skip
+    """Draws rows of `(image, text)` as a PNG of `size` inches; `legend` has matplotlib handles.
+
+    Images are `[H, W, 3]` in [0, 1]; None is a crossed-out field, '' a blank one.
+    """
+    figure = _figure(size, 120)
+    axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    for axis, (image, text) in zip(axes.flat, chain(*rows), strict=True):
+        axis.axis("off")
+        axis.set_title(text, fontsize=7, parse_math=False)  # a name may contain $
         if image is None:
             axis.set_aspect("equal")
             axis.plot([0, 1, None, 0, 1], [0, 1, None, 1, 0], color="#c0392b", linewidth=1)
-        else:
-            axis.imshow(image, interpolation="nearest", vmin=0, vmax=1)
-        axis.set_title(text, fontsize=6)
+        elif not isinstance(image, str):
+            axis.imshow(np.asarray(image), interpolation="nearest", vmin=0, vmax=1)
+    if legend:
+        figure.legend(handles=legend, loc="outside lower center", ncols=6, frameon=False, fontsize=7)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, title)
 
 
@@ -88,20 +100,17 @@ def save_figure(figure, path: str | Path, title: str = "") -> None:
 
 def save_loss_curve(summary: str | Path, path: str | Path) -> None:
     """Draws loss and learning rate of a `summary.csv` as a PNG."""
-    with open(summary, newline="") as f:
-        rows = list(csv.DictReader(f))
-    epochs = [int(r["epoch"]) + 1 for r in rows]
+    rows, _ = read_rows(Path(summary))
+    epochs, losses, rates = ([float(str(r[name])) for r in rows] for name in ("epoch", "train_loss", "lr"))
+    epochs = [epoch + 1 for epoch in epochs]
     figure = _figure((7, 4), 120)
     axis = figure.add_subplot()
-    marker = "o" if len(rows) < 40 else None
-    axis.plot(
-        epochs, [float(r["train_loss"]) for r in rows], color="#1f5fa8", marker=marker, markersize=3, label="loss"
-    )
+    axis.plot(epochs, losses, color="#1f5fa8", marker="o" if len(rows) < 40 else None, markersize=3)
     axis.set(xlabel="epoch", ylabel="loss on masked patches")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.25)
     rate = axis.twinx()
-    rate.plot(epochs, [float(r["lr"]) for r in rows], color="#999999", linewidth=1, linestyle="--")
+    rate.plot(epochs, rates, color="#999999", linewidth=1, linestyle="--")
     rate.set_ylabel("learning rate (dashed)", color="#777777")
     rate.set_ylim(bottom=0)
     for side in (axis, rate):
@@ -131,17 +140,13 @@ def save_neighbours(
         raise ValueError("neighbours is empty, expected at least one row (index, [indices of its neighbours]).")
     shown = displayable(images.float().cpu(), torch.tensor(mean), torch.tensor(std)).clamp(0, 1)
     columns, aspect = 1 + max(len(near) for _, near in neighbours), images.shape[2] / images.shape[3]
-    figure = _figure((8, 0.4 + 8 / columns * aspect * len(neighbours)), 120)
-    axes = figure.subplots(len(neighbours), columns, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, (query, near) in zip(axes, neighbours, strict=True):
-        for axis, index in zip(row, (query, *near), strict=False):
-            axis.imshow(shown[index].numpy(), interpolation="nearest")
-    axes[0][0].set_title("image", fontsize=9)
-    if columns > 1:
-        axes[0][1].set_title("nearest", fontsize=9)
-    save_figure(figure, path, title)
+    texts = ["image", "nearest", *[""] * columns]
+    rows: list[Any] = []
+    for query, near in neighbours:
+        rows.append([(shown[i], text) for i, text in zip((query, *near), texts, strict=False)])
+        rows[-1] += [("", "")] * (columns - len(rows[-1]))
+        texts = [""] * columns
+    save_rows(path, rows, (8, 0.4 + 8 / columns * aspect * len(neighbours)), title)
 
 
 def displayable(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
@@ -196,13 +201,8 @@ def save_reconstructions(
         "prediction": torch.where(gap.permute(0, 2, 3, 1), displayable(pred, means, stds), high),
         "prediction + visible": displayable(torch.where(gap, pred, images), means, stds),
     }
-    count, aspect = images.shape[0], images.shape[2] / images.shape[3]
-    figure = _figure((8, 0.3 + 2 * count * aspect), 120)
-    axes = figure.subplots(count, len(columns), squeeze=False)
-    for column, (name, drawn) in enumerate(columns.items()):
-        for row in range(count):
-            image = ((drawn[row] - low) / (high - low)).clamp(0, 1)
-            axes[row][column].imshow(image.numpy(), interpolation="nearest")
-            axes[row][column].axis("off")
-        axes[0][column].set_title(name, fontsize=9)
-    save_figure(figure, path, title)
+    rows = [
+        [(((drawn[i] - low) / (high - low)).clamp(0, 1), name * (i == 0)) for name, drawn in columns.items()]
+        for i in range(len(images))
+    ]
+    save_rows(path, rows, (8, 0.3 + 2 * len(images) * images.shape[2] / images.shape[3]), title)

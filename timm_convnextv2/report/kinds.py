@@ -21,6 +21,7 @@ class Chart(NamedTuple):
     scale: float = 0  # factor of the values, whose axis then begins at 0; 0 for none
     baseline: str = ""  # measure of the probe whose baselines are drawn
     dashed: str = "held out"  # meaning of dashed lines
+    solid: str = ""  # the note if no dashed line was measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Kind:
     alt: str  # text alternative of such an image, before ", after epoch N"
     measures: dict[str, tuple[str, str]]  # columns of summary.csv with name and format, in the order of the tables
     facts: Callable[[RunRecord], dict[str, str]]  # rows about model, data and training
-    charts: Callable[[Sequence[RunRecord]], list[Chart]]  # candidates for charts; those without values are left out
+    charts: tuple[Chart, ...]  # candidates besides terms of the loss and the cost; those without values are left out
     findings: Callable[[RunRecord], Iterable[str]]  # sentences about the numbers
     next_steps: Callable[[dict[str, Any], Path], list[Step]]  # commands for the exported model
 
@@ -51,6 +52,17 @@ _COST_CHARTS = [
     Chart("Waiting for data, % of the time", {"train_data_wait": False}, "More than a few %: add data workers.", 100),
     Chart("Learning rate", {"lr": False}),
 ]
+_LOSS_CHART = Chart(
+    "Loss", {"train_loss": False, "eval_loss": True}, "Solid: training. Dashed: held-out images.",
+    solid="On the training images.",
+)  # fmt: skip
+
+
+def charts_of(runs: Sequence[RunRecord], kind: Kind) -> list[Chart]:
+    """The candidates for charts: the task's own, the terms of the loss, the cost."""
+    terms = dict.fromkeys(c for run in runs for row in run.rows.values() for c in row if c.startswith("train_loss_"))
+    named = [Chart(f"Loss: {c.removeprefix('train_loss_').replace('_', ' ')}", {c: False}) for c in terms]
+    return [*kind.charts, *named, *_COST_CHARTS]
 
 
 def as_text(value: float, form: str) -> str:
@@ -124,34 +136,20 @@ def _facts_of_pretraining(run: RunRecord) -> dict[str, str]:
     named = [word for source in sources if source for word in (source if isinstance(source, list) else [source])]
     images = run.progress.get("num_images") or of.get("train_num_samples")
     probed = f"{probe.get('data_dir', '')}: {len(probe.get('classes') or [])} classes, {probe.get('train', '?')} train"
+    weights = str(of.get("weights") or "published or given weights") if of["pretrained"] else "random weights"
+    decoder = f"decoder {of['decoder_depth']} x {of['decoder_dim']}"
+    targets = "targets normalised per patch" if of.get("norm_pix_loss") else "plain pixels"
     own = {
         "Model": of["model"],
-        "Started from": str(of.get("weights") or "published or given weights")
-        if of["pretrained"]
-        else "random weights",
+        "Started from": weights,
         "Data": "the embedded data set" if of["dataset"] == "embedded" else " ".join(named),
         "Images": f"{images:,} images" if isinstance(images, int) else "",
         "Input": f"{chans} x {height} x {width}, stem patch {of['patch_size']}",
-        "Method": f"FCMAE, mask ratio {of['mask_ratio']:g}, decoder {of['decoder_depth']} x {of['decoder_dim']}, "
-        + ("targets normalised per patch" if of.get("norm_pix_loss") else "plain pixels"),
+        "Method": f"FCMAE, mask ratio {of['mask_ratio']:g}, {decoder}, {targets}",
         "Epochs": f"{len(run.rows) and max(run.rows) + 1} of {of['epochs']}",
         "Probe": f"{probed}, {probe.get('test', '?')} test images" if probe else "",
     }
     return _facts(run, own, run.progress.get("world_size", 1))
-
-
-def _pretraining_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    held_out = any(run.column("eval_loss") for run in runs)
-    note = "Solid: training. Dashed: held-out images." if held_out else "On masked patches of the training images."
-    return [
-        Chart("Loss", {"train_loss": False, "eval_loss": True}, note),
-        Chart("kNN accuracy, %", {"eval_knn": False}, "Dotted: baselines that need no training.", baseline="knn"),
-        Chart("Ridge accuracy, %", {"eval_ridge": False}, "A linear classifier in closed form.", baseline="ridge"),
-        Chart("RankMe", {"eval_rank": False}, "Compares runs of one method only.", baseline="rank"),
-        Chart("Mean distance of channels", {"eval_distance": False}, "0: collapsed. About 0.5: independent."),
-        Chart("Dead channels, %", {"eval_dead": False}, "Channels whose norm is almost zero.", 100),
-        *_COST_CHARTS,
-    ]
 
 
 def _findings_of_pretraining(run: RunRecord) -> list[str]:
@@ -195,50 +193,10 @@ def _facts_of_transfer(run: RunRecord) -> dict[str, str]:
     return _facts(run, own, of["world_size"])
 
 
-def _findings_of(*columns: str) -> Callable[[RunRecord], list[str]]:
-    """The function for these columns of summary.csv."""
-
-    def findings(run: RunRecord) -> list[str]:
-        found = [text for column in columns for text in _best(run, _TRANSFER[column][0], column)]
-        if found:
-            found.append("It was measured on the validation images, with the weights that are exported.")
-        return found
-
-    return findings
-
-
-def _losses(runs: Sequence[RunRecord]) -> list[Chart]:
-    """Charts of the loss and of each of its terms."""
-    parts = dict.fromkeys(c for run in runs for row in run.rows.values() for c in row if c.startswith("train_loss_"))
-    named = [Chart(f"Loss: {c.removeprefix('train_loss_').replace('_', ' ')}", {c: False}) for c in parts]
-    return [Chart("Loss", {"train_loss": False}, "The sum of its parts, on the training images."), *named]
-
-
-def _detection_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    masks = any(run.column("eval_mask_ap") for run in runs)
-    note = "Solid: boxes. Dashed: masks." if masks else "Of boxes."
-    dashed: dict[str, Any] = dict(scale=100, dashed="masks")
-    return [
-        Chart("AP, %", {"eval_box_ap": False, "eval_mask_ap": True}, f"{note} IoU 0.5 to 0.95.", **dashed),
-        Chart("AP at IoU 0.5, %", {"eval_box_ap50": False, "eval_mask_ap50": True}, note, **dashed),
-        *_losses(runs),
-        *_COST_CHARTS,
-    ]
-
-
-def _segmentation_charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    return [
-        Chart("mIoU, %", {"eval_miou": False}, "Mean over the classes that occur.", 100),
-        Chart(
-            "Accuracy, %",
-            {"eval_accuracy": False, "eval_mean_accuracy": True},
-            "Solid: of pixels. Dashed: mean over the classes.",
-            100,
-            dashed="mean over classes",
-        ),  # fmt: skip
-        *_losses(runs),
-        *_COST_CHARTS,
-    ]
+def _findings_of_transfer(run: RunRecord) -> list[str]:
+    main = {"detection": ("eval_box_ap", "eval_mask_ap"), "segmentation": ("eval_miou",)}[run.task]
+    found = [text for column in main for text in _best(run, (_BOXES | _CLASSES)[column][0], column)]
+    return [*found, "It was measured on the validation images, with the weights that are exported."] if found else []
 
 
 _LOSS = {"train_loss": ("Loss", "{:.4f}")}
@@ -253,7 +211,7 @@ _CLASSES = {
     "eval_accuracy": ("Accuracy", "{:.1%}"),
     "eval_mean_accuracy": ("Mean accuracy", "{:.1%}"),
 }
-_TRANSFER = _BOXES | _CLASSES
+_MASKS = "Solid: boxes. Dashed: masks."
 
 KINDS = {
     "pretraining": Kind(
@@ -272,7 +230,14 @@ KINDS = {
             "eval_dead": ("Dead channels", "{:.2%}"),
         },
         facts=_facts_of_pretraining,
-        charts=_pretraining_charts,
+        charts=(
+            _LOSS_CHART,
+            Chart("kNN accuracy, %", {"eval_knn": False}, "Dotted: baselines that need no training.", baseline="knn"),
+            Chart("Ridge accuracy, %", {"eval_ridge": False}, "A linear classifier in closed form.", baseline="ridge"),
+            Chart("RankMe", {"eval_rank": False}, "Compares runs of one method only.", baseline="rank"),
+            Chart("Mean distance of channels", {"eval_distance": False}, "0: collapsed. About 0.5: independent."),
+            Chart("Dead channels, %", {"eval_dead": False}, "Channels whose norm is almost zero.", 100),
+        ),
         findings=_findings_of_pretraining,
         next_steps=next_steps,
     ),
@@ -284,8 +249,14 @@ KINDS = {
         alt="Ground truth on the left and detections on the right, one row per image",
         measures=_LOSS | _BOXES,
         facts=_facts_of_transfer,
-        charts=_detection_charts,
-        findings=_findings_of("eval_box_ap", "eval_mask_ap"),
+        charts=(
+            Chart("AP, %", {"eval_box_ap": False, "eval_mask_ap": True}, f"{_MASKS} IoU 0.5 to 0.95.", 100,
+                  dashed="masks", solid="Of boxes. IoU 0.5 to 0.95."),
+            Chart("AP at IoU 0.5, %", {"eval_box_ap50": False, "eval_mask_ap50": True}, _MASKS, 100, dashed="masks",
+                  solid="Of boxes."),
+            _LOSS_CHART,
+        ),
+        findings=_findings_of_transfer,
         next_steps=next_steps_of_transfer,
     ),
     "segmentation": Kind(
@@ -295,8 +266,13 @@ KINDS = {
         alt="Image, mask and prediction, one row per image",
         measures=_LOSS | _CLASSES,
         facts=_facts_of_transfer,
-        charts=_segmentation_charts,
-        findings=_findings_of("eval_miou"),
+        charts=(
+            Chart("mIoU, %", {"eval_miou": False}, "Mean over the classes that occur.", 100),
+            Chart("Accuracy, %", {"eval_accuracy": False, "eval_mean_accuracy": True},
+                  "Solid: of pixels. Dashed: mean over the classes.", 100, dashed="mean over classes"),
+            _LOSS_CHART,
+        ),
+        findings=_findings_of_transfer,
         next_steps=next_steps_of_transfer,
     ),
-}
+}  # fmt: skip

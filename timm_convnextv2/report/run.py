@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import re
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,19 @@ from ..runs.summary import read_rows
 Row = dict[str, float]
 _TEXT_COLUMNS = ("block",)  # of collapse.csv: the module's name
 
+_Kinds = dict[str, type | tuple[type, ...]]
 # The settings that a report needs, by task; runs of pretraining name no task.
 # Only `mask_ratio` distinguishes a run of pretraining from one of timm's train.py.
-_PRETRAINING: dict[str, type | tuple[type, ...]] = {
+_PRETRAINING: _Kinds = {
     "model": str, "epochs": int, "mask_ratio": (int, float), "batch_size": int, "grad_accum_steps": int,
     "decoder_depth": int, "decoder_dim": int, "patch_size": int, "input_size": list, "seed": int,
     "data_dir": (str, list, type(None)), "dataset": (str, type(None)), "license": (str, type(None)), "pretrained": bool,
 }  # fmt: skip
-
-
-_TRANSFER: dict[str, type | tuple[type, ...]] = {
+_TRANSFER: _Kinds = {
     "model": str, "data_dir": str, "classes": list, "num_images": int, "num_validation": int, "batch_size": int,
     "grad_accum_steps": int, "world_size": int, "total_updates": int, "img_size": int, "in_chans": int, "seed": int,
     "from_scratch": bool, "lr": (int, float),
 }  # fmt: skip
-
-
 _SETTINGS = {"pretraining": _PRETRAINING, "detection": _TRANSFER, "segmentation": _TRANSFER}
 
 
@@ -69,10 +67,11 @@ def read_run(folder: Path, label: str = "") -> RunRecord:
     """
     head, settings = _read_settings(folder)
     run = RunRecord(folder, label or folder.resolve().name, settings, settings.get("task", "pretraining"))
-    run.versions = head[0] if head and not head[0].startswith("command: ") else ""
     for line in head:
         if line.startswith("command: "):
             run.command = _decoded(line.removeprefix("command: "))
+        else:
+            run.versions = run.versions or line
     run.rows = {int(row["epoch"]): row for row in _read_table(run, "summary.csv")}
     if run.task != "pretraining":
         # COCO's evaluators return -1 for empty categories, such as large objects in a data set without any
@@ -107,7 +106,10 @@ def _read_settings(folder: Path) -> tuple[list[str], dict[str, Any]]:
         raise ValueError(f"'{path}' cannot be read: {e}") from e
     task = settings.get("task", "pretraining") if isinstance(settings, dict) else "pretraining"
     needed = _SETTINGS.get(task, _PRETRAINING) if isinstance(task, str) else _PRETRAINING
-    wrong = [name for name, kind in needed.items() if not isinstance(settings, dict) or not _fits(settings, name, kind)]
+    values = settings if isinstance(settings, dict) else {}
+    wrong = [name for name, kind in needed.items() if name not in values or not isinstance(values[name], kind)]
+    if "input_size" in needed and "input_size" not in wrong and [*map(type, values["input_size"])] != [int] * 3:
+        wrong.append("input_size")
     if wrong or task not in _SETTINGS:
         raise ValueError(
             f"'{path}' does not hold the settings of a run of {task}: {', '.join(wrong[:3])} missing or of another "
@@ -115,13 +117,6 @@ def _read_settings(folder: Path) -> tuple[list[str], dict[str, Any]]:
         )
     head = [line.removeprefix("#").strip() for line in text.splitlines()[:2] if line.startswith("#")]
     return head, settings
-
-
-def _fits(settings: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> bool:
-    value = settings.get(name)
-    if name == "input_size":
-        return isinstance(value, list) and len(value) == 3 and all(isinstance(n, int) for n in value)
-    return name in settings and isinstance(value, kind)
 
 
 def _decoded(text: str) -> str:
@@ -153,9 +148,8 @@ def _read_table(run: RunRecord, name: str, needed: tuple[str, ...] = ()) -> list
         if all(key in numbers for key in needed):
             found.append(numbers)
     if damaged:
-        first = damaged[0] if len(damaged[0]) <= 60 else f"{damaged[0][:60]}..."
         count = "1 corrupt line is" if len(damaged) == 1 else f"{len(damaged)} corrupt lines are"
-        run.notes.append(f"{name}: {count} left out, the first: '{first}'.")
+        run.notes.append(f"{name}: {count} left out, the first: '{textwrap.shorten(damaged[0], 60)}'.")
     return found
 
 

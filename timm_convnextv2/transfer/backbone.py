@@ -12,7 +12,7 @@ from timm.models import group_parameters, load_model_config_from_hf
 from torch import Tensor, nn
 
 from ..checkpoint import load_model
-from ..checkpoint.files import model_pixels
+from ..checkpoint.loading import model_pixels
 from ..checkpoint.provenance import Origin, config_beside, origin_of_config, read_config
 from ..data import Pixels, load_image
 from ..data.formats.pixels import PLAIN

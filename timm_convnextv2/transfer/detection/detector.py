@@ -20,7 +20,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from ...checkpoint.transfer import load_weights, read_transfer, write_transfer
+from ...checkpoint.task_folder import load_weights, read_task, write_task
 from ...console import closest
 from ..backbone import Backbone, create_backbone, open_backbone
 
@@ -113,7 +113,7 @@ def export_detector(
     config = dict(
         task="detection", classes=list(classes), backbone=backbone_of(detector).record(), detector=made_of
     )  # fmt: skip
-    return write_transfer(folder, detector, config, metrics=metrics, dataset=dataset, info=info)
+    return write_task(folder, detector, config, metrics=metrics, dataset=dataset, info=info)
 
 
 def backbone_of(detector: FasterRCNN) -> Backbone:
@@ -131,7 +131,7 @@ def open_detector(folder: str | os.PathLike) -> FasterRCNN:
 
     `folder` is its folder, the folder of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
     """
-    location, config = read_transfer(folder, "detection")
+    location, config = read_task(folder, "detection")
     try:
         made_of = dict(config["detector"])
         options = made_of.pop("options")
@@ -144,4 +144,4 @@ def open_detector(folder: str | os.PathLike) -> FasterRCNN:
 
 def classes_of(folder: str | os.PathLike) -> list[str]:
     """Names of the labels 1, 2, ... of an exported detector."""
-    return list(read_transfer(folder, "detection")[1]["classes"])
+    return list(read_task(folder, "detection")[1]["classes"])

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from ...report.images import save_rows
 from ...runs.world import World
-from ..figures import as_rgb, save_rows
+from ..figures import as_rgb
 from .coco import Coco, CocoImage, DetectionSamples, collate, rle_codec
 from .detector import backbone_of, made_of_detector
 

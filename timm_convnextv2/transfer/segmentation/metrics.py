@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import functional as V
 
 from ...files import whole_file
+from ...report.images import save_rows
 from ...runs.world import World, leave_signals_to_parent
-from ..figures import as_rgb, save_rows
+from ..figures import as_rgb
 from .masks import MaskedImages, as_float
 from .segmenter import Segmenter
 from .sliding import predict

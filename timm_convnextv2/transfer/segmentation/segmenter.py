@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from ...checkpoint.transfer import load_weights, read_transfer, write_transfer
+from ...checkpoint.task_folder import load_weights, read_task, write_task
 from ..backbone import Backbone, create_backbone, open_backbone
 from .heads import FCNHead, UPerHead, resize
 
@@ -103,7 +103,7 @@ def export_segmenter(
         task="segmentation", classes=model.classes, backbone=model.backbone.record(),
         segmenter={**model.sizes, "ignore_index": model.ignore_index},
     )  # fmt: skip
-    return write_transfer(folder, model, config, metrics=metrics, dataset=dataset, info=info)
+    return write_task(folder, model, config, metrics=metrics, dataset=dataset, info=info)
 
 
 def open_segmenter(folder: str | Path, device: str | torch.device = "cpu") -> Segmenter:
@@ -111,7 +111,7 @@ def open_segmenter(folder: str | Path, device: str | torch.device = "cpu") -> Se
 
     `folder` is its folder, the folder of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
     """
-    location, config = read_transfer(folder, "segmentation")
+    location, config = read_task(folder, "segmentation")
     try:
         classes = config["classes"]
         model = Segmenter(open_backbone(config["backbone"]), len(classes), classes=classes, **config["segmenter"])

@@ -4,23 +4,23 @@
 `pretrained_cfg` and `training` (see `card`), so that publishing treats all folders alike.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCardData, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from .card import HERE, OR_HUB, images_text, licence_text, pixels_text, render_card, results, table
+from .card import HERE, OR_HUB, images_text, licence_text, pixels_text, render_card, results, table, with_metadata
 from .export import how_made, place_folder
-from .provenance import HUB_ERRORS, WEIGHTS, read_config
+from .provenance import HUB_ERRORS, WEIGHTS, check_config, read_json
 
 CONFIG = "config.json"
 TASKS = {"detection": "detector", "segmentation": "segmenter"}
+_COMMANDS = {"detection": "detect", "segmentation": "segment"}
 
 # The metrics that the card states, with their names on the Hub: (key, type, name)
 _STATED = {
@@ -48,9 +48,9 @@ classes = find_classes(segmenter, image)  # [H, W], indices of segmenter.classes
 _PIPELINES = {"detection": "object-detection", "segmentation": "image-segmentation"}
 
 
-def is_transfer(config: dict[str, Any]) -> bool:
+def is_task(config: dict[str, Any]) -> bool:
     """True if a `config.json` describes a detector or a segmenter."""
-    return config.get("task") in TASKS and isinstance(config.get("backbone"), dict)
+    return config.get("task") in (*TASKS,) and isinstance(config.get("backbone"), dict)
 
 
 def find_folder(name: str | os.PathLike) -> Path:
@@ -67,50 +67,40 @@ def find_folder(name: str | os.PathLike) -> Path:
     return folder / "model" if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file() else folder
 
 
-def read_transfer(name: str | os.PathLike, task: str | None = None) -> tuple[Path, dict[str, Any]]:
+def read_task(name: str | os.PathLike, task: str | None = None) -> tuple[Path, dict[str, Any]]:
     """The folder (see `find_folder`) and `config.json` of a detector or segmenter; ValueError for any other folder."""
     folder = find_folder(name)
-    what = f"'{os.fspath(name)}' is not a {TASKS[task] if task else ' or '.join(TASKS.values())}"
-    command = {"detection": "detect", "segmentation": "segment", None: "detect` or `segment"}[task]
-    remedy = f"Pass the folder of a run of `timm-convnextv2 {command} train` after its first evaluation, or its model/."
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{what}: it has no {CONFIG}. {remedy}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{what}: {CONFIG} cannot be read as JSON ({e}). {remedy}") from e
-    if not isinstance(config, dict) or not is_transfer(config) or (task and config["task"] != task):
-        found = f"the task {config.get('task')!r}" if isinstance(config, dict) else "no object"
-        raise ValueError(f"{what}: its {CONFIG} has {found}, expected {task or ' or '.join(TASKS)}. {remedy}")
-    _check_keys(config, folder)
-    return folder, config
+        config = read_json(folder / CONFIG)
+        if not is_task(config) or task not in (None, config["task"]):
+            raise ValueError(
+                f"its {CONFIG} has the task {config.get('task')!r}, expected {task or ' or '.join(TASKS)}."
+            )
+        return folder, _checked(config, folder)
+    except ValueError as e:
+        tasks = [task] if task else [*TASKS]
+        raise ValueError(
+            f"'{os.fspath(name)}' is not a {' or '.join(TASKS[t] for t in tasks)}: {e} Pass the folder of a run of "
+            f"`{' train` or `'.join(_COMMANDS[t] for t in tasks)} train` after its first evaluation, or its model/."
+        ) from e
 
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a ConvNeXt V2 in a timm folder, or of a detector or segmenter on any backbone."""
-    try:
-        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = {}
-    if isinstance(content, dict) and is_transfer(content):
-        _check_keys(content, folder)
-        return content
-    return read_config(folder / CONFIG)
+    config = read_json(folder / CONFIG)
+    return _checked(config, folder) if is_task(config) else check_config(config, folder / CONFIG)
 
 
-def _check_keys(config: dict[str, Any], folder: Path) -> None:
-    """Checks the keys that the card and publishing read."""
-    kinds = {"classes": list, "metrics": dict, "pretrained_cfg": dict, "training": dict}
+def _checked(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The config, if the keys that the card and publishing read have the right types."""
+    kinds = {"classes": list, "metrics": dict, "pretrained_cfg": dict, "training": dict, TASKS[config["task"]]: dict}
     inner = {"architecture": str, "license": (str, type(None)), "pixels": dict}
-    own = {"detection": "detector", "segmentation": "segmenter"}[config["task"]]
-    wrong = [key for key, kind in {**kinds, own: dict}.items() if not isinstance(config.get(key), kind)]
+    wrong = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
     wrong += [f"backbone.{k}" for k, v in inner.items() if not isinstance(config["backbone"].get(k, 0), v)]
     if wrong:
-        raise ValueError(
-            f"'{folder / CONFIG}' was changed: {', '.join(wrong[:3])} is missing or has another type. "
-            "Export the model again."
-        )
+        what = f"{', '.join(wrong[:3])} is missing or has another type"
+        raise ValueError(f"'{folder / CONFIG}' was changed: {what}. Export the model again.")
+    return config
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -122,7 +112,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"The weights '{folder / WEIGHTS}' cannot be loaded ({type(e).__name__}: {what}).") from e
 
 
-def write_transfer(
+def write_task(
     folder: str | os.PathLike,
     model: nn.Module,
     config: dict[str, Any],
@@ -151,24 +141,18 @@ def write_transfer(
         "pretrained_cfg": {"license": license} if license else {},
         "training": training | ({"pixels": backbone["pixels"]} if backbone["pixels"] else {}),
     }
-    return place_folder(folder, weights, config, render_transfer)
-
-
-def kind_of(config: dict[str, Any]) -> str:
-    """'UPerNet', 'Mask R-CNN' or 'Faster R-CNN'."""
-    if config["task"] == "segmentation":
-        return "UPerNet"
-    return "Faster R-CNN" if config["detector"]["boxes_only"] else "Mask R-CNN"
+    return place_folder(folder, weights, config, _render)
 
 
 def render_folder_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
-    """The model card of a timm folder (see `card.render_card`), or of a detector or segmenter."""
-    return render_transfer(config, images) if is_transfer(config) else render_card(config, images)
+    """The model card of a timm folder, or of a detector or segmenter; see `card.render_card`."""
+    return _render(config, images) if is_task(config) else render_card(config, images)
 
 
-def render_transfer(config: dict[str, Any], images: Sequence[str] = ()) -> str:
-    """The model card of a detector or a segmenter; see `card.render_card`."""
-    task, training, kind = config["task"], config["training"], kind_of(config)
+def _render(config: dict[str, Any], images: Sequence[str]) -> str:
+    task, training, classes = config["task"], config["training"], config["classes"]
+    boxes_only = task == "detection" and config["detector"]["boxes_only"]
+    kind = "UPerNet" if task == "segmentation" else "Faster R-CNN" if boxes_only else "Mask R-CNN"
     architecture = config["backbone"]["architecture"]
     license, metrics = config["pretrained_cfg"].get("license"), config["metrics"]
     stated = [(kind, title, round(metrics[k], 4)) for k, kind, title in _STATED[task] if metrics.get(k, -1) >= 0]
@@ -184,7 +168,6 @@ def render_transfer(config: dict[str, Any], images: Sequence[str] = ()) -> str:
         eval_results=found or None,
     )
     masks = ", masks" if kind == "Mask R-CNN" else ""
-    classes = config["classes"]
     named = ", ".join(classes[:200]) + (f", and {len(classes) - 200} more" if len(classes) > 200 else "")
     parts = [
         f"# {kind} on {architecture}\n\nA {TASKS[task]} of {len(classes)} classes, "
@@ -202,6 +185,6 @@ def render_transfer(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     if numbers:
         where = f"validation images of {config['dataset']}" if config.get("dataset") else "validation images"
         parts += ["## Results", table(where, numbers)]
-    parts += images_text(images)
-    parts += ["## Licence and provenance", licence_text(license, training)]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n\n".join(parts) + "\n"))
+    return with_metadata(
+        data, [*parts, *images_text(images), "## Licence and provenance", licence_text(license, training)]
+    )

@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
 from ..console import closest
@@ -17,9 +18,6 @@ from .provenance import HUB_ERRORS, WEIGHTS, config_beside, read_config, trainin
 
 _EXPECTED = "a timm model, local-dir:FOLDER or hf-hub:USER/NAME"
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: the EMA first
-
-
-# ------------------------------------------------------------------------------------------------------ whole models
 
 
 def load_model(name: str, **kwargs: Any) -> nn.Module:
@@ -36,19 +34,25 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
     stored_apart = name.startswith(("local-dir:", "hf-hub:"))
     if not stored_apart:
         _check_name(name)
+    stored: dict[str, Tensor] = {}
     try:
         if name.startswith("local-dir:"):
             read_config(Path(name.partition(":")[2]) / "config.json", ours=False)
         # without pretrained=True timm builds the architecture and leaves the weights random
         model: Any = timm.create_model(name, pretrained=True, **kwargs)
-        stored = _stored(model.pretrained_cfg) if stored_apart else None
+        cfg = model.pretrained_cfg
+        if stored_apart:
+            folder = cfg.get("file")
+            stored = load_file(Path(folder) / WEIGHTS) if folder else load_state_dict_from_hf(cfg["hf_hub_id"], WEIGHTS)
     except (*HUB_ERRORS, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise ValueError(f"The model '{name}' cannot be loaded ({type(e).__name__}: {e}).") from e
     if isinstance(model, FCMAE):
         raise ValueError(f"The model '{name}' is an FCMAE, expected a backbone; give its encoder.")
     # timm loads without `strict` when it drops a classifier, so that a missing tensor would stay random
-    if stored is not None:
-        _check_loaded(name, model, stored)
+    for key, value in model.state_dict().items() if stored_apart else ():
+        original = re.sub(r"^(stem|stages)_", r"\1.", key)  # features_only turns stem.0 into stem_0
+        if original not in stored or not torch.equal(value, stored[original].to(value.dtype)):
+            raise ValueError(f"The weights of '{name}' have no {original} for this model, or it was not loaded.")
     return model
 
 
@@ -61,20 +65,6 @@ def _check_name(name: str) -> None:
         tagged = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
         remedy = f"Give one of {', '.join(tagged)}." if tagged else f"Give {_EXPECTED} with pretrained weights."
         raise ValueError(f"The model '{name}' has no pretrained weights in timm. {remedy}")
-
-
-def _stored(cfg: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors in the file that timm loaded."""
-    if cfg.get("file"):
-        return load_file(Path(cfg["file"]) / WEIGHTS)
-    return timm.models.load_state_dict_from_hf(cfg["hf_hub_id"], WEIGHTS)
-
-
-def _check_loaded(name: str, model: nn.Module, stored: dict[str, Tensor]) -> None:
-    for key, value in model.state_dict().items():
-        original = re.sub(r"^(stem|stages)_", r"\1.", key)  # features_only turns stem.0 into stem_0
-        if original not in stored or not torch.equal(value, stored[original].to(value.dtype)):
-            raise ValueError(f"The weights of '{name}' have no {original} for this model, or it was not loaded.")
 
 
 def model_pixels(name: str, in_chans: int, nodata: float | None = None) -> Pixels:
@@ -97,7 +87,7 @@ def model_pixels(name: str, in_chans: int, nodata: float | None = None) -> Pixel
     return pixels if nodata is None else pixels._replace(nodata=nodata)
 
 
-def weights_in(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+def weights_in(content: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors that timm would take from a loaded checkpoint, the EMA if any, with the names in the file."""
     weights = next((content[key] for key in _NESTED if isinstance(content.get(key), dict)), content)
-    return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
