@@ -124,14 +124,26 @@ def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
     return image if image.mode == target else image.convert(target)
 
 
-def convert_image(image: Image.Image, in_chans: int, pixels: Pixels, tag: float | None = None) -> torch.Tensor:
-    """As `from_pil`, before clipping."""
-    named = pixels.nodata is not None or tag is not None
+def convert_image(
+    image: Image.Image,
+    in_chans: int,
+    pixels: Pixels,
+    tag: float | None = None,
+    masked: np.ndarray | None = None,
+    scene: bool = False,
+) -> torch.Tensor:
+    """As `from_pil`, before clipping; nodata are `masked`, bool `[H, W]`, and in a scene pixels with alpha 0."""
+    ImageOps.exif_transpose(image, in_place=True)  # a copy would add a tenth to the time of decoding
+    if scene and in_chans != 4 and image.mode in ("RGBA", "LA", "PA"):
+        clear = np.asarray(image.getchannel("A")) == 0
+        masked = clear if masked is None else masked | clear
+    named = pixels.nodata is not None or tag is not None or masked is not None and bool(masked.any())
     if named and in_chans == 1 and is_8_bit(image) and image.mode not in ("1", "L", "LA", "La"):
         image = to_mode(image, 3)  # in grey, another colour could have the same value
-        filled, _ = fill_nodata(np.array(image).transpose(2, 0, 1), pixels, tag)
+        filled, gone = fill_nodata(np.array(image).transpose(2, 0, 1), pixels, tag, masked)
         image = Image.fromarray(np.ascontiguousarray(filled.transpose(1, 2, 0)))
         pixels, tag, named = pixels._replace(nodata=None), None, False
+        masked = np.asarray(gone.all(0)) if noting() else None
     image = to_mode(image, in_chans)
     if not is_8_bit(image):
         x = np.asarray(image)
@@ -139,7 +151,8 @@ def convert_image(image: Image.Image, in_chans: int, pixels: Pixels, tag: float 
             if x.min() < 0 or x.max() > 65535:
                 raise ImageError(f"has values {x.min()}..{x.max()}, expected 16 bits; save as 16-bit or float32")
             x = x.astype(np.uint16)
-        return scaled(x[None], pixels, tag).repeat(in_chans, 1, 1)
+        return scaled(x[None], pixels, tag, masked=masked).repeat(in_chans, 1, 1)
     x = np.array(image)
     x = x[None] if in_chans == 1 else x.transpose(2, 0, 1)
-    return scaled(x, pixels, tag) if named or pixels.divide is not None or noting() else torch.from_numpy(x)
+    plain = not named and pixels.divide is None and not noting()
+    return torch.from_numpy(x) if plain else scaled(x, pixels, tag, masked=masked)

@@ -1,16 +1,19 @@
 """TIFF of every kind: by Pillow if that keeps all bands, bits and signs, else by tifffile, whole or in parts."""
 
+import copy
+import io
 import json
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, TiffImagePlugin
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from .axes import Layout, Page, choose_axes, count_pages
 from .errors import ImageError, MissingPackageError, installed, refuse_page, wrong_channels
@@ -22,7 +25,10 @@ from .values import largest_value, parse_tag, scaled
 
 _NODATA_TAG = 42113  # GDAL_NODATA
 _ORIENTATION, _DESCRIPTION, _SUBFILE_TYPE, _SUB_IFDS = 274, 270, 254, 330
+_SEGMENTS = (273, 279, 324, 325)  # offsets and sizes of strips, and of tiles
+_MASK = 4  # in the tag of the subfile type
 _WEBP = 50001  # Pillow opens it, but most builds of its libtiff do not decode it
+_IMAGES = (7, 33003, 33005, 34712, _WEBP)  # compressions: JPEG, JPEG 2000 and WebP
 # LSM, MetaMorph (STK), FluoView, Micro-Manager: only tifffile knows their axes
 _MICROSCOPES = (34412, 33628, 33629, 34361, 34362, 51123)
 _PALETTE, _CMYK, _YCBCR, _LAB = 3, 5, 6, 8
@@ -58,12 +64,10 @@ def _pillow_image(file: BinaryIO) -> Any:
         file.seek(0)
 
 
-def _load_by_pillow(image: Any, in_chans: int, pixels: Pixels) -> torch.Tensor:
+def _load_by_pillow(image: Any, in_chans: int, pixels: Pixels, masked: np.ndarray | None = None) -> torch.Tensor:
     if image is None:
         raise ImageError("has colours or a compression that Pillow does not read; convert it to RGB")
-    if isinstance(pixels.page, int):
-        image.seek(pixels.page)
-    return pixels.clip(convert_image(image, in_chans, pixels, _nodata_tag(image)))
+    return pixels.clip(convert_image(image, in_chans, pixels, _nodata_tag(image), masked, scene=True))
 
 
 def _nodata_tag(image: Image.Image) -> float | None:
@@ -76,11 +80,9 @@ def _nodata_tag(image: Image.Image) -> float | None:
 
 def tiff_header(file: BinaryIO, page: Page) -> Header:
     """See `decode.read_header`; by Pillow if tifffile is not installed."""
-    try:
-        tifffile = _tifffile()
-    except MissingPackageError:
+    if not installed("tifffile"):
         return pillow_header(file, page)
-    with tifffile.TiffFile(file) as tif:
+    with _open_tif(file) as tif:
         series, frame = tif.series[0], tif.series[0].keyframe
         sizes = dict(zip(series.axes, series.shape, strict=False))
         alphas = sum(extra in (_ASSOCIATED, _UNASSOCIATED) for extra in frame.extrasamples or ())
@@ -99,8 +101,21 @@ def tiff_header(file: BinaryIO, page: Page) -> Header:
 
 def tiff_pages(file: BinaryIO) -> int:
     """Pages of all series."""
-    with _tifffile().TiffFile(file) as tif:
+    with _open_tif(file) as tif:
         return sum(_page_counts(tif))
+
+
+def sparse_values(file: BinaryIO) -> np.ndarray | None:
+    """Stored values of the first page of a TIFF that lacks tiles or strips; None for other files, left at their begin.
+
+    Absent pixels are nodata or 0; Pillow would read them from the file's beginning.
+    """
+    file.seek(0)
+    if not is_tiff(file, "") or (image := _pillow_image(file)) is None or not _is_sparse(image.tag_v2):
+        return None
+    with _open_tif(file) as tif:
+        page = tif.pages[0]
+        return _read_page(file, tif, page, page, slice(0, page.imagelength), slice(0, page.imagewidth))
 
 
 class TiffScene(Scene):
@@ -108,31 +123,37 @@ class TiffScene(Scene):
 
     def __init__(self, file: BinaryIO, in_chans: int, pixels: Pixels, image: Any = None) -> None:
         self.file, self.in_chans, self.pixels, self.image = file, in_chans, pixels, image or _pillow_image(file)
-        tifffile, plain = _tifffile(), _pillow_keeps_all(self.image, in_chans, pixels)
+        plain, number = _pillow_keeps_all(self.image, in_chans, pixels), 0
         file.seek(0)
-        self.tif = tifffile.TiffFile(file)
+        self.tif = _open_tif(file)
         if plain:
+            import tifffile
+
             self.series = tifffile.TiffPageSeries([self.tif.pages[0]])
             self.layout = Layout(self.series.axes, self.series.shape, self.series.axes, {})
         else:
-            self.series, self.layout = _choose_series(self.tif, in_chans, pixels.page)
+            self.series, self.layout, number = _choose_series(self.tif, in_chans, pixels.page)
         self.frame = frame = self.series.keyframe
+        self.mask = None if plain else _mask_of(self.tif, frame, number)
         self.orientation = frame.tags.valueof(_ORIENTATION, 1)
         height, width = frame.imagelength, frame.imagewidth
         self.size = (width, height) if self.orientation in (5, 6, 7, 8) else (height, width)
         # rows and columns of the series must be those of its pages
-        self.parts = self.series.dataoffset is not None or (
-            self.series.axes.endswith(frame.axes) and frame.imagedepth == 1
-        )
+        self.parts = bool(self.series.dataoffset) or (self.series.axes.endswith(frame.axes) and frame.imagedepth == 1)
         self.by_pillow = plain and is_8_bit(self.image) or _needs_pillow(frame, self.layout, in_chans)
+        if self.by_pillow and self.image is not None and isinstance(pixels.page, int):
+            self.image.seek(self.series.pages[number].index)
         self.convert = self._converter(self.image) if self.by_pillow and self.image is not None else None
         self.whole = not self.parts or self.by_pillow and self.convert is None
 
     def load(self) -> torch.Tensor:
         check_size(*self.size)
-        if self.by_pillow:
-            return _load_by_pillow(self.image, self.in_chans, self.pixels)
-        return self._decode(slice(0, self.frame.imagelength), slice(0, self.frame.imagewidth))
+        rows, columns = slice(0, self.frame.imagelength), slice(0, self.frame.imagewidth)
+        if self.by_pillow and (self.image is None or not _is_sparse(self.image.tag_v2)):
+            return _load_by_pillow(self.image, self.in_chans, self.pixels, self._masked(rows, columns))
+        if self.by_pillow and self.convert is None:
+            raise ImageError("lacks tiles, in colours that are only read whole; convert it to RGB")
+        return self._decode(rows, columns)
 
     def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
         if self.whole:
@@ -150,13 +171,20 @@ class TiffScene(Scene):
             raise
         except Exception as error:
             raise _codec_missing(self.frame, error) or error from None
-        x = self.convert(x) if self.convert else _to_channels(x, self.frame, self.in_chans, self.pixels)
-        return self.pixels.clip(x)
+        masked = self._masked(rows, columns)
+        if self.convert:
+            return self.pixels.clip(self.convert(x, masked))
+        return self.pixels.clip(_to_channels(x, self.frame, self.in_chans, self.pixels, masked))
 
-    def _converter(self, image: Any) -> Callable[[np.ndarray], torch.Tensor] | None:
+    def _masked(self, rows: slice, columns: slice) -> np.ndarray | None:
+        """Pixels that the file's mask leaves out, bool `[h, w]`, upright."""
+        if self.mask is None:
+            return None
+        valid = _read_page(self.file, self.tif, *self.mask, rows, columns)
+        return rotate(valid[None] == 0, self.orientation)[0]
+
+    def _converter(self, image: Any) -> Callable[[np.ndarray, np.ndarray | None], torch.Tensor] | None:
         """Converts stored values `[C, h, w]` to the requested channels; None if Pillow does not take them as stored."""
-        if isinstance(self.pixels.page, int):
-            image.seek(self.pixels.page)
         rawmode = image.tile[0][3][0]
         planar = len(rawmode) == 1 and len(image.getbands()) > 1
         if self.frame._dtype != np.uint8 or self.frame.bitspersample != 8 or planar and image.mode != "RGB":
@@ -167,12 +195,12 @@ class TiffScene(Scene):
         rawmode = mode if planar else rawmode
         palette = image.palette.getdata() if mode == "P" else None
 
-        def convert(x: np.ndarray) -> torch.Tensor:
+        def convert(x: np.ndarray, masked: np.ndarray | None) -> torch.Tensor:
             x = np.ascontiguousarray(rotate(x, self.orientation).transpose(1, 2, 0))
             piece = Image.frombytes(mode, (x.shape[1], x.shape[0]), x.tobytes(), "raw", rawmode)
             if palette is not None:
                 piece.putpalette(palette[1], palette[0])
-            return convert_image(piece, self.in_chans, self.pixels, tag)
+            return convert_image(piece, self.in_chans, self.pixels, tag, masked, scene=True)
 
         return convert
 
@@ -199,6 +227,9 @@ def _pillow_keeps_all(image: Any, in_chans: int, pixels: Pixels) -> bool:
     if image is None or pixels.page is not None:
         return False
     tags = image.tag_v2
+    # masks first: Pillow opens no file of which it counts such pages
+    if _is_sparse(tags) or any(kind & _MASK for kind in _subfile_types(image)):
+        return False
     if _names_axes(image) or _SUB_IFDS in tags or tags.get(_SUBFILE_TYPE, 0) & 1 or tags.get(259) == _WEBP:
         return False
     bits, samples, photometric = tags.get(258, (1,)), tags.get(277, 1), tags.get(262, _MIN_IS_WHITE)
@@ -219,6 +250,21 @@ def _pillow_keeps_all(image: Any, in_chans: int, pixels: Pixels) -> bool:
     return not (in_chans == 3 and colours == 1 and getattr(image, "n_frames", 1) == 3)
 
 
+def _is_sparse(tags: Any) -> bool:
+    """Whether tiles or strips were never written, which have offset and size 0."""
+    return any(0 in tags.get(tag, ()) for tag in _SEGMENTS)
+
+
+def _subfile_types(image: Any) -> Iterator[int]:
+    """Tag 254 of each page after the first."""
+    ifd, seen = copy.copy(image.tag_v2), set()
+    while ifd.next and ifd.next not in seen:
+        seen.add(ifd.next)
+        image.fp.seek(ifd.next)
+        ifd.load(image.fp)
+        yield ifd.get(_SUBFILE_TYPE, 0)
+
+
 def _names_axes(image: Any) -> bool:
     """Whether a TIFF has several pages whose axes its metadata name."""
     tags, several = image.tag_v2, getattr(image, "n_frames", 1) > 1
@@ -233,33 +279,50 @@ def _names_axes(image: Any) -> bool:
     return bool(named or text and several)
 
 
-def _tifffile() -> Any:
-    """The package tifffile."""
+def _open_tif(file: BinaryIO) -> Any:
+    """The `TiffFile` of tifffile, which may open no other file that this one names."""
     try:
         import tifffile
     except ImportError as error:
         raise MissingPackageError(
             "TIFF that is multi-band, 16-bit colour or otherwise beyond Pillow; run `pip install tifffile imagecodecs`"
         ) from error
-    return tifffile
+    tif = tifffile.TiffFile(file, _multifile=False)
+    if tif.is_ndtiff or tif.is_ome and "FileName=" in (tif.ome_metadata or "") and tif.series[0].kind != "ome":
+        raise ImageError("names other files for its pages, which are never opened; save the image as one file")
+    return tif
 
 
-def _choose_series(tif: Any, in_chans: int, page: Page) -> tuple[Any, Layout]:
-    """The series of an opened TIFF to read, and the part of it."""
+def _choose_series(tif: Any, in_chans: int, page: Page) -> tuple[Any, Layout, int]:
+    """The series of an opened TIFF to read, the part of it, and the number of the page within it."""
     number = 0
     if isinstance(page, int):
         ends = [*accumulate(_page_counts(tif))]
         refuse_page(page, ends[-1])
         number = bisect_right(ends, page)
         page -= ends[number - 1] if number else 0
-    series = tif.series[number]
+    series = _image_series(tif)[number]
     _refuse_parts(series, series.keyframe)
-    return series, choose_axes(series.axes, series.shape, in_chans, page)
+    return series, choose_axes(series.axes, series.shape, in_chans, page), page if isinstance(page, int) else 0
 
 
 def _page_counts(tif: Any) -> list[int]:
     """Pages of each series of an opened TIFF."""
-    return [count_pages(series.axes, series.shape) for series in tif.series]
+    return [count_pages(series.axes, series.shape) for series in _image_series(tif)]
+
+
+def _image_series(tif: Any) -> list[Any]:
+    """The series that are not masks of others."""
+    return [series for series in tif.series if not series.keyframe.subfiletype & _MASK]
+
+
+def _mask_of(tif: Any, frame: Any, number: int) -> tuple[Any, Any] | None:
+    """Keyframe and page of the mask of a page, as GDAL writes it."""
+    for series in tif.series:
+        page, size = series.keyframe, (frame.imagelength, frame.imagewidth)
+        if page.subfiletype & _MASK and (page.imagelength, page.imagewidth) == size and number < len(series.pages):
+            return page, series.pages[number]
+    return None
 
 
 def _needs_pillow(page: Any, layout: Layout, in_chans: int) -> bool:
@@ -296,15 +359,17 @@ def _codec_missing(page: Any, error: Exception) -> MissingPackageError | None:
     return MissingPackageError(f"TIFF with compression {name}; run `pip install imagecodecs`")
 
 
-def _to_channels(x: np.ndarray, page: Any, in_chans: int, pixels: Pixels) -> torch.Tensor:
-    """Stored values `[C, H, W]` as the requested channels."""
-    x = _without_alpha(x, tuple(page.extrasamples or ()), in_chans)
+def _to_channels(x: np.ndarray, page: Any, in_chans: int, pixels: Pixels, masked: np.ndarray | None) -> torch.Tensor:
+    """Stored values `[C, H, W]` as the requested channels, upright; `masked`, upright, is nodata."""
+    x = rotate(x, page.tags.valueof(_ORIENTATION, 1))
+    x, clear = _without_alpha(x, tuple(page.extrasamples or ()), in_chans)
+    masked = clear if masked is None else masked | clear
     bits = page.bitspersample if x.dtype.kind == "u" else None
     inverted = page.photometric == _MIN_IS_WHITE
     if inverted and x.dtype.kind not in "bu":
         raise ImageError(f"holds {x.dtype} with MinIsWhite, which is undefined; save as MinIsBlack")
     tag = parse_tag(page.tags.valueof(_NODATA_TAG))
-    image = scaled(rotate(x, page.tags.valueof(_ORIENTATION, 1)), pixels, tag, bits)
+    image = scaled(x, pixels, tag, bits, masked)
     white = 255 if image.dtype == torch.uint8 else 1
     if inverted:
         image = ((largest_value(x.dtype, bits) or 1) / pixels.divide if pixels.divide else white) - image
@@ -318,11 +383,11 @@ def _to_channels(x: np.ndarray, page: Any, in_chans: int, pixels: Pixels) -> tor
     return image
 
 
-def _without_alpha(x: np.ndarray, extras: tuple[int, ...], in_chans: int) -> np.ndarray:
-    """Drops surplus alpha; divides colours by alpha if they were multiplied by it."""
-    first = len(x) - len(extras)
+def _without_alpha(x: np.ndarray, extras: tuple[int, ...], in_chans: int) -> tuple[np.ndarray, np.ndarray]:
+    """Drops surplus alpha, and divides colours by alpha if they were multiplied by it; where dropped alpha is 0."""
+    first, clear = len(x) - len(extras), np.zeros(x.shape[1:], bool)
     if first < 1:
-        return x
+        return x, clear
     if _ASSOCIATED in extras:
         largest = largest_value(x.dtype) or 1
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -331,8 +396,10 @@ def _without_alpha(x: np.ndarray, extras: tuple[int, ...], in_chans: int) -> np.
         if x.dtype.kind in "iu":
             colours = np.rint(colours).clip(0, largest)
         x = np.concatenate([colours.astype(x.dtype), x[first:]])
-    kept = [*range(first), *(first + k for k, extra in enumerate(extras) if extra not in (_ASSOCIATED, _UNASSOCIATED))]
-    return x if len(x) == in_chans else x[kept]
+    if len(x) == in_chans:
+        return x, clear
+    alphas = [first + k for k, extra in enumerate(extras) if extra in (_ASSOCIATED, _UNASSOCIATED)]
+    return np.delete(x, alphas, 0), (x[alphas] == 0).any(0)
 
 
 def rotate(x: np.ndarray, orientation: int) -> np.ndarray:
@@ -349,7 +416,7 @@ def rotate(x: np.ndarray, orientation: int) -> np.ndarray:
 def _read_part(file: BinaryIO, tif: Any, series: Any, layout: Layout, rows: slice, columns: slice) -> np.ndarray:
     """Rows and columns of a series: `[C, h, w]` of stored values."""
     page = series.keyframe
-    if series.dataoffset is not None:
+    if series.dataoffset:
         dtype = np.dtype(tif.byteorder + series.dtype.char)
         planes = min(layout.axes.index("Y"), layout.axes.index("X"))
         return layout.arrange(
@@ -368,7 +435,7 @@ def _read_part(file: BinaryIO, tif: Any, series: Any, layout: Layout, rows: slic
 def _read_page(file: BinaryIO, tif: Any, page: Any, frame: Any, rows: slice, columns: slice) -> np.ndarray:
     """Rows and columns of a page like `page`, with its axes."""
     samples, _, height, width, contiguous = page.shaped  # planes, depth, rows, columns, samples of a pixel
-    if frame is not None and frame.is_final:
+    if frame is not None and frame.is_final and frame.dataoffsets[0]:
         dtype, shape = np.dtype(tif.byteorder + page._dtype.char), (samples, height, width, contiguous)
         x = read_box(file, dtype, frame.dataoffsets[0], shape, (slice(None), rows, columns, slice(None)), planes=1)
     else:
@@ -395,6 +462,9 @@ def _decode_segments(tif: Any, frame: Any, page: Any, rows: slice, columns: slic
             options.update(jpegtables=frame.jpegtables, jpegheader=page.jpegheader)
         offsets, counts = ([values[i] for i in indices] for values in (frame.dataoffsets, frame.databytecounts))
         for data, index in tif.filehandle.read_segments(offsets, counts, indices, flat=True):
+            if data and page.compression in _IMAGES:  # which may be larger than its tile
+                with suppress(UnidentifiedImageError), Image.open(io.BytesIO(data)) as image:
+                    check_size(image.height, image.width, "tile")
             part, (plane, _, top, left, _), shape = page.decode(data, index, **options)
             if part is not None:  # else a tile that was never written
                 top, left = top - y0, left - x0

@@ -23,15 +23,16 @@ class Stored:
     kind: str = ""  # type of the values, such as 'uint16'; '' before the first image
     unit: float = 1.0  # their divisor
     largest: float | None = None  # largest value of the type, divided; None for floats
+    measure: bool = True  # decoding leaves nodata as NaN instead of a mean
 
 
 _NOTED: ContextVar[Stored | None] = ContextVar("noted", default=None)
 
 
 @contextmanager
-def noting_stored() -> Iterator[Stored]:
-    """For measurements: decoding leaves nodata as NaN instead of a mean, and notes the type of stored values."""
-    token = _NOTED.set(stored := Stored())
+def noting_stored(measure: bool = True) -> Iterator[Stored]:
+    """Decoding notes the type of stored values; in measurements it leaves nodata as NaN instead of a mean."""
+    token = _NOTED.set(stored := Stored(measure=measure))
     try:
         yield stored
     finally:
@@ -40,16 +41,22 @@ def noting_stored() -> Iterator[Stored]:
 
 def noting() -> bool:
     """Whether a measurement is running."""
-    return _NOTED.get() is not None
+    return (stored := _NOTED.get()) is not None and stored.measure
 
 
 def note_stored(kind: str, unit: float, largest: float | None) -> None:
-    """Records the type of an image's values if a measurement is running."""
+    """Records the type of an image's values within `noting_stored`."""
     if (stored := _NOTED.get()) is not None:
         stored.kind, stored.unit, stored.largest = kind, unit, None if largest is None else largest / unit
 
 
-def scaled(x: np.ndarray, pixels: Pixels, tag: float | None = None, bits: int | None = None) -> torch.Tensor:
+def scaled(
+    x: np.ndarray,
+    pixels: Pixels,
+    tag: float | None = None,
+    bits: int | None = None,
+    masked: np.ndarray | None = None,
+) -> torch.Tensor:
     """Stored values on the scale that `load_image` promises, nodata filled.
 
     8-bit values stay uint8, unless a divisor or a measurement needs float32; all others become float32.
@@ -59,12 +66,13 @@ def scaled(x: np.ndarray, pixels: Pixels, tag: float | None = None, bits: int | 
         pixels: Names nodata and the divisor.
         tag: A second value that means "no data", from the file's metadata.
         bits: Bits in use of unsigned integers; all by default.
+        masked: Bool `[H, W]`, pixels that are nodata whatever their value.
     """
     if 0 in x.shape:
         raise ImageError(f"is empty, shape {x.shape}")
     check_dtype(x.dtype, pixels.divide)
     measured = noting()
-    x, gone = fill_nodata(x, pixels, tag)
+    x, gone = fill_nodata(x, pixels, tag, masked)
     if x.dtype.kind in "fi":
         _refuse_unnamed(x, guess=pixels.nodata is None)
     if x.dtype == np.uint8 and bits in (None, 8) and pixels.divide is None and not measured:
@@ -76,9 +84,10 @@ def scaled(x: np.ndarray, pixels: Pixels, tag: float | None = None, bits: int | 
     else:
         divided = x.astype(np.float32) if unit == 1 else x.astype(np.float32) / np.float32(unit)
     found = torch.from_numpy(divided)
+    # a divisor puts images with other bits on one scale
+    whole = bits in (None, 8 * x.dtype.itemsize) or pixels.divide is not None
+    note_stored(str(x.dtype) if whole else f"{x.dtype} ({bits} bits)", unit, largest)
     if measured:
-        kind = str(x.dtype) if bits in (None, 8 * x.dtype.itemsize) else f"{x.dtype} ({bits} bits)"
-        note_stored(kind, unit, largest)
         found[torch.from_numpy(gone)] = torch.nan
     return found
 
@@ -110,7 +119,9 @@ def parse_tag(tag: str | bytes | None) -> float | None:
         raise ImageError(f"has the nodata tag (42113) '{text}', expected a number") from None
 
 
-def fill_nodata(x: np.ndarray, pixels: Pixels, tag: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+def fill_nodata(
+    x: np.ndarray, pixels: Pixels, tag: float | None = None, masked: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """`x`, `[C, H, W]` as stored, with the mean of the channel's other pixels instead of nodata; the mask of nodata.
 
     In signed integers and floats each value counts by itself. In unsigned integers, where nodata is mostly 0 or the
@@ -123,12 +134,14 @@ def fill_nodata(x: np.ndarray, pixels: Pixels, tag: float | None = None) -> tupl
         gone |= equal.all(0) if x.dtype.kind in "bu" else equal
     if x.dtype.kind == "f" and (pixels.nodata is not None or noting()):
         gone |= ~np.isfinite(x)
+    if masked is not None:
+        gone |= masked
     if not gone.any():
         return x, gone
     valid = (~gone).sum((1, 2))
     if not valid.all():
         channel = f" in channel {valid.argmin() + 1}" if valid.any() else ""
-        raise EmptyError(f"is nodata everywhere{channel} ({' or '.join(map(_text, named)) or 'NaN'})")
+        raise EmptyError(f"is nodata everywhere{channel} ({' or '.join(map(_text, named)) or 'NaN, mask or alpha'})")
     mean = np.where(gone, 0, x).sum((1, 2), dtype=np.float64) / valid
     if x.dtype.kind in "iu":
         mean = np.rint(mean)

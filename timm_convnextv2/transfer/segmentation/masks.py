@@ -19,6 +19,7 @@ from ...data import FolderSource, Pixels, check_readable, load_image
 from ...data.formats.errors import naming
 from ...data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file, printable
 from ...data.formats.pixels import PLAIN
+from ...data.formats.tiff import sparse_values
 from ...data.sources.files import ImageFiles
 from ...seeds import sample_seed, seeded
 
@@ -33,6 +34,8 @@ def load_mask(path: str | os.PathLike) -> np.ndarray:
     try:
         with open_image_file(os.fspath(path)) as file, Image.open(file) as image:
             check_size(image.height, image.width)
+            if (values := sparse_values(file)) is not None:
+                return values.astype(np.int64)
             if image.format == "JPEG":
                 raise ValueError("is a JPEG, whose values are not exact; expected a PNG")
             if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
