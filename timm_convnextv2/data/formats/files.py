@@ -1,8 +1,12 @@
 """Image files: opened safely, with a size that is safe to decode; the base class of readers."""
 
+import bz2
 import io
+import lzma
 import os
 import stat
+import sys
+import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
@@ -15,6 +19,7 @@ from .errors import ImageError
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "valid", "validation", "eval", "evaluation")
 
+_PIECE = 2**20  # bytes
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 _KINDS |= {stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
@@ -71,6 +76,34 @@ def check_size(height: int, width: int, what: str = "image") -> None:
         raise ImageError(
             f"has {height} x {width} pixels in one {what}, more than the limit of {2 * limit} (decompression bomb?); "
             "cut it into tiles, pretrain on windows of it (--window-size), or raise PIL.Image.MAX_IMAGE_PIXELS"
+        )
+
+
+def check_inflated(data: bytes, codec: str, itemsize: int) -> None:
+    """Refuses compressed data that inflate to more than the pixels of `check_size`; inflates no more than these.
+
+    `codec` is 'deflate', 'zlib', 'gzip', 'bz2', 'lzma', or one whose header states the size: 'blosc', 'lz4', 'zstd'.
+    """
+    most, size = 2 * (Image.MAX_IMAGE_PIXELS or sys.maxsize) * itemsize, 0
+    if codec in ("deflate", "zlib", "gzip") and len(data) * 1032 > most:  # deflate's largest ratio
+        inflater = zlib.decompressobj(-15 if codec == "deflate" else 47)
+        while data and size <= most:
+            size += len(inflater.decompress(data, _PIECE))
+            data = inflater.unconsumed_tail
+    elif codec in ("bz2", "lzma"):
+        with (bz2 if codec == "bz2" else lzma).open(io.BytesIO(data)) as file:
+            while size <= most and (piece := file.read(_PIECE)):
+                size += len(piece)
+    elif codec in ("blosc", "lz4"):
+        size = int.from_bytes(data[4:8] if codec == "blosc" else data[:4], "little")
+    elif codec == "zstd" and len(data) > 4:
+        single, length = data[4] >> 5 & 1, data[4] >> 6
+        begin = 6 - single + (0, 1, 2, 4)[data[4] & 3]
+        size = int.from_bytes(data[begin : begin + (single, 2, 4, 8)[length]], "little")
+    if size > most:
+        raise ImageError(
+            f"inflates to more than {most} bytes in one piece, the limit of its type (decompression bomb?); raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if it is sound"
         )
 
 

@@ -1,44 +1,88 @@
-"""Images in Zarr folders: OME-Zarr, and plain arrays."""
+"""Images in Zarr folders: OME-Zarr with its series, wells and fields, and plain arrays."""
 
+import itertools
+import json
+import math
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .axes import Layout, Page, choose_axes, count_pages
 from .errors import ImageError, MissingPackageError, wrong_channels
-from .files import Header, Scene, check_size
+from .files import Header, Scene, check_inflated, check_size
 from .pixels import Pixels
 from .values import check_dtype, scaled
 
 _MARKERS = ("zarr.json", ".zgroup", ".zarray")
+# codecs of numbers; others, such as pickle, may run code, or make objects
+_CODECS = set(
+    "bytes transpose sharding_indexed blosc zstd gzip zlib lz4 lzma bz2 delta shuffle bitround quantize packbits "
+    "astype fixedscaleoffset zfpy pcodec crc32 crc32c adler32 fletcher32 jenkins_lookup3".split()
+)
 
 
 def is_zarr(path: Any) -> bool:
-    """Whether this is the path of a folder that holds a Zarr array or group."""
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path).lower().rstrip("/\\").endswith(".zarr"):
+    """Whether this is the path of a folder that holds a Zarr array or group, in or below a folder named `.zarr`."""
+    if not isinstance(path, str | os.PathLike) or ".zarr" not in os.fspath(path).lower():
         return False
-    return any(os.path.isfile(os.path.join(path, name)) for name in _MARKERS)
+    inside = any(part.lower().endswith(".zarr") for part in Path(path).parts)
+    return inside and any(os.path.isfile(os.path.join(path, name)) for name in _MARKERS)
 
 
-def _open(path: str | os.PathLike) -> tuple[Any, str]:
-    """The array at full resolution, and its axes, '' if they have no names."""
+def zarr_images(path: str) -> list[str]:
+    """The images of a Zarr folder by their paths below it, '.' for the folder itself: series, or fields of wells."""
+    attributes = _attributes(path)
+    try:
+        if "multiscales" in attributes:
+            found = []
+        elif "plate" in attributes:
+            wells = [str(well["path"]) for well in attributes["plate"]["wells"]]
+            found = [f"{well}/{field['path']}" for well in wells for field in _attributes(path, well)["well"]["images"]]
+        else:  # bioformats2raw numbers several images
+            found = [name for name in os.listdir(path) if name.isdecimal() and "multiscales" in _attributes(path, name)]
+            found.sort(key=int)
+    except (OSError, KeyError, TypeError):  # fails again when it is read, where errors are counted and named
+        found = []
+    return [name for name in found if ".." not in Path(name).parts and not os.path.isabs(name)] or ["."]
+
+
+def _attributes(*path: str) -> dict[str, Any]:
+    """The attributes of an OME-Zarr group, of any version; empty if it has none."""
+    for name, key in (("zarr.json", "attributes"), (".zattrs", None)):
+        try:
+            found = json.loads(Path(*path, name).read_text(encoding="utf-8"))
+            found = found.get(key, {}) if key else found
+            return found.get("ome", found)
+        except (OSError, ValueError, AttributeError):
+            continue
+    return {}
+
+
+def _open(path: str | os.PathLike) -> tuple[Any, str, str]:
+    """The array at full resolution, its axes, '' if they have no names, and its folder."""
     try:
         import zarr
     except ImportError as error:
         raise MissingPackageError("is a Zarr folder; run `pip install zarr`") from error
-    node: Any = zarr.open(os.fspath(path), mode="r")
+    images = zarr_images(os.fspath(path))
+    if len(images) > 1:
+        raise ImageError(f"holds {len(images)} images ({', '.join(images[:3])}, ...); name one of these folders")
+    folder = os.path.normpath(os.path.join(path, images[0]))
+    node: Any = zarr.open(folder, mode="r")
     if not isinstance(node, zarr.Array) and not _multiscales(node) and "0" in node:
-        node = node["0"]  # bioformats2raw numbers several images
+        node = node["0"]
     if isinstance(node, zarr.Array):
-        return node, ""
+        return _checked(node), "", os.path.join(folder, node.path)
     scales = _multiscales(node)
     if not scales:
         raise ImageError("is a Zarr group without `multiscales`, expected OME-Zarr or one array")
-    array = node[scales[0]["datasets"][0]["path"]]
+    array = _checked(node[scales[0]["datasets"][0]["path"]])
     named = scales[0].get("axes") or [*"tczyx"][-array.ndim :]
     names = [axis["name"] if isinstance(axis, dict) else str(axis) for axis in named]
-    return array, "".join(name[:1].upper() for name in names)
+    return array, "".join(name[:1].upper() for name in names), os.path.join(folder, array.path)
 
 
 def _multiscales(node: Any) -> list[dict[str, Any]]:
@@ -46,11 +90,34 @@ def _multiscales(node: Any) -> list[dict[str, Any]]:
     return attributes.get("ome", attributes).get("multiscales") or []
 
 
+def _checked(array: Any) -> Any:
+    """The array, refused if reading it might run code; nothing is decoded before."""
+    unknown = sorted(name for name in {*_codecs(array)} - _CODECS if not name.startswith("imagecodecs_"))
+    if unknown or array.dtype.hasobject:
+        what = f"the codec {', '.join(unknown)}" if unknown else "objects"
+        raise ImageError(f"has {what}, which may run code and is never decoded; save it with blosc, zstd or gzip")
+    return array
+
+
+def _codecs(array: Any) -> Iterator[str]:
+    """Names of all codecs in the order of decoding, those inside of shards included."""
+    if hasattr(array, "metadata"):
+        found = array.metadata.to_dict()
+    else:  # zarr 2
+        found = {"codecs": [codec.get_config() for codec in (*(array.filters or ()), array.compressor) if codec]}
+    waiting = [*(found.get("codecs") or ()), *(found.get("filters") or ()), found.get("compressor")]
+    while waiting:
+        if codec := waiting.pop():
+            yield str(codec.get("id") or codec["name"]).lower().removeprefix("numcodecs.")
+            inner = codec.get("configuration") or {}
+            waiting += *inner.get("index_codecs", ()), *inner.get("codecs", ())
+
+
 class ZarrScene(Scene):
     """A Zarr image, of which only the chunks of a part are decoded."""
 
     def __init__(self, path: str | os.PathLike, in_chans: int, pixels: Pixels) -> None:
-        self.array, axes = _open(path)
+        self.array, axes, self.folder = _open(path)
         self.pixels = pixels
         check_dtype(self.array.dtype, pixels.divide)
         shape = tuple(self.array.shape)
@@ -69,11 +136,35 @@ class ZarrScene(Scene):
             raise wrong_channels(f"1 channel (axes {axes})", in_chans)
         self.layout = Layout(axes, shape, layout.kept, {**layout.index, **dict.fromkeys(single, 0)})
         self.size = sizes["Y"], sizes["X"]
+        chunk = dict(zip(axes, self.array.chunks, strict=True))
+        self.chunk = math.prod(n for axis, n in chunk.items() if axis in "YX" or axis not in layout.kept)
+        check_size(self.chunk // chunk["X"], chunk["X"], "chunk")
 
     def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
         check_size(height, width)
         box = self.layout.pick(slice(top, top + height), slice(left, left + width))
+        self._check_inflated(box)
         return self.pixels.clip(scaled(self.layout.arrange(self.array[box]), self.pixels))
+
+    def _check_inflated(self, box: tuple[slice | int, ...]) -> None:
+        """Refuses chunks of a part that inflate beyond the limit; those within shards are not checked."""
+        array, codec = self.array, next(_codecs(self.array), "")
+        if getattr(array, "shards", None) is not None:
+            return
+        touched = (
+            range(*i.indices(n)) if isinstance(i, slice) else (i,) for i, n in zip(box, array.shape, strict=True)
+        )
+        cells = (range(r[0] // n, r[-1] // n + 1) for r, n in zip(touched, array.chunks, strict=True))
+        for cell in itertools.product(*cells):
+            if hasattr(array, "metadata"):
+                key = array.metadata.encode_chunk_key(cell)
+            else:  # zarr 2
+                key = array._dimension_separator.join(map(str, cell))
+            try:
+                data = Path(self.folder, key).read_bytes()
+            except OSError:  # an absent chunk has the fill value
+                continue
+            check_inflated(data, codec, array.dtype.itemsize * math.prod(array.chunks) // self.chunk)
 
     def close(self) -> None:
         pass
@@ -81,7 +172,7 @@ class ZarrScene(Scene):
 
 def zarr_header(path: str | os.PathLike, page: Page) -> Header:
     """See `decode.read_header`."""
-    array, axes = _open(path)
+    array, axes, _ = _open(path)
     axes = axes or {2: "YX"}.get(array.ndim) or ("YXC" if array.shape[2] <= array.shape[0] else "CYX")
     sizes = dict(zip(axes, array.shape, strict=True))
     channels = array.size // (sizes["Y"] * sizes["X"]) if page == "channels" else sizes.get("C", 1)
@@ -90,5 +181,5 @@ def zarr_header(path: str | os.PathLike, page: Page) -> Header:
 
 def zarr_pages(path: str | os.PathLike) -> int:
     """Pages of the image, see `axes.choose_axes`."""
-    array, axes = _open(path)
+    array, axes, _ = _open(path)
     return count_pages(axes, tuple(array.shape)) if axes else 1

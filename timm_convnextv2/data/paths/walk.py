@@ -10,10 +10,10 @@ from typing import Any
 from timm.data import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
-from ..formats.decode import image_extensions
+from ..formats.decode import image_extensions, is_dicom_file
 from ..formats.errors import installed
 from ..formats.files import kind_of_file, printable
-from ..formats.zarr import is_zarr
+from ..formats.zarr import is_zarr, zarr_images
 
 _NAMED_SPECIAL = 100
 
@@ -69,12 +69,16 @@ def walk(
     """Walks all folders from `root` down, each once, in a fixed order.
 
     Hidden files and folders (leading dot) are skipped; links to folders are followed. Only regular files are opened. A
-    folder named `.zarr` that holds a Zarr array or group is one file. `stamps` receives each folder's time of change.
+    folder named `.zarr` that holds a Zarr array or group is one image, or one per series or field. `stamps` receives
+    each folder's time of change.
 
     Yields:
         Path of a folder below `root` ('' for itself), the sorted names of its images, and the number of its other
         files.
     """
+    if is_zarr(root):
+        yield "", zarr_images(root) if ".zarr" in extensions else [], 0
+        return
     seen, folders = set(), [""]
     while folders:
         folder = folders.pop()
@@ -94,11 +98,14 @@ def walk(
                     extension = os.path.splitext(entry.name)[1].lower()
                     # `kind_of_file` would cost another system call
                     kind = "" if entry.is_file(follow_symlinks=False) else kind_of_file(entry.path)
-                    if kind == "folder" and not (extension == ".zarr" and is_zarr(entry.path)):
+                    zarr = kind == "folder" and extension == ".zarr" and is_zarr(entry.path)
+                    if kind == "folder" and not zarr:
                         below.append(entry.name)
                     elif kind not in ("", "folder"):
                         left.add_special(entry.path, kind)
-                    elif extension in extensions:
+                    elif zarr and extension in extensions:
+                        images += [os.path.normpath(os.path.join(entry.name, x)) for x in zarr_images(entry.path)]
+                    elif extension in extensions or not extension and is_dicom_file(entry.path):
                         images.append(entry.name)
                     else:
                         left.ignored[printable(extension)] += 1
