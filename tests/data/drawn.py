@@ -2,8 +2,10 @@
 
 import io
 import tarfile
+from importlib.util import find_spec
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -16,7 +18,17 @@ from timm_convnextv2.data import (
     collate,
 )
 
-# a image whose corners differ, so that a rotation or a swapped axis shows
+
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch):
+    """`datasets` waits for five seconds at the end of each pass, for threads of readers that are not used here."""
+    if find_spec("datasets"):
+        import datasets
+
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
+# an image whose corners differ, so that a rotation or a swapped axis shows
 RGB = np.zeros((6, 8, 3), np.uint8)
 RGB[:3, :4], RGB[:3, 4:], RGB[3:, :4], RGB[3:, 4:] = (250, 10, 10), (10, 250, 10), (10, 10, 250), (200, 200, 40)
 

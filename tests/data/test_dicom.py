@@ -10,7 +10,12 @@ import torch
 from dicom_files import draw
 from PIL import Image
 
-from timm_convnextv2.data import FolderSource, ImageError, MissingPackageError, load_image
+from timm_convnextv2.data import (
+    FolderSource,
+    ImageError,
+    MissingPackageError,
+    load_image,
+)
 from timm_convnextv2.data.formats.decode import count_pages, open_scene, read_header
 from timm_convnextv2.data.formats.pixels import Pixels
 from timm_convnextv2.data.measure.sample import measure

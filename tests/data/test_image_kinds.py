@@ -5,6 +5,7 @@ the network, float32 `[C, S, S]` with mean 0 and std 1 taken off, or None and wh
 """
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +13,20 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from drawn import RGB, UPRIGHT, hwc, noise
 from PIL import Image, TiffImagePlugin
 
-from timm_convnextv2.data import FolderSource, Pixels, PretrainDataset, PretrainTransform
+from timm_convnextv2.data import (
+    FolderSource,
+    ImageError,
+    MissingPackageError,
+    Pixels,
+    PretrainDataset,
+    PretrainTransform,
+    check_readable,
+    load_image,
+)
+from timm_convnextv2.data.formats.pillow import from_pil
 from timm_convnextv2.data.samples.batches import map_batches, preprocessing
 from timm_convnextv2.finetune import images
 from timm_convnextv2.finetune.folders import FolderReader
@@ -85,7 +97,7 @@ ALPHA8 = np.tile(np.linspace(1, 255, S).astype(np.uint8), (S, 1))
 GREY8, GREY16 = RGB8[..., 1], values((S, S), np.uint16, 1)
 SIGNED, FLOAT = values((S, S), np.int16), values((S, S), np.float32)
 BANDS = values((5, S, S), np.uint16)
-CYX8 = values((3, S, S), np.uint8)
+CYX8, CUBE = values((3, S, S), np.uint8), values((S, S, S), np.uint8)
 SMOOTH = np.indices((S, S)).sum(0).astype(np.uint8)[..., None] * np.array([4, 6, 8], np.uint8)  # survives JPEG
 HOLES = np.zeros((S, S), bool)
 HOLES[2:5, 3:9] = True
@@ -357,6 +369,7 @@ KINDS = {
     "npy last of two": Kind(npy(RGB8[..., :2]), 2, chw(RGB8[..., :2]) / 255),
     "npy first of one": Kind(npy(GREY8[None]), 1, GREY8[None] / 255),
     "npy first": Kind(npy(BANDS), 5, BANDS / 65535),
+    "npy of either layout": Kind(npy(CUBE), S, chw(CUBE) / 255),
     "npy fortran": Kind(npy(np.asfortranarray(BANDS)), 5, BANDS / 65535),
     "npy big-endian": Kind(npy(BANDS.astype(">u2")), 5, BANDS / 65535),
     "npy bool": Kind(npy(GREY8 > 99), 1, (GREY8 > 99)[None] * 1.0),
@@ -388,3 +401,48 @@ def test_what_reaches_the_network(tmp_path, kind, command, recwarn):
     error = np.abs(image.numpy() - truth) / np.maximum(1, np.abs(truth))
     assert error.max() <= tolerance, error.max()
     assert command != "pretrain" or image.is_contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------- besides
+
+
+def test_mode_i_out_of_16_bits_is_an_error():
+    with pytest.raises(ImageError, match="70000.*16 bits"):
+        from_pil(Image.fromarray(np.array([[0, 70000]], np.int32)), 1)
+    assert from_pil(Image.fromarray(np.array([[0, 65535]], np.int32)), 1).tolist() == [[[0.0, 1.0]]]
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_rotation_is_applied(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(RGB).save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(hwc(load_image(tmp_path / "x.png")), UPRIGHT[orientation](RGB))
+    # the same through each of the two TIFF decoders
+    for raw, unit in ((RGB, 1), (RGB * np.uint16(257), 255)):
+        tags = [(274, "H", 1, orientation, True)]
+        tifffile.imwrite(tmp_path / "x.tif", raw, photometric="rgb", extratags=tags)
+        assert np.allclose(hwc(load_image(tmp_path / "x.tif").float()) * unit, UPRIGHT[orientation](RGB), atol=1e-3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif", "gif", "npy"])
+def test_truncated_file_raises(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    image = noise(size=(64, 64))
+    np.save(path, np.asarray(image)) if suffix == "npy" else image.save(path)
+    load_image(path)
+    content = path.read_bytes()
+    for length in (len(content) // 2, 3, 0):
+        path.write_bytes(content[:length])
+        with pytest.raises(ImageError, match=f"x.{suffix}"):
+            load_image(path)
+
+
+def test_missing_tifffile_names_the_remedy_and_stops_the_run(tmp_path, monkeypatch):
+    Image.fromarray(RGB).save(tmp_path / "x.tif")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    assert load_image(tmp_path / "x.tif", 3).shape == (3, 6, 8)
+    with pytest.raises(MissingPackageError, match="x.tif.*pip install tifffile"):
+        load_image(tmp_path / "x.tif", 2)
+    with pytest.raises(MissingPackageError, match="pip install tifffile"):
+        check_readable(FolderSource(tmp_path, in_chans=2))

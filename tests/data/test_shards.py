@@ -1,10 +1,9 @@
 """Streams over processes and workers: each image once an epoch where shards divide, and a note where they do not."""
 
 from collections import Counter
-from importlib.util import find_spec
 
 import pytest
-from drawn import encoded, write_tar
+from drawn import encoded, no_sleep, write_tar  # noqa: F401  a fixture
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -12,15 +11,6 @@ from timm_convnextv2.data import DataSet, PretrainStream, StreamOrder, collate, 
 from timm_convnextv2.data.samples.shards import shard_note, shards_of
 
 PER_SHARD, BATCH = 4, 2
-
-
-@pytest.fixture(autouse=True)
-def _no_sleep(monkeypatch):
-    """`datasets` waits for five seconds at the end of each pass, for threads of readers that are not used here."""
-    if find_spec("datasets"):
-        import datasets
-
-        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 def write_shards(folder, kind, count):

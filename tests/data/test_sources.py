@@ -4,11 +4,12 @@ import os
 import pickle
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from drawn import RGB, UPRIGHT, encoded, folder_of, hwc, noise, write_tar
+from drawn import RGB, UPRIGHT, encoded, folder_of, hwc, no_sleep, noise, write_tar  # noqa: F401  a fixture
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -248,33 +249,27 @@ def test_wds_stream_errors(tmp_path, monkeypatch):
         next(iter(source))
 
 
+def stream_of(loads, grid, rank=0):
+    source = SimpleNamespace(rank=rank, undecoded=lambda: iter(loads))
+    return [*PretrainStream(source, lambda x: x.float(), grid, 0.5)]
+
+
 def test_ranks_of_a_stream_never_draw_the_same_masks():
-    class Stream:
-        def __init__(self, rank):
-            self.rank = rank
-
-        def undecoded(self):
-            for i in range(20):
-                yield f"image {i}", lambda choose: torch.zeros(1, 8, 8)
-
-    masks = [mask for rank in (0, 1) for _, mask, _ in PretrainStream(Stream(rank), lambda x: x, (8, 8), 0.5)]
+    loads = [(f"image {i}", lambda choose: torch.zeros(1, 8, 8)) for i in range(20)]
+    masks = [mask for rank in (0, 1) for _, mask, _ in stream_of(loads, (8, 8), rank)]
     assert len({mask.numpy().tobytes() for mask in masks}) == 40
 
 
 def test_stream_starts_with_a_bad_image():
-    class Stream:
-        rank = 0
-
-        def undecoded(self):
-            yield "first", lambda choose: broken("first: broken")
-            yield "second", lambda choose: torch.full((1, 8, 8), 7, dtype=torch.uint8)
-            yield "third", lambda choose: broken("broken")
-
     def broken(message):
         raise ImageError(message)
 
-    dataset = PretrainStream(Stream(), lambda x: x.float(), (2, 2), 0.5)
-    images, _, bad = zip(*dataset, strict=True)
+    loads = [
+        ("first", lambda choose: broken("first: broken")),
+        ("second", lambda choose: torch.full((1, 8, 8), 7, dtype=torch.uint8)),
+        ("third", lambda choose: broken("broken")),
+    ]
+    images, _, bad = zip(*stream_of(loads, (2, 2)), strict=True)
     assert [x.mean().item() for x in images] == [7, 7, 7]
     assert bad == ([(0, "first: broken")], [], [(2, "third: broken")])
 

@@ -80,6 +80,15 @@ def image_extensions() -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def is_dicom_file(path: str) -> bool:
+    """Whether a file has DICOM's mark, and pydicom is installed: DICOM often has no extension."""
+    try:
+        with open_image_file(path) as file:
+            return installed("pydicom") and is_dicom(file, "")
+    except (OSError, ImageError):
+        return False
+
+
 def load_image(path: str | os.PathLike, in_chans: int = 3, pixels: Pixels = PLAIN) -> torch.Tensor:
     """Decodes one image file to exactly `in_chans` channels; EXIF rotation is applied.
 
@@ -175,13 +184,6 @@ def groups_of(headers: Sequence[tuple[str, Header]]) -> str:
         for (chans, kind), n in groups[:_NAMED]
     ]
     return "; ".join(shown) + (f"; and {len(groups) - _NAMED} more groups" if len(groups) > _NAMED else "")
-
-
-def check_in_chans(in_chans: int) -> int:
-    """Returns a number of channels, which must be at least 1."""
-    if in_chans < 1:
-        raise ValueError(f"in_chans must be at least 1, got {in_chans}.")
-    return in_chans
 
 
 def check_index(i: int, n: int) -> int:

@@ -29,6 +29,8 @@ class Pixels(NamedTuple):
 
     def check(self, in_chans: int) -> "Pixels":
         """Returns itself if it suits images with `in_chans` channels."""
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be at least 1, got {in_chans}.")
         divide, window, limits = self.divide, self.dicom_window, (self.clip_low, self.clip_high)
         if divide is not None and not (math.isfinite(divide) and divide > 0):
             raise ValueError(f"divide must be a number above 0, got {divide}.")

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ...console import say
 from ..config import DataSet, ImagePaths, PixelOptions, WindowOptions
 from ..formats.errors import ImageError
 from ..formats.files import printable
 from ..formats.pixels import PLAIN, Pixels, one_page
+from ..formats.values import noting_stored
 from ..paths.listing import Dirs, Listing, list_files, origins_of
 from .files import FolderSource, PageSource
 from .groups import sampling_groups
@@ -118,14 +120,24 @@ def check_readable(source: Source, tries: int = 32, visit: Callable[[torch.Tenso
     """
     count = max(1, min(tries, len(source)))
     bad: Bad = []
+    kinds: dict[str, str] = {}
     for i in (k * len(source) // count for k in range(count)):
         try:
-            image = source[i]
+            with noting_stored(measure=False) as stored:
+                image = source[i]
         except (ImageError, OSError) as error:
             bad.append((i, source.reason(i, error)))
             continue
+        if stored.kind:
+            kinds.setdefault(stored.kind, source.name(i))
         if visit is not None:
             visit(image)
+    if len(kinds) > 1:
+        say(
+            f"The images store values in {len(kinds)} ways: {', '.join(f'{k} ({name})' for k, name in kinds.items())}. "
+            "Each is divided by its own largest value. If they have one scale, name it with --divide.",
+            error=True,
+        )
     if len(bad) == count:
         reasons = "\n".join(message for _, message in bad[:3])
         raise ValueError(f"None of {count} images tried (of {len(source)}) can be read, for example:\n{reasons}")

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch.utils.data import Dataset
 
-from ..formats.decode import check_in_chans, check_index
+from ..formats.decode import check_index
 from ..formats.pillow import Choose, Reduced
 from ..formats.pixels import PLAIN, Pixels
 from ..paths.walk import LeftOut
@@ -41,7 +41,7 @@ class Source(Dataset):
     groups: Groups | None = None
 
     def __init__(self, in_chans: int = 3, pixels: Pixels = PLAIN) -> None:
-        self.in_chans, self.pixels = check_in_chans(in_chans), pixels
+        self.in_chans, self.pixels = in_chans, pixels.check(in_chans)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -84,7 +84,7 @@ class Source(Dataset):
     def reading(self: S, in_chans: int, pixels: Pixels) -> S:
         """The same images, converted in another way, without listing or scanning again."""
         other = copy.copy(self)
-        other.in_chans, other.pixels = check_in_chans(in_chans), pixels
+        other.in_chans, other.pixels = in_chans, pixels.check(in_chans)
         return other
 
     def reason(self, i: int, error: Exception) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..config import DataSet
-from ..formats.decode import check_in_chans, image_extensions
+from ..formats.decode import image_extensions
 from ..formats.pillow import Reduced
 from ..formats.pixels import PLAIN, Pixels
 from .timm import STREAMS, decode_any, open_dataset, prefix_of
@@ -48,8 +48,8 @@ class TimmStream(IterableDataset):
     ) -> None:
         super().__init__()
         name, input_key, order = data_set.dataset, data_set.input_key, order or StreamOrder()
-        self.kind, self.dataset_name, self.pixels = prefix_of(name), name, pixels
-        self.in_chans, self.input_key = check_in_chans(in_chans), input_key or "image"
+        self.kind, self.dataset_name, self.input_key = prefix_of(name), name, input_key or "image"
+        self.in_chans, self.pixels = in_chans, pixels.check(in_chans)
         if self.kind not in STREAMS:
             raise ValueError(f"Data set '{name}' is not a stream (wds/, hfids/, tfds/). Use TimmSource.")
         kwargs: dict[str, Any] = dict(num_samples=data_set.train_num_samples, input_img_mode="")
