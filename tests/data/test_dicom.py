@@ -10,16 +10,10 @@ import torch
 from dicom_files import draw
 from PIL import Image
 
-from timm_convnextv2.data import (
-    FolderSource,
-    ImageError,
-    MissingPackageError,
-    load_image,
-)
+from timm_convnextv2.data import FolderSource, ImageError, MissingPackageError, PageSource, Pixels, load_image
 from timm_convnextv2.data.formats.decode import count_pages, open_scene, read_header
-from timm_convnextv2.data.formats.pixels import Pixels
 from timm_convnextv2.data.measure.sample import measure
-from timm_convnextv2.data.sources.files import PageSource
+from timm_convnextv2.data.sources.open import check_readable, create_source
 
 pydicom = pytest.importorskip("pydicom", reason="the package pydicom is not installed")
 from pydicom.data import get_testdata_file  # noqa: E402
@@ -119,6 +113,59 @@ def test_frames_are_refused_or_pages(tmp_path):
         load_image(path, 1, Pixels(page=4))
     with pytest.raises(ImageError, match="4 channels.*expected 3"):
         load_image(path, 3, Pixels(page="channels"))
+
+
+def sequence(**values):
+    """A functional group: a sequence of one item."""
+    item = pydicom.Dataset()
+    for name, value in values.items():
+        setattr(item, name, value)
+    return [item]
+
+
+def test_frames_have_scales_of_their_own(tmp_path):
+    """Enhanced multi-frame: 40 HU in two frames, of slope 1 and 2."""
+    x = np.stack([np.full((4, 5), 1064, np.uint16), np.full((4, 5), 532, np.uint16)])
+    shared = sequence(
+        PixelValueTransformationSequence=sequence(RescaleSlope=1, RescaleIntercept=-1024),
+        FrameVOILUTSequence=sequence(WindowCenter=40, WindowWidth=2),
+    )
+    own = sequence(PixelValueTransformationSequence=sequence(RescaleSlope=2, RescaleIntercept=-1024))
+    groups = dict(SharedFunctionalGroupsSequence=shared, PerFrameFunctionalGroupsSequence=sequence() + own)
+    path = draw(tmp_path / "x.dcm", x, **groups)
+    assert [load_image(path, 1, Pixels(page=page)).unique().tolist() for page in (0, 1)] == [[40.0], [40.0]]
+    assert load_image(path, 2, Pixels(page="channels")).unique().tolist() == [40.0]
+    assert load_image(path, 1, Pixels(page=1, dicom_window="file")).unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("padding", [-2000, 63536])
+def test_padding_in_the_other_sign_is_nodata(tmp_path, padding):
+    x = random(low=-1900, high=2000, dtype=np.int16)
+    x[:2] = -2000
+    path = draw(tmp_path / "x.dcm", x)
+    ds = pydicom.dcmread(path)
+    ds.add_new("PixelPaddingValue", "SS" if padding < 0 else "US", padding)
+    ds.save_as(path)
+    assert np.allclose(load_image(path, 1)[0, :2], np.rint(x[2:].mean()) / 2047)
+
+
+def test_bits_that_differ_are_told_and_divided_alike(tmp_path, capsys):
+    for i, bits in enumerate([10, 12, 14, 16]):
+        draw(tmp_path / f"{i}.dcm", random(high=1000), bits=bits)
+    assert check_readable(FolderSource(tmp_path, 1)) == []
+    told = capsys.readouterr().err
+    assert all(text in told for text in ("4 ways", "10 bits", "0.dcm", "16 bits", "--divide"))
+    source = FolderSource(tmp_path, 1, Pixels(divide=1000.0))
+    assert measure(source).kind == "DICOM" and check_readable(source) == [] and capsys.readouterr().err == ""
+    assert torch.equal(source[0], source[3])
+
+
+def test_files_without_extension_are_found_by_their_mark(tmp_path):
+    draw(tmp_path / "IM0001", random())
+    (tmp_path / "README").write_text("no image")
+    for source in (FolderSource(tmp_path, 1), create_source(f"{tmp_path}/*", in_chans=1)):
+        assert [source.row_name(i) for i in range(len(source))] == ["IM0001"] and source[0].shape == (1, 7, 9)
+        assert str(source.left) == "1 other file ignored: 1 without extension"
 
 
 @pytest.mark.parametrize(
