@@ -30,7 +30,7 @@ from timm_convnextv2.models.masking import random_mask
 from timm_convnextv2.models.packing import PackedLayout
 from timm_convnextv2.models.reference import reference_forward
 from timm_convnextv2.ops import backend, use_backend
-from timm_convnextv2.ops.engine import engine
+from timm_convnextv2.ops.minkowski import engine
 
 OURS, MINKOWSKI, OFFICIAL = "ours", "ours, backend minkowski", "official on MinkowskiEngine"
 WARP = "ours, WarpConvNet as mixer"

@@ -17,7 +17,7 @@ from torch import nn
 
 from timm_convnextv2 import FCMAE
 from timm_convnextv2.checkpoint import to_official
-from timm_convnextv2.ops.engine import engine
+from timm_convnextv2.ops.minkowski import engine
 
 __all__ = ["SIZES", "official_fcmae", "official_loss", "whole_grid"]
 

@@ -13,7 +13,7 @@ import torch
 from timm_convnextv2 import ops
 
 # of kernels, not launched themselves
-HELPERS = {"token_mlp": ("_gelu_place", "_normal_cdf"), "depthwise": ("_window_corner",)}
+HELPERS = {"token_mlp": ("_gelu_place", "_gelu_tile", "_normal_cdf"), "depthwise": ("_window_corner",)}
 
 
 def load(name: str, interpret: bool, patch: pytest.MonkeyPatch):

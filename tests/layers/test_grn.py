@@ -75,23 +75,6 @@ def test_gradcheck(channels_last):
 
 
 @pytest.mark.parametrize("channels_last", LAYOUTS)
-@pytest.mark.parametrize("view", ["permuted", "sliced", "expanded"])
-def test_non_contiguous_input(view, channels_last):
-    shape = (2, 6, 5, 12) if channels_last else (2, 12, 6, 5)
-    if view == "permuted":
-        x = torch.randn(shape[::-1], dtype=torch.float64).permute(3, 2, 1, 0)
-    elif view == "sliced":
-        x = torch.randn([2 * n for n in shape], dtype=torch.float64)[::2, ::2, 1::2, ::2]
-    else:
-        x = torch.randn(1, *shape[1:], dtype=torch.float64).expand(shape)
-    assert x.shape == shape and not x.is_contiguous()
-    ours = make_grn(12, channels_last)
-    theirs = make_grn(12, channels_last, cls=TimmGlobalResponseNorm)
-    grad = torch.randn(shape, dtype=torch.float64)
-    assert_close(run(ours, x, grad), run(theirs, x.contiguous(), grad), 1e-12)
-
-
-@pytest.mark.parametrize("channels_last", LAYOUTS)
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
 def test_all_zero_maps_have_finite_values_and_gradients(dtype, channels_last):
     grn = make_grn(8, channels_last, dtype)
@@ -122,19 +105,6 @@ def test_statistics_are_float32_in_half_precision(autocast, magnitude, dtype, to
     ours = run(grn, x, grad)
     assert ours[0].dtype == ours[1].dtype == dtype and ours[2].dtype == grn.weight.dtype
     assert_close(ours, run(exact, x.double(), grad.double()), tol)
-
-
-@pytest.mark.parametrize("dtype", HALF)
-def test_a_sum_over_many_tokens_does_not_stall(dtype):
-    # 1 + 1 + ... in bfloat16 stops growing at 256: sums that are not float32 show here
-    grn = make_grn(2, True, dtype)
-    x = torch.ones(1, 128, 128, 2, dtype=dtype)
-    x[..., 1] = 2
-    n = torch.tensor([1.0, 2.0]) / 1.5
-    expected = x.float() * (1 + grn.weight.float() * n) + grn.bias.float()
-    torch.testing.assert_close(grn(x).float(), expected, rtol=1e-2, atol=1e-2)
-    flat = GlobalResponseNorm(2, dtype=dtype)
-    assert torch.equal(flat(x), x)
 
 
 def test_grn_under_function_transforms():

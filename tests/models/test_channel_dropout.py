@@ -41,18 +41,11 @@ def test_what_a_removed_channel_holds_does_not_matter():
     other = torch.where(channels[:, :, None, None], float("nan"), images)
     losses = [model(x, mask, return_pred=False, channels=channels).loss for x in (images, other)]
     assert torch.equal(*losses) and losses[0].isfinite()
+    none = model(images, mask, channels=torch.zeros_like(channels)).loss
+    torch.testing.assert_close(none, FCMAETask(model, verbose=False)(images, mask)["loss"], rtol=1e-10, atol=0)
     changed = images.clone()
-    changed[0, 0] += 1.0  # one that stays
-    changed[0, 0, ::2] *= -1
+    changed[0, 0, ::2] *= -1  # one that stays
     assert not torch.equal(model(changed, mask, channels=channels).loss, losses[0])
-
-
-def test_none_removed_is_the_usual_loss():
-    model = toy(in_chans=5)
-    images, mask, channels = batch()
-    usual = FCMAETask(model, verbose=False)(images, mask)["loss"]
-    none = FCMAETask(model, verbose=False)(images, mask, torch.zeros_like(channels))["loss"]
-    torch.testing.assert_close(none, usual, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("channels", [torch.zeros(3, 4, dtype=torch.bool), torch.zeros(3, 5)])

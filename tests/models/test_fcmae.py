@@ -1,9 +1,9 @@
 """FCMAE: equal to the plain reference, blind to what is masked, and a good citizen of timm."""
 
 import copy
-import pickle
 import re
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import timm
@@ -53,36 +53,22 @@ def assert_equals_reference(model, images, mask, rtol=1e-7, atol=1e-10):
     fast, plain = results
     for name, value in plain.items():
         assert value.abs().max() > 0, f"{name} is all zero: the comparison shows nothing"
-        torch.testing.assert_close(
-            fast[name],
-            value,
-            rtol=rtol,
-            atol=atol * max(1.0, float(value.detach().abs().max())),
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
-    only_loss = model(images, mask, return_pred=False) if not model.training else None
-    if only_loss is not None:
-        assert only_loss.pred is None
-        torch.testing.assert_close(only_loss.loss, plain["loss"], rtol=rtol, atol=atol)
-
-
-# --- equal to the plain reference
+        tolerance = atol * max(1.0, float(value.detach().abs().max()))
+        torch.testing.assert_close(fast[name], value, rtol=rtol, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    torch.manual_seed(7)
+    only_loss = model(images, mask, return_pred=False)
+    assert only_loss.pred is None
+    torch.testing.assert_close(only_loss.loss, plain["loss"], rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_equals_the_reference(name):
-    """At 64 px. From nano on the depths are kept and the layers are narrow, to fit a small machine's memory and time;
-    `test_every_variant_has_its_published_shape` builds them whole, without memory."""
+    """Narrow layers from nano on; `test_every_variant_has_its_published_shape` builds them whole, without memory."""
     narrow = dict(nano=4, tiny=6, small=8, base=8, large=12, huge=22).get(name, 1)
     model = make(name, img_size=64, decoder_dim=32, dims=tuple(d // narrow for d in VARIANTS[name]["dims"]))
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     mask = torch.tensor([[[True, False], [False, True]]])
     assert_equals_reference(model, images, mask)
-
-
-def test_full_width_in_float32():
-    model = make("tiny", dtype=torch.float32, img_size=64)
-    assert_equals_reference(model, torch.randn(1, 3, 64, 64), random_mask(1, (2, 2), 0.5), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -100,26 +86,21 @@ def test_every_variant_has_its_published_shape(name):
     assert out.pred.shape == (2, 49, 32 * 32 * 3) and out.loss.shape == () and out.mask.shape == (2, 7, 7)
 
 
-@pytest.mark.parametrize(
-    ("size", "kwargs"),
-    [
-        ((96, 96), {}),
-        ((64, 128), dict(in_chans=1)),
-        ((160, 32), dict(in_chans=12)),
-        ((96, 64), dict(patch_size=2)),
-        ((24, 40), dict(patch_size=1, in_chans=12)),
-        ((48, 16), dict(patch_size=1)),
-        ((64, 96), dict(conv_mlp=False)),
-        ((96, 64), dict(kernel_sizes=3)),
-        ((64, 96), dict(kernel_sizes=(9, 5, 3, 3), decoder_depth=2)),
-        ((64, 64), dict(norm_pix_loss=False)),
-        ((64, 96), dict(use_grn=False, ls_init_value=1e-6)),  # ConvNeXt V1
-    ],
-)
+SHAPES = [
+    ((96, 96), {}), ((64, 128), dict(in_chans=1)), ((160, 32), dict(in_chans=12)), ((96, 64), dict(patch_size=2)),
+    ((24, 40), dict(patch_size=1, in_chans=12)), ((48, 16), dict(patch_size=1)), ((64, 96), dict(conv_mlp=False)),
+    ((96, 64), dict(kernel_sizes=3)), ((64, 96), dict(kernel_sizes=(9, 5, 3, 3), decoder_depth=2)),
+    ((64, 64), dict(norm_pix_loss=False)), ((64, 96), dict(drop_path_rate=0.5)),
+    ((64, 96), dict(use_grn=False, ls_init_value=1e-6)),  # ConvNeXt V1
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "kwargs"), SHAPES, ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_shapes_equal_the_reference(size, kwargs, batch):
     model = toy(img_size=size, mask_ratio=0.5, **kwargs)
     assert model.stride == {1: 8, 2: 32, 4: 32}[kwargs.get("patch_size", 4)]
+    batch = 4 if "drop_path_rate" in kwargs else batch  # else a block may be dropped for all images
     images = torch.randn(batch, kwargs.get("in_chans", 3), *size, dtype=torch.float64)
     assert_equals_reference(model, images, model(images).mask)
 
@@ -145,16 +126,6 @@ def test_drawn_masks_follow_the_seed_and_the_sizes():
     assert torch.equal(first.mask, again.mask) and torch.equal(first.loss, again.loss)
     assert not torch.equal(first.mask, model(images).mask)
     assert torch.equal(first.loss, model(images, first.mask).loss)
-
-
-def test_drop_path_equals_the_reference():
-    model, losses = toy(drop_path_rate=0.5), []
-    images, mask = torch.randn(4, 3, 64, 64, dtype=torch.float64), random_mask(4, (2, 2), 0.5)
-    for forward in (model, lambda *given: reference_forward(model, *given)):
-        torch.manual_seed(7)
-        losses.append(forward(images, mask).loss)
-    torch.testing.assert_close(*losses)
-    assert not torch.equal(losses[0], model.eval()(images, mask).loss)  # it does drop
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -193,9 +164,6 @@ def test_lower_precision_is_close_to_float64(dtype):
     assert float(found.norm()) == pytest.approx(float(truth.norm()), rel=max(rtol, 1e-4) * 2)
 
 
-# --- by hand: nothing below is computed with the package's own functions
-
-
 def test_patchify_order_is_row_column_channel():
     images = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
     patches = patchify(images, 2)
@@ -210,63 +178,44 @@ def test_targets_use_the_unbiased_variance():
     patch = torch.tensor([[1.0, 2.0, 3.0, 6.0]], dtype=torch.float64)  # mean 3, squares 4 + 1 + 0 + 9 = 14, / 3
     normal, mean, std = normalize_target(patch)
     assert mean.item() == 3 and std.item() == pytest.approx((14 / 3 + 1e-6) ** 0.5, rel=1e-12)
-    assert normal[0, 3].item() == pytest.approx(3 / (14 / 3 + 1e-6) ** 0.5, rel=1e-12)
     torch.testing.assert_close(normal * std + mean, patch)
     assert normalize_target(torch.full((1, 4), 0.5))[0].abs().max() == 0  # flat patches stay finite
 
 
-def test_loss_by_hand():
+@pytest.mark.parametrize("norm", [True, False])
+def test_loss_by_hand(norm):
     """Prediction forced to known numbers; loss summed pixel by pixel over the removed patches only."""
-    for norm in (True, False):
-        model = toy(norm_pix_loss=norm, in_chans=2, patch_size=1, img_size=(16, 24))
-        nn.init.zeros_(model.pred.weight)
-        images = torch.randn(2, 2, 16, 24, dtype=torch.float64)
-        mask = torch.tensor([[[1, 0, 1], [0, 0, 1]], [[0, 1, 1], [1, 0, 0]]]).bool()
-        squares = []
-        for b, r, c in mask.nonzero().tolist():
-            patch = images[b, :, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8]
-            if norm:
-                mean = patch.sum() / 128
-                patch = (patch - mean) / (((patch - mean) ** 2).sum() / 127 + 1e-6) ** 0.5
-            for i in range(8):
-                for j in range(8):
-                    for ch in range(2):
-                        squares.append((model.pred.bias[(i * 8 + j) * 2 + ch] - patch[ch, i, j]) ** 2)
-        expected = sum(squares) / len(squares)
-        assert len(squares) == 6 * 128
-        torch.testing.assert_close(model(images, mask).loss, expected)
-        torch.testing.assert_close(reference_forward(model, images, mask).loss, expected)
+    model = toy(norm_pix_loss=norm, in_chans=2, patch_size=1, img_size=(16, 24))
+    nn.init.zeros_(model.pred.weight)
+    images = torch.randn(2, 2, 16, 24, dtype=torch.float64)
+    mask = torch.tensor([[[1, 0, 1], [0, 0, 1]], [[0, 1, 1], [1, 0, 0]]]).bool()
+    squares = []
+    for b, r, c in mask.nonzero().tolist():
+        patch = images[b, :, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8]
+        if norm:
+            mean = patch.sum() / 128
+            patch = (patch - mean) / (((patch - mean) ** 2).sum() / 127 + 1e-6) ** 0.5
+        for i, j, ch in product(range(8), range(8), range(2)):
+            squares.append((model.pred.bias[(i * 8 + j) * 2 + ch] - patch[ch, i, j]) ** 2)
+    expected = sum(squares) / len(squares)
+    assert len(squares) == 6 * 128
+    torch.testing.assert_close(model(images, mask).loss, expected)
+    torch.testing.assert_close(reference_forward(model, images, mask).loss, expected)
 
 
 def test_grn_sums_over_the_visible_tokens_of_one_image():
-    """GRN's input and output inside the packed encoder, against sums in plain loops over each image's own tokens."""
+    """GRN's input and output inside the packed encoder, against the formula on each image's own tokens."""
     model = toy(in_chans=1)
     images = torch.randn(2, 1, 64, 64, dtype=torch.float64)
     mask = torch.tensor([[[0, 1], [1, 1]], [[1, 1], [0, 1]]]).bool()
     grn, seen = model.encoder.stages[3].blocks[0].mlp.grn, {}
     grn.register_forward_hook(lambda module, args, out: seen.update(x=args[0].detach(), out=out.detach()))
     model(images, mask)
-    x, out = (v.permute(0, 2, 3, 1) if v.shape[1] == 80 else v for v in (seen["x"], seen["out"]))
-    assert x.shape == (2, 1, 1, 80)  # a visible patch an image, a token a patch, 4 x 20 channels
-    for b in range(2):
-        g = [float(x[b, 0, 0, c] ** 2) ** 0.5 for c in range(80)]
-        mean = sum(g) / 80
-        for c in range(80):
-            a = float(x[b, 0, 0, c])
-            expected = a + grn.weight[c].item() * a * g[c] / (mean + 1e-6) + grn.bias[c].item()
-            assert float(out[b, 0, 0, c]) == pytest.approx(expected, rel=1e-10)
-
-
-def test_images_of_a_batch_do_not_mix():
-    model = toy()
-    images, mask = torch.randn(5, 3, 64, 64, dtype=torch.float64), random_mask(5, (2, 2), 0.5)
-    together = model(images, mask)
-    alone = [model(images[i : i + 1], mask[i : i + 1]) for i in range(5)]
-    torch.testing.assert_close(together.pred, torch.cat([o.pred for o in alone]))
-    torch.testing.assert_close(together.loss, torch.stack([o.loss for o in alone]).mean())
-
-
-# --- what the encoder sees
+    assert seen["x"].shape == (2, 1, 1, 80)  # one visible patch per image, one token per patch, 4 x 20 channels
+    for x, out in zip(seen["x"].view(2, 80), seen["out"].view(2, 80), strict=True):
+        norms = x.abs()
+        expected = x + grn.weight * x * norms / (norms.sum() / 80 + 1e-6) + grn.bias
+        torch.testing.assert_close(out, expected.detach(), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(patch_size=1), dict(patch_size=2), dict(conv_mlp=False, kernel_sizes=5)])
@@ -280,9 +229,8 @@ def test_nothing_masked_is_the_dense_model(kwargs, grid):
     torch.testing.assert_close(features, dense.flatten(2).transpose(1, 2))
     upstream = torch.randn_like(features)
     named = [p for k, p in model.encoder.named_parameters() if not k.startswith("head.")]
-    fast = torch.autograd.grad(features, named, upstream)
-    plain = torch.autograd.grad(dense.flatten(2).transpose(1, 2), named, upstream)
-    for a, b in zip(fast, plain, strict=True):
+    grads = (torch.autograd.grad(out, named, upstream) for out in (features, dense.flatten(2).transpose(1, 2)))
+    for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -315,9 +263,6 @@ def test_masked_pixels_cannot_reach_the_encoder(size, dtype):
     assert not torch.equal(first[0], seen[0])
 
 
-# --- mistakes, and what their messages promise
-
-
 def test_a_loss_needs_a_visible_and_a_masked_patch():
     model = toy(img_size=64)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -347,20 +292,13 @@ def test_given_masks_and_images_are_checked():
             model(bad)
 
 
-@pytest.mark.parametrize(
-    ("size", "kwargs"),
-    [
-        ((40, 40), {}),
-        ((230, 224), {}),
-        ((224, 100), {}),
-        ((33, 65), {}),
-        (20, dict(mask_ratio=0.95)),
-        ((32, 40), {}),
-        ((45, 70), dict(patch_size=1)),
-        ((31, 33), dict(patch_size=2)),
-        ((1, 1), {}),
-    ],
-)
+SIZES = [
+    ((40, 40), {}), ((224, 100), {}), ((33, 65), {}), (20, dict(mask_ratio=0.95)), ((45, 70), dict(patch_size=1)),
+    ((31, 33), dict(patch_size=2)), ((1, 1), {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "kwargs"), SIZES, ids=str)
 def test_sizes_named_in_the_message_work(size, kwargs):
     options = {**TOY, "device": "meta", **kwargs}
     with pytest.raises(ValueError, match="multiple of the encoder's stride") as error:
@@ -378,27 +316,19 @@ def test_sizes_named_in_the_message_work(size, kwargs):
         model(torch.randn(1, 3, *near))
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        (dict(num_classes=10), "no classifier.*num_classes=10"),
-        (dict(features_only=True), "use 'convnextv2_atto'"),
-        (dict(output_stride=16), "output_stride=32"),
-        (dict(stem_type="overlap"), "stem_type='patch'"),
-        (dict(mask_ratio=1.0), "mask_ratio"),
-        (dict(decoder_depth=0), "decoder_depth=0"),
-        (dict(img_size=32), "1 patch"),
-        (dict(img_size=100), "96x96 or 128x128"),
-        (dict(img_size=192, patch_size=8), "too large"),
-        (dict(kernel_sizes=4), "odd"),
-    ],
-)
+MISTAKES = [
+    (dict(num_classes=10), "num_classes=10"), (dict(features_only=True), "use 'convnextv2_atto'"),
+    (dict(output_stride=16), "output_stride=32"), (dict(stem_type="overlap"), "stem_type='patch'"),
+    (dict(mask_ratio=1.0), "mask_ratio"), (dict(decoder_depth=0), "decoder_depth=0"), (dict(img_size=32), "1 patch"),
+    (dict(img_size=100), "96x96 or 128x128"), (dict(img_size=192, patch_size=8), "too large"),
+    (dict(kernel_sizes=4), "odd"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kwargs", "message"), MISTAKES)
 def test_options_that_cannot_be_meant(kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("fcmae_convnextv2_atto", **kwargs)
-
-
-# --- as a module
 
 
 def test_defaults_are_the_papers():
@@ -436,31 +366,6 @@ def test_every_parameter_is_initialised(monkeypatch):
                 assert (p == 1).all(), key
 
 
-def test_meta_device_then_real():
-    model = timm.create_model("fcmae_convnextv2_atto", device="meta", **TOY)
-    assert all(p.is_meta for p in model.parameters())
-    real = timm.create_model("fcmae_convnextv2_atto", **TOY)
-    model.to_empty(device="cpu").load_state_dict(real.state_dict())
-    images, mask = torch.randn(1, 3, 64, 64), random_mask(1, (2, 2), 0.5)
-    assert torch.equal(model(images, mask).loss, real(images, mask).loss)
-
-
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_are_whole_and_apart(clone):
-    model = toy(drop_path_rate=0.1).eval()
-    images, mask = torch.randn(1, 3, 64, 64, dtype=torch.float64), random_mask(1, (2, 2), 0.5)
-    other = clone(model)
-    before = model(images, mask).loss
-    assert torch.equal(other(images, mask).loss, before)
-    assert other.encoder.pretrained_cfg == model.encoder.pretrained_cfg and other.pretrained_cfg == model.pretrained_cfg
-    with torch.no_grad():
-        other.encoder.stem[0].weight.add_(1)
-    assert torch.equal(model(images, mask).loss, before)
-
-
-# --- the timm task
-
-
 def test_task_gives_timm_what_it_expects():
     task = FCMAETask(toy(dtype=torch.float32), verbose=False)
     images, mask = torch.randn(2, 3, 64, 64), random_mask(2, (2, 2), 0.5)
@@ -496,11 +401,8 @@ def test_task_compiles(backend, monkeypatch):
         torch.testing.assert_close(*losses)
         for loss in losses:
             loss.backward()
-    for (name, a), (_, b) in zip(
-        plain.trainable_module.named_parameters(), task.trainable_module.named_parameters(), strict=True
-    ):
-        if a.grad is not None:
-            torch.testing.assert_close(b.grad, a.grad, msg=lambda m, n=name: f"{n}: {m}")
+    for a, b in zip(plain.trainable_module.parameters(), task.trainable_module.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad)
     task.update_ema()
     for ema in (False, True):
         (state,) = task.get_checkpoint_state(ema=ema).values()

@@ -14,27 +14,20 @@ from timm_convnextv2.registry import filter_weights
 SHAPE = dict(depths=(1, 1, 2, 1), dims=(8, 8, 16, 16))
 
 HUGGING_FACE = (
-    (r"^stem\.0", "convnextv2.embeddings.patch_embeddings"),
-    (r"^stem\.1", "convnextv2.embeddings.layernorm"),
+    (r"^stem\.0", "convnextv2.embeddings.patch_embeddings"), (r"^stem\.1", "convnextv2.embeddings.layernorm"),
     (r"^stages\.(\d)\.downsample\.", r"convnextv2.encoder.stages.\1.downsampling_layer."),
     (r"^stages\.(\d)\.blocks\.(\d)\.norm", r"convnextv2.encoder.stages.\1.layers.\2.layernorm"),
-    (r"^stages\.(\d)\.blocks\.", r"convnextv2.encoder.stages.\1.layers."),
-    (r"conv_dw", "dwconv"),
-    (r"mlp\.fc", "pwconv"),
-    (r"mlp\.grn", "grn"),
-    (r"^head\.norm", "convnextv2.layernorm"),
+    (r"^stages\.(\d)\.blocks\.", r"convnextv2.encoder.stages.\1.layers."), (r"conv_dw", "dwconv"),
+    (r"mlp\.fc", "pwconv"), (r"mlp\.grn", "grn"), (r"^head\.norm", "convnextv2.layernorm"),
     (r"^head\.fc", "classifier"),
-)
+)  # fmt: skip
 MMPRETRAIN = (
     (r"^stem\.", "backbone.downsample_layers.0."),
     (r"^stages\.(\d)\.downsample\.", r"backbone.downsample_layers.\1."),
-    (r"^stages\.(\d)\.blocks\.", r"backbone.stages.\1."),
-    (r"conv_dw", "depthwise_conv"),
-    (r"mlp\.fc", "pointwise_conv"),
-    (r"mlp\.grn\.weight", "grn.gamma"),
-    (r"mlp\.grn\.bias", "grn.beta"),
+    (r"^stages\.(\d)\.blocks\.", r"backbone.stages.\1."), (r"conv_dw", "depthwise_conv"),
+    (r"mlp\.fc", "pointwise_conv"), (r"mlp\.grn\.weight", "grn.gamma"), (r"mlp\.grn\.bias", "grn.beta"),
     (r"^head\.norm", "backbone.norm3"),
-)
+)  # fmt: skip
 
 
 def renamed(model, rules):

@@ -11,17 +11,9 @@ import timm_convnextv2  # noqa: F401
 from timm_convnextv2.registry import VARIANTS
 
 # Recipe of each size: layer ids, decay, weight decay.
-RECIPES = {
-    "atto": ("single", 0.9, 0.3),
-    "femto": ("single", 0.9, 0.3),
-    "pico": ("single", 0.9, 0.3),
-    "nano": ("single", 0.9, 0.3),
-    "tiny": ("single", 0.9, 0.05),
-    "small": ("single", 0.9, 0.05),  # not the paper's
-    "base": ("group", 0.6, 0.05),
-    "large": ("group", 0.6, 0.05),
-    "huge": ("group", 0.6, 0.05),
-}
+RECIPES = dict.fromkeys(("atto", "femto", "pico", "nano"), ("single", 0.9, 0.3))
+RECIPES |= dict.fromkeys(("tiny", "small"), ("single", 0.9, 0.05))  # small's is not the paper's
+RECIPES |= dict.fromkeys(("base", "large", "huge"), ("group", 0.6, 0.05))
 
 
 def official_scale(name: str, depths: tuple[int, ...], kind: str, decay: float) -> float:
@@ -49,17 +41,20 @@ def groups_by_name(model: torch.nn.Module, layer_decay: float, weight_decay: flo
     return {name: found[p] for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("size", RECIPES)
-def test_official_scales_and_weight_decay(size):
+OPTIONS = [dict(num_classes=0), dict(patch_size=2), dict(head_norm_first=True)]
+CASES = [*((size, {}) for size in RECIPES), *((size, more) for size in ("atto", "base") for more in OPTIONS)]
+
+
+@pytest.mark.parametrize("size, options", CASES, ids=str)
+def test_official_scales_and_weight_decay(size, options):
+    """norm_pre is one of "the rest"; stage 0 only downsamples with patch_size 2, as a second part of the stem."""
     kind, layer_decay, weight_decay = RECIPES[size]
-    model = timm.create_model(f"convnextv2_{size}", device="meta")
+    model = timm.create_model(f"convnextv2_{size}", device="meta", **options)
     found = groups_by_name(model, layer_decay, weight_decay)
-    assert len(found) == len(list(model.parameters()))
     for name, p in model.named_parameters():
         scale, decay = found[name]
-        assert scale == pytest.approx(official_scale(name, VARIANTS[size]["depths"], kind, layer_decay), rel=1e-12), (
-            name
-        )
+        official = official_scale(name, VARIANTS[size]["depths"], kind, layer_decay)
+        assert scale == pytest.approx(official, rel=1e-12), name
         # officially none on 1-D tensors, biases and GRN's gamma and beta
         assert decay == (0 if p.ndim == 1 or name.endswith("bias") or ".grn." in name else weight_decay), name
 
@@ -73,16 +68,6 @@ def test_coarse_groups_are_timms(size):
     assert model.group_matcher(coarse=True) == ConvNeXt.group_matcher(model, coarse=True)
     groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert groups["stem.0.weight"] < groups["stages.0.blocks.0.norm.weight"] < groups["stages.3.blocks.0.norm.weight"]
-
-
-@pytest.mark.parametrize("options", [dict(num_classes=0), dict(patch_size=2), dict(head_norm_first=True)], ids=str)
-@pytest.mark.parametrize("size", ["atto", "base"])
-def test_other_options_keep_the_rule(size, options):
-    kind, layer_decay, weight_decay = RECIPES[size]
-    model = timm.create_model(f"convnextv2_{size}", device="meta", **options)
-    for name, (scale, _) in groups_by_name(model, layer_decay, weight_decay).items():
-        # norm_pre is one of "the rest"; stage 0 only downsamples with patch_size 2, as a second part of the stem
-        assert scale == pytest.approx(official_scale(name, VARIANTS[size]["depths"], kind, layer_decay)), name
 
 
 def test_grouped_rule_goes_on_for_other_depths():
@@ -101,15 +86,11 @@ def test_frozen_parameters_move_nobody_else():
     assert max(g["lr_scale"] for g in optimizer.param_groups) == pytest.approx(0.9)
 
 
-def test_unknown_type_is_refused():
-    model = timm.create_model("convnextv2_atto", device="meta")
-    model.layer_decay_type = "pairs"
-    with pytest.raises(ValueError, match="'single'.*'group'.*'pairs'"):
-        model.group_matcher()
-
-
 def test_the_encoder_inside_fcmae_has_its_sizes_type():
     options = dict(depths=(1, 1, 3, 1), dims=(8, 8, 8, 8), decoder_dim=8, img_size=64)
     for size in ("atto", "base"):
         model = timm.create_model(f"fcmae_convnextv2_{size}", **options)
         assert model.encoder.layer_decay_type == RECIPES[size][0]
+        model.encoder.layer_decay_type = "pairs"
+        with pytest.raises(ValueError, match="'single'.*'group'.*'pairs'"):
+            model.encoder.group_matcher()

@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from timm_convnextv2 import random_mask
@@ -12,8 +11,8 @@ from timm_convnextv2.models.masking import check_mask, num_visible
 from timm_convnextv2.models.packing import PackedLayout
 
 
-@pytest.mark.parametrize("grid", [(7, 7), (1, 2), (2, 5), (3, 8), (14, 14), (50, 50)])
-@pytest.mark.parametrize("ratio", [0.05, 0.25, 0.5, 0.6, 0.75, 0.9, 0.95])
+@pytest.mark.parametrize("grid", [(7, 7), (1, 2), (2, 5), (14, 14)])
+@pytest.mark.parametrize("ratio", [0.05, 0.25, 0.6, 0.9, 0.95])
 def test_count_is_exact_or_the_error_names_a_ratio_that_works(grid, ratio):
     total = grid[0] * grid[1]
     keep = int(total * (1 - ratio))
@@ -23,29 +22,29 @@ def test_count_is_exact_or_the_error_names_a_ratio_that_works(grid, ratio):
         assert mask.shape == (5, *grid) and mask.dtype == torch.bool
         assert ((~mask).flatten(1).sum(1) == keep).all()
     else:
-        with pytest.raises(ValueError, match=f"{keep} of {total} patches") as error:
-            num_visible(grid, ratio)
-        assert num_visible(grid, float(re.search(r"up to ([\d.]+) can", str(error.value))[1])) >= 1
+        assert num_visible(grid, largest_ratio(grid, ratio)) >= 1
+
+
+def largest_ratio(grid, ratio: float) -> float:
+    """The ratio that the error message about another one names."""
+    with pytest.raises(ValueError, match=f"{int(grid[0] * grid[1] * (1 - ratio))} of {grid[0] * grid[1]} ") as error:
+        num_visible(grid, ratio)
+    return float(re.search(r"up to ([\d.]+) can", str(error.value))[1])
 
 
 def test_the_largest_ratio_named_works_and_a_larger_one_does_not():
     """On every grid up to 2600 patches: 10 * (1 - 0.9) < 1 in floating point, so rounding down is not enough."""
     for total in range(2, 2600):
-        with pytest.raises(ValueError) as error:
-            num_visible((1, total), 1 - 0.5 / total)
-        largest = float(re.search(r"up to ([\d.]+) can", str(error.value))[1])
+        largest = largest_ratio((1, total), 1 - 0.5 / total)
         assert num_visible((1, total), largest) >= 1, total
         with pytest.raises(ValueError):
             num_visible((1, total), largest + 2e-4)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 0.0, 1.0, 1.5, float("nan")])
-def test_ratios_outside_0_to_1(ratio):
+def test_ratios_outside_0_to_1_and_a_single_patch(ratio):
     with pytest.raises(ValueError, match="between 0 and 1"):
         num_visible((7, 7), ratio)
-
-
-def test_a_single_patch_cannot_be_masked():
     with pytest.raises(ValueError, match="1x1"):
         random_mask(2, (1, 1), 0.5)
 
@@ -54,13 +53,8 @@ def test_masks_are_reproducible():
     def draw(seed):
         return random_mask(8, (7, 7), 0.6, generator=torch.Generator().manual_seed(seed))
 
-    assert torch.equal(draw(0), draw(0))
-    assert not torch.equal(draw(0), draw(1))
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
     assert len({tuple(m.flatten().tolist()) for m in draw(0)}) == 8  # the images of a batch differ
-    torch.manual_seed(3)
-    first = random_mask(8, (7, 7), 0.6)
-    torch.manual_seed(3)
-    assert torch.equal(first, random_mask(8, (7, 7), 0.6))
 
 
 def test_masks_are_uniform():
@@ -156,16 +150,3 @@ def test_mixer_is_the_submanifold_convolution_by_definition(grid, p, kernel):
     slow_grads = torch.autograd.grad(layout.pack(slow, p), sources, upstream)
     for fast, plain in zip(fast_grads, slow_grads, strict=True):
         torch.testing.assert_close(fast, plain)
-
-
-def test_mixer_gradients_and_their_gradients():
-    torch.manual_seed(0)
-    layout = PackedLayout(random_mask(2, (2, 2), 0.5), 2)
-    weight = torch.randn(1, 1, 3, 3, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(2, 1, 4, 2, dtype=torch.float64, requires_grad=True)
-
-    def run(x, weight):
-        return layout.mix(x, lambda dense: F.conv2d(dense, weight, padding=1)).square()
-
-    assert torch.autograd.gradcheck(run, (x, weight))
-    assert torch.autograd.gradgradcheck(run, (x, weight))

@@ -12,7 +12,7 @@ from benchmarks.official_model import official_fcmae, official_loss, whole_grid
 from timm_convnextv2 import random_mask
 from timm_convnextv2.checkpoint import to_official
 from timm_convnextv2.ops import use_backend
-from timm_convnextv2.ops.engine import engine
+from timm_convnextv2.ops.minkowski import engine
 
 CHECKOUT = os.environ.get("OFFICIAL_CONVNEXTV2")
 SHAPE = dict(depths=(1, 2, 1, 1), dims=(8, 12, 16, 20), conv_mlp=False, decoder_dim=24, img_size=96)
@@ -64,15 +64,6 @@ def test_batches_differ_by_grn_alone():
         model, official = both(grn)
         ours, theirs = model(images, mask).loss, official_loss(official, images, mask)
         assert torch.allclose(ours, theirs, rtol=1e-9) == same
-
-
-def test_whole_grid():
-    mask = torch.ones(2, 3, 4, dtype=torch.bool)
-    assert not whole_grid(mask)
-    mask[0, 2, 0] = False
-    assert not whole_grid(mask)  # the last column is not seen
-    mask[1, 0, 3] = False
-    assert whole_grid(mask)
 
 
 def test_a_folder_that_is_no_checkout(tmp_path):

@@ -55,12 +55,8 @@ def test_triton_without_gpu_is_refused(monkeypatch):
 
 
 def test_import_needs_no_optional_engine():
-    code = (
-        "import sys; sys.modules['triton'] = sys.modules['MinkowskiEngine'] = None; import timm_convnextv2, torch; "
-        "print(timm_convnextv2.ops.backend())"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == ["fused"]
+    code = "import sys; sys.modules['triton'] = sys.modules['MinkowskiEngine'] = None; import timm_convnextv2"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Subclass(torch.Tensor):
@@ -81,19 +77,15 @@ def hooked() -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize(
-    "x, weight, module, reason",
-    [
-        (X, WEIGHT, nn.ReLU(), ""),
-        (X, None, nn.ReLU(), ""),
-        (X.as_subclass(Subclass), WEIGHT, nn.ReLU(), "Subclass"),
-        (X, nn.Parameter(torch.ones(2).as_subclass(Subclass)), nn.ReLU(), "parameter is a Subclass"),
-        (X, WEIGHT.double(), nn.ReLU(), "dtype"),
-        (X.long(), WEIGHT, nn.ReLU(), "floating-point"),
-        (X[:0], WEIGHT, nn.ReLU(), "empty"),
-        (X, WEIGHT, hooked(), "ReLU has hooks"),
-    ],
-)
+CASES = [
+    (X, WEIGHT, nn.ReLU(), ""), (X, None, nn.ReLU(), ""), (X.as_subclass(Subclass), WEIGHT, nn.ReLU(), "Subclass"),
+    (X, nn.Parameter(torch.ones(2).as_subclass(Subclass)), nn.ReLU(), "parameter is a Subclass"),
+    (X, WEIGHT.double(), nn.ReLU(), "dtype"), (X.long(), WEIGHT, nn.ReLU(), "floating-point"),
+    (X[:0], WEIGHT, nn.ReLU(), "empty"), (X, WEIGHT, hooked(), "ReLU has hooks"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("x, weight, module, reason", CASES)
 def test_why_eager_of_tensors_and_modules(x, weight, module, reason):
     found = dispatch.why_eager(x, (weight,), (module,))
     assert reason in found and bool(found) == bool(reason)
@@ -145,20 +137,6 @@ def test_layers_add_reasons_of_their_own():
     block.conv_dw = nn.Conv2d(8, 8, 3, padding=1, groups=8)
     assert "visible" in full.why_eager(torch.randn(1, 8, 14, 1), block.conv_dw)
     assert "depthwise" in layout.why_eager(packed, nn.Conv2d(8, 8, 3, padding=1))
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_blocks_and_stages_are_called_as_modules(checkpointing):
-    """What hooks into modules, as FSDP2 does to gather a block's parameters, sees every block."""
-    model = timm.create_model("fcmae_convnextv2_atto", img_size=64, decoder_dim=16)
-    model.set_grad_checkpointing(checkpointing)
-    seen = []
-    for stage in model.encoder.stages:
-        stage.register_forward_pre_hook(lambda *_: seen.append("stage"))
-        for block in stage.blocks:
-            block.register_forward_pre_hook(lambda *_: seen.append("block"))
-    model(torch.randn(2, 3, 64, 64)).loss.backward()
-    assert seen.count("stage") == 4 and seen.count("block") == 12
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")

@@ -1,9 +1,12 @@
 """Matrix products by oneDNN and by MKL: the same numbers, and a choice that a run can repeat."""
 
+from functools import partial
+
 import pytest
 import torch
+from test_token_mlp import assert_same, both, make, plain
 
-from timm_convnextv2.ops import functional, gemm
+from timm_convnextv2.ops import gemm
 from timm_convnextv2.ops import token_mlp as fused_mlp
 from timm_convnextv2.ops.gemm import linear, onednn_is_faster
 
@@ -47,45 +50,27 @@ def test_token_mlp(rows, T, C, path, recompute, library, monkeypatch):
     """Values and gradients, where chunks and folding decide what each product is asked for."""
     monkeypatch.setattr(fused_mlp, "CHUNK_BYTES", 1)
     monkeypatch.setattr(fused_mlp, "MIN_ROWS", rows)
-    shapes = [(3, T, C), (3, T, C), (C,), (C,), (4 * C, C), (4 * C,), (4 * C,), (4 * C,), (C, 4 * C), (C,)]
-    tensors = [torch.randn(s, dtype=torch.float64) / max(1, s[-1] ** 0.5 * (len(s) == 2)) for s in shapes]
-    keep = torch.tensor([2.0, 0.0, 0.5]) if path else None
-    grad = torch.randn(3, T, C, dtype=torch.float64)
-
-    exact = [t.clone().requires_grad_() for t in tensors]
-    out = functional.token_mlp(exact[0], *exact[2:])
-    out = exact[1] + (out if keep is None else out * keep.double().view(-1, 1, 1))
-    want = [out, *torch.autograd.grad(out, exact, grad)]
-
-    ours = [t.float().requires_grad_() for t in tensors]
-    out = fused_mlp.fused_token_mlp(ours[0], ours[1], keep, *ours[2:], recompute=recompute)
-    found = [out, *torch.autograd.grad(out, ours, grad.float())]
-    for a, b in zip(found, want, strict=True):
-        assert (a.double() - b).norm() <= 5e-6 * b.norm()
+    keep, tensors, grad = torch.tensor([2.0, 0.0, 0.5]) if path else None, make(3, T, C), torch.randn(3, T, C).double()
+    exact = both(tensors, keep, grad, [plain])[0]
+    fused = partial(fused_mlp.fused_token_mlp, recompute=recompute)
+    assert_same(both([t.detach().float().requires_grad_() for t in tensors], keep, grad, [fused])[0], exact, 5e-6)
     onednn, calls = library
     assert bool(calls) == onednn
 
 
-@pytest.mark.parametrize(
-    "found,capability,prefers",
-    [
-        (EPYC, "AVX512", True),
-        ({"cpu_name": "AMD Ryzen 9 9950X"}, "AVX512", True),
-        (EPYC, "AVX2", False),
-        ({"cpu_name": "INTEL(R) XEON(R) PLATINUM 8592+"}, "AVX512", False),
-        ({}, "AVX512", False),
-    ],
-)
+CPUS = [
+    (EPYC, "AVX512", True), ({"cpu_name": "AMD Ryzen 9 9950X"}, "AVX512", True), (EPYC, "AVX2", False),
+    ({"cpu_name": "INTEL(R) XEON(R) PLATINUM 8592+"}, "AVX512", False), ({}, "AVX512", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("found,capability,prefers", CPUS)
 @needs_onednn
 def test_which_cpus_prefer_onednn(found, capability, prefers, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert gemm._cpu_prefers_onednn.__wrapped__() is prefers
-
-
-def test_a_pytorch_without_that_operation_takes_mkl(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: EPYC, raising=False)
-    monkeypatch.setattr(gemm, "_ONEDNN", None)
+    monkeypatch.setattr(gemm, "_ONEDNN", None)  # a PyTorch without that operation
     assert gemm._cpu_prefers_onednn.__wrapped__() is False
 
 

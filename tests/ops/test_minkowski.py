@@ -9,18 +9,16 @@ from itertools import product
 from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
 from test_fcmae import assert_equals_reference, toy
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_convnextv2 import random_mask
-from timm_convnextv2.models import memory
 from timm_convnextv2.models.explain import explanation
 from timm_convnextv2.models.packing import PackedLayout
 from timm_convnextv2.ops import backend, minkowski, set_backend, use_backend
-from timm_convnextv2.ops.engine import engine
+from timm_convnextv2.ops.minkowski import engine
 
 
 class StandIn(SimpleNamespace):
@@ -98,16 +96,10 @@ def me(request, monkeypatch):
         clear()
 
 
-@pytest.mark.parametrize(
-    "k, p, C, grid, ratio",
-    [
-        (7, 1, 5, (3, 4), 0.6),
-        (7, 4, 3, (2, 3), 0.5),
-        (5, 2, 1, (3, 3), 0.3),
-        (3, 3, 4, (1, 2), 0.5),
-        (1, 2, 2, (2, 2), 0.5),
-    ],
-)
+CASES = [(7, 1, 5, (3, 4), 0.6), (7, 4, 3, (2, 3), 0.5), (5, 2, 1, (3, 3), 0.3), (1, 2, 2, (2, 2), 0.5)]
+
+
+@pytest.mark.parametrize("k, p, C, grid, ratio", CASES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_mixer(me, k, p, C, grid, ratio, bias):
     """Values and gradients, also of gradients, of a kernel that is not symmetric, against the map with zeros."""
@@ -129,36 +121,16 @@ def test_mixer(me, k, p, C, grid, ratio, bias):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_it_is_the_engine_that_runs(me, monkeypatch):
-    calls = []
-    real = minkowski._convolve
-    monkeypatch.setattr(minkowski, "_convolve", lambda *args: calls.append(1) or real(*args))
-    model = toy(mask_ratio=0.5)
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+@pytest.mark.parametrize("kwargs", [dict(mask_ratio=0.5), dict(patch_size=1, img_size=(24, 40), in_chans=5)], ids=str)
+def test_fcmae_equals_the_reference_and_runs_on_the_engine(me, kwargs, monkeypatch):
+    calls, real = [], minkowski.window_conv
+    monkeypatch.setattr(minkowski, "window_conv", lambda *args: calls.append(1) or real(*args))
+    model = toy(**kwargs)
+    images = torch.randn(2, model.in_chans, *model.img_size, dtype=torch.float64)
     layout = model.visible(images)
     model(images, layout).loss.backward()
     assert len(calls) == 2 * 5 and len(minkowski._maps) == 4  # forward and backward of five blocks, in four stages
-
-
-def test_block(me):
-    block = timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1), dims=(6, 8, 8, 8)).stages[0].blocks[0]
-    mask = random_mask(2, (3, 2), 0.5)
-    layout, x = PackedLayout(mask, 3), torch.randn(2, 6, 3 * 4, 4, requires_grad=True)
-    nn.init.normal_(block.mlp.grn.weight)
-    grad, found = torch.randn(2, 6, 12, 4), {}
-    for name in ("minkowski", "fused", "eager"):
-        with use_backend(name):
-            out = block(x, layout)
-            found[name] = [out, *torch.autograd.grad(out, [x, *block.parameters()], grad)]
-    for other in ("fused", "eager"):
-        torch.testing.assert_close(found["minkowski"], found[other], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kwargs", [dict(mask_ratio=0.5), dict(patch_size=1, img_size=(24, 40), in_chans=5)], ids=str)
-def test_fcmae_equals_the_reference(me, kwargs):
-    model = toy(**kwargs)
-    images = torch.randn(2, model.in_chans, *model.img_size, dtype=torch.float64)
-    assert_equals_reference(model, images, model(images).mask)
+    assert_equals_reference(model, images, layout.mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -184,21 +156,18 @@ def test_compile_keeps_it(me):
 
 
 def test_operation_passes_opcheck(me):
-    layout = PackedLayout(random_mask(1, (2, 2), 0.5), 2)
-    x, weight = torch.randn(8, 3, requires_grad=True), torch.randn(3, 1, 3, 3, requires_grad=True)
+    where = PackedLayout(random_mask(1, (2, 2), 0.5), 2).coordinates(2)
+    x, weight = torch.randn(2, 2, 2, 3, requires_grad=True), torch.randn(3, 1, 3, 3, requires_grad=True)
     bias = torch.randn(3, requires_grad=True)
-    torch.library.opcheck(torch.ops.timm_convnextv2.minkowski_depthwise, (x, weight, bias, layout.coordinates(2)))
+    torch.library.opcheck(torch.ops.timm_convnextv2.window_depthwise, (x, weight, bias, where, "minkowski"))
 
 
 def test_what_is_said_of_it(me):
-    model = toy()
-    text = explanation(model.float())
+    text = explanation(toy().float())
     assert backend() == "minkowski" and "backend 'minkowski'" in text
     packed = next(line.split() for line in text.splitlines() if "packed" in line)
     assert packed[-2:] == ["5", "minkowski"]
     assert all("minkowski" not in line for line in text.splitlines() if "MLP" in line or "dense" in line)
-    # like windows, it keeps its input and no copies of it
-    assert memory.memory_estimate(model, 2)[1] > 0
 
 
 def test_kernel_is_column_major():

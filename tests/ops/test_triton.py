@@ -31,17 +31,9 @@ SHAPES = [(3, 63, 160), (2, 257, 3), (2, 1, 1), (1, 63, 1408), (1, 3137, 4), (2,
 ROWS = [((3, 63), 40), ((601,), 3), ((2, 9), 160), ((33, 1), 1), ((5,), 2816), ((17, 2), 31)]
 # side of a patch, kernel, channels, grid
 PATCHES = [
-    (1, 7, 40, (3, 4)),
-    (2, 3, 40, (3, 3)),
-    (3, 5, 2, (3, 2)),
-    (8, 3, 72, (2, 2)),
-    (1, 3, 352, (2, 3)),
-    (1, 1, 1, (1, 2)),
-    (1, 11, 3, (4, 5)),
-    (2, 7, 1, (4, 3)),
-    (4, 7, 40, (2, 3)),
-    (8, 7, 3, (2, 2)),
-]
+    (1, 7, 40, (3, 4)), (2, 3, 40, (3, 3)), (3, 5, 2, (3, 2)), (8, 3, 72, (2, 2)), (1, 3, 352, (2, 3)),
+    (1, 1, 1, (1, 2)), (1, 11, 3, (4, 5)), (2, 7, 1, (4, 3)), (4, 7, 40, (2, 3)), (8, 7, 3, (2, 2)),
+]  # fmt: skip
 
 
 def in_all_dtypes(cases: list, few: int = 3) -> list:
@@ -72,16 +64,12 @@ def check_sum(out: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> No
     assert ((out.double() - exact).abs() <= FLOAT32 * bound).all()
 
 
-def gelu_slope(h: torch.Tensor) -> torch.Tensor:
-    h = h.detach().requires_grad_()
-    return torch.autograd.grad(F.gelu(h).sum(), h)[0]
-
-
 def check_token_mlp(kernels, h, grad, scale, bias, pull) -> None:
     """All functions on one input; `scale` and `pull` are `[B, 1, F]`."""
     dtype = h.dtype
     x, dy, s, beta, p = (t.double() for t in (h, grad, scale, bias, pull))
-    a = F.gelu(x)
+    a, leaf = F.gelu(x), x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(F.gelu(leaf).sum(), leaf)
     kept = [t.clone() for t in (h, scale, bias, pull)]
 
     check_sum(kernels.token_mlp.gelu_square_sum(h), a.square().sum(1), (a * x).abs().sum(1))
@@ -96,7 +84,7 @@ def check_token_mlp(kernels, h, grad, scale, bias, pull) -> None:
     d_scale_alone, nothing = kernels.gelu_reductions(h, None, grad, scale, bias, False)
     assert nothing is None and torch.equal(d_scale_alone, d_scale)
 
-    exact = gelu_slope(x) * (dy * s + p * a)
+    exact = slope * (dy * s + p * a)
     memory = grad.clone()
     dh, db = kernels.gelu_backward(h, None, memory, scale, pull)
     check_rounded(kernels, dh, exact, dtype)
@@ -113,43 +101,20 @@ def test_token_mlp(kernels, shape, dtype):
     check_token_mlp(kernels, h, grad, normal(kernels, B, 1, C), bias, normal(kernels, B, 1, C))
 
 
-@pytest.mark.parametrize("shape", [(2, 0, 160), (0, 63, 160)], ids=str)
-def test_token_mlp_without_tokens(kernels, shape):
-    B, T, C = shape
-    h, row, bias = normal(kernels, *shape), normal(kernels, B, 1, C), normal(kernels, C)
-    assert kernels.gelu_norms(h, None).shape == row.shape
-    assert torch.equal(kernels.token_mlp.gelu_square_sum(h), torch.zeros_like(row.squeeze(1)))
-    assert kernels.gelu_scale(h, None, row, bias).shape == shape
-    d_scale, activation = kernels.gelu_reductions(h, None, h, row, bias, True)
-    assert torch.equal(d_scale, torch.zeros_like(row)) and activation.shape == shape
-    dh, db = kernels.gelu_backward(h, None, h, row, row)
-    assert dh.shape == shape and torch.equal(db, torch.zeros_like(bias))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_mlp_of_zeros(kernels, dtype):
     h, grad = torch.zeros(2, 40, 33, dtype=dtype, device=kernels.device), normal(kernels, 2, 40, 33, dtype=dtype)
     row, bias = normal(kernels, 2, 1, 33), normal(kernels, 33, dtype=dtype)
-    assert not kernels.token_mlp.gelu_square_sum(h).any()
-    assert torch.equal(kernels.gelu_scale(h, None, row, bias), bias.expand_as(h))
-    assert not kernels.gelu_reductions(h, None, grad, row, bias, True)[0].any()
-    dh, db = kernels.gelu_backward(h, None, torch.zeros_like(h), row, row)
-    assert not dh.any() and not db.any()
     check_token_mlp(kernels, h, grad, row, bias, row)
 
 
 def test_large_activations_in_float16(kernels):
     """The squares overflow float16, and so does the square root of their sum."""
     h = (30000 * (1 + 0.5 * torch.rand(2, 300, 40))).to(kernels.device, torch.float16)
+    assert torch.isinf(F.gelu(h.double()).square().sum(1).sqrt().half()).all()
     h[:, :, ::4] *= -1
-    exact = F.gelu(h.double()).square().sum(1)
-    positive = [c for c in range(40) if c % 4]
-    assert torch.isinf(h.square()).all() and torch.isinf(exact[:, positive].sqrt().half()).all()
-    grad = normal(kernels, 2, 300, 40, dtype=torch.float16)
-    row = normal(kernels, 2, 1, 40) / 1e4
-    bias = normal(kernels, 40)
-    check_token_mlp(kernels, h, grad, row, bias, row / 1e4)
-    assert torch.isfinite(kernels.gelu_backward(h, None, grad, row, row / 1e4)[0]).all()
+    grad, row, bias = normal(kernels, 2, 300, 40, dtype=torch.float16), normal(kernels, 2, 1, 40), normal(kernels, 40)
+    check_token_mlp(kernels, h, grad, row / 1e4, bias, row / 1e8)
 
 
 def test_half_activations_with_float32_gradient(kernels):
@@ -209,16 +174,13 @@ def test_layer_norm_from_one_type_to_another(kernels, given, out):
     check_layer_norm(kernels, x.half(), weight, bias, 1e-6, torch.float16)
 
 
-def test_layer_norm_without_tokens_and_of_zeros(kernels):
-    weight, bias = normal(kernels, 40), normal(kernels, 40)
-    for rows in (0, 3):
-        x = torch.zeros(2, rows, 40, device=kernels.device)
-        tokens, mean, rstd = kernels.layer_norm(x, weight, bias, 1e-6, x.dtype)
-        assert torch.equal(tokens, bias.expand_as(x))
-        assert mean.shape == rstd.shape == (2, rows, 1) and not mean.any()
-        dx, dw, db = kernels.layer_norm_backward(x, x, mean, rstd, weight, True, True)
-        assert dx.shape == x.shape and not dx.any()
-        assert torch.equal(dw, torch.zeros_like(weight)) and torch.equal(db, torch.zeros_like(bias))
+@pytest.mark.parametrize("rows", [0, 3])
+def test_layer_norm_without_tokens_and_of_zeros(kernels, rows):
+    weight, bias, x = normal(kernels, 40), normal(kernels, 40), torch.zeros(2, rows, 40, device=kernels.device)
+    tokens, mean, rstd = kernels.layer_norm(x, weight, bias, 1e-6, x.dtype)
+    assert torch.equal(tokens, bias.expand_as(x)) and mean.shape == rstd.shape == (2, rows, 1) and not mean.any()
+    dx, *sums = kernels.layer_norm_backward(x, x, mean, rstd, weight, True, True)
+    assert dx.shape == x.shape and not dx.any() and all(torch.equal(s, torch.zeros_like(weight)) for s in sums)
 
 
 def packed(kernels, p: int, k: int, C: int, grid: tuple[int, int], dtype: torch.dtype):
@@ -280,13 +242,22 @@ def test_depthwise_of_large_values_in_float16(kernels):
     check_sum(kernels.window_conv_weight_grad(x, grad, index, 3)[0], exact, exact)
 
 
-def test_depthwise_without_patches(kernels):
+@pytest.mark.parametrize("shape", [(2, 0, 160), (0, 63, 160)], ids=str)
+def test_empty_inputs(kernels, shape):
+    B, T, C = shape
+    h, row, bias = normal(kernels, *shape), normal(kernels, B, 1, C), normal(kernels, C)
+    assert torch.equal(kernels.gelu_norms(h, None), torch.full_like(row, 1e-15))
+    assert kernels.gelu_scale(h, None, row, bias).shape == shape
+    d_scale, activation = kernels.gelu_reductions(h, None, h, row, bias, True)
+    dh, db = kernels.gelu_backward(h, None, h, row, row)
+    assert torch.equal(d_scale, torch.zeros_like(row)) and torch.equal(db, torch.zeros_like(bias))
+    assert dh.shape == activation.shape == shape
     x, weight, bias = normal(kernels, 0, 2, 2, 3), normal(kernels, 3, 1, 7, 7), normal(kernels, 3)
     index = torch.zeros(0, 8, 8, dtype=torch.int64, device=kernels.device)
     assert kernels.window_conv(x, weight, bias, index).shape == x.shape
     assert kernels.window_conv_input_grad(x, weight, index).shape == x.shape
-    weight_grad, bias_grad = kernels.window_conv_weight_grad(x, x, index, 7)
-    assert torch.equal(weight_grad, torch.zeros_like(weight)) and torch.equal(bias_grad, torch.zeros_like(bias))
+    sums = kernels.window_conv_weight_grad(x, x, index, 7)
+    assert all(torch.equal(s, torch.zeros_like(t)) for s, t in zip(sums, (weight, bias), strict=True))
 
 
 def test_the_same_numbers_every_time(kernels):
@@ -326,11 +297,9 @@ def test_refuses_what_it_would_misread(kernels):
             call()
 
 
-# Their twins.
-
-
 def test_twins_have_the_same_functions(kernels):
-    assert sorted(kernels.__all__) == sorted(torch_kernels.__all__)
+    own = [f for f in vars(torch_kernels).values() if getattr(f, "__module__", "") == torch_kernels.__name__]
+    assert {f.__name__ for f in own if f.__name__[0] != "_"} | {"KEEPS_ACTIVATION"} == set(kernels.__all__)
     for name in set(kernels.__all__) - {"KEEPS_ACTIVATION"}:
         ours, theirs = (list(inspect.signature(getattr(k, name)).parameters) for k in (kernels.module, torch_kernels))
         assert ours == theirs, name
@@ -338,7 +307,18 @@ def test_twins_have_the_same_functions(kernels):
     assert kernels.gelu(torch.zeros(1, 1, 1)) is None
 
 
-# The operations that call the kernels, and the models.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_twins_have_the_same_types(kernels, dtype):
+    """Sums are float32; what has the size of the input has its type."""
+    _, x, grad, weight, bias, index = packed(kernels, 2, 5, 6, (2, 3), dtype)
+    for name, *args in (
+        ("window_conv", x, weight, bias, index), ("window_conv_input_grad", grad, weight, index),
+        ("window_conv_weight_grad", x, grad, index, 5), ("layer_norm", x, bias, bias, 1e-6, dtype),
+        ("layer_norm_backward", grad, x, *(normal(kernels, *x.shape[:3], 1) for _ in range(2)), bias, True, True),
+    ):  # fmt: skip
+        ours, theirs = (getattr(k, name)(*args) for k in (kernels, torch_kernels))
+        pairs = zip(*(t if isinstance(t, tuple) else (t,) for t in (ours, theirs)), strict=True)
+        assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in pairs), name
 
 
 @pytest.mark.parametrize("dtype,tol", [(torch.float32, 3e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
@@ -398,7 +378,7 @@ def test_pretraining_and_dense_model(as_backend, amp):
 
 
 def compiled(dtype: torch.dtype, arch: int, channels: int, **options) -> dict[str, dict]:
-    """What each kernel takes. Not needed: a GPU."""
+    """The resources of each kernel; needs no GPU."""
     if "nvidia" not in triton.backends.backends:
         pytest.skip("this build of triton has no CUDA backend")
     from benchmarks.triton_kernels import compile_all, resources
@@ -406,20 +386,15 @@ def compiled(dtype: torch.dtype, arch: int, channels: int, **options) -> dict[st
     return {name: resources(kernel) for name, kernel in compile_all(dtype, arch, channels, **options)}
 
 
-def few(cases: list) -> list:
-    """The first two, the others marked slow: a case takes five seconds."""
-    return [pytest.param(*case, marks=pytest.mark.slow if i > 1 else ()) for i, case in enumerate(cases)]
-
-
-COMPILED = [(torch.float32, 100, 40), (torch.bfloat16, 80, 384)]
+COMPILED = [(torch.float32, 100, 40), (torch.bfloat16, 80, 384)]  # the others are slow: a case takes five seconds
 COMPILED += [(dtype, arch, C) for arch in (80, 90, 100) for dtype in DTYPES for C in (1, 40, 384)]
-COMPILED += [(torch.bfloat16, 90, 2816)]
-COMPILED = list(dict.fromkeys(COMPILED))
+COMPILED = [pytest.param(*c, marks=pytest.mark.slow if i > 1 else ()) for i, c in enumerate(dict.fromkeys(COMPILED))]
+compiles = pytest.mark.skipif(not isinstance(getattr(tl, "sum", None), triton.JITFunction), reason="interprets anyway")
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.skipif(not hasattr(tl, "sum") or not isinstance(tl.sum, triton.JITFunction), reason="interprets anyway")
-@pytest.mark.parametrize("dtype,arch,C", few(COMPILED), ids=str)
+@compiles
+@pytest.mark.parametrize("dtype,arch,C", COMPILED)
 def test_compiles_for_cuda_without_spilling_registers(dtype, arch, C, monkeypatch, tmp_path):
     """The interpreter accepts what the compiler refuses, and CI has no GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -436,7 +411,7 @@ def test_compiles_for_cuda_without_spilling_registers(dtype, arch, C, monkeypatc
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.skipif(not hasattr(tl, "sum") or not isinstance(tl.sum, triton.JITFunction), reason="interprets anyway")
+@compiles
 def test_spilled_registers_are_seen(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = compiled(torch.float32, 90, 128, maxnreg=24)

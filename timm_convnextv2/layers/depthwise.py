@@ -1,7 +1,7 @@
 """Depthwise convolution that uses `ops.depthwise` for its backward when it trains on CPU."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.depthwise import depthwise_conv
 from ..ops.dispatch import autocast_dtype, backend, why_eager
@@ -31,7 +31,7 @@ class DepthwiseConv2d(nn.Conv2d):
         if is_plain_depthwise(conv):
             conv.__class__ = cls
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if not self.why_eager(x):
                 dtype = autocast_dtype(x) or x.dtype
@@ -41,14 +41,13 @@ class DepthwiseConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight, self.bias)
 
     @torch.jit.unused
-    def why_eager(self, x: torch.Tensor) -> str:
+    def why_eager(self, x: Tensor) -> str:
         """Why PyTorch's convolution runs on `x` `[B, C, H, W]`; '' if `ops.depthwise` does."""
-        if not torch.is_grad_enabled():
-            return "no gradient is needed, and the forward is PyTorch's in any case"
-        reason = why_eager(x, (self.weight, self.bias))
+        grad = torch.is_grad_enabled()
+        reason = why_eager(x, (self.weight, self.bias)) if grad else ""
         if reason:
             return reason
-        if not (x.requires_grad or self.weight.requires_grad):
+        if not (grad and (x.requires_grad or self.weight.requires_grad)):
             return "no gradient is needed, and the forward is PyTorch's in any case"
         if not HAS_ONEDNN or x.device.type != "cpu":
             return "only oneDNN on CPU has a weight gradient that is slow"

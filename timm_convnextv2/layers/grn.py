@@ -1,7 +1,4 @@
-"""Global Response Normalization with float32 statistics.
-
-Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); `timm.layers.grn.GlobalResponseNorm`.
-"""
+"""Global Response Normalization: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808)."""
 
 import torch
 from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
@@ -12,15 +9,10 @@ from ..ops.functional import global_response_norm
 
 @register_notrace_module  # torch.fx (timm's feature_cls='fx') cannot trace the check of the dtype
 class GlobalResponseNorm(TimmGlobalResponseNorm):
-    """timm's GRN: same parameters, same numbers, fewer passes over the tokens.
+    """timm's GRN with the same parameters and numbers: float32 sums of squares, and one pass over `x` instead of three.
 
     `g = ||x||_2` over the tokens of an image, per channel; `n = g / (mean_c g + eps)`;
-    `out = x * (1 + weight * n) + bias`.
-
-    The sum of squares is accumulated in float32 for every input type (float16 would overflow). The scale, a small
-    `[B, 1, 1, C]`, is applied in one pass over `x`; timm takes three.
-
-    Shape: `[B, H, W, C]` with `channels_last=True`, else `[B, C, H, W]`; the output has the input's shape and dtype.
+    `out = x * (1 + weight * n) + bias`. Shape: `[B, H, W, C]` with `channels_last=True`, else `[B, C, H, W]`.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -3,22 +3,17 @@
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d as TimmLayerNorm2d
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.dispatch import autocast_dtype, backend, why_eager
 from ..ops.layer_norm import fused_layer_norm
 
 
 class LayerNorm2d(TimmLayerNorm2d):
-    """timm's `LayerNorm2d` with the same parameters and numbers, and without float32 copies under autocast.
+    """timm's `LayerNorm2d` of `[B, C, H, W]`, channels-last, without float32 copies under autocast."""
 
-    Shape: `[B, C, H, W]` to `[B, C, H, W]`, channels-last.
-
-    Attributes:
-        feeds_conv: Whether only a convolution reads the output. Under autocast the output then has autocast's type, to
-            which the convolution would round it; else float32, as in plain PyTorch on CUDA.
-    """
-
+    # Whether only a convolution reads the output. Under autocast the output then has autocast's type, to which the
+    # convolution would round it; else float32, as in plain PyTorch on CUDA.
     feeds_conv = False
 
     @classmethod
@@ -31,7 +26,7 @@ class LayerNorm2d(TimmLayerNorm2d):
             assert isinstance(norm, LayerNorm2d)
             norm.feeds_conv = feeds_conv
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if not self.why_eager(x):
                 dtype = autocast_dtype(x)
@@ -42,7 +37,7 @@ class LayerNorm2d(TimmLayerNorm2d):
         return out.permute(0, 3, 1, 2)
 
     @torch.jit.unused
-    def why_eager(self, x: torch.Tensor) -> str:
+    def why_eager(self, x: Tensor) -> str:
         """Why PyTorch's operations run on `x` `[B, C, H, W]`; '' if an operation of `ops` does."""
         reason = why_eager(x, (self.weight, self.bias))
         if reason or backend(x.device) == "triton":

@@ -1,17 +1,16 @@
 """Convolution whose kernel equals its stride, as a matrix product if that is faster."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.dispatch import autocast_dtype, backend, why_eager
 from ..ops.patch_conv import patch_product
 
 
 class PatchConv2d(nn.Conv2d):
-    """`nn.Conv2d` that uses a matrix product for narrow maps, such as packed maps, on CPU.
+    """`nn.Conv2d` that uses a matrix product on CPU for maps one or two patches wide, such as packed maps.
 
-    For maps one or two patches wide, the convolution's training step took 1.2 to 3 times as long as the matrix product;
-    for wider maps the convolution is faster.
+    There the convolution's training step took 1.2 to 3 times as long; for wider maps the convolution is faster.
     """
 
     @classmethod
@@ -27,7 +26,7 @@ class PatchConv2d(nn.Conv2d):
         ):
             conv.__class__ = cls
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if not self.why_eager(x):
                 k = self.kernel_size[0]
@@ -37,7 +36,7 @@ class PatchConv2d(nn.Conv2d):
         return self._conv_forward(x, self.weight, self.bias)
 
     @torch.jit.unused
-    def why_eager(self, x: torch.Tensor) -> str:
+    def why_eager(self, x: Tensor) -> str:
         """Why PyTorch's convolution runs on `x` `[B, C, H, W]`; '' if a matrix product does."""
         reason = why_eager(x, (self.weight, self.bias))
         if reason:

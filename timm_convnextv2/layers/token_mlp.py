@@ -5,10 +5,9 @@ Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); `timm.layers.
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers import GELU, DropPath, GlobalResponseNormMlp, LayerNorm, LayerNorm2d, drop_path
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.dispatch import why_eager
 from ..ops.functional import stats_dtype
@@ -19,24 +18,18 @@ from .grn import GlobalResponseNorm
 class PointwiseConv2d(nn.Conv2d):
     """1x1 convolution applied to channels-last tokens `[..., Cin]` as a matrix product, which is faster."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class TokenMlp(GlobalResponseNormMlp):
-    """timm's `GlobalResponseNormMlp` on channels-last tokens, with `Linear` or 1x1 `Conv2d` weights (atto to nano).
-
-    Shape: `[B, H, W, C]` to `[B, H, W, C]`.
-
-    Attributes:
-        recompute: Whether `fused` recomputes its pre-activation in the backward instead of saving it.
-    """
+    """timm's `GlobalResponseNormMlp` of `[B, H, W, C]`, with `Linear` or 1x1 `Conv2d` weights (atto to nano)."""
 
     if TYPE_CHECKING:  # nn.Module types them as Tensor | Module
         fc1: Any
         fc2: Any
 
-    recompute = False
+    recompute = False  # whether `fused` recomputes its pre-activation in the backward instead of saving it
 
     @classmethod
     def adopt(cls, mlp: GlobalResponseNormMlp) -> None:
@@ -49,23 +42,11 @@ class TokenMlp(GlobalResponseNormMlp):
         grn.__class__ = GlobalResponseNorm
         grn.spatial_dim, grn.channel_dim, grn.wb_shape = (1, 2), -1, (1, 1, 1, -1)
 
-    def why_eager(self, x: torch.Tensor, norm: Any, path: nn.Module) -> str:
+    def why_eager(self, x: Tensor, norm: Any, path: nn.Module) -> str:
         """Why `fused` may not replace the modules on the mixer's output `x` `[B, C, H, W]`; '' if it may.
 
-        It computes the same only if norm, MLP and drop path are of known types and nothing intercepts the operations
-        between them (`ops.dispatch.why_eager`).
+        It computes the same only if norm, MLP and drop path are of known types and nothing intercepts them.
         """
-        reason = self._unknown_module(norm, path)
-        if reason:
-            return reason
-        fc1, grn, fc2 = self.fc1, self.grn, self.fc2
-        weights = (
-            fc1.weight, fc1.bias, fc2.weight, fc2.bias, norm.weight, norm.bias, grn.weight, grn.bias,
-        )  # fmt: skip
-        return why_eager(x, weights, (self, norm, fc1, self.act, self.drop1, grn, fc2, self.drop2, path))
-
-    def _unknown_module(self, norm: nn.Module, path: nn.Module) -> str:
-        """The module that `fused` cannot replace; '' if there is none."""
         if type(norm) not in (LayerNorm, LayerNorm2d, nn.LayerNorm) or norm.weight is None or norm.bias is None:
             return "its norm is not a LayerNorm with weight and bias"
         for fc in (self.fc1, self.fc2):
@@ -79,9 +60,10 @@ class TokenMlp(GlobalResponseNormMlp):
             return "its drop path was replaced by another kind of module"
         if self.training and (self.drop1.p or self.drop2.p):
             return "it has dropout"
-        return ""
+        weights = [w for m in (norm, self.fc1, self.grn, self.fc2) for w in (m.weight, m.bias)]
+        return why_eager(x, weights, (self, norm, self.fc1, self.act, self.drop1, self.grn, self.fc2, self.drop2, path))
 
-    def fused(self, x: torch.Tensor, shortcut: torch.Tensor, norm: Any, path: nn.Module) -> torch.Tensor:
+    def fused(self, x: Tensor, shortcut: Tensor, norm: Any, path: nn.Module) -> Tensor:
         """`shortcut + path(mlp(norm(x)))` of `[B, C, H, W]` as one operation; only if `why_eager` gives ''."""
         B, C, H, W = x.shape
         keep = None

@@ -5,12 +5,4 @@ from .fcmae import FCMAE, FCMAEOutput
 from .masking import random_mask
 from .packing import PackedLayout
 
-__all__ = [
-    "FCMAE",
-    "ConvNeXtV2",
-    "ConvNeXtV2Block",
-    "ConvNeXtV2Stage",
-    "FCMAEOutput",
-    "PackedLayout",
-    "random_mask",
-]
+__all__ = ["FCMAE", "ConvNeXtV2", "ConvNeXtV2Block", "ConvNeXtV2Stage", "FCMAEOutput", "PackedLayout", "random_mask"]

@@ -1,6 +1,4 @@
-"""ConvNeXt V2: timm's ConvNeXt with blocks that also run on packed (visible) patches.
-
-Paper: `ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders` - https://arxiv.org/abs/2301.00808
+"""ConvNeXt V2 (https://arxiv.org/abs/2301.00808): timm's ConvNeXt with blocks that also run on packed patches.
 
 Parameter names and shapes and constructor arguments are those of `timm.models.convnext`, so that a state dict moves
 between the two in both directions.
@@ -16,7 +14,7 @@ import torch
 from timm.layers import GlobalResponseNormMlp
 from timm.models import checkpoint_seq
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers import DepthwiseConv2d, LayerNorm2d, PatchConv2d, TokenMlp
 
@@ -24,7 +22,7 @@ from ..layers import DepthwiseConv2d, LayerNorm2d, PatchConv2d, TokenMlp
 class Layout(Protocol):
     """The part of a packed layout that the mixer uses; `models.packing.PackedLayout` implements it."""
 
-    def mix(self, x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
+    def mix(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """Applies `conv` to packed features `x` at their positions in the image, and packs the result."""
         ...
 
@@ -53,7 +51,7 @@ class ConvNeXtV2Block(ConvNeXtBlock):
             block.mlp_channels_last = True
 
     @torch.jit.unused
-    def why_eager(self, x: torch.Tensor) -> str:
+    def why_eager(self, x: Tensor) -> str:
         """Why the modules after the mixer run one by one on its output `x`; '' if the fused token MLP does."""
         if not isinstance(self.mlp, TokenMlp):
             return "its MLP has no GRN"
@@ -61,7 +59,7 @@ class ConvNeXtV2Block(ConvNeXtBlock):
             return "it has layer scale"
         return self.mlp.why_eager(x, self.norm, self.drop_path)
 
-    def _token_mlp(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+    def _token_mlp(self, x: Tensor, shortcut: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if not self.why_eager(x):
                 return self.mlp.fused(x, self.shortcut(shortcut), self.norm, self.drop_path)
@@ -79,13 +77,8 @@ class ConvNeXtV2Block(ConvNeXtBlock):
             x = x.mul(self.gamma.reshape(1, -1, 1, 1))
         return self.drop_path(x) + self.shortcut(shortcut)
 
-    def forward(self, x: torch.Tensor, layout: Any = None) -> torch.Tensor:
-        """Features of the same shape.
-
-        Args:
-            x: Dense `[B, C, H, W]`, or packed in the layout's own shape (`[B, C, K * p, p]` for `PackedLayout`).
-            layout: A `Layout` for packed features; untyped, because TorchScript knows no protocols.
-        """
+    def forward(self, x: Tensor, layout: Any = None) -> Tensor:
+        """Features of dense `[B, C, H, W]`, or packed `[B, C, K * p, p]` with their `Layout` (TorchScript: untyped)."""
         if not torch.jit.is_scripting():
             if layout is not None:
                 return self._token_mlp(layout.mix(x, self.conv_dw), x)
@@ -98,7 +91,7 @@ class ConvNeXtV2Stage(ConvNeXtStage):
     if TYPE_CHECKING:
         blocks: Any
 
-    def forward(self, x: torch.Tensor, layout: Any = None) -> torch.Tensor:
+    def forward(self, x: Tensor, layout: Any = None) -> Tensor:
         """Dense features, or packed ones with their `layout`: downsampling never crosses a patch border."""
         x = self.downsample(x)
         if not torch.jit.is_scripting():
@@ -107,7 +100,7 @@ class ConvNeXtV2Stage(ConvNeXtStage):
         return self.blocks(x)
 
     @torch.jit.unused
-    def _run_blocks(self, x: torch.Tensor, layout: Any) -> torch.Tensor:
+    def _run_blocks(self, x: Tensor, layout: Any) -> Tensor:
         # with checkpointing the fused token MLP recomputes its own wide activation; other blocks are recomputed whole
         for block in self.blocks:
             forward = block if layout is None else partial(block, layout=layout)
@@ -142,12 +135,10 @@ class ConvNeXtV2(ConvNeXt):
     """timm's `ConvNeXt` with `ConvNeXtV2Block`s: the same arguments, parameters and numbers.
 
     The defaults build ConvNeXt V2 tiny; `use_grn=False, ls_init_value=1e-6`, timm's own, builds ConvNeXt V1.
-    `forward_packed` runs the feature extractor on visible patches only; `group_matcher` returns the layers of the
-    published layer-wise learning rate decay.
 
     Attributes:
-        layer_decay_type: Layers of that decay: 'single' (a block each) or 'group' (about three blocks each).
-            `timm.create_model` sets 'group' for base, large and huge, as in their recipes.
+        layer_decay_type: Layers of learning rate decay: 'single' (a block each) or 'group' (about three blocks each),
+            which `timm.create_model` sets for base, large and huge, as in their recipes.
     """
 
     if TYPE_CHECKING:  # nn.Module types them as Tensor | Module
@@ -174,14 +165,10 @@ class ConvNeXtV2(ConvNeXt):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]  (typed for its other form)
     def group_matcher(self, coarse: bool = False) -> dict[str, Any] | Callable[[str], int]:
-        """Layers of the official layer-wise learning rate decay, for `timm.optim.param_groups_layer_decay`.
+        """Parameter name to layer id of the official learning rate decay; if `coarse`, timm's own patterns.
 
         Source: `optim_factory.py` of the official repository, whose grouped models have 27 blocks in stage 2; other
-        depths continue its rule. timm renumbers the layers without gaps, which changes no learning rate: the decay
-        counts from the last layer.
-
-        Returns:
-            A function from a parameter's name to its layer id; if `coarse`, timm's patterns of stem and stages.
+        depths continue its rule. timm renumbers the layers without gaps, which changes no learning rate.
         """
         if coarse:
             return super().group_matcher(coarse=True)
@@ -192,25 +179,13 @@ class ConvNeXtV2(ConvNeXt):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]  (typed for its other form)
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes activations in the backward pass to save memory.
-
-        The fused token MLP (`ops.backend`) recomputes its pre-activation, 17 % more matrix products; otherwise whole
-        blocks are recomputed as in timm, 33 % more compute.
-        """
+        """Saves memory: recomputes the fused token MLP's pre-activation (17 % more matrix products) or whole blocks."""
         super().set_grad_checkpointing(enable)
         for mlp in (m for m in self.stages.modules() if isinstance(m, TokenMlp)):
             mlp.recompute = enable
 
-    def forward_packed(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Features of packed pixels, in the layout's own shape.
-
-        Args:
-            x: Packed pixels, `[B, in_chans, K * stride, stride]` for `PackedLayout`.
-            layout: Gives the mixer the neighbourhood of each patch.
-
-        Returns:
-            Packed features of the last stage, `[B, num_features, K, 1]` for `PackedLayout`.
-        """
+    def forward_packed(self, x: Tensor, layout: Layout) -> Tensor:
+        """Features of packed pixels: `[B, in_chans, K * stride, stride]` to `[B, num_features, K, 1]`."""
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x, layout)

@@ -3,6 +3,7 @@
 import platform
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 import timm
@@ -34,12 +35,8 @@ def explain(model: nn.Module, device: torch.device | str | None = None) -> None:
 def explanation(model: nn.Module, device: torch.device | str | None = None) -> str:
     """Count, implementation in a training step, and reason against the fused operation for each kind of layer.
 
-    The layers decide for inputs of the model's image size and dtype, under the current autocast, hooks and backend. No
-    forward runs, and the GPU in question need not be present.
-
-    Args:
-        model: A ConvNeXtV2, an FCMAE, or a model that contains one.
-        device: By default the model's device, and also 'cuda' if there is one.
+    `model` is or contains a ConvNeXtV2 or an FCMAE; `device`, by default the model's and 'cuda' if there is one, need
+    not be present. The text holds for the model's image size and dtype under the current autocast, hooks and backend.
     """
     parameter = next(iter(model.parameters()), None)
     here = torch.device("cpu") if parameter is None else parameter.device
@@ -54,21 +51,16 @@ def explanation(model: nn.Module, device: torch.device | str | None = None) -> s
 
 
 def _versions() -> str:
-    def installed(name: str) -> str:
-        try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            return f"{name} not installed"
-
     from .. import __version__
 
-    known = [
-        f"timm_convnextv2 {__version__}",
-        f"timm {timm.__version__}",
-        f"torch {torch.__version__}",
-        f"Python {platform.python_version()}",
-    ]
-    return ", ".join([*known, installed("triton"), f"{platform.system()} {platform.machine()}"])
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "not installed"
+    return (
+        f"timm_convnextv2 {__version__}, timm {timm.__version__}, torch {torch.__version__}, triton {triton}, "
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    )
 
 
 def _on_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -97,48 +89,59 @@ def _on_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> li
     return lines
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """Makes inputs of a model's layers: device and shape, but no memory. With a layout they are packed maps."""
+
+    size: tuple[int, int]  # of the image
+    layout: PackedLayout | None
+    device: torch.device
+    dtype: torch.dtype
+
+    def at(self, channels: int, reduction: int) -> torch.Tensor:
+        """The map of `size` divided by `reduction`."""
+        height, width = self.size[0] // reduction, self.size[1] // reduction
+        if self.layout is not None:
+            width //= self.layout.grid[1]
+            height = self.layout.num_visible * width
+        with FakeTensorMode():
+            return torch.empty(1, channels, height, width, device=self.device, dtype=self.dtype)
+
+
 def _layers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
     """Every layer of these kinds, for an image of the model's size."""
     packed: set[nn.Module] = set()
     for name, module in model.named_modules():
         if isinstance(module, FCMAE):
             packed.add(module.encoder)
-            height, width = module.img_size
-            grid = module.grid(height, width)
+            grid = module.grid(*module.img_size)
             layout = PackedLayout(random_mask(1, grid, module.mask_ratio), num_visible(grid, module.mask_ratio))
-            yield from _of_encoder(module.encoder, _join(name, "encoder"), (height, width), layout, device, dtype)
+            inputs = _Inputs(module.img_size, layout, device, dtype)
+            yield from _of_encoder(module.encoder, _join(name, "encoder"), inputs)
             for path, block in module.decoder.named_modules():
                 if isinstance(block, ConvNeXtV2Block):
-                    yield from _of_block(block, _join(name, "decoder", path), grid, None, device, dtype)
+                    yield from _of_block(
+                        block, _join(name, "decoder", path), replace(inputs, layout=None), module.stride
+                    )
         elif isinstance(module, ConvNeXtV2) and module not in packed:
             size = (module.pretrained_cfg or {}).get("input_size", (3, 224, 224))[-2:]
-            yield from _of_encoder(module, name, size, None, device, dtype)
+            yield from _of_encoder(module, name, _Inputs(size, None, device, dtype))
 
 
-def _of_encoder(
-    encoder: ConvNeXtV2, name: str, size: tuple[int, int], layout: PackedLayout | None, device: torch.device,
-    dtype: torch.dtype,
-) -> Iterator[Found]:  # fmt: skip
-    """The layers of all stages, for images of `size`."""
+def _of_encoder(encoder: ConvNeXtV2, name: str, inputs: _Inputs) -> Iterator[Found]:
+    """The layers of all stages."""
     reduction = encoder.feature_info[0]["reduction"]
-    x = _map(size, reduction, layout, encoder.feature_info[0]["num_chs"], device, dtype)
-    yield from _norms(encoder.stem, _join(name, "stem"), x)
+    yield from _norms(encoder.stem, _join(name, "stem"), inputs.at(encoder.feature_info[0]["num_chs"], reduction))
     for i, (stage, info) in enumerate(zip(encoder.stages, encoder.feature_info, strict=True)):
         for path, conv in stage.downsample.named_modules():
             if isinstance(conv, nn.Conv2d):
-                x = _map(size, reduction, layout, conv.in_channels, device, dtype)
+                x = inputs.at(conv.in_channels, reduction)
                 yield from _norms(stage.downsample, _join(name, f"stages.{i}.downsample"), x)
                 why = conv.why_eager(x) if isinstance(conv, PatchConv2d) else "its patches overlap or have gaps"
                 yield "downsampling", _join(name, f"stages.{i}.downsample", path), why
         reduction = info["reduction"]
-        shape = (size[0] // reduction, size[1] // reduction)
         for j, block in enumerate(stage.blocks):
-            where = _join(name, f"stages.{i}.blocks.{j}")
-            if layout is None:
-                yield from _of_block(block, where, shape, None, device, dtype)
-            else:
-                p = shape[0] // layout.grid[0]
-                yield from _of_block(block, where, (layout.num_visible * p, p), layout, device, dtype)
+            yield from _of_block(block, _join(name, f"stages.{i}.blocks.{j}"), inputs, reduction)
 
 
 def _norms(parts: nn.Module, name: str, x: torch.Tensor) -> Iterator[Found]:
@@ -150,36 +153,16 @@ def _norms(parts: nn.Module, name: str, x: torch.Tensor) -> Iterator[Found]:
             yield KINDS[4], _join(name, path), "it is not a LayerNorm with weight and bias, or it is timm's fast one"
 
 
-def _of_block(
-    block: ConvNeXtV2Block, name: str, shape: tuple[int, int], layout: PackedLayout | None, device: torch.device,
-    dtype: torch.dtype,
-) -> Iterator[Found]:  # fmt: skip
-    """Mixer and token MLP of a block on a map of `shape`."""
+def _of_block(block: ConvNeXtV2Block, name: str, inputs: _Inputs, reduction: int) -> Iterator[Found]:
+    """Mixer and token MLP of a block."""
     conv = block.conv_dw
-    x = _tensor((1, conv.in_channels, *shape), device, dtype)
-    if layout is not None:
-        yield KINDS[2], f"{name}.conv_dw", layout.why_eager(x, conv)
+    x = inputs.at(conv.in_channels, reduction)
+    if inputs.layout is not None:
+        yield KINDS[2], f"{name}.conv_dw", inputs.layout.why_eager(x, conv)
     else:
         adopted = isinstance(conv, DepthwiseConv2d)
         yield KINDS[1], f"{name}.conv_dw", conv.why_eager(x) if adopted else "it is not a plain depthwise convolution"
-    yield KINDS[0], f"{name}.mlp", block.why_eager(_tensor((1, conv.out_channels, *shape), device, dtype))
-
-
-def _map(
-    size: tuple[int, int], reduction: int, layout: PackedLayout | None, channels: int, device: torch.device,
-    dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    height, width = size[0] // reduction, size[1] // reduction
-    if layout is not None:
-        width //= layout.grid[1]
-        height = layout.num_visible * width
-    return _tensor((1, channels, height, width), device, dtype)
-
-
-def _tensor(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor with device and shape but without memory."""
-    with FakeTensorMode():
-        return torch.empty(shape, device=device, dtype=dtype)
+    yield KINDS[0], f"{name}.mlp", block.why_eager(inputs.at(conv.out_channels, reduction))
 
 
 def _join(*names: str) -> str:

@@ -1,8 +1,7 @@
 """FCMAE: fully convolutional masked autoencoder around a timm ConvNeXt V2.
 
-Paper: section 3 of https://arxiv.org/abs/2301.00808. Reference code: `models/fcmae.py` of
-https://github.com/facebookresearch/ConvNeXt-V2, with GRN's statistics per image, as in the code that trained the
-published weights (there: per batch; see its issue 86).
+Source: section 3 of https://arxiv.org/abs/2301.00808; `models/fcmae.py` of github.com/facebookresearch/ConvNeXt-V2, but
+GRN's statistics are those of each image, as in the code that trained the published weights (see its issue 86).
 
 Data flow and shapes: images `[B, C, H, W]` -> mask `[B, h, w]`, True = removed -> packed map of visible pixels
 `[B, C, K * stride, stride]` -> encoder `[B, D, K, 1]` -> projected tokens in the grid, mask token elsewhere
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from torch import nn
+from torch import Tensor, nn
 
 from .convnextv2 import ConvNeXtV2, ConvNeXtV2Block
 from .masking import check_mask, num_visible, random_mask
@@ -27,50 +26,44 @@ class FCMAEOutput(NamedTuple):
     """Output of `FCMAE`.
 
     Attributes:
-        loss: Scalar mean squared error over the pixels of the removed patches; float32, or float64 for float64 images.
-        pred: Predicted pixels of all patches, `[B, h * w, stride^2 * C]`, in (row, column, channel) order and in the
-            target's units (normalised per patch if `norm_pix_loss`); None if `return_pred=False`.
+        loss: Scalar mean squared error over the removed patches' pixels; float32, or float64 for float64 images.
+        pred: Predicted pixels of all patches, `[B, h * w, stride^2 * C]`, in (row, column, channel) order, normalised
+            per patch if `norm_pix_loss`; None if `return_pred=False`.
         mask: Bool `[B, h, w]`, True = removed.
     """
 
-    loss: torch.Tensor
-    pred: torch.Tensor | None
-    mask: torch.Tensor
+    loss: Tensor
+    pred: Tensor | None
+    mask: Tensor
 
 
-def patchify(images: torch.Tensor, stride: int) -> torch.Tensor:
+def patchify(images: Tensor, stride: int) -> Tensor:
     """`[B, C, H, W]` as patches `[B, h * w, stride^2 * C]`, pixels in (row, column, channel) order."""
     B, C, H, W = images.shape
     x = images.reshape(B, C, H // stride, stride, W // stride, stride)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, stride * stride * C)
 
 
-def unpatchify(patches: torch.Tensor, grid: tuple[int, int], stride: int) -> torch.Tensor:
+def unpatchify(patches: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
     """The inverse of `patchify`: `[B, h * w, stride^2 * C]` as images `[B, C, h * stride, w * stride]`."""
     h, w = grid
     x = patches.reshape(patches.shape[0], h, w, stride, stride, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, h * stride, w * stride)
 
 
-def normalize_target(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalises each patch (last axis) with its mean and *unbiased* variance (official `forward_loss`).
-
-    Returns:
-        The normalised patches, and the mean and standard deviation `[..., 1]` that undo it: `x * std + mean`.
-    """
+def normalize_target(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each patch (last axis) normalised by its mean and *unbiased* variance; that mean and deviation, `[..., 1]`."""
     n = patches.shape[-1]
     shrink = (n - 1) / n  # ratio of the biased variance, which LayerNorm computes, to the unbiased one
     normal, mean, rstd = torch.native_layer_norm(patches, [n], None, None, 1e-6 * shrink)
     return normal * shrink**0.5, mean, 1 / (rstd * shrink**0.5)
 
 
-def channel_loss(pred: torch.Tensor, target: torch.Tensor, channels: torch.Tensor, norm_pix_loss: bool) -> torch.Tensor:
+def channel_loss(pred: Tensor, target: Tensor, channels: Tensor, norm_pix_loss: bool) -> Tensor:
     """The loss without removed channels: the mean over each image's remaining pixels, then over the images.
 
-    Args:
-        pred: Predicted patches `[B, M, n]`, `n` in (row, column, channel) order; `target` likewise, finite.
-        channels: Bool `[B, C]`, True = removed; each image keeps at least one.
-        norm_pix_loss: Normalise each patch as `normalize_target` does, by its remaining pixels.
+    `pred` and `target` are patches `[B, M, n]` in (row, column, channel) order; `channels` is bool `[B, C]`, True =
+    removed. `norm_pix_loss` normalises each patch by its remaining pixels.
     """
     kept = (~channels).to(target.dtype)
     weight = kept.repeat(1, target.shape[-1] // kept.shape[1]).unsqueeze(1)
@@ -86,20 +79,13 @@ class FCMAE(nn.Module):
     """Masked autoencoder whose encoder computes the visible patches only.
 
     Args:
-        img_size: Nominal image size, an int or (H, W), for checks and records; `forward` accepts any multiple of the
-            stride.
-        patch_size: Stem patch size, 1 to 7. A patch of the mask has the encoder's total `stride`: 8 x `patch_size`;
-            also 32 for `patch_size=2`, for which timm's ConvNeXt adds a downsampling layer.
+        img_size: Nominal size, an int or (H, W), for checks and records; `forward` takes any multiple of the stride.
+        patch_size: Stem patch size, 1 to 7. The encoder's `stride`, the side of a patch of the mask, is 8 x
+            `patch_size`; also 32 for `patch_size=2`, for which timm's ConvNeXt adds a downsampling layer.
         mask_ratio: Fraction of patches to remove if no mask is given.
-        decoder_depth: Number of decoder blocks, at least 1.
         norm_pix_loss: Normalise the target per patch.
         **encoder_kwargs: Passed to `ConvNeXtV2` (`depths`, `dims`, `kernel_sizes`, `drop_path_rate`, ...).
-            `use_grn=False, ls_init_value=1e-6` gives the ConvNeXt V1 of the ablation (section 3); the decoder's blocks
-            then have no GRN either.
-
-    Raises:
-        ValueError: The stride does not divide `img_size`, `mask_ratio` is outside (0, 1), or encoder options mix
-            patches outside the mixer (`stem_type` other than 'patch', `output_stride` below 32).
+            `use_grn=False, ls_init_value=1e-6` gives the ConvNeXt V1 of the ablation, whose decoder has no GRN either.
     """
 
     if TYPE_CHECKING:  # set by timm's factory, or typed by nn.Module as Tensor | Module
@@ -125,19 +111,17 @@ class FCMAE(nn.Module):
         super().__init__()
         if num_classes:
             raise ValueError(
-                f"An FCMAE model has no classifier, got num_classes={num_classes}. Pretrain without it, export "
-                "`model.encoder`, and give num_classes to the exported model."
+                f"An FCMAE model has no classifier, got num_classes={num_classes}. Give it to the exported encoder."
             )
         for option, needed in (("stem_type", "patch"), ("output_stride", 32)):
             if encoder_kwargs.get(option, needed) != needed:
                 raise ValueError(
                     f"The sparse encoder needs {option}={needed!r}, so that only the mixer crosses patch borders; got "
-                    f"{encoder_kwargs[option]!r}. Other values work in the dense convnextv2_* models."
+                    f"{encoder_kwargs[option]!r}. Other values work in the convnextv2_* models."
                 )
         if decoder_depth < 1:
             raise ValueError(
-                f"decoder_depth={decoder_depth}: without a decoder block masked patches never see the visible ones, "
-                "and the encoder learns nothing. The paper uses 1."
+                f"decoder_depth={decoder_depth}: without a block masked patches never see the visible ones; use 1."
             )
         dd = {"device": device, "dtype": dtype}
         self.encoder = ConvNeXtV2(in_chans=in_chans, patch_size=patch_size, num_classes=0, **encoder_kwargs, **dd)
@@ -173,11 +157,7 @@ class FCMAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Image size in patches.
-
-        Raises:
-            ValueError: The stride does not divide the size; names the nearest sizes that work.
-        """
+        """Image size in patches; a ValueError names the nearest sizes that work if the stride does not divide it."""
         s = self.stride
         if height % s or width % s or min(height, width) < s:
             raise ValueError(
@@ -204,12 +184,8 @@ class FCMAE(nn.Module):
         """Saves memory by recomputing activations; see `ConvNeXtV2.set_grad_checkpointing`."""
         self.encoder.set_grad_checkpointing(enable)
 
-    def visible(self, images: torch.Tensor, mask: torch.Tensor | None = None) -> PackedLayout:
-        """The layout of images `[B, in_chans, H, W]`, from a mask (bool `[B, h, w]`, True = removed) or a random one.
-
-        Raises:
-            ValueError: See `grid`, `masking.check_mask` and `masking.num_visible`.
-        """
+    def visible(self, images: Tensor, mask: Tensor | None = None) -> PackedLayout:
+        """The layout of images `[B, in_chans, H, W]`, from a mask (bool `[B, h, w]`, True = removed) or random."""
         if images.ndim != 4 or images.shape[1] != self.in_chans or not images.is_floating_point():
             raise ValueError(
                 f"images must be float [B, {self.in_chans}, H, W], got {images.dtype} {list(images.shape)}. The number "
@@ -225,12 +201,12 @@ class FCMAE(nn.Module):
             keep = check_mask(mask, images.shape[0], grid)
         return PackedLayout(mask, keep, device=images.device)
 
-    def forward_encoder(self, images: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    def forward_encoder(self, images: Tensor, layout: PackedLayout) -> Tensor:
         """Features of the visible patches, in `layout.ids` order: `[B, K, num_features]`."""
         x = self.encoder.forward_packed(layout.pack(images, self.stride), layout)
         return x.squeeze(-1).transpose(1, 2)
 
-    def forward_decoder(self, x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    def forward_decoder(self, x: Tensor, layout: PackedLayout) -> Tensor:
         """Decoded features of all patches, `[B, h * w, decoder_dim]`, from visible tokens `[B, K, num_features]`."""
         x = F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
         x = layout.unpack(x, self.mask_token.flatten())
@@ -239,10 +215,10 @@ class FCMAE(nn.Module):
 
     def forward(
         self,
-        images: torch.Tensor,
-        mask: torch.Tensor | PackedLayout | None = None,
+        images: Tensor,
+        mask: Tensor | PackedLayout | None = None,
         return_pred: bool = True,
-        channels: torch.Tensor | None = None,
+        channels: Tensor | None = None,
     ) -> FCMAEOutput:
         """Masks, encodes, decodes, and compares the predicted patches with the image.
 
@@ -251,14 +227,9 @@ class FCMAE(nn.Module):
             mask: Bool `[B, h, w]`, True = removed, the same number in each image; random if None. A `PackedLayout`
                 from `self.visible(images, mask)` is checked already, so that a compiled forward has static shapes and
                 does not wait for the device.
-            return_pred: Predict all patches. If False, `pred` is None and only the removed patches, which the loss
-                needs, pass through the prediction layer.
+            return_pred: Predict all patches; if False, only the removed ones, which the loss needs.
             channels: Bool `[B, in_chans]`, True = removed: such a channel is 0 at the input and excluded from the
                 loss. Each image must keep at least one (`masking.random_channels`).
-
-        Raises:
-            ValueError: See `visible`; also a mask without visible or without removed patches, or `channels` of the
-                wrong type or shape.
         """
         if channels is not None:
             if channels.dtype != torch.bool or channels.shape != images.shape[:2]:
@@ -268,11 +239,11 @@ class FCMAE(nn.Module):
                 )
             images = images.masked_fill(channels[:, :, None, None], 0)
         layout = mask if isinstance(mask, PackedLayout) else self.visible(images, mask)
-        if not 0 < layout.num_visible < layout.grid[0] * layout.grid[1]:
+        total = layout.grid[0] * layout.grid[1]
+        if not 0 < layout.num_visible < total:
             raise ValueError(
-                f"The loss needs at least one visible and one masked patch in each image; this mask leaves "
-                f"{layout.num_visible} of {layout.grid[0] * layout.grid[1]} visible. For features of whole images "
-                "use `model.encoder` or `forward_encoder`."
+                "The loss needs at least one visible and one masked patch in each image; this mask leaves "
+                f"{layout.num_visible} of {total} visible. Use `model.encoder` for features of whole images."
             )
         x = self.forward_decoder(self.forward_encoder(images, layout), layout)
         weight, bias = self.pred.weight.flatten(1), self.pred.bias
@@ -280,11 +251,9 @@ class FCMAE(nn.Module):
         pred_masked = F.linear(layout.take_masked(x), weight, bias) if pred is None else layout.take_masked(pred)
 
         dtype = torch.promote_types(images.dtype, torch.float32)
-        target = layout.masked_patches(images, self.stride).to(dtype)
+        pred_masked, target = pred_masked.to(dtype), layout.masked_patches(images, self.stride).to(dtype)
         if channels is not None:
-            loss = channel_loss(pred_masked.to(dtype), target, channels, self.norm_pix_loss)
-            return FCMAEOutput(loss, pred, layout.mask)
-        if self.norm_pix_loss:
-            target, _, _ = normalize_target(target)
-        loss = F.mse_loss(pred_masked.to(dtype), target)
+            loss = channel_loss(pred_masked, target, channels, self.norm_pix_loss)
+        else:
+            loss = F.mse_loss(pred_masked, normalize_target(target)[0] if self.norm_pix_loss else target)
         return FCMAEOutput(loss, pred, layout.mask)

@@ -7,14 +7,11 @@ with **True = removed**; every image of a batch keeps the same number `K` of pat
 import math
 
 import torch
+from torch import Tensor
 
 
 def num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
-    """Number of patches `K = int(h * w * (1 - mask_ratio))` that each image keeps (official `gen_random_mask`).
-
-    Raises:
-        ValueError: The ratio is outside (0, 1), or leaves no visible or no masked patch on this grid.
-    """
+    """Number of patches `K = int(h * w * (1 - mask_ratio))` that each image keeps (official `gen_random_mask`)."""
     total = grid[0] * grid[1]
     if not 0.0 < mask_ratio < 1.0:
         raise ValueError(f"mask_ratio must lie strictly between 0 and 1, got {mask_ratio}. The paper uses 0.6.")
@@ -43,13 +40,10 @@ def random_mask(
     mask_ratio: float,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """A random bool mask `[B, h, w]`, True = removed, that removes the same number of patches from each image.
 
-    Args:
-        grid: Image size in patches, `(h, w)`.
-        mask_ratio: Fraction of the patches to remove; a ValueError as in `num_visible`.
-        generator: Source of randomness on `device`; by default PyTorch's own.
+    `grid` is the image size in patches; the generator is one of `device`, by default PyTorch's own.
     """
     keep = num_visible(grid, mask_ratio)
     total = grid[0] * grid[1]
@@ -59,12 +53,8 @@ def random_mask(
     return mask.view(batch_size, *grid)
 
 
-def random_channels(count: int, in_chans: int, p: float, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Removes each channel of each image with probability `p` and always keeps one: bool `[count, C]`, True = removed.
-
-    Raises:
-        ValueError: There is only one channel, or `p` is outside [0, 1).
-    """
+def random_channels(count: int, in_chans: int, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """Channels removed with probability `p`, never all of an image's: bool `[count, in_chans]`, True = removed."""
     if not 0 <= p < 1:
         raise ValueError(f"The share of channels to remove must lie in [0, 1), got {p}.")
     if in_chans < 2:
@@ -73,15 +63,11 @@ def random_channels(count: int, in_chans: int, p: float, generator: torch.Genera
     return (drawn < p) & (drawn < drawn.amax(dim=1, keepdim=True))
 
 
-def check_mask(mask: torch.Tensor, batch_size: int, grid: tuple[int, int]) -> int:
-    """Checks a mask and returns its number `K` of visible patches per image.
-
-    Raises:
-        ValueError: Wrong dtype or shape, or images with different numbers of visible patches.
-    """
+def check_mask(mask: Tensor, batch_size: int, grid: tuple[int, int]) -> int:
+    """The number `K` of visible patches per image of a mask; a ValueError if dtype, shape or counts are wrong."""
     shape = (batch_size, *grid)
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-        came = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"mask must be a torch.bool tensor (True = removed), got {came}. Convert it with `mask.bool()`."
         )

@@ -5,6 +5,7 @@ import resource
 import sys
 
 import torch
+from torch import Tensor
 
 from ..ops.dispatch import backend, use_backend
 from .fcmae import FCMAE
@@ -17,13 +18,9 @@ def memory_estimate(
 ) -> tuple[float, float]:
     """Memory of training in GiB: weights, gradients and AdamW's state; activations that a step saves for its backward.
 
-    Activations are counted for one image of `model.img_size` on the meta device. With the backend 'eager' the count is
-    that of a GPU; a CPU saves up to a third less.
-
-    Args:
-        ema: Count a moving average of the weights.
-        amp: Mixed precision: nearly all activations take half the memory.
-        device: Training device, whose `ops.backend` decides what is saved; by default the model's.
+    Activations are those of the backend of `device` (by default the model's), counted for one image on the meta device;
+    with 'eager' the count is that of a GPU, and a CPU saves up to a third less. `ema` adds a moving average of the
+    weights; `amp` halves the activations.
     """
     device = next(model.parameters()).device if device is None else device
     twin = copy.deepcopy(model).to("meta")
@@ -32,9 +29,9 @@ def memory_estimate(
     layout = PackedLayout(mask, num_visible(grid, twin.mask_ratio))
     images = torch.empty(1, twin.in_chans, *twin.img_size, device="meta")
     weights = {p.untyped_storage()._cdata for p in twin.parameters()}
-    kept: dict[int, torch.Tensor] = {}  # holds the tensors, because the address of a freed one may be reused
+    kept: dict[int, Tensor] = {}  # holds the tensors, because the address of a freed one may be reused
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
+    def keep(x: Tensor) -> Tensor:
         if x.untyped_storage()._cdata not in weights:
             kept[x.untyped_storage()._cdata] = x
         return x

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .fcmae import FCMAE, FCMAEOutput, normalize_target, patchify
 
 
-def _grn(x: torch.Tensor, grn: Any, keep: torch.Tensor) -> torch.Tensor:
+def _grn(x: Tensor, grn: Any, keep: Tensor) -> Tensor:
     """GRN over the kept tokens of each image; `x` `[B, H, W, C]`, `keep` `[B, H, W, 1]`."""
     g = (x.to(torch.promote_types(x.dtype, torch.float32)) * keep).square().sum(dim=(1, 2), keepdim=True)
     g = torch.where(g > 0, g, 1).sqrt() * (g > 0)  # the gradient of sqrt at 0 is not finite
@@ -20,7 +21,7 @@ def _grn(x: torch.Tensor, grn: Any, keep: torch.Tensor) -> torch.Tensor:
     return x + grn.weight * (x * n) + grn.bias
 
 
-def _block(block: Any, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def _block(block: Any, x: Tensor, keep: Tensor) -> Tensor:
     """One block on `[B, C, H, W]`; `keep` `[B, 1, H, W]` is 1 at visible positions."""
     mlp = block.mlp
     y = block.conv_dw(x * keep) * keep
@@ -35,7 +36,7 @@ def _block(block: Any, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return x + block.drop_path(y.permute(0, 3, 1, 2))
 
 
-def reference_features(model: FCMAE, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def reference_features(model: FCMAE, images: Tensor, mask: Tensor) -> Tensor:
     """Encoder features `[B, D, h, w]`, zero at removed patches; `mask` bool `[B, h, w]`, True = removed."""
     x = model.encoder.stem(images)
     for stage in model.encoder.stages:
@@ -48,9 +49,7 @@ def reference_features(model: FCMAE, images: torch.Tensor, mask: torch.Tensor) -
     return x * (~mask).unsqueeze(1)
 
 
-def _channel_loss(
-    pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, channels: torch.Tensor, normalize: bool
-) -> torch.Tensor:
+def _channel_loss(pred: Tensor, target: Tensor, mask: Tensor, channels: Tensor, normalize: bool) -> Tensor:
     """The loss image by image, over the remaining channels only; shapes as in `FCMAEOutput`."""
     losses = []
     for own_pred, own, gone, removed in zip(pred, target, mask.flatten(1), channels, strict=True):
@@ -59,14 +58,10 @@ def _channel_loss(
     return torch.stack(losses).mean()
 
 
-def reference_forward(
-    model: FCMAE, images: torch.Tensor, mask: torch.Tensor, channels: torch.Tensor | None = None
-) -> FCMAEOutput:
+def reference_forward(model: FCMAE, images: Tensor, mask: Tensor, channels: Tensor | None = None) -> FCMAEOutput:
     """Loss and prediction of `model` on `[B, C, H, W]` images, computed densely with the model's own parameters.
 
-    Args:
-        mask: Bool `[B, h, w]`, True = removed.
-        channels: Bool `[B, C]`, True = removed.
+    `mask` is bool `[B, h, w]` and `channels` bool `[B, C]`, True = removed.
     """
     if channels is not None:
         images = torch.where(channels[:, :, None, None], 0, images)
@@ -82,8 +77,7 @@ def reference_forward(
     target = patchify(images, model.stride).to(dtype)
     if channels is not None:
         return FCMAEOutput(_channel_loss(pred.to(dtype), target, mask, channels, model.norm_pix_loss), pred, mask)
-    if model.norm_pix_loss:
-        target, _, _ = normalize_target(target)
+    target = normalize_target(target)[0] if model.norm_pix_loss else target
     per_patch = (pred.to(dtype) - target).square().mean(dim=-1)
     weight = mask.flatten(1).to(dtype)
     return FCMAEOutput((per_patch * weight).sum() / weight.sum(), pred, mask)

@@ -4,24 +4,16 @@ from typing import Any
 
 import torch
 from timm.task import TrainingTask
-from torch import nn
+from torch import Tensor, nn
 
 from .fcmae import FCMAE
 
 
 class FCMAETask(TrainingTask):
-    """timm `TrainingTask` for FCMAE: DDP, compile, EMA and checkpoint state are timm's.
-
-    Args:
-        model: The model to train; its encoder's unused head is frozen.
-    """
+    """timm `TrainingTask` for FCMAE: DDP, compile, EMA and checkpoint state are timm's."""
 
     def __init__(
-        self,
-        model: FCMAE,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        verbose: bool = True,
+        self, model: FCMAE, device: torch.device | None = None, dtype: torch.dtype | None = None, verbose: bool = True
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         model.encoder.head.requires_grad_(False)  # DDP would wait for its gradients
@@ -41,15 +33,11 @@ class FCMAETask(TrainingTask):
         self.trainable_module = compiled
         return compiled
 
-    def forward(
-        self, input: torch.Tensor, target: torch.Tensor | None = None, channels: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, input: Tensor, target: Tensor | None = None, channels: Tensor | None = None) -> dict[str, Tensor]:
         """'loss' (scalar) and 'mask' of images `[B, C, H, W]`.
 
-        Args:
-            target: Masks, bool `[B, h, w]`, True = removed; random if None. Masks on the CPU are checked there, without
-                waiting for the GPU.
-            channels: Removed channels, bool `[B, C]`, True = removed.
+        `target` are masks, bool `[B, h, w]`, True = removed; random if None, and checked without waiting for the GPU if
+        they are on the CPU. `channels` is bool `[B, C]`, True = removed.
         """
         output = self.trainable_module(input, self._layout(input, target), return_pred=False, channels=channels)
         return {"loss": output.loss, "mask": output.mask}

@@ -21,7 +21,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "huge": dict(depths=(3, 3, 27, 3), dims=(352, 704, 1408, 2816)),
 }
 
-
 # The published recipes of these sizes decay the learning rate by groups of three blocks, the others by single blocks.
 GROUPED_LAYER_DECAY = ("base", "large", "huge")
 
@@ -37,12 +36,7 @@ def variant_options(size: str) -> dict[str, Any]:
 
 
 def register_variants(module_name: str, prefix: str, create: Callable[..., nn.Module]) -> None:
-    """Registers one timm entrypoint per size, `prefix + size`.
-
-    Args:
-        module_name: `__name__` of the calling module, in which timm finds `default_cfgs`.
-        create: Takes `(variant, pretrained, **kwargs)`.
-    """
+    """Registers an entrypoint `prefix + size` per size in a module with timm's `default_cfgs`."""
     module = sys.modules[module_name]
     for size, size_args in VARIANTS.items():
         name = f"{prefix}{size}"

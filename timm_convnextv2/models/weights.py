@@ -16,18 +16,12 @@ def check_weights(
     resized: tuple[str, ...] = (),
     remedy: str = "",
 ) -> None:
-    """Compares the names and shapes of weights with those of a model.
+    """Raises a ValueError for tensors (or shapes) that are missing, unknown or of another shape than the model's.
 
     Args:
-        weights: Tensors or their shapes by name.
-        expected: The model's, in the same form.
-        what: Begins the message, such as a path.
+        what: Begins the message, such as a path; `remedy` ends it.
         optional: Prefixes of names to skip, such as a new classifier's.
         resized: Names whose shape may differ, such as a stem whose channels timm adapts.
-        remedy: Ends the message.
-
-    Raises:
-        ValueError: A tensor is missing, unknown or has another shape; counts them and names the first.
     """
 
     def shape(side: Mapping[str, Any], name: str) -> str:

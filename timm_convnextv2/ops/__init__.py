@@ -3,7 +3,6 @@
 from .depthwise import depthwise_conv, window_depthwise
 from .dispatch import backend, set_backend, use_backend
 from .layer_norm import fused_layer_norm
-from .minkowski import minkowski_depthwise
 from .token_mlp import fused_token_mlp
 
 __all__ = [
@@ -11,7 +10,6 @@ __all__ = [
     "depthwise_conv",
     "fused_layer_norm",
     "fused_token_mlp",
-    "minkowski_depthwise",
     "set_backend",
     "use_backend",
     "window_depthwise",

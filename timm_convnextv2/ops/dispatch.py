@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from .engine import engine
+from .minkowski import engine
 
 ENV = "TIMM_CONVNEXTV2_BACKEND"
 BACKENDS = {
@@ -27,7 +27,7 @@ BACKENDS = {
     "triton": "the same with Triton kernels; needs a CUDA GPU, or TRITON_INTERPRET=1",
     "minkowski": "like 'fused', with MinkowskiEngine's convolution of visible patches; it must be built from source",
 }
-_KERNELS = {"fused": "torch_kernels", "triton": "triton"}
+_KERNELS = {"fused": "torch_kernels", "triton": "triton", "minkowski": "minkowski"}
 _PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)
 
 _forced: str | None = None
@@ -57,11 +57,8 @@ def backend(device: torch.device | str = "cpu") -> str:
     """The backend of `device`: 'eager', 'fused', 'triton' or 'minkowski'.
 
     `set_backend` has precedence over the environment variable `TIMM_CONVNEXTV2_BACKEND`. The default is 'fused' on CPU
-    and 'eager' on CUDA, where no other has been measured yet.
-
-    Raises:
-        ValueError: An unknown name was forced.
-        RuntimeError: 'triton' or 'minkowski' was forced and cannot run.
+    and 'eager' on CUDA, where no other has been measured yet. A ValueError names an unknown backend that was forced, a
+    RuntimeError one that cannot run.
     """
     name = _forced or os.environ.get(ENV)
     if name:
@@ -92,7 +89,7 @@ def kernels_name(device: torch.device) -> str:
 
 
 def kernels(name: str) -> ModuleType:
-    """The kernels of a backend: `ops.torch_kernels` or `ops.triton`, which have the same functions."""
+    """The kernels of a backend: modules with the same functions; `ops.minkowski` has only those of the convolution."""
     return import_module(f"{__package__}.{_KERNELS[name]}")
 
 
@@ -116,14 +113,14 @@ def transformed() -> bool:
 
 def _interceptor() -> str:
     """The exporter, tracer or transform that needs plain operations; '' if there is none."""
-    if torch.compiler.is_exporting():
-        return "torch.export"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace"
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
+    for name, active in (
+        ("torch.export", torch.compiler.is_exporting()),
+        ("torch.jit.trace", torch.jit.is_tracing()),
+        ("a torch.func transform", torch._C._are_functorch_transforms_active()),
+        ("forward-mode differentiation", forward_ad._current_level >= 0),
+    ):
+        if active:
+            return name
     if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack() > 0:
         for mode in _get_current_function_mode_stack():
             if type(mode) is not DeviceContext:  # `with torch.device(...)` sets one; it changes no operation
@@ -131,10 +128,8 @@ def _interceptor() -> str:
     return ""
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _hooked(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 def why_eager(x: torch.Tensor, weights: Iterable[torch.Tensor | None] = (), skipped: Iterable[nn.Module] = ()) -> str:

@@ -3,24 +3,25 @@
 Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); `timm.layers.GlobalResponseNormMlp`.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def stats_dtype(x: torch.Tensor) -> torch.dtype:
+def stats_dtype(x: Tensor) -> torch.dtype:
     """Type in which statistics of `x` are accumulated: float32, or float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.promote_types(x.dtype, torch.float32)
 
 
-def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
-) -> torch.Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm over the last axis of `[..., C]`, computed in float32 (float64 for float64), returned in `dtype`."""
     full = stats_dtype(x)
     return F.layer_norm(x.to(full), x.shape[-1:], weight.to(full), bias.to(full), eps).to(dtype)
 
 
-def spatial_norm(x: torch.Tensor, dim: tuple[int, int]) -> torch.Tensor:
+def spatial_norm(x: Tensor, dim: tuple[int, int]) -> Tensor:
     """L2 norm over two axes, kept as size 1, accumulated and returned in float32 (float64 for float64)."""
     if x.is_cuda:
         return torch.linalg.vector_norm(x, ord=2, dim=dim, keepdim=True, dtype=stats_dtype(x))
@@ -29,14 +30,14 @@ def spatial_norm(x: torch.Tensor, dim: tuple[int, int]) -> torch.Tensor:
     return x.to(stats_dtype(x)).square().sum(dim=dim, keepdim=True).clamp(min=1e-30).sqrt()
 
 
-def norm_ratio(g: torch.Tensor, eps: float, channel_dim: int = -1) -> torch.Tensor:
+def norm_ratio(g: Tensor, eps: float, channel_dim: int = -1) -> Tensor:
     """GRN's `n = g / (mean_c g + eps)` of the norms `g`."""
     return g / (g.mean(dim=channel_dim, keepdim=True) + eps)
 
 
 def global_response_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dim: tuple[int, int], channel_dim: int
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dim: tuple[int, int], channel_dim: int
+) -> Tensor:
     """GRN in plain operations: the reference, and the form that compilers and exporters see.
 
     Args:
@@ -48,10 +49,10 @@ def global_response_norm(
 
 
 def token_mlp(
-    x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor,
-    grn_weight: torch.Tensor, grn_bias: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor, norm_eps: float = 1e-6,
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor,
+    grn_weight: Tensor, grn_bias: Tensor, w2: Tensor, b2: Tensor, norm_eps: float = 1e-6,
     grn_eps: float = 1e-6,
-) -> torch.Tensor:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """`[B, T, C]` to `[B, T, C]`: the reference of `fused_token_mlp`, whose parameters have the same shapes.
 
     Drop path and residual are left out.
@@ -60,3 +61,14 @@ def token_mlp(
     x = F.gelu(F.linear(x, w1, b1)).unsqueeze(1)
     x = global_response_norm(x, grn_weight, grn_bias, grn_eps, (1, 2), -1)
     return F.linear(x.squeeze(1), w2, b2)
+
+
+def differentiable_gradients(
+    form: Callable[..., Tensor], tensors: Sequence[Tensor], wanted: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of `form(*tensors)` that can be differentiated again; None where not `wanted`."""
+    with torch.autocast(grad.device.type, enabled=False):
+        out = form(*tensors)
+        leaves = [t for t, want in zip(tensors, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(out, leaves, grad.to(out.dtype), create_graph=True))
+    return [next(found) if want else None for want in wanted]

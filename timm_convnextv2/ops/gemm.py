@@ -27,7 +27,7 @@ aten = torch.ops.aten
 _local = threading.local()
 
 
-def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor. On CPU the thread's next call with the same slot reuses its memory.
 
     Fresh pages cost as much as a pass over them. Read the contents before that next call.
@@ -35,7 +35,7 @@ def scratch(slot: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     numel = math.prod(shape)
     if device.type != "cpu" or numel * dtype.itemsize > LARGEST:
         return torch.empty(shape, dtype=dtype, device=device)
-    held: dict[Any, torch.Tensor] = _local.__dict__
+    held: dict[Any, Tensor] = _local.__dict__
     key = slot, dtype
     buffer = held.get(key)
     if buffer is None or buffer.numel() < numel:
@@ -54,39 +54,39 @@ def _column_groups(k: int) -> list[tuple[int, int]]:
     return groups
 
 
-def weight_grad(
-    grad: torch.Tensor, k: int, part: Callable[[slice, int, int], tuple[torch.Tensor, tuple[int, int]]]
-) -> torch.Tensor:
+def weight_grad(grad: Tensor, k: int, part: Callable[[slice, int, int], tuple[Tensor, tuple[int, int]]]) -> Tensor:
     """Depthwise weight gradient `[C, 1, k, k]` from the output's gradient `[N, C, H, W]`, channels-last.
+
+    It is summed and returned in float32 (float64 for float64).
 
     Args:
         part: Takes images (or patches), first kernel column and number of columns; returns the input that this part of
             the kernel reads, and its padding (rows, columns).
     """
     N, C, H, W = grad.shape
-    groups, n, dtype = [(0, k)], N, grad.dtype
+    groups, n, dtype, full = [(0, k)], N, grad.dtype, stats_dtype(grad)
     if dtype != torch.float64 and grad.device.type == "cpu":
-        groups, n, dtype = _column_groups(k), max(1, CHUNK_BYTES // (C * H * W * 4)), torch.float32
-    total = grad.new_zeros(C, 1, k, k, dtype=dtype)
+        groups, n, dtype = _column_groups(k), max(1, CHUNK_BYTES // (C * H * W * 4)), full
+    total = grad.new_zeros(C, 1, k, k, dtype=full)
     for i in range(0, N, n):
         images = slice(i, min(i + n, N))
         here = grad[images].to(dtype)
         for first, width in groups:
             x, padding = part(images, first, width)
             part_grad = aten.convolution_backward(
-                here, x.to(dtype), total.new_empty(C, 1, k, width), [C], [1, 1], padding, [1, 1], False, [0, 0], C,
+                here, x.to(dtype), here.new_empty(C, 1, k, width), [C], [1, 1], padding, [1, 1], False, [0, 0], C,
                 [False, True, False],
             )[1]  # fmt: skip
             total[..., first : first + width] += part_grad
-    return total.to(grad.dtype)
+    return total
 
 
-def bias_grad(grad: torch.Tensor) -> torch.Tensor:
-    """Bias gradient `[C]` of the output's gradient `[N, C, H, W]`."""
-    return grad.sum(dim=(0, 2, 3), dtype=stats_dtype(grad)).to(grad.dtype)
+def bias_grad(grad: Tensor) -> Tensor:
+    """Bias gradient `[C]` of the output's gradient `[N, C, H, W]`, in float32 (float64 for float64)."""
+    return grad.sum(dim=(0, 2, 3), dtype=stats_dtype(grad))
 
 
-def shifted(x: torch.Tensor, first: int, width: int, k: int) -> tuple[torch.Tensor, tuple[int, int]]:
+def shifted(x: Tensor, first: int, width: int, k: int) -> tuple[Tensor, tuple[int, int]]:
     """The part of `[N, C, H, W]` that `width` kernel columns from `first` on read, and the padding that remains.
 
     The middle columns read the input itself; for the others a shifted copy is written to scratch memory.

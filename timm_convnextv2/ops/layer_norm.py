@@ -6,11 +6,13 @@ backward is faster (`ops.torch_kernels.layer_norm_backward`).
 Source: Layer Normalization, https://arxiv.org/abs/1607.06450; the plain form is `ops.functional.layer_norm`.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from . import dispatch
-from .functional import layer_norm, stats_dtype
+from .functional import differentiable_gradients, layer_norm, stats_dtype
 
 
 @torch.library.custom_op("timm_convnextv2::layer_norm", mutates_args=())
@@ -61,23 +63,15 @@ def _backward(ctx, grad, _grad_mean, _grad_rstd):
     x, weight, mean, rstd = ctx.saved_tensors
     need_x, need_weight, need_bias = needs = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():  # double backward: differentiate the plain form
-        return *_plain_gradients(grad, x, weight, ctx.eps, needs), None, None, None
+        bias = torch.zeros_like(weight, requires_grad=need_bias)  # its values do not affect any gradient
+        plain = partial(layer_norm, eps=ctx.eps, dtype=grad.dtype)
+        return *differentiable_gradients(plain, (x, weight, bias), needs, grad), None, None, None
     wanted = need_x, need_weight or need_bias
     found = _layer_norm_backward(grad.contiguous(), x, mean, rstd, weight, ctx.kernels, *wanted)
     return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None
 
 
 _layer_norm.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _plain_gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float, needs) -> list[Tensor | None]:
-    """Gradients of x, weight and bias that can be differentiated again; None where not needed."""
-    bias = torch.zeros_like(weight, requires_grad=needs[2])  # its values do not affect any gradient
-    leaves = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
-    with torch.autocast(x.device.type, enabled=False):
-        out = layer_norm(x, weight, bias, eps, grad.dtype)
-        found = iter(torch.autograd.grad(out, leaves, grad, create_graph=True))
-    return [next(found) if need else None for need in needs]
 
 
 def fused_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

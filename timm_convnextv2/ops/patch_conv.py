@@ -2,13 +2,14 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 class _PatchProduct(torch.autograd.Function):
     """Patches `[..., k * k * C]` times the weight `[O, C, k, k]`, of which no second copy is kept."""
 
     @staticmethod
-    def forward(patches: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias)
 
     @staticmethod
@@ -16,7 +17,7 @@ class _PatchProduct(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):
+    def backward(ctx, grad: Tensor):
         patches, weight = ctx.saved_tensors
         out_chans, C, k, _ = weight.shape
         need_x, need_weight, need_bias = ctx.needs_input_grad
@@ -28,6 +29,6 @@ class _PatchProduct(torch.autograd.Function):
         return grad_x, grad_weight, flat.sum(dim=0) if need_bias else None
 
 
-def patch_product(patches: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def patch_product(patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Patches `[..., k * k * C]`, pixels in (row, column, channel) order, times `[O, C, k, k]`: `[..., O]`."""
     return _PatchProduct.apply(patches, weight, bias)

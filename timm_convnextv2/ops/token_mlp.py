@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
-from .functional import norm_ratio, stats_dtype, token_mlp
+from .functional import differentiable_gradients, norm_ratio, stats_dtype, token_mlp
 from .gemm import linear, onednn_is_faster, scratch
 
 # Tuned on two CPU cores: the part of `h` that stays in the cache, and the rows that a fast matrix product needs.
@@ -140,20 +140,17 @@ def _second_linear(a: Tensor, w: Tensor, b: Tensor, kept: Tensor | None, shortcu
         out += linear(flat, w).view_as(out)
 
 
-@torch.library.custom_op(
-    "timm_convnextv2::token_mlp", mutates_args=(),
-    schema=f"(Tensor x, Tensor shortcut, Tensor? keep, {_WEIGHTS_SCHEMA}, ScalarType dtype, bool save, bool recompute, "
-    "str kernels) -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def _token_mlp(x, shortcut, keep, *rest):
-    return _run(x, shortcut, keep, *rest)
-
-
 def _run(x, shortcut, keep, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    """The function that the operation wraps."""
     dtype, save, recompute, kernels = rest[10:]
     with torch.autocast(x.device.type, enabled=False):
         return _forward(x, shortcut, keep, Weights(*rest[:10]), dtype, save, recompute, dispatch.kernels(kernels))
+
+
+_token_mlp = torch.library.custom_op(
+    "timm_convnextv2::token_mlp", _run, mutates_args=(),
+    schema=f"(Tensor x, Tensor shortcut, Tensor? keep, {_WEIGHTS_SCHEMA}, ScalarType dtype, bool save, bool recompute, "
+    "str kernels) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
 
 
 @_token_mlp.register_fake
@@ -163,22 +160,15 @@ def _(x, shortcut, keep, *rest):
     out = x.new_empty(B, T, len(p.w2), dtype=_out_dtype(shortcut, dtype))
     if not save:
         return out, x.new_empty(0), x.new_empty(0)
-    full = torch.float64 if dtype == torch.float64 else torch.float32
     h = x.new_empty(0) if recompute else x.new_empty(B, T, len(p.w1), dtype=dtype)
-    return out, h, x.new_empty(B, 1, len(p.w1), dtype=full)
+    return out, h, x.new_empty(B, 1, len(p.w1), dtype=torch.promote_types(dtype, torch.float32))
 
 
 # Backward
 
 
 class _Backward:
-    """Gradients summed over chunks of images, and the values that all chunks share.
-
-    Args:
-        x: Input of all images, `[B, T, C]`.
-        dtype: Type of the matrix products.
-        needs: The gradients to compute; the others are placeholders.
-    """
+    """Gradients summed over chunks of images, and the values that all chunks share; `dtype` is the products' type."""
 
     def __init__(self, x: Tensor, p: Weights, dtype: torch.dtype, kernels: ModuleType, needs: Needs) -> None:
         B, T, C = x.shape
@@ -337,7 +327,7 @@ def _backward(ctx, grad, _grad_h, _grad_norms):
     needs = ctx.needs_input_grad
     wanted = (needs[0], *needs[3:11])
     if torch.is_grad_enabled():  # double backward: differentiate the plain form
-        grads = _plain_gradients(grad, x, keep, p, wanted)
+        grads = differentiable_gradients(partial(_plain, keep, ctx.norm_eps, ctx.grn_eps), (x, *p[:8]), wanted, grad)
     else:
         groups = (needs[0], any(needs[3:7]), any(needs[7:11]))
         found = _token_mlp_backward(grad, x, h, norms, keep, *p, ctx.dtype, ctx.kernels, *groups)
@@ -349,16 +339,9 @@ def _backward(ctx, grad, _grad_h, _grad_norms):
 _token_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _plain_gradients(
-    grad: Tensor, x: Tensor, keep: Tensor | None, p: Weights, wanted: tuple[bool, ...]
-) -> list[Tensor | None]:
-    """Gradients of x and the parameters that can be differentiated again; None where not `wanted`."""
-    leaves = [t for t, need in zip((x, *p[:8]), wanted, strict=True) if need]
-    with torch.autocast(x.device.type, enabled=False):
-        out = token_mlp(x, *p)
-        out = out if keep is None else out * keep.view(-1, 1, 1).to(out.dtype)
-        found = iter(torch.autograd.grad(out, leaves, grad.to(out.dtype), create_graph=True))
-    return [next(found) if need else None for need in wanted]
+def _plain(keep: Tensor | None, norm_eps: float, grn_eps: float, x: Tensor, *parameters: Tensor) -> Tensor:
+    out = token_mlp(x, *parameters, norm_eps, grn_eps)
+    return out if keep is None else out * keep.view(-1, 1, 1).to(out.dtype)
 
 
 def fused_token_mlp(

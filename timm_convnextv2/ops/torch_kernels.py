@@ -11,20 +11,6 @@ from torch import Tensor
 from .functional import spatial_norm, stats_dtype
 from .gemm import bias_grad, scratch, weight_grad
 
-__all__ = [
-    "KEEPS_ACTIVATION",
-    "gelu",
-    "gelu_backward",
-    "gelu_norms",
-    "gelu_reductions",
-    "gelu_scale",
-    "layer_norm",
-    "layer_norm_backward",
-    "window_conv",
-    "window_conv_input_grad",
-    "window_conv_weight_grad",
-]
-
 # Whether `gelu` returns the activation. Folding GRN's scale into the second Linear's weight needs it, because a matrix
 # product then reads it.
 KEEPS_ACTIVATION = True
@@ -51,12 +37,7 @@ def layer_norm(
 def layer_norm_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, in its dtype, and of weight and bias, in float32 or float64; None if not needed.
-
-    Args:
-        grad: Gradient of the tokens, like `x` `[..., C]`.
-        mean: From `layer_norm`, as `rstd`.
-    """
+    """Gradients of x, in its dtype, and of weight and bias, in float32 or float64; None if not needed."""
     w = weight.to(stats_dtype(x))
     # the last `w` stands for the bias, of which only the shape counts
     known = (grad.to(w.dtype), x.to(w.dtype), x.shape[-1:], mean, rstd, w, w)
@@ -138,7 +119,7 @@ def window_conv_input_grad(grad: Tensor, weight: Tensor, index: Tensor) -> Tenso
 
 
 def window_conv_weight_grad(x: Tensor, grad: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Gradients of `window_conv` for the weight, `[C, 1, k, k]`, and the bias, `[C]`."""
+    """Gradients of `window_conv` for the weight, `[C, 1, k, k]`, and the bias, `[C]`, in float32 or float64."""
     p, maps, tokens = x.shape[1], grad.permute(0, 3, 1, 2), _with_zero(x)
 
     def part(patches: slice, first: int, width: int) -> tuple[Tensor, tuple[int, int]]:

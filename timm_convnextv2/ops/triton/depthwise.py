@@ -4,6 +4,7 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import NUM_WARPS, channel_block, check, same
 
@@ -84,7 +85,7 @@ def _depthwise_weight_grad(
         tl.store(sums + K * K * C + c, tl.sum(bias_total, 0), mask=c < C)
 
 
-def _check_packed(name: str, x: torch.Tensor, index: torch.Tensor, k: int) -> None:
+def _check_packed(name: str, x: Tensor, index: Tensor, k: int) -> None:
     N, p = x.shape[:2]
     same(name, x.shape, (N, p, p, x.shape[-1]))
     same("index", index.shape, (N, p + k - 1, p + k - 1))
@@ -92,9 +93,7 @@ def _check_packed(name: str, x: torch.Tensor, index: torch.Tensor, k: int) -> No
         raise ValueError(f"The kernel size must be odd, got {k}.")
 
 
-def _depthwise_launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor, turned: bool
-) -> torch.Tensor:
+def _depthwise_launch(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, turned: bool) -> Tensor:
     p, C, k = x.shape[1], x.shape[-1], weight.shape[-1]
     same("weight", weight.shape, (C, 1, k, k))
     out = torch.empty_like(x)
@@ -113,7 +112,7 @@ def _depthwise_launch(
     return out
 
 
-def window_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor:
+def window_conv(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
     """Submanifold depthwise convolution of packed patches, without a window or a dense map in memory."""
     weight = weight.contiguous()
     check(x=x, weight=weight, bias=bias, index=index)
@@ -123,7 +122,7 @@ def window_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return _depthwise_launch(x, weight, bias, index, turned=False)
 
 
-def window_conv_input_grad(grad: torch.Tensor, weight: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def window_conv_input_grad(grad: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """Gradient of `window_conv` for `x`. Neighbourhood is mutual: the same operation with the flipped kernel."""
     weight = weight.contiguous()
     check(grad=grad, weight=weight, index=index)
@@ -131,9 +130,7 @@ def window_conv_input_grad(grad: torch.Tensor, weight: torch.Tensor, index: torc
     return _depthwise_launch(grad, weight, None, index, turned=True)
 
 
-def window_conv_weight_grad(
-    x: torch.Tensor, grad: torch.Tensor, index: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def window_conv_weight_grad(x: Tensor, grad: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Gradients of `window_conv` for the weight and the bias (which costs next to nothing beside the weight's)."""
     check(x=x, grad=grad, index=index)
     _check_packed("x", x, index, k)

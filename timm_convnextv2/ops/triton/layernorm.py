@@ -9,6 +9,7 @@ Source: Layer Normalization, https://arxiv.org/abs/1607.06450.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import NUM_WARPS, check, same
 
@@ -93,8 +94,8 @@ def _blocks(rows: int, channels: int) -> dict[str, int]:
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm over the last axis in one read and one write."""
     check(x=x, weight=weight, bias=bias)
     C = x.shape[-1]
@@ -110,9 +111,9 @@ def layer_norm(
 
 
 def layer_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor,
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
     need_x: bool, need_weight: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of `layer_norm` in one read of `grad` and `x` and one write; sums of a program's rows beside it."""
     check(grad=grad, x=x, mean=mean, rstd=rstd, weight=weight)
     C = x.shape[-1]
@@ -122,8 +123,7 @@ def layer_norm_backward(
     same("weight", weight.shape, (C,))
     dx = torch.empty_like(x) if need_x else None
     if not x.numel():
-        d_weight, d_bias = x.new_zeros(2, C, dtype=torch.float32) if need_weight else (None, None)
-        return dx, d_weight, d_bias
+        return dx, *(x.new_zeros(2, C, dtype=torch.float32) if need_weight else (None, None))
     M, blocks = x.numel() // C, _blocks(x.numel() // C, C)
     block_t = blocks["BLOCK_T"]
     tokens = triton.cdiv(max(triton.cdiv(M, NORM_PROGRAMS), NORM_ROWS), block_t) * block_t
@@ -135,5 +135,4 @@ def layer_norm_backward(
                 grad, x, mean, rstd, weight, x if dx is None else dx, mean if sums is None else sums, M, tokens,
                 DX=need_x, SUMS=need_weight, **blocks,
             )  # fmt: skip
-    d_weight, d_bias = (None, None) if sums is None else sums.sum(0)
-    return dx, d_weight, d_bias
+    return dx, *((None, None) if sums is None else sums.sum(0))

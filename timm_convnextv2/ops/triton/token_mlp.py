@@ -9,6 +9,7 @@ Source: GELU, https://arxiv.org/abs/1606.08415 (exact form); GRN, ConvNeXt V2 (h
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import NUM_WARPS, channel_block, check, same
 
@@ -41,6 +42,15 @@ def _gelu_place(T, F, parts, TOKENS: tl.constexpr, BLOCK_F: tl.constexpr):
 
 
 @triton.jit
+def _gelu_tile(h, start, count, f, F, BLOCK_T: tl.constexpr):
+    """Places, mask and float32 values of `BLOCK_T` tokens of a program from its token `start` on."""
+    t = start + tl.arange(0, BLOCK_T)
+    inside = (t < count)[:, None] & (f < F)[None, :]
+    place = t[:, None] * F + f[None, :]
+    return place, inside, tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _normal_cdf(x):
     return 0.5 + 0.5 * tl.math.erf(x * _SQRT_HALF)
 
@@ -51,9 +61,7 @@ def _gelu_square_sum(h, sums, T, F, parts, TOKENS: tl.constexpr, BLOCK_T: tl.con
     h += first
     total = tl.full([BLOCK_T, BLOCK_F], 0.0, tl.float32)
     for start in range(0, count, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        inside = (t < count)[:, None] & (f < F)[None, :]
-        x = tl.load(h + t[:, None] * F + f[None, :], mask=inside, other=0.0).to(tl.float32)
+        _, _, x = _gelu_tile(h, start, count, f, F, BLOCK_T)
         a = x * _normal_cdf(x)
         total += a * a
     tl.store(sums + slot * F + f, tl.sum(total, 0), mask=f < F)
@@ -70,10 +78,7 @@ def _gelu_scale(
     h += first
     out += first
     for start in range(0, count, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        inside = (t < count)[:, None] & (f < F)[None, :]
-        place = t[:, None] * F + f[None, :]
-        x = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
+        place, inside, x = _gelu_tile(h, start, count, f, F, BLOCK_T)
         y = x * _normal_cdf(x) * s + beta
         tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
 
@@ -91,10 +96,7 @@ def _gelu_reductions(
     out += first
     total = tl.full([BLOCK_T, BLOCK_F], 0.0, tl.float32)
     for start in range(0, count, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        inside = (t < count)[:, None] & (f < F)[None, :]
-        place = t[:, None] * F + f[None, :]
-        x = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
+        place, inside, x = _gelu_tile(h, start, count, f, F, BLOCK_T)
         dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         a = x * _normal_cdf(x)
         total += dy * a
@@ -116,10 +118,7 @@ def _gelu_backward(
     dh += first
     total = tl.full([BLOCK_T, BLOCK_F], 0.0, tl.float32)
     for start in range(0, count, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        inside = (t < count)[:, None] & (f < F)[None, :]
-        place = t[:, None] * F + f[None, :]
-        x = tl.load(h + place, mask=inside, other=0.0).to(tl.float32)
+        place, inside, x = _gelu_tile(h, start, count, f, F, BLOCK_T)
         dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         cdf = _normal_cdf(x)
         slope = cdf + x * tl.exp(-0.5 * x * x) * _INV_SQRT_2PI
@@ -129,7 +128,7 @@ def _gelu_backward(
     tl.store(db + slot * F + f, tl.sum(total, 0), mask=f < F)
 
 
-def _gelu_launch(h: torch.Tensor) -> tuple[int, tuple[int], dict[str, int]]:
+def _gelu_launch(h: Tensor) -> tuple[int, tuple[int], dict[str, int]]:
     """Parts an image is cut into, the grid, and the constants of a launch."""
     B, T, F = h.shape
     block_f = channel_block(F, GELU_CHANNELS)
@@ -143,11 +142,11 @@ def _gelu_launch(h: torch.Tensor) -> tuple[int, tuple[int], dict[str, int]]:
     return parts, (B * parts * triton.cdiv(F, block_f),), blocks
 
 
-def gelu(h: torch.Tensor) -> None:
+def gelu(h: Tensor) -> None:
     """No activation: the other functions compute it anew from `h`, and take None for it."""
 
 
-def gelu_square_sum(h: torch.Tensor) -> torch.Tensor:
+def gelu_square_sum(h: Tensor) -> Tensor:
     """`sum_t gelu(h)^2` of `[B, T, F]` in one read, float32 `[B, F]`; nothing of the size of `h` is written."""
     check(h=h)
     B, T, F = h.shape
@@ -160,12 +159,12 @@ def gelu_square_sum(h: torch.Tensor) -> torch.Tensor:
     return sums.sum(1)
 
 
-def gelu_norms(h: torch.Tensor, act: None) -> torch.Tensor:
+def gelu_norms(h: Tensor, act: None) -> Tensor:
     """L2 norms of `gelu(h)` over the tokens of `[B, T, F]`, float32 `[B, 1, F]`."""
     return gelu_square_sum(h).unsqueeze(1).clamp_(min=1e-30).sqrt_()
 
 
-def gelu_scale(h: torch.Tensor, act: None, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def gelu_scale(h: Tensor, act: None, scale: Tensor, bias: Tensor) -> Tensor:
     """`gelu(h) * scale + bias` in one read and one write."""
     check(h=h, scale=scale, bias=bias)
     B, T, F = h.shape
@@ -180,8 +179,8 @@ def gelu_scale(h: torch.Tensor, act: None, scale: torch.Tensor, bias: torch.Tens
 
 
 def gelu_reductions(
-    h: torch.Tensor, act: None, grad: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, need_out: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    h: Tensor, act: None, grad: Tensor, scale: Tensor, bias: Tensor, need_out: bool
+) -> tuple[Tensor, Tensor | None]:
     """What the backward of `gelu_scale` sums, and its output again, in one read of `h` and `grad` and one write."""
     check(h=h, grad=grad, scale=scale, bias=bias)
     B, T, F = h.shape
@@ -200,9 +199,7 @@ def gelu_reductions(
     return d_scale.sum(1, keepdim=True), out
 
 
-def gelu_backward(
-    h: torch.Tensor, act: None, grad: torch.Tensor, scale: torch.Tensor, pull: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gelu_backward(h: Tensor, act: None, grad: Tensor, scale: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
     """`gelu'(h) * (grad * scale + pull * gelu(h))`: the gradient of `h` through the scaling and through the norms."""
     check(h=h, grad=grad, scale=scale, pull=pull)
     B, T, F = h.shape
