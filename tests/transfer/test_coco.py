@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_convnextv2.transfer.detection.coco import DetectionSamples, large_scale_jitter, open_coco
+from timm_convnextv2.transfer.detection.coco import DetectionImages, collate, large_scale_jitter, open_coco
+from timm_convnextv2.transfer.loop import Samples
 
 pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
 
@@ -55,14 +56,14 @@ def test_gaps_crowds_masks_of_both_kinds_and_images_without_objects(opened):
     ]
     coco = opened(content(several), in_chans=3)
     assert (coco.classes, coco.category_ids) == (["ant", "cat"], [3, 7])
-    image, target = DetectionSamples(coco)[0, 0]
+    (image,), (target,) = collate([DetectionImages(coco)[0]])
     assert image.shape == (3, 8, 10) and image[0, 0, 0] == pytest.approx(100 / 255)
     assert target["labels"].tolist() == [2, 1, 2]
     assert target["boxes"].tolist() == [[2, 1, 4, 4], [2, 1, 4, 4], [8, 6, 10, 8]]
     expected = torch.zeros(8, 10, dtype=torch.uint8)
     expected[1:4, 2:4] = 1
     assert torch.equal(target["masks"][0], expected) and torch.equal(target["masks"][1], expected)
-    image, target = DetectionSamples(coco, large_scale_jitter(16))[0, 1]
+    image, target = Samples(DetectionImages(coco), large_scale_jitter(16))[0, 1]
     assert [tuple(target[k].shape) for k in ("boxes", "labels", "masks")] == [(0, 4), (0,), (0, 16, 16)]
     assert len(coco.annotations) == 4  # the crowd is the evaluator's
 
@@ -73,20 +74,10 @@ def test_16_bits_and_many_channels(opened):
     value = content()
     for image in value["images"]:
         image["file_name"] = image["file_name"].replace("png", "npy")
-    image, target = DetectionSamples(opened(value, in_chans=5), large_scale_jitter(16, (1, 1)), in_chans=5)[0, 0]
+    images = DetectionImages(opened(value, in_chans=5), in_chans=5)
+    (image,), (target,) = collate([large_scale_jitter(16, (1, 1))(*images[0])])
     assert image.shape == (5, 16, 16) and image.max() == pytest.approx(30000 / 65535)
     assert target["masks"].shape == (1, 16, 16)
-
-
-def test_samples_depend_on_seed_epoch_and_index_alone(opened):
-    samples = DetectionSamples(opened(content()), large_scale_jitter(16), seed=3)
-    first = samples[4, 0]
-    torch.rand(3)
-    samples[5, 1]
-    again = samples[4, 0]
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1]["boxes"], again[1]["boxes"])
-    other = [samples[epoch, 0][1]["boxes"].tolist() for epoch in range(6)]
-    assert len({str(boxes) for boxes in other}) > 1
 
 
 def changed(**changes):
@@ -103,13 +94,13 @@ BAD = {
         dict(content(), images=[dict(id=i, file_name=f"x{i}.png", height=8, width=10) for i in range(5)]),
         r"has 5 images \(of 5\) that are missing in '.*': x0.png, x1.png, x2.png, ...\.",
     ),
-    "no sizes": (dict(content(), images=[dict(id=5, file_name="a.png")]), "1 images without `height` and `width`"),
-    "ids twice": (dict(content(), images=content()["images"][:1] * 2), "1 duplicate image ids: 5"),
+    "no sizes": (dict(content(), images=[dict(id=5, file_name="a.png")]), "1 images without a valid `height`"),
+    "ids twice": (dict(content(), images=content()["images"][:1] * 2), "1 images of equal `id`: 5"),
     "unknown image": (changed(image=6), "1 annotations of images that it does not list: image_id 6"),
     "unknown category": (changed(category=1), "1 annotations of categories that it does not list: category_id 1"),
     "names twice": (
         dict(content(), categories=[dict(id=7, name="cat"), dict(id=3, name="cat")]),
-        "1 duplicate category names: cat",
+        "1 categories of equal `name`: cat",
     ),
     "no box": (changed(box=[1, 2, 3]), "1 annotations whose `bbox` is not four numbers"),
     "zero area": (changed(box=(2, 1, 0, 3)), "1 boxes without area: annotation 1 of a.png"),
@@ -139,7 +130,7 @@ def test_wrong_annotations_can_be_left_out_and_are_counted(opened):
 
 def test_masks_are_not_asked_for_where_only_boxes_count(opened):
     coco = opened(changed(mask=None), masks=False)
-    assert set(DetectionSamples(coco, masks=False)[0, 0][1]) == {"boxes", "labels"}
+    assert set(DetectionImages(coco, masks=False)[0][1]) == {"boxes", "labels"}
 
 
 def test_images_of_another_size_or_corrupt_are_found_before_training(opened):

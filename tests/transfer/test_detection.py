@@ -13,11 +13,18 @@ from tiny import tiny_detector
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 
 from timm_convnextv2.data.demo import write_folder
-from timm_convnextv2.transfer import build_detector, create_backbone, export_detector, open_detector
-from timm_convnextv2.transfer.detection.coco import Coco, DetectionSamples, collate, large_scale_jitter, open_coco
-from timm_convnextv2.transfer.detection.detector import classes_of
+from timm_convnextv2.transfer import build_detector, create_backbone, export_detector, open_detector, parameter_groups
+from timm_convnextv2.transfer.detection.coco import (
+    Coco,
+    CocoImage,
+    DetectionImages,
+    collate,
+    large_scale_jitter,
+    open_coco,
+)
+from timm_convnextv2.transfer.detection.detector import open_with_classes
 from timm_convnextv2.transfer.detection.metrics import METRICS, average_precision, evaluate_detector, save_found
-from timm_convnextv2.transfer.groups import parameter_groups
+from timm_convnextv2.transfer.loop import Samples
 
 pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
 
@@ -76,8 +83,6 @@ def test_average_precision_is_that_of_pycocotools(tmp_path):
         for r in results
     ]
     categories = [dict(id=i, name=str(i)) for i in (2, 5, 11)]
-    from timm_convnextv2.transfer.detection.coco import CocoImage
-
     coco = Coco(
         tmp_path, [
             CocoImage(e["id"], "", e["file_name"], 160, 200, [a for a in annotations if a["image_id"] == e["id"]])
@@ -110,7 +115,7 @@ def test_nothing_found_is_zero(coco):
 def test_a_detector_trains_and_its_export_is_the_same(coco, boxes_only, tmp_path):
     detector = tiny_detector(boxes_only=boxes_only, box_score_thresh=0.0)
     assert isinstance(detector, MaskRCNN) is not boxes_only and isinstance(detector, FasterRCNN)
-    samples = DetectionSamples(coco, large_scale_jitter(64), masks=not boxes_only)
+    samples = Samples(DetectionImages(coco, masks=not boxes_only), large_scale_jitter(64))
     losses = detector(*collate([samples[0, i] for i in range(3)]))
     assert len(losses) == 5 - boxes_only
     sum(losses.values()).backward()
@@ -119,23 +124,23 @@ def test_a_detector_trains_and_its_export_is_the_same(coco, boxes_only, tmp_path
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     metrics = {"box_ap": 0.25}
     export_detector(detector, tmp_path / "model", classes=coco.classes, metrics=metrics)
-    assert classes_of(tmp_path / "model") == coco.classes
     assert "| box_ap | 0.2500 |" in (tmp_path / "model/README.md").read_text()
-    again = open_detector(tmp_path / "model")
+    again, classes = open_with_classes(tmp_path / "model")
+    assert classes == coco.classes
     assert_same(dict(again.state_dict()), dict(detector.state_dict()))
-    image = samples[0, 0][0]
+    image = collate([samples[0, 0]])[0][0]
     with torch.no_grad():
         assert_same(again([image]), detector.eval()([image]))
 
 
 def test_what_is_found_is_evaluated_and_drawn(coco, tmp_path):
     detector = tiny_detector(box_score_thresh=0.0)
-    metrics, results = evaluate_detector(detector, coco, batch_size=3)
+    metrics, results = evaluate_detector(detector, DetectionImages(coco), batch_size=3)
     assert len(metrics) == 24 and len(results) == 8 * 2
     for result in results:
         assert result["category_id"] in range(1, 9) and result["segmentation"]["size"] == [64, 64]
-    save_found(tmp_path / "a/b.png", DetectionSamples(coco), results, [1, 3], min_score=0.0)
-    save_found(tmp_path / "none.png", DetectionSamples(coco), [], [1, 3])
+    save_found(tmp_path / "a/b.png", DetectionImages(coco), results, [1, 3], min_score=0.0)
+    save_found(tmp_path / "none.png", DetectionImages(coco), [], [1, 3])
     first, none = (
         np.asarray(Image.open(path).convert("RGB")) for path in (tmp_path / "a/b.png", tmp_path / "none.png")
     )
@@ -191,8 +196,8 @@ def test_a_detector_memorises_eight_images(coco):
     """Box AP above 0.9 on what it was trained on, in about a hundred steps."""
     fast = dict(rpn_post_nms_top_n_train=60, rpn_post_nms_top_n_test=60, box_batch_size_per_image=32)
     detector = tiny_detector(boxes_only=True, out_channels=32, **fast)
-    samples = DetectionSamples(coco, masks=False)
-    batch = collate([samples[0, i] for i in range(8)])
+    data = DetectionImages(coco, masks=False)
+    batch = collate([data[i] for i in range(8)])
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
     reached = 0.0
     for step in range(400):
@@ -202,7 +207,7 @@ def test_a_detector_memorises_eight_images(coco):
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
         optimizer.step()
         if step % 25 == 24:
-            reached = evaluate_detector(detector, coco, batch_size=8)[0]["box_ap"]
+            reached = evaluate_detector(detector, data, batch_size=8)[0]["box_ap"]
             if reached > 0.9:
                 break
     assert reached > 0.9

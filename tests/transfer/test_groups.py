@@ -7,31 +7,20 @@ import torch
 from helpers import ROOT
 from torch import nn
 
-from timm_convnextv2.transfer.backbone import create_backbone
-from timm_convnextv2.transfer.groups import parameter_groups
+from timm_convnextv2.transfer import create_backbone, parameter_groups
 
-# `layer_wise` of the official LearningRateDecayOptimizerConstructor (num_layers 6 and 12), written out by hand:
-# part of the backbone -> exponent of the decay
-TINY = {
-    "stem": 7,
-    "stages.0.blocks": 6,
-    "stages.1.downsample": 5,
-    "stages.1.blocks": 5,
-    "stages.2.downsample": 4,
-    **{f"stages.2.blocks.{b}": 4 - b // 3 for b in range(9)},
-    "stages.3.downsample": 1,
-    "stages.3.blocks": 1,
-}
-BASE = {
-    "stem": 13,
-    "stages.0.blocks": 12,
-    "stages.1.downsample": 11,
-    "stages.1.blocks": 11,
-    "stages.2.downsample": 10,
-    **{f"stages.2.blocks.{b}": 10 - b // 3 for b in range(27)},
-    "stages.3.downsample": 1,
-    "stages.3.blocks": 1,
-}
+
+def exponents(blocks):
+    """`layer_wise` of the official LearningRateDecayOptimizerConstructor: part of the backbone -> exponent."""
+    top = blocks // 3 + 1  # num_layers is 6 for 9 blocks in stage 3, and 12 for 27
+    return {
+        "stem": top + 3, "stages.0.blocks": top + 2, "stages.1.downsample": top + 1, "stages.1.blocks": top + 1,
+        "stages.2.downsample": top, **{f"stages.2.blocks.{b}": top - b // 3 for b in range(blocks)},
+        "stages.3.downsample": 1, "stages.3.blocks": 1,
+    }  # fmt: skip
+
+
+TINY, BASE = exponents(9), exponents(27)
 
 
 class Whole(nn.Module):

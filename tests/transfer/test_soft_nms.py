@@ -78,4 +78,4 @@ def test_a_detector_takes_it():
     with torch.no_grad():
         assert len(use_soft_nms(limited, "gaussian")(images)[0]["boxes"]) == 3
     with pytest.raises(ValueError, match="soft-NMS is 'hard', expected linear or gaussian"):
-        use_soft_nms(limited, "hard")
+        soft_nms(*make_boxes(2), "hard")

@@ -5,9 +5,9 @@
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import ModelCardData, hf_hub_download
 from safetensors import SafetensorError
@@ -17,6 +17,8 @@ from torch import nn
 from .card import HERE, OR_HUB, images_text, licence_text, pixels_text, render_card, results, table, with_metadata
 from .export import how_made, place_folder
 from .provenance import HUB_ERRORS, WEIGHTS, check_config, read_json
+
+Model = TypeVar("Model", bound=nn.Module)
 
 CONFIG = "config.json"
 TASKS = {"detection": "detector", "segmentation": "segmenter"}
@@ -103,13 +105,21 @@ def _checked(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Loads the weights of a folder into the model that its `config.json` describes."""
+def open_task(
+    name: str | os.PathLike, task: str, build: Callable[[dict[str, Any]], Model]
+) -> tuple[Model, list[str]]:
+    """The model that `build` makes from `config.json`, with its weights, in eval mode on the CPU; and its classes."""
+    folder, config = read_task(name, task)
+    try:
+        model = build(config)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"The {TASKS[task]} in '{name}' cannot be opened ({type(e).__name__}: {e}).") from e
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as e:
         what = " ".join(str(e).split())
         raise ValueError(f"The weights '{folder / WEIGHTS}' cannot be loaded ({type(e).__name__}: {what}).") from e
+    return model.eval(), list(config["classes"])
 
 
 def write_task(

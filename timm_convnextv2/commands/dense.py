@@ -1,32 +1,49 @@
-"""The sub-commands that `detect` and `segment` share, and how they are parsed."""
+"""The sub-commands that `detect` and `segment` share: how they are parsed, and what `train` and `eval` do."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .. import transfer
 from ..config import add_options, build, from_mapping, words_given
 from ..console import PROGRAM, CommandParser, refused, say
+from ..data import FolderSource
+from ..data.samples.batches import map_batches
+from ..features.extract import refuse_bad
+from ..files import claim_folder, write_json
 from ..recipes import Recipe, list_recipes, load_recipe
 from ..runs.end import run_command, start_command
+from ..transfer.backbone import Backbone, as_float
 from ..transfer.task import Task, set_up
+
+
+def readable_images(config: Any, backbone: Backbone, batch_size: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """Batches of the images below --images, float `[C, H, W]` in 0..1, each with its path relative to the folder."""
+    source = FolderSource(config.images, backbone.in_chans, backbone.pixels)
+    numbers = range(-(-len(source) // batch_size))
+    for batch in map_batches(source, as_float, batch_size, numbers, config.compute.workers):
+        refuse_bad([str(item.error) for item in batch.items or () if item.error is not None])
+        yield [(item.name, item.image) for item in batch.items or () if item.image is not None]
 
 
 @dataclass(frozen=True)
 class Dense:
     """`detect` or `segment`: dense prediction with the actions train, eval and predict.
 
-    `task` builds the task from the config of `train`. `actions` has config, help text and function by name; `train` has
-    no function, as `set_up` trains any task.
+    `configs` are those of the actions. `task` builds the task from the config of `train` or of `eval`; `predict` is the
+    function of the third action.
     """
 
     name: str
     description: str
+    configs: dict[str, type]
     task: Callable[[Any], Task]
-    actions: dict[str, tuple[type, str, Callable[[Any], None] | None]]
+    predict: Callable[[Any], None]
 
     @property
     def recipes(self) -> Path:
@@ -36,11 +53,12 @@ class Dense:
         """The action, its config, and the recipe whose values lie below the words."""
         parser = CommandParser(prog=f"{PROGRAM} {self.name}", description=self.description)
         subparsers = parser.add_subparsers(dest="action", required=True, metavar="train|eval|predict")
-        for name, (config, text, _) in self.actions.items():
-            add_options(subparsers.add_parser(name, help=text, description=text), config)
+        for name, cls in self.configs.items():
+            text = {"train": "train a model", "eval": "evaluate a model", "predict": "apply a model to a folder"}[name]
+            add_options(subparsers.add_parser(name, help=text, description=text), cls)
         given = words_given(parser, words)
         action = given.pop("action")
-        cls = self.actions[action][0]
+        cls = self.configs[action]
         recipe = load_recipe(given["recipe"], self.recipes) if given.get("recipe") else None
         below = [from_mapping(cls, recipe.values, f"--recipe {recipe.name}")] if recipe else []
         return action, build(cls, *below, given), recipe
@@ -55,13 +73,24 @@ class Dense:
             action, config, recipe = self.parse(words)
         except ValueError as e:
             return refused(self.name, e)
-        act = self.actions[action][2]
-        if act is None:
-            line = start_command(self.name, words)
-            begin = partial(set_up, self.task, config, recipe, line=line)
+        if action == "train":
+            begin = partial(set_up, self.task, config, recipe, line=start_command(self.name, words))
             return run_command(f"{self.name} train", config.compute.device, begin)
         try:
-            act(config)
+            self.predict(config) if action == "predict" else self.evaluate(config)
         except (ValueError, OSError, RuntimeError) as e:
             return refused(f"{self.name} {action}", e)
         return 0
+
+    def evaluate(self, config: Any) -> None:
+        """Evaluates an exported model; prints the metrics, and writes them with what was found if there is --output."""
+        task = self.task(config)
+        for note in task.check():
+            say(note)
+        output = config.output and claim_folder(config.output, overwrite=config.overwrite)
+        metrics, found = task.evaluate(task.model)
+        say(task.table(metrics))
+        if output:
+            by_class = {k: dict(zip(task.classes, v, strict=True)) for k, v in metrics.items() if isinstance(v, list)}
+            write_json(output / "metrics.json", metrics | by_class, indent=2)
+            task.write_found(output / "predictions.json", found)

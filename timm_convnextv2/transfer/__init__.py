@@ -1,8 +1,7 @@
 """Detection and segmentation on any backbone of timm, with the paper's settings and real metrics."""
 
-from .backbone import Backbone, create_backbone
+from .backbone import Backbone, create_backbone, parameter_groups
 from .detection.detector import build_detector, export_detector, open_detector
-from .groups import parameter_groups
 from .segmentation.metrics import find_classes
 from .segmentation.segmenter import build_segmenter, export_segmenter, open_segmenter
 

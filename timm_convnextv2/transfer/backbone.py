@@ -1,4 +1,4 @@
-"""A timm model as the backbone of detection and segmentation: the maps of its last stages, and its record."""
+"""A timm model as the backbone of detection and segmentation: maps of its last stages, layer decay, and its record."""
 
 import os
 from pathlib import Path
@@ -64,8 +64,7 @@ class Backbone(nn.Module):
 
     def load_image(self, path: str | os.PathLike) -> Tensor:
         """An image as in training, before normalisation: float `[C, H, W]`, integers scaled to 0..1."""
-        image = load_image(path, self.in_chans, self.pixels)
-        return image / 255 if image.dtype == torch.uint8 else image
+        return as_float(load_image(path, self.in_chans, self.pixels))
 
     def record(self) -> dict[str, Any]:
         """Plain values from which `open_backbone` makes the same backbone, without weights."""
@@ -87,13 +86,15 @@ class Backbone(nn.Module):
         if isinstance(whole, ConvNeXtV2):
             whole.layer_decay_type = layer_decay_type
         found: Any = group_parameters(whole, whole.group_matcher(coarse=False), reverse=True)
-        # features_only renames stem.0 to stem_0
-        layers = {name.replace(".", "_"): layer for name, layer in found.items()}
-        ids = {
-            name: layers[name.removeprefix("model.").removeprefix("model.").replace(".", "_")]
-            for name, _ in self.named_parameters()
-        }
+        layers = {name.replace(".", "_"): layer for name, layer in found.items()}  # features_only has stem_0 for stem.0
+        names = [name for name, _ in self.named_parameters()]
+        ids = {name: layers[name.removeprefix("model.").removeprefix("model.").replace(".", "_")] for name in names}
         return ids, max(max(found.values()), max(ids.values()) + 1)
+
+
+def as_float(image: Tensor) -> Tensor:
+    """uint8 in 0..255 as float in 0..1; floats unchanged."""
+    return image.div(255) if image.dtype == torch.uint8 else image
 
 
 def create_backbone(
@@ -119,13 +120,13 @@ def create_backbone(
     except (RuntimeError, TypeError, AttributeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"The model '{name}' cannot be created with features_only ({type(e).__name__}: {e}).") from e
     config = resolve_model_data_config(model)
-    spec = {"architecture": architecture, "model_args": {**own, **kwargs, "in_chans": chans}}
     mean, std = (
         list(values) if len(values) == chans else [sum(values) / len(values)] * chans
         for values in (config["mean"], config["std"])
     )
     return Backbone(
-        model, spec, mean=mean, std=std, img_size=config["input_size"][-1], pixels=model_pixels(name, chans),
+        model, {"architecture": architecture, "model_args": {**own, **kwargs, "in_chans": chans}}, mean=mean, std=std,
+        img_size=config["input_size"][-1], pixels=model_pixels(name, chans),
         origin=_origin(name, model.pretrained_cfg) if pretrained else NOBODY,
     )  # fmt: skip
 
@@ -143,11 +144,10 @@ def open_backbone(record: dict[str, Any]) -> Backbone:
 def _origin(name: str, cfg: dict[str, Any]) -> Origin:
     """Licence and base model of the weights of a model of timm, a folder or a repository."""
     source, _, location = name.partition(":")
-    if source == "local-dir":
-        return origin_of_config(config_beside({"file": location}) or cfg)
-    if source == "hf-hub":
-        return origin_of_config(config_beside({"hf_hub_id": location}) or cfg, location)
-    return origin_of_config(cfg, cfg.get("hf_hub_id"))
+    key = {"local-dir": "file", "hf-hub": "hf_hub_id"}.get(source)
+    if key is None:
+        return origin_of_config(cfg, cfg.get("hf_hub_id"))
+    return origin_of_config(config_beside({key: location}) or cfg, location if key == "hf_hub_id" else None)
 
 
 def _architecture(name: str) -> tuple[str, dict[str, Any]]:
@@ -165,3 +165,32 @@ def _architecture(name: str) -> tuple[str, dict[str, Any]]:
         load_model(name)  # for its error message
         raise
     return architecture, dict(own or {})
+
+
+def parameter_groups(
+    model: nn.Module, backbone: Backbone, *, weight_decay: float, layer_decay: float = 1.0,
+    layer_decay_type: str = "group"
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Groups for an optimizer, with `lr_scale` and `names` beside `weight_decay` and `params`; no frozen parameters.
+
+    Layer i of L in the backbone learns at `layer_decay ** (L - i)` of the rate, everything else at the full rate;
+    vectors and scalars (biases, norms) have no weight decay. Source: `layer_wise` of the official code's
+    `LearningRateDecayOptimizerConstructor` for mmdetection and mmsegmentation.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay is {layer_decay}, expected a number above 0 and at most 1.")
+    prefix = next((name for name, module in model.named_modules() if module is backbone), None)
+    if prefix is None:
+        raise ValueError("The backbone is not a part of the model.")
+    scales: dict[str, float] = {}
+    if layer_decay < 1:
+        ids, top = backbone.layer_ids(layer_decay_type)
+        scales = {f"{prefix}.{name}".lstrip("."): layer_decay ** (top - layer) for name, layer in ids.items()}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale, decay = scales.get(name, 1.0), 0.0 if parameter.ndim <= 1 else weight_decay
+            group = groups.setdefault((scale, decay), dict(params=[], names=[], lr_scale=scale, weight_decay=decay))
+            group["params"].append(parameter)
+            group["names"].append(name)
+    return list(groups.values())

@@ -6,27 +6,9 @@ from typing import Any
 import torch
 
 from ..config import option, part
-from .detection.soft_nms import METHODS
 
 
 # fmt: off
-@dataclass(frozen=True)
-class Start:
-    """The model and the recipe that a run starts from."""
-
-    model: str = option("", "a model of timm, local-dir:FOLDER or hf-hub:USER/NAME", metavar="NAME")
-    recipe: str | None = option(None, "settings by name, or a .yaml file; the command line wins", metavar="NAME")
-    list_recipes: bool = option(False, "list the recipes and exit", recorded=False)
-
-
-@dataclass(frozen=True)
-class Exported:
-    """An exported model, and whether to replace files."""
-
-    model: str = option(..., "exported model: RUN/model, or hf-hub:USER/NAME", metavar="FOLDER")
-    overwrite: bool = option(False, "replace existing files")
-
-
 @dataclass(frozen=True)
 class Compute:
     """How images are read and where models run."""
@@ -49,6 +31,7 @@ class Compute:
 class BackboneOptions:
     """The backbone of a new model."""
 
+    model: str = option("", "a model of timm, local-dir:FOLDER or hf-hub:USER/NAME", metavar="NAME")
     from_scratch: bool = option(False, "random weights in the backbone, for comparison")
     frozen: bool = option(False, "train only the layers above the backbone")
     in_chans: int | None = option(None, "channels of the images (default: the model's)", metavar="N", at_least=1)
@@ -73,9 +56,10 @@ class Crops:
 
 @dataclass(frozen=True)
 class Learning:
-    """Length, batch, optimizer and schedule."""
+    """Length, batch, optimizer and schedule, with the defaults of the paper's appendix A.3."""
 
     epochs: int = option(36, "passes over the images", metavar="N", at_least=1)
+    updates: int | None = option(None, "length of the run in updates, instead of --epochs", metavar="N", at_least=1)
     batch_size: int = option(4, "images per process and step", short="-b", metavar="N", at_least=1)
     grad_accum_steps: int = option(1, "steps per update", metavar="N", at_least=1)
     opt: str = option("adamw", "any optimizer of timm", metavar="NAME")
@@ -86,8 +70,11 @@ class Learning:
     clip_grad: float | None = option(None, "clip the gradient's norm (default: no clipping)", metavar="NORM")
     model_ema: bool = option(False, "evaluate and export a moving average of the weights", negatable=True)
     model_ema_decay: float = option(0.9998, "", metavar="X")
-    sched: str = option("step", "", choices=("step", "cosine", "poly"))
+    sched: str = option("step", "poly: linear to 0; step: see --decay-epochs", choices=("step", "cosine", "poly"))
+    decay_epochs: tuple[float, ...] = option(
+        (27.0, 33.0), "epochs after which 'step' divides the learning rate by 10", metavar="N")
     warmup_updates: int = option(1000, "updates of linear warmup", metavar="N", at_least=0)
+    warmup_share: float = option(1e-3, "first learning rate of the warmup, relative to --lr", metavar="X")
     seed: int = option(42, "", metavar="N")
 
 
@@ -107,6 +94,25 @@ class RunOptions:
     wandb_project: str | None = option(None, "project in Weights & Biases", metavar="NAME")
     log_tensorboard: bool = option(False, "log to TensorBoard")
     dry_run: bool = option(False, "check everything and exit before training", recorded=False)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What `detect train` and `segment train` share."""
+
+    recipe: str | None = option(None, "settings by name, or a .yaml file; the command line wins", metavar="NAME")
+    list_recipes: bool = option(False, "list the recipes and exit", recorded=False)
+    compute: Compute = part(Compute)
+    run: RunOptions = part(RunOptions, "run")
+
+
+@dataclass(frozen=True)
+class ExportedConfig:
+    """What `eval` and `predict` share: an exported model, and where it runs."""
+
+    model: str = option(..., "exported model: RUN/model, or hf-hub:USER/NAME", metavar="FOLDER")
+    overwrite: bool = option(False, "replace existing files")
+    compute: Compute = part(Compute)
 
 
 # ---------------------------------------------------------------------------------------------------------- detection
@@ -138,69 +144,46 @@ class DetectModel(BackboneOptions):
     out_channels: int = option(256, "channels of the pyramid", metavar="N", at_least=1)
     detector_kwargs: dict[str, Any] = option(
         {}, "more options of torchvision's MaskRCNN, such as box_detections_per_img=300")
-
-
-@dataclass(frozen=True)
-class DetectCrops(Crops):
-    """Large-scale jitter, and the size in evaluation."""
-
     test_size: tuple[int, int] | None = option(
         None, "image size in evaluation: shorter side, and limit of the longer one (default: --img-size for both)",
         metavar=("SHORT", "LONG"), at_least=1)
 
 
 @dataclass(frozen=True)
-class DetectLearning(Learning):
-    """With the defaults of the paper's appendix A.3."""
-
-    decay_epochs: tuple[float, ...] = option(
-        (27.0, 33.0), "epochs after which 'step' divides the learning rate by 10", metavar="N")
-
-
-@dataclass(frozen=True)
-class DetectConfig:
+class DetectConfig(TrainConfig):
     """`detect train`."""
 
-    start: Start = part(Start)
     data: DetectTrainData = part(DetectTrainData)
-    compute: Compute = part(Compute)
-    model: DetectModel = part(DetectModel, "model")
-    crops: DetectCrops = part(DetectCrops, "images")
-    learning: DetectLearning = part(DetectLearning, "training")
-    run: RunOptions = part(RunOptions, "run")
+    backbone: DetectModel = part(DetectModel, "model")
+    crops: Crops = part(Crops, "images")
+    learning: Learning = part(Learning, "training")
 
 
 @dataclass(frozen=True)
-class Inference:
+class DetectUse(ExportedConfig):
     """How an exported detector runs."""
 
     soft_nms: str | None = option(
         None, "lower the scores of boxes that overlap better ones, as in the paper, instead of removing them "
-        "(default: remove)", choices=METHODS)
+        "(default: remove)", choices=("linear", "gaussian"))
     batch_size: int = option(2, "images per batch", short="-b", metavar="N", at_least=1)
 
 
 @dataclass(frozen=True)
-class DetectEvalConfig:
+class DetectEvalConfig(DetectUse):
     """`detect eval`."""
 
-    exported: Exported = part(Exported)
     data: DetectData = part(DetectData)
     output: str | None = option(None, "folder for metrics.json and predictions.json", metavar="DIR")
-    compute: Compute = part(Compute)
-    inference: Inference = part(Inference)
 
 
 @dataclass(frozen=True)
-class DetectPredictConfig:
+class DetectPredictConfig(DetectUse):
     """`detect predict`."""
 
-    exported: Exported = part(Exported)
     images: str = option(..., "folder with images at any depth", metavar="DIR")
     output: str = option(..., "JSON file to write, in COCO's format", metavar="FILE")
     min_score: float = option(0.05, "leave out objects with a lower score", metavar="X")
-    compute: Compute = part(Compute)
-    inference: Inference = part(Inference)
 
 
 # ------------------------------------------------------------------------------------------------------- segmentation
@@ -221,8 +204,8 @@ class SegmentData:
 
 
 @dataclass(frozen=True)
-class Sliding:
-    """How a segmenter runs on whole images."""
+class Averaging:
+    """How a segmenter runs on images: whole or in sliding windows, averaged over scales and flips."""
 
     short_side: int | None = option(
         None, "resize images so that the shorter side has N pixels (default: their own size)", metavar="N", at_least=1)
@@ -231,19 +214,16 @@ class Sliding:
     stride: int | None = option(
         None, "pixels between windows (default: two thirds of --window)", metavar="N", at_least=1)
 
-    def __post_init__(self) -> None:
-        if self.stride is not None and self.stride > (self.window or 0):
-            window = self.window or "not given"
-            raise ValueError(f"--stride is {self.stride}, expected 1 to --window, which is {window}.")
-
-
-@dataclass(frozen=True)
-class Averaging(Sliding):
-    """The same, averaged over scales and flips."""
-
     scales: tuple[float, ...] = option(
         (1.0,), "relative image sizes whose probabilities are averaged", metavar="X", above=0)
     flip: bool = option(False, "average with the mirrored image")
+
+    def __post_init__(self) -> None:
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(f"--scales are {list(self.scales)}, expected one or more numbers above 0.")
+        if self.stride is not None and self.stride > (self.window or 0):
+            window = self.window or "not given"
+            raise ValueError(f"--stride is {self.stride}, expected 1 to --window, which is {window}.")
 
 
 @dataclass(frozen=True)
@@ -271,44 +251,36 @@ class SegmentLearning(Learning):
     epochs: int = option(100, "passes over the images", metavar="N", at_least=1)
     # one image per batch has no batch statistics
     batch_size: int = option(8, "images per process and step, at least 2", short="-b", metavar="N", at_least=2)
-    sched: str = option("poly", "poly: linear to 0", choices=("poly", "cosine"))
+    sched: str = option("poly", "poly: linear to 0; step: see --decay-epochs", choices=("poly", "cosine", "step"))
     warmup_updates: int = option(0, "updates of linear warmup", metavar="N", at_least=0)
-    updates: int | None = option(None, "length of the run in updates, instead of --epochs", metavar="N", at_least=1)
     warmup_share: float = option(1e-6, "first learning rate of the warmup, relative to --lr", metavar="X")
 
 
 @dataclass(frozen=True)
-class SegmentConfig:
+class SegmentConfig(TrainConfig):
     """`segment train`."""
 
-    start: Start = part(Start)
     data: SegmentData = part(SegmentData)
-    compute: Compute = part(Compute)
-    model: SegmentModel = part(SegmentModel, "model")
+    backbone: SegmentModel = part(SegmentModel, "model")
     crops: SegmentCrops = part(SegmentCrops, "images")
-    sliding: Sliding = part(Sliding, "images")
+    averaging: Averaging = part(Averaging, "images in evaluation")
     learning: SegmentLearning = part(SegmentLearning, "training")
-    run: RunOptions = part(RunOptions, "run")
 
 
 @dataclass(frozen=True)
-class SegmentEvalConfig:
+class SegmentEvalConfig(ExportedConfig):
     """`segment eval`."""
 
-    exported: Exported = part(Exported)
     data: SegmentData = part(SegmentData)
     split: str = option("validation", "split to evaluate on", choices=("train", "validation", "test"))
     output: str | None = option(None, "folder for metrics.json", metavar="DIR")
-    compute: Compute = part(Compute)
     averaging: Averaging = part(Averaging)
 
 
 @dataclass(frozen=True)
-class SegmentPredictConfig:
+class SegmentPredictConfig(ExportedConfig):
     """`segment predict`."""
 
-    exported: Exported = part(Exported)
     images: str = option(..., "folder with images at any depth", metavar="DIR")
     output: str = option(..., "folder for the index PNGs", metavar="DIR")
-    compute: Compute = part(Compute)
     averaging: Averaging = part(Averaging)

@@ -1,8 +1,12 @@
-"""Figures of what a model found in images, beside the truth."""
+"""What both tasks show: figures of what a model found in images, beside the truth; names in messages."""
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.formats.files import printable
 from ..report.images import displayable
 
 
@@ -11,3 +15,9 @@ def as_rgb(image: Tensor, *, stretch: bool = False) -> Tensor:
     shown = displayable(image[None], torch.zeros(len(image)), torch.ones(len(image)))[0]
     low, high = shown.min(), shown.max()
     return (shown - low) / (high - low).clamp(min=1e-9) if stretch or low < 0 or high > 1 else shown
+
+
+def first(names: Iterable[Any], limit: int = 3) -> str:
+    """The first of some names, for a message."""
+    names = [printable(str(name)[:200]) for name in names]
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

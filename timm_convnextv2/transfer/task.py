@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
-from torch.utils.data import Dataset
 
 from ..config import flat
 from ..recipes import Recipe
@@ -16,12 +16,11 @@ from ..runs.folder import RunFolder, experiment_name
 from ..runs.logs import Logs
 from ..runs.loop import Limits
 from ..runs.plan import Plan
-from ..runs.trainer import Learning as HowToLearn
+from ..runs.trainer import Learning, LossesTask, Trainer
 from ..runs.world import World
-from .backbone import Backbone, create_backbone
+from .backbone import Backbone, create_backbone, parameter_groups
 from .config import DetectConfig, SegmentConfig
-from .groups import parameter_groups
-from .loop import WRITTEN, Schedule, TransferRun, create_loader, create_trainer, plan_updates
+from .loop import WRITTEN, Samples, TransferRun, create_loader, create_schedule, plan_updates
 
 # A run that resumes must have the same: the order of images, the weights and the schedule depend on them.
 # fmt: off
@@ -35,9 +34,9 @@ FIXED = (
 class Task(ABC):
     """Detection or segmentation: its data, its model, and its evaluation. Built from a config; writes nothing itself.
 
-    `fixed` names settings besides `FIXED` that a resumed run must repeat; `main_metric` is a title and a name. In train
-    mode `model(images, targets)` returns losses by name; `samples[epoch, index]` is a sample for `collate`. `data`
-    describes the training data.
+    The config is that of `train`, or of `eval`, for which there is no training data. `fixed` names settings besides
+    `FIXED` that a resumed run must repeat; `main_metric` is a title and a name. In train mode `model(images, targets)`
+    returns losses by name; `samples[epoch, index]` is a sample for `collate`. `data` describes the training data.
     """
 
     name: ClassVar[str]
@@ -48,20 +47,16 @@ class Task(ABC):
     model: nn.Module
     backbone: Backbone
     classes: list[str]
-    samples: Dataset
+    samples: Samples | None = None  # of training
+    validation: Any  # images with targets, by index
     data: str
-    num_validation: int
-
-    @abstractmethod
-    def schedule(self) -> Schedule:
-        """The optimizer, and how its learning rate changes."""
 
     @abstractmethod
     def check(self) -> list[str]:
-        """Checks the data on rank 0 before training; returns notes for the user, raises a `ValueError` for faults."""
+        """Checks the data before work starts, on rank 0; returns notes for the user, a `ValueError` names faults."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, world: World, shown: int) -> tuple[dict[str, Any], Any]:
+    def evaluate(self, model: nn.Module, world: World | None = None, shown: int = 0) -> tuple[dict[str, Any], Any]:
         """Metrics by name, and what `model` found in the validation images; all processes share the work."""
 
     @abstractmethod
@@ -73,16 +68,19 @@ class Task(ABC):
         """Writes the model to a folder; `about` has `metrics`, `dataset` and `info` for its card."""
 
     @abstractmethod
-    def finish(self, folder: Path, found: Any, metrics: dict[str, Any]) -> str:
-        """Writes what else belongs to the end of a run; returns the metrics as a table."""
+    def table(self, metrics: dict[str, Any]) -> str:
+        """The metrics as text."""
+
+    def write_found(self, path: Path, found: Any) -> None:  # noqa: B027  optional
+        """Writes what was found in all validation images, if that is a result of the task."""
 
 
 def new_backbone(config: DetectConfig | SegmentConfig) -> Backbone:
     """The backbone that the options ask for. Seeds PyTorch, as weights may be random."""
     torch.manual_seed(config.learning.seed)
-    options = config.model
+    options = config.backbone
     return create_backbone(
-        config.start.model, pretrained=not options.from_scratch, in_chans=options.in_chans,
+        options.model, pretrained=not options.from_scratch, in_chans=options.in_chans,
         drop_path_rate=options.drop_path, **options.model_kwargs,
     ).read_with(config.compute.nodata)  # fmt: skip
 
@@ -91,48 +89,31 @@ def set_up(
     task_of: Callable[[Any], Task], config: DetectConfig | SegmentConfig, recipe: Recipe | None, world: World, line: str
 ) -> TransferRun | None:
     """Opens and checks everything a run needs, and only then writes to its folder. Returns None after --dry-run."""
-    options, learning = config.run, config.learning
-    if not config.start.model:
+    options, learning, name = config.run, config.learning, config.run.experiment
+    if not config.backbone.model:
         raise ValueError("--model is required: a model of timm, local-dir:FOLDER or hf-hub:USER/NAME.")
     if not config.data.data_dir:
         raise ValueError("--data-dir is required: the root of the data set.")
-    if options.resume and not options.experiment:
+    if options.resume and not name:
         raise ValueError("--resume auto needs --experiment, the folder of the run to continue.")
     logs = Logs(options.log_wandb, options.wandb_project, options.log_tensorboard)
     logs.check()
     task = task_of(config)
-    model = Path(config.start.model.rpartition(":")[2]).name
-    name = options.experiment or experiment_name(world, task.command, model)
+    name = name or experiment_name(world, task.command, Path(config.backbone.model.rpartition(":")[2]).name)
     folder = RunFolder(options.output, name, options.resume, options.overwrite, [config.data.data_dir], WRITTEN)
-    size: Any = task.samples
-    loader = create_loader(
-        task.samples, task.collate, world,
-        batch_size=learning.batch_size, workers=config.compute.workers, seed=learning.seed,
-    )  # fmt: skip
-    plan = plan_updates(
-        loader, world, learning.grad_accum_steps, learning.lr, epochs=learning.epochs,
-        updates=getattr(learning, "updates", None) or 0, warmup_updates=learning.warmup_updates,
-    )  # fmt: skip
-    groups = parameter_groups(
-        task.model, task.backbone, weight_decay=learning.weight_decay, layer_decay=learning.layer_decay,
-        layer_decay_type=learning.layer_decay_type,
-    )  # fmt: skip
-    how = HowToLearn(
-        learning.seed, learning.grad_accum_steps, learning.clip_grad, config.compute.autocast,
-        learning.model_ema_decay if learning.model_ema else None, ema_warmup=True,
-    )  # fmt: skip
-    trainer = create_trainer(task.model, groups, plan, task.schedule(), world, how)
+    loader = create_loader(task.samples, task.collate, world, learning.batch_size, config.compute.workers)
+    plan, num_images = plan_updates(loader, world, learning), len(task.samples)
     settings = {
-        "task": task.name, **flat(config), "experiment": name, "classes": task.classes, "num_images": len(size),
-        "num_validation": task.num_validation, "world_size": world.size, "in_chans": task.backbone.in_chans,
+        "task": task.name, **flat(config), "experiment": name, "classes": task.classes, "num_images": num_images,
+        "num_validation": len(task.validation), "world_size": world.size, "in_chans": task.backbone.in_chans,
         "pixels": task.backbone.pixels.record() or None, "total_updates": plan.updates,
     }  # fmt: skip
+    trainer = create_trainer(task, config, plan, world)
     folder.check_same(settings, (*FIXED, *task.fixed))
-    world.agree({"the number of images": len(size), "the classes": task.classes})
+    world.agree({"the number of images": num_images, "the classes": task.classes})
     notes = task.check() if world.primary else []
     world.wait()
-    if world.primary:
-        world.print("\n".join([*describe(task, config, plan, world, recipe), *notes]))
+    world.print("\n".join([*describe(task, config, plan, world, recipe), *notes]))
     if options.dry_run:
         return None
     evaluate = partial(
@@ -140,11 +121,32 @@ def set_up(
         about=dict(dataset=Path(settings["data_dir"]).resolve().name, info=how_made(settings)),
     )  # fmt: skip
     run = TransferRun(
-        trainer, plan, folder, settings, folder.progress(world.size, len(size)), Limits(options.log_interval), world,
+        trainer, plan, folder, settings, folder.progress(world.size, num_images), Limits(options.log_interval), world,
         loader=loader, evaluate=evaluate, eval_interval=options.eval_interval,
     )  # fmt: skip
     run.begin(line, logs)
     return run
+
+
+def create_trainer(task: Task, config: DetectConfig | SegmentConfig, plan: Plan, world: World) -> Trainer:
+    """A trainer of the task's model on the run's device."""
+    learning = config.learning
+    groups = parameter_groups(
+        task.model, task.backbone, weight_decay=learning.weight_decay, layer_decay=learning.layer_decay,
+        layer_decay_type=learning.layer_decay_type,
+    )  # fmt: skip
+    for group in groups:
+        del group["names"]
+    losses = LossesTask(task.model.to(world.device), world.device)
+    optimizer = create_optimizer_v2(groups, opt=learning.opt, lr=learning.lr, weight_decay=0.0)
+    schedule = create_schedule(
+        optimizer, plan, learning.sched, warmup_share=learning.warmup_share, steps=learning.decay_epochs
+    )
+    how = Learning(
+        learning.seed, learning.grad_accum_steps, learning.clip_grad, config.compute.autocast,
+        learning.model_ema_decay if learning.model_ema else None, ema_warmup=True,
+    )  # fmt: skip
+    return Trainer(losses, optimizer, schedule, world, how)
 
 
 def evaluate_epoch(
@@ -155,13 +157,14 @@ def evaluate_epoch(
     share_buffers(model, world)
     metrics, found = task.evaluate(model, world, shown)
     if world.primary:
+        predictions, (name, key) = folder / "predictions", task.main_metric
         if shown:
-            path = folder / "predictions" / f"epoch-{epoch:04d}.png"
-            name, key = task.main_metric
-            task.draw(path, found, f"epoch {epoch}, {name} {metrics[key]:.3f}", shown)
+            title = f"epoch {epoch}, {name} {metrics[key]:.3f}"
+            task.draw(predictions / f"epoch-{epoch:04d}.png", found, title, shown)
         task.export(model, folder / "model", metrics=metrics, **about)
         if last:
-            world.print(task.finish(folder, found, metrics))
+            task.write_found(predictions / "validation.json", found)
+            world.print(task.table(metrics))
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
@@ -185,9 +188,9 @@ def describe(
     learning = config.learning
     batch = learning.batch_size * learning.grad_accum_steps * world.size
     lines = [
-        f"{config.start.model}: {sum(p.numel() for p in task.model.parameters()) / 1e6:.1f}M parameters; {task.data}, "
-        f"{task.num_validation} to validate; {plan.updates} updates of {batch} images, lr {learning.lr:.2e}, on "
-        f"{world.size} x {world.device.type}"
+        f"{config.backbone.model}: {sum(p.numel() for p in task.model.parameters()) / 1e6:.1f}M parameters; "
+        f"{task.data}, {len(task.validation)} to validate; {plan.updates} updates of {batch} images, "
+        f"lr {learning.lr:.2e}, on {world.size} x {world.device.type}"
     ]
     if recipe is not None and recipe.global_batch not in (None, batch):
         lines.append(
@@ -197,16 +200,13 @@ def describe(
     if prepared := str(task.backbone.pixels):
         lines.append(f"stored values are prepared like those the model was trained on: {prepared}")
     if plan.warmup_updates > plan.updates // 2:
-        lines.append(
-            f"note: the warmup of {plan.warmup_updates} updates takes more than half of the run; lower "
-            "--warmup-updates."
-        )
+        warmup = f"the warmup of {plan.warmup_updates} updates takes more than half of the run"
+        lines.append(f"note: {warmup}; lower --warmup-updates.")
     return lines
 
 
-def how_made(settings: dict[str, Any]) -> dict[str, Any]:
+def how_made(of: dict[str, Any]) -> dict[str, Any]:
     """Rows of the model card's table, from the settings of a run. Paths of this machine stay out."""
-    of = settings
     batch = of["batch_size"] * of["grad_accum_steps"] * of["world_size"]
     start = "random weights" if of["from_scratch"] else of["model"].rpartition("/")[2].rpartition(":")[2]
     return {

@@ -1,4 +1,4 @@
-"""Annotations in COCO's format: reading, checks before training starts, and samples for a detector."""
+"""Annotations in COCO's format: reading, checks before training starts, and images with targets for a detector."""
 
 import json
 import math
@@ -19,9 +19,9 @@ from ...data.formats.errors import naming
 from ...data.formats.files import printable
 from ...data.formats.pixels import PLAIN
 from ...data.sources.files import ImageFiles
-from ...seeds import sample_seed, seeded
+from ..backbone import as_float
+from ..figures import first
 
-SHOWN = 3  # names in a message
 TOLERANCE = 1.0  # pixels that a box may exceed its image by, because tools round; the excess is cut off
 CATEGORIES_DIFFER = "All annotations need the categories that the model was trained on."
 
@@ -29,7 +29,7 @@ _NO_MASK = "annotations without a `segmentation`"
 
 
 class CocoImage(NamedTuple):
-    """An image and its annotations, as in the file; height and width are 0 if no file states them."""
+    """An image and its annotations."""
 
     id: int
     path: str
@@ -64,9 +64,8 @@ def rle_codec() -> Any:
     try:
         from faster_coco_eval.core import mask
     except ImportError as e:
-        raise ValueError(
-            f"COCO masks and metrics need faster-coco-eval: pip install 'timm_convnextv2[detect]' ({e})."
-        ) from e
+        need = "COCO masks and metrics need faster-coco-eval: pip install 'timm_convnextv2[detect]'"
+        raise ValueError(f"{need} ({e}).") from e
     return mask
 
 
@@ -85,8 +84,16 @@ def open_coco(
     content = _read(file)
     if not folder.is_dir():
         raise ValueError(f"The folder of the images, '{folder}', does not exist or is a file.")
-    categories = _categories(content["categories"], file)
-    images = _images(content["images"], file, folder)
+    _check_entries(content["categories"], file, "categories", "id name", id=_is_integer, name=_is_text)
+    categories = {e["id"]: e["name"] for e in content["categories"]}
+    sides = dict.fromkeys(("height", "width"), lambda v: _is_integer(v) and v > 0)
+    _check_entries(content["images"], file, "images", "id", id=_is_integer, file_name=_is_text, **sides)
+    images = {
+        e["id"]: CocoImage(e["id"], str(folder / e["file_name"]), e["file_name"], e["height"], e["width"], [])
+        for e in content["images"]
+    }
+    missing = [image.name for image in images.values() if not Path(image.path).is_file()]
+    _refuse(missing, file, f"images (of {len(images)}) that are missing in '{folder}'")
     left_out = _attach(content["annotations"], images, categories, file, masks, drop_wrong)
     ids = sorted(categories)
     coco = Coco(file, list(images.values()), [categories[i] for i in ids], ids, left_out)
@@ -116,28 +123,25 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _categories(entries: list[dict[str, Any]], file: Path) -> dict[int, str]:
-    wrong = [e for e in entries if not _is_integer(e.get("id")) or not isinstance(e.get("name"), str)]
-    _refuse(wrong, file, "categories without an integer `id` and a `name`", map(str, wrong))
-    for key in ("id", "name"):
-        duplicates = _duplicates(e[key] for e in entries)
-        _refuse(duplicates, file, f"duplicate category {key}s", duplicates)
-    return {e["id"]: e["name"] for e in entries}
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _images(entries: list[dict[str, Any]], file: Path, folder: Path) -> dict[int, CocoImage]:
-    wrong = [e for e in entries if not _is_integer(e.get("id")) or not isinstance(e.get("file_name"), str)]
-    _refuse(wrong, file, "images without an integer `id` and a `file_name`", map(str, wrong))
-    wrong = [e for e in entries if not all(_is_integer(e.get(k)) and e[k] > 0 for k in ("height", "width"))]
-    _refuse(wrong, file, "images without `height` and `width` in pixels", (e["file_name"] for e in wrong))
-    duplicates = _duplicates(e["id"] for e in entries)
-    _refuse(duplicates, file, "duplicate image ids", duplicates)
-    missing = [e["file_name"] for e in entries if not (folder / e["file_name"]).is_file()]
-    _refuse(missing, file, f"images (of {len(entries)}) that are missing in '{folder}'", missing)
-    return {
-        e["id"]: CocoImage(e["id"], str(folder / e["file_name"]), e["file_name"], e["height"], e["width"], [])
-        for e in entries
-    }
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_entries(entries: list[dict[str, Any]], file: Path, what: str, unique: str, **valid: Any) -> None:
+    """Refuses entries without a valid value of each key, and equal values of the keys in `unique`."""
+    for key, is_valid in valid.items():
+        _refuse([e for e in entries if not is_valid(e.get(key))], file, f"{what} without a valid `{key}`")
+    for key in unique.split():
+        again = [v for v, n in Counter(e[key] for e in entries).items() if n > 1]
+        _refuse(again, file, f"{what} of equal `{key}`")
 
 
 def _attach(
@@ -146,23 +150,21 @@ def _attach(
 ) -> int:  # fmt: skip
     """Adds the annotations to their images; returns how many were left out."""
     for key, known, what in (("image_id", images, "images"), ("category_id", categories, "categories")):
-        lost = [e for e in entries if e.get(key) not in known]
-        _refuse(lost, file, f"annotations of {what} that it does not list", (f"{key} {e.get(key)}" for e in lost))
+        lost = [f"{key} {e.get(key)}" for e in entries if not _is_integer(e.get(key)) or e[key] not in known]
+        _refuse(lost, file, f"annotations of {what} that it does not list")
     faults: dict[str, list[str]] = {}
     for number, entry in enumerate(entries, 1):
         image = images[entry["image_id"]]
-        fault = _fault(entry, image, masks)
-        if fault:
+        if fault := _fault(entry, image, masks):
             faults.setdefault(fault, []).append(f"annotation {entry.get('id', number)} of {image.name}")
             continue
         x, y, w, h = (float(v) for v in entry["bbox"])
         area = entry.get("area")
         fields = dict(iscrowd=int(bool(entry.get("iscrowd", 0))), area=w * h if area is None else area)
         image.annotations.append({**entry, "id": number, **fields, "bbox": [x, y, w, h]})
-    if not drop_wrong:
-        for fault, names in faults.items():
-            hint = "train without masks: --boxes-only" if fault == _NO_MASK else "leave them out: --drop-wrong"
-            _refuse(names, file, fault, names, hint)
+    for fault, names in faults.items() if not drop_wrong else ():
+        hint = "train without masks: --boxes-only" if fault == _NO_MASK else "leave them out: --drop-wrong"
+        _refuse(names, file, fault, f"Fix the file, or {hint}.")
     return sum(map(len, faults.values()))
 
 
@@ -199,66 +201,46 @@ def _mask_fault(mask: Any, image: CocoImage) -> str:
     return "" if rings else "masks that are neither RLE nor polygons of at least three points"
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _duplicates(values: Iterable[Any]) -> list[str]:
-    return [str(value) for value, n in Counter(values).items() if n > 1]
-
-
-def _refuse(wrong: Sequence[Any], file: Path, what: str, names: Iterable[str], hint: str = "") -> None:
+def _refuse(wrong: Sequence[Any], file: Path, what: str, remedy: str = "Fix the file.") -> None:
     """Raises one message for all faults of a kind, if there are any."""
     if wrong:
-        shown = ", ".join(printable(name) for name, _ in zip(names, range(SHOWN), strict=False))
-        more = ", ..." if len(wrong) > SHOWN else ""
-        remedy = f"Fix the file, or {hint}." if hint else "Fix the file."
-        raise ValueError(f"'{file}' has {len(wrong)} {what}: {shown}{more}. {remedy}")
+        raise ValueError(f"'{file}' has {len(wrong)} {what}: {first(wrong)}. {remedy}")
 
 
 def check_sizes(coco: Coco, in_chans: int, pixels: Pixels = PLAIN) -> None:
     """Decodes some of the images and compares their sizes with the annotations."""
     source = ImageFiles([image.path for image in coco.images], in_chans, pixels)
     sizes: list[tuple[int, int]] = []
-    bad = check_readable(source, visit=lambda x: sizes.append((x.shape[-2], x.shape[-1])))
     tried = min(32, len(source))
-    if bad:
-        reasons = "\n".join(why for _, why in bad[:SHOWN])
+    if bad := check_readable(source, tried, lambda x: sizes.append((x.shape[-2], x.shape[-1]))):
+        reasons = "\n".join(why for _, why in bad[:3])
         found = f"{len(bad)} of {tried} images tried (of {len(source)})"
         raise ValueError(f"{found} cannot be decoded; fix or remove them:\n{reasons}")
     images = [coco.images[i * len(source) // tried] for i in range(tried)]
-    wrong = [pair for pair in zip(images, sizes, strict=True) if pair[1] != (pair[0].height, pair[0].width)]
-    names = (f"{i.name} has {w} x {h} pixels, annotated as {i.width} x {i.height}" for i, (h, w) in wrong)
-    _refuse(wrong, coco.file, f"images of another size than the files (of {tried} tried)", names)
+    wrong = [
+        f"{image.name} has {w} x {h} pixels, annotated as {image.width} x {image.height}"
+        for image, (h, w) in zip(images, sizes, strict=True)
+        if (h, w) != (image.height, image.width)
+    ]
+    _refuse(wrong, coco.file, f"images of another size than the files (of {tried} tried)")
 
 
-class DetectionSamples(Dataset):
-    """Images with their targets; random numbers depend on (seed, epoch, index) only.
+class DetectionImages(Dataset):
+    """Images with their targets: `images[i]` is `(image, target)`, as torchvision's `tv_tensors` for a transform.
 
-    `samples[epoch, index]` is `(image, target)`: image float `[C, H, W]` (in 0..1, floats as stored), target with
-    `boxes` `[N, 4]` (x1, y1, x2, y2 in pixels), `labels` int64 `[N]` from 1, and `masks` uint8 `[N, H, W]`.
-    Crowds are left out; an image without objects has N = 0. `transform` is one of `torchvision.transforms.v2`.
+    The image is `[C, H, W]` as from `data.load_image`; the target has `boxes` `[N, 4]` (x1, y1, x2, y2 in pixels),
+    `labels` int64 `[N]` from 1, and `masks` uint8 `[N, H, W]`. Crowds are left out; N may be 0.
     """
 
-    def __init__(
-        self, coco: Coco, transform: Any = None, *, masks: bool = True, in_chans: int = 3, pixels: Pixels = PLAIN,
-        seed: int = 0
-    ) -> None:  # fmt: skip
-        self.coco, self.transform, self.masks = coco, transform, masks
-        self.in_chans, self.pixels, self.seed = in_chans, pixels, seed
+    def __init__(self, coco: Coco, *, masks: bool = True, in_chans: int = 3, pixels: Pixels = PLAIN) -> None:
+        self.coco, self.masks, self.in_chans, self.pixels = coco, masks, in_chans, pixels
         self._label = {category: i for i, category in enumerate(coco.category_ids, 1)}
-        self._scale = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
 
     def __len__(self) -> int:
         return len(self.coco.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
-        epoch, index = key
-        image = self.coco.images[index]
+    def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        image = self.coco.images[i]
         with naming(f"The image {printable(image.name)} (id {image.id})"):
             loaded = load_image(image.path, self.in_chans, self.pixels)
             height, width = loaded.shape[-2:]
@@ -267,16 +249,11 @@ class DetectionSamples(Dataset):
                     f"it has {width} x {height} pixels, annotated as {image.width} x {image.height} in "
                     f"'{self.coco.file}'. Annotate the image as it is, or fix the file."
                 )
-        sample: Any = tv_tensors.Image(loaded), self.target(image)
-        if self.transform is not None:
-            with seeded(sample_seed(self.seed, epoch, index)):
-                sample = self.transform(*sample)
-        image, target = self._scale(*sample)
-        return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
+        return tv_tensors.Image(loaded), self.target(image)
 
     def target(self, image: CocoImage) -> dict[str, Tensor]:
         """The objects of an image, at its own size."""
-        own = [a for a in image.annotations if not a["iscrowd"]]
+        own = [a for a in image.annotations if not a.get("iscrowd")]
         size = (image.height, image.width)
         boxes: Any = torch.tensor([a["bbox"] for a in own], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -285,14 +262,14 @@ class DetectionSamples(Dataset):
         box: Any = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)  # pyright: ignore
         target = dict(boxes=box, labels=torch.tensor([self._label[a["category_id"]] for a in own], dtype=torch.int64))
         if self.masks:
-            codec = rle_codec() if own else None
-            masks = [_decode_mask(a["segmentation"], image.height, image.width, codec) for a in own]
+            masks = [decode_mask(a["segmentation"], *size) for a in own]
             target["masks"] = tv_tensors.Mask(np.stack(masks) if masks else np.zeros((0, *size), np.uint8))
         return target
 
 
-def _decode_mask(mask: Any, height: int, width: int, codec: Any) -> np.ndarray:
+def decode_mask(mask: Any, height: int, width: int) -> np.ndarray:
     """Polygons or RLE as uint8 `[height, width]`, 1 inside."""
+    codec = rle_codec()
     encoded = isinstance(mask, dict) and not isinstance(mask["counts"], list)
     parts = mask if encoded else codec.frPyObjects(mask, height, width)
     return np.ascontiguousarray(codec.decode(codec.merge(parts) if isinstance(parts, list) else parts))
@@ -310,6 +287,8 @@ def large_scale_jitter(
     return v2.Compose([*flips, *crop, v2.SanitizeBoundingBoxes(min_size=1)])
 
 
-def collate(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def collate(samples: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Images as float in 0..1 (floats as stored), and their targets, both as plain tensors."""
     images, targets = zip(*samples, strict=True)
-    return list(images), list(targets)
+    scaled = [as_float(image.as_subclass(Tensor)) for image in images]
+    return scaled, [{name: value.as_subclass(Tensor) for name, value in target.items()} for target in targets]

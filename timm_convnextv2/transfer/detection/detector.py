@@ -2,8 +2,6 @@
 
 detector = build_detector("local-dir:runs/mine/encoder", num_classes=20)
 losses = detector(images, targets)       in train mode, as torchvision's detectors
-
-detector = open_detector("output/run/model")      exported by `timm-convnextv2 detect train`
 """
 
 import inspect
@@ -20,7 +18,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from ...checkpoint.task_folder import load_weights, read_task, write_task
+from ...checkpoint.task_folder import open_task, write_task
 from ...console import closest
 from ..backbone import Backbone, create_backbone, open_backbone
 
@@ -52,11 +50,8 @@ def build_detector(
 
     Args:
         backbone: A `Backbone`, or the name of a model with its weights, see `create_backbone`.
-        num_classes: Number of object classes.
-        boxes_only: Faster R-CNN, which finds boxes without masks.
         img_size: Pixels that the longer side is resized to, instead of `min_size` and `max_size`.
         frozen: Train the pyramid and the heads only.
-        out_channels: Channels of the pyramid.
         min_size: Pixels that the shorter side is resized to; 25 times the backbone's stride if None (800 for 32).
         max_size: Limit of the longer side; 42 times the stride if None.
         options: More options of torchvision's `MaskRCNN` or `FasterRCNN` (`box_score_thresh`, ...).
@@ -67,8 +62,7 @@ def build_detector(
         raise ValueError(f"torchvision's detectors have no option {name}.{closest(name, known)}")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, expected at least 1.")
-    if isinstance(backbone, str):
-        backbone = create_backbone(backbone)
+    backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
     backbone.requires_grad_(not frozen)
     strides = backbone.strides  # [4, 8, 16, 32]; with patch_size=1 [1, 2, 4, 8]
     if any(stride & (stride - 1) for stride in strides):
@@ -76,23 +70,21 @@ def build_detector(
             f"The backbone has strides {strides}; torchvision's RoIAlign supports powers of two only. Use an encoder "
             "with another --patch-size."
         )
-    if img_size is not None:
-        min_size = max_size = img_size
+    min_size, max_size = img_size or min_size or 25 * strides[-1], img_size or max_size or 42 * strides[-1]
     sizes = [8 * stride for stride in (*strides, 2 * strides[-1])]  # the pyramid adds a map of twice the stride
     names = [str(i) for i in range(len(strides))]
     settings: dict[str, Any] = dict(
-        min_size=min_size or 25 * strides[-1], max_size=max_size or 42 * strides[-1], size_divisible=strides[-1],
-        image_mean=backbone.mean, image_std=backbone.std,
-        rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in sizes), ((0.5, 1.0, 2.0),) * len(sizes)),
-        box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2), **options
+        min_size=min_size, max_size=max_size, size_divisible=strides[-1], image_mean=backbone.mean,
+        image_std=backbone.std, box_roi_pool=MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
+        rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in sizes), ((0.5, 1.0, 2.0),) * len(sizes)), **options
     )  # fmt: skip
     if not boxes_only:
         settings["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
     kind = FasterRCNN if boxes_only else MaskRCNN
     detector = kind(Pyramid(backbone, out_channels), num_classes + 1, **settings)
     made_of: Any = dict(
-        num_classes=num_classes, boxes_only=boxes_only, out_channels=out_channels,
-        min_size=settings["min_size"], max_size=settings["max_size"], options=options,
+        num_classes=num_classes, boxes_only=boxes_only, out_channels=out_channels, min_size=min_size,
+        max_size=max_size, options=options,
     )  # fmt: skip
     detector.made_of = made_of  # for `open_detector`
     return detector
@@ -102,17 +94,15 @@ def export_detector(
     detector: FasterRCNN, folder: str | os.PathLike, *, classes: Sequence[str], metrics: dict[str, float] | None = None,
     dataset: str | None = None, info: dict[str, Any] | None = None
 ) -> Path:  # fmt: skip
-    """Writes a folder that `open_detector` reads: `config.json`, `model.safetensors`, `README.md`.
+    """Writes a folder that `open_detector` reads; for `metrics`, `dataset` and `info` see `write_task`.
 
-    `classes` are the names of the labels 1, 2, ...; the README has `metrics`, the name of the `dataset` that they were
-    measured on, and `info` as a table.
+    `classes` are the names of the labels 1, 2, ...
     """
     made_of = dict(made_of_detector(detector))
     if len(classes) != made_of["num_classes"]:
         raise ValueError(f"{len(classes)} class names for a detector of {made_of['num_classes']} classes.")
-    config = dict(
-        task="detection", classes=list(classes), backbone=backbone_of(detector).record(), detector=made_of
-    )  # fmt: skip
+    record = backbone_of(detector).record()
+    config = dict(task="detection", classes=list(classes), backbone=record, detector=made_of)
     return write_task(folder, detector, config, metrics=metrics, dataset=dataset, info=info)
 
 
@@ -127,21 +117,16 @@ def made_of_detector(detector: Any) -> dict[str, Any]:
 
 
 def open_detector(folder: str | os.PathLike) -> FasterRCNN:
-    """A detector that `export_detector` wrote, in eval mode on the CPU.
+    """A detector that `export_detector` wrote, in eval mode; `folder` is RUN, RUN/model or `hf-hub:USER/NAME`."""
+    return open_with_classes(folder)[0]
 
-    `folder` is its folder, the folder of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
-    """
-    location, config = read_task(folder, "detection")
-    try:
+
+def open_with_classes(folder: str | os.PathLike) -> tuple[FasterRCNN, list[str]]:
+    """The same, with the names of the labels 1, 2, ..."""
+
+    def build(config: dict[str, Any]) -> FasterRCNN:
         made_of = dict(config["detector"])
         options = made_of.pop("options")
-        detector = build_detector(open_backbone(config["backbone"]), **made_of, **options)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"The detector in '{folder}' cannot be opened ({type(e).__name__}: {e}).") from e
-    load_weights(detector, location)
-    return detector.eval()
+        return build_detector(open_backbone(config["backbone"]), **made_of, **options)
 
-
-def classes_of(folder: str | os.PathLike) -> list[str]:
-    """Names of the labels 1, 2, ... of an exported detector."""
-    return list(read_task(folder, "detection")[1]["classes"])
+    return open_task(folder, "detection", build)

@@ -1,21 +1,21 @@
 """A detector's results in COCO's format, their average precision, and figures of them beside the truth."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ...report.images import save_rows
 from ...runs.world import World
 from ..figures import as_rgb
-from .coco import Coco, CocoImage, DetectionSamples, collate, rle_codec
-from .detector import backbone_of, made_of_detector
+from ..loop import shared_loader
+from .coco import Coco, DetectionImages, collate, rle_codec
+from .detector import made_of_detector
 
 # COCO's twelve numbers, in its order
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -29,33 +29,17 @@ Result = dict[str, Any]
 
 @torch.no_grad()
 def find_objects(
-    detector: FasterRCNN, coco: Coco, *, batch_size: int = 1, workers: int = 0, amp_dtype: torch.dtype | None = None,
-    world: World | None = None
-) -> Iterator[tuple[CocoImage, list[Result]]]:  # fmt: skip
-    """Runs a detector on images and yields each image, with its decoded size, and its COCO results.
-
-    It ignores annotations and sets the detector to eval mode. Each process of `world` finds its part of the images.
-    """
-    detector.eval()
-    rank, size = (0, 1) if world is None else (world.rank, world.size)
-    part = coco._replace(images=[image._replace(annotations=[]) for image in coco.images[rank::size]])
-    if not part.images:
-        return
-    backbone, device = backbone_of(detector), next(detector.parameters()).device
-    samples = DetectionSamples(part, masks=False, in_chans=backbone.in_chans, pixels=backbone.pixels)
-    keys: Any = [(0, i) for i in range(len(samples))]
-    how: Any = dict(num_workers=workers, collate_fn=collate, generator=torch.Generator())
-    loader = DataLoader(samples, batch_size, sampler=keys, **how)
-    images = iter(part.images)
-    for batch, _ in loader:
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            found = detector([image.to(device) for image in batch])
-        for loaded, image, objects in zip(batch, images, found, strict=False):
-            image = image._replace(height=loaded.shape[-2], width=loaded.shape[-1])
-            yield image, _results(objects, image.id, coco.category_ids)
+    detector: FasterRCNN, images: Sequence[Tensor], ids: Sequence[int], category_ids: Sequence[int],
+    amp_dtype: torch.dtype | None = None,
+) -> list[Result]:  # fmt: skip
+    """What a detector in eval mode finds in images, float `[C, H, W]` in 0..1, with their ids; in COCO's format."""
+    device = next(detector.parameters()).device
+    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+        found = detector([image.to(device) for image in images])
+    return [result for i, objects in zip(ids, found, strict=True) for result in _results(objects, i, category_ids)]
 
 
-def _results(found: dict[str, Tensor], image_id: int, category_ids: list[int]) -> list[Result]:
+def _results(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[Result]:
     boxes = found["boxes"].float().cpu()
     boxes[:, 2:] -= boxes[:, :2]
     labels, scores = found["labels"].tolist(), found["scores"].float().tolist()
@@ -64,10 +48,9 @@ def _results(found: dict[str, Tensor], image_id: int, category_ids: list[int]) -
         for box, label, score in zip(boxes.tolist(), labels, scores, strict=True)
     ]
     if "masks" in found and results:
-        codec = rle_codec()
         masks = (found["masks"][:, 0] >= 0.5).cpu().numpy().astype(np.uint8)
         for result, mask in zip(results, masks, strict=True):
-            code = codec.encode(np.asfortranarray(mask))
+            code = rle_codec().encode(np.asfortranarray(mask))
             counts = code["counts"]
             size = [int(n) for n in code["size"]]
             result["segmentation"] = dict(size=size, counts=counts.decode() if isinstance(counts, bytes) else counts)
@@ -77,13 +60,12 @@ def _results(found: dict[str, Tensor], image_id: int, category_ids: list[int]) -
 def average_precision(coco: Coco, results: list[Result], *, masks: bool) -> dict[str, float]:
     """COCO's twelve numbers, for boxes as `box_*` and for masks as `mask_*`, in 0..1; -1 if no object counts.
 
-    Computed by faster-coco-eval from the results of `find_objects` on all images of `coco`.
+    Computed by faster-coco-eval from results on all images of `coco`.
     """
     rle_codec()  # for its error message
     from faster_coco_eval import COCO, COCOeval_faster
 
     kinds: Any = {"box": "bbox", "mask": "segm"} if masks else {"box": "bbox"}
-
     truth = COCO(coco.content())
     found: dict[str, float] = {}
     for name, kind in kinds.items():
@@ -96,10 +78,18 @@ def average_precision(coco: Coco, results: list[Result], *, masks: bool) -> dict
 
 
 def evaluate_detector(
-    detector: FasterRCNN, coco: Coco, *, world: World | None = None, **how: Any
-) -> tuple[dict[str, float], list[Result]]:
-    """Average precision on images, and the results, the same on all processes; `how` goes to `find_objects`."""
-    results = [result for _, found in find_objects(detector, coco, world=world, **how) for result in found]
+    detector: FasterRCNN, data: DetectionImages, *, batch_size: int = 1, workers: int = 0,
+    amp_dtype: torch.dtype | None = None, world: World | None = None
+) -> tuple[dict[str, float], list[Result]]:  # fmt: skip
+    """Average precision on images, and the results, the same on all processes, which share the images."""
+    detector.eval()
+    coco, results = data.coco, []
+    bare = coco._replace(images=[image._replace(annotations=[]) for image in coco.images])  # decodes no masks
+    images = DetectionImages(bare, masks=False, in_chans=data.in_chans, pixels=data.pixels)
+    part, loader = shared_loader(images, world, workers, batch_size=batch_size, collate_fn=collate)
+    ids = iter([coco.images[i].id for i in part])
+    for batch, _ in loader:
+        results += find_objects(detector, batch, [next(ids) for _ in batch], coco.category_ids, amp_dtype)
     if world is not None:
         results = world.gather(results)
     return average_precision(coco, results, masks=not made_of_detector(detector)["boxes_only"]), results
@@ -116,44 +106,33 @@ def table(metrics: dict[str, float]) -> str:
 
 
 def save_found(
-    path: str | Path, samples: DetectionSamples, results: Sequence[Result], image_ids: Sequence[int],
+    path: str | Path, data: DetectionImages, results: Sequence[Result], image_ids: Sequence[int],
     min_score: float = SURE,
 ) -> None:  # fmt: skip
-    """Draws the truth (left) and the objects found (right) of some images as one PNG; `samples` have no transform."""
-    coco, rows = samples.coco, []
+    """Draws the truth (left) and the objects found (right) of some images as one PNG."""
+    coco, rows = data.coco, []
     index = {image.id: i for i, image in enumerate(coco.images)}
-    for image_id in image_ids:
-        image, truth = samples[0, index[image_id]]
-        sure = [r for r in results if r["image_id"] == image_id and r["score"] >= min_score]
-        shown = (as_rgb(image) * 255).round().to(torch.uint8).permute(2, 0, 1)
-        found = _target(sure, coco, samples.masks)
-        pairs = ((truth, coco.images[index[image_id]].name), (found, f"found, score >= {min_score:g}"))
-        rows.append([(_drawn(shown, target, coco.classes).permute(1, 2, 0).numpy(), text) for target, text in pairs])
+    for i in (index[image_id] for image_id in image_ids):
+        (loaded,), (truth,) = collate([data[i]])
+        image, (height, width) = coco.images[i], loaded.shape[-2:]
+        sure = [r for r in results if r["image_id"] == image.id and r["score"] >= min_score]
+        found = data.target(image._replace(annotations=sure, height=height, width=width))
+        names = [coco.classes[label - 1] for label in found["labels"].tolist()]
+        scored = [f"{name} {result['score']:.2f}" for name, result in zip(names, sure, strict=True)]
+        shown = (as_rgb(loaded) * 255).round().to(torch.uint8).permute(2, 0, 1)
+        there = [coco.classes[label - 1] for label in truth["labels"].tolist()]
+        pairs = ((truth, there, image.name), (found, scored, f"found, score >= {min_score:g}"))
+        rows.append([(_drawn(shown, target, names).permute(1, 2, 0).numpy(), text) for target, names, text in pairs])
     save_rows(path, rows, (8, 4 * len(rows)))
 
 
-def _target(results: Sequence[Result], coco: Coco, masks: bool) -> dict[str, Any]:
-    boxes = torch.tensor([r["bbox"] for r in results]).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    label = {category: i for i, category in enumerate(coco.category_ids, 1)}
-    labels = torch.tensor([label[r["category_id"]] for r in results])
-    target: dict[str, Any] = dict(boxes=boxes, labels=labels, scores=[r["score"] for r in results])
-    if masks and results:
-        target["masks"] = torch.from_numpy(np.stack([rle_codec().decode(r["segmentation"]) for r in results]))
-    return target
-
-
-def _drawn(image: Tensor, target: dict[str, Any], classes: list[str]) -> Tensor:
+def _drawn(image: Tensor, target: dict[str, Any], names: list[str]) -> Tensor:
     """The image with boxes, names and masks; small images are enlarged to keep the names legible."""
     factor = max(1, 400 // max(image.shape[-2:]))
     image = image.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    labels = target["labels"].tolist()
-    if not labels:
+    if not names:
         return image
-    colours = [_COLOURS[(label - 1) % len(_COLOURS)] for label in labels]
-    names = [classes[label - 1] for label in labels]
-    if "scores" in target:
-        names = [f"{name} {score:.2f}" for name, score in zip(names, target["scores"], strict=True)]
+    colours = [_COLOURS[(label - 1) % len(_COLOURS)] for label in target["labels"].tolist()]
     if "masks" in target:
         masks = target["masks"].bool().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
         image = draw_segmentation_masks(image, masks, alpha=0.4, colors=colours)

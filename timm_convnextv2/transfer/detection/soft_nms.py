@@ -9,7 +9,6 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import box_iou
 
-METHODS = ("linear", "gaussian")
 SIGMA = 0.5  # width of the Gaussian, the authors' value
 MIN_SCORE = 0.001  # boxes below it are left out
 
@@ -22,7 +21,8 @@ def soft_nms(
     Takes the best box, lowers the scores of the others of its class by their IoU with it, and repeats. 'linear'
     multiplies by 1 - IoU if the IoU is above the threshold, 'gaussian' by exp(-IoU^2 / 0.5).
     """
-    _check_method(method)
+    if method not in ("linear", "gaussian"):
+        raise ValueError(f"The method of soft-NMS is {method!r}, expected linear or gaussian.")
     scores = scores.clone()
     kept: list[int] = []
     decayed: list[float] = []
@@ -34,33 +34,25 @@ def soft_nms(
         kept.append(best)
         decayed.append(score)
         iou = box_iou(boxes[best : best + 1], boxes)[0] * (labels == labels[best])
-        if method == "linear":
-            scores *= torch.where(iou > threshold, 1 - iou, 1.0)
-        else:
-            scores *= torch.exp(-(iou**2) / SIGMA)
+        linear = torch.where(iou > threshold, 1 - iou, 1.0)
+        scores *= linear if method == "linear" else torch.exp(-(iou**2) / SIGMA)
         scores[best] = -math.inf
     return torch.tensor(kept, dtype=torch.int64, device=boxes.device), scores.new_tensor(decayed)
 
 
-def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"The method of soft-NMS is {method!r}, expected {' or '.join(METHODS)}.")
-
-
 def use_soft_nms(detector: FasterRCNN, method: str = "linear") -> FasterRCNN:
     """Replaces the NMS of a detector's final boxes by soft-NMS at `box_nms_thresh`, in place; proposals keep NMS."""
-    _check_method(method)
     heads: Any = detector.roi_heads
     limit, threshold, all_boxes = heads.detections_per_img, heads.nms_thresh, heads.postprocess_detections
     heads.detections_per_img, heads.nms_thresh = sys.maxsize, 1.0  # torchvision suppresses and drops nothing itself
 
-    def postprocess(*args: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+    def postprocess(*args: Any) -> tuple[list[Tensor], ...]:
+        found: tuple[list[Tensor], ...] = ([], [], [])
         for boxes, scores, labels in zip(*all_boxes(*args), strict=True):
             kept, decayed = soft_nms(boxes.float(), scores.float(), labels, method, limit=limit, threshold=threshold)
-            found.append((boxes[kept], decayed, labels[kept]))
-        boxes, scores, labels = (list(part) for part in zip(*found, strict=True))
-        return boxes, scores, labels
+            for part, value in zip(found, (boxes[kept], decayed, labels[kept]), strict=True):
+                part.append(value)
+        return found
 
     heads.postprocess_detections = postprocess
     return detector

@@ -17,16 +17,6 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-class _Pooled(nn.Sequential):
-    """Means over a grid of bins, one convolution, resized to the size of the input."""
-
-    def __init__(self, in_channels: int, channels: int, bins: int) -> None:
-        super().__init__(nn.AdaptiveAvgPool2d(bins), Conv2dNormActivation(in_channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return resize(super().forward(x), x.shape[-2:])
-
-
 class UPerHead(nn.Module):
     """Pyramid pooling on the coarsest map, a feature pyramid over all maps, their fusion at the finest.
 
@@ -40,7 +30,9 @@ class UPerHead(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         *finer, coarsest = in_channels
-        self.pooled = nn.ModuleList(_Pooled(coarsest, channels, n) for n in bins)
+        self.pooled = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(n), Conv2dNormActivation(coarsest, channels, 1)) for n in bins
+        )
         self.bottleneck = Conv2dNormActivation(coarsest + len(bins) * channels, channels, 3)
         self.laterals = nn.ModuleList(Conv2dNormActivation(n, channels, 1) for n in finer)
         self.smooth = nn.ModuleList(Conv2dNormActivation(channels, channels, 3) for _ in finer)
@@ -50,7 +42,8 @@ class UPerHead(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Logits `[B, num_classes, h, w]` at the size of the finest of the maps `[B, in_channels[i], h_i, w_i]`."""
         *finer, coarsest = maps
-        x = self.bottleneck(torch.cat([coarsest, *(pool(coarsest) for pool in self.pooled)], dim=1))
+        pooled = [resize(pool(coarsest), coarsest.shape[-2:]) for pool in self.pooled]
+        x = self.bottleneck(torch.cat([coarsest, *pooled], dim=1))
         levels = [x]
         for lateral, smooth, fine in reversed(list(zip(self.laterals, self.smooth, finer, strict=True))):
             x = lateral(fine) + resize(x, fine.shape[-2:])

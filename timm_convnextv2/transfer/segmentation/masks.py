@@ -1,31 +1,32 @@
 """Images and masks of pixel classes: two folders, their checks, and the transform of training."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
-from ...data import FolderSource, Pixels, check_readable, load_image
+from ...data import FolderSource, Pixels, check_readable
+from ...data.formats.decode import open_scene
 from ...data.formats.errors import naming
 from ...data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file, printable
 from ...data.formats.pixels import PLAIN
 from ...data.formats.tiff import sparse_values
 from ...data.sources.files import ImageFiles
-from ...seeds import sample_seed, seeded
+from ..backbone import as_float
+from ..figures import first
 
 MASK_FOLDERS = ("masks", "annotations", "labels")
 SPLITS = {"train": TRAIN_FOLDERS, "validation": VALIDATION_FOLDERS, "test": ("test", "testing")}
-SHOWN = 3  # names in a message
 
 
 def load_mask(path: str | os.PathLike) -> np.ndarray:
@@ -55,11 +56,10 @@ def read_classes(path: str | os.PathLike) -> list[str]:
         raise ValueError(
             f"The class names '{shown}' cannot be read ({e}). Write one name per line; line 1 is the name of index 0."
         ) from e
-    blank = [i for i, name in enumerate(names, 1) if not name]
     duplicates = sorted({name for name in names if names.count(name) > 1})
-    if blank or duplicates or len(names) < 2:
-        what = f"no name in line {blank[0]}" if blank else f"duplicates: {', '.join(duplicates)}"
-        what = what if blank or duplicates else f"names: {names}"
+    if not all(names) or duplicates or len(names) < 2:
+        what = f"duplicates: {', '.join(duplicates)}" if duplicates else f"names: {names}"
+        what = what if all(names) else f"no name in line {names.index('') + 1}"
         raise ValueError(f"The class names '{shown}' have {what}; expected two or more names, one per line.")
     return names
 
@@ -82,10 +82,9 @@ class MaskedImages(Dataset):
                 f"outside of 0..{len(self.classes) - 1}, or reduce_zero_label if 0 means no class."
             )
         found, there = paths_by_stem(images), paths_by_stem(masks)
-        lost = [path for stem, path in found.items() if stem not in there]
-        if lost:
+        if lost := [path for stem, path in found.items() if stem not in there]:
             raise ValueError(
-                f"{len(lost)} of {len(found)} images have no mask in '{printable(masks)}': {_first(lost)}. A mask has "
+                f"{len(lost)} of {len(found)} images have no mask in '{printable(masks)}': {first(lost)}. A mask has "
                 "the image's path below its folder, with any extension."
             )
         self.masks = [there[stem] for stem in found]
@@ -110,90 +109,66 @@ class MaskedImages(Dataset):
 
         A `ValueError` has all faults, with counts and the first names.
         """
+        counts, total, faults = np.zeros(len(self.classes), dtype=np.int64), len(self), []
+        bad: dict[str, list[str]] = {}
         with ThreadPoolExecutor(8) as pool:
-            masks = list(pool.map(self._check_mask, range(len(self))))
-        start = int(self.reduce_zero_label)
-        span = f"{start} to {len(self.classes) - 1 + start}, and {self.ignore_index} for none"
-        faults = []
-        for kind, what in (
-            ("error", "masks or their images cannot be read"),
-            ("size", "masks have another size than their images"),
-            ("above", f"masks have indices of no class (there are {len(self.classes)}, {span})"),
-        ):
-            bad = [getattr(mask, kind) for mask in masks if getattr(mask, kind)]
-            if bad:
-                faults.append(f"{len(bad)} of {len(masks)} {what}: {_first(bad)}")
-        corrupt = [message for _, message in check_readable(self.source)] if not faults else []
-        if corrupt:
-            reasons = "; ".join(corrupt[:SHOWN])
-            faults.append(f"{len(corrupt)} of {min(32, len(self))} images tried cannot be decoded: {reasons}")
-        counts = np.sum([mask.counts for mask in masks], axis=0)
+            for counted, fault, where in pool.map(self._check_mask, range(total)):
+                counts += counted
+                if fault:
+                    bad.setdefault(fault, []).append(where)
+        for fault, names in sorted(bad.items()):
+            faults.append(f"{len(names)} of {total} {fault}: {first(names)}")
+        if not faults and (corrupt := [message for _, message in check_readable(self.source)]):
+            faults.append(
+                f"{len(corrupt)} of {min(32, total)} images tried cannot be decoded: {'; '.join(corrupt[:3])}"
+            )
         if not faults and not counts.sum():
-            faults.append(f"no pixel of {len(self)} masks has a class")
+            faults.append(f"no pixel of {total} masks has a class")
         if faults:
             root = printable(os.path.dirname(self.masks[0]))
             raise ValueError(f"The masks in '{root}' cannot be used:\n" + "\n".join(f"  {fault}" for fault in faults))
         return counts
 
-    def _check_mask(self, i: int) -> "_Checked":
+    def _image_size(self, i: int) -> tuple[int, int]:
+        """Height and width, upright, by the image's header."""
+        with closing(open_scene(self.source.path(i), self.source.in_chans, self.source.pixels)) as scene:
+            return scene.size
+
+    def _check_mask(self, i: int) -> tuple[np.ndarray, str, str]:
+        """The pixels of each class in a mask; its fault in the plural, or ''; what is wrong."""
         counts, name = np.zeros(len(self.classes), dtype=np.int64), printable(self.masks[i])
         try:
-            mask = load_mask(self.masks[i])
-            size = _image_size(self.source, i)
+            mask, size = load_mask(self.masks[i]), self._image_size(i)
         except ValueError as e:
-            return _Checked(counts, error=str(e))
+            return counts, "masks or their images cannot be read", str(e)
         if mask.shape != size:
-            return _Checked(counts, size=f"{name} {mask.shape[0]} x {mask.shape[1]}, image {size[0]} x {size[1]}")
+            where = f"{name} {mask.shape[0]} x {mask.shape[1]}, image {size[0]} x {size[1]}"
+            return counts, "masks have another size than their images", where
         values, numbers = np.unique(self._target(mask), return_counts=True)
-        known = (values >= 0) & (values < len(self.classes))
-        others = values[~known & (values != self.ignore_index)] + int(self.reduce_zero_label)
+        known, shift = (values >= 0) & (values < len(self.classes)), int(self.reduce_zero_label)
         counts[values[known]] = numbers[known]
-        return _Checked(counts, above=f"{name} has {', '.join(map(str, others[:5]))}" if len(others) else "")
-
-
-class _Checked(NamedTuple):
-    counts: np.ndarray
-    error: str = ""
-    size: str = ""
-    above: str = ""
-
-
-def _image_size(source: ImageFiles, i: int) -> tuple[int, int]:
-    """Height and width after EXIF orientation; from the header if Pillow decodes the format completely."""
-    path = source.path(i)
-    if not path.lower().endswith((".npy", ".tif", ".tiff")):
-        try:
-            with open_image_file(path) as file, Image.open(file) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-                return (image.width, image.height) if turned else (image.height, image.width)
-        except Exception as e:
-            raise ValueError(f"{printable(path)} cannot be decoded ({type(e).__name__}: {e})") from e
-    height, width = load_image(path, source.in_chans, source.pixels).shape[-2:]
-    return height, width
+        if len(others := values[~known & (values != self.ignore_index)] + shift):
+            span = f"{shift} to {len(self.classes) - 1 + shift}, and {self.ignore_index} for none"
+            what = f"masks have indices of no class (there are {len(self.classes)}, {span})"
+            return counts, what, f"{name} has {', '.join(map(str, others[:5]))}"
+        return counts, "", ""
 
 
 def paths_by_stem(root: str | os.PathLike) -> dict[str, str]:
     """The images below a folder by their relative path without extension, in order."""
     source = FolderSource(root)
-    paths = sorted(source.path(i) for i in range(len(source)))
-    found: dict[str, str] = {}
-    duplicates = []
-    for path in paths:
+    found, duplicates = {}, []
+    for path in sorted(source.path(i) for i in range(len(source))):
         stem = os.path.splitext(os.path.relpath(path, root))[0]
         if stem in found:
             duplicates.append(path)
         found[stem] = path
     if duplicates:
         raise ValueError(
-            f"{len(duplicates)} of {len(paths)} files in '{printable(root)}' have the name of another one except for "
-            f"the extension: {_first(duplicates)}. Images and masks are matched by name; rename or remove them."
+            f"{len(duplicates)} of {len(source)} files in '{printable(root)}' have the name of another one except for "
+            f"the extension: {first(duplicates)}. Images and masks are matched by name; rename or remove them."
         )
     return found
-
-
-def _first(names: Sequence[str]) -> str:
-    shown = ", ".join(printable(name) for name in names[:SHOWN])
-    return shown + (", ..." if len(names) > SHOWN else "")
 
 
 def open_split(root: str | os.PathLike, split: str) -> tuple[Path, Path]:
@@ -255,27 +230,6 @@ class TrainTransform:
         return self.crop(x, y)
 
 
-def as_float(image: Tensor) -> Tensor:
-    """uint8 in 0..255 as float in 0..1; floats unchanged."""
-    return image.div(255) if image.dtype == torch.uint8 else image
-
-
-class TrainSamples(Dataset):
-    """Samples `(image, target)` whose random numbers depend on (seed, epoch, index) only."""
-
-    def __init__(self, data: MaskedImages, transform: TrainTransform, seed: int = 0) -> None:
-        self.data, self.transform, self.seed = data, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, index = key
-        sample = self.data[index]
-        with seeded(sample_seed(self.seed, epoch, index)):
-            return self.transform(*sample)
-
-
-def collate(samples: list) -> tuple[Tensor, Tensor]:
+def collate(samples: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     images, targets = zip(*samples, strict=True)
     return torch.stack(images), torch.stack(targets)

@@ -1,24 +1,29 @@
 """Classes that a segmenter finds in images, their measures, and figures of them beside the truth."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import functional as V
 
 from ...files import whole_file
 from ...report.images import save_rows
-from ...runs.world import World, leave_signals_to_parent
+from ...runs.world import World
+from ..backbone import as_float
+from ..config import Averaging
 from ..figures import as_rgb
-from .masks import MaskedImages, as_float
+from ..loop import shared_loader
+from .heads import resize
+from .masks import MaskedImages
 from .segmenter import Segmenter
-from .sliding import predict
+
+Model = Callable[[Tensor], Tensor]
+WHOLE = Averaging()  # whole images
 
 
 class Confusion:
@@ -32,10 +37,6 @@ class Confusion:
         counted = targets != self.ignore_index
         pairs = targets[counted].long() * self.num_classes + predicted[counted].long()
         self.counts += torch.bincount(pairs.cpu(), minlength=self.num_classes**2).view_as(self.counts)
-
-    def join(self, others: Sequence[Tensor]) -> "Confusion":
-        self.counts = torch.stack(list(others)).sum(0)
-        return self
 
     def measures(self) -> dict[str, Any]:
         """`miou` over classes in the targets or predictions, pixel `accuracy`, `mean_accuracy` over classes in targets.
@@ -56,62 +57,79 @@ class Confusion:
         }
 
 
-class Inference(NamedTuple):
-    """How a segmenter is run on whole images; see `sliding.predict`."""
+def slide(model: Model, images: Tensor, window: int, stride: int | None = None) -> Tensor:
+    """Logits `[B, K, H, W]` as the mean over windows of `window` pixels that cover the images `[B, C, H, W]`.
 
-    short_side: int | None = None  # pixels that the shorter side is resized to; None keeps the image's size
-    window: int | None = None
-    stride: int | None = None
-    scales: Sequence[float] = (1.0,)
-    flip: bool = False
-    amp_dtype: torch.dtype | None = None  # type of mixed precision, None for float32
+    The last window of a row and of a column ends at the image's edge; a smaller image is one window. `stride` is two
+    thirds of the window if None, as in the official code.
+    """
+    stride = max(1, window * 2 // 3) if stride is None else stride
+    height, width = images.shape[-2:]
+    rows, columns = ([*range(0, max(0, n - window), stride), max(0, n - window)] for n in (height, width))
+    total, counts = None, images.new_zeros(height, width)
+    for top in rows:
+        for left in columns:
+            area = (..., slice(top, top + window), slice(left, left + window))
+            logits = model(images[area])
+            total = logits.new_zeros(*logits.shape[:2], height, width) if total is None else total
+            total[area] += logits
+            counts[area] += 1
+    assert total is not None
+    return total / counts
 
 
-WHOLE = Inference()
+def predict(model: Model, images: Tensor, how: Averaging = WHOLE, size: tuple[int, int] | None = None) -> Tensor:
+    """Class probabilities `[B, K, height, width]` of images `[B, C, H, W]` as the mean over scales and flips.
+
+    The model makes logits `[B, K, h, w]` in eval mode. Scales are factors of the images' size; the paper's multi-scale
+    test has 0.75 to 1.25. `size` is the height and width of the result, by default the images'.
+    """
+    height, width = images.shape[-2:]
+    size, total = size or (height, width), images.new_zeros(())
+    for scale in how.scales:
+        shape = max(1, round(height * scale)), max(1, round(width * scale))
+        scaled = images if shape == (height, width) else resize(images, shape)
+        for mirrored in (False, True) if how.flip else (False,):
+            x = scaled.flip(-1) if mirrored else scaled
+            logits = model(x) if how.window is None else slide(model, x, how.window, how.stride)
+            logits = logits.flip(-1) if mirrored else logits
+            logits = logits if logits.shape[-2:] == size else resize(logits, size)
+            total = total + logits.softmax(1)  # a sum, as the parts do not all fit in memory
+    return total / (len(how.scales) * (2 if how.flip else 1))
 
 
 @torch.no_grad()
-def find_classes(model: Segmenter, image: Tensor, inference: Inference = WHOLE) -> Tensor:
+def find_classes(
+    model: Segmenter, image: Tensor, how: Averaging = WHOLE, amp_dtype: torch.dtype | None = None
+) -> Tensor:
     """The class of each pixel, int64 `[H, W]` on the CPU, for an image `[C, H, W]` from `data.load_image`."""
-    device = model.mean.device
-    height, width = image.shape[-2:]
-    x = as_float(image)[None].to(device)
-    if inference.short_side is not None:
-        factor = inference.short_side / min(height, width)
+    device, (height, width), x = model.mean.device, image.shape[-2:], as_float(image)[None]
+    if how.short_side is not None:
+        factor = how.short_side / min(height, width)
         x = V.resize(x, [max(1, round(height * factor)), max(1, round(width * factor))])
-    with torch.autocast(device.type, inference.amp_dtype, enabled=inference.amp_dtype is not None):
-        found = predict(
-            model, x, scales=inference.scales, flip=inference.flip, window=inference.window, stride=inference.stride,
-            size=(height, width),
-        )  # fmt: skip
-    return found[0].argmax(0).cpu()
+    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+        return predict(model, x.to(device), how, (height, width))[0].argmax(0).cpu()
 
 
 def evaluate_segmenter(
-    model: Segmenter, data: MaskedImages, inference: Inference = WHOLE, *, workers: int = 0, world: World | None = None,
-    keep: int = 0
+    model: Segmenter, data: MaskedImages, how: Averaging = WHOLE, *, amp_dtype: torch.dtype | None = None,
+    workers: int = 0, world: World | None = None, keep: int = 0
 ) -> tuple[dict[str, Any], dict[int, Tensor]]:  # fmt: skip
     """`Confusion.measures` of a segmenter in eval mode, and the classes `[H, W]` found in some images, by image index.
 
     The processes of `world` share the images, and each of them calls this. `keep` is the number of images, spread over
     the data, whose classes are returned.
     """
-    rank, size = (0, 1) if world is None else (world.rank, world.size)
     kept = {i * len(data) // keep for i in range(min(keep, len(data)))} if keep else set()
-    part = list(range(rank, len(data), size))
-    loader = DataLoader(
-        Subset(data, part), batch_size=None, num_workers=workers, generator=torch.Generator(),
-        worker_init_fn=leave_signals_to_parent,
-    )  # fmt: skip
-    confusion = Confusion(len(data.classes), data.ignore_index)
-    found: dict[int, Tensor] = {}
+    part, loader = shared_loader(data, world, workers, batch_size=None)
+    confusion, found = Confusion(len(data.classes), data.ignore_index), {}
     for i, (image, target) in zip(part, loader, strict=True):
-        classes = find_classes(model, image, inference)
+        classes = find_classes(model, image, how, amp_dtype)
         confusion.add(classes, target)
         if i in kept:
             found[i] = classes
     if world is not None:
-        confusion.join(world.gather([confusion.counts]))
+        confusion.counts = torch.stack(world.gather([confusion.counts])).sum(0)
         found = {i: classes for others in world.gather([found]) for i, classes in others.items()}
     return confusion.measures(), found
 
@@ -128,10 +146,8 @@ def table(measures: dict[str, Any], classes: Sequence[str]) -> str:
 
 def save_mask(classes: Tensor, path: str | Path, num_classes: int) -> None:
     """Writes classes `[H, W]` as an index PNG with a palette; as a 16-bit PNG for more than 256 classes."""
-    if num_classes > 256:
-        image = Image.fromarray(classes.numpy().astype(np.uint16))
-    else:
-        image = Image.fromarray(classes.numpy().astype(np.uint8))
+    image = Image.fromarray(classes.numpy().astype(np.uint8 if num_classes <= 256 else np.uint16))
+    if num_classes <= 256:
         image.putpalette(palette(num_classes).flatten().tolist())
     with whole_file(path) as part:
         image.save(part, format="png")
@@ -156,6 +172,6 @@ def save_segmentations(path: str | Path, data: MaskedImages, found: dict[int, Te
         truth[ignored.numpy()] = 128
         images = as_rgb(as_float(image), stretch=True).numpy(), truth, colours[found[i].numpy()]
         rows.append([*zip(images, ("", "", "") if rows else ("image", "mask", "found"), strict=True)])
-        seen |= set(target[~ignored].unique().tolist()) | set(found[i].unique().tolist())
+        seen |= {*target[~ignored].unique().tolist(), *found[i].unique().tolist()}
     legend = [Patch(color=tuple(colours[c] / 255), label=data.classes[c]) for c in sorted(seen)[:24]]
     save_rows(path, rows, (7.5, 0.8 + 2.2 * len(rows)), title, legend)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from ...checkpoint.task_folder import load_weights, read_task, write_task
+from ...checkpoint.task_folder import open_task, write_task
 from ..backbone import Backbone, create_backbone, open_backbone
 from .heads import FCNHead, UPerHead, resize
 
@@ -18,11 +18,10 @@ AUXILIARY_WEIGHT = 0.4  # from mmsegmentation's configurations of UPerNet
 
 
 class Segmenter(nn.Module):
-    """UPerNet; `build_segmenter` and `open_segmenter` make it.
+    """UPerNet; `num_classes` includes the background if there is one.
 
-    `num_classes` includes the background if there is one. The auxiliary head is used in training only, and not at all
-    with 0 channels. `ignore_index` is the value of pixels without a class in the targets; classes are called '0', '1',
-    ... by default.
+    The auxiliary head is used in training only, and not at all with 0 channels. `ignore_index` is the value of pixels
+    without a class in the targets.
     """
 
     mean: Tensor
@@ -50,8 +49,7 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
         """Losses in train mode (`loss_seg`, and `loss_aux`, weighted), logits `[B, num_classes, H, W]` in eval mode.
 
-        Images are float `[B, C, H, W]` of any size, as from `data.load_image` with uint8 divided by 255, and are
-        normalised here; targets are classes, int64 `[B, H, W]`.
+        Images are float `[B, C, H, W]` in 0..1, of any size, normalised here; targets are classes, int64 `[B, H, W]`.
         """
         if self.training and targets is None:
             raise ValueError("A segmenter in train mode needs images and targets; call eval() for logits.")
@@ -85,8 +83,7 @@ def build_segmenter(backbone: str | Backbone, num_classes: int, *, frozen: bool 
 
     `frozen` trains the heads only; `options` are more arguments of `Segmenter`.
     """
-    if isinstance(backbone, str):
-        backbone = create_backbone(backbone)
+    backbone = create_backbone(backbone) if isinstance(backbone, str) else backbone
     backbone.requires_grad_(not frozen)
     return Segmenter(backbone, num_classes, **options)
 
@@ -95,10 +92,7 @@ def export_segmenter(
     model: Segmenter, folder: str | Path, *, metrics: dict[str, Any] | None = None, dataset: str | None = None,
     info: dict[str, Any] | None = None
 ) -> Path:  # fmt: skip
-    """Writes a folder that `open_segmenter` reads: `config.json`, `model.safetensors`, `README.md`.
-
-    The README has `metrics`, the name of the `dataset` that they were measured on, and `info` as a table.
-    """
+    """Writes a folder that `open_segmenter` reads; for `metrics`, `dataset` and `info` see `write_task`."""
     config = dict(
         task="segmentation", classes=model.classes, backbone=model.backbone.record(),
         segmenter={**model.sizes, "ignore_index": model.ignore_index},
@@ -107,15 +101,10 @@ def export_segmenter(
 
 
 def open_segmenter(folder: str | Path, device: str | torch.device = "cpu") -> Segmenter:
-    """A segmenter that `export_segmenter` wrote, in eval mode.
+    """A segmenter that `export_segmenter` wrote, in eval mode; `folder` is RUN, RUN/model or `hf-hub:USER/NAME`."""
 
-    `folder` is its folder, the folder of the run (RUN or RUN/model), or `hf-hub:USER/NAME`.
-    """
-    location, config = read_task(folder, "segmentation")
-    try:
+    def build(config: dict[str, Any]) -> Segmenter:
         classes = config["classes"]
-        model = Segmenter(open_backbone(config["backbone"]), len(classes), classes=classes, **config["segmenter"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"The segmenter in '{folder}' cannot be opened ({type(e).__name__}: {e}).") from e
-    load_weights(model, location)
-    return model.eval().to(device)
+        return Segmenter(open_backbone(config["backbone"]), len(classes), classes=classes, **config["segmenter"])
+
+    return open_task(folder, "segmentation", build)[0].to(device)

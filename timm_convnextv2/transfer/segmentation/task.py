@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...console import check_same_classes
+from ...runs.device import check_device
 from ...runs.world import World
-from ..backbone import Backbone
-from ..config import Averaging, Compute, SegmentConfig, SegmentData, Sliding
-from ..loop import Schedule
+from ..config import SegmentConfig, SegmentEvalConfig
+from ..loop import Samples
 from ..task import Task, new_backbone
-from .masks import MaskedImages, TrainSamples, TrainTransform, collate, open_split, read_classes
-from .metrics import Inference, evaluate_segmenter, save_segmentations, table
-from .segmenter import build_segmenter, export_segmenter
+from .masks import MaskedImages, TrainTransform, collate, open_split, read_classes
+from .metrics import evaluate_segmenter, save_segmentations, table
+from .segmenter import build_segmenter, export_segmenter, open_segmenter
 
 
 class SegmentationTask(Task):
@@ -23,35 +24,51 @@ class SegmentationTask(Task):
     fixed = ("channels", "auxiliary_channels")
     main_metric = ("mIoU", "miou")
     collate = staticmethod(collate)
+    model: Any
 
-    def __init__(self, config: SegmentConfig) -> None:
-        options, crops, self._config = config.model, config.crops, config
-        self._inference = inference_of(config.sliding, config.compute)
-        self.classes = class_names(config.data)
+    def __init__(self, config: SegmentConfig | SegmentEvalConfig) -> None:
+        self._data, self._how, self._compute = config.data, config.averaging, config.compute
+        self.classes = read_classes(config.data.classes or Path(config.data.data_dir) / "classes.txt")
+        if isinstance(config, SegmentEvalConfig):
+            self.model = open_segmenter(config.model, check_device(config.compute.device))
+            remedy = "Pass the --classes that the model was trained with, or train a model on these."
+            where = ("the data", f"the model '{config.model}'")
+            check_same_classes(self.classes, self.model.classes, where, remedy=remedy)
+            self.backbone = self.model.backbone.read_with(config.compute.nodata)
+            self.validation = self._open(config.split)
+        else:
+            self._create(config)
+
+    def _create(self, config: SegmentConfig) -> None:
+        options, crops, ignored = config.backbone, config.crops, config.data.ignore_index
         self.backbone = new_backbone(config)
         self.model = build_segmenter(
             self.backbone, len(self.classes), frozen=options.frozen, channels=options.channels,
-            auxiliary_channels=options.auxiliary_channels, ignore_index=config.data.ignore_index, classes=self.classes,
+            auxiliary_channels=options.auxiliary_channels, ignore_index=ignored, classes=self.classes,
         )  # fmt: skip
         if torch.distributed.is_initialized() and config.compute.device.startswith("cuda"):
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.train = open_masks(config.data, "train", self.classes, self.backbone)
-        self.validation = open_masks(config.data, "validation", self.classes, self.backbone)
+        train, self.validation = self._open("train"), self._open("validation")
         transform = TrainTransform(
-            crops.img_size, self.backbone.mean, scale=crops.scale, short_side=config.sliding.short_side,
-            hflip=crops.hflip, vflip=crops.vflip, colours=crops.colours, ignore_index=config.data.ignore_index,
+            crops.img_size, self.backbone.mean, scale=crops.scale, short_side=config.averaging.short_side,
+            hflip=crops.hflip, vflip=crops.vflip, colours=crops.colours, ignore_index=ignored,
         )  # fmt: skip
-        self.samples = TrainSamples(self.train, transform, config.learning.seed)
-        self.num_validation = len(self.validation)
-        self.data = f"{len(self.train)} images of {len(self.classes)} classes"
+        self.samples = Samples(train, transform, config.learning.seed)
+        self.data = f"{len(train)} images of {len(self.classes)} classes"
 
-    def schedule(self) -> Schedule:
-        learning = self._config.learning
-        return Schedule(learning.sched, learning.warmup_share, opt=learning.opt)
+    def _open(self, split: str) -> MaskedImages:
+        """The images and masks of a split, without the checks that read them."""
+        folders, data = open_split(self._data.data_dir, split), self._data
+        return MaskedImages(
+            *folders, self.classes, in_chans=self.backbone.in_chans, pixels=self.backbone.pixels,
+            ignore_index=data.ignore_index, reduce_zero_label=data.reduce_zero_label,
+        )  # fmt: skip
 
     def check(self) -> list[str]:
         notes = []
-        for part, name in ((self.train, "train"), (self.validation, "validation")):
+        for part, name in ((self.samples and self.samples.data, "train"), (self.validation, "validation")):
+            if part is None:
+                continue
             absent = [cls for cls, pixels in zip(self.classes, part.check(), strict=True) if not pixels]
             if absent:
                 notes.append(f"note: {len(absent)} classes have no pixel in {name}: {', '.join(absent[:5])}.")
@@ -59,9 +76,11 @@ class SegmentationTask(Task):
                 notes.append(f"note: {len(part.unused)} masks in {name} have no image and are not used.")
         return notes
 
-    def evaluate(self, model: Any, world: World, shown: int) -> tuple[dict[str, Any], dict[int, Tensor]]:
-        workers = self._config.compute.workers
-        return evaluate_segmenter(model, self.validation, self._inference, workers=workers, world=world, keep=shown)
+    def evaluate(
+        self, model: Any, world: World | None = None, shown: int = 0
+    ) -> tuple[dict[str, Any], dict[int, Tensor]]:
+        how = dict(amp_dtype=self._compute.autocast, workers=self._compute.workers)
+        return evaluate_segmenter(model, self.validation, self._how, **how, world=world, keep=shown)
 
     def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
         save_segmentations(path, self.validation, found, title)
@@ -69,23 +88,5 @@ class SegmentationTask(Task):
     def export(self, model: Any, folder: Path, **about: Any) -> None:
         export_segmenter(model, folder, **about)
 
-    def finish(self, folder: Path, found: Any, metrics: dict[str, Any]) -> str:
+    def table(self, metrics: dict[str, Any]) -> str:
         return table(metrics, self.classes)
-
-
-def class_names(data: SegmentData) -> list[str]:
-    return read_classes(data.classes or Path(data.data_dir) / "classes.txt")
-
-
-def open_masks(data: SegmentData, split: str, classes: list[str], backbone: Backbone) -> MaskedImages:
-    """The images and masks of a split, without the checks that read them."""
-    return MaskedImages(
-        *open_split(data.data_dir, split), classes, in_chans=backbone.in_chans, pixels=backbone.pixels,
-        ignore_index=data.ignore_index, reduce_zero_label=data.reduce_zero_label,
-    )  # fmt: skip
-
-
-def inference_of(options: Sliding, compute: Compute) -> Inference:
-    """How a segmenter runs on whole images, from the options."""
-    more = (options.scales, options.flip) if isinstance(options, Averaging) else ((1.0,), False)
-    return Inference(options.short_side, options.window, options.stride, *more, compute.autocast)

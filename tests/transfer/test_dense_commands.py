@@ -1,0 +1,362 @@
+"""The commands detect and segment: from images to metrics, resumed, measured, used; mistakes are one message."""
+
+import json
+import pickle
+import re
+import shutil
+import sys
+import types
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from encoders import make_encoder
+from helpers import ROOT, assert_same, torchrun
+from PIL import Image
+from tiny import BACKBONE, SHORT, TASKS, tiny_detector, train
+
+from timm_convnextv2.commands import detect, segment
+from timm_convnextv2.commands.main import main
+from timm_convnextv2.config import flat
+from timm_convnextv2.data.demo import write_folder
+from timm_convnextv2.data.formats.errors import ImageError, MissingPackageError, UnreadableError, naming
+from timm_convnextv2.recipes import load_recipe, recipe_names
+from timm_convnextv2.runs.summary import read_rows
+from timm_convnextv2.runs.trainer import Trainer
+from timm_convnextv2.transfer import export_detector, find_classes, open_segmenter
+from timm_convnextv2.transfer.config import Averaging
+from timm_convnextv2.transfer.detection.coco import open_coco
+from timm_convnextv2.transfer.loop import Samples
+from timm_convnextv2.transfer.segmentation.masks import read_classes
+
+pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
+
+COMMANDS = {"detect": detect.COMMAND, "segment": segment.COMMAND}
+COLUMNS = {
+    "detect": {"eval_box_ap", "eval_mask_ar_large", "train_loss_mask"},
+    "segment": {"eval_miou", "eval_accuracy", "eval_mean_accuracy", "train_loss_seg", "train_loss_aux"},
+}
+FILES = {"args.yaml", "last.pth.tar", "report.html", "predictions/epoch-0001.png", "predictions/epoch-0002.png"}
+CPU = ["-j", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("d") / "d", size=32, train=8, validation=8, coco=True, masks=True)
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def run(request, data, tmp_path_factory):
+    """A run of two epochs of a task, what it printed, and what Weights & Biases got."""
+    folder, task = tmp_path_factory.mktemp(request.param), request.param
+    make_encoder(folder, patch_size=4, dims=[8, 12, 16, 20])
+    wandb: types.Any = types.ModuleType("wandb")
+    wandb.begun, wandb.logged = [], []
+    wandb.init, wandb.log = (lambda **kwargs: wandb.begun.append(kwargs)), wandb.logged.append
+    words = ["--layer-decay", "0.9", "--model-ema", "--shown-images", "1", "--log-wandb", "--wandb-project", "mine"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", wandb)
+        words += ["--log-tensorboard"] * bool(find_spec("tensorboard"))
+        train(task, data, folder, *words, start=["--model", f"local-dir:{folder}"])
+    return types.SimpleNamespace(task=task, path=folder / "run", wandb=wandb)
+
+
+def test_a_run_writes_its_results(run):
+    rows = read_rows(run.path / "summary.csv")[0]
+    assert len(rows) == 2 and COLUMNS[run.task] <= rows[1].keys()
+    more = {"predictions/validation.json"} if run.task == "detect" else set()
+    assert all((run.path / name).stat().st_size for name in FILES | more)
+    assert not list(run.path.glob(".*"))  # the lock is given back
+    page = (run.path / "report.html").read_text()
+    assert page.count('data-epoch="') == 2 and f"{run.task} eval --model" in page
+    assert main(["report", str(run.path)]) == 0
+
+
+def test_logs_get_the_numbers_of_the_summary(run):
+    rows, measure = read_rows(run.path / "summary.csv")[0], COMMANDS[run.task].task.main_metric[1]
+    (begun,) = run.wandb.begun
+    assert (begun["project"], begun["name"], begun["config"]["img_size"]) == ("mine", "run", 32)
+    assert [metrics["epoch"] for metrics in run.wandb.logged] == [0, 1]
+    assert run.wandb.logged[1][f"eval_{measure}"] == float(rows[1][f"eval_{measure}"])
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.path))
+    events.Reload()
+    assert {"loss", "lr", "images_per_s", f"eval_{measure}"} <= {*events.Tags()["scalars"]}
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([float(row["train_loss"]) for row in rows])
+
+
+def test_eval_repeats_the_metrics_of_the_run(run, data, tmp_path, capsys):
+    words = [run.task, "eval", "--model", str(run.path), "--data-dir", str(data), "--output", str(tmp_path / "e"), *CPU]
+    assert main(words) == 0
+    metrics = json.loads((tmp_path / "e/metrics.json").read_text())
+    row = {k: float(v) for k, v in read_rows(run.path / "summary.csv")[0][1].items() if k.startswith("eval_")}
+    assert {f"eval_{k}": v for k, v in metrics.items() if k != "iou"} == pytest.approx(row, abs=1e-4)
+    assert (tmp_path / "e/predictions.json").exists() is (run.task == "detect")
+    assert main(words) == 2 and "is not empty. Pass --overwrite" in capsys.readouterr().err
+    assert main([*words, "--overwrite", "--device", "tpu9"]) == 2
+    assert capsys.readouterr().err.startswith(f"timm-convnextv2 {run.task} eval: error: ")
+
+
+def test_predict(run, data, tmp_path, capsys):
+    images, output = data / "validation/images", tmp_path / "found"
+    words = [run.task, "predict", "--model", str(run.path), "--images", str(images), "--output", str(output), *CPU]
+    if run.task == "detect":
+        assert main([*words, "--min-score", "0", "--soft-nms", "gaussian"]) == 0
+        coco = open_coco(output, images, in_chans=3, drop_wrong=True)  # what it writes, it reads
+        assert len(coco.images) == 8 and coco.images[0].height == 32
+        assert main(words) == 2 and "exists. Pass --overwrite" in capsys.readouterr().err
+        return
+    assert main([*words, "--window", "24", "--flip"]) == 0
+    model, how = open_segmenter(run.path), Averaging(window=24, flip=True)
+    for path in sorted(output.glob("*.png")):
+        with Image.open(path) as mask:
+            assert mask.mode == "P"
+            found = np.array(mask)
+        image = torch.from_numpy(np.array(Image.open(images / path.name))).permute(2, 0, 1)
+        assert np.array_equal(found, find_classes(model, image, how).numpy())
+    assert len(list(output.glob("*.png"))) == 8 and read_classes(output / "classes.txt") == model.classes
+    average = torch.load(run.path / "last.pth.tar", weights_only=True)["state_dict_ema"]
+    assert_same(dict(model.state_dict()), dict(average))
+
+
+def test_the_snippets_run(run, data):
+    """Those of the model card and of the page."""
+    image, place = next((data / "validation/images").iterdir()), str(run.path / "model")
+    card = (run.path / "model/README.md").read_text().split("```python\n")[1].split("```")[0]
+    name = "boxes" if run.task == "detect" else "classes"
+    opens = "open_detector" if run.task == "detect" else "open_segmenter"
+    (page,) = re.findall(rf"```python\n([^`]*?{opens}.*?)```", (ROOT / "docs/transfer.md").read_text(), flags=re.S)
+    for snippet in (card, page.replace(f"output/{name}/model", place).replace("DATA/", f"{data}/")):
+        names = {}
+        exec(snippet.replace("path/to/this/folder", place).replace("IMAGE", str(image)), names)
+        assert (names["found"].keys() >= {"boxes", "masks"}) if run.task == "detect" else len(names["classes"]) == 32
+
+
+@pytest.mark.parametrize("task, update", [("detect", 1), ("segment", 2)])
+def test_a_run_resumes_bit_for_bit(task, update, data, tmp_path, monkeypatch):
+    """Interrupted within an epoch of two updates, and after the second of three epochs of one."""
+    more = ["--boxes-only"] if task == "detect" else ["--sched", "cosine", "--drop-path", "0.2", "--model-ema"]
+    more += ["--eval-interval", "9", "--grad-accum-steps", update, "--epochs", 1 + update]
+    whole = train(task, data, tmp_path / "whole", *more)
+    original = Trainer.update
+
+    def interrupted(self, batches, number):
+        self.world.stop = "SIGTERM" * (number == update - 1)
+        return original(self, batches, number)
+
+    monkeypatch.setattr(Trainer, "update", interrupted)
+    train(task, data, tmp_path / "parts", *more)
+    monkeypatch.undo()
+    parts = train(task, data, tmp_path / "parts", *more, "--resume", "auto")
+    whole, parts = (torch.load(path / "last.pth.tar", weights_only=True) for path in (whole, parts))
+    rows = read_rows(tmp_path / "parts/run/summary.csv")[0]
+    metric = f"eval_{COMMANDS[task].task.main_metric[1]}"
+    assert [row[metric] != "" for row in rows] == [False] * update + [True] and whole["progress"]["epoch"] == 1 + update
+    for key in ("state_dict", "optimizer"):
+        assert_same(whole[key], parts[key])
+    train(task, data, tmp_path / "parts", *more, "--resume", "auto", "--layer-decay", "0.5", status=2)
+
+
+@pytest.mark.parametrize("task, workers", [("detect", 0), ("segment", 2)])
+def test_a_broken_image_ends_the_run_with_its_name(task, workers, data, tmp_path, capfd, monkeypatch):
+    """In the second epoch; the run continues bit for bit once the file is mended."""
+    more = [*(["--boxes-only"] if task == "detect" else []), "-b", "2", "--eval-interval", "9", "-j", workers]
+    whole = train(task, data, tmp_path / "whole", *more)
+    read, torn = Samples.__getitem__, tmp_path / "torn.png"
+    torn.write_bytes(b"torn")
+
+    def broken(self, key):
+        images = self.data.coco.images if task == "detect" else self.data.source.paths
+        before = images[3]
+        if key == (1, 3):
+            images[3] = before._replace(path=str(torn)) if task == "detect" else str(torn)
+        try:
+            return read(self, key)
+        finally:
+            images[3] = before
+
+    monkeypatch.setattr(Samples, "__getitem__", broken)
+    capfd.readouterr()
+    run = train(task, data, tmp_path, *more, status=1)
+    err = capfd.readouterr().err
+    name = "The image 00003.png (id 4)" if task == "detect" else f"The image {torn} with its mask"
+    assert f"error: {name} cannot be used: " in err and err.count("error:") == 1 and "Traceback" not in err
+    assert "--experiment run --resume auto" in err
+    progress = torch.load(run / "last.pth.tar", weights_only=True)["progress"]
+    assert progress["epoch"] == 1 and f"last.pth.tar (after epoch 1, and update {progress['update']}" in err
+    monkeypatch.undo()
+    train(task, data, tmp_path, *more, "--resume", "auto")
+    whole, parts = (torch.load(path / "last.pth.tar", weights_only=True) for path in (whole, run))
+    assert_same(whole["state_dict"], parts["state_dict"])
+
+
+def test_an_image_that_eval_cannot_read(data, tmp_path, capsys, monkeypatch):
+    names = (data / "classes.txt").read_text().split()[1:]
+    export_detector(tiny_detector(boxes_only=True, img_size=32), tmp_path, classes=names)
+
+    def gone(*_):
+        raise OSError("gone")
+
+    monkeypatch.setattr("timm_convnextv2.transfer.detection.coco.load_image", gone)
+    words = ["detect", "eval", "--model", str(tmp_path), "--data-dir", str(data), "-j", "2", "--device", "cpu"]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err == "timm-convnextv2 detect eval: error: The image 00000.png (id 1) cannot be used: gone\n"
+
+
+def test_what_is_no_fault_of_the_file():
+    for error in (ImageError("is\ntorn"), OSError("gone")):
+        with pytest.raises(UnreadableError, match="^x cannot be used: (is torn|gone)$"), naming("x"):
+            raise error
+    with pytest.raises(MissingPackageError), naming("x"):
+        raise MissingPackageError("tifffile")
+    error = pickle.loads(pickle.dumps(UnreadableError("Caught UnreadableError in worker\n  a: UnreadableError: x y\n")))
+    assert str(error) == "x y"
+
+
+@pytest.mark.parametrize(
+    "task, what", [("detect", "8 images with 8 objects of 8 classes"), ("segment", "8 images of 9")]
+)
+def test_a_dry_run_checks_and_writes_nothing(task, what, data, tmp_path, capsys):
+    train(task, data, tmp_path, "--dry-run", "--recipe", "small-data", "--frozen", "--epochs", "100")
+    out = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert what in out and "8 to validate; 200 updates of 4 images" in out
+    assert "the recipe small-data is for 8 images per update, this run has 4" in out
+
+
+def _move(content):
+    content["annotations"][0]["bbox"][0] += 100
+
+
+def _widen(content):
+    content["images"][0]["width"] += 1
+    content["annotations"][0]["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+
+
+def _rename(content):
+    content["categories"][0]["name"] = "dog"
+
+
+def _empty(content):
+    content["annotations"].clear()
+
+
+MISTAKES = [
+    ("detect", _move, [], "has 1 boxes that reach outside of their image: annotation 1 of 00000.png"),
+    ("detect", _rename, [], "The classes of '"),
+    ("detect", _empty, [], "has no annotations"),
+    ("detect", _widen, [], "(of 8 tried): 00000.png has 32 x 32 pixels, annotated as 33 x 32"),
+    ("detect", None, ["--model", "convnextv2_ato"], "Did you mean 'convnextv2_atto'?"),
+    ("detect", None, ["--batch-size", "9"], "the largest --batch-size that works is 8"),
+    ("detect", None, ["--grad-accum-steps", "3"], "An update takes 3 batches, but an epoch has 2"),
+    ("detect", None, ["--eval-interval", "0"], "--eval-interval must be at least 1, got 0."),
+    ("detect", None, ["--scale", "2", "1"], "--scale 2 1: expected two factors above 0"),
+    ("detect", None, ["--device", "tpu9"], "tpu9"),
+    ("detect", "faster_coco_eval.core", [], "pip install 'timm_convnextv2[detect]'"),
+    ("detect", "wandb", ["--log-wandb"], "pip install wandb"),
+    ("segment", "wandb", ["--log-wandb"], "pip install wandb"),
+    ("segment", None, ["-b", "1"], "--batch-size must be at least 2, got 1"),
+    ("segment", None, ["--recipe", "smal-data"], "Did you mean 'small-data'"),
+    ("segment", None, ["--resume", "auto", "--experiment", ""], "--resume auto needs --experiment"),
+    ("segment", None, ["--window", "8", "--stride", "9"], "--stride is 9, expected 1 to --window, which is 8"),
+    ("segment", None, ["--classes", "absent.txt"], "class names 'absent.txt' cannot be read"),
+    ("segment", None, ["--ignore-index", "3"], "ignore index 3 is the index of the class"),
+    ("segment", None, ["--in-chans", "4"], "None of 8 images tried (of 8) can be read"),
+    ("segment", "a mask", [], "1 of 8 masks have another size than their images: "),
+]
+
+
+@pytest.mark.parametrize("task, change, more, message", MISTAKES)
+def test_mistakes_are_one_message_before_anything_is_written(
+    task, change, more, message, data, tmp_path, capsys, monkeypatch
+):
+    if callable(change) or change == "a mask":
+        data = shutil.copytree(data, tmp_path / "data")
+        if change == "a mask":
+            Image.new("L", (9, 9)).save(data / "validation/masks/00001.png")
+        else:
+            content = json.loads((data / "train.json").read_text())
+            change(content)
+            (data / "train.json").write_text(json.dumps(content))
+    elif change:
+        monkeypatch.setitem(sys.modules, change, None)
+    train(task, data, tmp_path / "output", *more, status=2)
+    err = capsys.readouterr().err
+    assert message in err and err.count("error:") == 1 and "Traceback" not in err
+    assert not (tmp_path / "output").exists()
+
+
+def test_another_list_of_classes_than_the_models(run, data, tmp_path, capsys):
+    if run.task == "detect":
+        pytest.skip("a list of classes is segmentation's")
+    names = read_classes(data / "classes.txt")
+    (tmp_path / "other.txt").write_text("\n".join([names[0], names[2], names[1], *names[3:]]))
+    words = ["segment", "eval", "--model", str(run.path), "--data-dir", str(data), *CPU]
+    assert main([*words, "--classes", str(tmp_path / "other.txt")]) == 2
+    err = capsys.readouterr().err
+    assert f"order differs at 2 indices: 1 ('{names[2]}' and '{names[1]}')" in err and "(9)" in err
+
+
+@pytest.mark.parametrize(
+    "task, name", [(t, n) for t, command in COMMANDS.items() for n in recipe_names(command.recipes)]
+)
+def test_recipes_are_options(task, name):
+    recipe = load_recipe(name, COMMANDS[task].recipes)
+    config = flat(COMMANDS[task].parse(["train", "--recipe", name, "--data-dir", "x", "--lr", "5"])[1])
+    assert config.items() >= (recipe.values | {"lr": 5}).items()
+    assert recipe.global_batch and recipe.description
+    if name.startswith("mask-rcnn"):  # the paper's appendix A.3
+        fixed = dict(epochs=36, weight_decay=0.05, img_size=1024, sched="step", decay_epochs=[27, 33], scale=[0.1, 2.0])
+        assert config["layer_decay"] in (0.9, 0.95) and 0.2 <= config["drop_path"] <= 0.5 and recipe.global_batch == 32
+        assert recipe.values.items() >= fixed.items() and recipe.values["lr"] == 1e-4
+    elif name.startswith("upernet"):  # appendix A.4
+        assert config.items() >= dict(updates=160000, weight_decay=0.05, img_size=512, sched="poly").items()
+        assert recipe.global_batch == 16 and 0.1 <= config["drop_path"] <= 0.4 and config["layer_decay"] in (0.8, 0.9)
+
+
+def test_options_win_over_the_recipe(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(dict(epochs=7, amp=True, scale=[0.5, 1], clip_grad=None)))
+    words = ["train", "--data-dir", "y", "--recipe", str(tmp_path / "mine.yaml"), "--epochs", "9", "--no-amp"]
+    config = detect.COMMAND.parse(words)[1]
+    assert (config.learning.epochs, config.compute.amp, config.crops.scale) == (9, False, (0.5, 1.0))
+    assert config.learning.clip_grad is None
+    (tmp_path / "mine.yaml").write_text("epoch: 7")
+    with pytest.raises(ValueError, match="--recipe mine: unknown option 'epoch'. Did you mean 'epochs'?"):
+        detect.COMMAND.parse(words)
+    assert main(["detect", "train", "--list-recipes", "--data-dir", "x"]) == 0
+    assert "mask-rcnn-base" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes(task, data, tmp_path):
+    """They train together, share the images of the evaluation, and count each once."""
+    place = ["--data-dir", data, "--output", tmp_path, "--experiment", "run"]
+    words = [*BACKBONE, *TASKS[task], *SHORT, "-b", "2", "--epochs", "1", *place]
+    done = torchrun("-m", "timm_convnextv2", task, "train", *words)
+    assert done.returncode == 0, done.stderr
+    title = "mIoU" if task == "segment" else "ap50"
+    assert "2 updates of 4 images" in done.stdout and done.stdout.count(title) == 1
+    words = ["--model", str(tmp_path / "run"), "--data-dir", str(data), "--output", str(tmp_path / "eval"), *CPU]
+    assert main([task, "eval", *words]) == 0
+    measured = json.loads((tmp_path / "eval/metrics.json").read_text())
+    there = json.loads((tmp_path / "run/model/config.json").read_text())["metrics"]
+    assert {k: v for k, v in measured.items() if k != "iou"} == {k: v for k, v in there.items() if k != "iou"}
+
+
+@pytest.mark.slow
+def test_it_memorises_eight_images(tmp_path):
+    data = write_folder(tmp_path / "data", size=64, train=8, validation=8, masks=True)
+    (data / "validation").rename(data / "other")
+    (data / "train").rename(data / "validation")
+    (data / "train").symlink_to(data / "validation")
+    more = ["--model-kwargs", "depths=(1,1,1,1)", "dims=(16,24,32,40)", "patch_size=2", "--channels", 64, "-b", 8]
+    more += ["--img-size", 64, "--scale", 1, 1, "--no-colours", "--hflip", 0, "--lr", 1e-2, "--weight-decay", 0]
+    more += ["--epochs", 180, "--warmup-updates", 20, "--clip-grad", 1, "--eval-interval", 180]
+    train("segment", data, tmp_path, *more)
+    assert float(read_rows(tmp_path / "run/summary.csv")[0][-1]["eval_miou"]) > 0.9
