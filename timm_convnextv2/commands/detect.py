@@ -20,7 +20,8 @@ def predict(config: DetectPredictConfig) -> None:
     category_ids, found = list(range(1, len(classes) + 1)), []
     for items in readable_images(config, backbone, config.batch_size):
         ids = range(len(images) + 1, len(images) + len(items) + 1)
-        images += [CocoImage(i, "", name, *image.shape[-2:], []) for i, (name, image) in zip(ids, items, strict=True)]
+        for i, (name, image) in zip(ids, items, strict=True):
+            images.append(CocoImage(i, "", name, image.shape[-2], image.shape[-1], []))
         found += find_objects(detector, [image for _, image in items], ids, category_ids, config.compute.autocast)
     found = [result for result in found if result["score"] >= config.min_score]
     content = Coco(output, images, classes, category_ids).content()

@@ -85,11 +85,12 @@ def create_schedule(
     """
     # + 1: timm takes a step one update early, since it counts epochs that have ended
     milestones: Any = [round(step * plan.updates_per_epoch) + 1 for step in steps]
-    return create_scheduler_v2(
+    found: Any = create_scheduler_v2(
         optimizer, "multistep" if sched == "step" else sched, max(1, plan.updates), decay_milestones=milestones,
         decay_rate=1.0 if sched == "poly" else 0.1, warmup_lr=warmup_share * plan.lr, warmup_epochs=plan.warmup_updates,
         step_on_epochs=False, updates_per_epoch=1,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    return found[0]
 
 
 # `(complete epochs, model in eval mode, whether the run ends) -> numbers by column`; called on all processes

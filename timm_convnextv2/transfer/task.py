@@ -20,7 +20,7 @@ from ..runs.trainer import Learning, LossesTask, Trainer
 from ..runs.world import World
 from .backbone import Backbone, create_backbone, parameter_groups
 from .config import DetectConfig, SegmentConfig
-from .loop import WRITTEN, Samples, TransferRun, create_loader, create_schedule, plan_updates
+from .loop import WRITTEN, TransferRun, create_loader, create_schedule, plan_updates
 
 # A run that resumes must have the same: the order of images, the weights and the schedule depend on them.
 # fmt: off
@@ -47,7 +47,7 @@ class Task(ABC):
     model: nn.Module
     backbone: Backbone
     classes: list[str]
-    samples: Samples | None = None  # of training
+    samples: Any = None  # `Samples` of training
     validation: Any  # images with targets, by index
     data: str
 

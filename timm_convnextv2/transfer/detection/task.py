@@ -39,7 +39,7 @@ class DetectionTask(Task):
 
     def __init__(self, config: DetectConfig | DetectEvalConfig) -> None:
         rle_codec()
-        self._how = dict(workers=config.compute.workers, amp_dtype=config.compute.autocast)
+        self._how: Any = dict(workers=config.compute.workers, amp_dtype=config.compute.autocast)
         if isinstance(config, DetectEvalConfig):
             self.model, self.classes, self.backbone = open_exported(config)
             self._how["batch_size"] = config.batch_size

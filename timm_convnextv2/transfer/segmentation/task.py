@@ -79,7 +79,7 @@ class SegmentationTask(Task):
     def evaluate(
         self, model: Any, world: World | None = None, shown: int = 0
     ) -> tuple[dict[str, Any], dict[int, Tensor]]:
-        how = dict(amp_dtype=self._compute.autocast, workers=self._compute.workers)
+        how: Any = dict(amp_dtype=self._compute.autocast, workers=self._compute.workers)
         return evaluate_segmenter(model, self.validation, self._how, **how, world=world, keep=shown)
 
     def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
