@@ -153,6 +153,8 @@ def _origin(name: str, cfg: dict[str, Any]) -> Origin:
 def _architecture(name: str) -> tuple[str, dict[str, Any]]:
     """The model's name in timm, and the arguments in its folder or repository."""
     source, _, location = name.partition(":")
+    if not location and not timm.is_model(name):
+        load_model(name)  # for its error message
     try:
         if source == "local-dir":
             config = read_config(Path(location) / "config.json", ours=False)
