@@ -105,9 +105,7 @@ def _checked(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return config
 
 
-def open_task(
-    name: str | os.PathLike, task: str, build: Callable[[dict[str, Any]], Model]
-) -> tuple[Model, list[str]]:
+def open_task(name: str | os.PathLike, task: str, build: Callable[[dict[str, Any]], Model]) -> tuple[Model, list[str]]:
     """The model that `build` makes from `config.json`, with its weights, in eval mode on the CPU; and its classes."""
     folder, config = read_task(name, task)
     try:
