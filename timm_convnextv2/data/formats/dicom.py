@@ -170,8 +170,9 @@ def _grey(found: Any, x: np.ndarray, frames: Sequence[int], pixels: Pixels) -> t
             values[i] = 1 - values[i] if inverted else values[i]
         elif inverted:
             values[i] = (low + high) * slope + 2 * intercept - values[i]
-    # a divisor puts files with other bits on one scale
+    # a window, or a divisor, puts files with other bits on one scale
     kind = "DICOM (rescaled)" if rescales else "DICOM" if pixels.divide else f"DICOM ({bits} bits)"
+    kind = "DICOM (window)" if pixels.dicom_window else kind
     note_stored(kind, unit, largest)
     return torch.from_numpy((values / unit).astype(np.float32))
 

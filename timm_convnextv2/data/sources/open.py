@@ -132,10 +132,11 @@ def check_readable(source: Source, tries: int = 32, visit: Callable[[torch.Tenso
             kinds.setdefault(stored.kind, source.name(i))
         if visit is not None:
             visit(image)
-    if len(kinds) > 1:
+    if len(kinds) > 1 and source.pixels.divide is None:
+        shown = ", ".join(f"{kind} ({name})" for kind, name in kinds.items())
         say(
-            f"The images store values in {len(kinds)} ways: {', '.join(f'{k} ({name})' for k, name in kinds.items())}. "
-            "Each is divided by its own largest value. If they have one scale, name it with --divide.",
+            f"The images store values in {len(kinds)} ways: {shown}. Integers are divided by the largest value of "
+            "their type or bits. If all are on one scale, pretrain with --divide.",
             error=True,
         )
     if len(bad) == count:
