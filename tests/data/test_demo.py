@@ -19,6 +19,7 @@ from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.data.demo.folder import uncompressed_rle
 
 SMALL = dict(size=16, train=16, validation=24)
+SPLITS = ("train", "validation")
 
 
 # ---- images
@@ -39,29 +40,23 @@ def test_demo_is_deterministic_balanced_and_varied():
         source[16]
 
 
-def test_demo_object_covers_what_its_label_says():
-    # the label must be the object's class, which nearest class templates of the silhouette's symmetry cannot fake:
-    # draw each shape alone and check that it is what image i was made of
+def test_demo_draws_the_shape_of_its_label(monkeypatch):
     drawn = []
     shapes = {
         name: lambda *a, f=f, name=name: (drawn.append(name), f(*a))[1] for name, f in demo_images._SHAPES.items()
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_images, "_SHAPES", shapes)
-        source = DemoSource(8, 16)
-        for i in range(8):
-            drawn.clear()
-            source[i]
-            assert set(drawn) == {source.classes[source.label(i)]}
+    monkeypatch.setattr(demo_images, "_SHAPES", shapes)
+    source = DemoSource(8, 16)
+    for i in range(8):
+        drawn.clear()
+        source[i]
+        assert set(drawn) == {source.classes[source.label(i)]}
 
 
 def test_demo_is_the_same_everywhere():
     # mean colours of one image, to half a grey level: guards the stream of random numbers and the drawing
     means = DemoSource()[5].float().mean((1, 2))
-    assert torch.allclose(means, torch.tensor(MEANS_5), atol=0.5)
-
-
-MEANS_5 = [126.82, 156.67, 107.71]
+    assert torch.allclose(means, torch.tensor([126.82, 156.67, 107.71]), atol=0.5)
 
 
 def test_demo_grey_and_errors():
@@ -90,19 +85,12 @@ def test_folder_is_what_timm_reads(written):
     assert sorted(p.name for p in written.iterdir()) == ["train", "validation"]
     for split, count in (("train", 16), ("validation", 24)):
         dataset = create_dataset("", root=written, split=split)  # what train.py does
-        labels = Counter(label for _, label in dataset)
-        assert labels == {i: count // 8 for i in range(8)}
+        assert Counter(label for _, label in dataset) == {i: count // 8 for i in range(8)}
         assert set(dataset.reader.class_to_idx) == set(DemoSource.classes)
-    for image in pixels(written).values():
-        assert image.shape == (16, 16, 3) and image.dtype == np.uint8
-
-
-def test_images_lie_under_their_class(written):
-    # the train split is source 2 of the demo set: image i with label i % 8
-    source = DemoSource(16, 16, seed=2)
+    source = DemoSource(16, 16, seed=2)  # the train split: image i with label i % 8
     for i in range(16):
         image = np.asarray(Image.open(written / "train" / source.classes[i % 8] / f"{i:05d}.png"))
-        assert np.array_equal(image.transpose(2, 0, 1), source[i])
+        assert image.dtype == np.uint8 and np.array_equal(image.transpose(2, 0, 1), source[i])
 
 
 def test_no_image_is_seen_twice(written, tmp_path):
@@ -193,20 +181,15 @@ def annotated(tmp_path_factory):
     return folder
 
 
-def test_files_and_names(annotated):
-    assert sorted(p.name for p in annotated.iterdir()) == [
-        "classes.txt", "train", "train.json", "validation", "validation.json",
-    ]  # fmt: skip
+def test_files_and_names(annotated, tmp_path):
+    assert {p.name for p in annotated.iterdir()} == {"classes.txt", *SPLITS, *(f"{split}.json" for split in SPLITS)}
     assert (annotated / "classes.txt").read_text().split() == ["background", *DemoSource.classes]
-    for split, count in (("train", 8), ("validation", 16)):
+    for split, count in zip(SPLITS, (8, 16), strict=True):
         for kind in ("images", "masks"):
             assert len(list((annotated / split / kind).glob("*.png"))) == count
     content = json.loads((annotated / "train.json").read_text())
     assert content["categories"][0] == {"id": 1, "name": "disc"} and len(content["annotations"]) == 8
-
-
-def test_images_are_those_of_the_labelled_folder(annotated, tmp_path):
-    labelled = write_folder(tmp_path / "data", size=32, train=8, validation=8)
+    labelled = write_folder(tmp_path / "data", size=32, train=8, validation=8)  # the same images
     for path in (labelled / "train").rglob("*.png"):
         assert path.read_bytes() == (annotated / "train/images" / path.name).read_bytes()
 
@@ -226,7 +209,7 @@ def test_box_mask_and_run_lengths_agree(annotated):
 
 
 def test_the_mask_is_where_the_object_is_painted(monkeypatch):
-    """Of a image drawn with another surface, the object's pixels differ, the soft edge apart."""
+    """With another surface, the pixels of the object differ, except for its soft edge."""
     source = DemoSource(8, 64, seed=5)
     plain, masks = [source[i].numpy() for i in range(8)], [source.mask(i) for i in range(8)]
     surface = demo_images._surface

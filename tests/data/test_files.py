@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import torch
+import tifffile
 from encoders import make_encoder
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -59,6 +59,21 @@ def images(folder, n=8):
     for i in range(n):
         Image.fromarray(np.roll(RGB, i, 0)).save(folder / f"{i:03d}.png")
     return folder
+
+
+TWO_CHANNELS = ["--in-chans", "2", "--mean", "0.005", "0.005", "--std", "0.002", "0.002", "--max-bad-images", "1"]
+
+
+def run(command, home, folder, *more, workers="0"):
+    """Pretrains on two-channel images (`--dry-run` is for it alone), or embeds them."""
+    if command == "pretrain":
+        words = [*SMALL, *TWO_CHANNELS, "--output", str(home), "--experiment", "run", "--data-dir", str(folder), *more]
+        return pretrain_main(words)
+    if not (home / "model").exists():
+        make_encoder(home / "model", in_chans=2)
+    words = ["--model", f"local-dir:{home / 'model'}", "--output", str(home / "out.npy"), "--max-bad-images", "1"]
+    more = [word for word in more if word != "--dry-run"]
+    return embed_main([*words, "--workers", workers, "--device", "cpu", "--data-dir", str(folder), *more])
 
 
 # ------------------------------------------------------------------------------------------------------- other files
@@ -143,21 +158,17 @@ def test_special_files_are_skipped_counted_and_named(tmp_path, kind, name):
             load_image(folder / name)
 
 
-def test_folder_in_the_place_of_an_image_and_nothing(tmp_path):
-    with pytest.raises(ImageError, match="nowhere.png"):
-        load_image(tmp_path / "nowhere.png")
+def test_folder_in_the_place_of_an_image_and_nothing(tmp_path, monkeypatch):
     (tmp_path / "x.png").mkdir()
-    with pytest.raises(ImageError, match="x.png: is a folder"):
-        load_image(tmp_path / "x.png")
-
-
-def test_fifo_that_comes_between_look_and_opening(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "x.png")
+    os.mkfifo(tmp_path / "fifo.png")
     Image.fromarray(RGB).save(tmp_path / "y.png")
+    for name, words in (("nowhere.png", ""), ("x.png", "is a folder")):
+        with pytest.raises(ImageError, match=f"{name}.*{words}"):
+            load_image(tmp_path / name)
     info = os.stat(tmp_path / "y.png")
-    monkeypatch.setattr(os, "stat", lambda path: info)
-    with no_hang(), pytest.raises(ImageError, match="x.png: is a FIFO"):
-        load_image(tmp_path / "x.png")
+    monkeypatch.setattr(os, "stat", lambda path: info)  # a FIFO that takes the place of an image after the check
+    with no_hang(), pytest.raises(ImageError, match="fifo.png: is a FIFO"):
+        load_image(tmp_path / "fifo.png")
 
 
 def test_links_to_images_and_folders_are_followed(tmp_path):
@@ -170,18 +181,13 @@ def test_links_to_images_and_folders_are_followed(tmp_path):
 
 def test_many_special_files_are_counted_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("timm_convnextv2.data.paths.walk._NAMED_SPECIAL", 6)
-    images(tmp_path, 1)
     for i in range(9):
         (tmp_path / f"link{i}.png").symlink_to("gone")
+    with pytest.raises(ValueError, match=r"9 not opened.*\.png \(broken link\), 4 more"):
+        FolderSource(tmp_path)
+    images(tmp_path, 1)
     source = FolderSource(tmp_path)
     assert len(source.left.special) == 6 and source.left.num_special == 9
-    assert re.match(r"9 not opened, .*\(broken link\), 4 more$", str(source.left))
-
-
-def test_folder_of_nothing_but_broken_links(tmp_path):
-    (tmp_path / "x.png").symlink_to(tmp_path / "gone.png")
-    with pytest.raises(ValueError, match=r"1 not opened.*x\.png \(broken link\)"):
-        FolderSource(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- bombs
@@ -195,7 +201,6 @@ def sparse_npy(path, shape, dtype="float32"):
 
 def bomb_tiff(path, **options):
     """Zeros that nobody ever had in memory."""
-    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
     height, width, rows = 20000, 20944, 1024
     strip = zlib.compress(bytes(rows * width * options.pop("samples", 1)), 9)
     strips = (strip for _ in range(-(-height // rows)))
@@ -241,30 +246,30 @@ def test_size_is_known_before_pixels_are_read(tmp_path, kind):
         tracemalloc.stop()
 
 
+def write_bands(path, **options):
+    tifffile.imwrite(path, RGB[..., :2], planarconfig="contig", photometric="minisblack", **options)
+
+
 @pytest.mark.parametrize("name", ["x.png", "x.tif", "bands.tif", "x.npy"])
 def test_one_limit_for_all_formats(tmp_path, monkeypatch, name):
-    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
     if name == "x.npy":
         np.save(tmp_path / name, RGB)
     elif name == "bands.tif":
-        tifffile.imwrite(tmp_path / name, RGB[..., :2], planarconfig="contig", photometric="minisblack")
+        write_bands(tmp_path / name)
     else:
         Image.fromarray(RGB).save(tmp_path / name)
     in_chans = 2 if name == "bands.tif" else 3
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 32 // 2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *args, **kwargs: None)
+    monkeypatch.setattr("warnings.warn", lambda *args, **kwargs: None)
+    for limit in (24 * 32 // 2, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         assert load_image(tmp_path / name, in_chans).shape == (in_chans, 24, 32)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 32 // 2 - 1)
     with pytest.raises(ImageError, match=f"{name}: .*limit"):
         load_image(tmp_path / name, in_chans)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert load_image(tmp_path / name, in_chans).shape == (in_chans, 24, 32)
 
 
 def test_tiles_are_no_way_around_the_limit(tmp_path, monkeypatch):
-    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
-    tifffile.imwrite(tmp_path / "x.tif", RGB[..., :2], planarconfig="contig", photometric="minisblack", tile=(64, 64))
+    write_bands(tmp_path / "x.tif", tile=(64, 64))
     assert load_image(tmp_path / "x.tif", 2).shape == (2, 24, 32)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
     with pytest.raises(ImageError, match="64 x 64 pixels"):
@@ -272,7 +277,6 @@ def test_tiles_are_no_way_around_the_limit(tmp_path, monkeypatch):
 
 
 def test_only_the_first_image_of_a_file_is_decoded(tmp_path):
-    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
     pages = np.zeros((4, 24, 32, 2), np.uint8)
     tifffile.imwrite(tmp_path / "x.tif", pages, photometric="minisblack", planarconfig="contig", compression="zlib")
     with tifffile.TiffFile(tmp_path / "x.tif") as tif:
@@ -285,9 +289,8 @@ def test_only_the_first_image_of_a_file_is_decoded(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"compression": "lzw"}, {"tile": (16, 16)}])
 def test_truncated_bands_raise(tmp_path, options):
-    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
     pytest.importorskip("imagecodecs", reason="the package imagecodecs is not installed")
-    tifffile.imwrite(tmp_path / "x.tif", RGB[..., :2], planarconfig="contig", photometric="minisblack", **options)
+    write_bands(tmp_path / "x.tif", **options)
     content = (tmp_path / "x.tif").read_bytes()
     for length in (len(content) - 9, len(content) // 2, 9, 0):
         (tmp_path / "x.tif").write_bytes(content[:length])
@@ -299,47 +302,44 @@ def test_truncated_bands_raise(tmp_path, options):
 
 
 @pytest.fixture
-def without_imagecodecs(monkeypatch):
-    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
-    codecs = pytest.importorskip("imagecodecs", reason="the package imagecodecs is not installed")
+def take_imagecodecs(monkeypatch):
+    pytest.importorskip("imagecodecs", reason="the package imagecodecs is not installed")
 
     def take():
         monkeypatch.setitem(sys.modules, "imagecodecs", None)
         for name in [name for name in sys.modules if name.partition(".")[0] == "tifffile"]:
             monkeypatch.delitem(sys.modules, name)
 
-    assert codecs
-    return tifffile, take
+    return take
 
 
-BANDS = torch.arange(2 * 16 * 16, dtype=torch.int32).view(16, 16, 2).numpy().astype(np.uint16)
+BANDS = np.arange(2 * 16 * 16, dtype=np.uint16).reshape(16, 16, 2)
+
+
+def write_packed(path, compression, bands=BANDS):
+    tifffile.imwrite(path, bands, compression=compression, planarconfig="contig", photometric="minisblack")
 
 
 @pytest.mark.parametrize("compression", ["lzw", "zstd", "jpeg2000"])
-def test_a_missing_codec_is_a_missing_package(tmp_path, without_imagecodecs, compression):
-    tifffile, take = without_imagecodecs
-    tifffile.imwrite(
-        tmp_path / "x.tif", BANDS, compression=compression, planarconfig="contig", photometric="minisblack"
-    )
+def test_a_missing_codec_is_a_missing_package(tmp_path, take_imagecodecs, compression):
+    write_packed(tmp_path / "x.tif", compression)
     assert load_image(tmp_path / "x.tif", 2).shape == (2, 16, 16)
-    take()
+    take_imagecodecs()
     with pytest.raises(MissingPackageError, match=r"x\.tif: .*compression .*pip install imagecodecs"):
         load_image(tmp_path / "x.tif", 2)
     with pytest.raises(MissingPackageError, match="pip install imagecodecs"):
         check_readable(FolderSource(tmp_path, in_chans=2))
 
 
-def test_without_imagecodecs_the_plain_ones_are_read(tmp_path, without_imagecodecs):
-    tifffile, take = without_imagecodecs
+def test_without_imagecodecs_the_plain_ones_are_read(tmp_path, take_imagecodecs):
     for compression in (None, "zlib"):
-        options = dict(planarconfig="contig", photometric="minisblack", compression=compression)
-        tifffile.imwrite(tmp_path / f"{compression}.tif", BANDS, **options)
-    take()
+        write_packed(tmp_path / f"{compression}.tif", compression)
+    take_imagecodecs()
     for path in tmp_path.iterdir():
         assert np.allclose(load_image(path, 2).numpy(), BANDS.transpose(2, 0, 1) / 65535)
     content = (tmp_path / "zlib.tif").read_bytes()
     (tmp_path / "zlib.tif").write_bytes(content[:-20])
-    with pytest.raises(ImageError, match="zlib.tif: "):  # damaged is damaged
+    with pytest.raises(ImageError, match="zlib.tif: "):  # corrupt is corrupt
         load_image(tmp_path / "zlib.tif", 2)
 
 
@@ -347,51 +347,34 @@ def packed_bands(folder, packed):
     """Eight images, of which those of these numbers are compressed with LZW."""
     folder.mkdir()
     for i in range(8):
-        options = dict(planarconfig="contig", photometric="minisblack", compression="lzw" if i in packed else None)
-        sys.modules["tifffile"].imwrite(folder / f"{i}.tif", BANDS + i, **options)
+        write_packed(folder / f"{i}.tif", "lzw" if i in packed else None, BANDS + i)
     return folder
-
-
-def told_once(command, err):
-    assert err.count("pip install imagecodecs") == 1 and "Traceback" not in err
-    return re.search(rf"timm-convnextv2 {command}: (error: )?\S+\.tif: TIFF with compression LZW; run", err)
-
-
-TWO_CHANNELS = ["--in-chans", "2", "--mean", "0.005", "0.005", "--std", "0.002", "0.002", "--max-bad-images", "1"]
 
 
 @pytest.mark.parametrize("command", ["pretrain", "embed"])
 @pytest.mark.parametrize("when", ["at the start", "in the middle"])
-def test_commands_tell_a_missing_codec_in_one_message(
-    tmp_path, monkeypatch, capsys, without_imagecodecs, command, when
-):
-    _, take = without_imagecodecs
-    folder = packed_bands(tmp_path / "images", range(8) if when == "at the start" else [5])
-    if when == "in the middle":
+def test_commands_tell_a_missing_codec_in_one_message(tmp_path, monkeypatch, capsys, take_imagecodecs, command, when):
+    middle = when == "in the middle"
+    folder = packed_bands(tmp_path / "images", [5] if middle else range(8))
+    if middle:
         passing = {"pretrain": "timm_convnextv2.pretrain.batches", "embed": "timm_convnextv2.features.embed"}
         first = lambda source, visit=None: visit and visit(source[0])  # noqa: E731  (the one that needs it is not tried)
         monkeypatch.setattr(f"{passing[command]}.check_readable", first)
         for name in ("SHOWN_IMAGES", "WATCHED_IMAGES"):
             monkeypatch.setattr(f"timm_convnextv2.pretrain.batches.{name}", 1)
-    take()
+    take_imagecodecs()
     with no_hang(60):
-        if command == "embed":
-            make_encoder(tmp_path / "model", in_chans=2)
-            options = ["--model", f"local-dir:{tmp_path / 'model'}", "--output", str(tmp_path / "out.npy")]
-            options += ["--workers", "1", "--device", "cpu", "--max-bad-images", "1"]
-            status = embed_main([*options, "--data-dir", str(folder)])
-        else:
-            options = [*SMALL, *TWO_CHANNELS, "--output", str(tmp_path), "--experiment", "run"]
-            status = pretrain_main([*options, "--data-dir", str(folder)])
-    running = command == "pretrain" and when == "in the middle"  # then it says how to resume, too
-    assert status == (1 if running else 2) and told_once(command, capsys.readouterr().err)
+        status = run(command, tmp_path, folder, workers="1")
+    err = capsys.readouterr().err
+    assert status == (1 if middle and command == "pretrain" else 2)  # 1: it says how to resume, too
+    assert err.count("pip install imagecodecs") == 1 and "Traceback" not in err
+    assert re.search(rf"timm-convnextv2 {command}: (error: )?\S+\.tif: TIFF with compression LZW; run", err)
 
 
-def test_a_worker_tells_a_missing_codec_without_its_traceback(tmp_path, without_imagecodecs):
-    _, take = without_imagecodecs
+def test_a_worker_tells_a_missing_codec_without_its_traceback(tmp_path, take_imagecodecs):
     transform = PretrainTransform(16, mean=[0.5, 0.5], std=[0.2, 0.2])
     dataset = PretrainDataset(FolderSource(packed_bands(tmp_path / "images", [0]), 2), transform, (2, 2), 0.5)
-    take()
+    take_imagecodecs()
     loader = DataLoader(dataset, batch_sampler=[[(0, 0)]], num_workers=1, collate_fn=collate)
     with pytest.raises(MissingPackageError) as info:
         next(iter(loader))
@@ -410,21 +393,13 @@ def test_commands_take_nodata(tmp_path, capsys, command):
         x = np.random.default_rng(i).random((2, 24, 32), np.float32)
         x[:, 3:6] = np.finfo(np.float32).min
         np.save(folder / f"{i}.npy", x)
-    make_encoder(tmp_path / "model", in_chans=2)
-
-    def run(*more):
-        if command == "pretrain":
-            options = [*SMALL, *TWO_CHANNELS, "--output", str(tmp_path), "--dry-run"]
-            return pretrain_main([*options, "--data-dir", str(folder), *more])
-        options = ["--model", f"local-dir:{tmp_path / 'model'}", "--output", str(tmp_path / "out.npy")]
-        return embed_main([*options, "--data-dir", str(folder), "--workers", "0", "--device", "cpu", *more])
-
-    assert run() == 2
+    assert run(command, tmp_path, folder, "--dry-run") == 2
     err = capsys.readouterr().err
     (remedy,) = set(re.findall(r"--nodata=\S+", err))
     assert "smallest float32, which is nodata" in err and remedy == "--nodata=-3.4028235e+38"
-    assert run(remedy) == 0
-    assert run("--nodata", "-9999", "--overwrite") == 2 and "smallest float32" in capsys.readouterr().err
+    assert run(command, tmp_path, folder, "--dry-run", remedy) == 0
+    assert run(command, tmp_path, folder, "--dry-run", "--nodata", "-9999", "--overwrite") == 2
+    assert "smallest float32" in capsys.readouterr().err
     if command == "embed":
         rows = np.load(tmp_path / "out.npy")
         assert rows.shape == (8, 32) and np.isfinite(rows).all()

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from timm_convnextv2.data import DemoSource, Source, hold_out
+from timm_convnextv2.data import Source, hold_out
 from timm_convnextv2.data.sources.picked import MOST_HELD_OUT
 
 
@@ -42,10 +42,6 @@ def test_each_image_is_on_one_side(count, share, held, seed):
     assert everything(pickle.loads(pickle.dumps(again))) == everything(train)
 
 
-def test_the_seed_chooses():
-    assert everything(hold_out(Numbers(1000), 0.1, 0)[1]) != everything(hold_out(Numbers(1000), 0.1, 1)[1])
-
-
 def test_of_millions_few_are_held_out_in_little_memory():
     train, apart = hold_out(Numbers(100_000_000), 0.01, 0)
     assert len(apart) == MOST_HELD_OUT and len(train) == 100_000_000 - MOST_HELD_OUT
@@ -55,9 +51,10 @@ def test_of_millions_few_are_held_out_in_little_memory():
     assert len(pickle.dumps(train)) < 100_000
 
 
-def test_no_share_is_the_source_itself():
-    source = DemoSource(4, 32)
+def test_no_share_is_the_source_itself_and_the_seed_chooses():
+    source = Numbers(1000)
     assert hold_out(source, 0.0, 0) == (source, None)
+    assert everything(hold_out(source, 0.1, 0)[1]) != everything(hold_out(source, 0.1, 1)[1])
 
 
 @pytest.mark.parametrize(

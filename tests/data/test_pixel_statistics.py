@@ -56,15 +56,12 @@ def test_they_are_those_of_all_pixels_at_once_and_merge_in_any_order():
         x[2, 0, 0] = 1e5 * (i == 4)
         x[3, i % 7] = np.nan if i % 2 else np.inf
         images.append(x)
-    whole, parts = PixelStatistics(CHANS), []
-    for x in images:
+    whole, parts = PixelStatistics(CHANS), [PixelStatistics(CHANS) for _ in images]
+    for x, part in zip(images, parts, strict=True):
         whole.add(x, largest=3.0)
-        part = PixelStatistics(CHANS)
         part.add(x, largest=3.0)
-        parts.append(part)
     for order in (range(9), rng.permutation(9)):
-        joined = PixelStatistics(CHANS)
-        half = PixelStatistics(CHANS)
+        joined, half = PixelStatistics(CHANS), PixelStatistics(CHANS)
         for k, i in enumerate(order):
             (half if k % 2 else joined).merge(parts[i])
         joined.merge(half)
@@ -154,9 +151,8 @@ def test_a_divisor_replaces_the_scale_of_every_kind(tmp_path):
     np.save(tmp_path / "x.npy", large)
     with pytest.raises(ValueError, match="int32.*--divide"):
         load_image(tmp_path / "x.npy", 1)
-    assert torch.equal(
-        load_image(tmp_path / "x.npy", 1, Pixels(divide=2.0**31)), torch.from_numpy(large / 2.0**31).float()
-    )
+    read = load_image(tmp_path / "x.npy", 1, Pixels(divide=2.0**31))
+    assert torch.equal(read, torch.from_numpy(large / 2.0**31).float())
     white = rng.integers(0, 4095, (5, 6), np.uint16)
     tifffile.imwrite(tmp_path / "x.tif", white, photometric="miniswhite")
     got = load_image(tmp_path / "x.tif", 1, Pixels(divide=1000))
