@@ -1,14 +1,15 @@
 """Shared by all commands: the parser, messages, and the words with which the user calls a command."""
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from timm.utils.distributed import world_info_from_env
 
@@ -33,6 +34,47 @@ def say(text: str, error: bool = False) -> None:
     local_rank, rank, _ = world_info_from_env()
     if (local_rank if error else rank) == 0:
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+class _Unbroken:
+    """A stream that drops text while it cannot be written, and escapes characters that it cannot encode."""
+
+    def __init__(self, stream: Any, errors: type[OSError]) -> None:
+        self.stream, self.errors = stream, errors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(self.errors):
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError as e:  # names of files may be any bytes
+                self.stream.write(text.encode(e.encoding, "backslashreplace").decode(e.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(self.errors):
+            self.stream.flush()
+
+
+@contextlib.contextmanager
+def unbroken_output(errors: type[OSError]) -> Iterator[None]:
+    """Within it, `errors` of stdout and stderr drop text instead of ending the program.
+
+    `BrokenPipeError`: nobody reads any more. `OSError`: also a full disk behind a log, or a terminal that is gone.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Unbroken(stream, errors) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in before:
+            try:
+                stream.flush()
+            except errors:  # what is left in the buffer would raise again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def refused(command: str, error: Exception) -> int:

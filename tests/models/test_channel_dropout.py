@@ -13,6 +13,7 @@ from timm_convnextv2 import FCMAETask, random_mask
 from timm_convnextv2.models.masking import random_channels
 from timm_convnextv2.models.reference import reference_forward
 from timm_convnextv2.pretrain.trainer import Place, removed_channels
+from timm_convnextv2.runs.group import Processes
 
 
 def batch(in_chans=5, size=(64, 96)):
@@ -82,13 +83,13 @@ def test_a_stem_with_some_of_its_filters_is_the_encoder_without_the_other_channe
 @pytest.mark.parametrize("steps, batch_size, size", [(1, 4, 3), (2, 2, 3), (3, 4, 1), (12, 1, 1)])
 def test_processes_and_steps_remove_what_one_batch_would(steps, batch_size, size):
     """Image `i` of a step is that of process `i % size`, see `EpochBatchSampler`."""
-    joint = removed_channels(0.5, 12, 6, Place(3, 17, 0, 1), 0, 1)
+    joint = removed_channels(0.5, 12, 6, Place(3, 17, 0, 1), Processes())
     shared = torch.full_like(joint, False)
     for step in range(steps):
         for rank in range(size):
-            own = removed_channels(0.5, batch_size, 6, Place(3, 17, step, steps), rank, size)
+            own = removed_channels(0.5, batch_size, 6, Place(3, 17, step, steps), Processes(rank, size))
             places = torch.arange(batch_size) * size + rank + step * batch_size * size
             shared[places] = own
     assert torch.equal(shared, joint)
-    assert not torch.equal(joint, removed_channels(0.5, 12, 6, Place(3, 18, 0, 1), 0, 1))
-    assert removed_channels(0.0, 12, 6, Place(3, 17, 0, 1), 0, 1) is None
+    assert not torch.equal(joint, removed_channels(0.5, 12, 6, Place(3, 18, 0, 1), Processes()))
+    assert removed_channels(0.0, 12, 6, Place(3, 17, 0, 1), Processes()) is None

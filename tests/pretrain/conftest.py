@@ -1,6 +1,5 @@
 """Fixtures of the tests of pretraining."""
 
-import signal
 import subprocess
 import sys
 
@@ -10,15 +9,6 @@ from runs import CASES, DATA, SCRIPT, run
 
 from timm_convnextv2.pretrain import loop, measures, probe
 from timm_convnextv2.runs.trainer import Trainer
-
-
-@pytest.fixture(autouse=True)
-def _signals():
-    """A run leaves its handlers behind."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

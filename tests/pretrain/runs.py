@@ -1,12 +1,16 @@
 """Tiny runs of pretraining, and what is read of them."""
 
 import csv
+import os
+import signal
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
-from helpers import SCRIPTS
+from helpers import SCRIPTS, assert_same
 from PIL import Image
 
 from timm_convnextv2.commands.pretrain import main
@@ -81,6 +85,28 @@ def image_folder(path: Path, n: int = 16, size: int = 48, shape: tuple | None = 
     return path
 
 
+def patched(folder: Path, act: str = "pass", *, number: int = 2, rank: int = 0, before: str = "") -> Path:
+    """A script of the command that runs `act` before an update of one process, and draws nothing."""
+    path = folder / "one.py"
+    path.write_text(
+        "import multiprocessing, os, signal, sys, time\n"
+        "from timm_convnextv2.commands.pretrain import main\n"
+        "from timm_convnextv2.pretrain import loop, measures, setup\n"
+        "from timm_convnextv2.runs import world\n"
+        "from timm_convnextv2.runs.errors import DataError\n"
+        "from timm_convnextv2.runs.trainer import Trainer\n"
+        "update = Trainer.update\n"
+        "def wrapped(self, batches, number):\n"
+        f"    if number == {number} and self.world.rank == {rank}:\n"
+        f"        open({str(folder / 'fault')!r}, 'w').close(); {act}\n"
+        "    return update(self, batches, number)\n"
+        "Trainer.update = wrapped\n"
+        f"loop.save_loss_curve = measures.save_reconstructions = lambda *_, **__: None\n{before}\n"
+        "if __name__ == '__main__': sys.exit(main())\n"
+    )
+    return path
+
+
 def at_update(monkeypatch, index: int, act) -> None:
     """Calls `act` after the forward and backward of an update, counted from the start of the process."""
     update, count = Trainer.update, iter(range(10**6))
@@ -92,6 +118,43 @@ def at_update(monkeypatch, index: int, act) -> None:
         return result
 
     monkeypatch.setattr(Trainer, "update", wrapped)
+
+
+def stop(out: Path, update: int, *more: str, number: int = signal.SIGTERM, **kwargs) -> Path:
+    """A run that a signal asks to stop after an update; it may end before."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_update(patch, update, lambda: os.kill(os.getpid(), number))
+        assert main(command(out, *more, **kwargs)) in (0, 130 if number == signal.SIGINT else 0)
+    return out
+
+
+def kill(out: Path, update: int, *more: str, **kwargs) -> Path:
+    """A run that ends at once after an update, while this process lives."""
+
+    def die():
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_update(patch, update, die)
+        run(out, *more, **kwargs)
+    return out
+
+
+def assert_same_end(out: Path, expected: Path) -> None:
+    """Weights and summary are equal, bit for bit."""
+    assert_same(load(out)["state_dict"], load(expected)["state_dict"])
+    assert steady(out) == steady(expected)
+
+
+def flip(path):
+    """Flips a bit of the largest tensor; bytes between the parts of the file mean nothing."""
+    with zipfile.ZipFile(path) as archive:
+        part = max(archive.infolist(), key=lambda info: info.file_size)
+        with archive.open(part) as file:
+            content = file.read()
+    data = bytearray(path.read_bytes())
+    data[data.index(content) + len(content) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def config(folder: Path, **settings) -> str:

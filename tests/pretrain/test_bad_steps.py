@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from helpers import assert_same
-from runs import load, rows, run
+from runs import kill, load, rows, run
 
 import timm_convnextv2
 from timm_convnextv2.commands.pretrain import main
@@ -49,22 +49,12 @@ def test_skipped(tmp_path, capsys, no_images, spoil_loss, options, bad):
     assert len(list(out.glob("bad-step-*.json"))) == 2 and len(list(out.glob("bad-step-*.pt"))) == 1
 
 
-def test_skipped_before_a_stop(tmp_path, no_images, spoil_loss, monkeypatch):
+def test_skipped_before_a_stop(tmp_path, no_images, spoil_loss):
     """The count and the mean of the epoch survive a stop in its middle."""
     spoil_loss(1)
     whole = run(tmp_path / "whole", "--max-bad-steps", "1")
     spoil_loss(1)
-    with monkeypatch.context() as patch:
-        update = Trainer.update
-
-        def killed(self, batches, number):
-            if number == 3:
-                raise KeyboardInterrupt
-            return update(self, batches, number)
-
-        patch.setattr(Trainer, "update", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "r", "--max-bad-steps", "1", "--recovery-interval", "1")
+    kill(tmp_path / "r", 3, "--max-bad-steps", "1", "--recovery-interval", "1")
     progress = load(tmp_path / "r")["progress"]
     assert (progress["update"], progress["bad_steps"], progress["skipped"]) == (3, 1, 1)
     spoil_loss()

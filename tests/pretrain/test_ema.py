@@ -1,25 +1,23 @@
 """A moving average of a short run: it starts short, or the user is told that it would be mostly the start."""
 
+import copy
 from dataclasses import replace
 
 import pytest
-import torch
 import yaml
-from runs import command, config, load, run
+from helpers import assert_same
+from runs import at_update, differs, load, run
 from safetensors.torch import load_file
 
-from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.pretrain import messages
 from timm_convnextv2.pretrain.config import Average
-from timm_convnextv2.runs.trainer import Trainer
 
 EMA = ["--model-ema", "--lr", "1e-2", "--warmup-epochs", "0"]
 
 
 def share_of_start(out, first):
     """How much of the way from the end back to where averaging began the exported encoder is."""
-    last = load(out)["state_dict"]
-    found = load_file(out / "encoder" / "model.safetensors")
+    last, found = load(out)["state_dict"], load_file(out / "encoder" / "model.safetensors")
 
     def distance(weights):
         keys = [k for k in found if not k.startswith("head.")]
@@ -29,17 +27,10 @@ def share_of_start(out, first):
 
 
 @pytest.fixture
-def first(monkeypatch):
+def first(monkeypatch, updates):
     """Weights after the second update: up to there timm copies them."""
-    weights, update = {}, Trainer.update
-
-    def wrapped(self, batches, number):
-        result = update(self, batches, number)
-        if number == 1:
-            weights.update({k: v.clone() for k, v in self.model.state_dict().items()})
-        return result
-
-    monkeypatch.setattr(Trainer, "update", wrapped)
+    weights = {}
+    at_update(monkeypatch, 1, lambda: weights.update(copy.deepcopy(updates[-1][1].model.state_dict())))
     return weights
 
 
@@ -85,17 +76,10 @@ def test_resumed_run_keeps_its_setting(tmp_path, no_images, said, expected):
     assert yaml.safe_load((out / "args.yaml").read_text())["model_ema_warmup"] is expected
 
 
-@pytest.mark.parametrize("setting", [True, False])
-def test_config_of_an_earlier_version(tmp_path, capsys, setting):
-    line = command(tmp_path / "r", "--config", config(tmp_path, model_ema=True, model_ema_warmup=setting), "--dry-run")
-    assert main(line) == 0
-    settings = yaml.safe_load(capsys.readouterr().out.partition("fcmae_convnextv2_atto: ")[0])
-    assert settings["model_ema_warmup"] is setting
-
-
-def test_average_is_of_tensors_that_differ(tmp_path, no_images):
-    """The averaged weights are exported, not the last ones."""
-    out = run(tmp_path / "r", *EMA)
-    found = load_file(out / "encoder" / "model.safetensors")["stem.0.weight"]
-    assert torch.equal(found, load(out)["state_dict_ema"]["encoder.stem.0.weight"])
-    assert not torch.equal(found, load(out)["state_dict"]["encoder.stem.0.weight"])
+def test_average_is_exported(tmp_path, no_images):
+    out = run(tmp_path / "r", "--model-ema", "--model-ema-decay", "0.5", "--lr", "1e-2")
+    state, exported = load(out), load_file(out / "encoder/model.safetensors")
+    average = {k: state["state_dict_ema"][f"encoder.{k}"] for k in exported}
+    assert_same(exported, average)
+    assert differs(average, {k: state["state_dict"][f"encoder.{k}"] for k in exported})
+    assert "moving average (0.5)" in (out / "encoder/README.md").read_text()

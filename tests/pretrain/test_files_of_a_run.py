@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import assert_same
-from runs import ERROR, at_update, image_folder, load, run, steady
+from runs import ERROR, assert_same_end, image_folder, load, run, stop
 
 from timm_convnextv2.data.config import ImagePaths
 from timm_convnextv2.data.paths import find, listing
@@ -25,7 +24,7 @@ def folders(tmp_path, monkeypatch):
     return OPTIONS + ["--data-dir", "a", "b"]
 
 
-def test_weights_and_a_stop_in_mid_epoch(folders, tmp_path, no_images, monkeypatch, capsys):
+def test_weights_and_a_stop_in_mid_epoch(folders, tmp_path, no_images, capsys):
     data = [*folders, "--source-weights", "1", "3", "--holdout", "0.07", "--lr", "1e-2"]
     whole = run(tmp_path / "o/whole", epochs=2, data=data)
     printed = capsys.readouterr().out
@@ -33,16 +32,13 @@ def test_weights_and_a_stop_in_mid_epoch(folders, tmp_path, no_images, monkeypat
     assert "b: 3 images, 75.0% of an epoch, each drawn 3 times per epoch" in printed
     settings = yaml.safe_load((whole / "args.yaml").read_text())
     assert settings["data_dir"] == ["a", "b"] and settings["source_weights"] == [1, 3]
-    for stop in (1, 99):
-        with monkeypatch.context() as patch:
-            at_update(patch, stop, lambda: signal.raise_signal(signal.SIGUSR1))
-            run(tmp_path / "o/r", "--resume", "auto", epochs=2, data=data)
-        if stop == 1:
+    for update in (1, 99):
+        stop(tmp_path / "o/r", update, "--resume", "auto", number=signal.SIGUSR1, epochs=2, data=data)
+        if update == 1:
             other = [word if word != "3" else "4" for word in data]
             run(tmp_path / "o/r", "--resume", "auto", epochs=2, data=other, status=2)
             assert "order of the images differs in source_weights: [1.0, 3.0] there" in capsys.readouterr().err
-    assert_same(load(tmp_path / "o/r")["state_dict"], load(whole)["state_dict"])
-    assert steady(tmp_path / "o/r") == steady(whole)
+    assert_same_end(tmp_path / "o/r", whole)
 
 
 def test_a_list_with_missing_files_and_an_index(folders, tmp_path, no_images, capsys):
@@ -59,14 +55,8 @@ def test_a_list_with_missing_files_and_an_index(folders, tmp_path, no_images, ca
     assert "Data | l.txt, 15 images" in (out / "encoder/README.md").read_text()
     assert {*load(out)["progress"]["bad_images"]} <= {"a/gone.png"}
     Path("b").rename("c")
-    run(
-        tmp_path / "o/r",
-        "--dry-run",
-        "--resume",
-        "auto",
-        data=[*OPTIONS, "--data-dir", "a", "--index", "o/i"],
-        status=2,
-    )
+    other = [*OPTIONS, "--data-dir", "a", "--index", "o/i"]
+    run(tmp_path / "o/r", "--dry-run", "--resume", "auto", data=other, status=2)
     assert f"o/i is an index of {tmp_path}/l.txt, not of {tmp_path}/a" in capsys.readouterr().err
     run(tmp_path / "o/s", data=[*OPTIONS, "--dataset", "embedded", "--index", "o/i"], status=2)
     error = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What reaches the network is measured before the start: printed, warned about where it is far off, or refused."""
 
 import re
+import tarfile
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from runs import ERROR, SMALL, command, image_folder, run, spoil
 
 from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.data import DemoSource, InputStatistics, PretrainTransform, check_readable
+from timm_convnextv2.data import DemoSource, InputStatistics, PretrainTransform
 from timm_convnextv2.pretrain import batches, inputs
 from timm_convnextv2.pretrain.config import Loading
 
@@ -91,11 +92,10 @@ def test_equal_and_constant_channels():
     assert found.equal == [[0, 2, 4], [1, 5]] and found.constant == [3]
 
 
-@pytest.mark.parametrize("model_ema", [False, True])
-def test_readme_command_is_silent(tmp_path, capfd, monkeypatch, model_ema):
+def test_readme_command_is_silent(tmp_path, capfd, monkeypatch):
     """The embedded set with its own settings: one line of numbers, no warning."""
     monkeypatch.chdir(tmp_path)
-    assert main(["--dry-run", "--device", "cpu", *["--model-ema"] * model_ema]) == 0
+    assert main(["--dry-run", "--device", "cpu"]) == 0
     printed = capfd.readouterr()
     mean, std = measured(printed.out)
     assert len(mean) == 3 and all(abs(m) < 0.5 for m in mean) and all(0.8 < s < 1.3 for s in std)
@@ -154,9 +154,8 @@ def test_far_off_is_a_warning_with_what_fits(tmp_path, capsys, images, bits, lin
     [
         ["--mean", "1353.7", "1117.2", "1041.8", "--std", "897.3", "736.0", "684.8"],
         ["--mean", "123.7", "116.3", "103.5", "--std", "58.4", "57.1", "57.4"],
-        ["--mean", "30000", "30000", "30000", "--std", "10000", "10000", "10000"],
     ],
-    ids=["12 bits", "8 bits", "16 bits"],
+    ids=["12 bits", "8 bits"],
 )
 def test_normalisation_in_the_units_of_the_file_is_refused(tmp_path, capsys, options):
     images = np.stack([textures(), textures()[::-1], textures(high=0.8)], -1)
@@ -197,27 +196,15 @@ def test_channels_that_tell_nothing(tmp_path, capsys):
     )
 
 
-def test_each_image_is_decoded_once_for_it(tmp_path, monkeypatch, capsys):
-    """What is looked at are the images that are tried anyway, without those that cannot be read."""
-    decoded, read = [], DemoSource.read
-
-    def noted(self, i, *args, **kwargs):
-        decoded.append(i)
-        return read(self, i)
-
-    monkeypatch.setattr(DemoSource, "read", noted)
-    seen = []
-    assert check_readable(DemoSource(100), visit=seen.append) == [] and len(seen) == len(decoded) == 32
+def test_images_that_cannot_be_read_do_not_count(tmp_path, monkeypatch, capsys):
     spoil(monkeypatch, {0, 7})
     run(tmp_path / "r", "--dry-run", "--max-bad-images", "0.1")
     assert "Input after normalisation, 30 images" in capsys.readouterr().out
 
 
 def test_stream_is_looked_at(tmp_path, capsys):
-    """Of a stream, which has no index, the few images that are shown."""
+    """A stream has no index: the few images that are shown count."""
     pytest.importorskip("webdataset", reason="needs the package webdataset")
-    import tarfile
-
     source = image_folder(tmp_path / "images", n=16)
     with tarfile.open(tmp_path / "shard-0000.tar", "w") as tar:
         for path in sorted(source.iterdir()):
@@ -226,9 +213,6 @@ def test_stream_is_looked_at(tmp_path, capsys):
     line += ["--train-num-samples", "16"]
     assert main([*RGB, *line]) == 0
     assert "Input after normalisation, 6 images" in capsys.readouterr().out
-    off = ["--mean", *["123"] * 3, "--std", *["58"] * 3]
-    assert main([*RGB, *line, *off]) == 2
-    assert "--mean and --std do not fit" in capsys.readouterr().err
 
 
 def test_image_that_is_not_finite_is_named(tmp_path, capsys, no_images):
@@ -265,17 +249,3 @@ def test_all_processes_get_what_the_first_measured(monkeypatch):
     assert opened.inputs is found
     with pytest.raises(ValueError, match="All pixels are identical"):
         inputs.check_input(opened.inputs)
-
-
-@pytest.mark.parametrize("options", [["--pin-mem"], []])
-def test_pinned_memory_reaches_the_loader(tmp_path, no_images, monkeypatch, options):
-    seen = []
-
-    class Loader(batches.DataLoader):
-        def __init__(self, *args, **kwargs):
-            seen.append(kwargs["pin_memory"])
-            super().__init__(*args, **{**kwargs, "pin_memory": False})  # which needs a GPU
-
-    monkeypatch.setattr(batches, "DataLoader", Loader)
-    assert main([*command(tmp_path / "r"), *options]) == 0
-    assert set(seen) == {bool(options)}

@@ -17,7 +17,7 @@ OPTIONS += ["--decoder-dim", "8", "--model-kwargs", "depths=[1,1,1,1]", "dims=[8
 OPTIONS += ["--epochs", "2", "--model-ema", "--device", "cpu", "--lr", "1e-2"]
 
 
-@pytest.mark.parametrize("tries, seed", [(4, 0), pytest.param(25, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tries, seed", [(2, 3), pytest.param(25, 1, marks=pytest.mark.slow)])
 def test_killed_runs_end_as_one_that_was_not(tmp_path, tries, seed):
     words = [sys.executable, KILLER, tmp_path, tries, seed, *OPTIONS]
     result = subprocess.run(

@@ -1,13 +1,10 @@
 """What a run leaves behind, and the kinds of data it takes."""
 
-import io
 import math
 import os
 import re
 import shlex
-import subprocess
 import sys
-import tarfile
 import time
 
 import numpy as np
@@ -15,20 +12,9 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import assert_same, environment, shell
+from helpers import assert_same, shell
 from PIL import Image
-from runs import (
-    BANDS,
-    DATA,
-    TIMES,
-    at_update,
-    command,
-    image_folder,
-    load,
-    rows,
-    run,
-    steady,
-)
+from runs import BANDS, DATA, TIMES, at_update, command, image_folder, load, rows, run, steady
 from safetensors.torch import load_file
 
 from timm_convnextv2.commands.pretrain import main
@@ -71,25 +57,20 @@ def test_images_are_not_blank(atto, name, width, height):
     assert len(np.unique(np.asarray(image.convert("L")))) > 30
 
 
-def test_stock_timm_opens_the_encoder(atto):
-    code = """
-import sys, timm, torch
-model = timm.create_model(f"local-dir:{sys.argv[1]}/encoder", pretrained=True, num_classes=5)
+def test_printed_command_loads_the_encoder_in_stock_timm(atto, tmp_path):
+    """Word for word, and with what it made looked at: all weights are those of the checkpoint."""
+    line = re.search(r"  (\S+ -c .*)", atto[1])[1]
+    program, _, code = shlex.split(line)
+    code = code.replace("print(timm", "print(model := timm", 1)
+    code += """
+import sys, torch
 assert "timm_convnextv2" not in sys.modules
-assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
-trained = torch.load(f"{sys.argv[1]}/last.pth.tar", weights_only=True)["state_dict"]
+trained = torch.load(sys.argv[1], weights_only=True)["state_dict"]
 own = {k: v for k, v in model.state_dict().items() if not k.startswith("head.fc")}
 assert len(own) > 100 and all(torch.equal(v, trained["encoder." + k]) for k, v in own.items())
-print(timm.data.resolve_model_data_config(model)["input_size"])
+assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 """
-    result = subprocess.run([sys.executable, "-c", code, atto[0]], capture_output=True, text=True, env=environment())
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "(3, 64, 64)"
-
-
-def test_printed_command_loads_the_encoder(atto, tmp_path):
-    line = re.search(r"  (\S+ -c .*)", atto[1])[1]
-    result = shell(line, tmp_path)
+    result = shell(shlex.join([program, "-c", code, str(atto[0] / "last.pth.tar")]), tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("ConvNeXt(") and "out_features=10" in result.stdout
 
@@ -140,11 +121,6 @@ def test_summary_grows_during_the_run(tmp_path, no_images, monkeypatch):
     assert [row["epoch"] for row in steady(out)] == ["0", "1"]
 
 
-def test_loss_falls(tmp_path, no_images):
-    losses = [float(row["train_loss"]) for row in rows(run(tmp_path / "r", "--lr", "2e-2", epochs=10))]
-    assert losses[-1] < 0.985 * losses[0]
-
-
 @pytest.mark.parametrize("interval", [1, 2])
 def test_milestones_and_reconstructions_follow_their_intervals(tmp_path, monkeypatch, interval):
     drawn = []
@@ -183,48 +159,20 @@ def test_kinds_of_images(tmp_path, capsys, shape, options, input_size):
     assert load(out)["progress"]["num_images"] == 16
 
 
-def test_tensorboard(tmp_path, no_images):
+def test_logs_get_the_numbers_of_the_summary(tmp_path, no_images, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out = run(tmp_path / "r", "--log-tensorboard", epochs=2)
-    events = EventAccumulator(str(out))
-    events.Reload()
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx([float(r["train_loss"]) for r in rows(out)])
-
-
-def test_wandb(tmp_path, no_images, monkeypatch):
-    seen = []
-    fake = type(sys)("wandb")
+    seen, fake = [], type(sys)("wandb")
     fake.init = lambda **kwargs: seen.append(kwargs)
     fake.log = lambda metrics: seen.append((metrics["epoch"], metrics["loss"]))
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    out = run(tmp_path / "r", "--log-wandb", "--wandb-project", "p", epochs=2)
+    out = run(tmp_path / "r", "--log-tensorboard", "--log-wandb", "--wandb-project", "p", epochs=2)
+    losses = [pytest.approx(float(row["train_loss"])) for row in rows(out)]
+    events = EventAccumulator(str(out)).Reload()
+    assert [e.value for e in events.Scalars("loss")] == losses
     assert seen[0]["project"] == "p" and seen[0]["config"]["epochs"] == 2
-    assert seen[1:] == [(i, pytest.approx(float(row["train_loss"]))) for i, row in enumerate(rows(out))]
-
-
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_streamed_data_set(tmp_path, capsys, workers):
-    """Shards without labels, one picture broken; whether the pictures come once each is tested with the data."""
-    pytest.importorskip("webdataset", reason="the package webdataset is not installed")
-    for shard in range(2):
-        with tarfile.open(tmp_path / f"s-{shard}.tar", "w") as tar:
-            for i in range(16):
-                buffer = io.BytesIO()
-                Image.effect_noise((40, 40), 80).save(buffer, "png")
-                content = b"junk" if (shard, i) == (1, 3) else buffer.getvalue()
-                info = tarfile.TarInfo(f"{shard}-{i:02d}.png")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    line = ["--dataset", "wds/", "--data-dir", str(tmp_path), "--train-split", "s-{0..1}.tar"]
-    line += ["--train-num-samples", "32", "--img-size", "32", "--patch-size", "1", "--batch-size", "8", "--epochs", "2"]
-    line += ["--workers", workers, "--output", str(tmp_path / "out"), "--experiment", "x", "--device", "cpu"]
-    assert main([*line, "--max-bad-images", "0.1"]) == 0
-    printed = capsys.readouterr().out
-    assert "32 images of 3 x 32 x 32" in printed and "8 updates of 8" in printed
-    assert len((tmp_path / "out/x/summary.csv").read_text().splitlines()) == 3
-    assert printed.count("Skipped an image that cannot be decoded") == 1 and "1-03.png" in printed
+    assert seen[1:] == [*enumerate(losses)]
 
 
 def test_too_many_bad_images_at_the_last_update(tmp_path, capsys):
@@ -252,16 +200,6 @@ def test_report_is_refreshed_as_often_as_it_is_cheap(tmp_path, no_images, monkey
     monkeypatch.setattr(loop, "write_report", write)
     run(tmp_path / "r", epochs=3)
     assert seen == expected
-
-
-def test_run_survives_a_report_that_cannot_be_made(tmp_path, no_images, monkeypatch, capsys):
-    def damaged(*_):
-        raise ValueError("args.yaml is damaged")
-
-    monkeypatch.setattr(loop, "write_report", damaged)
-    run(tmp_path / "r")
-    printed = capsys.readouterr().out
-    assert "Warning: the report failed (args.yaml is damaged)" in printed and "Done" in printed
 
 
 def test_args_yaml_records_the_command(tmp_path, no_images):

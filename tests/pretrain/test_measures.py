@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers import assert_same
-from runs import at_update, image_folder, load, rows, run, snapshot, steady
+from runs import assert_same_end, at_update, image_folder, kill, load, rows, run, snapshot
 from safetensors.torch import load_file
 
 from timm_convnextv2.data import DemoSource, PretrainDataset, hold_out
@@ -101,17 +101,10 @@ def test_the_card_says_what_was_measured(measured):
     )
 
 
-def test_a_resumed_run_measures_the_same(measured, options, tmp_path, monkeypatch, no_images):
-    def die():
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        at_update(patch, 7, die)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "r", *options, epochs=EPOCHS)
+def test_a_resumed_run_measures_the_same(measured, options, tmp_path, no_images):
+    kill(tmp_path / "r", 7, *options, epochs=EPOCHS)
     run(tmp_path / "r", *options, "--resume", "auto", epochs=EPOCHS)
-    assert steady(tmp_path / "r") == steady(measured[0])
-    assert_same(load(tmp_path / "r")["state_dict"], load(measured[0])["state_dict"])
+    assert_same_end(tmp_path / "r", measured[0])
     for name in ("collapse.csv", "probe.json", "encoder-best/model.safetensors"):
         assert (tmp_path / "r" / name).read_bytes() == (measured[0] / name).read_bytes(), name
 

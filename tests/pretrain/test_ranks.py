@@ -4,26 +4,8 @@ import time
 
 import pytest
 from helpers import assert_same, torchrun
-from runs import BARE, command, load
+from runs import BARE, command, load, patched
 
-PROGRAM = """
-import multiprocessing, os, signal, sys, time
-from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.pretrain import loop, measures, setup
-from timm_convnextv2.runs import world
-from timm_convnextv2.runs.errors import DataError
-from timm_convnextv2.runs.trainer import Trainer
-update = Trainer.update
-def wrapped(self, batches, number):
-    if number == 2 and self.world.rank == 1:
-        open({stamp!r}, 'w').close()
-        {act}
-    return update(self, batches, number)
-Trainer.update = wrapped
-loop.save_loss_curve = measures.save_reconstructions = lambda *_, **__: None
-{before}
-if __name__ == '__main__': sys.exit(main())
-"""
 FAULTS = {
     "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", "process 1 of 2"),
     "is stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "process 1 of 2"),
@@ -37,19 +19,14 @@ FAULTS = {
 
 
 def start(tmp_path, act="pass", before="", *more):
-    script = tmp_path / "one.py"
-    stamp = tmp_path / "fault"
-    script.write_text(PROGRAM.format(act=act, before=before, stamp=str(stamp)))
+    script = patched(tmp_path, act, rank=1, before=before)
     options = command(tmp_path / "r", "--batch-size", "4", "--workers", "2", *more, epochs=99)
-    result = torchrun(script, *options, timeout=120)
+    result, stamp = torchrun(script, *options, timeout=120), tmp_path / "fault"
     return result, time.time() - stamp.stat().st_mtime if stamp.exists() else None
 
 
-SLOW = pytest.mark.slow  # a start of two processes with workers takes 10 s, and more where one hangs
-BY_DEFAULT = ("is killed",)
-
-
-@pytest.mark.parametrize("fault", [pytest.param(f, marks=[] if f in BY_DEFAULT else SLOW) for f in FAULTS])
+# a start of two processes with workers takes 10 s, and more where one hangs
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=[pytest.mark.slow] * (f != "is killed")) for f in FAULTS])
 def test_one_process(tmp_path, fault):
     act, words = FAULTS[fault]
     shorter = "world.PATIENCE = 5" if fault == "is stopped" else ""
@@ -63,14 +40,13 @@ def test_one_process(tmp_path, fault):
         assert of_others not in own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fact, before",
     [
-        pytest.param("the package versions", "setup.VERSIONS += ' ' + os.environ['RANK']", marks=SLOW),
-        pytest.param("--epochs", "sys.argv += ['--epochs', '1' + os.environ['RANK']]", marks=SLOW),
-        pytest.param(
-            "the number of images", "sys.argv += ['--train-num-samples', '3' + os.environ['RANK']]", marks=SLOW
-        ),
+        ("the package versions", "setup.VERSIONS += ' ' + os.environ['RANK']"),
+        ("--epochs", "sys.argv += ['--epochs', '1' + os.environ['RANK']]"),
+        ("the number of images", "sys.argv += ['--train-num-samples', '3' + os.environ['RANK']]"),
     ],
 )
 def test_processes_that_disagree(tmp_path, fact, before):
@@ -87,14 +63,11 @@ def test_average_accumulation_and_compilation_together(tmp_path):
     more = ["--model-ema", "--grad-accum-steps", "2", "--torchcompile", "aot_eager", "--epochs", "2"]
     options = ["--batch-size", "4", "--workers", "1", *more]
     for name in ("whole", "r"):
-        script = tmp_path / "one.py"
-        act = "os.kill(os.getpid(), signal.SIGTERM)" if name == "r" else "pass"
-        script.write_text(PROGRAM.format(act=act, before="", stamp=str(tmp_path / "fault")))
+        script = patched(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)" if name == "r" else "pass", rank=1)
         result = torchrun(script, *command(tmp_path / name, *options, epochs=2), timeout=200)
         assert result.returncode == 0, result.stderr
     assert load(tmp_path / "r")["progress"]["update"] == 1
     result = torchrun(BARE, *command(tmp_path / "r", *options, "--resume", "auto", epochs=2), timeout=200)
     assert result.returncode == 0, result.stderr
-    here, there = load(tmp_path / "r"), load(tmp_path / "whole")
-    assert_same(here["state_dict"], there["state_dict"])
-    assert_same(here["state_dict_ema"], there["state_dict_ema"])
+    for part in ("state_dict", "state_dict_ema"):
+        assert_same(load(tmp_path / "r")[part], load(tmp_path / "whole")[part])

@@ -10,20 +10,11 @@ import time
 
 import pytest
 from helpers import assert_same, environment, shell, torchrun
-from runs import (
-    SCRIPT,
-    at_update,
-    command,
-    load,
-    rows,
-    run,
-    steady,
-)
+from runs import SCRIPT, assert_same_end, at_update, command, kill, load, patched, rows, run, steady, stop
 from safetensors.torch import load_file
 
 from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.runs import end
-from timm_convnextv2.runs import folder as run_folder
+from timm_convnextv2.runs import end, summary
 from timm_convnextv2.runs import world as distributed
 
 
@@ -38,16 +29,14 @@ from timm_convnextv2.runs import world as distributed
         ("float16", [2]),
     ],
 )
-def test_stopped_run_ends_as_an_uninterrupted_one(tmp_path, no_images, monkeypatch, capsys, whole, case, stops):
+def test_stopped_run_ends_as_an_uninterrupted_one(tmp_path, no_images, capsys, whole, case, stops):
     expected, options = whole(case)
     capsys.readouterr()
     out, done = tmp_path / "r", 0
-    for i, stop in enumerate(stops):
+    for i, update in enumerate(stops):
         number = (signal.SIGTERM, signal.SIGINT)[i % 2]
-        with monkeypatch.context() as patch:
-            at_update(patch, stop, lambda number=number: os.kill(os.getpid(), number))
-            run(out, *options, "--resume", "auto", epochs=2)
-        done += stop + 1
+        stop(out, update, *options, "--resume", "auto", number=number, epochs=2)
+        done += update + 1
         printed = capsys.readouterr().out
         inside, after = f"in epoch {done // 4 + 1} of 2, update {done % 4} of 4", f"after epoch {done // 4} of 2"
         where = inside if done % 4 else after
@@ -67,54 +56,27 @@ def test_stopped_run_ends_as_an_uninterrupted_one(tmp_path, no_images, monkeypat
 def test_stopped_between_epochs(tmp_path, no_images, monkeypatch, whole):
     expected, options = whole("plain")
     with monkeypatch.context() as patch:
-        add_row = run_folder.RunFolder.add_row
-
-        def interrupted(*args):
-            add_row(*args)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        patch.setattr(run_folder.RunFolder, "add_row", interrupted)
+        trim = summary.add_row
+        patch.setattr(summary, "add_row", lambda *args: (trim(*args), os.kill(os.getpid(), signal.SIGTERM))[0])
         out = run(tmp_path / "r", *options, epochs=2)
     assert load(out)["progress"]["epoch"] == 1
     run(out, *options, "--resume", "auto", epochs=2)
-    for key in ("state_dict", "optimizer", "progress"):
-        assert_same(load(out)[key], load(expected)[key])
-    assert steady(out) == steady(expected)
+    assert_same_end(out, expected)
 
 
-def test_killed_run_resumes_from_its_checkpoint(tmp_path, no_images, monkeypatch, whole):
+@pytest.mark.parametrize(
+    "update, option, expected",
+    [(6, [], (1, 0)), (7, ["--recovery-interval", "2"], (1, 2)), (7, ["--checkpoint-minutes", "1e-9"], (1, 3))],
+)
+def test_killed_run_resumes_from_its_checkpoint(tmp_path, no_images, whole, update, option, expected):
     """An epoch that was not saved leaves no trace in the summary."""
-    expected, options = whole("plain")
-
-    def die():
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        at_update(patch, 6, die)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "r", *options, epochs=2)
-    run(tmp_path / "r", *options, "--resume", "auto", epochs=2)
-    assert_same(load(tmp_path / "r")["state_dict"], load(expected)["state_dict"])
-    assert steady(tmp_path / "r") == steady(expected)
-
-
-@pytest.mark.parametrize("option", [["--recovery-interval", "2"], ["--checkpoint-minutes", "1e-9"]], ids=lambda o: o[0])
-def test_checkpoints_within_an_epoch(tmp_path, no_images, monkeypatch, whole, option):
-    expected, options = whole("plain")
-
-    def die():
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        at_update(patch, 7, die)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "r", *options, *option, epochs=2)
+    there, options = whole("plain")
+    kill(tmp_path / "r", update, *options, *option, epochs=2)
     progress = load(tmp_path / "r")["progress"]
-    assert (progress["epoch"], progress["update"]) == (1, 2 if option[0] == "--recovery-interval" else 3)
+    assert (progress["epoch"], progress["update"]) == expected
     assert (tmp_path / "r/encoder/model.safetensors").exists()
     run(tmp_path / "r", *options, *option, "--resume", "auto", epochs=2)
-    assert_same(load(tmp_path / "r")["state_dict"], load(expected)["state_dict"])
-    assert steady(tmp_path / "r") == steady(expected)
+    assert_same_end(tmp_path / "r", there)
 
 
 def test_second_signal_ends_at_once_where_python_does_not_run(tmp_path):
@@ -193,7 +155,7 @@ def test_ctrl_c_in_a_terminal(tmp_path):
             break
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == 130, err
     assert "Stopped by SIGINT " in out and not err
     progress = load(tmp_path / "r")["progress"]
     inside = f"in epoch {progress['epoch'] + 1} of 999, update {progress['update']} of 4"
@@ -201,30 +163,32 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     assert progress["epoch"] * 4 + progress["update"] >= 2
 
 
-def test_second_signal_stops_at_once():
+def test_a_second_signal_stops_at_once_but_not_that_of_a_closed_terminal():
+    before = [signal.getsignal(number) for number in distributed.SIGNALS]
     watcher = distributed.World("cpu")
-    watcher.watch_signals()
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert watcher.stop == "SIGTERM" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # whichever of the two comes second
+    for name, times in (("SIGHUP", 2), ("SIGTERM", 1)):
+        watcher.watch_signals()
+        for _ in range(times):
+            os.kill(os.getpid(), signal.Signals[name])
+        assert watcher.stop == name
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # whichever comes second
+        watcher.close()
+    assert [signal.getsignal(number) for number in distributed.SIGNALS] == before
+
+
+@pytest.mark.parametrize("more", [{}, {"SLURM_PROCID": "0"}], ids=["salloc", "sbatch"])
+def test_slurm_without_srun_is_one_message(monkeypatch, more):
+    for name in ("WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_NTASKS": "4", **more}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="SLURM_NTASKS=4 .*unset SLURM_NTASKS.*torchrun"):
+        distributed.World("cpu")
 
 
 def test_all_processes_stop_where_one_is_asked(tmp_path):
     """A signal that reaches one process of two: both stop after the same update, and the run resumes to its end."""
-    script = tmp_path / "one.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        "from timm_convnextv2.commands.pretrain import main\n"
-        "from timm_convnextv2.pretrain import loop, measures\n"
-        "from timm_convnextv2.runs.trainer import Trainer\n"
-        "loop.save_loss_curve = measures.save_reconstructions = lambda *_, **__: None\n"
-        "update = Trainer.update\n"
-        "def wrapped(self, batches, number):\n"
-        "    if number == 1 and self.world.rank == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return update(self, batches, number)\n"
-        "Trainer.update = wrapped\n"
-        "sys.exit(main())\n"
-    )
+    script = patched(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)", number=1, rank=1)
     options = command(tmp_path / "r", "--batch-size", "4", epochs=2)
     result = torchrun(script, *options)
     assert result.returncode == 0 and "Stopped by a signal in epoch 1 of 2, update 2 of 4" in result.stdout

@@ -1,39 +1,17 @@
 """The folder of a run: whose it is, what resumes there, and what is refused."""
 
-import os
+import io
+import pickle
 import re
 import shutil
-import signal
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same
-from runs import (
-    DATA,
-    SMALL,
-    at_update,
-    command,
-    image_folder,
-    load,
-    refused,
-    rows,
-    run,
-    snapshot,
-)
+from helpers import Runs, assert_same
+from runs import DATA, SMALL, image_folder, load, refused, rows, run, snapshot, stop
 
 from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.data import EpochBatchSampler
-
-
-class Evil:
-    """Asks a pickle to run code when it is loaded."""
-
-    def __init__(self, canary):
-        self.canary = canary
-
-    def __reduce__(self):
-        return Path.touch, (self.canary,)
 
 
 def test_folder_that_is_not_empty(tmp_path, no_images, capsys):
@@ -45,8 +23,10 @@ def test_folder_that_is_not_empty(tmp_path, no_images, capsys):
     assert snapshot(tmp_path) == before
 
     (out / "milestone-9.pth.tar").write_text("")
+    (out / "notes.txt").write_text("mine")
     run(out, "--overwrite")
     assert not (out / "milestone-9.pth.tar").exists() and len(rows(out)) == 1 and load(out)["epoch"] == 0
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_overwrite_spares_the_run_that_goes_on(tmp_path, no_images):
@@ -77,9 +57,7 @@ def test_resume_auto(tmp_path, no_images, capsys):
 
 
 def test_resume_auto_needs_a_name(tmp_path, capsys):
-    assert main(["--data-dir", str(tmp_path), "--resume", "auto", "--device", "cpu"]) == 2
-    image_folder(tmp_path / "x")
-    assert main([*DATA, "--data-dir", str(tmp_path), "--resume", "auto"]) == 2
+    assert main([*DATA, "--data-dir", str(image_folder(tmp_path / "x")), "--resume", "auto"]) == 2
     assert "--experiment" in capsys.readouterr().err
 
 
@@ -99,22 +77,24 @@ def test_default_name_has_time_model_and_size(tmp_path, no_images):
 
 
 def test_bad_folders(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken").mkdir()
-    for i in range(3):
-        (tmp_path / "broken" / f"{i}.png").write_bytes(b"no picture")
-    refused(tmp_path / "r", capsys, ["missing", "does not exist"], "--data-dir", str(tmp_path / "missing"))
-    refused(tmp_path / "r", capsys, "empty", "--data-dir", str(tmp_path / "empty"))
-    refused(tmp_path / "r", capsys, ["None of 3", "0.png"], "--data-dir", str(tmp_path / "broken"))
+    for name, content, words in (
+        ("missing", None, ["missing", "does not exist"]),
+        ("empty", [], "empty"),
+        ("broken", range(3), ["None of 3", "0.png"]),
+    ):
+        if content is not None:
+            (tmp_path / name).mkdir()
+            for i in content:
+                (tmp_path / name / f"{i}.png").write_bytes(b"no picture")
+        refused(tmp_path / "r", capsys, words, "--data-dir", str(tmp_path / name))
 
 
-@pytest.mark.parametrize("below", [[], ["sub"]])
-def test_folder_that_cannot_be_written(tmp_path, capsys, below):
+def test_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("precious")
-    refused(tmp_path.joinpath("file", *below, "r"), capsys, "cannot be written", data=DATA) if below else None
-    assert main(command(tmp_path / "file", "--overwrite")) == 2
-    assert main(command(tmp_path / "file")) == 2
-    assert capsys.readouterr().err.count("is a file") == 2
+    refused(tmp_path / "file" / "sub" / "r", capsys, "cannot be written")
+    for options in ([], ["--overwrite"]):
+        run(tmp_path / "file", *options, status=2)
+        assert "is a file" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "precious"
 
 
@@ -131,16 +111,12 @@ def test_more_processes_than_images():
         (["--patch-size", "2", "--decoder-depth", "2"], ["patch_size: 4 there, 2 here", "decoder_depth: 1 there, 2"]),
         (["--model-kwargs", "dims=[8,8,8,8]"], ["model_kwargs", "[8, 8, 8, 8]"]),
         (["--model-ema"], ["--model-ema"]),
+        (["--opt", "sgd"], ["opt: 'adamw' there, 'sgd' here"]),
     ],
 )
 def test_resume_with_another_model(tmp_path, capsys, plain, options, words):
     resume = ["--resume", str(plain / "last.pth.tar")]
     refused(tmp_path / "r", capsys, ["Cannot resume", "last.pth.tar", *words], *resume, *options)
-
-
-def test_resume_with_another_optimizer(tmp_path, capsys, plain):
-    words = ["opt: 'adamw' there, 'sgd' here"]
-    refused(tmp_path / "r", capsys, words, "--resume", str(plain / "last.pth.tar"), "--opt", "sgd")
 
 
 def test_resume_takes_new_settings_of_the_optimizer(tmp_path, no_images, updates, plain):
@@ -151,80 +127,68 @@ def test_resume_takes_new_settings_of_the_optimizer(tmp_path, no_images, updates
     assert updates[0][0] == pytest.approx(1)  # half-way down the cosine
 
 
-ANOTHER_ORDER = [("seed", 1, "seed"), ("batch_size", 4, "images per update: 8 there, 4 here")]
-ANOTHER_ORDER += [("grad_accum_steps", 2, "images per update: 8 there, 16 here")]
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that ended within an epoch."""
+    return stop(tmp_path_factory.mktemp("stopped") / "r", 1, epochs=2)
 
 
-@pytest.mark.parametrize("option, value, words", ANOTHER_ORDER)
-def test_resume_in_mid_epoch_with_another_order(tmp_path, capsys, no_images, monkeypatch, option, value, words):
-    with monkeypatch.context() as patch:
-        at_update(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        stopped = run(tmp_path / "stopped", epochs=2)
-    flag = f"--{option.replace('_', '-')}"
-    resume = ["--resume", str(stopped / "last.pth.tar"), flag, str(value)]
+@pytest.mark.parametrize(
+    "option, value, words",
+    [
+        ("--seed", "1", "seed"),
+        ("--batch-size", "4", "images per update: 8 there, 4 here"),
+        ("--grad-accum-steps", "2", "images per update: 8 there, 16 here"),
+    ],
+)
+def test_resume_in_mid_epoch_with_another_order(tmp_path, capsys, stopped, option, value, words):
+    resume = ["--resume", str(stopped / "last.pth.tar"), option, value]
     refused(tmp_path / "r", capsys, ["middle of an epoch", words], *resume)
-    assert main(command(tmp_path / "whole", flag, str(value))) == 0
 
 
-@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "evil", "evil pickle", "timm", "safetensors", "list"])
+def content(kind, plain, canary):
+    """A file that is no checkpoint of a run."""
+    whole, state, buffer = (plain / "last.pth.tar").read_bytes(), load(plain), io.BytesIO()
+    tables = {
+        "evil": {**state, "extra": Runs(canary)},
+        "timm": {key: value for key, value in state.items() if key != "progress"},
+        "list": [1],
+    }
+    if kind in tables:
+        torch.save(tables[kind], buffer)
+        return buffer.getvalue()
+    evil = pickle.dumps({"args": {}, "progress": Runs(canary)})
+    return {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello", "evil pickle": evil}[kind]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "evil", "evil pickle", "timm", "list"])
 def test_resume_from_a_file_that_is_none(tmp_path, capsys, plain, kind):
     path, canary = tmp_path / "x.pth.tar", tmp_path / "canary"
-    whole = (plain / "last.pth.tar").read_bytes()
-    words = ["x.pth.tar"]
-    if kind == "truncated":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("hello")
-    elif kind == "evil":
-        torch.save({**load(plain), "extra": Evil(canary)}, path)
-        words.append("not executed")
-    elif kind == "evil pickle":
-        import pickle
-
-        path.write_bytes(pickle.dumps({"args": {}, "progress": Evil(canary)}))
-    elif kind == "timm":
-        state = load(plain)
-        torch.save({k: v for k, v in state.items() if k != "progress"}, path)
-        words.append("not a checkpoint of a run")
-    elif kind == "list":
-        torch.save([1], path)
-    else:
-        path = plain / "encoder/model.safetensors"
-        words = ["model.safetensors is not a checkpoint of a run"]
-    refused(tmp_path / "r", capsys, words, "--resume", str(path))
+    path.write_bytes(content(kind, plain, canary))
+    words = {"evil": "not executed", "timm": "not a checkpoint of a run"}.get(kind, "")
+    refused(tmp_path / "r", capsys, ["x.pth.tar", words], "--resume", str(path))
     assert not canary.exists()
 
 
-def test_overwrite_removes_what_a_run_wrote(tmp_path, no_images):
-    out = run(tmp_path / "r")
-    (out / "notes.txt").write_text("mine")
-    (out / "milestone-99.pth.tar").write_text("old")
-    run(out, "--overwrite")
-    assert (out / "notes.txt").read_text() == "mine" and not (out / "milestone-99.pth.tar").exists()
-    assert len(rows(out)) == 1
+def test_resume_from_safetensors(tmp_path, capsys, plain):
+    path = str(plain / "encoder/model.safetensors")
+    refused(tmp_path / "r", capsys, "model.safetensors is not a checkpoint of a run", "--resume", path)
 
 
 @pytest.mark.parametrize("place", ["is the data", "contains the data", "lies in the data", "is the start", "no run"])
 def test_overwrite_spares_what_is_not_a_run(tmp_path, capsys, no_images, place):
     """Nothing that the user put there, or that the run reads, is removed."""
-    out, data = tmp_path / "photos", image_folder(tmp_path / "elsewhere")
-    options = ["--overwrite", "--data-dir", str(data)]
+    out, options = tmp_path / "photos", ["--overwrite"]
+    data = {"is the data": out, "contains the data": out / "below", "lies in the data": tmp_path}.get(place)
     if place == "no run":
-        out.mkdir()
-        (out / "thesis.txt").write_text("mine")
-    elif place == "is the start":
-        run(out)
-        options += ["--model", f"local-dir:{out / 'encoder'}", "--pretrained"]
+        image_folder(out)
     else:
-        data = {"is the data": out, "contains the data": out / "below", "lies in the data": tmp_path}[place]
-        source = image_folder(tmp_path / "images")
         run(out)
-        data.mkdir(exist_ok=True)
-        for path in source.iterdir():
-            shutil.copy(path, data)
-        options = ["--overwrite", "--data-dir", str(data)]
+    if place == "is the start":
+        options += ["--model", f"local-dir:{out / 'encoder'}", "--pretrained"]
+    elif data is not None:
+        shutil.copytree(image_folder(tmp_path / "images"), data, dirs_exist_ok=True)
+        options += ["--data-dir", str(data)]
     before = snapshot(tmp_path)
     capsys.readouterr()
     run(out, *options, status=2)

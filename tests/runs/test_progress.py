@@ -1,4 +1,4 @@
-"""Progress on a terminal and in plain lines, stopwatch, and packages for logs."""
+"""Progress on a terminal and in plain lines, and the stopwatch."""
 
 import io
 import re
@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from timm_convnextv2.runs import progress as progress_module
-from timm_convnextv2.runs.logs import Logs
 from timm_convnextv2.runs.progress import ProgressBar, Stopwatch
 
 
@@ -78,13 +77,3 @@ def test_silence_where_not_enabled(capsys, monkeypatch, stream):
     progress = ProgressBar(total=4, done=0, epochs=1, interval=1, enabled=False)
     go(progress, 4)
     assert progress.done == 4 and capsys.readouterr().out == sys.stderr.getvalue() == ""
-
-
-@pytest.mark.parametrize("wandb, tensorboard, package", [(True, False, "wandb"), (False, True, "tensorboard")])
-def test_check_logs(monkeypatch, wandb, tensorboard, package):
-    for name in ("wandb", "tensorboard"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    Logs().check()
-    with pytest.raises(ValueError, match=f"--log-{package} needs .* pip install {package}"):
-        Logs(wandb, None, tensorboard).check()

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from ..console import PROGRAM, closest, say
+from ..console import PROGRAM, closest, say, unbroken_output
 from ..version import __version__
 
 # Each name is a module beside this file with `main(argv) -> int`, imported when the command is asked for.
@@ -46,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: The words after the program's name; by default those of the process.
     """
-    words = sys.argv[1:] if argv is None else argv
+    with unbroken_output(BrokenPipeError):  # as behind `| head`
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(words: list[str]) -> int:
     if not words:
         say(usage(), error=True)
         return 2

@@ -31,14 +31,7 @@ def parse_options(argv: Sequence[str]) -> tuple[PretrainConfig, Start | None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
-
-    Args:
-        argv: The options; by default those of the process.
-
-    Returns:
-        Exit status: 0; 1 if the run could not finish; 2 for a mistake in settings or data.
-    """
+    """Runs the command; returns exit status 0, 1 if the run could not finish, 2 for a mistake in settings or data."""
     words = sys.argv[1:] if argv is None else argv
     try:
         given = words_given(build_parser(), words)
@@ -58,13 +51,9 @@ def replay_bad_step(path: Path, given: dict[str, Any]) -> int:
     record, model, open_rank, device = open_replay(path, own)
     say(f"Weights: {load_weights(record, path, model)}")
     cause = ""
-    for finding in replay(record, model, open_rank, device):
-        cause = cause or finding.cause
-        text = finding.cause or "everything is finite"
-        say(f"Process {finding.rank}, batch {finding.step + 1}: loss {finding.loss:.4g}; {text}")
+    for rank, step, loss, found in replay(record, model, open_rank, device):
+        cause = cause or found
+        say(f"Process {rank}, batch {step + 1}: loss {loss:.4g}; {found or 'everything is finite'}")
     if not cause:
-        say(
-            f"The loss was {record['loss']} in the run and is finite here: it depends on device, compilation, or the "
-            "weights."
-        )
+        say(f"The loss was {record['loss']} in the run and is finite here: device, compilation or weights differ.")
     return 0

@@ -20,8 +20,9 @@ from ..data import (
     hold_out,
 )
 from ..data.samples.shards import shard_note
+from ..runs.group import Processes
 from ..runs.trainer import Bad
-from ..runs.world import Seat, World, leave_signals_to_parent
+from ..runs.world import leave_signals_to_parent
 from .config import Crops, Loading
 
 SHOWN_IMAGES = 6
@@ -50,47 +51,27 @@ def transform_of(crops: Crops) -> PretrainTransform:
 class Batches(NamedTuple):
     """The images of a run, in the order in which it trains on them.
 
-    Attributes:
-        loader: Yields `(images [B, C, H, W], masks [B, h, w], bad)`; masks are bool, True = removed.
-        set_epoch: Sets the epoch and the batch to start from; see `iterate`.
-        per_epoch: Batches of an epoch per process.
-        num_images: Images of the data set, without those held out.
-        name_of: Name of an image by its index; None for streams, whose reasons begin with the name.
-        shown: The few images and masks to draw during the run; on rank 0 only, unless it is a stream.
-        watched: The images and masks to measure, likewise. Both are held-out images if there are any.
-        held_out: Images that are never trained on, with masks, each the same in all epochs; None without --holdout.
-        inputs: Statistics of the network's input, of the images that rank 0 tried.
-        sampler: Sampler of this process; None for streams.
-        stream_workers: Data processes of each process that share a stream, 0 for none; None unless it is a stream.
+    `loader` yields `(images [B, C, H, W], masks [B, h, w], bad)`; masks are bool, True = removed. `shown` are the few
+    samples to draw during the run, `watched` those to measure; on rank 0 only, unless it is a stream, and held-out
+    images if there are any.
     """
 
     loader: DataLoader
-    set_epoch: Callable[[int, int], None]
-    per_epoch: int
-    num_images: int
-    name_of: Callable[[int], str] | None
+    set_epoch: Callable[[int, int], None]  # sets the epoch and the batch to start from; see `iterate`
+    per_epoch: int  # batches of an epoch per process
+    num_images: int  # without those held out
+    name_of: Callable[[int], str] | None  # by index; None for streams, whose reasons begin with the name
     shown: list
     watched: list
-    held_out: "Fixed | None"
-    inputs: InputStatistics
-    sampler: EpochBatchSampler | None = None
-    stream_workers: int | None = None
-
-    def check_resume(self, before: int | None, update: int) -> None:
-        """Refuses to resume after `update` updates of an epoch of a stream that other workers read in another order."""
-        if self.stream_workers is not None and update and before != self.stream_workers:
-            raise ValueError(
-                f"Cannot resume a stream in the middle of an epoch with --workers {self.stream_workers}: the run so "
-                f"far had --workers {before}, which read the images in another order. Resume with the same, or from a "
-                "milestone checkpoint."
-            )
+    held_out: "Fixed | None"  # never trained on, with masks, each the same in all epochs; None without --holdout
+    inputs: InputStatistics  # of the images that rank 0 tried
+    sampler: EpochBatchSampler | None = None  # of this process; None for streams
+    stream_workers: int | None = None  # data processes of each process that share a stream; None unless it is one
 
     def iterate(self, epoch: int, start_batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, Bad]]:
         """The batches of an epoch from `start_batch` on, the same as if the epoch were read from its beginning.
 
-        Raises:
-            ValueError: The stream cannot start in the middle of an epoch.
-            DataError: The data cannot be read any further.
+        A `ValueError` says that the stream cannot start in the middle of an epoch, or that the data cannot be read.
         """
         self.set_epoch(epoch, start_batch)
         empty = start_batch % max(1, self.stream_workers or 1)  # see `PretrainStream.set_epoch`
@@ -98,9 +79,8 @@ class Batches(NamedTuple):
 
     def indices(self, epoch: int, start_batch: int, count: int, rank: int, world_size: int) -> list[int] | None:
         """Indices of the images in `count` batches of a process; None for streams."""
-        if self.sampler is None:
+        if (own := self.sampler) is None:
             return None
-        own = self.sampler
         sampler = EpochBatchSampler(own.num_samples, own.batch_size, own.seed, rank, world_size, own.groups)
         sampler.set_epoch(epoch, start_batch)
         return [index for batch in islice(sampler, count) for _, index in batch]
@@ -137,45 +117,29 @@ class Fixed(Dataset):
 
     def loader(self, batch_size: int, workers: int) -> DataLoader:
         """All of them in batches, always in the same order."""
-        workers = min(workers, 2)  # they live as long as the run, beside those of the training
-        return DataLoader(
-            self, batch_size, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate,
-            worker_init_fn=leave_signals_to_parent, generator=torch.Generator(),
-        )  # fmt: skip
+        return DataLoader(self, batch_size, **_loading(min(workers, 2)))  # they live as long as the run, beside others
+
+
+def _loading(workers: int) -> dict[str, Any]:
+    """Arguments of a `DataLoader`. Its generator is its own, or each epoch would draw from the model's."""
+    more = dict(worker_init_fn=leave_signals_to_parent, generator=torch.Generator())
+    return dict(num_workers=workers, persistent_workers=workers > 0, collate_fn=collate, **more)
 
 
 def open_batches(
-    open_source: Callable[[], Any],
-    sampling: Sampling,
-    *,
-    batch_size: int,
-    loading: Loading,
-    world: World | Seat,
+    open_source: Callable[[], Any], sampling: Sampling, *, batch_size: int, loading: Loading, world: Processes,
     holdout: float = 0.0,
-) -> Batches:
-    """Opens the data and tries a few images. A stream is opened twice.
-
-    Refuses data of which no image can be decoded, and fewer images than a batch.
-    """
+) -> Batches:  # fmt: skip
+    """Opens the data and tries a few images; refuses data of which none can be decoded, or fewer than a batch."""
     source = open_source()
     if note := str(source.left):
         world.print(note)
     transform = sampling.transform
-    options: dict[str, Any] = dict(
-        num_workers=loading.workers,
-        collate_fn=collate,
-        pin_memory=loading.pin_mem,
-        persistent_workers=loading.workers > 0,
-        worker_init_fn=leave_signals_to_parent,
-        generator=torch.Generator(),  # its own, or each epoch would draw from the model's
-    )
+    options: dict[str, Any] = dict(pin_memory=loading.pin_mem, **_loading(loading.workers))
     inputs = InputStatistics(transform.img_size[0] // sampling.grid[0], transform.mean, transform.std)
     if isinstance(source, TimmStream):
         if holdout:
-            raise ValueError(
-                "--holdout needs indexable images; a stream has none. Leave it out, and measure on a split of its own "
-                "with --probe-dir."
-            )
+            raise ValueError("--holdout needs indexable images; a stream has none. Measure with --probe-dir instead.")
         stream = PretrainStream(source, *sampling)
         source.set_loader_cfg(num_workers=loading.workers)
         if note := shard_note(source, loading.workers, world.size):

@@ -22,17 +22,16 @@ def number_or_auto(word: str) -> float | str:
     return word if word == AUTO else float(word)
 
 
+# fmt: off
 @dataclass(frozen=True)
 class Selection:
     """Which of the images are trained on, and how often."""
 
     source_weights: tuple[float, ...] | None = option(
-        None, "share of an epoch's samples for each --data-dir (or --data-list), in order", metavar="X"
-    )
+        None, "share of an epoch's samples for each --data-dir (or --data-list), in order", metavar="X")
     holdout: float = option(0.0, "fraction held out for the validation loss, e.g. 0.01", metavar="X")
     max_bad_images: float = option(
-        0.01, "stop if a larger fraction cannot be decoded", metavar="X", at_least=0, at_most=1
-    )
+        0.01, "stop if a larger fraction cannot be decoded", metavar="X", at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
@@ -44,21 +43,14 @@ class Crops:
 
     img_size: int = option(224, "side of the square crops", metavar="N")
     input_size: tuple[int, int, int] | None = option(
-        None, "replaces --in-chans and --img-size", metavar=("C", "H", "W")
-    )
+        None, "replaces --in-chans and --img-size", metavar=("C", "H", "W"))
     in_chans: int = option(3, "1, 3, or the number of bands of TIFF and .npy files", metavar="N", at_least=1)
     mean: tuple[float, ...] | None = option(
-        None,
-        "mean per channel, or auto (default: ImageNet's, 0.5 for 1 channel, auto for others)",
-        metavar="X",
-        parse=number_or_auto,
-    )
+        None, "mean per channel, or auto (default: ImageNet's, 0.5 for 1 channel, auto for others)", metavar="X",
+        parse=number_or_auto)
     std: tuple[float, ...] | None = option(
-        None,
-        "standard deviation, or auto (default: ImageNet's, 0.25 for 1 channel, auto for others)",
-        metavar="X",
-        parse=number_or_auto,
-    )
+        None, "standard deviation, or auto (default: ImageNet's, 0.25 for 1 channel, auto for others)", metavar="X",
+        parse=number_or_auto)
     scale: tuple[float, float] = option((0.2, 1.0), "area of the random crop, relative to the image", metavar="X")
     ratio: tuple[float, float] = option((3 / 4, 4 / 3), "aspect ratio of the random crop", metavar="X")
     hflip: float = option(0.5, "probability of a horizontal flip", metavar="P")
@@ -88,20 +80,15 @@ class Network:
 
     model: str = option(
         "fcmae_convnextv2_atto",
-        "fcmae_convnextv2_{atto..huge}, or local-dir:FOLDER or hf-hub:USER/NAME to continue from",
-        metavar="NAME",
-    )
+        "fcmae_convnextv2_{atto..huge}, or local-dir:FOLDER or hf-hub:USER/NAME to continue from", metavar="NAME")
     pretrained: bool = option(False, "start from those weights, or from the published encoder (CC-BY-NC 4.0)")
     weights: str | None = option(
-        None, "start from a local file in the official format, timm's, or an FCMAE's", metavar="FILE"
-    )
+        None, "start from a local file in the official format, timm's, or an FCMAE's", metavar="FILE")
     patch_size: int = option(4, "stem patch; 1 for small images (stride 8)", metavar="N", at_least=1)
     mask_ratio: float = option(0.6, "fraction of the patches to remove", metavar="X")
     channel_dropout: float = option(
-        0.0,
-        "remove each channel of an image with this probability, so that the encoder works for images with fewer",
-        metavar="P",
-    )
+        0.0, "remove each channel of an image with this probability, so that the encoder works for images with fewer",
+        metavar="P")
     decoder_depth: int = option(1, "", metavar="N")
     decoder_dim: int = option(512, "", metavar="N", at_least=1)
     norm_pix_loss: bool = option(True, "normalise targets per patch")
@@ -116,8 +103,7 @@ class Average:
     model_ema: bool = option(False, "keep and export a moving average of the weights")
     model_ema_decay: float = option(0.9999, "", metavar="X")
     model_ema_warmup: bool | None = option(
-        None, "start with a shorter average (default: yes, or as in the run that is resumed)"
-    )
+        None, "start with a shorter average (default: yes, or as in the run that is resumed)")
 
 
 @dataclass(frozen=True)
@@ -129,14 +115,10 @@ class Schedule:
     global_batch_size: int | None = option(
         None,
         "images per update over all processes; sets the accumulation steps, and --batch-size becomes the per-process "
-        "maximum",
-        metavar="N",
-        at_least=1,
-    )
+        "maximum", metavar="N", at_least=1)
     epochs: int = option(800, "", metavar="N", at_least=1)
     warmup_epochs: float | None = option(
-        None, "epochs of linear warmup (default: a twentieth of --epochs, at most 40)", metavar="N", at_least=0
-    )
+        None, "epochs of linear warmup (default: a twentieth of --epochs, at most 40)", metavar="N", at_least=0)
     lr_base: float = option(1.5e-4, "lr = lr_base * images per update / lr_base_size", metavar="X", at_least=0)
     lr_base_size: int = option(256, "", metavar="N", at_least=1)
     lr: float | None = option(None, "peak learning rate; replaces --lr-base", metavar="X", at_least=0)
@@ -198,11 +180,9 @@ class Checkpoints:
     checkpoint_interval: int = option(1, "epochs between checkpoints", metavar="N", at_least=1)
     recovery_interval: int = option(0, "updates between checkpoints within an epoch; 0: none", metavar="N", at_least=0)
     checkpoint_minutes: float = option(
-        0.0, "minutes between checkpoints within an epoch; 0: none", metavar="M", at_least=0
-    )
+        0.0, "minutes between checkpoints within an epoch; 0: none", metavar="M", at_least=0)
     milestone_interval: int | None = option(
-        None, "epochs between checkpoints to keep (default: epochs / 4)", metavar="N", at_least=0
-    )
+        None, "epochs between checkpoints to keep (default: epochs / 4)", metavar="N", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -210,19 +190,14 @@ class Measures:
     """What is measured and drawn during the run."""
 
     recon_interval: int | None = option(
-        None, "epochs between reconstructions (default: epochs / 10)", metavar="N", at_least=0
-    )
+        None, "epochs between reconstructions (default: epochs / 10)", metavar="N", at_least=0)
     probe_dir: str | None = option(
-        None,
-        "labelled images (class folders, or a CSV of name,label) for kNN and ridge on frozen features",
-        metavar="PLACE",
-    )
+        None, "labelled images (class folders, or a CSV of name,label) for kNN and ridge on frozen features",
+        metavar="PLACE")
     probe_interval: int | None = option(
-        None, "epochs between these (default: as --recon-interval)", metavar="N", at_least=0
-    )
+        None, "epochs between these (default: as --recon-interval)", metavar="N", at_least=0)
     keep_best: str | None = option(
-        None, "also keep the best encoder by this measure, in encoder-best", choices=tuple(KEEP_BEST)
-    )
+        None, "also keep the best encoder by this measure, in encoder-best", choices=tuple(KEEP_BEST))
 
 
 @dataclass(frozen=True)
@@ -231,8 +206,7 @@ class PretrainConfig:
 
     dry_run: bool = option(False, "print settings, image count and memory, then stop", recorded=False)
     replay: str | None = option(
-        None, "repeat the forward of a run's bad-step-*.json, then stop", metavar="FILE", recorded=False
-    )
+        None, "repeat the forward of a run's bad-step-*.json, then stop", metavar="FILE", recorded=False)
     paths: ImagePaths = part(ImagePaths, "data")
     data_set: DataSet = part(DataSet, "data")
     pixels: PixelOptions = part(PixelOptions, "data")

@@ -1,7 +1,6 @@
 """Checks the input of the network before the start: one line of statistics, warnings, and refusals.
 
-A wrong normalisation trains without an error, to a low loss and constant features: the target of the loss is
-normalised per patch, and its eps hides missing variance.
+A wrong normalisation trains without an error, as the target of the loss is normalised per patch, to constant features.
 """
 
 import math
@@ -47,14 +46,9 @@ def check_input(found: InputStatistics) -> None:
 
 def input_warnings(found: InputStatistics) -> list[str]:
     """Warnings about an unusual input; none for most images."""
-    warnings = []
-    constant = found.constant
-    wrong = [
-        c
-        for c, (mean, std) in enumerate(zip(found.mean.tolist(), found.std.tolist(), strict=True))
-        if c not in constant and not (abs(mean) <= LARGEST_MEAN and SMALLEST_STD <= std <= LARGEST_STD)
-    ]
-    if wrong:
+    warnings, constant = [], found.constant
+    usual = (found.mean.abs() <= LARGEST_MEAN) & (found.std >= SMALLEST_STD) & (found.std <= LARGEST_STD)
+    if wrong := [c for c, fits in enumerate(usual.tolist()) if not fits and c not in constant]:
         warnings.append(
             f"--mean and --std do not fit the images: after normalisation {_channels(wrong, found)} mean "
             f"{_values(found.mean[wrong])} and std {_values(found.std[wrong])}, expected about 0 and 1. "

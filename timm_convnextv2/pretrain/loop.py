@@ -29,29 +29,18 @@ WRITTEN += ("bad-step-*",)
 
 @dataclass(kw_only=True)
 class PretrainRun(Run):
-    """A run of pretraining.
-
-    Attributes:
-        data: What it trains on.
-        measures: What is measured between epochs, on rank 0.
-        best: The best value so far of the measure that --keep-best names.
-    """
+    """A run of pretraining."""
 
     data: Batches
-    measures: list[Measure] = field(default_factory=list)
-    best: Best | None = None
+    measures: list[Measure] = field(default_factory=list)  # run between epochs, on rank 0
+    best: Best | None = None  # the best value so far of the measure that --keep-best names
 
+    product = "encoder"
     remedy = "a lower --lr-base; or skip such updates: --max-bad-steps N"
-
-    @property
-    def encoder(self) -> Path:
-        """The folder of the exported encoder."""
-        return self.folder.path / "encoder"
 
     def done(self) -> str:
         """Where the encoder is, and the commands that come next."""
-        steps = next_commands(self.settings, self.folder.path, self.plan.epochs)
-        return f"Done: the encoder is in {self.encoder}\n{steps}"
+        return f"{super().done()}\n{next_commands(self.settings, self.folder.path, self.plan.epochs)}"
 
     def batches(self, epoch: int, start_batch: int) -> Iterator:
         """The batches `(images, masks, bad)` of an epoch."""
@@ -79,7 +68,7 @@ class PretrainRun(Run):
     def export(self) -> str:
         """Exports the encoder, and draws the loss curve."""
         average = self.trainer.state().state_dict_ema
-        act = partial(self.export_to, self.encoder, self.trainer.model, average)
+        act = partial(self.export_to, self.folder.path / self.product, self.trainer.model, average)
         failed = attempt("the export of the encoder", act, self.bar.note)
         if self.folder.summary.exists():
             draw = partial(save_loss_curve, self.folder.summary, self.folder.path / "loss.png")
@@ -88,16 +77,10 @@ class PretrainRun(Run):
 
     def export_to(self, folder: Path, model: FCMAE, state_dict: dict[str, Any] | None = None) -> None:
         """Exports the encoder of a model, with how it was made; with the weights in `state_dict` if there is one."""
-        settings = self.settings
-        info = {**how_made(settings, self.progress, self.plan), **how_measured(self.folder.path)}
-        export_encoder(
-            model, folder, state_dict=state_dict, mean=settings["mean"], std=settings["std"],
-            license=settings["license"] or None, info=info, pixels=Pixels.from_record(settings),
-        )  # fmt: skip
-
-    def exported(self) -> bool:
-        """Whether the encoder exists."""
-        return (self.encoder / "config.json").exists()
+        of = self.settings
+        info = {**how_made(of, self.progress, self.plan), **how_measured(self.folder.path)}
+        about = dict(mean=of["mean"], std=of["std"], license=of["license"] or None, pixels=Pixels.from_record(of))
+        export_encoder(model, folder, state_dict=state_dict, info=info, **about)
 
     def report(self) -> None:
         """Writes report.html."""
@@ -108,16 +91,13 @@ class PretrainRun(Run):
         if not self.world.primary:
             return ""
         epoch, update = divmod(error.number, self.plan.updates_per_epoch)
-        accum, images = self.trainer.learning.grad_accum_steps, []
+        accum, images, name_of = self.trainer.learning.grad_accum_steps, [], self.data.name_of
         for rank in range(self.world.size):
             indices = self.data.indices(epoch, update * accum, accum, rank, self.world.size)
-            name_of = self.data.name_of
-            images.append([(i, name_of(i)) for i in indices] if indices is not None and name_of is not None else None)
+            images.append(None if indices is None or name_of is None else [(i, name_of(i)) for i in indices])
+        model = self.trainer.model if weights else None
         try:
-            path = write_record(
-                self.folder.path, epoch=epoch, update=update, number=error.number, loss=error.loss,
-                settings=self.settings, images=images, model=self.trainer.model if weights else None,
-            )  # fmt: skip
+            path = write_record(self.folder.path, error, self.settings, (epoch, update), images, model)
         except OSError as e:
             return f"the record that repeats it could not be written ({e})"
         return str(path)

@@ -1,9 +1,8 @@
 """Measures: what is computed and drawn between epochs.
 
-A measure is a plain callable `(epoch, encoder) -> dict` of numbers that rank 0 runs after some epochs. `epoch` counts
-from 1; `encoder` is the `ConvNeXtV2` that an export would write: the one in training, or its moving average. The
-numbers become columns `eval_*` of summary.csv. A measure names its columns beforehand, because they stay empty in
-epochs without it.
+A measure is a callable `(epoch, encoder) -> dict` of numbers that rank 0 runs after some epochs, counted from 1.
+`encoder` is the `ConvNeXtV2` that an export would write: the one in training, or its moving average. The numbers become
+columns `eval_*` of summary.csv; they are named beforehand, because they stay empty in epochs without the measure.
 """
 
 import csv
@@ -38,12 +37,9 @@ class Best:
 
     def improves(self, measured: dict[str, float | str]) -> bool:
         """Records an epoch; returns whether it is the best so far. False if the measure was not due."""
-        found = measured.get(self.name, "")
-        if found == "" or not math.isfinite(float(found)):
-            return False
-        value = float(found) if KEEP_BEST[self.name] else -float(found)
-        better = value > self.value
-        self.value = max(value, self.value)
+        value = float(measured.get(self.name, "") or "nan") * (1 if KEEP_BEST[self.name] else -1)
+        better = math.isfinite(value) and value > self.value
+        self.value = value if better else self.value
         return better
 
 
@@ -63,10 +59,7 @@ class Measure:
 def measure_epoch(
     measures: list[Measure], epoch: int, epochs: int, encoder: ConvNeXtV2, note: Callable[[str], Any] = print
 ) -> dict[str, float | str]:
-    """Runs the measures that are due after an epoch; returns every column of every measure, '' if it was not due.
-
-    If a measure cannot write or read its files or images, `note` prints a warning.
-    """
+    """The columns of all measures after an epoch, '' if not due; `note` prints a warning if files cannot be used."""
     numbers: dict[str, float | str] = {}
     for measure in measures:
         numbers |= dict.fromkeys(measure.columns, "")
@@ -87,15 +80,11 @@ def affordable(images: list, images_seen: int, runs: int) -> list:
 
 
 def reconstructions(
-    folder: Path,
-    model: FCMAE,
-    shown: list,
-    normalization: tuple[tuple[float, ...], tuple[float, ...]],
-    title: Callable[[int], str],
+    folder: Path, model: FCMAE, shown: list, normalization: tuple[tuple, tuple], title: Callable[[int], str]
 ) -> Run:
     """The measure that draws the predictions for a few samples `(image, mask, bad)` into `epoch-0001.png` and so on.
 
-    `normalization` holds the mean and standard deviation per channel, to undo it; `title` is the line above, by epoch.
+    `normalization` (mean and standard deviation per channel) is undone; `title` is the line above, by epoch.
     """
 
     def draw(epoch: int, _encoder: ConvNeXtV2) -> dict[str, float]:

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..data.formats.files import printable
 from ..data.paths.listing import as_list
 from ..models import FCMAE
+from ..models.memory import memory_estimate
 from ..runs import summary
 from ..runs.checkpoints import Progress
 from ..runs.folder import VERSIONS
@@ -21,17 +23,18 @@ def about_run(name: str, model: FCMAE, plan: Plan, num_images: int, world: World
     """Model, data and length, in one line."""
     (height, width), chans = model.img_size, model.in_chans
     h, w = model.grid(height, width)
+    whole, encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.encoder))
     return (
-        f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-        f"{sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f}M of them the encoder; "
+        f"{name}: {whole:.1f}M parameters, {encoder:.1f}M of them the encoder; "
         f"{num_images} images of {chans} x {height} x {width} in {h} x {w} patches of {model.stride} px; "
         f"{plan.updates} updates of {plan.images_per_update} images, lr {plan.lr:.2e}, "
         f"on {world.size} x {world.device.type}"
     )
 
 
-def memory_line(fixed: float, step: float, batch_size: int) -> str:
-    """The estimate of `memory.memory_estimate`, both parts in GiB."""
+def memory_line(model: FCMAE, batch_size: int, **options: Any) -> str:
+    """The memory of a step in GiB; `options` are those of `memory_estimate`."""
+    fixed, step = memory_estimate(model, batch_size, **options)
     return (
         f"Memory per process: about {fixed + step:.2f} GiB, {fixed:.2f} for weights, gradients and AdamW, {step:.2f} "
         f"for a step of {batch_size} images; data workers take their own."
@@ -80,7 +83,7 @@ def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[s
 def names_of_places(settings: dict[str, Any]) -> str:
     """What the folders or lists of the images are called, without where they are."""
     places = as_list(settings["data_list"]) or as_list(settings["data_dir"])
-    return ", ".join(Path(place).resolve().name for place in places)
+    return ", ".join(printable(Path(place).resolve().name) for place in places)
 
 
 def how_measured(folder: Path) -> dict[str, str]:

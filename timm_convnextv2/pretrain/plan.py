@@ -1,7 +1,22 @@
-"""Length and learning rate of a run: updates, images per update, peak learning rate, warmup."""
+"""Length and learning rate of a run, and from which checkpoints it may resume."""
 
+from dataclasses import asdict, replace
+from typing import Any
+
+from ..runs.checkpoints import Progress
+from ..runs.folder import RunFolder, differences
 from ..runs.plan import Plan
+from .batches import Batches
 from .config import Schedule
+
+# A checkpoint fits only a model, and its optimizer's state only an optimizer, with the same of these.
+# `pretrained` decides on the licence.
+ARCHITECTURE = ("model", "pretrained", "in_chans", "patch_size", "decoder_depth", "decoder_dim", "model_kwargs", "opt")
+ARCHITECTURE += ("weights", "holdout")
+
+# A run on a stream that stopped in the middle of an epoch resumes only with the same of these; other runs need the
+# same images per update, whichever process takes them.
+STREAM_ORDER = ("batch_size", "grad_accum_steps")
 
 
 def make_plan(schedule: Schedule, batches_per_epoch: int, num_images: int, world_size: int) -> Plan:
@@ -23,10 +38,7 @@ def make_plan(schedule: Schedule, batches_per_epoch: int, num_images: int, world
 def split_batch(global_batch_size: int, most: int, world_size: int) -> tuple[int, int]:
     """Splits the images of an update into the fewest equal steps with at most `most` images per process.
 
-    Refuses steps of less than half of `most`.
-
-    Returns:
-        Images per process and step; steps per update.
+    Refuses steps of less than half of `most`. Returns the images per process and step, and the steps per update.
     """
     each, rest = divmod(global_batch_size, world_size)
     steps = next((n for n in range(-(-each // most), each + 1) if n and not each % n), 0) if not rest else 0
@@ -39,3 +51,38 @@ def split_batch(global_batch_size: int, most: int, world_size: int) -> tuple[int
             f"{' or '.join(map(str, near))}, another --batch-size, or another number of processes."
         )
     return each // steps, steps
+
+
+def resume_progress(folder: RunFolder, settings: dict[str, Any], batches: Batches, world_size: int) -> Progress:
+    """The progress that a run of these settings begins with: zero, or that of its checkpoint.
+
+    Refuses a checkpoint of another model, or from the middle of an epoch of other data.
+    """
+    progress = folder.progress(world_size, batches.num_images)
+    progress = replace(progress, stream_workers=batches.stream_workers)
+    if folder.checkpoint is None:
+        return progress
+    before, then, now = folder.checkpoint.settings, asdict(folder.checkpoint.progress), asdict(progress)
+    differs = differences(before, settings, ARCHITECTURE)
+    if settings["holdout"]:  # else images that were trained on would be held out
+        differs += differences(before, settings, ("seed",)) + differences(then, now, ("num_images",))
+    if differs:
+        folder.refuse(differs)
+    path = folder.checkpoint.path
+    if settings["model_ema"] and folder.checkpoint.state.state_dict_ema is None:
+        raise ValueError(f"Cannot resume from {path} with --model-ema: that run kept no moving average.")
+    differs = differences(before, settings, ("seed", "source_weights"))
+    differs += differences(then, now, ("num_images", "stream_workers"))
+    if batches.stream_workers is not None:
+        differs += differences(before, settings, STREAM_ORDER) + differences(then, now, ("world_size",))
+    there, here = (
+        s["batch_size"] * s["grad_accum_steps"] * p["world_size"] for s, p in ((before, then), (settings, now))
+    )
+    if there != here:
+        differs.append(f"images per update: {there} there, {here} here")
+    if differs and then["update"]:
+        raise ValueError(
+            f"Cannot resume from {path}: it was saved in the middle of an epoch, and the order of the images differs "
+            f"in {'; '.join(differs)}. Resume with the same settings, or from a milestone checkpoint."
+        )
+    return progress

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..features import Labelled, Scoring, extract_features, image_batches, measure_features, pixel_features
 from ..features.knn import nearest
-from ..files import whole_file
+from ..files import write_json
 from ..models import ConvNeXtV2
 from ..report.images import save_neighbours
 from .measures import Run
@@ -43,23 +43,15 @@ def random_encoder(encoder: Any, seed: int) -> nn.Module:
 
 
 class Probe:
-    """Evaluates encoders on labelled images.
+    """Evaluates encoders on the labelled images at `place`; `rows` says how they become rows of features.
 
-    Args:
-        labelled: The images and labels.
-        place: Their location, for probe.json.
-        rows: How they become rows of features.
-        normalization: Mean and standard deviation per channel in `rows.transform`, to draw the images.
+    `normalization` holds the mean and standard deviation per channel in `rows.transform`, to draw the images.
     """
 
     columns = ("knn", "ridge", "rank")
 
     def __init__(
-        self,
-        labelled: Labelled,
-        place: str,
-        rows: Rows,
-        normalization: tuple[tuple[float, ...], tuple[float, ...]],
+        self, labelled: Labelled, place: str, rows: Rows, normalization: tuple[tuple[float, ...], tuple[float, ...]]
     ) -> None:
         self.labelled, self.place, self.rows, self.normalization = labelled, place, rows, normalization
         self.neighbours = min(NEIGHBOURS, len(labelled.train.labels))
@@ -73,29 +65,23 @@ class Probe:
         return train, test
 
     def features(self, encoder: nn.Module) -> tuple[Tensor, Tensor]:
-        """`extract` with an encoder."""
         return self.extract(partial(extract_features, encoder, devices=(self.rows.device,), amp=self.rows.amp))
 
     def score(self, train: Tensor, test: Tensor) -> dict[str, float]:
         """kNN and ridge in %, and the rank of the features of the test images."""
-        found = measure_features(
-            train, self.labelled.train.labels, test, self.labelled.test.labels,
-            num_classes=len(self.labelled.classes), scoring=Scoring(k=(self.neighbours,), probe=False, draws=1),
-        )  # fmt: skip
+        of, scoring = self.labelled, Scoring(k=(self.neighbours,), probe=False, draws=1)
+        labels = of.train.labels, of.test.labels
+        found = measure_features(train, labels[0], test, labels[1], num_classes=len(of.classes), scoring=scoring)
         knn, ridge = found[f"knn_{self.neighbours}"].value, found["ridge"].value
         return {"knn": round(100 * knn, 2), "ridge": round(100 * ridge, 2), "rank": round(found["rank"].value, 2)}
 
     def baselines(self, path: Path, random_encoder: Callable[[], nn.Module]) -> dict[str, dict[str, float]]:
         """Scores of random weights and of 8 x 8 pixels, read from the `probe.json` at `path`, or measured."""
+        of = self.labelled
         about = {
-            "data_dir": self.place,
-            "classes": self.labelled.classes,
-            "train": len(self.labelled.train.labels),
-            "test": len(self.labelled.test.labels),
-            "k": self.neighbours,
-            "unit": self.unit,
-            "chance": round(100 * self.labelled.chance, 2),
-        }
+            "data_dir": self.place, "classes": of.classes, "train": len(of.train.labels), "test": len(of.test.labels),
+            "k": self.neighbours, "unit": self.unit, "chance": round(100 * of.chance, 2),
+        }  # fmt: skip
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
             if all(before.get(key) == value for key, value in about.items()):
@@ -103,8 +89,7 @@ class Probe:
         plain = self.score(*self.extract(pixel_features))
         plain.pop("rank")  # the rank of so few pixels says nothing about features
         found = {"random": self.score(*self.features(random_encoder().to(self.rows.device))), "pixels": plain}
-        with whole_file(path) as part:
-            part.write_text(json.dumps({**about, "baselines": found}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        write_json(path, {**about, "baselines": found}, indent=2)
         return found
 
     def describe(self, baselines: dict[str, dict[str, float]]) -> str:

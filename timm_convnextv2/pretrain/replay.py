@@ -6,14 +6,17 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import load_checkpoint
-from ..files import save_torch, whole_file
+from ..files import save_torch, write_json
 from ..models import FCMAE
+from ..runs.checkpoints import LAST
+from ..runs.errors import NotFiniteError
+from ..runs.group import Processes
 from ..seeds import sample_seed
 from .batches import Batches
 from .trainer import Place, removed_channels
@@ -22,46 +25,30 @@ KEYS = {"epoch", "update", "number", "loss", "settings", "images", "world_size",
 
 
 def write_record(
-    folder: Path,
-    *,
-    epoch: int,
-    update: int,
-    number: int,
-    loss: float,
-    settings: dict[str, Any],
-    images: list[list[tuple[int, str]] | None],
-    model: FCMAE | None,
-) -> Path:
-    """Writes `bad-step-EPOCH-UPDATE.json`, and the weights beside it as `.pt`.
+    folder: Path, error: NotFiniteError, settings: dict[str, Any], place: tuple[int, int],
+    images: list[list[tuple[int, str]] | None], model: FCMAE | None,
+) -> Path:  # fmt: skip
+    """Writes `bad-step-EPOCH-UPDATE.json`, and the weights before the update beside it as `.pt` if there is a `model`.
 
     Args:
         folder: The folder of the run.
-        epoch: From 0.
-        update: Within the epoch, from 0.
-        number: Updates of the run before it.
-        loss: The loss.
+        error: The update and its loss.
         settings: Settings of the run; crops, masks and drop path follow from the seed.
+        place: Epoch and update within it, from 0.
         images: For each process the indices and names of its images, in order; None for a stream.
         model: With the weights before the update; None writes none.
     """
-    path = folder / f"bad-step-{epoch + 1}-{update + 1}.json"
+    epoch, update = place
+    path, ranks = folder / f"bad-step-{epoch + 1}-{update + 1}.json", range(len(images))
     record = {
-        "epoch": epoch,
-        "update": update,
-        "number": number,
-        "loss": str(loss),
-        "checkpoint": "last.pth.tar",
-        "weights": None if model is None else path.with_suffix(".pt").name,
-        "masks_seed": settings["seed"],
-        "rng_seeds": [sample_seed(settings["seed"], number, rank) for rank in range(len(images))],
-        "world_size": len(images),
-        "images": images,
-        "settings": settings,
-    }
+        "epoch": epoch, "update": update, "number": error.number, "loss": str(error.loss), "checkpoint": LAST,
+        "weights": None if model is None else path.with_suffix(".pt").name, "masks_seed": settings["seed"],
+        "rng_seeds": [sample_seed(settings["seed"], error.number, rank) for rank in ranks],
+        "world_size": len(images), "images": images, "settings": settings,
+    }  # fmt: skip
     if model is not None:
         save_torch(model.state_dict(), path.with_suffix(".pt"))
-    with whole_file(path) as part:
-        part.write_text(json.dumps(record, indent=1))
+    write_json(path, record, indent=1)
     return path
 
 
@@ -84,32 +71,22 @@ def load_weights(record: dict[str, Any], path: Path, model: FCMAE) -> str:
     if record.get("weights") and own.is_file():
         model.load_state_dict(torch.load(own, map_location="cpu", weights_only=True))
         return f"{own.name}, those of that update"
-    name = record["checkpoint"]
-    checkpoint = load_checkpoint(path.parent / name)
+    checkpoint = load_checkpoint(path.parent / record["checkpoint"])
     model.load_state_dict(checkpoint["state_dict"])
     done = checkpoint["progress"]
-    where = f"{name}, saved after update {done['update']} of epoch {done['epoch'] + 1}"
-    if (done["epoch"], done["update"]) == (record["epoch"], record["update"]):
-        return f"{where}: those of that update"
-    return f"{where}: not those of that update, so the forward may differ"
-
-
-class Finding(NamedTuple):
-    """The forward of one batch."""
-
-    rank: int  # process that had the batch
-    step: int  # batch of the update, from 0
-    loss: float
-    cause: str  # the first value that is not finite, in words; '' if all are finite
+    same = (done["epoch"], done["update"]) == (record["epoch"], record["update"])
+    which = "those of that update" if same else "not those of that update, so the forward may differ"
+    return f"{record['checkpoint']}, saved after update {done['update']} of epoch {done['epoch'] + 1}: {which}"
 
 
 def replay(
     record: dict[str, Any], model: FCMAE, open_batches: Callable[[int], Batches], device: torch.device
-) -> Iterator[Finding]:
-    """Repeats the forward of an update for all processes in turn, without compilation.
+) -> Iterator[tuple[int, int, float, str]]:
+    """Repeats the forward of an update for all processes in turn, without compilation. Yields process, batch, loss and
+    cause, the first value that is not finite in words, '' if all are finite.
 
     Hooks on the modules rule out fused operations, so values differ from those of the run by rounding.
-    `open_batches(rank)` opens the data of a process of the run. Yields one finding per batch.
+    `open_batches(rank)` opens the data of a process of the run.
     """
     settings, steps = record["settings"], record["settings"]["grad_accum_steps"]
     amp = getattr(torch, settings["amp_dtype"]) if settings["amp"] else None
@@ -120,10 +97,8 @@ def replay(
         names = [name for _, name in record["images"][rank] or []]
         taken = islice(batches.iterate(record["epoch"], record["update"] * steps), steps)
         for step, (images, masks, _) in enumerate(taken):
-            removed = removed_channels(
-                settings["channel_dropout"], len(images), model.in_chans,
-                Place(settings["seed"], record["number"], step, steps), rank, record["world_size"],
-            )  # fmt: skip
+            place, group = Place(settings["seed"], record["number"], step, steps), Processes(rank, record["world_size"])
+            removed = removed_channels(settings["channel_dropout"], len(images), model.in_chans, place, group)
             channels = None if removed is None else removed.to(device)
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 loss, cause = _forward(model, images.to(device), masks, channels)
@@ -131,7 +106,7 @@ def replay(
             if bad:
                 known = [names[step * len(images) + i] for i in bad] if names else [f"number {i + 1}" for i in bad]
                 cause = f"images of the batch have pixels that are not finite: {', '.join(known)}"
-            yield Finding(rank, step, loss, cause)
+            yield rank, step, loss, cause
 
 
 def _forward(model: FCMAE, images: Tensor, masks: Tensor, channels: Tensor | None) -> tuple[float, str]:
@@ -145,11 +120,8 @@ def _forward(model: FCMAE, images: Tensor, masks: Tensor, channels: Tensor | Non
         if found or not isinstance(output, Tensor) or torch.isfinite(output).all():
             return
         largest = max((float(x.detach().abs().max()) for x in inputs if isinstance(x, Tensor)), default=0)
-        dtype = str(output.dtype).removeprefix("torch.")
-        found.append(
-            f"the output of {name} ({type(module).__name__}, {dtype}) is not finite; the largest value of its input is "
-            f"{largest:.3g}"
-        )
+        kind = f"{type(module).__name__}, {str(output.dtype).removeprefix('torch.')}"
+        found.append(f"the output of {name} ({kind}) is not finite; the largest value of its input is {largest:.3g}")
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():

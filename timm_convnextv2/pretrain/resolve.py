@@ -15,32 +15,23 @@ from ..data import Pixels
 from ..data.config import PixelOptions
 from ..data.measure.sample import measure_pixels, measured_options
 from ..models.masking import random_channels
-from ..runs.group import on_primary
+from ..runs.group import Processes, on_primary
 from ..runs.progress import with_progress
-from ..runs.world import World
 from .config import AUTO, Crops, PretrainConfig
 from .start import Start, open_start, open_weights
 
 # Without --data-dir and --dataset: a run of about two minutes on two CPU cores.
 EMBEDDED_DEFAULTS = dict(
-    dataset="embedded",
-    train_num_samples=512,
-    img_size=56,
-    patch_size=1,
-    batch_size=16,
-    epochs=6,
-    lr_base=1.6e-2,
-    workers=0,
-    experiment="embedded",
-)
+    dataset="embedded", train_num_samples=512, img_size=56, patch_size=1, batch_size=16, epochs=6, lr_base=1.6e-2,
+    workers=0, experiment="embedded",
+)  # fmt: skip
 USUAL = {1: ((0.5,), (0.25,)), 3: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}  # mean and std by channels
 
 
 def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[PretrainConfig, Start | None]:
     """The config of a run: command line over file over the start model's own settings over defaults.
 
-    Returns:
-        The config, in which only `auto` is left to `measure`; the model to start from, None for random weights.
+    Only `auto` is left to `measure`. Also returns the model to start from, None for random weights.
     """
     config, defaults = build(PretrainConfig, file, given), {}
     if not config.paths.data_dir and not config.paths.data_list and config.data_set.dataset in ("", "embedded"):
@@ -51,9 +42,7 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
     else:
         start = open_start(network.model)
         if start and not network.pretrained:
-            raise ValueError(
-                f"--model {network.model} without --pretrained would start from random weights: add --pretrained."
-            )
+            raise ValueError(f"--model {network.model} without --pretrained has random weights: add --pretrained.")
     if start:
         defaults = defaults | start.defaults(sized="img_size" in {**file, **given}) | {"pretrained": True}
         file = {name: value for name, value in file.items() if name != "pretrained"}
@@ -61,8 +50,7 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
     if config.schedule.global_batch_size is not None and "grad_accum_steps" in given:
         raise ValueError("--grad-accum-steps follows from --global-batch-size and the processes: leave it out.")
     config = evolve(config, **_input_size(config.crops, given))
-    dropout = config.network.channel_dropout
-    if dropout:
+    if dropout := config.network.channel_dropout:
         try:
             random_channels(1, config.crops.in_chans, dropout)
         except ValueError as e:
@@ -101,9 +89,8 @@ def _normalization(crops: Crops, start: Start | None) -> dict[str, Any]:
     for name in found:
         values: tuple = found[name] or ()
         if AUTO in values and len(values) > 1:
-            raise ValueError(
-                f"--{name} takes {AUTO} alone, or one number per channel; got {' '.join(map(str, values))}."
-            )
+            words = " ".join(map(str, values))
+            raise ValueError(f"--{name} takes {AUTO} alone, or one number per channel; got {words}.")
         if values != (AUTO,) and len(values) != crops.in_chans:
             raise ValueError(f"--{name} has {len(values)} values for {crops.in_chans} channels.")
     return found
@@ -131,20 +118,12 @@ def _intervals(config: PretrainConfig) -> dict[str, Any]:
 
 
 def measure(
-    config: PretrainConfig, before: Mapping[str, Any], open_source: Callable[[Pixels], Any], world: World
+    config: PretrainConfig, before: Mapping[str, Any], open_source: Callable[[Pixels], Any], world: Processes
 ) -> tuple[PretrainConfig, str]:
-    """Measures `mean`, `std`, `clip_low` and `clip_high` if they are open, with the same result on all processes.
+    """Measures `mean`, `std`, `clip_low` and `clip_high` if they are open, on rank 0.
 
-    Rank 0 measures; a resumed run takes the numbers that were measured at its start.
-
-    Args:
-        config: From `configure`.
-        before: Settings of the run to resume; empty for a new one.
-        open_source: Opens the images with this record of pixels.
-        world: The processes of the run.
-
-    Returns:
-        The config without `auto`; a line about the source of the numbers, '' if nothing was open.
+    A run that resumes takes the numbers in `before`, the settings of that run. `open_source` opens the images with a
+    record of pixels. Returns the config without `auto`, and a line about the source of the numbers or ''.
     """
     limits = config.pixels.clip_percentiles is not None and config.pixels.clip_low is None
     names = [*config.crops.unmeasured, *(("clip_low", "clip_high") if limits else ())]

@@ -21,25 +21,25 @@ from ..data.samples.batches import preprocessing
 from ..data.sources.open import pages_and_windows
 from ..features import open_labelled
 from ..models import FCMAE
-from ..models.memory import memory_estimate
+from ..runs.device import check_device
 from ..runs.folder import VERSIONS, RunFolder, experiment_name
+from ..runs.group import Processes
 from ..runs.loop import Limits
 from ..runs.plan import Plan
 from ..runs.progress import with_progress
 from ..runs.summary import read_rows
 from ..runs.trainer import Learning, Trainer
-from ..runs.world import Seat, World
+from ..runs.world import World
 from .batches import Batches, Sampling, open_batches, transform_of
 from .config import PretrainConfig
 from .inputs import check_input, input_line, input_warnings
 from .loop import WRITTEN, PretrainRun
 from .measures import Best, Measure, affordable, collapse_of_blocks, held_out_loss, reconstructions
 from .messages import about_run, ema_warnings, memory_line
-from .plan import make_plan, split_batch
+from .plan import make_plan, resume_progress, split_batch
 from .probe import Probe, Rows, random_encoder
 from .replay import read_record
 from .resolve import measure
-from .resume import resume_progress
 from .start import Start, create_model, open_start, short_name
 from .trainer import check_compile_backend, create_trainer
 
@@ -47,22 +47,21 @@ from .trainer import check_compile_backend, create_trainer
 def set_up(config: PretrainConfig, start: Start | None, world: World, command: str = "") -> PretrainRun | None:
     """Opens and checks everything; only then writes.
 
-    Args:
-        config: From `resolve.configure`.
-        start: The model to start from.
-        world: The processes of the run.
-        command: The command that started it, for args.yaml and the report.
-
-    Returns:
-        The run, in its folder and with the state of its checkpoint; None after --dry-run.
+    `config` and `start` are from `resolve.configure`; `command` started the run. Returns the run, in its folder with
+    the state of its checkpoint; None after --dry-run.
     """
-    config = split_between(config, world.size)
+    schedule = config.schedule
+    if schedule.global_batch_size is not None:
+        batch_size, steps = split_batch(schedule.global_batch_size, schedule.batch_size, world.size)
+        config = evolve(config, batch_size=batch_size, grad_accum_steps=steps)
     # The model, which seeds the random numbers, and the folder first: their refusals take no time.
-    model = create_model(
-        config.network, config.crops, seed=config.seed, start=start, license=config.destination.license
-    )
-    if not config.destination.experiment:
-        config = evolve(config, experiment=name_run(config, world))
+    where = config.destination
+    model = create_model(config.network, config.crops, seed=config.seed, start=start, license=where.license)
+    if not where.experiment:
+        if where.resume == "auto":
+            raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
+        size = "x".join(map(str, config.crops.size))
+        config = evolve(config, experiment=experiment_name(world, short_name(config.network.model), size))
     folder = open_folder(config, start)
     before = folder.checkpoint.settings if folder.checkpoint else {}
     if config.average.model_ema_warmup is None:  # a resumed run keeps what it began with
@@ -73,16 +72,13 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     config, measured = measure(config, before, partial(open_source, config, listing, world.primary), world)
     batches = open_data(config, model, listing, world)
     check_input(batches.inputs)
-    probe = None
-    if config.measures.probe_dir and world.primary:
-        probe = open_probe(config, config.measures.probe_dir, world.device)
+    labelled = config.measures.probe_dir if world.primary else None
+    probe = open_probe(config, labelled, world.device) if labelled else None
     plan = make_plan(config.schedule, batches.per_epoch, batches.num_images, world.size)
 
     # The checkpoint must fit what is now known: model, number of images, order of a stream.
     settings = flat(config)
-    progress = resume_progress(folder, settings, world.size, batches.num_images)
-    batches.check_resume(progress.stream_workers, progress.update)
-    progress.stream_workers = batches.stream_workers
+    progress = resume_progress(folder, settings, batches, world.size)
     world.agree({"the number of images": batches.num_images, "the package versions": VERSIONS, **shared(settings)})
     config.logs.check()
     check_compile_backend(config.compute.torchcompile)
@@ -90,12 +86,12 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     about = [about_run(config.network.model, model, plan, batches.num_images, world)]
     if batches.held_out is not None:
         about.append(f"{len(batches.held_out)} more images are held out, for eval_loss")
-    about += [*batches.sampling(), *([measured] if measured else []), input_line(batches.inputs)]
+    about += [*batches.sampling(), *filter(None, [measured]), input_line(batches.inputs)]
     for warning in [*input_warnings(batches.inputs), *ema_warnings(config.average, plan.updates)]:
         say(f"warning: {warning}", error=True)
     if config.dry_run:
-        batch_size, ema, amp = config.schedule.batch_size, config.average.model_ema, config.compute.amp
-        memory = memory_line(*memory_estimate(model, batch_size, ema=ema, amp=amp, device=world.device), batch_size)
+        ema, amp = config.average.model_ema, config.compute.amp
+        memory = memory_line(model, config.schedule.batch_size, ema=ema, amp=amp, device=world.device)
         world.print(yaml.safe_dump(settings, sort_keys=False) + "\n".join([*about, memory]))
         return None
 
@@ -123,31 +119,13 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     return run
 
 
-def split_between(config: PretrainConfig, world_size: int) -> PretrainConfig:
-    """Splits --global-batch-size, if given, between processes and steps."""
-    schedule = config.schedule
-    if schedule.global_batch_size is None:
-        return config
-    batch_size, steps = split_batch(schedule.global_batch_size, schedule.batch_size, world_size)
-    return evolve(config, batch_size=batch_size, grad_accum_steps=steps)
-
-
-def name_run(config: PretrainConfig, world: World) -> str:
-    """A name for a run without --experiment."""
-    if config.destination.resume == "auto":
-        raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
-    return experiment_name(world, short_name(config.network.model), "x".join(map(str, config.crops.size)))
-
-
 def open_folder(config: PretrainConfig, start: Start | None) -> RunFolder:
     """The run's folder, with the checkpoint to resume from. It must not overlap with anything that the run reads."""
-    network, destination = config.network, config.destination
-    read = [*map(base_of, as_list(config.paths.data_dir)), *as_list(config.paths.data_list), config.paths.index]
-    read.append(network.weights or (network.model.removeprefix("local-dir:") if start else None))
+    paths, network, where = config.paths, config.network, config.destination
+    read = [*map(base_of, as_list(paths.data_dir)), *as_list(paths.data_list), paths.index or ""]
+    read.append(network.weights or (network.model.removeprefix("local-dir:") if start else ""))
     sources = [place for place in read if place]
-    return RunFolder(
-        destination.output, destination.experiment, destination.resume, destination.overwrite, sources, WRITTEN
-    )  # fmt: skip
+    return RunFolder(where.output, where.experiment, where.resume, where.overwrite, sources, WRITTEN)
 
 
 def shared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -160,28 +138,21 @@ def shared(settings: dict[str, Any]) -> dict[str, Any]:
 def open_source(config: PretrainConfig, listing: Listing | None, show: bool, pixels: Pixels) -> Any:
     """The images that the options name, or their windows and pages, with values converted as `pixels` has it."""
     source = create_source(
-        config.paths,
-        config.data_set,
-        config.crops.in_chans,
-        pixels,
-        order=StreamOrder(config.schedule.batch_size, config.seed),
-        source_weights=config.selection.source_weights,
-        listing=listing,
-    )
+        config.paths, config.data_set, config.crops.in_chans, pixels, listing=listing,
+        order=StreamOrder(config.schedule.batch_size, config.seed), source_weights=config.selection.source_weights,
+    )  # fmt: skip
     return with_progress(partial(pages_and_windows, source, config.pixels, config.windows), show)
 
 
-def open_data(config: PretrainConfig, model: FCMAE, listing: Listing | None, world: World | Seat) -> Batches:
+def open_data(config: PretrainConfig, model: FCMAE, listing: Listing | None, world: Processes) -> Batches:
     """The images of the run in batches, without `auto` options."""
     crops = config.crops
+    source = partial(open_source, config, listing, world.primary, config.pixels.to_pixels())
+    sampling = Sampling(transform_of(crops), model.grid(*crops.size), config.network.mask_ratio, config.seed)
     return open_batches(
-        partial(open_source, config, listing, world.primary, config.pixels.to_pixels()),
-        Sampling(transform_of(crops), model.grid(*crops.size), config.network.mask_ratio, config.seed),
-        batch_size=config.schedule.batch_size,
-        loading=config.loading,
-        world=world,
+        source, sampling, batch_size=config.schedule.batch_size, loading=config.loading, world=world,
         holdout=config.selection.holdout,
-    )
+    )  # fmt: skip
 
 
 def create_measures(
@@ -207,32 +178,23 @@ def open_probe(config: PretrainConfig, place: str, device: torch.device) -> Prob
     """The labelled images of --probe-dir, with the evaluation transform of the run's size."""
     crops, (mean, std) = config.crops, config.crops.normalization
     labelled = open_labelled(place, in_chans=crops.in_chans, seed=config.seed, pixels=config.pixels.to_pixels())
-    size = (crops.in_chans, *crops.size)
-    transform = preprocessing(
-        dict(input_size=size, interpolation="bicubic", crop_pct=0.875, crop_mode="center", mean=mean, std=std)
-    )
+    cfg = dict(interpolation="bicubic", crop_pct=0.875, crop_mode="center", mean=mean, std=std)
+    transform = preprocessing({**cfg, "input_size": (crops.in_chans, *crops.size)})
     rows = Rows(transform, config.schedule.batch_size, config.loading.workers, device, config.compute.amp)
     return Probe(labelled, place, rows, (mean, std))
 
 
-def open_replay(
-    path: Path, own: dict[str, Any]
-) -> tuple[dict[str, Any], FCMAE, Callable[[int], Batches], torch.device]:
-    """What `replay.replay` needs: the record at `path`, the model, a function that opens a process's data, the device.
-
-    Options in `own` replace those of the run.
-    """
+def open_replay(path: Path, own: dict[str, Any]) -> tuple[dict, FCMAE, Callable[[int], Batches], torch.device]:
+    """The arguments of `replay.replay` from the record at `path`; options in `own` replace those of the run."""
     record = read_record(path)
     settings = from_mapping(PretrainConfig, record["settings"], f"--replay {path}")
     config = build(PretrainConfig, settings, own, {"pretrained": False, "weights": None})
     if record["images"][0] is not None:
         config = evolve(config, workers=0)  # the number of workers matters for streams only
-    world = World(config.compute.device)
-    listing = find_files(config.paths, config.data_set.dataset, config.selection.max_bad_images, world)
+    device = check_device(config.compute.device)
+    listing = find_files(config.paths, config.data_set.dataset, config.selection.max_bad_images, Processes())
     start = open_start(config.network.model)
     model = create_model(config.network, config.crops, seed=config.seed, start=start)
 
-    def open_rank(rank: int) -> Batches:
-        return open_data(config, model, listing, Seat(rank, record["world_size"]))
-
-    return record, model, open_rank, world.device
+    size = record["world_size"]
+    return record, model, lambda rank: open_data(config, model, listing, Processes(rank, size)), device

@@ -12,18 +12,13 @@ from torch import Tensor
 
 from ..checkpoint import convert_official, load_checkpoint
 from ..checkpoint.loading import weights_in
-from ..checkpoint.provenance import (
-    WEIGHTS,
-    config_beside,
-    origin_of_file,
-    read_config,
-    resolve_license,
-    training_of,
-)
+from ..checkpoint.provenance import WEIGHTS, config_beside, origin_of_file, read_config, resolve_license, training_of
 from ..data import Pixels
 from ..models import FCMAE
 from ..registry import VARIANTS
 from .config import Crops, Network
+
+OPTIONS = ("patch_size", "mask_ratio", "decoder_depth", "decoder_dim", "norm_pix_loss")  # of `Network` and FCMAE
 
 
 class Start(NamedTuple):
@@ -45,7 +40,7 @@ class Start(NamedTuple):
     def defaults(self, sized: bool) -> dict[str, Any]:
         """Defaults of options: the model's arguments, and its image size unless --img-size is given (`sized`)."""
         options, cfg = self.config.get("model_args", {}), self.config.get("pretrained_cfg", {})
-        names = ("in_chans", "patch_size", "mask_ratio", "decoder_depth", "decoder_dim", "norm_pix_loss")
+        names = ("in_chans", *OPTIONS)
         chans, height, width = cfg.get("input_size", (3, 224, 224))
         defaults = {"patch_size": 4, "in_chans": chans} | {name: options[name] for name in names if name in options}
         if height == width:
@@ -82,9 +77,7 @@ def open_start(name: str) -> Start | None:
             f"({type(e).__name__}: {str(e).partition(chr(10))[0]}). Check name, network and token."
         ) from e
     if config is None:
-        raise ValueError(
-            f"--model {name}: the repository has no config.json of a ConvNeXt V2 or FCMAE in timm's format."
-        )
+        raise ValueError(f"--model {name}: the repository has no config.json of a ConvNeXt V2 or FCMAE for timm.")
     return Start({"hf_hub_id": location}, config)
 
 
@@ -106,9 +99,8 @@ def create_model(
         near = f"fcmae_{name}" if f"fcmae_{name.split('.')[0]}" in known else ""
         near = near or next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.3)), known[0])
         raise ValueError(f"--model {name} is not an FCMAE model; did you mean {near}? There are: {', '.join(known)}.")
-    options: dict[str, Any] = {"img_size": crops.size, "in_chans": crops.in_chans}
-    for option in ("patch_size", "mask_ratio", "decoder_depth", "decoder_dim", "norm_pix_loss"):
-        options[option] = getattr(network, option)
+    options: dict[str, Any] = {name: getattr(network, name) for name in OPTIONS}
+    options |= {"img_size": crops.size, "in_chans": crops.in_chans}
     if start:
         options |= {"pretrained_cfg_overlay": start.overlay, "start_config": start.config}
     torch.manual_seed(seed)
@@ -126,11 +118,8 @@ def create_model(
 def open_weights(path: str, model: str, model_kwargs: dict[str, Any], license: str) -> Start:
     """Reads weights in the official format (sparse, or dense with or without a classifier), timm's, or an FCMAE's.
 
-    Args:
-        path: A `.pt`, `.pth`, `.pth.tar` or `.safetensors` file.
-        model: The variant that takes them, `fcmae_convnextv2_*`.
-        model_kwargs: More of its arguments.
-        license: The licence that the user states; required if the file's is unknown.
+    `model` is the variant that takes them, `model_kwargs` more of its arguments, `license` the licence that the user
+    states; it is required if the file's is unknown.
     """
     if ":" in model:
         raise ValueError(f"--weights {path} needs a variant as --model, such as fcmae_convnextv2_tiny; got {model}.")

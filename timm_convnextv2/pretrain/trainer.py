@@ -1,7 +1,6 @@
 """The trainer of FCMAE: its optimizer and schedule, and the channels that are removed from each batch."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -10,6 +9,7 @@ from timm.scheduler import CosineLRScheduler
 from ..models import FCMAE
 from ..models.masking import random_channels
 from ..models.task import FCMAETask
+from ..runs.group import Processes
 from ..runs.plan import Plan
 from ..runs.trainer import Bad, Learning, Trainer
 from ..runs.world import World
@@ -20,22 +20,11 @@ _STREAM = -1  # in place of a rank, so that no other random numbers are these
 
 
 def create_trainer(
-    model: FCMAE,
-    plan: Plan,
-    world: World,
-    optimizer: Optimizer,
-    learning: Learning,
-    channel_dropout: float = 0.0,
+    model: FCMAE, plan: Plan, world: World, optimizer: Optimizer, learning: Learning, channel_dropout: float = 0.0
 ) -> Trainer:
-    """The trainer of an FCMAE.
+    """The trainer of an FCMAE, which moves to the world's device.
 
-    Args:
-        model: On any device; it moves to the world's.
-        plan: Length and learning rate of the run.
-        world: The processes that train together.
-        optimizer: The optimizer and its schedule.
-        learning: How updates are made.
-        channel_dropout: Probability that a channel of an image is removed.
+    `channel_dropout` is the probability that a channel of an image is removed.
     """
     device = world.device
     task = FCMAETask(model.to(device), device=device, verbose=False)
@@ -52,56 +41,35 @@ def create_trainer(
 
     def prepare(batch: tuple, number: int, step: int) -> tuple[tuple, Bad]:
         images, masks, bad = batch
-        channels = removed_channels(
-            channel_dropout, len(images), model.in_chans, Place(learning.seed, number, step, learning.grad_accum_steps),
-            world.rank, world.size,
-        )  # fmt: skip
+        place = Place(learning.seed, number, step, learning.grad_accum_steps)
+        channels = removed_channels(channel_dropout, len(images), model.in_chans, place, world)
         channels = None if channels is None else channels.to(device, non_blocking=True)
         return (images.to(device, non_blocking=True), masks, channels), bad
 
     return Trainer(task, made, scheduler, world, learning, prepare)
 
 
-@dataclass(frozen=True)
-class Place:
-    """The place of a batch in a run.
+class Place(NamedTuple):
+    """The place of a batch in a run."""
 
-    Attributes:
-        seed: Seed of the run.
-        number: Updates of the run before that of the batch.
-        step: Batch of the update, from 0.
-        steps: Batches of the update.
-    """
-
-    seed: int
-    number: int
-    step: int
-    steps: int
+    seed: int  # of the run
+    number: int  # updates of the run before that of the batch
+    step: int  # batch of the update, from 0
+    steps: int  # batches of the update
 
 
-def removed_channels(
-    p: float, batch_size: int, in_chans: int, place: Place, rank: int, size: int
-) -> torch.Tensor | None:
-    """The channels that are removed from a batch; they depend on the seed, the update and each image's place in it.
+def removed_channels(p: float, batch_size: int, in_chans: int, place: Place, group: Processes) -> torch.Tensor | None:
+    """The channels that are removed from a batch with probability `p`, bool `[batch_size, in_chans]`, True = removed.
 
-    N processes, and any number of steps, remove the same from the images of an update as one batch of all would.
-
-    Args:
-        p: Probability of each channel.
-        batch_size: Images `B` of the batch.
-        in_chans: Channels `C`.
-        place: Where the batch is in the run.
-        rank: Rank of this process.
-        size: Number of processes, which take the images of a step in turn.
-
-    Returns:
-        Bool `[B, C]`, True = removed; None if `p` is 0.
+    They depend on the seed, the update and each image's place in it: N processes, and any number of steps, remove the
+    same from the images of an update as one batch of all would. None if `p` is 0.
     """
     if not p:
         return None
     generator = torch.Generator().manual_seed(sample_seed(place.seed, place.number, _STREAM))
-    everywhere = random_channels(place.steps * batch_size * size, in_chans, p, generator)
-    return everywhere[place.step * batch_size * size :][rank::size][:batch_size]
+    step = batch_size * group.size  # images that the processes take in turn
+    everywhere = random_channels(place.steps * step, in_chans, p, generator)
+    return everywhere[place.step * step :][group.rank :: group.size][:batch_size]
 
 
 def check_compile_backend(name: str | None) -> None:

@@ -25,29 +25,17 @@ _SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square
 
 @dataclass
 class Progress:
-    """How far a run is; its checkpoints hold it.
+    """How far a run is; its checkpoints hold it."""
 
-    Attributes:
-        epoch: Complete epochs.
-        update: Updates made in the next one.
-        sums: Sums of their losses by name.
-        bad_images: Reason by name of the images that could not be decoded so far.
-        world_size: Processes of the run.
-        num_images: Images of the data set.
-        bad_steps: Updates of the run that were skipped because their loss was not finite.
-        skipped: Those in the epoch that is not complete.
-        stream_workers: Data processes that share a stream, per process; None without a stream.
-    """
-
-    epoch: int = 0
-    update: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    bad_images: dict[str, str] = field(default_factory=dict)
+    epoch: int = 0  # complete epochs
+    update: int = 0  # updates made in the next one
+    sums: dict[str, float] = field(default_factory=dict)  # sums of their losses by name
+    bad_images: dict[str, str] = field(default_factory=dict)  # reasons by name of image, of the whole run
     world_size: int = 1
-    num_images: int = 0
-    bad_steps: int = 0
-    skipped: int = 0
-    stream_workers: int | None = None
+    num_images: int = 0  # of the data set
+    bad_steps: int = 0  # updates of the run that were skipped because their loss was not finite
+    skipped: int = 0  # those in the epoch that is not complete
+    stream_workers: int | None = None  # data processes that share a stream, per process; None without a stream
 
     def __str__(self) -> str:
         inside = f", and update {self.update} of the next" if self.update else ""
@@ -96,37 +84,27 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
-        """Reads a checkpoint of a run.
-
-        Raises:
-            CheckpointError: See `load_checkpoint`; or a part is missing or has another type, or a weight is not finite.
-        """
+        """Reads a checkpoint; a `CheckpointError` if a part is missing or of another type, or a weight not finite."""
         content = load_checkpoint(path)
         settings, progress = content.get("args"), content.get("progress")
         if not isinstance(settings, dict) or not isinstance(progress, dict):
             raise CheckpointError(f"{path} is not a checkpoint of a run: it has no training state to resume.")
-        wrong = _wrong_progress(progress)
-        wrong = wrong or _wrong_optimizer(content.get("optimizer"), uniform=settings.get("opt") in _UNIFORM)
-        for name in ("state_dict", "state_dict_ema"):
-            if name == "state_dict" or name in content:
-                wrong = wrong or _wrong_weights(name, content.get(name))
-        if wrong:
-            raise CheckpointError(f"Cannot resume from checkpoint '{path}': {wrong}.")
+        try:
+            _check_progress(progress)
+            _check_optimizer(content.get("optimizer"), uniform=settings.get("opt") in _UNIFORM)
+            for name in ("state_dict", *(["state_dict_ema"] if "state_dict_ema" in content else [])):
+                _check_weights(name, content.get(name))
+        except ValueError as e:
+            raise CheckpointError(f"Cannot resume from checkpoint '{path}': {e}.") from e
         state = TrainerState(**{f.name: content[f.name] for f in fields(TrainerState) if f.name in content})
         return cls(settings, Progress(**progress), state, path)
 
     def check_fits(self, own: TrainerState, shapes: Sequence[torch.Size], updates_per_epoch: int) -> None:
-        """Checks that the state fits a trainer.
+        """Raises a `CheckpointError` if a weight or a part of the optimizer's state does not fit a trainer.
 
-        Args:
-            own: State of that trainer.
-            shapes: Shapes of the parameters in the order of its optimizer.
-            updates_per_epoch: Updates of the epoch that the checkpoint is in.
-
-        Raises:
-            CheckpointError: A weight or a part of the optimizer's state is missing, or has another shape or type.
+        `own` is the trainer's state, `shapes` has the shapes of the parameters in the order of its optimizer.
         """
-        wrong, there = "", self.state.weights()
+        there, progress = self.state.weights(), self.progress
         for name, here in own.weights().items():
             if name not in there:
                 raise CheckpointError(f"Cannot resume from {self.path} with --model-ema: that run kept no average.")
@@ -135,17 +113,18 @@ class Checkpoint:
                 check_weights(found, here, f"Checkpoint '{self.path}' does not fit this model in '{name}'")
             except ValueError as e:
                 raise CheckpointError(str(e)) from e
-        scaler = self.state.amp_scaler
-        if own.amp_scaler is not None and scaler is not None and not _same_kind(scaler, own.amp_scaler):
-            wrong = f"'amp_scaler' is {scaler!r}, expected a state like {own.amp_scaler!r}"
-        groups = [[g["params"] for g in state["param_groups"]] for state in (self.state.optimizer, own.optimizer)]
-        if groups[0] != groups[1]:
-            wrong = "the optimizer's groups hold other parameters"
-        wrong = wrong or _wrong_shapes(self.state.optimizer["state"], shapes)
-        if self.progress.update >= updates_per_epoch:
-            wrong = wrong or f"it was saved after update {self.progress.update} of an epoch of {updates_per_epoch}"
-        if wrong:
-            raise CheckpointError(f"Cannot resume from checkpoint '{self.path}': {wrong}.")
+        try:
+            scaler = self.state.amp_scaler
+            if own.amp_scaler is not None and scaler is not None and not _same_kind(scaler, own.amp_scaler):
+                raise ValueError(f"'amp_scaler' is {scaler!r}, expected a state like {own.amp_scaler!r}")
+            groups = [[g["params"] for g in state["param_groups"]] for state in (self.state.optimizer, own.optimizer)]
+            if groups[0] != groups[1]:
+                raise ValueError("the optimizer's groups hold other parameters")
+            _check_shapes(self.state.optimizer["state"], shapes)
+            if progress.update >= updates_per_epoch:
+                raise ValueError(f"it was saved after update {progress.update} of an epoch of {updates_per_epoch}")
+        except ValueError as e:
+            raise CheckpointError(f"Cannot resume from checkpoint '{self.path}': {e}.") from e
 
 
 def whole_beside(path: Path) -> Iterator[Checkpoint]:
@@ -159,22 +138,21 @@ def whole_beside(path: Path) -> Iterator[Checkpoint]:
                 yield Checkpoint.read(other)
 
 
-def _wrong_progress(progress: dict[str, Any]) -> str:
+def _check_progress(progress: dict[str, Any]) -> None:
     known = {f.name for f in fields(Progress)}
     if other := known ^ progress.keys():
-        return f"'progress' has the wrong names {', '.join(sorted(map(str, other)))}"
-    for name in ("sums", "bad_images"):
-        values, kind = progress[name], str if name == "bad_images" else float
-        if not isinstance(values, dict) or not all(
-            isinstance(k, str) and isinstance(v, kind) for k, v in values.items()
-        ):
-            return f"'progress' has {name} = {values!r}, expected a table of {kind.__name__} by name"
-    for name in known - {"sums", "bad_images"}:
-        value = progress[name]
-        if not (name == "stream_workers" and value is None) and not (type(value) is int and value >= 0):
-            return f"'progress' has {name} = {value!r}, expected a whole number from 0"
-    wrong = next((name for name, value in progress["sums"].items() if not math.isfinite(value)), None)
-    return f"'progress' has the sum of {wrong} = {progress['sums'][wrong]!r}, expected a number" if wrong else ""
+        raise ValueError(f"'progress' has the wrong names {', '.join(sorted(map(str, other)))}")
+    for name, value in progress.items():
+        if name in ("sums", "bad_images"):
+            kind = str if name == "bad_images" else float
+            fits = isinstance(value, dict) and all(
+                isinstance(k, str) and isinstance(v, kind) and (isinstance(v, str) or math.isfinite(v))
+                for k, v in value.items()
+            )
+            if not fits:
+                raise ValueError(f"'progress' has {name} = {value!r}, expected a table of {kind.__name__} by name")
+        elif not (name == "stream_workers" and value is None) and not (type(value) is int and value >= 0):
+            raise ValueError(f"'progress' has {name} = {value!r}, expected a whole number from 0")
 
 
 def _plain(value: object) -> bool:
@@ -182,32 +160,32 @@ def _plain(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
-def _wrong_weights(name: str, weights: object) -> str:
+def _check_weights(name: str, weights: object) -> None:
     if not isinstance(weights, Mapping):
-        return f"'{name}' is {type(weights).__name__ if weights is not None else 'missing'}, expected weights by name"
+        found = "missing" if weights is None else type(weights).__name__
+        raise ValueError(f"'{name}' is {found}, expected weights by name")
     for key, value in weights.items():
         if not isinstance(key, str) or not _plain(value):
-            return f"'{name}' has {key!r}, a {type(value).__name__}; expected a tensor by its name"
-    bad = first_not_finite(weights)
-    return f"'{bad}' in '{name}' has values that are not finite" if bad else ""
+            raise ValueError(f"'{name}' has {key!r}, a {type(value).__name__}; expected a tensor by its name")
+    if bad := first_not_finite(weights):
+        raise ValueError(f"'{bad}' in '{name}' has values that are not finite")
 
 
-def _wrong_optimizer(state: object, uniform: bool) -> str:
+def _check_optimizer(state: object, uniform: bool) -> None:
     """`uniform`: it keeps the same state for every parameter."""
     groups = state.get("param_groups") if isinstance(state, dict) else None
     if not isinstance(state, dict) or not isinstance(state.get("state"), dict) or not isinstance(groups, list):
-        return "'optimizer' is not the state of an optimizer"
+        raise ValueError("'optimizer' is not the state of an optimizer")
     if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups):
-        return "the groups of 'optimizer' are not those of an optimizer"
+        raise ValueError("the groups of 'optimizer' are not those of an optimizer")
     kinds: dict[str, Any] = {}
     for number, entries in state["state"].items():
         if type(number) is not int or not isinstance(entries, dict):
-            return f"the state of 'optimizer' for parameter {number!r} is not that of an optimizer"
+            raise ValueError(f"the state of 'optimizer' for parameter {number!r} is not that of an optimizer")
         found = {key: _kind(value) for key, value in entries.items()}
         kinds = {**found, **kinds}
         if any(kind != kinds[key] for key, kind in found.items()) or uniform and found.keys() != kinds.keys():
-            return f"the state of 'optimizer' for parameter {number} differs in kind from that of the others"
-    return ""
+            raise ValueError(f"the state of 'optimizer' for parameter {number} differs in kind from that of the others")
 
 
 def _kind(value: object) -> object:
@@ -215,24 +193,21 @@ def _kind(value: object) -> object:
     return (value.dtype, value.ndim == 0) if isinstance(value, Tensor) and _plain(value) else type(value)
 
 
-def _wrong_shapes(state: dict[int, dict[str, Any]], shapes: Sequence[torch.Size]) -> str:
+def _check_shapes(state: dict[int, dict[str, Any]], shapes: Sequence[torch.Size]) -> None:
     if state and state.keys() != set(range(len(shapes))):
-        return f"its optimizer has {len(state)} parameters, the model has {len(shapes)}"
+        raise ValueError(f"its optimizer has {len(state)} parameters, the model has {len(shapes)}")
     for number, entries in state.items():
         for key in _SHAPED:
             value = entries.get(key)
             if isinstance(value, Tensor) and value.ndim and value.shape != shapes[number]:
-                return f"{key} of parameter {number} is {list(value.shape)}, expected {list(shapes[number])}"
-    return ""
+                found, wanted = list(value.shape), list(shapes[number])
+                raise ValueError(f"{key} of parameter {number} is {found}, expected {wanted}")
 
 
 def _same_kind(there: object, here: object) -> bool:
     """Whether nested tables have the same keys, and numbers in the same positions."""
     if isinstance(here, dict):
-        return (
-            isinstance(there, dict)
-            and there.keys() == here.keys()
-            and all(_same_kind(there[key], value) for key, value in here.items())
-        )
+        same = isinstance(there, dict) and there.keys() == here.keys()
+        return same and all(_same_kind(there[key], value) for key, value in here.items())  # pyright: ignore
     number = isinstance(here, int | float)
     return isinstance(there, int | float) and not isinstance(there, bool) if number else type(there) is type(here)

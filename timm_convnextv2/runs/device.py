@@ -1,4 +1,4 @@
-"""Whether this machine has a device."""
+"""`check_device`: whether this machine has a device."""
 
 import torch
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..console import PROGRAM, invocation, refused, say
+from ..console import PROGRAM, invocation, refused, say, unbroken_output
 from .errors import DataError, NotFiniteError, NotSavedError, worker_died
 from .lock import release_locks
 from .loop import Run, train
@@ -22,14 +22,14 @@ from .world import World, leave
 def run_command(name: str, device: str, set_up: Callable[[World], Run | None]) -> int:
     """Sets a run up and trains. A mistake in settings or data is one message.
 
-    Args:
-        name: Name of the command, such as 'detect train'.
-        device: See `World`.
-        set_up: Opens and checks everything; returns None if there is nothing to train (--dry-run).
-
-    Returns:
-        Exit status: 0, 1 if the run could not finish, 2 for a mistake.
+    `set_up` opens and checks everything; it returns None if there is nothing to train (--dry-run). Returns exit status
+    0, 1 if the run could not finish, 2 for a mistake, 130 after Ctrl-C.
     """
+    with unbroken_output(OSError):  # output that cannot be written is no reason to stop training
+        return _run_command(name, device, set_up)
+
+
+def _run_command(name: str, device: str, set_up: Callable[[World], Run | None]) -> int:
     world, run, others = None, None, {*multiprocessing.active_children()}
     try:
         world = World(device, name)
@@ -47,15 +47,11 @@ def run_command(name: str, device: str, set_up: Callable[[World], Run | None]) -
         if dist.is_initialized():
             dist.destroy_process_group()
     say(stopped(name, run) if run.stop else run.done())
-    return int(run.stop == "images")
+    return {"SIGINT": 130, "images": 1}.get(run.stop, 0)  # as a shell has it, so that `pretrain && finetune` ends
 
 
 def ended_by(name: str, error: Exception, world: World | None, run: Run | None) -> int:
-    """Reports a fatal error once, from the process that raised it; other processes exit silently.
-
-    Returns:
-        Exit status. An error that is no user's mistake is raised again, for its traceback.
-    """
+    """Reports a fatal error once, from the process that raised it; returns the exit status, or raises a bug again."""
     if world is None:
         if not isinstance(error, ValueError | RuntimeError):
             raise error
@@ -65,7 +61,7 @@ def ended_by(name: str, error: Exception, world: World | None, run: Run | None) 
     if run is None and isinstance(error, ValueError | RuntimeError):
         world.report(f"{PROGRAM} {name}: error: {error}")
         return 2
-    if isinstance(error, NotFiniteError) and run is not None:
+    if run is not None and isinstance(error, NotFiniteError):
         return end_not_finite(name, error, run, world)
     reason = worker_died(error) or (str(error) if isinstance(error, DataError | NotSavedError) else "")
     if not reason and world.distributed:  # before torchrun ends this process, which it does once another one ends
@@ -98,10 +94,10 @@ def end_not_finite(name: str, error: NotFiniteError, run: Run, world: World) -> 
 def stopped(name: str, run: Run) -> str:
     """Where and why a run stopped early, and how it resumes."""
     progress, plan = run.progress, run.plan
-    size = plan.updates_in(progress.epoch)
-    where = f"in epoch {progress.epoch + 1} of {plan.epochs}, update {progress.update} of {size}"
-    if not progress.update:
-        where = f"after epoch {progress.epoch} of {plan.epochs}"
+    where = f"after epoch {progress.epoch} of {plan.epochs}"
+    if progress.update:
+        size = plan.updates_in(progress.epoch)
+        where = f"in epoch {progress.epoch + 1} of {plan.epochs}, update {progress.update} of {size}"
     resume = resume_command(name, run.folder.path.name)
     if run.stop != "images":
         return f"Stopped by {run.stop} {where}; everything is saved. Resume with\n  {resume}"
@@ -125,12 +121,7 @@ def end_workers(workers: set[BaseProcess]) -> None:
 
 
 def start_command(name: str, words: list[str] | None = None) -> str:
-    """The command that starts a run as this process does, ready to paste.
-
-    Args:
-        name: Name of the command, such as 'pretrain' or 'detect train'.
-        words: Its options after the name's first word; those of the process if None.
-    """
+    """The command, such as 'detect train', that starts a run as this process does; `words` replace its options."""
     command = name.partition(" ")[0]
     return shlex.join([*invocation(command, distributed=True), *(_own_words(command) if words is None else words)])
 

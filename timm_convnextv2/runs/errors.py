@@ -8,12 +8,7 @@ from ..files import system_reason
 
 
 class NotFiniteError(FloatingPointError):
-    """A loss is not finite.
-
-    Attributes:
-        number: Updates of the run before that one.
-        loss: Its value.
-    """
+    """The loss of the update after `number` others of the run is not finite."""
 
     def __init__(self, number: int, loss: float) -> None:
         super().__init__(f"The loss is {loss}.")
@@ -29,11 +24,7 @@ class DataError(ValueError):
 
 
 def reading(batches: Iterable) -> Iterator[Any]:
-    """Yields the batches; a `ValueError` of the data becomes a `DataError` with a message of one line.
-
-    Raises:
-        DataError: The data cannot be read any more.
-    """
+    """Yields the batches; a `ValueError` of the data becomes a `DataError` with a message of one line."""
     try:
         yield from batches
     except ValueError as e:
@@ -46,16 +37,12 @@ def original_message(error: Exception) -> str:
 
 
 def worker_died(error: BaseException | None) -> str:
-    """A message about a dead data worker; '' if the error has another cause.
-
-    PyTorch raises it in the main thread, wherever that is.
-    """
-    texts = []
+    """A message about a dead data worker, which PyTorch raises anywhere in the main thread; '' for other causes."""
+    found = ""
     while error is not None:
-        texts.append(str(error))
+        if re.search(r"DataLoader worker .*(killed by|exited unexpectedly)", str(error)):
+            found = str(error)
         error = error.__cause__ or error.__context__
-    pattern = r"DataLoader worker .*(killed by|exited unexpectedly)"
-    found = next((text for text in reversed(texts) if re.search(pattern, text)), "")
     if not found:
         return ""
     return (
@@ -64,12 +51,7 @@ def worker_died(error: BaseException | None) -> str:
     )
 
 
-def attempt(
-    what: str,
-    act: Callable[[], Any],
-    note: Callable[[str], Any],
-    errors: type[Exception] | tuple[type[Exception], ...] = OSError,
-) -> str:
+def attempt(what: str, act: Callable[[], Any], note: Callable[[str], Any], errors: Any = OSError) -> str:
     """Does something optional: `errors` become a warning, which `note` prints and which is returned ('' if none)."""
     try:
         act()

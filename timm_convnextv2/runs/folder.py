@@ -30,6 +30,9 @@ WRITTEN = ("args.yaml", "summary.csv", "*.pth.tar", "report.html", "events.out.t
 class RunFolder:
     """The folder of a run. Opening it writes nothing; `claim` does.
 
+    A `ValueError` refuses a folder that holds something else, lies outside `output`, is in use by another run, or is
+    to be overwritten but no run's or one of `sources`; and a checkpoint that cannot be read.
+
     Args:
         output: Folder of all runs.
         experiment: Name of this run below it.
@@ -37,20 +40,12 @@ class RunFolder:
         overwrite: Remove what an earlier run wrote there.
         sources: Folders that the run reads: its images, the model that it starts from.
         writes: Files that the task writes, as patterns, in addition to `WRITTEN`.
-
-    Attributes:
-        path: The folder.
-        checkpoint: The checkpoint to resume from; None for a new run, and after `restore`.
-        notes: Warnings about the folder, such as a corrupt last checkpoint.
-
-    Raises:
-        ValueError: The folder holds something else, lies outside `output` or is in use by another run; the checkpoint
-            cannot be read; or it is to be overwritten and is not the folder of a run, or overlaps `sources`.
+        task: The task of the run; the folder of a run of another task is never overwritten or resumed.
     """
 
     def __init__(
         self, output: str | Path, experiment: str, resume: str = "", overwrite: bool = False,
-        sources: Sequence[str | Path] = (), writes: Sequence[str] = (),
+        sources: Sequence[str | Path] = (), writes: Sequence[str] = (), task: str = "pretraining",
     ) -> None:  # fmt: skip
         self.path = Path(output) / experiment
         if Path(output).resolve() not in self.path.resolve().parents:
@@ -59,8 +54,8 @@ class RunFolder:
             raise ValueError(f"The output folder '{self.path}' is a file. Choose another --experiment or --output.")
         refuse_locked(self.path)
         self.written = (*WRITTEN, *writes)
-        self.checkpoint: Checkpoint | None = None
-        self.notes: list[str] = []
+        self.checkpoint: Checkpoint | None = None  # to resume from; None for a new run, and after `restore`
+        self.notes: list[str] = []  # warnings, such as a corrupt last checkpoint
         self._lock: Lock | None = None
         self._before = _stamp(self.path / LAST)
         self._saved = ""  # the last checkpoint that this process has seen or written whole
@@ -70,17 +65,18 @@ class RunFolder:
         here = resume == "auto" or bool(resume) and source.resolve().parent == self.path.resolve()
         # a run that resumes here keeps its folder
         self._empties = overwrite and not (self.checkpoint is not None and here)
-        if self._used() and not self._empties and not here:
+        # a run that was killed before it wrote anything leaves its lock
+        used = self.path.is_dir() and any(not p.name.startswith(LOCK) for p in self.path.iterdir())
+        other = self._other_task(task) if used else ""
+        if other:
+            raise ValueError(f"{self.path} holds a run of {other}, not of {task}. Choose another --experiment.")
+        if used and self._empties:
+            self._check_overwrite(sources)
+        elif used and not here:
             raise ValueError(
                 f"The output folder {self.path} is not empty. Resume that run: --resume auto. Start again and delete "
                 "what it wrote: --overwrite. Or choose another --experiment or --output."
             )
-        if self._empties and self._used():
-            self._check_overwrite(sources)
-
-    def _used(self) -> bool:
-        """Whether it holds more than the lock of a run that was killed before it wrote anything."""
-        return self.path.is_dir() and any(not p.name.startswith(LOCK) for p in self.path.iterdir())
 
     def _load(self, path: Path, fall_back: bool) -> None:
         """Reads the checkpoint to resume from; if it is corrupt, takes or names whole ones beside it."""
@@ -100,6 +96,16 @@ class RunFolder:
             self.notes.append(f"{e} Resuming from the newest whole checkpoint beside it: {self.checkpoint.path.name}.")
         self._saved = f"{self.checkpoint.path} ({self.checkpoint.progress})"
 
+    def _other_task(self, task: str) -> str:
+        """The task of the run in the folder, '' if it is `task` or unknown. Finetuning's args.yaml is timm's."""
+        try:
+            found = yaml.safe_load((self.path / "args.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return ""
+        found = found if isinstance(found, dict) else {}
+        there = str(found.get("task") or ("pretraining" if "mask_ratio" in found else "finetuning"))
+        return "" if there == task else there
+
     def _check_overwrite(self, sources: Sequence[str | Path]) -> None:
         """Refuses to remove files from a folder that no run made, or that the run reads from."""
         nothing = "so nothing in it is removed. Choose another --experiment or --output."
@@ -117,11 +123,7 @@ class RunFolder:
         return self.path / "summary.csv"
 
     def check_same(self, settings: dict[str, Any], names: Sequence[str]) -> None:
-        """Refuses to resume if any of these settings differs.
-
-        Raises:
-            ValueError: Names them, with both values.
-        """
+        """Refuses to resume if any of these settings differs."""
         differs = [] if self.checkpoint is None else differences(self.checkpoint.settings, settings, names)
         if differs:
             self.refuse(differs)
@@ -140,11 +142,7 @@ class RunFolder:
         return replace(then, world_size=world_size, num_images=num_images)
 
     def restore(self, trainer: Trainer, updates_per_epoch: int) -> None:
-        """Loads the checkpoint's state into the trainer and frees its memory.
-
-        Raises:
-            CheckpointError: (a ValueError) It does not fit.
-        """
+        """Loads the checkpoint's state into the trainer, or raises a `CheckpointError`; then frees its memory."""
         if self.checkpoint is None:
             return
         shapes = [p.shape for group in trainer.optimizer.param_groups for p in group["params"]]
@@ -153,63 +151,38 @@ class RunFolder:
         self.checkpoint = None
 
     def claim(self, settings: dict[str, Any], epoch: int, command: str = "") -> None:
-        """Makes and locks the folder, removes what a killed process left, and writes args.yaml.
+        """Makes and locks the folder, removes what a killed process left, and writes args.yaml with the `command`.
 
-        Args:
-            settings: Settings of the run, plain values.
-            epoch: Complete epochs; later rows of the summary are removed.
-            command: The command that started the run, for the head of args.yaml.
-
-        Raises:
-            ValueError: The folder cannot be written, or another run has it.
+        Rows of the summary after `epoch`, the complete epochs, are removed.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.path)
             if self._before != _stamp(self.path / LAST):
                 raise ValueError(f"Another run has written {self.path / LAST} since this one began. Start again.")
-            if self._empties:
-                self._remove_run()
+            for old in [old for pattern in self.written for old in self.path.glob(pattern) if self._empties]:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             remove_leftovers(self.path, (*self.written, LOCK), alone=True)
             remove_leftovers(self.path / "reconstructions", ("*.png",), alone=True)
             with whole_file(self.path / "args.yaml") as part:
                 part.write_text(head_comment(VERSIONS, command) + yaml.safe_dump(settings, sort_keys=False))
-            self._note_corrupt(summary.trim(self.summary, epoch))
+            self.notes += summary.trim(self.summary, epoch)
         except BaseException as e:
-            self.release()
-            if not isinstance(e, OSError):
-                raise
-            raise ValueError(
-                f"The output folder {self.path} cannot be written ({e}). Choose another with --output."
-            ) from e
-
-    def _remove_run(self) -> None:
-        for pattern in self.written:
-            for path in self.path.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-    def _note_corrupt(self, lines: list[str]) -> None:
-        self.notes += [f"{self.summary}: a corrupt line is left out: {line!r}" for line in lines]
-
-    def release(self) -> None:
-        """Unlocks the folder."""
-        if self._lock is not None:
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
+            if isinstance(e, OSError):
+                text = f"The output folder {self.path} cannot be written ({e}). Choose another with --output."
+                raise ValueError(text) from e
+            raise
 
     def add_row(self, epoch: int, metrics: dict[str, float], measured: dict[str, Any], lr: float) -> None:
         """Adds an epoch to summary.csv; see `summary.add_row`."""
-        self._note_corrupt(summary.add_row(self.summary, epoch, metrics, measured, lr))
+        self.notes += summary.add_row(self.summary, epoch, metrics, measured, lr)
 
     def save(self, checkpoint: Checkpoint, milestone: bool = False) -> None:
-        """Writes a checkpoint, each file whole or not at all.
+        """Writes a checkpoint whole or not at all; a `milestone` also under a name that stays.
 
-        Args:
-            checkpoint: What to save.
-            milestone: Also save it under a name that stays.
-
-        Raises:
-            NotSavedError: The disk is full, read-only or gone, or another run has taken the folder over. Earlier
-                checkpoints stay.
+        A `NotSavedError` says that the disk is full, read-only or gone, or that another run has taken the folder over.
         """
         # the milestone must be on the disk before it replaces 'last'
         for name in [f"milestone-{checkpoint.progress.epoch}.pth.tar"] * milestone + [LAST]:
@@ -258,8 +231,5 @@ def experiment_name(world: World, *parts: str) -> str:
 
 
 def head_comment(versions: str, command: str = "") -> str:
-    """The comment lines above the settings in args.yaml, which `report.run` reads.
-
-    The command is quoted as JSON, so that it stays on one line whatever a path in it contains.
-    """
+    """The comment lines above the settings in args.yaml, which `report.run` reads; JSON keeps a command on one line."""
     return f"# {versions}\n" + (f"# command: {json.dumps(command)}\n" if command else "")

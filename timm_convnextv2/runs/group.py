@@ -1,55 +1,61 @@
-"""The processes of a command, as code that lists or writes files for all of them sees them."""
+"""`Processes`: the processes of a command, as code that lists or writes files for all of them sees them."""
 
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
 
 
-class Group(Protocol):
-    """A `World`, or the `Processes` of a command that trains nothing."""
+class Processes:
+    """This process (`rank`) among `size`. Without torch.distributed, it exchanges values with itself only."""
 
-    @property
-    def primary(self) -> bool: ...
-    def share(self, value: Any) -> Any: ...
-    def gather(self, items: list) -> list: ...
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.rank, self.size, self._group = rank, size, group  # None: the group of all processes
+        self.primary = rank == 0  # it prints and writes
+        self.distributed = size > 1 and dist.is_initialized()
 
-
-class Processes(NamedTuple):
-    """Rank of this process and number of processes."""
-
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def primary(self) -> bool:
-        """True on rank 0."""
-        return self.rank == 0
-
-    def share(self, value: Any) -> Any:
-        """The value of rank 0."""
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
-
-    def gather(self, items: list) -> list:
-        """The items of all processes, in the order of ranks."""
-        everywhere: list[Any] = [items] * self.size
-        if self.size > 1:
-            dist.all_gather_object(everywhere, items)
-        return sum(everywhere, [])
+    def print(self, text: str) -> None:
+        """Prints on rank 0."""
+        if self.primary:
+            print(text, flush=True)
 
     def print_error(self, error: Exception) -> None:
         """Prints an error of one process; the command itself prints only on the first process of a node."""
         if self.size > 1 and int(os.environ.get("LOCAL_RANK", self.rank)):
             print(f"process {self.rank}: {error}", file=sys.stderr, flush=True)
+
+    def share(self, value: Any) -> Any:
+        """The value of rank 0."""
+        values = [value]
+        if self.distributed:
+            dist.broadcast_object_list(values, group=self._group)
+        return values[0]
+
+    def gather(self, items: list) -> list:
+        """The items of all processes, in the order of ranks."""
+        everywhere: list[Any] = [items]
+        if self.distributed:
+            everywhere *= self.size
+            dist.all_gather_object(everywhere, items, group=self._group)
+        return sum(everywhere, [])
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on some process."""
+        counts = torch.tensor(flags, dtype=torch.int64)
+        if self.distributed:
+            dist.all_reduce(counts, group=self._group)
+        return [bool(n) for n in counts]
+
+    def wait(self) -> None:
+        """Waits for all processes."""
+        self.any(False)
 
 
 @contextmanager
@@ -65,7 +71,7 @@ def processes() -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def on_primary(group: Group, act: Callable[[], T]) -> T:
+def on_primary(group: Processes, act: Callable[[], T]) -> T:
     """Runs `act` on rank 0; all processes return its result or raise its error, so that none waits for the others."""
     found = error = None
     if group.primary:

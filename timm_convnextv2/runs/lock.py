@@ -1,14 +1,7 @@
-"""The lock of a run's folder: only one process at a time writes to it.
+"""The lock of a run's folder: only one process at a time writes to it. docs/reliability.md has its rules.
 
-The file `.lock` records the holder. It relies on two operations that succeed for one process only: creating a hard link
-(or, without links, exclusive creation) and renaming. The holder touches the file every 30 seconds. The lock is free
-
-- when the holder releases it: at the end, after an error, or when the interpreter exits;
-- when the holder is dead on this machine: no process has its number and start time;
-- when it was not touched for five minutes and the holder is on another machine, or on this one before a reboot. Both
-  times come from the file system, so the machines' clocks need not agree.
-
-A holder that resumes after such a pause finds the lock lost before it writes, and stops.
+It relies on two operations that succeed for one process only: creating a hard link (or, without links, exclusive
+creation) and renaming. Times come from the file system, so the machines' clocks need not agree.
 """
 # Not filelock: its FileLock uses system locks, which some network file systems ignore and forked data workers keep
 # after a kill; its soft locks do not record the holder's command and make a resume on another machine wait.
@@ -44,11 +37,10 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self.path, self._token = folder / LOCK, uuid.uuid4().hex
         _take(self.path, self._token)
-        self._stop = threading.Event()
-        thread = threading.Thread(target=_touch_regularly, args=(self.path, self._token, self._stop), daemon=True)
+        stop = threading.Event()
         # runs when the lock is garbage collected and when the interpreter exits
-        self._finish = weakref.finalize(self, _release, self.path, self._token, self._stop, os.getpid())
-        thread.start()
+        self._finish = weakref.finalize(self, _release, self.path, self._token, stop, os.getpid())
+        threading.Thread(target=_touch_regularly, args=(self.path, self._token, stop), daemon=True).start()
         _held.add(self)
 
     def check(self) -> None:
@@ -69,25 +61,21 @@ def release_locks() -> None:
         lock.release()
 
 
-def refuse_locked(folder: Path) -> None:
-    """Raises a `ValueError` if a running process holds the folder."""
+def refuse_locked(folder: Path) -> dict[str, Any] | None:
+    """Raises a `ValueError` if a running process holds the folder; returns the dead holder, None if there is none."""
     path = folder / LOCK
     holder = _read(path)
     if holder is not None and not _is_free(path, holder):
         raise ValueError(_refusal(path, holder))
+    return holder
 
 
 def _take(path: Path, token: str) -> None:
-    holder = _read(path)
+    holder = refuse_locked(path.parent)
     if holder is not None:
-        if not _is_free(path, holder):
-            raise ValueError(_refusal(path, holder))
         _remove(path, holder.get("token"))
-    me = this_process()
-    words = ["python", *sys.orig_argv[1:]]
-    text = json.dumps(
-        {**me._asdict(), "command": shlex.join(words), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "token": token}
-    )
+    command, since = shlex.join(["python", *sys.orig_argv[1:]]), f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+    text = json.dumps({**this_process()._asdict(), "command": command, "since": since, "token": token})
     part = new_part(path)
     try:
         part.write_text(text)
@@ -133,7 +121,7 @@ def _is_free(path: Path, holder: dict[str, Any]) -> bool:
         alive = is_alive(process)
     except (KeyError, TypeError, ValueError, OverflowError):
         alive = None
-    return _age(path) > STALE if alive is None else not alive
+    return abs(_age(path)) > STALE if alive is None else not alive  # a time in the future: the clock was set back
 
 
 def _age(path: Path) -> float:
@@ -157,11 +145,12 @@ def _name(holder: dict[str, Any]) -> str:
 
 def _refusal(path: Path, holder: dict[str, Any]) -> str:
     text = f"The output folder {path.parent} is in use by {_name(holder)}. "
+    text += "Wait until it ends, stop it, or choose another --experiment."
     if holder.get("host") == this_process().host:
-        return text + "Wait until it ends, stop it, or choose another --experiment."
+        return text
     return (
-        f"{text}Wait until it ends, stop it, or choose another --experiment. If that machine is down, the folder is "
-        f"free again {STALE / 60:.0f} minutes after its last heartbeat, {_age(path):.0f} seconds ago."
+        f"{text} If that machine is down, the folder is free again {STALE / 60:.0f} minutes after its last heartbeat, "
+        f"{_age(path):.0f} seconds ago."
     )
 
 

@@ -20,15 +20,14 @@ class Logs:
 
     def check(self) -> None:
         """Raises a `ValueError` if a log needs a package that is missing."""
-        wanted = ((self.log_wandb, "wandb", "wandb"), (self.log_tensorboard, "torch.utils.tensorboard", "tensorboard"))
-        for asked, module, package in wanted:
-            if asked:
-                try:
-                    importlib.import_module(module)
-                except ImportError as e:
-                    raise ValueError(
-                        f"--log-{package} needs a package that is missing: pip install {package} ({e})."
-                    ) from e
+        wanted = [("wandb", "wandb")] * self.log_wandb
+        wanted += [("tensorboard", "torch.utils.tensorboard")] * self.log_tensorboard
+        for package, module in wanted:
+            try:
+                importlib.import_module(module)
+            except ImportError as e:
+                text = f"--log-{package} needs a package that is missing: pip install {package} ({e})."
+                raise ValueError(text) from e
 
     def open(self, folder: Path, settings: dict) -> list[Log]:
         """Functions that write the metrics of an epoch."""

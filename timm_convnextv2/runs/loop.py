@@ -1,7 +1,7 @@
 """The training loop of pretraining, detection and segmentation, to read from top to bottom and to change.
 
-Longer parts live elsewhere: an update and its state in `Trainer`, the folder and its checkpoints in `RunFolder`. A
-task subclasses `Run` with its data, its measures and its export; `end.run_command` sets a run up and reports its end.
+`Trainer` makes updates, `RunFolder` writes checkpoints. A task subclasses `Run` with its data, its measures and its
+export; `end.run_command` sets a run up and reports its end.
 """
 
 import time
@@ -24,79 +24,51 @@ REPORT_PAUSE = 100  # the report takes at most a hundredth of the time, except f
 
 @dataclass(frozen=True)
 class Limits:
-    """When a run saves, logs and gives up.
+    """When a run saves, logs and gives up; an interval of 0 means never."""
 
-    Attributes:
-        log_interval: Updates between readings of the loss.
-        checkpoint_interval: Epochs between checkpoints.
-        milestone_interval: Epochs between checkpoints to keep; 0 for none.
-        recovery_interval: Updates between checkpoints within an epoch; 0 for none.
-        checkpoint_minutes: Minutes between checkpoints within an epoch; 0 for none.
-        max_bad_images: Fraction of the images that may be undecodable.
-        max_bad_steps: Updates of the run that may be skipped because their loss is not finite.
-    """
-
-    log_interval: int = 10
-    checkpoint_interval: int = 1
-    milestone_interval: int = 0
-    recovery_interval: int = 0
-    checkpoint_minutes: float = 0.0
-    max_bad_images: float = 0.0
-    max_bad_steps: int = 0
+    log_interval: int = 10  # updates between readings of the loss
+    checkpoint_interval: int = 1  # epochs between checkpoints
+    milestone_interval: int = 0  # epochs between checkpoints to keep
+    recovery_interval: int = 0  # updates between checkpoints within an epoch
+    checkpoint_minutes: float = 0.0  # minutes between checkpoints within an epoch
+    max_bad_images: float = 0.0  # fraction of the images that may be undecodable
+    max_bad_steps: int = 0  # updates of the run that may be skipped because their loss is not finite
 
 
 @dataclass
 class Run:
-    """A run that passed every check. Tasks subclass it.
-
-    Attributes:
-        trainer: What trains.
-        plan: Length of the run.
-        folder: Its folder, claimed by rank 0.
-        settings: Plain values, saved with every checkpoint.
-        progress: How far it is.
-        limits: When it saves, logs and gives up.
-        world: Its processes.
-        logs: Logs of rank 0; empty elsewhere.
-        stop: Why it ends early: a signal, or 'images' if too many cannot be decoded.
-    """
+    """A run that passed every check. Tasks subclass it."""
 
     trainer: Trainer
     plan: Plan
-    folder: RunFolder
-    settings: dict[str, Any]
+    folder: RunFolder  # claimed by rank 0
+    settings: dict[str, Any]  # plain values, saved with every checkpoint
     progress: Progress
     limits: Limits
     world: World
-    logs: list[Log] = field(default_factory=list)
-    stop: str = ""
+    logs: list[Log] = field(default_factory=list)  # of rank 0; empty elsewhere
+    stop: str = ""  # why it ends early: a signal, or 'images' if too many cannot be decoded
     saved: float = field(default_factory=time.monotonic)  # time of the last checkpoint
     next_report: float = 0.0  # time from which the report may be written again
 
+    product = "model"  # folder of the exported model
+    remedy = "a lower --lr"  # for a loss that is not finite
+    shown_measures = 0  # measures in the line about an epoch
+
     def __post_init__(self) -> None:
         done = self.progress.epoch * self.plan.updates_per_epoch + self.progress.update
-        enabled = self.world.primary
-        self.bar = ProgressBar(self.plan.updates, done, self.plan.epochs, self.limits.log_interval, enabled)
+        plan, interval = self.plan, self.limits.log_interval
+        self.bar = ProgressBar(plan.updates, done, plan.epochs, interval, self.world.primary)
 
     @property
     def ended(self) -> bool:
         """Whether all epochs are complete."""
         return self.progress.epoch >= self.plan.epochs
 
-    remedy = "a lower --lr"  # for a loss that is not finite
-    shown_measures = 0  # measures in the line about an epoch
-
     def begin(self, command: str, logs: Logs, about: str = "", compile_backend: str | None = None) -> None:
-        """Loads the checkpoint to resume from, claims the folder and prints what the run is; call it on all processes.
+        """Loads the checkpoint to resume from, claims the folder and prints `about` the run; call it on all processes.
 
-        Args:
-            command: The command that started the run, for args.yaml.
-            logs: Logs to open.
-            about: Lines about the run.
-            compile_backend: Backend of torch.compile; None does not compile.
-
-        Raises:
-            ValueError: The checkpoint does not fit, or the folder cannot be written or is in use.
+        `command` is for args.yaml; `compile_backend` is that of torch.compile, None does not compile.
         """
         resumed = ""
         if self.folder.checkpoint is not None:
@@ -114,17 +86,16 @@ class Run:
 
     def done(self) -> str:
         """The message about a finished run."""
-        return f"Done: {self.folder.path}"
+        return f"Done: the {self.product} is in {self.folder.path / self.product}"
 
     def batches(self, epoch: int, start_batch: int) -> Iterator:
         """The batches of an epoch from `start_batch` on."""
         raise NotImplementedError
 
     def measure(self, epoch: int) -> dict[str, float | str]:
-        """Measures the model after an epoch, counted from 1; called on all processes.
+        """Numbers for the columns `eval_*` of summary.csv after an epoch, counted from 1; '' for an empty cell.
 
-        Returns:
-            Numbers for the columns `eval_*` of summary.csv; '' for an empty cell. Only those of rank 0 count.
+        Called on all processes; only the numbers of rank 0 count.
         """
         return {}
 
@@ -139,9 +110,10 @@ class Run:
         """More columns `train_*` of summary.csv."""
         return {}
 
+    @property
     def exported(self) -> bool:
         """Whether the export of a finished run exists."""
-        return True
+        return (self.folder.path / self.product / "config.json").exists()
 
     def named(self, bad: Bad) -> list[tuple[str, str]]:
         """Names of undecodable images instead of their indices."""
@@ -157,15 +129,10 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Trains until the last update, a signal, or too many images that cannot be decoded.
-
-    Raises:
-        NotFiniteError: A loss is not finite.
-        NotSavedError: The checkpoint cannot be written.
-        DataError: The data cannot be read any more.
-    """
+    """Trains until the last update, a signal, or too many images that cannot be decoded; raises `runs.errors`."""
     trainer, plan, progress, bar = run.trainer, run.plan, run.progress, run.bar
     run.world.watch_signals()
+    begun_ended = run.ended
     while not run.ended and not run.stop:
         size = plan.updates_in(progress.epoch)
         accum = trainer.learning.grad_accum_steps
@@ -190,22 +157,18 @@ def train(run: Run) -> None:
         trainer.check_finite()
         if progress.update == size:
             finish_epoch(run, clock)
-        between = not progress.update
-        interval = run.limits.milestone_interval
-        milestone = between and bool(interval) and progress.epoch % interval == 0
-        if run.stop or run.ended or milestone or between and progress.epoch % run.limits.checkpoint_interval == 0:
+        every, keep = run.limits.checkpoint_interval, run.limits.milestone_interval
+        milestone = not progress.update and bool(keep) and progress.epoch % keep == 0
+        if run.stop or run.ended or milestone or not progress.update and progress.epoch % every == 0:
             save(run, milestone)
-    if not run.stop and not run.exported():  # a finished run that was resumed in a new folder
+    if begun_ended and not run.world.share(run.exported):  # a finished run that was resumed in a new folder
+        run.measure(progress.epoch)
         save(run)
     bar.close()
 
 
 def reason_to_stop(run: Run, bad: Bad) -> tuple[str, bool]:
-    """Names the images that could not be decoded, and agrees with the other processes.
-
-    Returns:
-        Why all processes stop after this update, '' if they do not; whether all find a checkpoint due.
-    """
+    """Records undecodable images; returns why all processes stop now ('' if not), and if a checkpoint is due."""
     progress, limits, world = run.progress, run.limits, run.world
     late = bool(limits.checkpoint_minutes) and world.primary
     late = late and time.monotonic() - run.saved >= 60 * limits.checkpoint_minutes
@@ -240,12 +203,9 @@ def finish_epoch(run: Run, clock: Stopwatch) -> None:
     losses = trainer.end_epoch(progress.update)
     epoch, progress.update, progress.sums, progress.skipped = progress.epoch, 0, {}, 0
     progress.epoch += 1
-    metrics = {
-        **losses,
-        **clock.totals(),
-        "memory_gib": round(peak_memory(run.world.device), 2),
-        **run.counts(),
-    }
+    metrics = {**losses, **clock.totals(), "memory_gib": round(peak_memory(run.world.device), 2), **run.counts()}
+    if run.world.primary:
+        run.folder.check_finite(trainer.state())  # a measure may export
     measured = run.measure(progress.epoch)
     if run.world.primary:
         attempt("a row of summary.csv", lambda: run.folder.add_row(epoch, metrics, measured, trainer.lr), note)
@@ -258,16 +218,15 @@ def finish_epoch(run: Run, clock: Stopwatch) -> None:
 
 
 def save(run: Run, milestone: bool = False) -> None:
-    """Writes the export, the checkpoint and the report."""
+    """Writes the export, the checkpoint and the report, on rank 0."""
     run.progress.sums = run.trainer.read_sums()
     if run.world.primary:
         with run.world.writing:
-            write(run, milestone)
+            _write(run, milestone)
     run.saved = time.monotonic()
 
 
-def write(run: Run, milestone: bool) -> None:
-    """What `save` does on rank 0."""
+def _write(run: Run, milestone: bool) -> None:
     checkpoint = Checkpoint(run.settings, run.progress, run.trainer.state())
     run.folder.check_finite(checkpoint.state)
     failed = run.export()

@@ -5,21 +5,13 @@ from typing import NamedTuple
 
 
 class Plan(NamedTuple):
-    """The arithmetic of a run.
+    """The arithmetic of a run; its last epoch may be shorter than the others."""
 
-    Attributes:
-        updates: Optimizer updates of the whole run; the last epoch may be shorter than the others.
-        updates_per_epoch: Updates of a whole epoch.
-        images_per_update: Images per update over all processes.
-        lr: Peak learning rate.
-        warmup_updates: Updates of linear warmup.
-    """
-
-    updates: int
+    updates: int  # optimizer updates of the whole run
     updates_per_epoch: int
-    images_per_update: int
-    lr: float
-    warmup_updates: int = 0
+    images_per_update: int  # over all processes
+    lr: float  # peak learning rate
+    warmup_updates: int = 0  # of linear warmup
 
     @property
     def epochs(self) -> int:

@@ -9,10 +9,7 @@ from tqdm import tqdm
 
 
 class ImageProgress:
-    """A bar on a terminal, a line every `interval` seconds elsewhere, both on stderr; nothing unless enabled (rank 0).
-
-    `total` counts the images of this process; None if unknown.
-    """
+    """A bar on a terminal, a line every `interval` seconds elsewhere, on stderr; `total` is None if unknown."""
 
     def __init__(self, total: int | None, enabled: bool = True, interval: float = 10.0) -> None:
         self.total, self.enabled, self.interval = total, enabled, interval
@@ -55,20 +52,13 @@ def with_progress(make: Callable[[Callable[[int], None]], Any], enabled: bool = 
 
 
 class ProgressBar:
-    """Run progress: a bar on a terminal, a line per `interval` updates elsewhere; nothing unless enabled (rank 0).
-
-    `total` and `done` count updates; a resumed run starts at `done`.
-    """
+    """A bar on a terminal, a line every `interval` updates elsewhere; `total` and `done` count updates."""
 
     def __init__(self, total: int, done: int, epochs: int, interval: int, enabled: bool = True) -> None:
         self.total, self.first, self.done, self.epochs = total, done, done, epochs
-        self.interval, self.enabled = interval, enabled
-        self.start = time.perf_counter()
-        self.bar = None
-        if enabled and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+        self.interval, self.enabled, self.start = interval, enabled, time.perf_counter()
+        on_terminal = enabled and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if on_terminal else None
 
     def note(self, text: str) -> None:
         """Prints a line without tearing the bar."""
@@ -108,28 +98,25 @@ class Stopwatch:
 
     def __init__(self, images_per_update: int) -> None:
         self.images_per_update = images_per_update
-        self.start = self.lap_start = time.perf_counter()
-        self.updates = self.lap_updates = 0
-        self.waited = self.lap_waited = 0.0
+        self.start = self.lap_start = (time.perf_counter(), 0, 0.0)
+        self.updates, self.waited = 0, 0.0
 
     def count(self, waited: float) -> None:
         """Counts an update that waited so many seconds for data."""
-        self.updates, self.lap_updates = self.updates + 1, self.lap_updates + 1
-        self.waited, self.lap_waited = self.waited + waited, self.lap_waited + waited
+        self.updates, self.waited = self.updates + 1, self.waited + waited
+
+    def _since(self, start: float, updates: int, waited: float) -> tuple[float, float, float]:
+        seconds = max(time.perf_counter() - start, 1e-9)
+        images = (self.updates - updates) * self.images_per_update
+        return images / seconds, (self.waited - waited) / seconds, seconds
 
     def lap(self) -> tuple[float, float]:
         """Images per second and share of waiting since the last lap; a new one begins."""
-        now = time.perf_counter()
-        seconds = max(now - self.lap_start, 1e-9)
-        speed, wait = self.lap_updates * self.images_per_update / seconds, self.lap_waited / seconds
-        self.lap_start, self.lap_updates, self.lap_waited = now, 0, 0.0
+        speed, wait, _ = self._since(*self.lap_start)
+        self.lap_start = (time.perf_counter(), self.updates, self.waited)
         return speed, wait
 
     def totals(self) -> dict[str, float]:
         """Images per second, share of waiting, and seconds since the start."""
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        return {
-            "images_per_s": round(self.updates * self.images_per_update / seconds, 1),
-            "data_wait": round(self.waited / seconds, 4),
-            "seconds": round(seconds, 1),
-        }
+        speed, wait, seconds = self._since(*self.start)
+        return {"images_per_s": round(speed, 1), "data_wait": round(wait, 4), "seconds": round(seconds, 1)}

@@ -2,35 +2,33 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from ..files import whole_file
 
 _Row = dict[str, object]
 
 
-def add_row(
-    path: Path, epoch: int, metrics: dict[str, float], measured: dict[str, float | str], lr: float
-) -> list[str]:
-    """Adds the row of an epoch, counted from 0: `epoch`, `train_*`, `eval_*`, `lr`. Returns corrupt lines, now removed.
-
-    A `WriteError` leaves the file unchanged.
-    """
-    row: _Row = {"epoch": epoch}
-    row |= {f"train_{name}": value for name, value in metrics.items()}
-    row |= {f"eval_{name}": value for name, value in measured.items()}
-    row["lr"] = lr
+def add_row(path: Path, epoch: int, metrics: dict[str, float], measured: dict[str, Any], lr: float) -> list[str]:
+    """Adds the row of an epoch, counted from 0: `epoch`, `train_*`, `eval_*`, `lr`. Returns notes on corrupt lines."""
+    train = {f"train_{name}": value for name, value in metrics.items()}
+    row: _Row = {"epoch": epoch, **train, **{f"eval_{name}": value for name, value in measured.items()}, "lr": lr}
     rows, damaged = read_rows(path)
     _write(path, [*rows, row])
-    return damaged
+    return _notes(path, damaged)
 
 
 def trim(path: Path, epoch: int) -> list[str]:
-    """Removes the rows from `epoch` on, which a resumed run writes again. Returns corrupt lines, now removed."""
+    """Removes the rows from `epoch` on, which a resumed run writes again. Returns notes on corrupt lines."""
     rows, damaged = read_rows(path)
     keep = [row for row in rows if int(str(row["epoch"])) < epoch]
     if len(keep) < len(rows) or damaged:
         _write(path, keep)
-    return damaged
+    return _notes(path, damaged)
+
+
+def _notes(path: Path, damaged: list[str]) -> list[str]:
+    return [f"{path}: a corrupt line is left out: {line!r}" for line in damaged]
 
 
 def latest(path: Path) -> dict[str, tuple[int, float]]:
@@ -63,8 +61,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, object]], list[str]]:
     header = next(csv.reader(lines[:1]), [])
     for line in lines[1:]:
         cells = next(csv.reader([line]), [])
-        whole = line.endswith("\n") and len(cells) == len(header) and header[:1] == ["epoch"] and cells[0].isdecimal()
-        if whole:
+        if line.endswith("\n") and len(cells) == len(header) and header[:1] == ["epoch"] and cells[0].isdecimal():
             rows.append(dict(zip(header, cells, strict=True)))
         elif line.strip():
             damaged.append(line.strip())

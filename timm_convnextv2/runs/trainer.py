@@ -1,4 +1,4 @@
-"""`Trainer`: one update of any timm `TrainingTask`, with everything that has state: optimizer, scaler, EMA, DDP."""
+"""`Trainer`: updates of any timm `TrainingTask`, with everything that has state: optimizer, scaler, EMA, DDP."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,25 +23,15 @@ Prepare = Callable[[Any, int, int], tuple[tuple, Bad]]
 
 @dataclass(frozen=True)
 class Learning:
-    """How updates are made, whatever is learned.
+    """How updates are made."""
 
-    Attributes:
-        seed: Seed of the random numbers of an update other than its data, such as drop path.
-        grad_accum_steps: Batches per update.
-        clip_grad: Largest norm of the gradient; None does not clip.
-        amp_dtype: Type of mixed precision; None for float32.
-        ema_decay: Decay of the moving average of the weights; None keeps none.
-        ema_warmup: Start with a shorter average.
-        skip_bad: Skip an update whose loss is not finite instead of raising; the host then waits for each loss.
-    """
-
-    seed: int = 0
+    seed: int = 0  # of the random numbers of an update other than its data, such as drop path
     grad_accum_steps: int = 1
-    clip_grad: float | None = None
-    amp_dtype: torch.dtype | None = None
-    ema_decay: float | None = None
-    ema_warmup: bool = False
-    skip_bad: bool = False
+    clip_grad: float | None = None  # largest norm of the gradient; None does not clip
+    amp_dtype: torch.dtype | None = None  # None: float32
+    ema_decay: float | None = None  # None: no moving average
+    ema_warmup: bool = False  # start with a shorter average
+    skip_bad: bool = False  # skip updates whose loss is not finite; the host then waits for each loss
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -56,24 +46,11 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 class Trainer:
-    """Trains a task, one update at a time.
+    """Trains a timm `TrainingTask`, one update at a time.
 
-    Args:
-        task: A timm `TrainingTask` on the world's device. Its forward returns 'loss', and may return more scalars to
-            log.
-        optimizer: Optimizer of the task's parameters.
-        scheduler: A timm scheduler of updates.
-        world: The processes that train together.
-        learning: How updates are made.
-        prepare: `(batch, number, step) -> (arguments of the task, undecodable images)`, where `number` counts the
-            updates of the run before this one and `step` the batches of the update; by default moves the batch.
-
-    Attributes:
-        loss: Loss of the last update over all processes, on the device: reading it waits for the device.
-        sums: Sums over this epoch's updates that were not skipped, by name ('loss' and the others), in float64.
-        skipped: Number of skipped updates of this epoch.
-        bad_step: The error of the last update if it was skipped; else None.
-        mean_loss: Mean loss of the last complete epoch.
+    The task is on the world's device; its forward returns 'loss', and may return more scalars to log. `prepare(batch,
+    number, step)` returns the task's arguments and the undecodable images of a batch; `number` counts the updates of
+    the run before this one, `step` the batches of the update. By default it moves the batch to the device.
     """
 
     def __init__(
@@ -98,17 +75,17 @@ class Trainer:
         self.late = fused and not learning.skip_bad
         # other devices may have no float64
         self._place = world.device if world.device.type == "cuda" else torch.device("cpu")
-        self.sums: dict[str, Tensor] = {}
-        self.loss = self._zero()
-        self.mean_loss = float("nan")
-        self.skipped, self.bad_step = 0, None
+        self.sums: dict[str, Tensor] = {}  # over this epoch's updates that were made, by name, in float64
+        self.loss = self._zero()  # of the last update over all processes, on the device: reading it waits
+        self.mean_loss = float("nan")  # of the last complete epoch
+        self.skipped, self.bad_step = 0, None  # updates of this epoch; the error of the last update if it was skipped
         self._unread: list[tuple[int, Tensor]] = []  # number and loss of updates that the host has not read
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self._place)
 
     def wrap(self, compile_backend: str | None = None) -> None:
-        """Compiles the model and wraps it in DDP; call it after the weights were loaded."""
+        """Compiles the model and wraps it in DDP, once the weights are loaded."""
         if compile_backend:
             self.task.compile(backend=compile_backend)
         if self.world.distributed:
@@ -135,17 +112,11 @@ class Trainer:
     def update(self, batches: Iterator, number: int) -> tuple[Bad, float]:
         """Makes one update: forward and backward of `grad_accum_steps` batches, then the optimizer's step.
 
-        Args:
-            batches: Yields batches.
-            number: Updates of the run before this one; learning rate, drop path and moving average depend on it.
-
-        Returns:
-            Images of this process that could not be decoded; seconds spent waiting for data.
-
-        Raises:
-            NotFiniteError: The loss is not finite on some process; the weights are unchanged.
+        `number` counts the updates of the run before this one; learning rate, drop path and moving average depend on
+        it. Returns the images of this process that could not be decoded, and the seconds spent waiting for data. A
+        `NotFiniteError` says that the loss is not finite on some process; the weights are unchanged.
         """
-        steps = self.learning.grad_accum_steps
+        steps, amp = self.learning.grad_accum_steps, self.learning.amp_dtype
         self.scheduler.step_update(number)
         torch.manual_seed(sample_seed(self.learning.seed, number, self.world.rank))
         self.optimizer.zero_grad()
@@ -160,9 +131,7 @@ class Trainer:
             bad += failed
             last = step + 1 == steps
             with nullcontext() if last else self.task.no_sync():
-                with torch.autocast(
-                    self.world.device.type, self.learning.amp_dtype, enabled=self.learning.amp_dtype is not None
-                ):
+                with torch.autocast(self.world.device.type, amp, enabled=amp is not None):
                     found = {name: x / steps for name, x in self.task(*inputs).items() if x.ndim == 0}
                 names = [*found]
                 total = total + torch.stack([x.detach().to(self._place, torch.float64) for x in found.values()])
@@ -173,10 +142,7 @@ class Trainer:
         return bad, waited
 
     def _note(self, total: Tensor, names: list[str], number: int) -> bool:
-        """Records the losses; returns whether the update is made.
-
-        This is the one place where a loss that is not finite stops an update, on all processes.
-        """
+        """Records the losses; returns whether the update is made. Only here can a loss stop an update."""
         means = dict(zip(names, self.world.mean(total).unbind(), strict=True))
         self.loss = means["loss"]
         if self.learning.skip_bad and not torch.isfinite(self.loss):
@@ -209,10 +175,7 @@ class Trainer:
         return {name: float(value) for name, value in self.sums.items()}
 
     def end_epoch(self, updates: int) -> dict[str, float]:
-        """The mean losses of an epoch of so many updates, without the skipped ones; then the next epoch begins.
-
-        Waits for the device. The loss is NaN if all updates were skipped.
-        """
+        """The mean losses of an epoch of so many updates, NaN if all were skipped; then the next epoch begins."""
         made = updates - self.skipped
         means = {name: value / made for name, value in self.read_sums().items()} if made else {"loss": float("nan")}
         self.mean_loss = means["loss"]
@@ -243,13 +206,7 @@ class Trainer:
         )
 
     def load(self, state: TrainerState, sums: Mapping[str, float], skipped: int = 0) -> None:
-        """Loads a checkpoint's state. The optimizer's settings, such as --weight-decay, stay those of this run.
-
-        Args:
-            state: State that fits this trainer, see `Checkpoint.check_fits`.
-            sums: Sums over the updates of the epoch that it was saved in.
-            skipped: Updates of that epoch that were skipped.
-        """
+        """Loads a checkpoint that fits. The optimizer's settings, such as --weight-decay, stay those of this run."""
         self.task.load_checkpoint_state(state.state_dict)
         if self.task.has_ema():
             assert state.state_dict_ema is not None
@@ -265,12 +222,7 @@ class Trainer:
 
 
 class LossesTask(TrainingTask):
-    """A task of a model that returns a dict of losses in train mode, `model(images, targets)`; their sum is minimized.
-
-    Args:
-        model: The model to train; it is on `device`.
-        device: Device of the task.
-    """
+    """The task of a model that returns a dict of losses in train mode, `model(images, targets)`, on `device`."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__(device=device, verbose=False)
@@ -278,12 +230,11 @@ class LossesTask(TrainingTask):
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> "LossesTask":
         """Wraps the model in DistributedDataParallel."""
-        wrapped: Any = nn.parallel.DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
-        self.trainable_module = wrapped
+        ddp: Any = nn.parallel.DistributedDataParallel
+        self.trainable_module = ddp(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
     def forward(self, input: Any, target: Any) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The sum of the losses and each of them."""
         losses: dict[str, Any] = self.trainable_module(input, target)
-        total: Any = sum(losses.values())
-        return {"loss": total, **losses}
+        return {"loss": sum(losses.values()), **losses}  # pyright: ignore[reportReturnType]

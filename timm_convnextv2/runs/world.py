@@ -1,6 +1,5 @@
-"""The processes of a run: device and rank, which one prints, and when all of them stop."""
+"""`World`: the processes of a training run, their device, and when all of them stop."""
 
-import argparse
 import hashlib
 import multiprocessing
 import os
@@ -11,24 +10,25 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import init_distributed_device
+from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
 
 from ..console import PROGRAM
+from .device import check_device
+from .group import Processes
 
 HEARTBEAT = 1.0  # seconds
-
-
 PATIENCE = 60  # heartbeats that a process may miss: a machine can be suspended for a while
+SUSPICION = 5  # the same once a signal or a broken connection shows that something happened
+LEFT = b"left"
+# requests to stop; SLURM can send SIGUSR1, a terminal that closes sends SIGHUP, perhaps twice
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-
-SUSPICION = 5  # the same where a signal or a broken connection says that something has happened
-
-
-LEFT = "left"
+# Messages about a connection that a peer has closed.
+_BROKEN = "Connection (closed|reset)|Broken pipe|gloo|NCCL|remote process|Socket"
 
 
 def leave(status: int) -> None:
@@ -40,12 +40,17 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
+def leave_signals_to_parent(_worker: int) -> None:
+    """Keeps data workers alive while the training process finishes its update."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Peers:
     """Heartbeats of the other processes of a run, exchanged through a store.
 
-    Args:
-        suspicious: Returns whether something went wrong, so that missing heartbeats count sooner.
-        writing: Held while a file is written; this process does not exit meanwhile.
+    `suspicious` returns whether something went wrong, so that missing heartbeats count sooner. While `writing` is held,
+    this process does not exit.
     """
 
     # Not gloo's or NCCL's timeout alone: it cannot distinguish a dead process from rank 0 that measures for minutes.
@@ -53,8 +58,7 @@ class Peers:
     def __init__(
         self, rank: int, size: int, suspicious: Callable[[], bool], writing: threading.Lock, command: str
     ) -> None:
-        self.rank, self.size, self._suspicious, self._writing = rank, size, suspicious, writing
-        self._command = command
+        self.rank, self._suspicious, self._writing, self._command = rank, suspicious, writing, command
         port, attempt = int(os.environ["MASTER_PORT"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.TCPStore(os.environ["MASTER_ADDR"], port, timeout=timedelta(seconds=30), wait_for_workers=False)
         self._store = dist.PrefixStore(f"timm_convnextv2/{attempt}", store)
@@ -74,7 +78,7 @@ class Peers:
         if self._thread.is_alive():
             self._thread.join(timeout=5)
         try:
-            self._store.set(f"alive/{self.rank}", LEFT)
+            self._store.set(f"alive/{self.rank}", LEFT.decode())
         except RuntimeError:  # the process with the store has exited already
             return
 
@@ -88,17 +92,12 @@ class Peers:
             self._store.set("failed", str(self.rank))
 
     def others_failed(self, broken: bool) -> bool:
-        """Whether another process has failed, so that this one need not report its error.
-
-        Args:
-            broken: The error is a broken connection: it takes some heartbeats to learn whose.
-        """
+        """Whether another process has failed; if a connection is `broken`, it takes some heartbeats to learn whose."""
         self._broken = broken
-        for _ in range(2 * SUSPICION + 1 if broken else 1):
+        for _ in range(2 * SUSPICION + 1 if broken else 0):
             if self._failed():
                 return True
-            if broken:
-                self._end.wait(HEARTBEAT)
+            self._end.wait(HEARTBEAT)
         return self._failed()
 
     def _failed(self) -> bool:
@@ -126,16 +125,15 @@ class Peers:
                 continue
             patience = SUSPICION if self._broken or self._suspicious() else PATIENCE
             for rank, value in now.items():
-                missed[rank] = 0 if value != seen.get(rank) or value == LEFT.encode() else missed[rank] + 1
+                missed[rank] = 0 if value != seen.get(rank) or value == LEFT else missed[rank] + 1
                 if missed[rank] >= patience:
                     self._report_lost(rank)
             seen = now
 
     def _report_lost(self, rank: int) -> None:
-        name = self._store.get(f"name/{rank}").decode()
         text = (
-            f"{PROGRAM} {self._command}: {name} was killed or stopped responding. The last checkpoint is whole; "
-            "--resume auto takes it."
+            f"{PROGRAM} {self._command}: {self._store.get(f'name/{rank}').decode()} was killed or stopped responding. "
+            "The last checkpoint is whole; --resume auto takes it."
         )
         if self.is_first(text):
             print(text, file=sys.stderr, flush=True)
@@ -147,90 +145,48 @@ class Peers:
             leave(1)
 
 
-SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGUSR1,
-)  # requests to stop; SLURM can send the last one
+class World(Processes):
+    """The processes of a training run; without torchrun, only this one.
 
-
-# Messages about a connection that a peer has closed.
-_BROKEN = "Connection (closed|reset)|Broken pipe|gloo|NCCL|remote process|Socket"
-
-
-def leave_signals_to_parent(_worker: int) -> None:
-    """Keeps data workers alive while the training process finishes its update."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-class Seat(NamedTuple):
-    """The rank of a process in a run, for code that needs no more of its `World`."""
-
-    rank: int
-    size: int
-    primary: bool = False
-
-    def print(self, text: str) -> None:
-        """Prints nothing: the process that replays prints its own lines."""
-
-    def share(self, value: Any) -> Any:
-        """The value itself."""
-        return value
-
-
-class World:
-    """The processes of a run; without torchrun, only this one.
-
-    Args:
-        device: Name such as 'cuda' or 'cpu', to which torchrun's local rank is added; a ValueError if it is unusable.
-        command: Name of the command, for messages.
-
-    Attributes:
-        primary: True on rank 0, which prints and writes.
-        stop: Name of the signal that requested a stop, else ''.
-        writing: Held while a checkpoint is written, so that a failing peer does not interrupt it.
+    torchrun's local rank is added to a `device` such as 'cuda'; `command` is for messages.
     """
 
     def __init__(self, device: str, command: str = "") -> None:
-        try:
-            found = argparse.Namespace(device=device)
-            self.device: torch.device = init_distributed_device(found)
-            torch.zeros(1, device=self.device)
-        except (AssertionError, RuntimeError) as e:
-            raise ValueError(f"--device {device} cannot be used: {e}") from e
-        self.rank, self.size, self.distributed = found.rank, found.world_size, found.distributed
-        self.primary = self.rank == 0
-        self.stop = ""
-        # what the processes agree on goes through the CPU, so that nobody waits for a GPU
-        self._cpu_group: Any = (
-            dist.new_group(backend="gloo") if self.distributed and self.device.type != "cpu" else None
-        )
-        self.writing = threading.Lock()
+        several, (local_rank, _, size) = is_distributed_env(), world_info_from_env()
+        if several and "WORLD_SIZE" not in os.environ and not {"SLURM_PROCID", "MASTER_ADDR"} <= os.environ.keys():
+            raise ValueError(
+                f"SLURM_NTASKS={size} is set, but srun did not start this process with MASTER_ADDR. For one process: "
+                "unset SLURM_NTASKS. For several: torchrun, as in launch/slurm.sh."
+            )
+        kind = device.partition(":")[0]
+        self.device = check_device(f"{kind}:{local_rank}" if several and device != "cpu" else device)
+        joined: dict[str, Any] = init_distributed_device_so(device)
+        # values that the processes agree on go through the CPU, so that no process waits for a GPU
+        apart = joined["distributed"] and self.device.type != "cpu"
+        super().__init__(joined["global_rank"], joined["world_size"], dist.new_group(backend="gloo") if apart else None)
+        self.stop = ""  # name of the signal that requested a stop
+        self.writing = threading.Lock()  # held while a checkpoint is written: a failing peer does not interrupt it
         self._wakeup: tuple[int, int] | None = None
+        self._handlers: dict[int, Any] = {}  # of the signals, before this run
         self._peers: Peers | None = None
         if self.distributed:
             self._peers = Peers(self.rank, self.size, lambda: bool(self.stop), self.writing, command)
             self.wait()
             self._peers.start()
 
-    def print(self, text: str) -> None:
-        """Prints on rank 0."""
-        if self.primary:
-            print(text, flush=True)
-
     def watch_signals(self) -> None:
-        """The `SIGNALS` ask to stop after the update; a second one stops at once.
+        """After one of the `SIGNALS`, the run stops after the update; after a second one, at once."""
 
-        Python runs a handler only where its main thread runs Python. While that waits in a collective, a thread counts.
-        """
-
+        # Python runs a handler only while its main thread runs Python; if that waits in a collective, a thread counts
         def ask(number: int, _frame) -> None:
             self.stop = signal.Signals(number).name
-            for other in SIGNALS:
-                signal.signal(other, signal.SIG_DFL)
+            for other in self._handlers:
+                signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
 
-        for number in SIGNALS:
+        self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        if self._handlers[signal.SIGHUP] is signal.SIG_IGN:  # nohup
+            del self._handlers[signal.SIGHUP]
+        for number in self._handlers:
             signal.signal(number, ask)
         if self._wakeup is None and threading.current_thread() is threading.main_thread():
             self._wakeup = os.pipe()
@@ -242,7 +198,7 @@ class World:
         asked = 0
         while numbers := os.read(pipe, 64):
             for number in numbers:
-                if number in SIGNALS:
+                if number in SIGNALS and not (asked and number == signal.SIGHUP):
                     asked += 1
                     self.stop = self.stop or signal.Signals(number).name
                     if asked > 1:
@@ -250,7 +206,10 @@ class World:
         os.close(pipe)
 
     def close(self) -> None:
-        """Ends the threads of this process; the others know that it ends as it should."""
+        """Ends the threads of this process and its handlers; the others know that it ends normally."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
         if self._wakeup is not None:
             signal.set_wakeup_fd(-1)
             os.close(self._wakeup[1])
@@ -260,13 +219,9 @@ class World:
             self._peers = None
 
     def report(self, text: str) -> None:
-        """Prints why the run ends, on stderr: once, where several processes say the same. The others end, too."""
+        """Prints why the run ends, on stderr, once if several processes print the same; the others end as well."""
         if self._peers is None or self._peers.is_first(text):
             print(text, file=sys.stderr, flush=True)
-        self.fail()
-
-    def fail(self) -> None:
-        """Announces that this process ends with an error, so that the others end as well."""
         if self._peers is not None:
             self._peers.fail()
 
@@ -278,7 +233,7 @@ class World:
         return self._peers.others_failed(broken or isinstance(error, dist.DistError))
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """Raises a `ValueError` on all processes where one knows other facts than the first."""
+        """Raises a `ValueError` on all processes if a fact differs between two of them."""
         first, *others = self.gather([facts])
         for rank, other in enumerate(others, 1):
             for name in sorted(first.keys() | other.keys()):  # all processes name the same one
@@ -287,34 +242,6 @@ class World:
                         f"Process {rank} has another value of {name} than process 0: {other.get(name)!r}, not "
                         f"{first.get(name)!r}. All processes need the same settings, images and package versions."
                     )
-
-    def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on some process."""
-        if not self.distributed:
-            return list(flags)
-        counts = torch.tensor(flags, dtype=torch.int64)
-        dist.all_reduce(counts, group=self._cpu_group)
-        return [bool(n) for n in counts]
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.any(False)
-
-    def gather(self, items: list) -> list:
-        """The items of all processes, joined in the order of ranks."""
-        if not self.distributed:
-            return items
-        everywhere: list[Any] = [None] * self.size
-        dist.all_gather_object(everywhere, items, group=self._cpu_group)
-        return sum(everywhere, [])
-
-    def share(self, value: Any) -> Any:
-        """What the first process has."""
-        if not self.distributed:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, group=self._cpu_group)
-        return values[0]
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """The mean of a scalar over all processes, on its device and without a wait."""

@@ -84,8 +84,7 @@ class RunOptions:
 
     output: str = option("output", "", metavar="DIR")
     experiment: str = option("", "sub-folder of --output (default: time, task and model)", metavar="NAME")
-    resume: str = option("", "auto: continue the run of --experiment if there is one", choices=("", "auto"),
-                         recorded=False)
+    resume: str = option("", "a checkpoint, or 'auto' for the experiment's last", metavar="PATH", recorded=False)
     overwrite: bool = option(False, "first remove the files of an earlier run from the folder", recorded=False)
     eval_interval: int = option(1, "epochs between evaluations", metavar="N", at_least=1)
     shown_images: int = option(4, "images drawn at each evaluation", metavar="N", at_least=0)

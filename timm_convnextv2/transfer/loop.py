@@ -112,9 +112,6 @@ class TransferRun(Run):
 
     shown_measures = 2
 
-    def done(self) -> str:
-        return f"Done: the model is in {self.folder.path / 'model'}"
-
     def batches(self, epoch: int, start_batch: int) -> Iterator:
         sampler: Any = self.loader.batch_sampler
         sampler.set_epoch(epoch, start_batch)

@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from ..config import flat
+from ..data.formats.files import printable
 from ..recipes import Recipe
 from ..runs.folder import RunFolder, experiment_name
 from ..runs.logs import Logs
@@ -94,13 +95,14 @@ def set_up(
         raise ValueError("--model is required: a model of timm, local-dir:FOLDER or hf-hub:USER/NAME.")
     if not config.data.data_dir:
         raise ValueError("--data-dir is required: the root of the data set.")
-    if options.resume and not name:
+    if options.resume == "auto" and not name:
         raise ValueError("--resume auto needs --experiment, the folder of the run to continue.")
     logs = Logs(options.log_wandb, options.wandb_project, options.log_tensorboard)
     logs.check()
     task = task_of(config)
     name = name or experiment_name(world, task.command, Path(config.backbone.model.rpartition(":")[2]).name)
-    folder = RunFolder(options.output, name, options.resume, options.overwrite, [config.data.data_dir], WRITTEN)
+    where = (options.output, name, options.resume, options.overwrite)
+    folder = RunFolder(*where, [config.data.data_dir], WRITTEN, task.name)
     loader = create_loader(task.samples, task.collate, world, learning.batch_size, config.compute.workers)
     plan, num_images = plan_updates(loader, world, learning), len(task.samples)
     settings = {
@@ -118,11 +120,12 @@ def set_up(
         return None
     evaluate = partial(
         evaluate_epoch, task=task, folder=folder.path, world=world, shown=options.shown_images,
-        about=dict(dataset=Path(settings["data_dir"]).resolve().name, info=how_made(settings)),
+        about=dict(dataset=printable(Path(settings["data_dir"]).resolve().name), info=how_made(settings)),
     )  # fmt: skip
+    limits = Limits(options.log_interval, milestone_interval=max(1, plan.epochs // 4))
     run = TransferRun(
-        trainer, plan, folder, settings, folder.progress(world.size, num_images), Limits(options.log_interval), world,
-        loader=loader, evaluate=evaluate, eval_interval=options.eval_interval,
+        trainer, plan, folder, settings, folder.progress(world.size, num_images), limits, world, loader=loader,
+        evaluate=evaluate, eval_interval=options.eval_interval,
     )  # fmt: skip
     run.begin(line, logs)
     return run
@@ -208,10 +211,11 @@ def describe(
 def how_made(of: dict[str, Any]) -> dict[str, Any]:
     """Rows of the model card's table, from the settings of a run. Paths of this machine stay out."""
     batch = of["batch_size"] * of["grad_accum_steps"] * of["world_size"]
+    place = printable(Path(of["data_dir"]).resolve().name)
     start = "random weights" if of["from_scratch"] else of["model"].rpartition("/")[2].rpartition(":")[2]
     return {
         "Backbone started from": start,
-        "Data": f"{Path(of['data_dir']).resolve().name}: {of['num_images']} images, {of['num_validation']} to validate",
+        "Data": f"{place}: {of['num_images']} images, {of['num_validation']} to validate",
         "Length": f"{of['total_updates']} updates of {batch} images",
         "Training crops": f"{of['img_size']} x {of['img_size']} pixels",
         "Optimizer": f"{of['opt']}, learning rate {of['lr']:g}, weight decay {of['weight_decay']:g}, layer decay "

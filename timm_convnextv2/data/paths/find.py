@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...console import say
-from ...runs.group import Group, on_primary
+from ...runs.group import Processes, on_primary
 from ...runs.progress import ImageProgress
 from ..config import ImagePaths
 from ..formats.files import printable
@@ -27,7 +27,13 @@ _NAMED = 5
 
 
 def find_files(
-    paths: ImagePaths, dataset: str, most_missing: float, group: Group, *, progress: bool = True, copies: bool = True
+    paths: ImagePaths,
+    dataset: str,
+    most_missing: float,
+    group: Processes,
+    *,
+    progress: bool = True,
+    copies: bool = True,
 ) -> Listing | None:
     """The image files that the options name; None for a data set.
 
