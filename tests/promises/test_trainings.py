@@ -35,10 +35,10 @@ from timm_convnextv2.runs.lock import Lock
 from timm_convnextv2.runs.trainer import Trainer
 from timm_convnextv2.transfer import loop as transfer_loop
 
-TRANSFER = [*BACKBONE, *SHORT, "-b", "4", "-j", "0", "--shown-images", "0", "--eval-interval", "9"]
+TRANSFER = [*BACKBONE, *SHORT, "--shown-images", "0", "--eval-interval", "9"]
 OPTIONS = {
     "pretrain": ["pretrain", *DATA, *SMALL, "--train-num-samples", "16", "--epochs", "2"],
-    "detect": ["detect", "train", *DETECTOR, *TRANSFER, "--warmup-updates", "0"],
+    "detect": ["detect", "train", *DETECTOR, "--boxes-only", *TRANSFER, "--warmup-updates", "0"],
     "segment": ["segment", "train", *SEGMENTER, *TRANSFER],
 }
 PER_EPOCH = 2  # updates
