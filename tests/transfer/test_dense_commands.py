@@ -93,6 +93,9 @@ def test_eval_repeats_the_metrics_of_the_run(run, data, tmp_path, capsys):
     words = [run.task, "eval", "--model", str(run.path), "--data-dir", str(data), "--output", str(tmp_path / "e"), *CPU]
     assert main(words) == 0
     metrics = json.loads((tmp_path / "e/metrics.json").read_text())
+    shown, metric = capsys.readouterr().out, metrics[COMMANDS[run.task].task.main_metric[1]]
+    name = "ap" if run.task == "detect" else "mIoU"
+    assert re.search(rf"^{name} +{metric:.3f}", shown, re.M)  # the unit of summary.csv
     row = {k: float(v) for k, v in read_rows(run.path / "summary.csv")[0][1].items() if k.startswith("eval_")}
     assert {f"eval_{k}": v for k, v in metrics.items() if k != "iou"} == pytest.approx(row, abs=1e-4)
     assert (tmp_path / "e/predictions.json").exists() is (run.task == "detect")
@@ -121,6 +124,29 @@ def test_predict(run, data, tmp_path, capsys):
     assert len(list(output.glob("*.png"))) == 8 and read_classes(output / "classes.txt") == model.classes
     average = torch.load(run.path / "last.pth.tar", weights_only=True)["state_dict_ema"]
     assert_same(dict(model.state_dict()), dict(average))
+
+
+def test_predict_skips_what_it_cannot_read(run, data, tmp_path, capsys):
+    """Names it, goes on, and returns 1; results have the paths below the folder."""
+    for folder in ("a", "b"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        shutil.copy(data / "validation/images/00001.png", tmp_path / "in" / folder / "0.png")
+    (tmp_path / "in/torn.png").write_bytes(b"torn")
+    words = [run.task, "predict", "--model", str(run.path), "--images", str(tmp_path / "in"), *CPU, "-j", "2"]
+    output, draw = tmp_path / "found", tmp_path / "drawn"
+    assert main([*words, "--output", str(output), "--draw", str(draw)]) == 1
+    out, err = capsys.readouterr()
+    assert "1 images skipped" in out and err.startswith("skipped: ") and "torn.png: cannot be decoded" in err
+    assert err.count("\n") == 1
+    assert sorted(str(path.relative_to(draw)) for path in draw.rglob("*.png")) == ["a/0.png.png", "b/0.png.png"]
+    if run.task == "detect":
+        content = json.loads(output.read_text())
+        assert [image["file_name"] for image in content["images"]] == ["a/0.png", "b/0.png"]
+        assert all(found["score"] >= 0.3 for found in content["annotations"])
+    else:
+        assert sorted(str(path.relative_to(output)) for path in output.rglob("*.png")) == ["a/0.png", "b/0.png"]
+    assert main([*words, "--output", str(tmp_path / "none"), "--max-bad-images", "0.2"]) == 2
+    assert "1 of 3 images cannot be decoded (--max-bad-images 0.2)" in capsys.readouterr().err
 
 
 def test_the_snippets_run(run, data):
@@ -235,7 +261,8 @@ def _move(content):
 
 def _widen(content):
     content["images"][0]["width"] += 1
-    content["annotations"][0]["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+    x, y, w, h = content["annotations"][0]["bbox"]
+    content["annotations"][0]["segmentation"] = [[x, y, x + w, y, x + w, y + h]]
 
 
 def _rename(content):
@@ -267,6 +294,7 @@ MISTAKES = [
     ("segment", None, ["--classes", "absent.txt"], "class names 'absent.txt' cannot be read"),
     ("segment", None, ["--ignore-index", "3"], "ignore index 3 is the index of the class"),
     ("segment", None, ["--in-chans", "4"], "None of 8 images tried (of 8) can be read"),
+    ("segment", "a class", [], "1 of 10 classes have no pixel in train: unseen"),
     ("segment", "a mask", [], "1 of 8 masks have another size than their images: "),
 ]
 
@@ -275,9 +303,11 @@ MISTAKES = [
 def test_mistakes_are_one_message_before_anything_is_written(
     task, change, more, message, data, tmp_path, capsys, monkeypatch
 ):
-    if callable(change) or change == "a mask":
+    if callable(change) or change in ("a mask", "a class"):
         data = shutil.copytree(data, tmp_path / "data")
-        if change == "a mask":
+        if change == "a class":
+            (data / "classes.txt").write_text((data / "classes.txt").read_text() + "unseen\n")
+        elif change == "a mask":
             Image.new("L", (9, 9)).save(data / "validation/masks/00001.png")
         else:
             content = json.loads((data / "train.json").read_text())

@@ -1,6 +1,8 @@
 """Images and masks: what is read, what is refused, and the transform that moves both together."""
 
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -10,11 +12,14 @@ from PIL import Image
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.transfer.loop import Samples
 from timm_convnextv2.transfer.segmentation.masks import (
+    MaskCodes,
     MaskedImages,
     TrainTransform,
     load_mask,
+    match_masks,
     open_split,
     read_classes,
+    read_colours,
 )
 
 CLASSES = ["sea", "land", "sky"]
@@ -38,7 +43,9 @@ def indices(height=20, width=30, top=3):
 
 
 def opened(root, **more):
-    return MaskedImages(root / "images", root / "masks", CLASSES, **more)
+    suffix = more.pop("suffix", "")
+    codes = MaskCodes(**{key: more.pop(key) for key in MaskCodes._fields if key in more})
+    return MaskedImages(match_masks(root / "images", root / "masks", suffix), CLASSES, codes=codes, **more)
 
 
 @pytest.fixture
@@ -51,8 +58,9 @@ def root(tmp_path):
 def test_the_embedded_data(tmp_path):
     folder = write_folder(tmp_path / "data", size=24, train=8, validation=8, masks=True)
     classes = read_classes(folder / "classes.txt")
-    data = MaskedImages(*open_split(folder, "validation"), classes)
-    counts = data.check()
+    data = MaskedImages(open_split(folder, "validation"), classes)
+    counts, ignored, notes = data.check()
+    assert ignored == 0 and not notes
     assert len(data) == 8 and len(classes) == 9 and (counts > 0).all() and counts.sum() == 8 * 24 * 24
     image, target = data[0]
     assert image.shape == (3, 24, 24) and target.shape == (24, 24) and set(target.unique().tolist()) == {0, 1}
@@ -61,7 +69,9 @@ def test_the_embedded_data(tmp_path):
 def test_layouts(tmp_path):
     (tmp_path / "images/training").mkdir(parents=True)
     (tmp_path / "annotations/training").mkdir(parents=True)
-    assert open_split(tmp_path, "train") == (tmp_path / "images/training", tmp_path / "annotations/training")
+    write(tmp_path, "training/a", image())
+    Image.fromarray(indices()).save(tmp_path / "annotations/training/a.png")
+    assert open_split(tmp_path, "train").masks == [str(tmp_path / "annotations/training/a.png")]
     with pytest.raises(ValueError, match="split 'validation'; expected validation/images and validation/masks"):
         open_split(tmp_path, "validation")
 
@@ -104,7 +114,7 @@ def test_zero_label_of_ade20k(tmp_path):
     write(tmp_path, "a", image(), mask)
     data = opened(tmp_path, reduce_zero_label=True)
     target = data[0][1].numpy()
-    assert data.check().tolist() == [(mask == i).sum() for i in (1, 2, 3)]
+    assert data.check().classes.tolist() == [(mask == i).sum() for i in (1, 2, 3)]
     assert (target[mask == 0] == 255).all() and target[0, 0] == 255 and (target[mask == 3] == 2).all()
     with pytest.raises(
         ValueError, match=r"indices of no class \(there are 3, 0 to 2, and 255 for none\): .*a.png has 3"
@@ -205,3 +215,73 @@ def test_samples_depend_on_seed_epoch_and_index_only(root):
     again, other = samples[2, 1], samples[3, 1]
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and not torch.equal(first[0], other[0])
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_white_that_does_not_count(root, tmp_path):
+    """Foreground stored as 255, in all files or in half of them, beside 0."""
+    for name in "ab":
+        write(root, name, mask=indices(top=2) * 255)
+    with pytest.raises(ValueError, match="2 of 2 masks hold only 0 and 255, .*--mask-values 0 255"):
+        opened(root).check()
+    write(root, "b", mask=indices(top=2))
+    counts, ignored, (note,) = opened(root).check()
+    assert "1 of 2 masks hold only 0 and 255" in note and "--mask-values 0 1,255" in note
+    assert ignored == pytest.approx((indices(top=2) == 1).mean() / 2)
+    counts, ignored, notes = opened(root, values=("0", "1,255", "7")).check()
+    assert ignored == 0 and not notes and counts.tolist() == [2 * (indices(top=2) == i).sum() for i in (0, 1)] + [0]
+    assert set(opened(root, values=("0", "1,255", "7"))[0][1].unique().tolist()) == {0, 1}
+    with pytest.raises(ValueError, match="1 of 2 masks have values of no class: .*b.png has 1"):
+        opened(root, values=("0", "255", "7")).check()
+    for values, said in (
+        (("0", "255"), "one per class, that is 3"),
+        (("0", "0", "1"), "same"),
+        (("a", "0", "1"), "numb"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            opened(root, values=values)
+
+
+def test_masks_in_colours_and_with_a_suffix(tmp_path):
+    names, colours = read_colours(["sea 0 0 255", "dry land, 0, 128,0", "sky 255 255 255"])
+    assert names == ["sea", "dry land", "sky"] and colours == (0x0000FF, 0x008000, 0xFFFFFF)
+    values = indices()
+    table = np.array([[0, 0, 255], [0, 128, 0], [255, 255, 255]], dtype=np.uint8)
+    write(tmp_path, "a", image())
+    write(tmp_path, "a_mask", mask=table[values])
+    data = opened(tmp_path, colours=colours, suffix="_mask")
+    assert np.array_equal(data[0][1].numpy(), values) and data.check().classes.sum() == values.size
+    table[2] = 250
+    write(tmp_path, "a_mask", mask=table[values])
+    with pytest.raises(ValueError, match="masks have colours of no class: .* has #fafafa"):
+        data.check()
+    with pytest.raises(ValueError, match="1 of 1 images have no mask .*--mask-suffix"):
+        opened(tmp_path, colours=colours)
+    with pytest.raises(ValueError, match="--mask-colors: 2 lines .*NAME R G B"):
+        read_colours(["sea", "land 0 0 256", "sky 1 1 1"])
+
+
+def grey_png(values, bits):
+    """A grey PNG of less than 8 bits, which Pillow does not write."""
+    rows = b"".join(b"\0" + np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits :]).tobytes() for row in values)
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_masks_of_few_bits_hold_indices(tmp_path, bits):
+    values = indices(top=2**bits)
+    (tmp_path / "m.png").write_bytes(grey_png(values, bits))
+    assert np.array_equal(load_mask(tmp_path / "m.png"), values)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, bool])
+def test_masks_whose_zero_is_white_are_not_inverted(tmp_path, dtype):
+    tifffile = pytest.importorskip("tifffile")
+    values = indices(top=2 if dtype is bool else 5).astype(dtype)
+    tifffile.imwrite(tmp_path / "m.tif", values, photometric="miniswhite")
+    assert np.array_equal(load_mask(tmp_path / "m.tif"), values.astype(np.int64))

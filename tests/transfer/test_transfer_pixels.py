@@ -87,5 +87,5 @@ def test_samples_hold_prepared_values(encoder, data):
     pixels = create_backbone(encoder, pretrained=False).pixels
     coco = open_coco(data / "train.json", data / "train/images")
     image = collate([DetectionImages(coco, pixels=pixels)[0]])[0][0]
-    masked = MaskedImages(*open_split(data, "train"), read_classes(data / "classes.txt"), pixels=pixels)
+    masked = MaskedImages(open_split(data, "train"), read_classes(data / "classes.txt"), pixels=pixels)
     assert torch.equal(image, masked[0][0]) and image.min() >= 0.1 and image.max() == 2.5

@@ -12,23 +12,44 @@ from torch import Tensor
 from .. import transfer
 from ..config import add_options, build, from_mapping, words_given
 from ..console import PROGRAM, CommandParser, refused, say
-from ..data import FolderSource
+from ..data import FolderSource, MissingPackageError
 from ..data.samples.batches import map_batches
-from ..features.extract import refuse_bad
 from ..files import claim_folder, write_json
 from ..recipes import Recipe, list_recipes, load_recipe
 from ..runs.end import run_command, start_command
 from ..transfer.backbone import Backbone, as_float
+from ..transfer.config import Predicted
 from ..transfer.task import Task, set_up
 
 
-def readable_images(config: Any, backbone: Backbone, batch_size: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Batches of the images below --images, float `[C, H, W]` in 0..1, each with its path relative to the folder."""
-    source = FolderSource(config.images, backbone.in_chans, backbone.pixels)
-    numbers = range(-(-len(source) // batch_size))
-    for batch in map_batches(source, as_float, batch_size, numbers, config.compute.workers):
-        refuse_bad([str(item.error) for item in batch.items or () if item.error is not None])
-        yield [(item.name, item.image) for item in batch.items or () if item.image is not None]
+class ReadableImages:
+    """The images below the folder of `predict`; those that cannot be decoded are named, counted and left out."""
+
+    def __init__(self, options: Predicted, backbone: Backbone) -> None:
+        self.source, self.limit = (
+            FolderSource(options.images, backbone.in_chans, backbone.pixels),
+            options.max_bad_images,
+        )
+        self.bad = 0
+
+    def batches(self, batch_size: int, workers: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """Batches of images, float `[C, H, W]` in 0..1, each with its path relative to the folder."""
+        total = len(self.source)
+        for batch in map_batches(self.source, as_float, batch_size, range(-(-total // batch_size)), workers):
+            for item in batch.items or ():
+                if isinstance(item.error, MissingPackageError):
+                    raise item.error
+                if item.error is not None:
+                    self.bad += 1
+                    say(f"skipped: {item.error}", error=True)
+            if self.bad == total or self.bad > self.limit * total:
+                raise ValueError(f"{self.bad} of {total} images cannot be decoded (--max-bad-images {self.limit:g}).")
+            yield [(item.name, item.image) for item in batch.items or () if item.image is not None]
+
+    def end(self, what: str) -> int:
+        """Prints what was done; returns the exit status, 1 if images were left out."""
+        say(what + (f"; {self.bad} images skipped" if self.bad else ""))
+        return int(bool(self.bad))
 
 
 @dataclass(frozen=True)
@@ -36,14 +57,14 @@ class Dense:
     """`detect` or `segment`: dense prediction with the actions train, eval and predict.
 
     `configs` are those of the actions. `task` builds the task from the config of `train` or of `eval`; `predict` is the
-    function of the third action.
+    function of the third action, which returns the exit status.
     """
 
     name: str
     description: str
     configs: dict[str, type]
     task: Callable[[Any], Task]
-    predict: Callable[[Any], None]
+    predict: Callable[[Any], int]
 
     @property
     def recipes(self) -> Path:
@@ -77,12 +98,13 @@ class Dense:
             begin = partial(set_up, self.task, config, recipe, line=start_command(self.name, words))
             return run_command(f"{self.name} train", config.compute.device, begin)
         try:
-            self.predict(config) if action == "predict" else self.evaluate(config)
+            return self.predict(config) if action == "predict" else self.evaluate(config)
         except (ValueError, OSError, RuntimeError) as e:
             return refused(f"{self.name} {action}", e)
-        return 0
+        except KeyboardInterrupt:
+            return 130
 
-    def evaluate(self, config: Any) -> None:
+    def evaluate(self, config: Any) -> int:
         """Evaluates an exported model; prints the metrics, and writes them with what was found if there is --output."""
         task = self.task(config)
         for note in task.check():
@@ -94,3 +116,4 @@ class Dense:
             by_class = {k: dict(zip(task.classes, v, strict=True)) for k, v in metrics.items() if isinstance(v, list)}
             write_json(output / "metrics.json", metrics | by_class, indent=2)
             task.write_found(output / "predictions.json", found)
+        return 0

@@ -1,35 +1,44 @@
 """`timm-convnextv2 detect`: trains a detector, evaluates it, and finds objects."""
 
-from ..console import say
+from pathlib import Path
+
 from ..files import check_free, write_json
 from ..transfer.config import DetectConfig, DetectEvalConfig, DetectPredictConfig
-from ..transfer.detection.coco import Coco, CocoImage, rle_codec
+from ..transfer.detection.coco import Coco, CocoImage, DetectionImages, rle_codec
 from ..transfer.detection.detector import made_of_detector
-from ..transfer.detection.metrics import find_objects
+from ..transfer.detection.metrics import draw_objects, find_objects
+from ..transfer.detection.soft_nms import use_soft_nms
 from ..transfer.detection.task import DetectionTask, open_exported
-from .dense import Dense, readable_images
+from ..transfer.figures import save_image
+from .dense import Dense, ReadableImages
 
 
-def predict(config: DetectPredictConfig) -> None:
+def predict(config: DetectPredictConfig) -> int:
     """`detect predict`: the objects in all images of a folder, as a JSON file that `open_coco` reads."""
-    output = check_free(config.output, overwrite=config.overwrite)
+    output, draw = check_free(config.output, overwrite=config.overwrite), config.predicted.draw
     detector, classes, backbone = open_exported(config)
-    if not made_of_detector(detector)["boxes_only"]:
+    if config.soft_nms:
+        use_soft_nms(detector, config.soft_nms)
+    if masks := not made_of_detector(detector)["boxes_only"]:
         rle_codec()
-    images: list[CocoImage] = []
-    category_ids, found = list(range(1, len(classes) + 1)), []
-    for items in readable_images(config, backbone, config.batch_size):
-        ids = range(len(images) + 1, len(images) + len(items) + 1)
+    coco = Coco(output, [], classes, list(range(1, len(classes) + 1)))
+    data, source = DetectionImages(coco, masks=masks), ReadableImages(config.predicted, backbone)
+    for items in source.batches(config.batch_size, config.compute.workers):
+        ids = range(len(coco.images) + 1, len(coco.images) + len(items) + 1)
+        loaded = [image for _, image in items]
+        found = find_objects(detector, loaded, ids, coco.category_ids, config.compute.autocast)
         for i, (name, image) in zip(ids, items, strict=True):
-            images.append(CocoImage(i, "", name, image.shape[-2], image.shape[-1], []))
-        found += find_objects(detector, [image for _, image in items], ids, category_ids, config.compute.autocast)
-    found = [result for result in found if result["score"] >= config.min_score]
-    content = Coco(output, images, classes, category_ids).content()
+            own = [result for result in found if result["image_id"] == i and result["score"] >= config.min_score]
+            coco.images.append(CocoImage(i, "", name, image.shape[-2], image.shape[-1], own))
+            if draw:
+                save_image(Path(draw) / f"{name}.png", draw_objects(data, coco.images[-1], image))
+    content = coco.content()
     content["annotations"] = [
-        dict(result, id=i, iscrowd=0, area=result["bbox"][2] * result["bbox"][3]) for i, result in enumerate(found, 1)
+        dict(result, id=i, iscrowd=0, area=result["bbox"][2] * result["bbox"][3])
+        for i, result in enumerate(content["annotations"], 1)
     ]
     write_json(output, content)
-    say(f"{len(found)} objects in {len(images)} images: {output}")
+    return source.end(f"{len(content['annotations'])} objects in {len(coco.images)} images: {output}")
 
 
 COMMAND = Dense(

@@ -3,34 +3,41 @@
 import os
 from pathlib import Path
 
-from ..console import say
 from ..data.formats.files import printable
 from ..files import claim_folder, whole_file
 from ..runs.device import check_device
 from ..transfer.config import SegmentConfig, SegmentEvalConfig, SegmentPredictConfig
+from ..transfer.figures import save_image
 from ..transfer.segmentation.masks import paths_by_stem
-from ..transfer.segmentation.metrics import find_classes, save_mask
+from ..transfer.segmentation.metrics import find_classes, overlay, save_mask
 from ..transfer.segmentation.segmenter import open_segmenter
 from ..transfer.segmentation.task import SegmentationTask
-from .dense import Dense, readable_images
+from .dense import Dense, ReadableImages
 
 
-def predict(config: SegmentPredictConfig) -> None:
+def predict(config: SegmentPredictConfig) -> int:
     """`segment predict`: an index PNG for each image of a folder, under its relative path with the extension .png."""
     model = open_segmenter(config.model, check_device(config.compute.device))
-    paths_by_stem(config.images)  # refuses images whose masks would have one name
-    if Path(config.output).resolve() == Path(config.images).resolve():
+    images, draw = config.predicted.images, config.predicted.draw
+    paths_by_stem(images)  # refuses images whose masks would have one name
+    if Path(config.output).resolve() == Path(images).resolve():
         raise ValueError("--output is the folder of the images, which the masks would replace. Choose another folder.")
     output, written = claim_folder(config.output, overwrite=config.overwrite), 0
-    for items in readable_images(config, model.backbone.read_with(config.compute.nodata), 1):
+    source = ReadableImages(config.predicted, model.backbone.read_with(config.compute.nodata))
+    for items in source.batches(1, config.compute.workers):
         for name, image in items:
             path = output / Path(name).with_suffix(".png")
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_mask(find_classes(model, image, config.averaging, config.compute.autocast), path, len(model.classes))
+            found = find_classes(model, image, config.averaging, config.compute.autocast)
+            save_mask(found, path, len(model.classes))
+            if draw:
+                save_image(Path(draw) / f"{name}.png", overlay(image, found, len(model.classes)))
             written += 1
     with whole_file(output / "classes.txt") as part:
         part.write_text("".join(f"{name}\n" for name in model.classes), encoding="utf-8")
-    say(f"{written} masks with the indices of {len(model.classes)} classes: {printable(os.fspath(output))}")
+    return source.end(
+        f"{written} masks with the indices of {len(model.classes)} classes: {printable(os.fspath(output))}"
+    )
 
 
 COMMAND = Dense(

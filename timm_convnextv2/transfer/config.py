@@ -114,6 +114,17 @@ class ExportedConfig:
     compute: Compute = part(Compute)
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """The images of `predict`, and what to do with them."""
+
+    images: str = option(..., "folder with images at any depth", metavar="DIR")
+    max_bad_images: float = option(
+        1.0, "stop if more than this fraction of the images cannot be decoded (default: only if none can)",
+        metavar="X", at_least=0, at_most=1)
+    draw: str | None = option(None, "folder for images of what was found", metavar="DIR")
+
+
 # ---------------------------------------------------------------------------------------------------------- detection
 
 
@@ -122,16 +133,21 @@ class DetectData:
     """Annotated images to evaluate on."""
 
     data_dir: str = option("", "root of the data set; the paths below are relative to it", metavar="DIR")
-    val: str = option("validation.json", "annotations to evaluate on, in COCO's format", metavar="FILE")
+    val: str = option("validation.json", "annotations to evaluate on, COCO's JSON or YOLO's data.yaml", metavar="FILE")
     val_images: str = option("validation/images", "their images", metavar="DIR")
     drop_wrong: bool = option(False, "leave out wrong annotations and report their number instead of stopping")
+    merge_duplicates: bool = option(
+        False, "merge images, annotations and category names that occur twice instead of stopping")
+    max_objects: int | None = option(
+        None, "objects per image that are found and evaluated (default: the most in the data, at least 100, which is "
+        "COCO's number)", metavar="N", at_least=1)
 
 
 @dataclass(frozen=True)
 class DetectTrainData(DetectData):
     """Annotated images to train and evaluate on."""
 
-    train: str = option("train.json", "annotations to train on, in COCO's format", metavar="FILE")
+    train: str = option("train.json", "annotations to train on, COCO's JSON or YOLO's data.yaml", metavar="FILE")
     train_images: str = option("train/images", "their images", metavar="DIR")
 
 
@@ -180,9 +196,9 @@ class DetectEvalConfig(DetectUse):
 class DetectPredictConfig(DetectUse):
     """`detect predict`."""
 
-    images: str = option(..., "folder with images at any depth", metavar="DIR")
+    predicted: Predicted = part(Predicted)
     output: str = option(..., "JSON file to write, in COCO's format", metavar="FILE")
-    min_score: float = option(0.05, "leave out objects with a lower score", metavar="X")
+    min_score: float = option(0.3, "leave out objects with a lower score", metavar="X")
 
 
 # ------------------------------------------------------------------------------------------------------- segmentation
@@ -194,12 +210,18 @@ class SegmentData:
 
     data_dir: str = option(
         "", "folder with SPLIT/images and SPLIT/masks, or images/SPLIT and masks/SPLIT, for the splits train and "
-        "validation", metavar="DIR")
+        "validation; or with YOLO's data.yaml", metavar="DIR")
     classes: str | None = option(
         None, "class names, one per line, line 1 is index 0 (default: DATA_DIR/classes.txt)", metavar="FILE")
     ignore_index: int = option(255, "value in masks of pixels that do not count", metavar="N")
     reduce_zero_label: bool = option(
         False, "0 in a mask means no class and the first class is 1, as in ADE20K", negatable=True)
+    mask_values: tuple[str, ...] = option(
+        (), "values in masks, one word per class: '0 255', or '0 1,255' for two values of class 1", metavar="V")
+    mask_colors: bool = option(False, "masks have colours; lines of the class file are NAME R G B")
+    mask_suffix: str = option("", "what the names of masks have after those of their images, such as _mask",
+                              metavar="TEXT")
+    allow_absent: bool = option(False, "train although a class has no pixel in the training masks")
 
 
 @dataclass(frozen=True)
@@ -280,6 +302,6 @@ class SegmentEvalConfig(ExportedConfig):
 class SegmentPredictConfig(ExportedConfig):
     """`segment predict`."""
 
-    images: str = option(..., "folder with images at any depth", metavar="DIR")
+    predicted: Predicted = part(Predicted)
     output: str = option(..., "folder for the index PNGs", metavar="DIR")
     averaging: Averaging = part(Averaging)

@@ -41,6 +41,12 @@ class Samples(Dataset):
             return self.transform(*sample)
 
 
+def sampled(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Keys `(epoch, index)` of at least 32 samples, spread over the indices, of epochs that are not trained on."""
+    few = [indices[k * len(indices) // 32] for k in range(32)] if len(indices) > 32 else indices
+    return [(-1 - epoch, i) for epoch in range(-(-32 // max(1, len(few)))) for i in few]
+
+
 def create_loader(
     samples: Samples, collate: Callable[[list], tuple[Any, Any]], world: World, batch_size: int, workers: int = 0
 ) -> DataLoader:

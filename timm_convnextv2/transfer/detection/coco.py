@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,21 @@ from ...data.formats.pixels import PLAIN
 from ...data.sources.files import ImageFiles
 from ..backbone import as_float
 from ..figures import first
+from ..yolo import read_yolo, to_coco
 
 TOLERANCE = 1.0  # pixels that a box may exceed its image by, because tools round; the excess is cut off
+FIT = 0.5  # smallest overlap (IoU) of a box with the box around its mask
 CATEGORIES_DIFFER = "All annotations need the categories that the model was trained on."
 
 _NO_MASK = "annotations without a `segmentation`"
+_OUTSIDE, _NO_FIT = "boxes that reach outside of their image", "boxes that do not fit their masks"
+_REMEDIES = {
+    _NO_MASK: "Fix the file, or train without masks: --boxes-only.",
+    "": "Fix the file, or leave them out: --drop-wrong.",
+}
+_RELATIVE = "fractions of the image's size"
+_MERGE = "Fix the file, or merge them: --merge-duplicates."
+_CROWD = {"0": 0, "1": 1, "false": 0, "true": 1, "": 0, "none": 0, "0.0": 0, "1.0": 1}
 
 
 class CocoImage(NamedTuple):
@@ -40,17 +51,22 @@ class CocoImage(NamedTuple):
 
 
 class Coco(NamedTuple):
-    """Annotations that passed every check."""
+    """Annotations that passed every check; `notes` count what was left out, merged or is unusual."""
 
     file: Path
     images: list[CocoImage]
     classes: list[str]  # in the order of `category_ids`
     category_ids: list[int]  # sorted; label i of a detector is number i - 1 here, as 0 is the background
-    left_out: int = 0  # wrong annotations that were dropped
+    notes: tuple[str, ...] = ()
 
     @property
     def annotations(self) -> list[dict[str, Any]]:
         return [annotation for image in self.images for annotation in image.annotations]
+
+    @property
+    def most_objects(self) -> int:
+        """The largest number of objects in an image."""
+        return max(sum(not a["iscrowd"] for a in image.annotations) for image in self.images)
 
     def content(self) -> dict[str, Any]:
         """The content of a COCO file, for an evaluator."""
@@ -70,33 +86,30 @@ def rle_codec() -> Any:
 
 
 def open_coco(
-    file: str | Path, folder: str | Path, *, masks: bool = True, drop_wrong: bool = False, in_chans: int | None = None,
-    pixels: Pixels = PLAIN
+    file: str | Path, folder: str | Path, *, split: str = "train", masks: bool = True, drop_wrong: bool = False,
+    merge: bool = False, in_chans: int | None = None, pixels: Pixels = PLAIN
 ) -> Coco:  # fmt: skip
-    """Reads and checks annotations of objects; images are relative to `folder`.
+    """Reads and checks annotations of objects; images are relative to `folder`. YOLO's data.yaml is read as well.
 
     Ids may have gaps, annotations may be crowds (`iscrowd`), and images may have no annotations. With `masks`, every
     annotation needs a `segmentation`, polygons or RLE. Wrong annotations (no area, outside of the image, broken mask)
     are a `ValueError` with the count and the first names of each kind; `drop_wrong` drops and counts them instead.
-    `in_chans` decodes some images to this number of channels and compares their sizes.
+    Images, annotations and category names that occur twice are an error, too, unless `merge`. `in_chans` decodes some
+    images to this number of channels and compares their sizes.
     """
     file, folder = Path(file), Path(folder)
-    content = _read(file)
-    if not folder.is_dir():
-        raise ValueError(f"The folder of the images, '{folder}', does not exist or is a file.")
-    _check_entries(content["categories"], file, "categories", "id name", id=_is_integer, name=_is_text)
-    categories = {e["id"]: e["name"] for e in content["categories"]}
-    sides = dict.fromkeys(("height", "width"), lambda v: _is_integer(v) and v > 0)
-    _check_entries(content["images"], file, "images", "id", id=_is_integer, file_name=_is_text, **sides)
-    images = {
-        e["id"]: CocoImage(e["id"], str(folder / e["file_name"]), e["file_name"], e["height"], e["width"], [])
-        for e in content["images"]
-    }
-    missing = [image.name for image in images.values() if not Path(image.path).is_file()]
-    _refuse(missing, file, f"images (of {len(images)}) that are missing in '{folder}'")
-    left_out = _attach(content["annotations"], images, categories, file, masks, drop_wrong)
+    checks = _Checks(file, masks, drop_wrong, merge)
+    if file.suffix in (".yaml", ".yml"):
+        content, folder = to_coco(*read_yolo(file, split))
+    else:
+        content = _read(file)
+        if not folder.is_dir():
+            raise ValueError(f"The folder of the images, '{folder}', does not exist or is a file.")
+    categories, same = checks.categories(content["categories"], content["annotations"])
+    images, moved = checks.images(content["images"], folder)
+    checks.attach(content["annotations"], images, moved, same)
     ids = sorted(categories)
-    coco = Coco(file, list(images.values()), [categories[i] for i in ids], ids, left_out)
+    coco = Coco(file, list(images.values()), [categories[i] for i in ids], ids, tuple(checks.notes))
     if in_chans is not None:
         check_sizes(coco, in_chans, pixels)
     return coco
@@ -107,13 +120,14 @@ def _read(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"The annotations '{file}' do not exist.") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"The annotations '{file}' cannot be read as JSON: {e}") from e
     lists = ("images", "annotations", "categories")
     for name in lists:
         part = content.get(name) if isinstance(content, dict) else None
         if not isinstance(part, list) or not all(isinstance(entry, dict) for entry in part):
-            what = f"has the keys {sorted(content)}" if isinstance(content, dict) else f"is a {type(content).__name__}"
+            keys = first(content, 9) if isinstance(content, dict) else ""
+            what = f"has the keys {keys}" if keys else f"is a {type(content).__name__}"
             raise ValueError(
                 f"'{file}' {what}; expected COCO's format, an object with lists of objects: {', '.join(lists)} "
                 f"('{name}' is missing or no such list)."
@@ -124,87 +138,231 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
-def _check_entries(entries: list[dict[str, Any]], file: Path, what: str, unique: str, **valid: Any) -> None:
-    """Refuses entries without a valid value of each key, and equal values of the keys in `unique`."""
-    for key, is_valid in valid.items():
-        _refuse([e for e in entries if not is_valid(e.get(key))], file, f"{what} without a valid `{key}`")
-    for key in unique.split():
-        again = [v for v, n in Counter(e[key] for e in entries).items() if n > 1]
-        _refuse(again, file, f"{what} of equal `{key}`")
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
-def _attach(
-    entries: list[dict[str, Any]], images: dict[int, CocoImage], categories: dict[int, str], file: Path, masks: bool,
-    drop_wrong: bool
-) -> int:  # fmt: skip
-    """Adds the annotations to their images; returns how many were left out."""
-    for key, known, what in (("image_id", images, "images"), ("category_id", categories, "categories")):
-        lost = [f"{key} {e.get(key)}" for e in entries if not _is_integer(e.get(key)) or e[key] not in known]
-        _refuse(lost, file, f"annotations of {what} that it does not list")
-    faults: dict[str, list[str]] = {}
-    for number, entry in enumerate(entries, 1):
-        image = images[entry["image_id"]]
-        if fault := _fault(entry, image, masks):
-            faults.setdefault(fault, []).append(f"annotation {entry.get('id', number)} of {image.name}")
-            continue
-        x, y, w, h = (float(v) for v in entry["bbox"])
-        area = entry.get("area")
-        fields = dict(iscrowd=int(bool(entry.get("iscrowd", 0))), area=w * h if area is None else area)
-        image.annotations.append({**entry, "id": number, **fields, "bbox": [x, y, w, h]})
-    for fault, names in faults.items() if not drop_wrong else ():
-        hint = "train without masks: --boxes-only" if fault == _NO_MASK else "leave them out: --drop-wrong"
-        _refuse(names, file, fault, f"Fix the file, or {hint}.")
-    return sum(map(len, faults.values()))
+class _Checks:
+    """The checks of a file. Faults are refused, or left out or merged on request and counted in `notes`."""
+
+    def __init__(self, file: Path, masks: bool, drop_wrong: bool, merge: bool) -> None:
+        self.file, self.masks, self.drop_wrong, self.merge = file, masks, drop_wrong, merge
+        self.notes: list[str] = []
+
+    def refuse(self, wrong: Sequence[Any], what: str, remedy: str = "Fix the file.") -> None:
+        """Raises one message for all faults of a kind, if there are any."""
+        if wrong:
+            raise ValueError(f"'{self.file}' has {len(wrong)} {what}: {first(wrong)}. {remedy}")
+
+    def entries(self, entries: list[dict[str, Any]], what: str, **valid: Callable[[Any], bool]) -> None:
+        """Refuses entries without a valid value of each key, and equal ids."""
+        for key, is_valid in valid.items():
+            self.refuse([e for e in entries if not is_valid(e.get(key))], f"{what} without a valid `{key}`")
+        ids = Counter(e["id"] for e in entries)
+        self.refuse([i for i, n in ids.items() if n > 1], f"{what} of equal `id`")
+
+    def duplicates(self, found: Sequence[Any], what: str) -> None:
+        """Refuses entries that repeat others, or counts them."""
+        if not self.merge:
+            self.refuse(found, what, _MERGE)
+        elif found:
+            self.notes.append(f"merged {len(found)} {what}: {first(found)}")
+
+    def categories(
+        self, entries: list[dict[str, Any]], annotations: list[dict[str, Any]]
+    ) -> tuple[dict[int, str], dict[int, int]]:
+        """The names by id, and the id that each id stands for."""
+        self.entries(entries, "categories", id=_is_integer, name=_is_text)
+        used = {a["category_id"] for a in annotations if _is_integer(a.get("category_id"))}
+        parents = [(e["id"], str(e.get("supercategory"))) for e in entries]
+        roots = [
+            e for e in entries
+            if e["id"] not in used and any(i != e["id"] and parent == e["name"] for i, parent in parents)
+        ]  # fmt: skip
+        if roots:
+            what = "categories that no annotation uses, the parents of others"
+            self.notes.append(f"left out {len(roots)} {what}: {first(e['name'] for e in roots)}")
+        ids: dict[str, int] = {}
+        same = {e["id"]: ids.setdefault(e["name"], e["id"]) for e in entries if e not in roots}
+        twice = [e["name"] for e in entries if same.get(e["id"], e["id"]) != e["id"]]
+        self.duplicates(twice, "categories of equal name")
+        return {i: name for name, i in ids.items()}, same
+
+    def images(self, entries: list[dict[str, Any]], folder: Path) -> tuple[dict[int, CocoImage], dict[int, int]]:
+        """The images by id, and the id that each id stands for."""
+        sides = dict.fromkeys(("height", "width"), lambda v: _is_integer(v) and 0 < v < 2**31)
+        self.entries(entries, "images", id=_is_integer, file_name=_is_text, **sides)
+        images, ids, outside, lost = {}, {}, [], []
+        same: dict[int, int] = {}
+        for e in entries:
+            name = e["file_name"]
+            if "\\" in name and not os.path.isfile(folder / name):
+                name = name.replace("\\", "/")  # written on Windows
+            path = os.path.normpath(folder / name)
+            if not path.startswith(os.path.join(os.path.normpath(folder), "")):
+                outside.append(name)
+            elif not os.path.isfile(path):
+                lost.append(name)
+            same[e["id"]] = ids.setdefault(path, e["id"])
+            if same[e["id"]] == e["id"]:
+                images[e["id"]] = CocoImage(e["id"], path, name, e["height"], e["width"], [])
+        self.refuse(outside, f"images whose `file_name` leaves their folder '{folder}'")
+        parent = lost and os.path.isfile(folder.parent / lost[0])
+        remedy = f"Pass the folder that they are in, '{folder.parent}'." if parent else "Fix the file."
+        self.refuse(lost, f"images (of {len(entries)}) that are missing in '{folder}'", remedy)
+        twice = [e["file_name"] for e in entries if same[e["id"]] != e["id"]]
+        self.duplicates(twice, "files under several image ids")
+        return images, same
+
+    def attach(
+        self, entries: list[dict[str, Any]], images: dict[int, CocoImage], moved: dict[int, int], same: dict[int, int]
+    ) -> None:
+        """Adds the annotations to their images."""
+        for key, known, what in (("image_id", moved, "images"), ("category_id", same, "categories")):
+            lost = [f"{key} {e.get(key)}" for e in entries if not _is_integer(e.get(key)) or e[key] not in known]
+            self.refuse(lost, f"annotations of {what} that it does not list")
+        boxes = [(e["bbox"], images[moved[e["image_id"]]]) for e in entries if _is_box(e.get("bbox"))]
+        unit = _unit(boxes)
+        if unit == _RELATIVE:
+            what = f"'{self.file}': all {len(boxes)} boxes lie within 0 and 1, as if relative to the image's size"
+            raise ValueError(f"{what}. Multiply them by its width and height.")
+        faults: dict[str, list[str]] = {}
+        seen: dict[tuple, list[Any]] = {}
+        twice, small, crowds = [], 0, 0
+        for number, entry in enumerate(entries, 1):
+            image, category = images[moved[entry["image_id"]]], same[entry["category_id"]]
+            where = f"annotation {entry.get('id', number)} of {image.name}"
+            if fault := _fault(entry, image, self.masks):
+                faults.setdefault(fault, []).append(where)
+                continue
+            x, y, w, h = (float(v) for v in entry["bbox"])
+            others, mask = seen.setdefault((image.id, category, x, y, w, h), []), entry.get("segmentation")
+            if mask in others:
+                twice.append(where)
+                continue
+            others.append(mask)
+            crowd, area = _CROWD[str(entry.get("iscrowd", 0)).lower()], entry.get("area")
+            small, crowds = small + (w < 1 or h < 1), crowds + crowd
+            fields = dict(id=number, category_id=category, image_id=image.id, iscrowd=crowd, bbox=[x, y, w, h])
+            image.annotations.append({**entry, **fields, "area": w * h if area is None else area})
+        for fault, names in faults.items():
+            if not self.drop_wrong:
+                hint = f" As a whole they look like {unit}." if unit and fault in (_OUTSIDE, _NO_FIT) else ""
+                self.refuse(names, fault, _REMEDIES.get(fault, _REMEDIES[""]) + hint)
+            self.notes.append(f"left out {len(names)} {fault}: {first(names)}")
+        self.duplicates(twice, "annotations that repeat others")
+        kept = sum(len(image.annotations) for image in images.values())
+        if crowds and crowds == kept:
+            what = "annotations, and all are crowds (`iscrowd` 1), which are neither trained on nor counted"
+            raise ValueError(f"'{self.file}' has {kept} {what}. Set `iscrowd` to 0 if each of them is one object.")
+        if crowds:
+            self.notes.append(f"{crowds} of {kept} annotations are crowds, which are not trained on")
+        if small:
+            self.notes.append(f"{small} of {kept} boxes are smaller than a pixel, which is too small to be trained on")
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(_is_finite(v) for v in box)
+
+
+def _unit(boxes: Sequence[tuple[list[float], CocoImage]]) -> str:
+    """Another unit than x, y, width, height in pixels that all boxes together fit better; '' if there is none."""
+    if not boxes:
+        return ""
+    a, b, c, d = np.array([box for box, _ in boxes], dtype=float).T
+    width, height = np.array([(image.width, image.height) for _, image in boxes], dtype=float).T
+    if min(x.min() for x in (a, b, c, d)) >= 0 and max(x.max() for x in (a, b, c, d)) <= 1:
+        return _RELATIVE
+    if ((a < c) & (b < d) & (c <= width + TOLERANCE) & (d <= height + TOLERANCE)).all():
+        return "x1 y1 x2 y2"
+    inside = (a - c / 2 >= -TOLERANCE) & (b - d / 2 >= -TOLERANCE)
+    inside &= (a + c / 2 <= width + TOLERANCE) & (b + d / 2 <= height + TOLERANCE)
+    return "centre x, centre y, width, height" if inside.all() else ""
 
 
 def _fault(entry: dict[str, Any], image: CocoImage, masks: bool) -> str:
     """The fault of an annotation, in the plural; '' if it has none."""
-    box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(v) for v in box):
+    box, area = entry.get("bbox"), entry.get("area")
+    if not _is_box(box):
         return "annotations whose `bbox` is not four numbers [x, y, width, height]"
-    x, y, w, h = box
+    if str(entry.get("iscrowd", 0)).lower() not in _CROWD:
+        return "annotations whose `iscrowd` is not 0 or 1"
+    if area is not None and not (_is_finite(area) and area >= 0):
+        return "annotations whose `area` is not a number"
+    x, y, w, h = map(float, entry["bbox"])
     if w <= 0 or h <= 0:
         return "boxes without area"
     beyond = max(-x, -y, x + w - image.width, y + h - image.height)
     inside = min(x + w, image.width) > max(x, 0) and min(y + h, image.height) > max(y, 0)
     if beyond > TOLERANCE or not inside:
-        return "boxes that reach outside of their image"
-    return _mask_fault(entry.get("segmentation"), image) if masks else ""
-
-
-def _mask_fault(mask: Any, image: CocoImage) -> str:
+        return _OUTSIDE
+    mask = entry.get("segmentation")
     if not mask:
-        return _NO_MASK
+        return _NO_MASK if masks else ""
+    fault, around = _mask_box(mask, image)
+    if fault:
+        return fault if masks else ""
+    left, top, right, bottom = around
+    both = max(0.0, min(x + w, right) - max(x, left)) * max(0.0, min(y + h, bottom) - max(y, top))
+    either = w * h + (right - left) * (bottom - top) - both
+    apart = max(abs(x - left), abs(y - top), abs(x + w - right), abs(y + h - bottom))
+    return _NO_FIT if both < FIT * either and apart > 2 else ""
+
+
+def _mask_box(mask: Any, image: CocoImage) -> tuple[str, tuple[float, ...]]:
+    """The fault of a mask, in the plural; x1, y1, x2, y2 of what it covers."""
     if isinstance(mask, dict):
-        size, counts = mask.get("size"), mask.get("counts")
-        if size != [image.height, image.width]:
-            return "masks (RLE) of another size than their images"
-        runs = counts if isinstance(counts, list) and all(_is_integer(n) and n >= 0 for n in counts) else []
-        if not isinstance(counts, str) and sum(runs) != image.height * image.width:
-            return "masks (RLE) whose counts do not add up to the image"
-        return ""
+        if mask.get("size") != [image.height, image.width]:
+            return "masks (RLE) of another size than their images", ()
+        runs = rle_runs(mask.get("counts"))
+        if runs is None or sum(runs.tolist()) != image.height * image.width:
+            return "masks (RLE) whose counts do not add up to the image", ()
+        ends = np.cumsum(runs)
+        starts, ends = (ends - runs)[1::2], ends[1::2] - 1
+        starts, ends = starts[ends >= starts], ends[ends >= starts]
+        if not len(starts):
+            return "masks without a pixel", ()
+        height, columns = image.height, (starts // image.height, ends // image.height)
+        across = (columns[0] != columns[1]).any()
+        top, bottom = (0, height) if across else ((starts % height).min(), (ends % height).max() + 1)
+        return "", (float(columns[0].min()), float(top), float(columns[1].max() + 1), float(bottom))
     rings = isinstance(mask, list) and all(
         isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0 and all(_is_finite(v) for v in ring)
         for ring in mask
     )
-    return "" if rings else "masks that are neither RLE nor polygons of at least three points"
+    if not rings:
+        return "masks that are neither RLE nor polygons of at least three points", ()
+    points = np.concatenate([np.array(ring, dtype=float).reshape(-1, 2) for ring in mask])
+    (left, top), (right, bottom) = points.min(0).tolist(), points.max(0).tolist()
+    return ("", (left, top, right, bottom)) if left < right and top < bottom else ("masks without area", ())
 
 
-def _refuse(wrong: Sequence[Any], file: Path, what: str, remedy: str = "Fix the file.") -> None:
-    """Raises one message for all faults of a kind, if there are any."""
-    if wrong:
-        raise ValueError(f"'{file}' has {len(wrong)} {what}: {first(wrong)}. {remedy}")
+def rle_runs(counts: Any) -> np.ndarray | None:
+    """The run lengths of an RLE, a list or COCO's compressed string; None if they are none."""
+    if isinstance(counts, list):
+        return np.array(counts, dtype=np.int64) if all(_is_integer(n) and n >= 0 for n in counts) else None
+    if not isinstance(counts, str) or not counts or not counts.isascii():
+        return None
+    code = np.frombuffer(counts.encode(), dtype=np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero((code & 32) == 0)  # five bits per character, the lowest first; 32: more follow
+    lengths = np.diff(last, prepend=-1)
+    if code.min() < 0 or code.max() > 63 or not len(last) or last[-1] != len(code) - 1 or lengths.max() > 8:
+        return None
+    place = np.arange(len(code)) - np.repeat(last - lengths + 1, lengths)
+    runs = np.add.reduceat((code & 31) << (5 * place), last - lengths + 1)
+    runs = np.where(code[last] & 16, runs - (np.int64(1) << (5 * lengths)), runs)  # negative
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])  # from the third on, differences
+    return runs if (runs >= 0).all() else None
 
 
 def check_sizes(coco: Coco, in_chans: int, pixels: Pixels = PLAIN) -> None:
@@ -222,7 +380,8 @@ def check_sizes(coco: Coco, in_chans: int, pixels: Pixels = PLAIN) -> None:
         for image, (h, w) in zip(images, sizes, strict=True)
         if (h, w) != (image.height, image.width)
     ]
-    _refuse(wrong, coco.file, f"images of another size than the files (of {tried} tried)")
+    what = f"images of another size than the files (of {tried} tried)"
+    _Checks(coco.file, False, False, False).refuse(wrong, what)
 
 
 class DetectionImages(Dataset):
@@ -244,7 +403,7 @@ class DetectionImages(Dataset):
         with naming(f"The image {printable(image.name)} (id {image.id})"):
             loaded = load_image(image.path, self.in_chans, self.pixels)
             height, width = loaded.shape[-2:]
-            if image.height and (height, width) != (image.height, image.width):
+            if (height, width) != (image.height, image.width):
                 raise ValueError(
                     f"it has {width} x {height} pixels, annotated as {image.width} x {image.height} in "
                     f"'{self.coco.file}'. Annotate the image as it is, or fix the file."

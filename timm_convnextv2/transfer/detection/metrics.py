@@ -14,12 +14,13 @@ from ...report.images import save_rows
 from ...runs.world import World
 from ..figures import as_rgb
 from ..loop import shared_loader
-from .coco import Coco, DetectionImages, collate, rle_codec
+from .coco import Coco, CocoImage, DetectionImages, collate, rle_codec
 from .detector import made_of_detector
 
 # COCO's twelve numbers, in its order
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 METRICS += ("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")
+MAX_OBJECTS = 100  # per image: what COCO evaluates and torchvision finds
 SURE = 0.5  # lowest score that is drawn
 
 _COLOURS = ["#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#000075"]
@@ -57,10 +58,13 @@ def _results(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int
     return results
 
 
-def average_precision(coco: Coco, results: list[Result], *, masks: bool) -> dict[str, float]:
+def average_precision(
+    coco: Coco, results: list[Result], *, masks: bool, max_objects: int = MAX_OBJECTS
+) -> dict[str, float]:
     """COCO's twelve numbers, for boxes as `box_*` and for masks as `mask_*`, in 0..1; -1 if no object counts.
 
-    Computed by faster-coco-eval from results on all images of `coco`.
+    Computed by faster-coco-eval from results on all images of `coco`, of which the best `max_objects` per image count.
+    With another number than COCO's 100, `ar100` is the average recall with that number.
     """
     rle_codec()  # for its error message
     from faster_coco_eval import COCO, COCOeval_faster
@@ -72,6 +76,7 @@ def average_precision(coco: Coco, results: list[Result], *, masks: bool) -> dict
         # loadRes derives areas and boxes from masks, so that results for boxes must not have any
         own = [{k: v for k, v in r.items() if kind == "segm" or k != "segmentation"} for r in results]
         evaluator: Any = COCOeval_faster(truth, truth.loadRes(own), kind)
+        evaluator.params.maxDets = [1, 10, max_objects]
         evaluator.run()
         found |= {f"{name}_{metric}": float(v) for metric, v in zip(METRICS, evaluator.stats[:12], strict=True)}
     return found
@@ -79,7 +84,7 @@ def average_precision(coco: Coco, results: list[Result], *, masks: bool) -> dict
 
 def evaluate_detector(
     detector: FasterRCNN, data: DetectionImages, *, batch_size: int = 1, workers: int = 0,
-    amp_dtype: torch.dtype | None = None, world: World | None = None
+    amp_dtype: torch.dtype | None = None, world: World | None = None, max_objects: int = MAX_OBJECTS
 ) -> tuple[dict[str, float], list[Result]]:  # fmt: skip
     """Average precision on images, and the results, the same on all processes, which share the images."""
     detector.eval()
@@ -92,17 +97,18 @@ def evaluate_detector(
         results += find_objects(detector, batch, [next(ids) for _ in batch], coco.category_ids, amp_dtype)
     if world is not None:
         results = world.gather(results)
-    return average_precision(coco, results, masks=not made_of_detector(detector)["boxes_only"]), results
+    masks = not made_of_detector(detector)["boxes_only"]
+    return average_precision(coco, results, masks=masks, max_objects=max_objects), results
 
 
 def table(metrics: dict[str, float]) -> str:
-    """COCO's numbers in percent, boxes and masks in columns."""
+    """COCO's numbers, boxes and masks in columns."""
     kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
     rows = [f"{'':10}" + "".join(f"{kind:>8}" for kind in kinds)]
     for name in METRICS:
         values = (metrics[f"{kind}_{name}"] for kind in kinds)
-        rows.append(f"{name:10}" + "".join(f"{100 * v:8.1f}" if v >= 0 else f"{'-':>8}" for v in values))
-    return "\n".join([*rows, "in %, computed by faster-coco-eval; - if no object has that size"])
+        rows.append(f"{name:10}" + "".join(f"{v:8.3f}" if v >= 0 else f"{'-':>8}" for v in values))
+    return "\n".join([*rows, "from 0 to 1, computed by faster-coco-eval; - if no object has that size"])
 
 
 def save_found(
@@ -110,30 +116,31 @@ def save_found(
     min_score: float = SURE,
 ) -> None:  # fmt: skip
     """Draws the truth (left) and the objects found (right) of some images as one PNG."""
-    coco, rows = data.coco, []
-    index = {image.id: i for i, image in enumerate(coco.images)}
+    index, rows = {image.id: i for i, image in enumerate(data.coco.images)}, []
     for i in (index[image_id] for image_id in image_ids):
-        (loaded,), (truth,) = collate([data[i]])
-        image, (height, width) = coco.images[i], loaded.shape[-2:]
+        (loaded,), _ = collate([data[i]])
+        image = data.coco.images[i]
         sure = [r for r in results if r["image_id"] == image.id and r["score"] >= min_score]
-        found = data.target(image._replace(annotations=sure, height=height, width=width))
-        names = [coco.classes[label - 1] for label in found["labels"].tolist()]
-        scored = [f"{name} {result['score']:.2f}" for name, result in zip(names, sure, strict=True)]
-        shown = (as_rgb(loaded) * 255).round().to(torch.uint8).permute(2, 0, 1)
-        there = [coco.classes[label - 1] for label in truth["labels"].tolist()]
-        pairs = ((truth, there, image.name), (found, scored, f"found, score >= {min_score:g}"))
-        rows.append([(_drawn(shown, target, names).permute(1, 2, 0).numpy(), text) for target, names, text in pairs])
+        found = draw_objects(data, image._replace(annotations=sure), loaded)
+        rows.append([(draw_objects(data, image, loaded), image.name), (found, f"found, score >= {min_score:g}")])
     save_rows(path, rows, (8, 4 * len(rows)))
 
 
-def _drawn(image: Tensor, target: dict[str, Any], names: list[str]) -> Tensor:
-    """The image with boxes, names and masks; small images are enlarged to keep the names legible."""
-    factor = max(1, 400 // max(image.shape[-2:]))
-    image = image.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    if not names:
-        return image
-    colours = [_COLOURS[(label - 1) % len(_COLOURS)] for label in target["labels"].tolist()]
-    if "masks" in target:
-        masks = target["masks"].bool().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-        image = draw_segmentation_masks(image, masks, alpha=0.4, colors=colours)
-    return draw_bounding_boxes(image, target["boxes"] * factor, names, colors=colours, width=2)
+def draw_objects(data: DetectionImages, image: CocoImage, loaded: Tensor) -> np.ndarray:
+    """An image, float `[C, H, W]`, with its annotations or results, uint8 `[H, W, 3]`.
+
+    Small images are enlarged to keep the names legible.
+    """
+    factor, target = max(1, 400 // max(loaded.shape[-2:])), data.target(image)
+    shown = (as_rgb(loaded) * 255).round().to(torch.uint8).permute(2, 0, 1)
+    shown = shown.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    if len(target["labels"]):
+        own = [a for a in image.annotations if not a.get("iscrowd")]
+        names = [data.coco.classes[label - 1] for label in target["labels"].tolist()]
+        names = [f"{name} {a['score']:.2f}" if "score" in a else name for name, a in zip(names, own, strict=True)]
+        colours = [_COLOURS[(label - 1) % len(_COLOURS)] for label in target["labels"].tolist()]
+        if "masks" in target:
+            masks = target["masks"].bool().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+            shown = draw_segmentation_masks(shown, masks, alpha=0.4, colors=colours)
+        shown = draw_bounding_boxes(shown, target["boxes"] * factor, names, colors=colours, width=2)
+    return shown.permute(1, 2, 0).numpy()

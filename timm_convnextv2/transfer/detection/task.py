@@ -11,8 +11,9 @@ from ...runs.device import check_device
 from ...runs.world import World
 from ..backbone import Backbone
 from ..config import DetectConfig, DetectEvalConfig, DetectUse
-from ..loop import Samples
+from ..loop import Samples, sampled
 from ..task import Task, new_backbone
+from ..yolo import find_yolo
 from .coco import (
     CATEGORIES_DIFFER,
     Coco,
@@ -24,7 +25,7 @@ from .coco import (
     rle_codec,
 )
 from .detector import backbone_of, build_detector, export_detector, made_of_detector, open_with_classes
-from .metrics import Result, evaluate_detector, save_found, table
+from .metrics import MAX_OBJECTS, Result, evaluate_detector, save_found, table
 from .soft_nms import use_soft_nms
 
 
@@ -42,11 +43,16 @@ class DetectionTask(Task):
         self._how: Any = dict(workers=config.compute.workers, amp_dtype=config.compute.autocast)
         if isinstance(config, DetectEvalConfig):
             self.model, self.classes, self.backbone = open_exported(config)
-            self._how["batch_size"] = config.batch_size
             masks = not made_of_detector(self.model)["boxes_only"]
             coco = self._open(config, "val", masks)
             where = (f"'{coco.file}'", f"the model '{config.model}'")
             check_same_classes(coco.classes, self.classes, where, remedy=CATEGORIES_DIFFER)
+            heads, most = self.model.roi_heads, most_objects(config, coco)
+            self._how |= dict(batch_size=config.batch_size, max_objects=most)
+            if config.data.max_objects or heads.detections_per_img == MAX_OBJECTS:  # not chosen in training
+                heads.detections_per_img = most
+            if config.soft_nms:
+                use_soft_nms(self.model, config.soft_nms)
             self.validation = self._images(coco, masks)
         else:
             self._create(config)
@@ -58,14 +64,17 @@ class DetectionTask(Task):
             raise ValueError(f"'{coco.file}' has no annotations: there is nothing to learn.")
         files = (f"'{validation.file}'", f"'{coco.file}'")
         check_same_classes(validation.classes, coco.classes, files, remedy=CATEGORIES_DIFFER)
-        self.backbone, self._how["batch_size"] = new_backbone(config), learning.batch_size
+        most = most_objects(config, coco, validation)
+        self._how |= dict(batch_size=learning.batch_size, max_objects=most)
+        self.backbone = new_backbone(config)
         train, self.validation = self._images(coco, masks), self._images(validation, masks)
         short, long = options.test_size or (crops.img_size, crops.img_size)
+        more = {} if most == MAX_OBJECTS else {"box_detections_per_img": most}
         self.model = build_detector(
             self.backbone, len(coco.classes), boxes_only=options.boxes_only, frozen=options.frozen,
             out_channels=options.out_channels, min_size=short, max_size=long,
             _skip_resize=True,  # in training large_scale_jitter has resized already
-            **options.detector_kwargs,
+            **more | options.detector_kwargs,
         )  # fmt: skip
         jitter = large_scale_jitter(crops.img_size, crops.scale, hflip=crops.hflip, vflip=crops.vflip)
         self.samples, self.classes = Samples(train, jitter, learning.seed), coco.classes
@@ -73,18 +82,37 @@ class DetectionTask(Task):
 
     def _open(self, config: Any, split: str, masks: bool) -> Coco:
         data, root = config.data, Path(config.data.data_dir)
-        images = root / getattr(data, f"{split}_images")
-        return open_coco(root / getattr(data, split), images, masks=masks, drop_wrong=data.drop_wrong)
+        file, images = root / getattr(data, split), root / getattr(data, f"{split}_images")
+        more = dict(drop_wrong=data.drop_wrong, merge=data.merge_duplicates)
+        return open_coco(find_yolo(file, root) or file, images, split=split, masks=masks, **more)
 
     def _images(self, coco: Coco, masks: bool) -> DetectionImages:
         return DetectionImages(coco, masks=masks, in_chans=self.backbone.in_chans, pixels=self.backbone.pixels)
 
     def check(self) -> list[str]:
-        parts = [self.validation.coco, *([self.samples.data.coco] if self.samples else ())]
-        for coco in parts:
+        parts = {"validation": self.validation.coco}
+        parts |= {"train": self.samples.data.coco} if self.samples else {}
+        notes = [f"note: {name}: {note}." for name, coco in parts.items() for note in coco.notes]
+        for coco in parts.values():
             check_sizes(coco, self.backbone.in_chans, self.backbone.pixels)
-        left_out = sum(coco.left_out for coco in parts)
-        return [f"note: {left_out} wrong annotations are left out."] if left_out else []
+        if (most := self._how["max_objects"]) != MAX_OBJECTS:
+            notes.append(f"note: at most {most} objects per image are found and evaluated (COCO: --max-objects 100).")
+        return notes + (self._count_targets() if self.samples else [])
+
+    def _count_targets(self) -> list[str]:
+        """Counts the objects that reach the loss, after the transform, on a sample of the training images."""
+        objects = [sum(not a["iscrowd"] for a in image.annotations) for image in self.samples.data.coco.images]
+        total = left = 0
+        for key in sampled([i for i, n in enumerate(objects) if n]):
+            total, left = total + objects[key[1]], left + len(self.samples[key][1]["boxes"])
+        if not left:
+            raise ValueError(
+                f"None of {total} objects tried reaches the loss: they lie outside of the crops or are smaller than a "
+                "pixel in them. Check the boxes, or raise --img-size or --scale."
+            )
+        lost = 1 - left / total
+        what = f"note: {lost:.0%} of {total} objects tried do not reach the loss: they lie outside of the crop, or are"
+        return [f"{what} smaller than a pixel in it (--scale, --img-size)."] if lost > 0.01 else []
 
     def evaluate(self, model: Any, world: World | None = None, shown: int = 0) -> tuple[dict[str, float], list[Result]]:
         return evaluate_detector(model, self.validation, world=world, **self._how)
@@ -103,10 +131,13 @@ class DetectionTask(Task):
         write_json(path, found)
 
 
+def most_objects(config: DetectConfig | DetectEvalConfig, *parts: Coco) -> int:
+    """The number of objects per image that are found and evaluated: the most in the data, unless the user says it."""
+    return config.data.max_objects or max(MAX_OBJECTS, *(coco.most_objects for coco in parts))
+
+
 def open_exported(config: DetectUse) -> tuple[FasterRCNN, list[str], Backbone]:
     """The detector of `eval` and `predict`, its classes, and how it reads images."""
     device = check_device(config.compute.device)
     detector, classes = open_with_classes(config.model)
-    if config.soft_nms:
-        use_soft_nms(detector, config.soft_nms)
     return detector.to(device), classes, backbone_of(detector).read_with(config.compute.nodata)

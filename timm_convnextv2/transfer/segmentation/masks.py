@@ -1,10 +1,12 @@
 """Images and masks of pixel classes: two folders, their checks, and the transform of training."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +26,65 @@ from ...data.formats.tiff import sparse_values
 from ...data.sources.files import ImageFiles
 from ..backbone import as_float
 from ..figures import first
+from ..yolo import YoloImage, draw_classes
 
 MASK_FOLDERS = ("masks", "annotations", "labels")
 SPLITS = {"train": TRAIN_FOLDERS, "validation": VALIDATION_FOLDERS, "test": ("test", "testing")}
 
 
-def load_mask(path: str | os.PathLike) -> np.ndarray:
-    """The values of a mask, int64 `[H, W]`: the indices of a palette image, or the values of a one-channel image."""
+class MaskCodes(NamedTuple):
+    """How the values in mask files become classes: by default they are the classes.
+
+    `values` has the values of each class, such as `("0", "1,255")`; `colours` has one 0xRRGGBB per class, for masks in
+    colours. `ignore_index` is no class. With `reduce_zero_label`, 0 is no class either, and class i is stored as i + 1,
+    as in ADE20K.
+    """
+
+    ignore_index: int = 255
+    reduce_zero_label: bool = False
+    values: tuple[str, ...] = ()
+    colours: tuple[int, ...] = ()
+
+    def check(self, classes: Sequence[str]) -> "MaskCodes":
+        """Returns itself if it suits these classes."""
+        if 0 <= self.ignore_index < len(classes):
+            raise ValueError(
+                f"The ignore index {self.ignore_index} is the index of the class '{classes[self.ignore_index]}'. "
+                f"Choose one outside of 0..{len(classes) - 1}, or reduce_zero_label if 0 means no class."
+            )
+        if self.values and len(self.values) != len(classes):
+            raise ValueError(f"--mask-values {' '.join(self.values)}: expected one per class, that is {len(classes)}.")
+        self.table()
+        return self
+
+    def table(self) -> dict[int, int]:
+        """The class of each value; empty if the values are the classes."""
+        codes = [(str(colour), i) for i, colour in enumerate(self.colours)]
+        codes += [(word, i) for i, words in enumerate(self.values) for word in words.split(",")]
+        try:
+            found = {int(word): i for word, i in codes}
+        except ValueError as e:
+            raise ValueError(f"--mask-values {' '.join(self.values)}: expected numbers ({e}).") from e
+        if len(found) < len(codes):
+            raise ValueError("Two classes have the same value or colour in masks.")
+        return found
+
+    def classes(self, values: np.ndarray) -> np.ndarray:
+        """The classes of values of any shape, int64; `ignore_index` if they have none, -1 if they are unknown."""
+        if table := self.table():
+            unique, inverse = np.unique(values, return_inverse=True)
+            known = [table.get(v, v if v == self.ignore_index and not self.colours else -1) for v in unique.tolist()]
+            return np.array(known, dtype=np.int64)[inverse].reshape(values.shape)
+        if self.reduce_zero_label:
+            return np.where((values == 0) | (values == self.ignore_index), self.ignore_index, values - 1)
+        return values
+
+
+def load_mask(path: str | os.PathLike, colours: bool = False) -> np.ndarray:
+    """The stored values of a mask, int64 `[H, W]`: of a palette or grey image, or colours as 0xRRGGBB.
+
+    Grey masks of 2 or 4 bits are not stretched to 0..255, and those whose 0 is white are not inverted.
+    """
     name = printable(path)
     try:
         with open_image_file(os.fspath(path)) as file, Image.open(file) as image:
@@ -39,9 +93,20 @@ def load_mask(path: str | os.PathLike) -> np.ndarray:
                 return values.astype(np.int64)
             if image.format == "JPEG":
                 raise ValueError("is a JPEG, whose values are not exact; expected a PNG")
+            if colours:
+                red, green, blue = np.moveaxis(np.array(image.convert("RGB")).astype(np.int64), -1, 0)
+                return red << 16 | green << 8 | blue
             if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
-                raise ValueError(f"has colours (mode {image.mode}), expected class indices: a palette or grey PNG")
-            return np.array(image).astype(np.int64)
+                raise ValueError(
+                    f"has colours (mode {image.mode}), expected class indices: a palette or grey PNG; or name the "
+                    "colours in the class file and pass --mask-colors"
+                )
+            how = image.tile[0][3] if image.tile else ""
+            stored = (how if isinstance(how, str) else str((how or [""])[0])).partition(";")[2]  # of 'L;4I': '4I'
+            values = np.array(image).astype(np.int64)
+            if "I" in stored and image.mode in ("1", "L"):  # Pillow inverts where 0 is white
+                values = (1 if image.mode == "1" else 255) - values
+            return values // {"2": 85, "4": 17}.get(stored[:1], 1) if image.mode == "L" else values
     except Exception as e:  # decoders raise nearly anything
         what = str(e) if isinstance(e, ValueError) else f"cannot be decoded ({type(e).__name__}: {e})"
         raise ValueError(f"{name} {what}".replace(f"{name} {name}", name)) from e
@@ -64,32 +129,47 @@ def read_classes(path: str | os.PathLike) -> list[str]:
     return names
 
 
-class MaskedImages(Dataset):
-    """Images and their masks, matched by their paths below the two folders without extensions.
+def read_colours(lines: Sequence[str]) -> tuple[list[str], tuple[int, ...]]:
+    """Names and colours (0xRRGGBB) from lines `NAME R G B` of a class file."""
+    found = [re.fullmatch(r"(.*[^\s,])[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})", line) for line in lines]
+    wrong = [
+        line for line, match in zip(lines, found, strict=True) if not match or max(map(int, match.groups()[1:])) > 255
+    ]
+    if wrong:
+        raise ValueError(f"--mask-colors: {len(wrong)} lines of the class file are not `NAME R G B`: {first(wrong)}.")
+    parts = [match.groups() for match in found if match]
+    return [name for name, *_ in parts], tuple(int(r) << 16 | int(g) << 8 | int(b) for _, r, g, b in parts)
 
-    Pixels without a class have the value `ignore_index`. With `reduce_zero_label`, 0 in a mask means no class, and
-    class i is stored as i + 1, as in ADE20K.
-    """
+
+class Pairs(NamedTuple):
+    """Images and their masks: paths, or labels in YOLO's format; masks without an image."""
+
+    images: list[str]
+    masks: list[str] | list[YoloImage]
+    unused: Sequence[str] = ()
+
+
+class Counts(NamedTuple):
+    """What masks hold."""
+
+    classes: np.ndarray  # pixels of each class, int64
+    ignored: float  # fraction of all pixels
+    notes: list[str]
+
+
+_PLAIN_CODES = MaskCodes()
+
+
+class MaskedImages(Dataset):
+    """Images and their masks; pixels without a class have the value `codes.ignore_index`."""
 
     def __init__(
-        self, images: str | os.PathLike, masks: str | os.PathLike, classes: Sequence[str], *, in_chans: int = 3,
-        pixels: Pixels = PLAIN, ignore_index: int = 255, reduce_zero_label: bool = False
+        self, pairs: Pairs, classes: Sequence[str], *, in_chans: int = 3, pixels: Pixels = PLAIN,
+        codes: MaskCodes = _PLAIN_CODES
     ) -> None:  # fmt: skip
-        self.classes, self.ignore_index, self.reduce_zero_label = list(classes), ignore_index, reduce_zero_label
-        if 0 <= ignore_index < len(self.classes):
-            raise ValueError(
-                f"The ignore index {ignore_index} is the index of the class '{self.classes[ignore_index]}'. Choose one "
-                f"outside of 0..{len(self.classes) - 1}, or reduce_zero_label if 0 means no class."
-            )
-        found, there = paths_by_stem(images), paths_by_stem(masks)
-        if lost := [path for stem, path in found.items() if stem not in there]:
-            raise ValueError(
-                f"{len(lost)} of {len(found)} images have no mask in '{printable(masks)}': {first(lost)}. A mask has "
-                "the image's path below its folder, with any extension."
-            )
-        self.masks = [there[stem] for stem in found]
-        self.unused = [path for stem, path in there.items() if stem not in found]
-        self.source = ImageFiles(list(found.values()), in_chans, pixels)
+        self.classes, self.codes, self.ignore_index = list(classes), codes.check(classes), codes.ignore_index
+        self.masks, self.unused = pairs.masks, pairs.unused
+        self.source = ImageFiles(pairs.images, in_chans, pixels)
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -97,69 +177,83 @@ class MaskedImages(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         """`(image, target)`: the image `[C, H, W]` as from `data.load_image`, and classes, int64 `[H, W]`."""
         with naming(f"The image {self.source.name(i)} with its mask"):
-            return self.source[i], torch.from_numpy(self._target(load_mask(self.masks[i])))
+            return self.source[i], torch.from_numpy(self.codes.classes(self._values(i)))
 
-    def _target(self, mask: np.ndarray) -> np.ndarray:
-        if not self.reduce_zero_label:
-            return mask
-        return np.where((mask == 0) | (mask == self.ignore_index), self.ignore_index, mask - 1)
+    def _values(self, i: int) -> np.ndarray:
+        mask = self.masks[i]
+        return draw_classes(mask) if isinstance(mask, YoloImage) else load_mask(mask, bool(self.codes.colours))
 
-    def check(self) -> np.ndarray:
-        """Reads all masks and the size of all images; returns the pixels of each class, int64 `[num_classes]`.
-
-        A `ValueError` has all faults, with counts and the first names.
-        """
-        counts, total, faults = np.zeros(len(self.classes), dtype=np.int64), len(self), []
+    def check(self) -> Counts:
+        """Reads all masks and the sizes of all images; a `ValueError` has all faults with counts and some names."""
+        counts, ignored, total, faults = np.zeros(len(self.classes), dtype=np.int64), 0, len(self), []
         bad: dict[str, list[str]] = {}
+        kinds: list[set[int]] = []
         with ThreadPoolExecutor(8) as pool:
-            for counted, fault, where in pool.map(self._check_mask, range(total)):
-                counts += counted
+            for found, values, fault, where in pool.map(self._check_mask, range(total)):
+                counts, ignored = counts + found[:-1], ignored + int(found[-1])
+                kinds.append(values)
                 if fault:
                     bad.setdefault(fault, []).append(where)
         for fault, names in sorted(bad.items()):
             faults.append(f"{len(names)} of {total} {fault}: {first(names)}")
         if not faults and (corrupt := [message for _, message in check_readable(self.source)]):
-            faults.append(
-                f"{len(corrupt)} of {min(32, total)} images tried cannot be decoded: {'; '.join(corrupt[:3])}"
-            )
+            tried = f"{min(32, total)} images tried"
+            faults.append(f"{len(corrupt)} of {tried} cannot be decoded: {'; '.join(corrupt[:3])}")
+        notes, none = [], self.ignore_index
+        if not (faults or self.codes.table() or self.codes.reduce_zero_label):
+            white = sum(values == {0, none} for values in kinds)
+            others = sum(bool(values - {0, none}) for values in kinds)
+            what = f"{white} of {total} masks hold only 0 and {none}, which is no class (--ignore-index)"
+            if white and not others:
+                faults.append(f"{what}; if {none} is the foreground, pass --mask-values 0 {none}")
+            elif white > 0.01 * total:
+                notes.append(f"{what}, while others have classes; if {none} is one, pass --mask-values 0 1,{none}")
         if not faults and not counts.sum():
             faults.append(f"no pixel of {total} masks has a class")
         if faults:
-            root = printable(os.path.dirname(self.masks[0]))
+            mask = self.masks[0]
+            root = printable(os.path.dirname(mask.path if isinstance(mask, YoloImage) else mask))
             raise ValueError(f"The masks in '{root}' cannot be used:\n" + "\n".join(f"  {fault}" for fault in faults))
-        return counts
+        return Counts(counts, ignored / (ignored + int(counts.sum())), notes)
+
+    def _check_mask(self, i: int) -> tuple[np.ndarray, set[int], str, str]:
+        """The pixels of each class, and those ignored; the stored values; the fault in the plural, or '', and where."""
+        counts, mask = np.zeros(len(self.classes) + 1, dtype=np.int64), self.masks[i]
+        name = printable(mask.path if isinstance(mask, YoloImage) else mask)
+        try:
+            mask, size = self._values(i), self._image_size(i)
+        except ValueError as e:
+            return counts, set(), "masks or their images cannot be read", str(e)
+        if mask.shape != size:
+            where = f"{name} {mask.shape[0]} x {mask.shape[1]}, image {size[0]} x {size[1]}"
+            return counts, set(), "masks have another size than their images", where
+        values, numbers = np.unique(mask, return_counts=True)
+        classes = self.codes.classes(values)
+        known, ignored = (classes >= 0) & (classes < len(self.classes)), classes == self.ignore_index
+        np.add.at(counts, classes[known], numbers[known])
+        counts[-1] = numbers[ignored].sum()
+        if len(others := values[~known & ~ignored]):
+            shift = int(self.codes.reduce_zero_label)
+            span = f"{shift} to {len(self.classes) - 1 + shift}, and {self.ignore_index} for none"
+            what = f"masks have indices of no class (there are {len(self.classes)}, {span})"
+            shown = [f"#{v:06x}" if self.codes.colours else str(v) for v in others[:5].tolist()]
+            if self.codes.table():
+                what = f"masks have {'colours' if self.codes.colours else 'values'} of no class"
+            return counts, set(), what, f"{name} has {', '.join(shown)}"
+        return counts, set(values[:100].tolist()), "", ""
 
     def _image_size(self, i: int) -> tuple[int, int]:
         """Height and width, upright, by the image's header."""
         with closing(open_scene(self.source.path(i), self.source.in_chans, self.source.pixels)) as scene:
             return scene.size
 
-    def _check_mask(self, i: int) -> tuple[np.ndarray, str, str]:
-        """The pixels of each class in a mask; its fault in the plural, or ''; what is wrong."""
-        counts, name = np.zeros(len(self.classes), dtype=np.int64), printable(self.masks[i])
-        try:
-            mask, size = load_mask(self.masks[i]), self._image_size(i)
-        except ValueError as e:
-            return counts, "masks or their images cannot be read", str(e)
-        if mask.shape != size:
-            where = f"{name} {mask.shape[0]} x {mask.shape[1]}, image {size[0]} x {size[1]}"
-            return counts, "masks have another size than their images", where
-        values, numbers = np.unique(self._target(mask), return_counts=True)
-        known, shift = (values >= 0) & (values < len(self.classes)), int(self.reduce_zero_label)
-        counts[values[known]] = numbers[known]
-        if len(others := values[~known & (values != self.ignore_index)] + shift):
-            span = f"{shift} to {len(self.classes) - 1 + shift}, and {self.ignore_index} for none"
-            what = f"masks have indices of no class (there are {len(self.classes)}, {span})"
-            return counts, what, f"{name} has {', '.join(map(str, others[:5]))}"
-        return counts, "", ""
 
-
-def paths_by_stem(root: str | os.PathLike) -> dict[str, str]:
-    """The images below a folder by their relative path without extension, in order."""
+def paths_by_stem(root: str | os.PathLike, suffix: str = "") -> dict[str, str]:
+    """The images below a folder by their relative path without extension and suffix, in order."""
     source = FolderSource(root)
     found, duplicates = {}, []
     for path in sorted(source.path(i) for i in range(len(source))):
-        stem = os.path.splitext(os.path.relpath(path, root))[0]
+        stem = os.path.splitext(os.path.relpath(path, root))[0].removesuffix(suffix)
         if stem in found:
             duplicates.append(path)
         found[stem] = path
@@ -171,8 +265,20 @@ def paths_by_stem(root: str | os.PathLike) -> dict[str, str]:
     return found
 
 
-def open_split(root: str | os.PathLike, split: str) -> tuple[Path, Path]:
-    """The folders of images and masks of a split: 'train', 'validation' or 'test'.
+def match_masks(images: str | os.PathLike, masks: str | os.PathLike, suffix: str = "") -> Pairs:
+    """Images and masks whose paths below the two folders are equal, without extension; a mask's ends in `suffix`."""
+    found, there = paths_by_stem(images), paths_by_stem(masks, suffix)
+    if lost := [path for stem, path in found.items() if stem not in there]:
+        raise ValueError(
+            f"{len(lost)} of {len(found)} images have no mask in '{printable(masks)}': {first(lost)}. A mask has the "
+            "image's path below its folder, with any extension; see also --mask-suffix."
+        )
+    unused = [path for stem, path in there.items() if stem not in found]
+    return Pairs(list(found.values()), [there[stem] for stem in found], unused)
+
+
+def open_split(root: str | os.PathLike, split: str, suffix: str = "") -> Pairs:
+    """The images and masks of a split: 'train', 'validation' or 'test'.
 
     `root` has `SPLIT/images` and `SPLIT/masks`, or `images/SPLIT` and `masks/SPLIT`. The masks' folder may also be
     called annotations or labels; the splits may have any of timm's names (training, val, ...).
@@ -182,7 +288,7 @@ def open_split(root: str | os.PathLike, split: str) -> tuple[Path, Path]:
         for masks in MASK_FOLDERS:
             for pair in ((root / name / "images", root / name / masks), (root / "images" / name, root / masks / name)):
                 if all(path.is_dir() for path in pair):
-                    return pair
+                    return match_masks(*pair, suffix)
     raise ValueError(
         f"'{printable(root)}' has no images and masks of the split '{split}'; expected {split}/images and "
         f"{split}/masks, or images/{split} and masks/{split} (masks may be called {' or '.join(MASK_FOLDERS[1:])}, "

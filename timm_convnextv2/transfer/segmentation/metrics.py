@@ -135,13 +135,13 @@ def evaluate_segmenter(
 
 
 def table(measures: dict[str, Any], classes: Sequence[str]) -> str:
-    """IoU of each class, their mean, and accuracies, in percent."""
+    """IoU of each class, their mean, and accuracies."""
     width = max(14, *(len(name) for name in classes))
     means = {"mIoU": "miou", "accuracy": "accuracy", "mean accuracy": "mean_accuracy"}
     rows = [*zip(classes, measures["iou"], strict=True), *((name, measures[key]) for name, key in means.items())]
-    lines = [f"{name:{width}}" + (f"{'-':>7}" if value is None else f"{100 * value:7.1f}") for name, value in rows]
+    lines = [f"{name:{width}}" + (f"{'-':>7}" if value is None else f"{value:7.3f}") for name, value in rows]
     lines.insert(len(classes), "-" * (width + 7))
-    return "\n".join([f"{'IoU of':{width}}", *lines, "in %; - if a class is neither in the masks nor found"])
+    return "\n".join([f"{'IoU of':{width}}", *lines, "from 0 to 1; - if a class is neither in the masks nor found"])
 
 
 def save_mask(classes: Tensor, path: str | Path, num_classes: int) -> None:
@@ -157,6 +157,12 @@ def palette(num_classes: int) -> np.ndarray:
     """Distinct colours, uint8 `[num_classes, 3]`; class 0 is black."""
     colours = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.85 - 0.35 * (i % 2), 0.95) for i in range(1, num_classes)]
     return np.round(255 * np.array([(0, 0, 0), *colours])).astype(np.uint8)
+
+
+def overlay(image: Tensor, classes: Tensor, num_classes: int) -> np.ndarray:
+    """An image `[C, H, W]` with the colours of its classes `[H, W]` over it, uint8 `[H, W, 3]`."""
+    shown = as_rgb(as_float(image), stretch=True).numpy()
+    return np.round(255 * shown / 2 + palette(num_classes)[classes.numpy()] / 2).astype(np.uint8)
 
 
 def save_segmentations(path: str | Path, data: MaskedImages, found: dict[int, Tensor], title: str = "") -> None:

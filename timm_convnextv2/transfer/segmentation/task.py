@@ -10,9 +10,11 @@ from ...console import check_same_classes
 from ...runs.device import check_device
 from ...runs.world import World
 from ..config import SegmentConfig, SegmentEvalConfig
-from ..loop import Samples
+from ..figures import first
+from ..loop import Samples, sampled
 from ..task import Task, new_backbone
-from .masks import MaskedImages, TrainTransform, collate, open_split, read_classes
+from ..yolo import find_yolo, read_yolo
+from .masks import MaskCodes, MaskedImages, Pairs, TrainTransform, collate, open_split, read_classes, read_colours
 from .metrics import evaluate_segmenter, save_segmentations, table
 from .segmenter import build_segmenter, export_segmenter, open_segmenter
 
@@ -28,7 +30,17 @@ class SegmentationTask(Task):
 
     def __init__(self, config: SegmentConfig | SegmentEvalConfig) -> None:
         self._data, self._how, self._compute = config.data, config.averaging, config.compute
-        self.classes = read_classes(config.data.classes or Path(config.data.data_dir) / "classes.txt")
+        root = Path(config.data.data_dir)
+        file, colours = Path(config.data.classes or root / "classes.txt"), ()
+        self._yolo = None if config.data.classes else find_yolo(file, root)
+        if self._yolo:
+            self.classes = ["background", *read_yolo(self._yolo, "val")[0]]
+        else:
+            self.classes = read_classes(file)
+            if config.data.mask_colors:
+                self.classes, colours = read_colours(self.classes)
+        data = config.data
+        self._codes = MaskCodes(data.ignore_index, data.reduce_zero_label, data.mask_values, colours)
         if isinstance(config, SegmentEvalConfig):
             self.model = open_segmenter(config.model, check_device(config.compute.device))
             remedy = "Pass the --classes that the model was trained with, or train a model on these."
@@ -58,22 +70,34 @@ class SegmentationTask(Task):
 
     def _open(self, split: str) -> MaskedImages:
         """The images and masks of a split, without the checks that read them."""
-        folders, data = open_split(self._data.data_dir, split), self._data
-        return MaskedImages(
-            *folders, self.classes, in_chans=self.backbone.in_chans, pixels=self.backbone.pixels,
-            ignore_index=data.ignore_index, reduce_zero_label=data.reduce_zero_label,
-        )  # fmt: skip
+        if self._yolo:
+            labelled = read_yolo(self._yolo, {"validation": "val"}.get(split, split))[1]
+            pairs = Pairs([image.path for image in labelled], labelled)
+        else:
+            pairs = open_split(self._data.data_dir, split, self._data.mask_suffix)
+        reading: Any = dict(in_chans=self.backbone.in_chans, pixels=self.backbone.pixels)
+        return MaskedImages(pairs, self.classes, codes=self._codes, **reading)
 
     def check(self) -> list[str]:
         notes = []
-        for part, name in ((self.samples and self.samples.data, "train"), (self.validation, "validation")):
-            if part is None:
-                continue
-            absent = [cls for cls, pixels in zip(self.classes, part.check(), strict=True) if not pixels]
-            if absent:
-                notes.append(f"note: {len(absent)} classes have no pixel in {name}: {', '.join(absent[:5])}.")
-            if part.unused:
-                notes.append(f"note: {len(part.unused)} masks in {name} have no image and are not used.")
+        parts = {"train": self.samples.data} if self.samples else {}
+        for name, part in {**parts, "validation": self.validation}.items():
+            counts = part.check()
+            absent = [cls for cls, pixels in zip(self.classes, counts.classes, strict=True) if not pixels]
+            what = f"{len(absent)} of {len(self.classes)} classes have no pixel in {name}: {first(absent, 5)}"
+            if absent and name == "train" and not self._data.allow_absent:
+                raise ValueError(f"{what}. Check the class file and the masks, or pass --allow-absent.")
+            found = [what] if absent else []
+            found += [f"{len(part.unused)} masks in {name} have no image and are not used"] if part.unused else []
+            if counts.ignored:
+                found.append(f"{counts.ignored:.1%} of the pixels in {name} are ignored (no class)")
+            notes += [f"note: {text}." for text in (*found, *(f"{name}: {note}" for note in counts.notes))]
+        if self.samples:
+            targets = [self.samples[key][1] for key in sampled(range(len(self.samples)))]
+            if not any((target != self._data.ignore_index).any() for target in targets):
+                raise ValueError(
+                    f"No pixel of {len(targets)} training crops has a class. Check --img-size and --scale."
+                )
         return notes
 
     def evaluate(
