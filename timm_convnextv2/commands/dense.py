@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import transfer
 from ..config import add_options, build, from_mapping, words_given
 from ..console import PROGRAM, CommandParser, refused, say
-from ..data import FolderSource, MissingPackageError
+from ..data import FolderSource, MissingPackageError, check_readable
 from ..data.samples.batches import map_batches
 from ..files import claim_folder, write_json
 from ..recipes import Recipe, list_recipes, load_recipe
@@ -35,6 +35,7 @@ class ReadableImages:
     def batches(self, batch_size: int, workers: int) -> Iterator[list[tuple[str, Tensor]]]:
         """Batches of images, float `[C, H, W]` in 0..1, each with its path relative to the folder."""
         total = len(self.source)
+        check_readable(self.source)  # before each of them is named
         for batch in map_batches(self.source, as_float, batch_size, range(-(-total // batch_size)), workers):
             for item in batch.items or ():
                 if isinstance(item.error, MissingPackageError):
