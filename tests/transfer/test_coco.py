@@ -191,6 +191,13 @@ def test_exports_of_annotation_tools(opened):
         open_coco(opened.folder.parent / "a.json", opened.folder / "sub")
 
 
+def test_corners_in_place_of_sizes_are_named_where_they_fit(opened):
+    value = content([annotation(i, box=(0, 0, 1 + i / 40, 2 + i / 40), mask=None) for i in range(20)])
+    assert "would also fit as x1 y1 x2 y2" in opened(value, masks=False).notes[0]
+    value["annotations"][3]["bbox"] = [3, 0, 2, 1]
+    assert not opened(value, masks=False).notes
+
+
 def test_compressed_masks_are_read_as_the_codec_reads_them():
     draw = np.random.default_rng(0)
     for size in ((1, 1), (7, 3), (300, 200)):

@@ -30,11 +30,9 @@ CATEGORIES_DIFFER = "All annotations need the categories that the model was trai
 
 _NO_MASK = "annotations without a `segmentation`"
 _OUTSIDE, _NO_FIT = "boxes that reach outside of their image", "boxes that do not fit their masks"
-_REMEDIES = {
-    _NO_MASK: "Fix the file, or train without masks: --boxes-only.",
-    "": "Fix the file, or leave them out: --drop-wrong.",
-}
-_RELATIVE = "fractions of the image's size"
+_BOXES_ONLY = "Fix the file, or train without masks: --boxes-only."
+_DROP = "Fix the file, or leave them out: --drop-wrong."
+_RELATIVE, _CORNERS = "fractions of the image's size", "x1 y1 x2 y2"
 _MERGE = "Fix the file, or merge them: --merge-duplicates."
 _CROWD = {"0": 0, "1": 1, "false": 0, "true": 1, "": 0, "none": 0, "0.0": 0, "1.0": 1}
 
@@ -257,8 +255,9 @@ class _Checks:
             image.annotations.append({**entry, **fields, "area": w * h if area is None else area})
         for fault, names in faults.items():
             if not self.drop_wrong:
-                hint = f" As a whole they look like {unit}." if unit and fault in (_OUTSIDE, _NO_FIT) else ""
-                self.refuse(names, fault, _REMEDIES.get(fault, _REMEDIES[""]) + hint)
+                many = fault in (_OUTSIDE, _NO_FIT) and len(names) > 0.05 * len(boxes)
+                hint = f" As a whole they look like {unit}." if unit and many else ""
+                self.refuse(names, fault, (_BOXES_ONLY if fault == _NO_MASK else _DROP) + hint)
             self.notes.append(f"left out {len(names)} {fault}: {first(names)}")
         self.duplicates(twice, "annotations that repeat others")
         kept = sum(len(image.annotations) for image in images.values())
@@ -267,6 +266,8 @@ class _Checks:
             raise ValueError(f"'{self.file}' has {kept} {what}. Set `iscrowd` to 0 if each of them is one object.")
         if crowds:
             self.notes.append(f"{crowds} of {kept} annotations are crowds, which are not trained on")
+        if unit == _CORNERS and not faults and len(boxes) >= 20:
+            self.notes.append(f"all boxes would also fit as {unit}, while COCO has x, y, width, height")
         if small:
             self.notes.append(f"{small} of {kept} boxes are smaller than a pixel, which is too small to be trained on")
 
@@ -284,7 +285,7 @@ def _unit(boxes: Sequence[tuple[list[float], CocoImage]]) -> str:
     if min(x.min() for x in (a, b, c, d)) >= 0 and max(x.max() for x in (a, b, c, d)) <= 1:
         return _RELATIVE
     if ((a < c) & (b < d) & (c <= width + TOLERANCE) & (d <= height + TOLERANCE)).all():
-        return "x1 y1 x2 y2"
+        return _CORNERS
     inside = (a - c / 2 >= -TOLERANCE) & (b - d / 2 >= -TOLERANCE)
     inside &= (a + c / 2 <= width + TOLERANCE) & (b + d / 2 <= height + TOLERANCE)
     return "centre x, centre y, width, height" if inside.all() else ""
