@@ -15,7 +15,38 @@ from PIL import Image
 from timm_convnextv2.data import ImageError, Pixels, load_image
 from timm_convnextv2.data.formats.decode import faults_named, open_scene
 
+TIFF = dict(photometric="minisblack", compression="zlib")
 LIMIT, MEGABYTES = 2**16, 40  # pixels; what the bombs hold
+
+
+def sparse_npy(*shape):
+    def write(path):
+        with open(path / "x.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
+            file.truncate(file.tell() + int(np.prod(shape)))  # takes no space
+        return path / "x.npy"
+
+    return write
+
+
+def png(path):
+    def chunk(kind, content):
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    header, pixels = 2 * (5000).to_bytes(4, "big") + bytes([8, 0, 0, 0, 0]), zlib.compress(bytes(1000))
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    (path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    return path / "x.png"
+
+
+def tiff(**options):
+    def write(path):
+        tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
+        shape = (5000, 5000, 2) if "planarconfig" in options else (5000, 5000)
+        tifffile.imwrite(path / "x.tif", np.zeros(shape, np.uint8), **options, **TIFF)
+        return path / "x.tif"
+
+    return write
 
 
 def zarr_folder(path, codec, data=b"", chunks=(16, 16), name="0.0"):
@@ -41,6 +72,23 @@ def numcodec(codec):
         return bytes(numcodecs.get_codec({"id": codec}).encode(data))
 
     return inflating(codec, compress)
+
+
+def sharded(path):
+    zarr = pytest.importorskip("zarr", reason="the package zarr is not installed")
+    options = dict(shape=(16, 16), chunks=(8, 8), shards=(16, 16), dtype="u1", zarr_format=3)
+    array = zarr.create_array(str(path / "x.zarr"), **options, compressors=zarr.codecs.GzipCodec())
+    array[...] = np.eye(16)
+    file, bomb = path / "x.zarr/c/0/0", gzip.compress(bytes(MEGABYTES * 2**20))
+    index = file.read_bytes()[-16 * 4 - 4 :]
+    file.write_bytes(bomb + np.array([0, len(bomb)], "<u8").tobytes() + index[16:])
+    return path / "x.zarr"
+
+
+def large_plain_tile(path):
+    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
+    tifffile.imwrite(path / "x.tif", np.ones((16, 16), np.uint8), tile=(4000, 4000), compression="zlib")
+    return path / "x.tif"
 
 
 def deflated_dicom(path):
@@ -69,6 +117,13 @@ def large_tile(compression):
 
 
 BOMBS = {
+    "npy": sparse_npy(5000, 5000),
+    "npy, channels last": sparse_npy(5000, 5000, 1),
+    "npy, channels first": sparse_npy(1, 5000, 5000),
+    "PNG": png,
+    "TIFF by Pillow": tiff(rowsperstrip=100),
+    "TIFF by tifffile": tiff(planarconfig="contig", rowsperstrip=100),
+    "TIFF, tiles of bands": tiff(planarconfig="contig", tile=(512, 512)),
     "Zarr, large chunk": big_chunk,
     "Zarr, zlib": inflating("zlib", zlib.compress),
     "Zarr, gzip": inflating("gzip", gzip.compress),
@@ -77,24 +132,29 @@ BOMBS = {
     "Zarr, blosc": numcodec("blosc"),
     "Zarr, lz4": numcodec("lz4"),
     "Zarr, zstd": numcodec("zstd"),
+    "Zarr, shards": sharded,
     "DICOM, deflated": deflated_dicom,
+    "TIFF, tile larger than the image": large_plain_tile,
     "TIFF, JPEG 2000": large_tile("jpeg2000"),
     "TIFF, JPEG": large_tile("jpeg"),
 }
 
 
-@pytest.mark.parametrize("windows", [False, True], ids=["whole", "windows"])
-@pytest.mark.parametrize("kind", BOMBS)
+# a window of an uncompressed array, or of small tiles, is read alone
+PARTS = [kind for kind in BOMBS if not kind.startswith("npy")]
+
+
+@pytest.mark.parametrize("kind, windows", [(kind, False) for kind in BOMBS] + [(kind, True) for kind in PARTS])
 def test_nothing_inflates_beyond_the_limit(tmp_path, monkeypatch, kind, windows):
     if kind.startswith("Zarr"):
         pytest.importorskip("zarr", reason="the package zarr is not installed")
-    path = BOMBS[kind](tmp_path)
+    path, in_chans = BOMBS[kind](tmp_path), 2 if kind in ("TIFF by tifffile", "TIFF, tiles of bands") else 1
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", LIMIT)
     tracemalloc.start()
     try:
         # libtiff has an error of its own
         with pytest.raises(ImageError, match=r"x\..*(limit|bomb|decoder error)"), faults_named(str(path)):
-            open_scene(str(path), 1, Pixels()).read(0, 0, 8, 8) if windows else load_image(path, 1)
+            open_scene(str(path), in_chans, Pixels()).read(0, 0, 8, 8) if windows else load_image(path, in_chans)
         assert tracemalloc.get_traced_memory()[1] < MEGABYTES * 2**20 / 2
     finally:
         tracemalloc.stop()

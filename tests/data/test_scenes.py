@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from timm_convnextv2.data import FolderSource, ImageError, PageSource, Pixels, load_image
+from timm_convnextv2.data import FolderSource, ImageError, PageSource, Pixels, check_readable, load_image
 from timm_convnextv2.data.formats.decode import count_pages, open_scene
 from timm_convnextv2.data.measure.sample import measure
 from timm_convnextv2.transfer.segmentation.masks import load_mask
@@ -147,6 +148,17 @@ def test_alpha_0_is_nodata_in_scenes(tmp_path, dtype, chans):
     assert float(measure(FolderSource(tmp_path, chans)).pixels.missing[0]) == ABSENT.sum()
     if chans == 3:  # alpha that is a channel is data
         assert np.array_equal(load_image(tmp_path / "x.tif", 4)[3] == 0, ABSENT)
+
+
+def test_alpha_0_that_is_dropped_is_told(tmp_path, capsys):
+    for i in range(2):
+        alpha = np.where(ABSENT & (i > 0), 0, 255).astype(np.uint8)
+        Image.fromarray(np.dstack([RGB, alpha])).save(tmp_path / f"{i}.png")
+    check_readable(FolderSource(tmp_path, 3))
+    told = capsys.readouterr().err
+    assert "1 of 2" in told and "33%" in told and "1.png" in told
+    check_readable(FolderSource(tmp_path, 4))
+    assert capsys.readouterr().err == ""
 
 
 # -------------------------------------------------------------------------------------------------------- other files

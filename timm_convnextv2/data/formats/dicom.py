@@ -31,7 +31,7 @@ def _read(file: BinaryIO, header: bool = True) -> Any:
     head = file.read(1024)
     if b"1.2.840.10008.1.2.1.99" in head:  # deflated, after the file's meta information
         file.seek(144 + int.from_bytes(head[140:144], "little"))
-        check_inflated(file.read(), "deflate", 2)
+        check_inflated(file, "deflate", 2)
     file.seek(0)
     found = pydicom.dcmread(file, force=True, stop_before_pixels=header)
     if "Rows" not in found or "Columns" not in found or not header and "PixelData" not in found:

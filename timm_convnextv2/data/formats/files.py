@@ -79,27 +79,29 @@ def check_size(height: int, width: int, what: str = "image") -> None:
         )
 
 
-def check_inflated(data: bytes, codec: str, itemsize: int) -> None:
+def check_inflated(file: BinaryIO, codec: str, itemsize: int) -> None:
     """Refuses compressed data that inflate to more than the pixels of `check_size`; inflates no more than these.
 
     `codec` is 'deflate', 'zlib', 'gzip', 'bz2', 'lzma', or one whose header states the size: 'blosc', 'lz4', 'zstd'.
     """
     most, size = 2 * (Image.MAX_IMAGE_PIXELS or sys.maxsize) * itemsize, 0
-    if codec in ("deflate", "zlib", "gzip") and len(data) * 1032 > most:  # deflate's largest ratio
-        inflater = zlib.decompressobj(-15 if codec == "deflate" else 47)
-        while data and size <= most:
+    if codec in ("deflate", "zlib", "gzip"):
+        inflater, data = zlib.decompressobj(-15 if codec == "deflate" else 47), file.read()
+        # deflate's largest ratio: smaller data need no look
+        while len(data) * 1032 > most - size and size <= most:
             size += len(inflater.decompress(data, _PIECE))
             data = inflater.unconsumed_tail
     elif codec in ("bz2", "lzma"):
-        with (bz2 if codec == "bz2" else lzma).open(io.BytesIO(data)) as file:
-            while size <= most and (piece := file.read(_PIECE)):
+        with (bz2 if codec == "bz2" else lzma).open(file) as inflated:
+            while size <= most and (piece := inflated.read(_PIECE)):
                 size += len(piece)
     elif codec in ("blosc", "lz4"):
-        size = int.from_bytes(data[4:8] if codec == "blosc" else data[:4], "little")
-    elif codec == "zstd" and len(data) > 4:
-        single, length = data[4] >> 5 & 1, data[4] >> 6
-        begin = 6 - single + (0, 1, 2, 4)[data[4] & 3]
-        size = int.from_bytes(data[begin : begin + (single, 2, 4, 8)[length]], "little")
+        size = int.from_bytes(file.read(8)[4 if codec == "blosc" else 0 :][:4], "little")
+    elif codec == "zstd":
+        head = file.read(18).ljust(18, b"\0")
+        single, length = head[4] >> 5 & 1, head[4] >> 6
+        begin = 6 - single + (0, 1, 2, 4)[head[4] & 3]
+        size = int.from_bytes(head[begin : begin + (single, 2, 4, 8)[length]], "little")
     if size > most:
         raise ImageError(
             f"inflates to more than {most} bytes in one piece, the limit of its type (decompression bomb?); raise "

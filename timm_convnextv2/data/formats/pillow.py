@@ -11,7 +11,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from .errors import ImageError, refuse_page, wrong_channels
 from .files import Header
 from .pixels import PLAIN, Pixels
-from .values import fill_nodata, noting, scaled
+from .values import fill_nodata, note_clear, noting, scaled
 
 _GREY = ("1", "L", "LA", "La", "I", "F")
 
@@ -134,9 +134,12 @@ def convert_image(
 ) -> torch.Tensor:
     """As `from_pil`, before clipping; nodata are `masked`, bool `[H, W]`, and in a scene pixels with alpha 0."""
     ImageOps.exif_transpose(image, in_place=True)  # a copy would add a tenth to the time of decoding
-    if scene and in_chans != 4 and image.mode in ("RGBA", "LA", "PA"):
-        clear = np.asarray(image.getchannel("A")) == 0
-        masked = clear if masked is None else masked | clear
+    if in_chans != 4 and image.mode in ("RGBA", "LA", "PA"):
+        if scene:
+            clear = np.asarray(image.getchannel("A")) == 0
+            masked = clear if masked is None else masked | clear
+        else:
+            note_clear(image)
     named = pixels.nodata is not None or tag is not None or masked is not None and bool(masked.any())
     if named and in_chans == 1 and is_8_bit(image) and image.mode not in ("1", "L", "LA", "La"):
         image = to_mode(image, 3)  # in grey, another colour could have the same value

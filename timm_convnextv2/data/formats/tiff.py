@@ -25,7 +25,7 @@ from .values import largest_value, parse_tag, scaled
 
 _NODATA_TAG = 42113  # GDAL_NODATA
 _ORIENTATION, _DESCRIPTION, _SUBFILE_TYPE, _SUB_IFDS = 274, 270, 254, 330
-_SEGMENTS = (273, 279, 324, 325)  # offsets and sizes of strips, and of tiles
+_OFFSETS = (273, 324)  # of strips, and of tiles
 _MASK = 4  # in the tag of the subfile type
 _WEBP = 50001  # Pillow opens it, but most builds of its libtiff do not decode it
 _IMAGES = (7, 33003, 33005, 34712, _WEBP)  # compressions: JPEG, JPEG 2000 and WebP
@@ -51,6 +51,7 @@ def load_tiff(file: BinaryIO, in_chans: int, pixels: Pixels) -> torch.Tensor:
     if not _pillow_keeps_all(image, in_chans, pixels):
         return TiffScene(file, in_chans, pixels, image).load()
     check_size(image.height, image.width)
+    check_size(image.tag_v2.get(323, 0), image.tag_v2.get(322, 0), "tile")
     return _load_by_pillow(image, in_chans, pixels)
 
 
@@ -251,8 +252,8 @@ def _pillow_keeps_all(image: Any, in_chans: int, pixels: Pixels) -> bool:
 
 
 def _is_sparse(tags: Any) -> bool:
-    """Whether tiles or strips were never written, which have offset and size 0."""
-    return any(0 in tags.get(tag, ()) for tag in _SEGMENTS)
+    """Whether tiles or strips were never written, which have the offset 0."""
+    return any(0 in tags.get(tag, ()) for tag in _OFFSETS)
 
 
 def _subfile_types(image: Any) -> Iterator[int]:

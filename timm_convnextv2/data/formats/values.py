@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ class Stored:
     kind: str = ""  # type of the values, such as 'uint16'; '' before the first image
     unit: float = 1.0  # their divisor
     largest: float | None = None  # largest value of the type, divided; None for floats
+    clear: float = 0.0  # fraction of the pixels whose alpha is 0 and whose colours are used all the same
     measure: bool = True  # decoding leaves nodata as NaN instead of a mean
 
 
@@ -42,6 +44,12 @@ def noting_stored(measure: bool = True) -> Iterator[Stored]:
 def noting() -> bool:
     """Whether a measurement is running."""
     return (stored := _NOTED.get()) is not None and stored.measure
+
+
+def note_clear(image: Any) -> None:
+    """Records the pixels of a Pillow image whose alpha is 0 and will be dropped, within `noting_stored`."""
+    if (stored := _NOTED.get()) is not None:
+        stored.clear = float((np.asarray(image.getchannel("A")) == 0).mean())
 
 
 def note_stored(kind: str, unit: float, largest: float | None) -> None:

@@ -1,13 +1,16 @@
 """Images in Zarr folders: OME-Zarr with its series, wells and fields, and plain arrays."""
 
+import io
 import itertools
 import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from .axes import Layout, Page, choose_axes, count_pages
@@ -147,24 +150,37 @@ class ZarrScene(Scene):
         return self.pixels.clip(scaled(self.layout.arrange(self.array[box]), self.pixels))
 
     def _check_inflated(self, box: tuple[slice | int, ...]) -> None:
-        """Refuses chunks of a part that inflate beyond the limit; those within shards are not checked."""
-        array, codec = self.array, next(_codecs(self.array), "")
-        if getattr(array, "shards", None) is not None:
-            return
-        touched = (
-            range(*i.indices(n)) if isinstance(i, slice) else (i,) for i, n in zip(box, array.shape, strict=True)
-        )
-        cells = (range(r[0] // n, r[-1] // n + 1) for r, n in zip(touched, array.chunks, strict=True))
+        """Refuses chunks of a part that inflate beyond the limit."""
+        array, itemsize = self.array, self.array.dtype.itemsize * math.prod(self.array.chunks) // self.chunk
+        codec = next((name for name in _codecs(array) if name != "sharding_indexed"), "")
+        ends = (i.indices(n)[:2] if isinstance(i, slice) else (i, i + 1) for i, n in zip(box, array.shape, strict=True))
+        cells = (range(a // n, (b - 1) // n + 1) for (a, b), n in zip(ends, array.chunks, strict=True))
         for cell in itertools.product(*cells):
-            if hasattr(array, "metadata"):
-                key = array.metadata.encode_chunk_key(cell)
-            else:  # zarr 2
-                key = array._dimension_separator.join(map(str, cell))
-            try:
-                data = Path(self.folder, key).read_bytes()
-            except OSError:  # an absent chunk has the fill value
-                continue
-            check_inflated(data, codec, array.dtype.itemsize * math.prod(array.chunks) // self.chunk)
+            with suppress(OSError), self._open_chunk(cell) as file:  # an absent chunk has the fill value
+                check_inflated(file, codec, itemsize)
+
+    def _open_chunk(self, cell: tuple[int, ...]) -> BinaryIO:
+        """The stored bytes of a chunk, which may be a part of a shard."""
+        array, shards = self.array, getattr(self.array, "shards", None)
+        per_shard = [m // n for m, n in zip(shards or array.chunks, array.chunks, strict=True)]
+        outer = tuple(i // n for i, n in zip(cell, per_shard, strict=True))
+        new = hasattr(array, "metadata")  # else zarr 2
+        key = array.metadata.encode_chunk_key(outer) if new else array._dimension_separator.join(map(str, outer))
+        file = open(os.path.join(self.folder, key), "rb")  # noqa: SIM115
+        if shards is None:
+            return file
+        with file:
+            # offset and size of each chunk, and a checksum
+            index = 16 * math.prod(per_shard)
+            about = array.metadata.to_dict()["codecs"][0]["configuration"]
+            at_start = about.get("index_location") == "start"
+            file.seek(0 if at_start else -index - 4, os.SEEK_SET if at_start else os.SEEK_END)
+            number = np.ravel_multi_index([i % n for i, n in zip(cell, per_shard, strict=True)], per_shard)
+            offset, size = np.frombuffer(file.read(index), "<u8").reshape(-1, 2)[number].tolist()
+            if offset == 2**64 - 1:
+                raise FileNotFoundError(key)
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
 
     def close(self) -> None:
         pass

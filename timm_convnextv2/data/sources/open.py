@@ -121,6 +121,7 @@ def check_readable(source: Source, tries: int = 32, visit: Callable[[torch.Tenso
     count = max(1, min(tries, len(source)))
     bad: Bad = []
     kinds: dict[str, str] = {}
+    clear: dict[str, float] = {}
     for i in (k * len(source) // count for k in range(count)):
         try:
             with noting_stored(measure=False) as stored:
@@ -130,6 +131,8 @@ def check_readable(source: Source, tries: int = 32, visit: Callable[[torch.Tenso
             continue
         if stored.kind:
             kinds.setdefault(stored.kind, source.name(i))
+        if stored.clear:
+            clear[source.name(i)] = stored.clear
         if visit is not None:
             visit(image)
     if len(kinds) > 1 and source.pixels.divide is None:
@@ -137,6 +140,13 @@ def check_readable(source: Source, tries: int = 32, visit: Callable[[torch.Tenso
         say(
             f"The images store values in {len(kinds)} ways: {shown}. Integers are divided by the largest value of "
             "their type or bits. If all are on one scale, pretrain with --divide.",
+            error=True,
+        )
+    if clear:
+        name = max(clear, key=lambda name: clear[name])
+        say(
+            f"{len(clear)} of {count} images tried have pixels with alpha 0, up to {clear[name]:.0%} ({name}). Alpha "
+            "is dropped, so that their stored colours count as data.",
             error=True,
         )
     if len(bad) == count:
