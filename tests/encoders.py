@@ -13,7 +13,7 @@ from timm_convnextv2.features.config import EmbedConfig
 DIMS = [8, 16, 24, 32]
 
 
-def make_encoder(folder, patch_size=1, **kwargs):
+def make_encoder(folder, patch_size=1, info=None, **kwargs):
     """A small encoder with weights that no initialisation gives, exported to `folder`."""
     torch.manual_seed(0)
     size = dict(depths=(1, 1, 1, 1), dims=DIMS, decoder_dim=16, patch_size=patch_size, img_size=32 * patch_size)
@@ -21,7 +21,7 @@ def make_encoder(folder, patch_size=1, **kwargs):
     for value in model.parameters():
         with torch.no_grad():  # weights that pass on what the images differ in, biases that are not zero
             value += torch.randn_like(value) * (0.1 if value.ndim == 1 else 1.5 / value[0].numel() ** 0.5)
-    export_encoder(model, folder, mean=[0.4] * model.in_chans, std=[0.3] * model.in_chans)
+    export_encoder(model, folder, mean=[0.4] * model.in_chans, std=[0.3] * model.in_chans, info=info)
     return model.encoder.eval()
 
 

@@ -1,12 +1,11 @@
 """A Hugging Face Hub for tests, on loopback and in memory: what `huggingface_hub` asks for, and what can go wrong.
 
-Two listeners, as in reality: the Hub itself and the storage behind it, which keeps the LFS files and must never see a
-token. Model repositories only. Uploads go the LFS way: set HF_HUB_DISABLE_XET, the xet protocol is not spoken here.
+Two listeners, as in reality: the Hub itself and the storage of LFS files behind it, which must never see a token. Model
+repositories only. Set HF_HUB_DISABLE_XET: the xet protocol is not spoken here.
 
     with HubServer() as hub:  # token hf_owner is user 'owner'
         hub.fail("HEAD", "config.json", 503)  # the next one
         hub.cut("GET", "/storage/", after=1000)
-        ...
         assert hub.log("PUT", "/storage/")
 """
 
@@ -17,7 +16,6 @@ import http.server
 import json
 import re
 import socket
-import struct
 import sys
 import threading
 from collections.abc import Callable
@@ -50,8 +48,6 @@ class File:
 
 @dataclass
 class Commit:
-    """One commit of a repository, with all its files."""
-
     oid: str
     message: str
     files: dict[str, File]
@@ -59,7 +55,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A model repository. Branches map a name to commits, the newest last."""
+    """A model repository: commits by branch, the newest last."""
 
     id: str
     private: bool = False
@@ -100,10 +96,7 @@ class _Fault:
     pattern: str
     times: float
     status: int | None = None
-    done: bool = False
     cut_after: int | None = None
-    reset: bool = False
-    shorten_to: int | None = None
 
 
 class _Answer(Exception):
@@ -126,19 +119,12 @@ class _Answer(Exception):
 
 
 class HubServer:
-    """The server: its contents, its faults, and the log of what was asked.
-
-    Attributes:
-        repos: Repositories by id.
-        lfs: LFS objects by sha256.
-        requests: Everything that came, in order.
-        endpoint: URL for HF_ENDPOINT; it stays when the server is stopped and started again.
-    """
+    """The server: its contents, its faults, and the log of what was asked. It may be stopped and started again."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
-        self.lfs: dict[str, bytes] = {}
-        self.requests: list[Request] = []
+        self.lfs: dict[str, bytes] = {}  # by sha256
+        self.requests: list[Request] = []  # everything that came, in order
         self._faults: list[_Fault] = []
         self._lock = threading.RLock()
         self._ports = {"hub": 0, "storage": 0}
@@ -179,23 +165,13 @@ class HubServer:
 
     # -- what tests do with it
 
-    def fail(self, method: str, pattern: str, status: int, times: float = 1, done: bool = False) -> None:
-        """The next `times` requests whose path has `pattern` (a regular expression) are answered with `status`.
+    def fail(self, method: str, pattern: str, status: int, times: float = 1) -> None:
+        """The next `times` requests whose path has `pattern` (a regular expression) are answered with `status`."""
+        self._faults.append(_Fault(method, pattern, times, status=status))
 
-        `done`: they are carried out all the same, as when a gateway loses patience.
-        """
-        self._faults.append(_Fault(method, pattern, times, status=status, done=done))
-
-    def cut(self, method: str, pattern: str, after: int, times: float = 1, reset: bool = False) -> None:
-        """The connection ends after `after` bytes of the body: of the answer to a GET, of what is sent by PUT or POST.
-
-        `reset` ends it with a TCP reset instead of an ordinary close.
-        """
-        self._faults.append(_Fault(method, pattern, times, cut_after=after, reset=reset))
-
-    def shorten(self, method: str, pattern: str, to: int, times: float = 1) -> None:
-        """The answer has only its first `to` bytes and says that this is all."""
-        self._faults.append(_Fault(method, pattern, times, shorten_to=to))
+    def cut(self, method: str, pattern: str, after: int, times: float = 1) -> None:
+        """The connection ends after `after` bytes of the answer to a GET, or of what PUT and POST send."""
+        self._faults.append(_Fault(method, pattern, times, cut_after=after))
 
     def heal(self) -> None:
         """Forgets all faults."""
@@ -303,20 +279,11 @@ class HubServer:
         raise _Answer.json({"type": "user", "name": user[0], "fullname": user[0], "orgs": [], "auth": auth})
 
     def validate_yaml(self, request: Request) -> None:
-        """The metadata at the head of a model card, as far as our cards use the format."""
-        try:
-            metadata = card_metadata(json.loads(request.body)["content"]) or {}
-            errors = [f'"{k}" must be a string' for k in TEXTS if not isinstance(metadata.get(k, ""), str)]
-            errors += [f'"{k}" must be a string or strings' for k in LISTS if not _are_strings(metadata.get(k, []))]
-            for result in (r for model in metadata.get("model-index", []) for r in model["results"]):
-                if not result["task"]["type"] or not all(m["type"] and "value" in m for m in result["metrics"]):
-                    errors.append('"model-index" needs a task and metrics with a type and a value')
-            if metadata.get("license") == "other" and not metadata.get("license_name"):
-                errors.append('"license_name" is required where "license" is "other"')
-        except (yaml.YAMLError, KeyError, AttributeError) as e:
-            errors = [f"Invalid metadata in the model card: {e!r}"]
-        content = {"errors": [{"message": m} for m in errors], "warnings": []}
-        raise _Answer.json(content, 400 if errors else 200)
+        metadata = card_metadata(json.loads(request.body)["content"]) or {}
+        texts, lists = ("license", "library_name", "pipeline_tag"), ("base_model", "datasets", "tags", "metrics")
+        wrong = [k for k in texts if not isinstance(metadata.get(k, ""), str)]
+        wrong += [k for k in lists if not all(isinstance(v, str) for v in _as_list(metadata.get(k, [])))]
+        raise _Answer.json({"errors": [{"message": k} for k in wrong], "warnings": []}, 400 if wrong else 200)
 
     def create(self, request: Request) -> None:
         user = self._user(request)
@@ -325,8 +292,6 @@ class HubServer:
         wanted = json.loads(request.body)
         namespace = wanted.get("organization") or user[0]
         repo_id = f"{namespace}/{wanted['name']}"
-        if wanted.get("type", "model") != "model":
-            raise _Answer.error(501, "This test server has model repositories only")
         if namespace != user[0] or user[1] != "write":
             message = f"You don't have the rights to create a model under the namespace {namespace!r}"
             raise _Answer.error(403, message)
@@ -406,8 +371,6 @@ class HubServer:
                 files[value["path"]] = File(self.lfs[value["oid"]], lfs=True)
             else:
                 raise _Answer.error(501, f"This test server does not know the commit operation {key}")
-        if not header.get("summary"):
-            raise _Answer.error(400, "A commit needs a summary")
         commit = repo.commit(revision, header["summary"], files)
         url = f"{self.endpoint}/{repo_id}/commit/{commit.oid}"
         raise _Answer.json({"success": True, "commitOid": commit.oid, "commitUrl": url, "hookOutput": ""})
@@ -472,22 +435,16 @@ _ROUTES: list[tuple[str, str, str, Callable]] = [
 
 
 def _part(request: Request, data: bytes, headers: dict[str, str]) -> _Answer:
-    """All of `data`, or the part that a `Range: bytes=FROM-[TO]` header asks for."""
+    """All of `data`, or from the byte that a `Range: bytes=FROM-` header asks for."""
     wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
     if not wanted:
         return _Answer(200, data, headers)
     first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
-    if first > last:
-        return _Answer(416, b"", {**headers, "Content-Range": f"bytes */{len(data)}"})
     return _Answer(206, data[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"})
 
 
-TEXTS = ("license", "license_name", "library_name", "pipeline_tag")
-LISTS = ("base_model", "datasets", "tags", "metrics")
-
-
-def _are_strings(value: Any) -> bool:
-    return all(isinstance(v, str) and v for v in (value if isinstance(value, list) else [value]))
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def card_metadata(text: str) -> Any:
@@ -541,31 +498,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         incoming = self.command in ("PUT", "POST")
         if incoming and fault.cut_after is not None:
             self.rfile.read(fault.cut_after)
-            return self._hang_up(fault.reset)
+            self.close_connection = True
+            return
         request.body = self.rfile.read(int(headers.get("content-length", 0)))
-        if not fault.status or fault.done:
-            answer = hub.answer(request)
-        if fault.status:
-            answer = _Answer.error(fault.status, "This was asked for")
+        answer = _Answer.error(fault.status, "This was asked for") if fault.status else hub.answer(request)
         request.status = answer.status
-        body = answer.body[: fault.shorten_to]
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
-        if self.command == "HEAD":
-            return None
-        if fault.cut_after is not None:
-            self.wfile.write(body[: fault.cut_after])
-            return self._hang_up(fault.reset)
-        self.wfile.write(body)
-        return None
+        if self.command != "HEAD":
+            self.wfile.write(answer.body[: fault.cut_after])
+            self.close_connection |= fault.cut_after is not None
 
     do_GET = do_HEAD = do_POST = do_PUT = _serve
-
-    def _hang_up(self, reset: bool) -> None:
-        self.close_connection = True
-        if reset:  # a close without lingering, and before anything could shut the connection down in order
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from timm_convnextv2.console import check_same_classes
-from timm_convnextv2.files import check_free, claim_folder, write_json
+from timm_convnextv2.files import check_free, claim_folder, write_csv, write_json
 from timm_convnextv2.runs.device import check_device
 
 
@@ -50,3 +50,10 @@ def test_devices(monkeypatch):
     for name in ("cuda:1", "tpu9"):
         with pytest.raises(ValueError, match=f"--device {name}"):
             check_device(name)
+
+
+def test_cells_are_no_formulas(tmp_path):
+    cells = ["=1+1", "+a", "-cmd|x", "@b", "\tc", "a=b", "-1.5e-3", "-2", -3, 0.5, None]
+    write_csv(tmp_path / "x.csv", ["name"], [[cell] for cell in cells])
+    read = (tmp_path / "x.csv").read_text().splitlines()
+    assert read == ["name", "'=1+1", "'+a", "'-cmd|x", "'@b", "'\tc", "a=b", "-1.5e-3", "-2", "-3", "0.5", '""']

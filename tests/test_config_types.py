@@ -112,7 +112,8 @@ def test_mutated_configs(folder, tmp_path, count):
         ("num_classes", "10", "a whole number from 0"),
         ("num_classes", None, "a whole number from 0"),
         ("model_args", [1], "a table"),
-        ("model_args.depths", [1, 1], "4 whole numbers"),
+        ("model_args.depths", [20000, 1, 1, 1], "4 whole numbers from 1 to 128"),
+        ("model_args.dims", [8, 16, 24, 10**6], "4 whole numbers from 1 to 8192"),
         ("model_args.patch_size", True, "a whole number from 1"),
     ],
 )

@@ -14,9 +14,8 @@
     resolved = evolve(config, lr=1e-3)                      # a second value; the first never changes
     flat(resolved)                                          # {'epochs': 5, 'lr': 0.001}, as args.yaml records it
 
-Plain dataclasses, because the options have timm's spelling and conventions: flat names over nested parts, `--no-x`,
-`K=V` words, a flat YAML file. tyro and simple-parsing prefix nested names, jsonargparse has its own YAML layout; each
-would need more code to undo than is here.
+Plain dataclasses, because options have timm's conventions: flat names over nested parts, `--no-x`, `K=V` words, a flat
+YAML file. tyro and simple-parsing prefix nested names, jsonargparse has a YAML layout of its own.
 """
 
 import argparse
@@ -182,20 +181,12 @@ def _values(value: Any) -> tuple[Any, ...]:
 
 
 def words_given(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
-    """The values that the command line sets, by option name.
-
-    Raises:
-        ValueError: An unknown option or a value of the wrong type (`CommandParser.error`).
-    """
+    """The values that the command line sets, by option name; ValueError for unknown options and wrong types."""
     return vars(parser.parse_args(list(words)))
 
 
 def read_yaml(cls: type, path: str | Path, option_name: str = "--config") -> dict[str, Any]:
-    """The values that a YAML file of `option: value` lines sets, converted as on the command line.
-
-    Raises:
-        ValueError: The file cannot be read, or has an unknown option or a value of the wrong type.
-    """
+    """The values that a YAML file of `option: value` lines sets, converted as on the command line, or a ValueError."""
     where = f"{option_name} {path}"
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -238,11 +229,7 @@ def _convert(entry: Entry, value: Any, where: str) -> Any:
 
 
 def build(cls: type[C], *layers: Mapping[str, Any]) -> C:
-    """A config from defaults and layers of flat values, of which later ones win; checked.
-
-    Raises:
-        ValueError: A value is outside its limits. Names the option.
-    """
+    """A config from defaults and layers of flat values, of which later ones win; its limits are checked."""
     values: dict[str, Any] = {}
     for layer in layers:
         values |= layer
@@ -263,11 +250,7 @@ def _nested(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def check_limits(config: Any) -> None:
-    """Refuses values outside the limits of their options.
-
-    Raises:
-        ValueError: Names the option, its value and the limit.
-    """
+    """Refuses values outside the limits of their options; the ValueError names option, value and limit."""
     values = flat(config, recorded_only=False)
     for name, entry in entries(type(config)).items():
         spec, value = entry.option, values[name]
@@ -299,9 +282,7 @@ def evolve(config: C, **values: Any) -> C:
 def flat(config: Any, recorded_only: bool = True) -> dict[str, Any]:
     """The options by name, tuples as lists: what args.yaml and checkpoints record.
 
-    Args:
-        config: An instance of a config class.
-        recorded_only: Leave out options of one call, such as --resume; tuples stay tuples otherwise.
+    `recorded_only=False` includes options of one call, such as --resume, and keeps tuples.
     """
     found: dict[str, Any] = {}
     for f in fields(config):

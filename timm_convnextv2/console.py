@@ -92,14 +92,9 @@ def closest(word: str, known: Iterable[str]) -> str:
 def check_same_classes(
     here: Sequence[str], there: Sequence[str], where: tuple[object, object], *, remedy: str, ordered: bool = True
 ) -> None:
-    """Refuses class names that differ between two data sets, or between data and a model.
+    """Refuses class names that differ between two data sets, or between data and a model, and names some.
 
-    Args:
-        where: Descriptions of both for the message, which ends with `remedy`.
-        ordered: Class `i` must have the same name in both.
-
-    Raises:
-        ValueError: Names the first differences.
+    `where` describes both for the message, which ends with `remedy`; `ordered`: class `i` has the same name in both.
     """
     if list(here) == list(there) or (not ordered and set(here) == set(there)):
         return
@@ -121,9 +116,7 @@ def check_same_classes(
 def invocation(command: str, distributed: bool = False) -> list[str]:
     """The words that start a command as the user did: a clone's script, the console command, or the module.
 
-    Args:
-        command: Its name, such as 'pretrain'.
-        distributed: Include torchrun if this process was started by it.
+    `distributed` includes torchrun if it started this process.
     """
     script = Path(sys.argv[0])
     if script.parent.name == "train_scripts" and (script.parent / f"{command}.py").is_file():

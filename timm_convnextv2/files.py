@@ -6,6 +6,7 @@ is flushed. A crash of the process or machine leaves the old or the new file, an
 
 import argparse
 import contextlib
+import csv
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import uuid
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +86,9 @@ def _start(pid: int) -> tuple[str, bool]:
 _PART = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)-(?P<start>[^.]*)\.\w+\.part")
 
 
+_FORMULA = re.compile(r"[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
+
+
 class WriteError(OSError):
     """A file cannot be written: the disk is full, read-only or gone. Names the file and the reason."""
 
@@ -140,6 +144,16 @@ def write_json(path: str | os.PathLike, content: Any, indent: int | None = None)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
         part.write_text(json.dumps(content, indent=indent) + ("" if indent is None else "\n"), encoding="utf-8")
+
+
+def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Writes a CSV file with `whole_file`; text that looks like a formula gets an apostrophe in front."""
+    # file names may contain bytes that are not UTF-8
+    how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with whole_file(path) as part, open(part, "w", **how) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in row] for row in rows)
 
 
 def save_torch(content: Any, path: str | os.PathLike) -> None:
@@ -199,11 +213,9 @@ def check_free(path: str | os.PathLike, *, overwrite: bool, flag: str = "--overw
 
 
 def remove_leftovers(folder: str | os.PathLike, names: Sequence[str], *, alone: bool = False) -> list[Path]:
-    """Removes and returns the part files (or folders) that dead processes left.
+    """Removes and returns the part files (or folders) that dead processes left while they wrote `names` (patterns).
 
-    Args:
-        names: Patterns of the files that they were writing.
-        alone: This process holds the lock, so that part files of other machines are removed as well.
+    `alone`: this process holds the lock, so that part files of other machines are removed as well.
     """
     removed = []
     for path in sorted(Path(folder).glob(".*.part")):

@@ -4,7 +4,6 @@ What huggingface_hub does by itself is tested where our users rely on it; the re
 `publish`.
 """
 
-import json
 import math
 import os
 import re
@@ -171,15 +170,6 @@ def load_fcmae(repo_id=REPO):
     return timm.create_model("fcmae_convnextv2_atto", pretrained=True, pretrained_cfg_overlay=overlay, **TINY_FCMAE)
 
 
-def at_the_second_try(call):
-    """For faults that huggingface_hub passes on: one clear error is allowed, and then it must work."""
-    try:
-        return call()
-    except RuntimeError as e:
-        assert REPO in str(e)
-        return call()
-
-
 # -- publishing
 
 
@@ -195,34 +185,13 @@ def test_push_makes_a_repository_with_the_folder(hub, folder, private):
     assert [path for path, file in commit.files.items() if file.lfs] == [WEIGHTS]
 
 
-@pytest.mark.parametrize("revision", ["v1.0", "runs/a"])
-def test_push_to_a_branch_leaves_main_alone(hub, folder, revision):
-    url = push_to_hub(folder, REPO, revision=revision)
-    assert_published(hub, folder, revision)
-    assert published(hub) == {}
-    assert url.endswith(hub.commits(REPO, revision)[-1].oid)
-
-    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nMore.\n")
-    push_to_hub(folder, REPO, revision=revision)
-    assert len(hub.commits(REPO, revision)) == 2
-    assert_published(hub, folder, revision)
-
-
-def test_second_push_sends_what_changed(hub, folder):
-    push_to_hub(folder, REPO)
-    card = folder / "README.md"
-    card.write_text(card.read_text() + "\nMore.\n")
-    before = len(hub.requests)
-    push_to_hub(folder, REPO)
-    assert_published(hub, folder)
-    assert not [r for r in hub.requests[before:] if r.server == "storage"]
-    (commit,) = [r for r in hub.requests[before:] if "/commit/" in r.path]
-    sent = [json.loads(line) for line in commit.body.splitlines()]
-    assert [item["value"]["path"] for item in sent if item["key"] != "header"] == ["README.md"]
-
-    url = push_to_hub(folder, REPO)  # nothing changed: no commit, and the url of the last one
-    assert len(hub.commits(REPO)) == 2
-    assert url.endswith(hub.commits(REPO)[-1].oid)
+def test_push_to_a_branch_leaves_main_alone(hub, folder):
+    for more in ("", "\nMore.\n"):
+        (folder / "README.md").write_text((folder / "README.md").read_text() + more)
+        url = push_to_hub(folder, REPO, revision="runs/a")
+        assert_published(hub, folder, "runs/a")
+    assert published(hub) == {} and len(hub.commits(REPO, "runs/a")) == 2
+    assert url.endswith(hub.commits(REPO, "runs/a")[-1].oid)
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -252,18 +221,17 @@ def test_model_card_arrives_and_the_hub_accepts_it(hub, exported, tmp_path, kind
     assert "timm" in card.tags
 
 
-@pytest.mark.parametrize("tags", ["[timm", "[3]"], ids=["syntax", "content"])
-def test_broken_metadata_is_refused_before_anything_is_uploaded(hub, folder, tags):
+def test_broken_metadata_is_refused_before_anything_is_uploaded(hub, folder):
     card = (folder / "README.md").read_text()
-    (folder / "README.md").write_text(re.sub(r"tags:\n(- .*\n)+", f"tags: {tags}\n", card))
-    with pytest.raises((ValueError, RuntimeError), match="README.md"):
+    (folder / "README.md").write_text(re.sub(r"tags:\n(- .*\n)+", "tags: [timm\n", card))
+    with pytest.raises(ValueError, match="README.md"):
         push_to_hub(folder, REPO)
-    assert not hub.log("PUT")
-    assert not hub.log("POST", "/commit/")
+    assert not hub.requests
 
 
-@pytest.mark.parametrize("repo_id", [REPO, "elsewhere/model"])
-@pytest.mark.parametrize("token", [None, "hf_wrong", "hf_reader", "hf_stranger"])
+@pytest.mark.parametrize(
+    "token, repo_id", [(None, REPO), ("hf_wrong", REPO), ("hf_reader", REPO), ("hf_owner", "elsewhere/model")]
+)
 def test_push_that_is_not_allowed(hub, folder, token, repo_id, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(RuntimeError, match=re.escape(repo_id)) as error:
@@ -288,16 +256,15 @@ def test_push_of_a_folder_without_a_model_asks_nobody(hub, tmp_path):
     assert not hub.requests
 
 
-STEPS = [("PUT", LFS), *(("POST", f"/{name}") for name in ("preupload/", "objects/batch", "objects/verify"))]
-STEPS += [("POST", f"/{name}") for name in ("repos/create", "validate-yaml", "branch/", "commit/")]
-
-
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step[1])
-def test_push_gives_up_when_503_goes_on(hub, folder, step):
-    hub.fail(*step, 503, times=FOREVER)
-    with pytest.raises(RuntimeError, match=re.escape(REPO)) as error:
+@pytest.mark.parametrize("method, path", [("POST", "repos/create"), ("PUT", LFS), ("POST", "/commit/"), ("cut", LFS)])
+def test_push_gives_up_when_a_fault_goes_on(hub, folder, method, path):
+    """And says so once, with the cause."""
+    if method == "cut":
+        hub.cut("PUT", path, after=5000, times=FOREVER)
+    else:
+        hub.fail(method, path, 503, times=FOREVER)
+    with pytest.raises(RuntimeError, match=f"{REPO}.*{'' if method == 'cut' else '503'}"):
         push_to_hub(folder, REPO, revision="v1")
-    assert "503" in str(error.value)
     assert hub.clock.waited < 120
     if REPO in hub.repos:  # nothing was published by halves
         assert all(not published(hub, revision=branch) for branch in hub.repos[REPO].branches)
@@ -306,32 +273,7 @@ def test_push_gives_up_when_503_goes_on(hub, folder, step):
     assert_published(hub, folder, "v1")
 
 
-def test_commit_whose_answer_was_lost_is_not_made_twice(hub, folder):
-    hub.fail("POST", "/commit/", 504, done=True)
-    url = at_the_second_try(lambda: push_to_hub(folder, REPO))
-    (commit,) = hub.commits(REPO)
-    assert url.endswith(commit.oid)
-    assert len(hub.log("PUT", LFS)) == 1
-
-
-def test_upload_that_is_always_cut_publishes_nothing(hub, folder):
-    hub.cut("PUT", LFS, after=5000, times=FOREVER)
-    with pytest.raises(RuntimeError, match=re.escape(REPO)):
-        push_to_hub(folder, REPO)
-    assert not published(hub)
-    assert not hub.lfs
-
-
 # -- downloading
-
-
-@pytest.mark.parametrize("load", [load_fcmae, load_encoder], ids=["overlay", "hf-hub"])
-def test_fcmae_comes_back_with_its_values(hub, exported, load):
-    hub.add(REPO, exported["fcmae"])
-    model = load()
-    assert isinstance(model, timm_convnextv2.FCMAE)
-    assert_same(model.state_dict(), exported["fcmae"][WEIGHTS])
-    assert model.img_size == (32, 32)
 
 
 def test_whole_way_push_and_load(hub, folder, fcmae):
@@ -339,28 +281,20 @@ def test_whole_way_push_and_load(hub, folder, fcmae):
     push_to_hub(folder, "owner/other")
     for name in (f"{REPO}@v1", "owner/other"):
         assert_same(load_encoder(name).state_dict(), files_of(folder)[WEIGHTS])
-    for name, value in load_encoder(f"{REPO}@v1").state_dict().items():
-        assert torch.equal(value, fcmae.encoder.state_dict()[name]), name
+    assert all(
+        torch.equal(v, fcmae.encoder.state_dict()[k]) for k, v in load_encoder(f"{REPO}@v1").state_dict().items()
+    )
 
 
 def test_revisions_are_kept_apart(hub, exported):
     files = exported["fcmae"]
     changed = {WEIGHTS: shift(files[WEIGHTS])}
-    first = hub.add(REPO, files).find("main").oid
+    hub.add(REPO, files)
     hub.add(REPO, changed, branch="v2/more")
     assert_same(load_fcmae(f"{REPO}@v2/more").state_dict(), changed[WEIGHTS])
-    assert_same(load_fcmae().state_dict(), files[WEIGHTS])
-    hub.add(REPO, changed)
-    assert_same(load_fcmae(f"{REPO}@{first}").state_dict(), files[WEIGHTS])
-    assert_same(load_fcmae().state_dict(), changed[WEIGHTS])
-
-
-def test_cache_serves_through_an_outage(hub, exported):
-    hub.add(REPO, exported["fcmae"])
-    load_fcmae()
-    hub.fail("HEAD", "", 503, times=FOREVER)
-    assert_same(load_fcmae().state_dict(), exported["fcmae"][WEIGHTS])
-    assert hub.clock.waited == 0
+    for model in (load_fcmae(), load_encoder()):  # by an overlay, and by the repository's own config.json
+        assert isinstance(model, timm_convnextv2.FCMAE) and model.img_size == (32, 32)
+        assert_same(model.state_dict(), files[WEIGHTS])
 
 
 # -- who may not, and what is not there
@@ -370,9 +304,7 @@ def test_cache_serves_through_an_outage(hub, exported):
     "access, token, status",
     [
         ("private", None, 401),
-        ("private", "hf_wrong", 401),
         ("private", "hf_stranger", 404),
-        ("gated", None, 401),
         ("gated", "hf_stranger", 403),
         ("public", "hf_wrong", 401),
     ],
@@ -407,56 +339,23 @@ def test_what_is_not_there(hub, exported):
 # -- when the Hub or the line fails
 
 
-@pytest.mark.parametrize("method, pattern", [("HEAD", WEIGHTS), ("GET", LFS)], ids=["hub", "storage"])
-def test_503_that_goes_on_is_one_clear_error(hub, exported, method, pattern):
+@pytest.mark.parametrize("fault", ["hub", "storage", "cut", "stopped"])
+def test_a_fault_that_goes_on_is_one_clear_error(hub, exported, fault):
+    """And half a file is never taken for a whole one."""
     hub.add(REPO, exported["fcmae"])
-    hub.fail(method, pattern, 503, times=FOREVER)
+    {
+        "hub": lambda: hub.fail("HEAD", WEIGHTS, 503, times=FOREVER),
+        "storage": lambda: hub.fail("GET", LFS, 503, times=FOREVER),
+        "cut": lambda: (hub.cut("GET", LFS, after=5500), hub.cut("GET", LFS, after=0, times=FOREVER)),
+        "stopped": hub.stop,
+    }[fault]()
     with pytest.raises(RuntimeError, match=f"'{REPO}'") as error:
         load_fcmae()
     assert "signature=" not in str(error.value)  # a link to the content that works without a token
-    assert hub.clock.waited < 120
-    assert WEIGHTS not in cached()
+    assert ("HF_HOME" in str(error.value)) == (fault != "hub")
+    assert hub.clock.waited < 120 and WEIGHTS not in cached()
     hub.heal()
-    assert_same(load_fcmae().state_dict(), exported["fcmae"][WEIGHTS])
-
-
-def test_no_network_and_no_cache(hub, exported):
-    hub.add(REPO, exported["fcmae"])
-    hub.stop()
-    with pytest.raises(RuntimeError, match=f"'{REPO}'.*HF_HOME"):
-        load_fcmae()
-    assert hub.clock.waited < 120
-
-
-def faults(server):
-    """Ways to get no more than a part of the weights, whatever one tries."""
-    server.cut("GET", LFS, after=5500)
-    server.cut("GET", LFS, after=0, times=FOREVER)
-    yield
-    server.heal()
-    server.cut("GET", LFS, after=0, times=FOREVER)
-    yield
-    server.heal()
-    server.cut("GET", LFS, after=5500, times=FOREVER, reset=True)
-    yield
-    server.heal()
-    server.shorten("GET", LFS, to=5500, times=FOREVER)  # a proxy that takes a half for the whole
-    yield
-
-
-def test_half_a_file_is_never_taken_for_a_whole_one(hub, exported):
-    hub.add(REPO, exported["fcmae"])
-    for _ in faults(hub):
-        with pytest.raises(RuntimeError, match=f"'{REPO}'"):
-            load_fcmae()
-        assert hub.log("GET", LFS)
-        assert WEIGHTS not in cached()
-        assert not [p for p in Path(constants.HF_HUB_CACHE).glob("models--*/blobs/*") if p.stat().st_size > 5000]
-    hub.stop()
-    with pytest.raises(RuntimeError, match=f"'{REPO}'"):  # nor from the cache later
-        load_fcmae()
-    hub.start()
-    hub.heal()
+    hub.start() if fault == "stopped" else None
     assert_same(load_fcmae().state_dict(), exported["fcmae"][WEIGHTS])
 
 
@@ -513,7 +412,6 @@ FAULTS = {
     "stranger": lambda hub, env: env.setenv("HF_TOKEN", "hf_stranger"),
     "outage": lambda hub, env: hub.fail("POST", "/preupload/", 503, times=FOREVER),
     "network": lambda hub, env: hub.stop(),
-    "reset": lambda hub, env: hub.cut("GET", "config.json", after=10, times=FOREVER, reset=True),
     "cut weights": lambda hub, env: hub.cut("GET", LFS, after=0, times=FOREVER),
 }
 
@@ -538,7 +436,7 @@ def test_pretraining_goes_on_from_the_hub(hub, exported, capsys, tmp_path, kind)
     assert not any("/resolve/main/" in r.path for r in hub.requests)
 
 
-@pytest.mark.parametrize("fault", ["absent", "revision", "no token", "network", "reset", "cut weights"])
+@pytest.mark.parametrize("fault", ["absent", "revision", "network", "cut weights"])
 def test_pretraining_says_in_one_message_what_went_wrong(hub, exported, capsys, monkeypatch, tmp_path, fault):
     hub.add(REPO, exported["fcmae"], private=True)
     name = {"absent": "owner/absent", "revision": f"{REPO}@v9"}.get(fault, REPO)

@@ -397,14 +397,8 @@ def test_config_and_card(tmp_path):
     model = timm.create_model(
         "fcmae_convnextv2_atto", decoder_dim=16, img_size=(64, 48), patch_size=1, drop_path_rate=0.2
     )
-    folder = export_encoder(
-        model,
-        tmp_path / "deep" / "out",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.2, 0.2, 0.2),
-        license="mit",
-        info={"Images": "12 | 3", "Epochs": 5},
-    )
+    numbers, info = dict(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)), {"Images": "12 | 3", "Epochs": 5}
+    folder = export_encoder(model, tmp_path / "deep" / "out", **numbers, license="mit", info=info)
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == "convnextv2_atto" and config["num_classes"] == 0

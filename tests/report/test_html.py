@@ -208,9 +208,9 @@ def test_gaps_and_one_point():
 @pytest.mark.parametrize("chans", [1, 3, 5])
 def test_neighbours_are_drawn_in_their_places(tmp_path, chans):
     levels = torch.linspace(0, 1, 7)
-    images = (levels.view(7, 1, 1, 1).expand(7, chans, 4, 4) - 0.5) / 0.25
+    images = levels.view(7, 1, 1, 1).expand(7, chans, 4, 4) * 0.01 + 0.02  # dark ones
     rows = [(0, [1, 2, 3, 4, 5]), (6, [5, 4, 3, 2, 1])]
-    save_neighbours(tmp_path / "x.png", images, rows, [0.5] * chans, [0.25] * chans, "a $title")
+    save_neighbours(tmp_path / "x.png", images, rows, "a $title")
     with Image.open(tmp_path / "x.png") as image:
         pixels = np.asarray(image.convert("L"), float) / 255
     height, width = pixels.shape
@@ -219,7 +219,7 @@ def test_neighbours_are_drawn_in_their_places(tmp_path, chans):
         seen = [line[round(width * (i + 0.5) / 6)] for i in range(6)]
         np.testing.assert_allclose(seen, levels[[query, *near]], atol=0.01)
     with pytest.raises(ValueError, match="neighbours is empty"):
-        save_neighbours(tmp_path / "x.png", images, [], [0.5] * chans, [0.25] * chans)
+        save_neighbours(tmp_path / "x.png", images, [])
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -271,7 +271,7 @@ BAD = {
     "nothing there": (None, "../none", "none"),
     "a file": (None, "summary.csv", "is a file"),
     "no run": (None, "..", "args.yaml. Runs below it: r."),
-    "run of train.py": (lambda r: (r / "args.yaml").write_text("model: resnet50\nepochs: 3\n"), ".", "mask_ratio"),
+    "another program": (lambda r: (r / "args.yaml").write_text("model: resnet50\nepochs: 3\n"), ".", "mask_ratio"),
     "torn args": (lambda r: (r / "args.yaml").write_text("model: [\n"), ".", "args.yaml"),
     "no summary": (lambda r: (r / "summary.csv").unlink(), ".", "summary.csv"),
     "empty summary": (cut_summary, ".", "summary.csv"),

@@ -60,7 +60,7 @@ def test_what_it_says(tmp_path, task):
         "5 channels, crops of 640 x 640", "divide 1000.0", "small-data", "4 x 2 steps x 2 processes", "0.0001",
         "cuda, bfloat16", "31.5 images/s", "11.25 GiB", "0 h 04 min", f"{command} eval --model {folder / 'model'}",
         "--data-dir '/data/my cells'", f"{command} predict", "timm_convnextv2 0.2.0",
-        f"publish {folder} USER/NAME --dry-run",
+        f"publish {folder} USER/NAME --license ID --dry-run",
         f"timm-convnextv2 {task} train --data-dir 'x y'",
     ):  # fmt: skip
         assert words in page.text, words

@@ -8,6 +8,7 @@ import timm
 import torch
 from PIL import Image
 
+from timm_convnextv2.data.display import check_bands, display_of
 from timm_convnextv2.models.fcmae import FCMAEOutput, normalize_target, patchify
 from timm_convnextv2.models.masking import random_mask
 from timm_convnextv2.report.images import save_loss_curve, save_reconstructions
@@ -64,32 +65,32 @@ class Oracle(torch.nn.Module):
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-@pytest.mark.parametrize(
-    "shape, mean, std",
-    [
-        ((3, 3, 16, 24), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)),
-        ((1, 1, 24, 16), (0.3,), (0.5,)),
-        ((2, 5, 16, 16), (0.1, 0.2, 0.3, 0.4, 0.5), (0.2,) * 5),
-    ],
-)
-def test_reconstructions_put_the_target_back(tmp_path, columns, norm_pix_loss, shape, mean, std):
-    images = torch.rand(shape) * 0.5
-    images[0, :, 0, 0] = -1e-6  # black, rounded, must not stretch the range
-    shown = (images if shape[1] > 1 else images.expand(-1, 3, -1, -1))[:, :3].permute(0, 2, 3, 1).numpy()
-    normalised = (images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+@pytest.mark.parametrize("shape, bands", [((3, 3, 16, 24), None), ((1, 1, 24, 16), None), ((2, 12, 16, 16), (4, 3, 2))])
+def test_reconstructions_put_the_target_back(tmp_path, columns, norm_pix_loss, shape, bands):
+    """Of 12-bit values of 65,535, which would be black: each shown channel uses the range of brightness."""
+    scale = torch.linspace(0.01, 0.06, shape[1]).view(-1, 1, 1)
+    images = torch.rand(shape) * scale
+    chosen = [b - 1 for b in bands or (1, 2, 3)[: 3 if shape[1] >= 3 else 1]]
+    low, high = torch.quantile(images[:, chosen].transpose(0, 1).flatten(1), torch.tensor([0.02, 0.98]), dim=1)
+    shown = ((images[:, chosen] - low.view(-1, 1, 1)) / (high - low).view(-1, 1, 1)).clamp(0, 1)
+    shown = (shown if shape[1] > 1 else shown.expand(-1, 3, -1, -1)).permute(0, 2, 3, 1).numpy()
     masks = random_mask(shape[0], (shape[2] // 8, shape[3] // 8), 0.5)
     model = Oracle(norm_pix_loss).train()
-    save_reconstructions(tmp_path / "x.png", model, normalised, masks, mean, std, "a title")
+    titles = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("timm_convnextv2.report.images.save_figure", lambda figure, path, title: titles.append(title))
+        save_reconstructions(tmp_path / "x.png", model, (images - 0.02) / 0.3, masks, "a title", bands)
     original, masked, prediction, composite = columns()[:, 0]
     gap = masks.repeat_interleave(8, 1).repeat_interleave(8, 2).numpy()
-    for picture in (original, composite):
-        assert np.abs(picture - shown).max() < 1e-5
-    assert np.abs(prediction - shown)[gap].max() < 1e-5
-    assert np.ptp(prediction[~gap]) == 0  # what was visible is not predicted, and left blank
-    assert np.ptp(masked[gap]) == 0 and np.abs(masked - shown)[~gap].max() < 1e-5
+    for image in (original, composite):
+        assert np.abs(image - shown).max() < 1e-3
+    assert original.min() == 0 and original.max() == 1 and 0.4 < original.mean() < 0.6
+    assert np.abs(prediction - shown)[gap].max() < 1e-3
+    assert np.ptp(prediction[~gap]) == 0  # visible patches are not predicted, and left blank
+    assert np.ptp(masked[gap]) == 0 and np.abs(masked - shown)[~gap].max() < 1e-3
     assert model.training and model.modes == [(False, False)]
-    picture = pixels(tmp_path / "x.png")
-    assert picture.shape[1] > 800 and len(np.unique(picture)) > 50 and not list(tmp_path.glob("*.part"))
+    which = "channels 4, 3, 2" if bands else "channels 1, 2, 3" if shape[1] > 1 else "channel 1"
+    assert titles == [f"a title; {which}, percentiles 2 to 98"]
 
 
 def test_reconstructions_of_a_model(tmp_path, columns):
@@ -97,19 +98,28 @@ def test_reconstructions_of_a_model(tmp_path, columns):
     model = timm.create_model("fcmae_convnextv2_atto", img_size=64, patch_size=2, decoder_dim=16)
     images, masks = torch.rand(2, 3, 64, 96), random_mask(2, (2, 3), 0.6)
     for _ in range(2):
-        save_reconstructions(tmp_path / "x.png", model, images, masks, (0.0,) * 3, (1.0,) * 3)
+        save_reconstructions(tmp_path / "x.png", model, images, masks)
     drawn = columns(calls=2)
     gap = masks.repeat_interleave(32, 1).repeat_interleave(32, 2).numpy()
     assert np.array_equal(drawn[:, 0], drawn[:, 1])
     original, _, prediction, composite = drawn[:, 0]
     assert np.abs(composite - original)[~gap].max() < 1e-6 and np.array_equal(composite[gap], prediction[gap])
     assert np.abs(prediction - original)[gap].mean() > 0.05
+    picture = pixels(tmp_path / "x.png")
+    assert picture.shape[1] > 800 and len(np.unique(picture)) > 50 and not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("low, high", [(-3.0, 5.0), (0.0, 100.0)])
-def test_reconstructions_of_unscaled_images(tmp_path, columns, low, high):
-    images = torch.rand(1, 3, 16, 16) * (high - low) + low
-    masks = random_mask(1, (2, 2), 0.5)
-    save_reconstructions(tmp_path / "x.png", Oracle(False), images, masks, (0.0,) * 3, (1.0,) * 3)
-    original = columns()[0]
-    assert original.min() == 0 and original.max() == 1 and np.unique(original).size > 100
+@pytest.mark.parametrize("values", [(0, 1), (0.3, 0.3)])
+def test_images_of_one_or_two_values_are_shown(values):
+    """Drawings whose 2nd and 98th percentiles are equal, and constant images."""
+    image = torch.full((1, 30, 30), float(values[0]))
+    image[:, 0, :3] = values[1]
+    shown = display_of([image]).rgb(image)
+    assert shown.shape == (30, 30, 3) and torch.isfinite(shown).all()
+    assert shown.unique().tolist() == ([0, 1] if values[1] == 1 else [0])
+
+
+@pytest.mark.parametrize("bands", [(4, 3), (0, 1, 2), (13,)])
+def test_bands_that_are_not_there(bands):
+    with pytest.raises(ValueError, match=f"--show-bands {' '.join(map(str, bands))}: .* 1 to 12"):
+        check_bands(bands, 12)

@@ -1,12 +1,15 @@
 """Detectors and segmenters on the Hub: the card with their metrics, the licence that stays, loading them from there."""
 
 import json
+import random
+import re
 import shutil
 
 import pytest
 import torch
 from encoders import make_encoder
 from huggingface_hub import ModelCard
+from mutations import ODD, damage_content, within
 from test_hub import hub  # noqa: F401  a fixture
 from tiny import BACKBONE, SEGMENTER, SHORT, SIZES, tiny_detector
 
@@ -33,7 +36,7 @@ def make(folder, task, **about):
     """Exports a tiny detector or segmenter."""
     about = dict(metrics=METRICS[task], dataset="my cells", info={"Length": "9 updates"}) | about
     if task == "detection":
-        return export_detector(tiny_detector(2), folder, classes=["cell", "speck"], **about)
+        return export_detector(tiny_detector(2), folder, **{"classes": ["cell", "speck"]} | about)
     backbone = create_backbone("convnextv2_atto", pretrained=False, **SIZES)
     model = build_segmenter(backbone, 3, classes=["sea", "land", "ice"], channels=8, auxiliary_channels=0)
     return export_segmenter(model, folder, **about)
@@ -114,7 +117,7 @@ def test_what_cannot_be_published(folder, run_publish, tmp_path):
     config = json.loads((place / "config.json").read_text())
     other = {**config, "classes": [*config["classes"], "more"]}
     other["detector"] = dict(config.get("detector", {}), num_classes=3)
-    for wrong, said in ((other, "size mismatch"), ({**config, "metrics": 3}, "metrics is missing")):
+    for wrong, said in ((other, "size mismatch"), ({**config, "metrics": 3}, "metrics = 3")):
         (place / "config.json").write_text(json.dumps(wrong))
         status, _, err = run_publish(place, "me/it", "--license", "mit", "--dry-run")
         assert status == 2 and said in err and err.count("error:") == 1
@@ -140,3 +143,37 @@ def test_a_run_is_published_with_its_images(tmp_path, run_publish):
     shutil.rmtree(run / "model")
     status, _, err = run_publish(run, "me/it", "--license", "mit", "--dry-run")
     assert status == 2
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_publish_refuses_mutated_configs_of_detectors_and_segmenters(tmp_path, capsys, task, count):
+    """Exit status 0 or 2, with one message; no traceback."""
+    whole = make(tmp_path / "whole", task)
+    config, statuses = json.loads((whole / "config.json").read_text()), []
+    for seed in range(count):
+        changed, what = damage_content(config, random.Random(seed), odd=ODD)
+        copy = tmp_path / str(seed)
+        copy.mkdir()
+        for name in ("model.safetensors", "README.md"):
+            (copy / name).symlink_to(whole / name)
+        (copy / "config.json").write_text(json.dumps(changed))
+        words = [str(copy), "me/x", "--license", "mit", "--dry-run", "--output", str(tmp_path / "out")]
+        with within(20):
+            try:
+                statuses.append(main(["publish", *words]))
+            except Exception as e:
+                raise AssertionError(f"{seed}, {what}: {type(e).__name__}: {e}") from e
+    assert {*statuses} == {0, 2}
+
+
+def test_hostile_text_stays_text_in_cards(tmp_path):
+    """Class, data set and table names of others make no heading, link, tag or table of their own."""
+    evil = "a\n# Heading\n\n<script>x</script> [y](http://evil.org) `code` | http://evil.org"
+    for folder in (
+        make(tmp_path / "a", "detection", info={evil: evil}, dataset=evil, classes=[evil, "b"]),
+        make_encoder(tmp_path / "b", info={evil: evil}) and tmp_path / "b",
+    ):
+        text = ModelCard((folder / "README.md").read_text()).text
+        assert "&lt;script>" in text and r"\[y\]" in text and r"\|" in text
+        assert not re.search(r"^# Heading|<script|y\]\(|http://evil|[^\\]`code", text, re.M)

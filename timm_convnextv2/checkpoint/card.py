@@ -11,8 +11,10 @@ Values for which timm's format has no field are in the section `training` of `co
     pixels              how stored values become pixels, before mean and std, see `data.Pixels`; null by default
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -71,9 +73,9 @@ def licence_text(license: str | None, training: dict[str, Any]) -> str:
         return "Not stated: ask the author of the weights."
     if training.get("inherited_license"):
         base = training.get("base_model")
-        source = f"[{base}](https://huggingface.co/{base})" if base else "earlier weights"
-        return f"{license}. Training started from {source} under this licence, which still applies."
-    return f"{license}, as stated by the author of the weights."
+        source = f"[{escaped(base)}](https://huggingface.co/{quote(base)})" if base else "earlier weights"
+        return f"{escaped(license)}. Training started from {source} under this licence, which still applies."
+    return f"{escaped(license)}, as stated by the author of the weights."
 
 
 def pixels_text(record: dict[str, Any], by_whom: str) -> str:
@@ -81,10 +83,16 @@ def pixels_text(record: dict[str, Any], by_whom: str) -> str:
     return f"Before mean and standard deviation, stored values are prepared: {Pixels.from_record(record)}. {by_whom}"
 
 
+def escaped(text: object) -> str:
+    """A user's text as Markdown shows it: one line, no HTML, links, code or cells of a table."""
+    line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("://", "&#58;//")
+    return re.sub(r"([\\`|\[\]])", r"\\\1", line)
+
+
 def table(head: str, values: dict[str, Any]) -> str:
     """A Markdown table of two columns."""
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in values.items()]
-    return "\n".join([f"| {head} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in cells)])
+    rows = [(head, ""), ("---", "---"), *values.items()]
+    return "\n".join(f"| {escaped(name)} | {escaped(value)} |" for name, value in rows)
 
 
 def images_text(images: Sequence[str]) -> list[str]:
@@ -111,15 +119,7 @@ def results(
 
 
 def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
-    """The README.md of a timm folder.
-
-    Args:
-        config: The folder's `config.json`.
-        images: Names from `IMAGES` of files beside the card.
-
-    Raises:
-        ValueError: The licence is not an id of the Hub.
-    """
+    """The README.md of a timm folder with this `config.json`; `images` are names from `IMAGES` of files beside it."""
     architecture, training, cfg = config.get("architecture"), training_of(config), config.get("pretrained_cfg", {})
     if not is_ours(architecture):
         raise ValueError(f"No card for the architecture {architecture!r}: not a ConvNeXt V2.")
@@ -127,13 +127,9 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     kind = "fcmae" if str(architecture).startswith("fcmae_") else "classifier" if num_classes else "encoder"
     license, metrics = cfg.get("license"), training.get("metrics") or {}
     task = "image-classification" if kind == "classifier" else "image-feature-extraction"
-    found = results(
-        "image-classification",
-        metrics.get("dataset"),
-        [("accuracy", f"Top-{k} accuracy (%)", v) for k in (1, 5) if (v := metrics.get(f"top{k}")) is not None],
-        dataset_type=metrics.get("dataset_id"),
-        dataset_split=metrics.get("split"),
-    )
+    stated = [("accuracy", f"Top-{k} accuracy (%)", v) for k in (1, 5) if (v := metrics.get(f"top{k}")) is not None]
+    where = {"dataset_type": metrics.get("dataset_id"), "dataset_split": metrics.get("split")}
+    found = results("image-classification", metrics.get("dataset"), stated, **where)
     data = ModelCardData(
         library_name="timm",
         pipeline_tag=task,
@@ -146,7 +142,7 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
         eval_results=found or None,
     )
     fields = dict(
-        architecture=architecture, version=training.get("made_with", {}).get("timm_convnextv2", __version__),
+        architecture=architecture, version=escaped(training.get("made_with", {}).get("timm_convnextv2", __version__)),
         num_features=config.get("num_features"), num_classes=config.get("num_classes"),
         in_chans=cfg.get("input_size", (3,))[0], name=HERE, or_hub=OR_HUB, bare=HERE.strip('"'),
     )  # fmt: skip
@@ -162,7 +158,7 @@ def render_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     parts += images_text(images)
     parts += ["## Licence and provenance", licence_text(license, training)]
     if cfg.get("origin_url"):
-        parts += [f"Code behind the published weights: {cfg['origin_url']}"]
+        parts += [f"Code behind the published weights: <{quote(cfg['origin_url'], safe=':/')}>"]
     return with_metadata(data, parts)
 
 

@@ -40,16 +40,12 @@ def write_folder(
     training: dict[str, Any],
     label_names: Sequence[str] | None = None,
 ) -> Path:
-    """Writes a timm folder for `model` with other `weights`; see `place_folder` for its errors.
+    """Writes a timm folder for `model`, made by timm's factory, with other `weights`; see `place_folder`.
 
     Args:
-        model: Made by timm's factory, on any device; gives the architecture, its options and `pretrained_cfg`.
-        weights: Names and shapes are already checked.
-        folder: Created if needed.
         data: `input_size` and the other keys of timm's `resolve_data_config`.
         license: Replaces the licence in `pretrained_cfg`.
         training: The section of that name in `config.json`, see `card`; rows about the model precede its table.
-        label_names: In the order of the model's outputs.
     """
     labels = {"label_names": list(label_names)} if label_names else {}
     # timm.models.save_for_hf would need a second copy of the model for other weights
@@ -184,8 +180,7 @@ def export_encoder(
         model: From `timm.create_model("fcmae_convnextv2_*", ...)`.
         folder: Created if needed.
         state_dict: Weights of the whole FCMAE to export instead of the model's own, such as its EMA.
-        mean: Normalisation, one value or one per channel; by default that of the encoder's `pretrained_cfg`.
-        std: Its standard deviation.
+        mean, std: Normalisation, one value or one per channel; by default that of the encoder's `pretrained_cfg`.
         license: Licence by its id on the Hub; None states none. Weights that started from others under a stated licence
             (the published ones: cc-by-nc-4.0) keep that licence.
         info: Rows for the table in the README (data, epochs, settings).

@@ -79,8 +79,7 @@ def origin_of_run(
 
     Args:
         args: The run's options.
-        name: The model's present name for timm's factory.
-        cfg: `pretrained_cfg` of that model.
+        name: The model's present name for timm's factory, `cfg` its `pretrained_cfg`.
         folder: The run's folder, searched for files that are missing at the paths in `args`.
         followed: Checkpoints that were already followed.
 
@@ -150,10 +149,8 @@ def _dataset(args: dict[str, Any]) -> str | None:
     return args.get("dataset") or (Path(folder).resolve().name if folder else None)
 
 
-_AUGMENTATION = {
-    "aa": "policy", "mixup": "mixup", "cutmix": "cutmix", "reprob": "random erasing", "smoothing": "label smoothing",
-    "drop_path": "drop path",
-}  # fmt: skip
+_AUGMENTATION = {"aa": "policy", "mixup": "mixup", "cutmix": "cutmix", "reprob": "random erasing"}
+_AUGMENTATION |= {"smoothing": "label smoothing", "drop_path": "drop path"}
 
 
 def _describe(args: dict[str, Any], checkpoint: dict[str, Any], ema: bool) -> dict[str, str]:
@@ -237,17 +234,14 @@ def export_finetuned(
 
     Args:
         checkpoint: A checkpoint file of train.py, or its output folder (model_best.pth.tar, else last.pth.tar).
-        folder: Created if needed.
         ema: Export the moving average of the weights; by default if there is one, because train.py evaluated it.
         license: Licence by its id on the Hub; by default that of `finetune --license`. An inherited licence stays.
         info: Rows for the table in the README, added to its own or replacing them.
-        label_names: Names of the classes in the order of their index; by default those in `label_names.json` beside
-            the checkpoint, which `finetune` writes.
+        label_names: Of the classes in the order of their index; by default those in `label_names.json` of the run.
 
     Raises:
-        ValueError: The checkpoint is unusable or not from train.py, the model is not a ConvNeXt V2, its start folder
-            is missing, the weights do not fit, the licence is unknown or contradicts the inherited one, or names and
-            classes differ in number.
+        ValueError: The checkpoint or its start folder is unusable, the model is not a ConvNeXt V2, the weights do not
+            fit, the licence is unknown or contradicts the inherited one, or names and classes differ in number.
         RuntimeError: The `config.json` of an `hf-hub:` model cannot be loaded.
     """
     path = find_checkpoint(checkpoint)
@@ -269,8 +263,8 @@ def export_finetuned(
         **{k: cfg[k] for k in (*KEEP, *(PAPER if origin.license else ())) if k in cfg},
         **({"origin_url": origin.url} if origin.url else {}),
     }
-    dataset = args.get("dataset") or ""
-    hub_dataset = dataset.partition("/")[2] if dataset.startswith(("hfds/", "hfids/")) else None
+    source, _, name = (args.get("dataset") or "").partition("/")
+    hub_dataset = name if source in ("hfds", "hfids") else None
     metrics = _metrics(path.parent / "summary.csv", content, args, ema)
     training = {
         "table": {**_describe(args, content, ema), **(info or {})},

@@ -70,10 +70,7 @@ def _check_name(name: str) -> None:
 def model_pixels(name: str, in_chans: int, nodata: float | None = None) -> Pixels:
     """The preparation of stored values that a model was trained with: recorded in folders and repositories.
 
-    Args:
-        name: See `load_model`.
-        in_chans: Channels of the images; must fit the record.
-        nodata: Replaces the recorded value that means "no data"; None keeps it.
+    `in_chans`, the channels of the images, must fit the record; `nodata` replaces the recorded value of missing pixels.
     """
     source, _, place = name.partition(":")
     config = None

@@ -197,16 +197,10 @@ def convert_official(state_dict: dict[str, Any], conv_mlp: bool | None = None) -
 def to_official(state_dict: dict[str, Tensor], sparse: bool = True) -> dict[str, Tensor]:
     """The reverse of `convert_official`, for the published architecture (any depths, widths and kernel sizes).
 
-    Args:
-        state_dict: Weights of an `FCMAE`, or of a `ConvNeXtV2` (always written in the dense format).
-        sparse: For an `FCMAE`: True writes a pretraining checkpoint of the MinkowskiEngine code, False the encoder
-            alone in the dense format.
-
-    Returns:
-        Official names and shapes, without `head.norm` of an `FCMAE`, which pretraining does not use.
-
-    Raises:
-        ValueError: A name that the official architecture lacks (a `patch_size` of 2 adds some), or a missing one.
+    Weights of a `ConvNeXtV2` are written in the dense format; those of an `FCMAE` as a pretraining checkpoint of the
+    MinkowskiEngine code, or with `sparse=False` as the encoder alone in the dense format, in both cases without
+    `head.norm`, which pretraining does not use. ValueError if names are missing or unknown to the official
+    architecture (a `patch_size` of 2 adds some).
     """
     if "encoder.stem.0.weight" in state_dict:
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith("encoder.head.norm.")}

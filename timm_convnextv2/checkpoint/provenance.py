@@ -37,8 +37,8 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+def _whole(value: Any, least: int = 1, most: int = 2**31 - 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _positive(value: Any) -> bool:
@@ -74,9 +74,14 @@ _TYPES: dict[str, _Test] = {
     "a whole number, or 4, one per stage": lambda v: _whole(v) or _list(_whole, 4)(v),
     "2 whole numbers: height, width": _list(_whole, 2),
     "3 whole numbers: channels, height, width": _list(_whole, 3),
-    "4 whole numbers, one per stage": _list(_whole, 4),
+    # a model is built before its weights are compared: larger ones would fill the memory first
+    "a whole number from 0 to 128": lambda v: _whole(v, 0, 128),
+    "a whole number from 1 to 8192": lambda v: _whole(v, 1, 8192),
+    "4 whole numbers from 1 to 128, one per stage": _list(lambda v: _whole(v, 1, 128), 4),
+    "4 whole numbers from 1 to 8192, one per stage": _list(lambda v: _whole(v, 1, 8192), 4),
     "a list of numbers, one per channel": _list(_number),
     "a list of numbers above 0, one per channel": _list(_positive),
+    "a list of numbers or null, one per class": lambda v: v == [] or _list(lambda w: w is None or _number(w))(v),
     "'file', or a centre and a width": lambda v: v == "file" or _list(_number, 2)(v),
     "a string or a list of strings": lambda v: isinstance(v, str) or _list(_line)(v),
     "a list of strings": lambda v: v == [] or _list(_line)(v),
@@ -109,9 +114,11 @@ _SECTIONS = {
         "num_classes label_offset": "a whole number from 0",
     },
     "model_args": {  # of the models in this package
-        "depths dims": "4 whole numbers, one per stage",
-        "patch_size in_chans decoder_dim output_stride": "a whole number from 1",
-        "num_classes decoder_depth": "a whole number from 0",
+        "depths": "4 whole numbers from 1 to 128, one per stage",
+        "dims": "4 whole numbers from 1 to 8192, one per stage",
+        "patch_size in_chans decoder_dim output_stride": "a whole number from 1 to 8192",
+        "decoder_depth": "a whole number from 0 to 128",
+        "num_classes": "a whole number from 0",
         "global_pool": "a string without a line break",
         "drop_path_rate drop_rate mask_ratio": "a number from 0 to 1",
         "norm_pix_loss conv_mlp conv_bias use_grn head_norm_first": "true or false",
@@ -135,50 +142,44 @@ _SECTIONS = {
         "dicom_window": "'file', or a centre and a width",
     },
 }
+MODEL_ARGS = _SECTIONS["model_args"]
 # timm leaves these keys out when they are unset; null would reach its factory as a value
 _NOT_NULL = set(
     "architecture model_args pretrained_cfg num_classes input_size fixed_input_size mean std interpolation crop_pct "
-    f"crop_mode custom_load {' '.join(_SECTIONS['model_args'])}".split()
+    f"crop_mode custom_load {' '.join(MODEL_ARGS)}".split()
 )
 
 
-def _check_types(config: dict[str, Any], where: str, ours: bool) -> None:
-    """Checks the type of every value in use (`ours`: `model_args` as well); null is allowed if timm allows it."""
+def _refuse(where: str | Path, key: str, value: Any, expected: str) -> NoReturn:
+    text = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
+    raise ConfigError(
+        f"'{where}' has {key} = {text} ({type(value).__name__}), expected {expected}. Correct it, or export the model "
+        "again."
+    )
 
-    def refuse(key: str, value: Any, expected: str) -> NoReturn:
-        text = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
-        raise ConfigError(
-            f"'{where}' has {key} = {text} ({type(value).__name__}), expected {expected}. Correct it, or export the "
-            "model again."
-        )
 
-    def check(section: str, values: dict[str, Any], prefix: str) -> None:
-        for keys, expected in _SECTIONS[section].items():
-            for key in keys.split():
-                value = values.get(key)
-                unset = key not in values or value is None and key not in _NOT_NULL
-                if not unset and not _TYPES[expected](value):
-                    refuse(f"{prefix}{key}", value, expected)
+def check_types(
+    where: str | Path, values: dict[str, Any], section: dict[str, str], prefix: str, needed: str = ""
+) -> None:
+    """Checks the values of one table; null is allowed if timm allows it, and `needed` keys must be there."""
+    for keys, expected in section.items():
+        for key in keys.split():
+            value = values.get(key)
+            unset = key not in values or value is None and key not in _NOT_NULL
+            if (not unset or key in needed.split()) and not _TYPES[expected](value):
+                _refuse(where, f"{prefix}{key}", value, expected)
 
-    check("", config, "")
-    nested = "pretrained_cfg" in config  # timm's first format was flat
-    cfg = config["pretrained_cfg"] if nested else config
-    check("pretrained_cfg", cfg, "pretrained_cfg." if nested else "")
-    if ours:
-        check("model_args", config.get("model_args", {}), "model_args.")
-    chans = (cfg.get("input_size") or [None])[0]
-    for key in ("mean", "std"):
-        values = cfg.get(key)
-        if values is not None and chans is not None and len(values) not in (1, 3, chans):
-            refuse(f"pretrained_cfg.{key}", values, f"one number, or {chans}, one per channel")
+
+def check_training(where: str | Path, config: dict[str, Any], chans: int | None = None) -> None:
+    """Checks the section `training` of any `config.json`; its record of pixels must suit the channels."""
     training = training_of(config)
-    check("training", training, "training.")
-    check("training.metrics", training.get("metrics") or {}, "training.metrics.")
+    check_types(where, training, _SECTIONS["training"], "training.")
+    check_types(where, training.get("metrics") or {}, _SECTIONS["training.metrics"], "training.metrics.")
     pixels = training.get("pixels") or {}
-    check("training.pixels", pixels, "training.pixels.")
+    check_types(where, pixels, _SECTIONS["training.pixels"], "training.pixels.")
     known = " ".join(_SECTIONS["training.pixels"]).split()
     for key in pixels.keys() - set(known):  # an unknown preparation of pixels must not be ignored
-        refuse(f"training.pixels.{key}", pixels[key], f"one of {', '.join(known)}")
+        _refuse(where, f"training.pixels.{key}", pixels[key], f"one of {', '.join(known)}")
     try:
         Pixels.from_record(pixels).check(chans or len(pixels.get("clip_low") or [0]))
     except ValueError as e:
@@ -230,7 +231,18 @@ def check_config(config: dict[str, Any], path: str | Path, ours: bool = True) ->
         found = f"names the architecture {name!r}" if name else "names no architecture"
         expected = "convnextv2_* or fcmae_convnextv2_*" if ours else "one"
         raise ValueError(f"'{path}' does not describe a model in timm's format: it {found}, expected {expected}.")
-    _check_types(config, str(path), ours=is_ours(name))
+    check_types(path, config, _SECTIONS[""], "")
+    nested = "pretrained_cfg" in config  # timm's first format was flat
+    cfg = config["pretrained_cfg"] if nested else config
+    check_types(path, cfg, _SECTIONS["pretrained_cfg"], "pretrained_cfg." if nested else "")
+    if is_ours(name):
+        check_types(path, config.get("model_args", {}), MODEL_ARGS, "model_args.")
+    chans = (cfg.get("input_size") or [None])[0]
+    for key in ("mean", "std"):
+        values = cfg.get(key)
+        if values is not None and chans is not None and len(values) not in (1, 3, chans):
+            _refuse(path, f"pretrained_cfg.{key}", values, f"one number, or {chans}, one per channel")
+    check_training(path, config, chans)
     return config
 
 

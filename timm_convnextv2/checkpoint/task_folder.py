@@ -14,9 +14,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from .card import HERE, OR_HUB, images_text, licence_text, pixels_text, render_card, results, table, with_metadata
+from .card import (
+    HERE,
+    OR_HUB,
+    escaped,
+    images_text,
+    licence_text,
+    pixels_text,
+    render_card,
+    results,
+    table,
+    with_metadata,
+)
 from .export import how_made, place_folder
-from .provenance import HUB_ERRORS, WEIGHTS, check_config, read_json
+from .provenance import HUB_ERRORS, MODEL_ARGS, WEIGHTS, check_config, check_training, check_types, is_ours, read_json
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,6 +58,11 @@ segmenter = open_segmenter({name}){or_hub}
 image = segmenter.backbone.load_image("IMAGE")  # float [C, H, W], scaled as in training
 classes = find_classes(segmenter, image)  # [H, W], indices of segmenter.classes""",
 }
+# the types of the keys that are read here, in the words of `provenance`
+_TYPES = {"classes": "a list of strings", "dataset": "a string without a line break"}
+_TYPES |= {"metrics pretrained_cfg training": "a table"}
+_METRICS = {"box_ap mask_ap miou accuracy mean_accuracy": "a number", "iou": "a list of numbers or null, one per class"}
+_BACKBONE = {"architecture license base_model": "a string without a line break", "model_args pixels": "a table"}
 _PIPELINES = {"detection": "object-detection", "segmentation": "image-segmentation"}
 
 
@@ -95,13 +111,19 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
 
 def _checked(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The config, if the keys that the card and publishing read have the right types."""
-    kinds = {"classes": list, "metrics": dict, "pretrained_cfg": dict, "training": dict, TASKS[config["task"]]: dict}
-    inner = {"architecture": str, "license": (str, type(None)), "pixels": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
-    wrong += [f"backbone.{k}" for k, v in inner.items() if not isinstance(config["backbone"].get(k, 0), v)]
-    if wrong:
-        what = f"{', '.join(wrong[:3])} is missing or has another type"
-        raise ValueError(f"'{folder / CONFIG}' was changed: {what}. Export the model again.")
+    path, own = folder / CONFIG, TASKS[config["task"]]
+    needed = f"classes metrics pretrained_cfg training {own}"
+    check_types(path, config, _TYPES | {own: "a table"}, "", needed)
+    check_types(path, config["metrics"], _METRICS, "metrics.")
+    check_types(path, config["pretrained_cfg"], {"license": "a string without a line break"}, "pretrained_cfg.")
+    check_types(path, config["backbone"], _BACKBONE, "backbone.", "architecture model_args pixels")
+    if is_ours(config["backbone"]["architecture"]):
+        check_types(path, config["backbone"]["model_args"], MODEL_ARGS, "backbone.model_args.")
+    if config["task"] == "detection":
+        check_types(path, config[own], {"boxes_only": "true or false"}, f"{own}.", "boxes_only")
+    check_training(path, config)
+    if not {"table", "made_with"} <= config["training"].keys():
+        raise ValueError(f"'{path}' lacks the section training. Export the model again.")
     return config
 
 
@@ -110,7 +132,7 @@ def open_task(name: str | os.PathLike, task: str, build: Callable[[dict[str, Any
     folder, config = read_task(name, task)
     try:
         model = build(config)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+    except Exception as e:  # constructors raise anything for arguments of other types
         raise ValueError(f"The {TASKS[task]} in '{name}' cannot be opened ({type(e).__name__}: {e}).") from e
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
@@ -129,14 +151,11 @@ def write_task(
     dataset: str | None = None,
     info: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes the folder; see `place_folder`.
+    """Writes the folder of a model; see `place_folder`.
 
     Args:
-        folder: Created if needed.
-        model: Gives the weights.
         config: `task`, `classes`, `backbone` (a `Backbone.record`), and the task's own arguments.
-        metrics: Results on the validation images, kept in `config.json` and stated by the card.
-        dataset: Name of the data set of these results.
+        metrics: Results on the validation images of `dataset`, kept in `config.json` and stated by the card.
         info: How the model was made, for a table in the card.
     """
     weights, backbone = model.state_dict(), config["backbone"]
@@ -166,21 +185,17 @@ def _render(config: dict[str, Any], images: Sequence[str]) -> str:
     stated = [(kind, title, round(metrics[k], 4)) for k, kind, title in _STATED[task] if metrics.get(k, -1) >= 0]
     found = results(_PIPELINES[task], config.get("dataset"), stated, dataset_split="validation")
     data = ModelCardData(
-        library_name="timm_convnextv2",
-        pipeline_tag=_PIPELINES[task],
-        license=license,
-        base_model=training.get("base_model"),
-        datasets=training.get("datasets") or None,
+        library_name="timm_convnextv2", pipeline_tag=_PIPELINES[task], license=license,
+        base_model=training.get("base_model"), datasets=training.get("datasets") or None,
         tags=[_PIPELINES[task], "convnextv2" if "convnextv2" in architecture else "timm", kind.lower()],
-        model_name=f"{kind} on {architecture}" if found else None,
-        eval_results=found or None,
-    )
+        model_name=f"{kind} on {architecture}" if found else None, eval_results=found or None,
+    )  # fmt: skip
     masks = ", masks" if kind == "Mask R-CNN" else ""
-    named = ", ".join(classes[:200]) + (f", and {len(classes) - 200} more" if len(classes) > 200 else "")
+    named = ", ".join(map(escaped, classes[:200])) + (f", and {len(classes) - 200} more" if len(classes) > 200 else "")
     parts = [
-        f"# {kind} on {architecture}\n\nA {TASKS[task]} of {len(classes)} classes, "
+        f"# {kind} on {escaped(architecture)}\n\nA {TASKS[task]} of {len(classes)} classes, "
         f"{'from label 1' if task == 'detection' else 'from index 0'}: {named}. It was trained with `timm_convnextv2` "
-        f"{training['made_with']['timm_convnextv2']}, and opens with that package, without its training code.",
+        f"{escaped(training['made_with'].get('timm_convnextv2'))} and opens with that package alone.",
         f"```python\n{_CODE[task].format(name=HERE, or_hub=OR_HUB, masks=masks)}\n```",
     ]
     if training.get("pixels"):

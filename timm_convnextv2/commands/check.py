@@ -19,6 +19,7 @@ from ..config import option, part
 from ..console import say
 from ..data import ImageError, ImagePaths, Pixels, Source, create_source
 from ..data.config import one_data_dir, page_word
+from ..data.display import check_bands
 from ..data.formats.pixels import one_page
 from ..data.measure.inspection import (
     Finding,
@@ -55,6 +56,9 @@ class CheckConfig:
     pages: tuple[int | str, ...] | None = option(
         None, "as in pretraining; of several pages only the first is read", metavar="P", parse=page_word
     )
+    show_bands: tuple[int, ...] | None = option(
+        None, "channels to draw as red, green and blue, or one (default: 1 2 3; 1 below three)", metavar="N", at_least=1
+    )
     workers: int = option(4, "processes that read and decode", short="-j", metavar="N", at_least=0)
     output: str = option("check.json", "JSON to write; the images have its name and .png", metavar="FILE")
     overwrite: bool = option(False, "replace --output and its images")
@@ -65,6 +69,7 @@ def check(config: CheckConfig) -> int:
     paths = replace(config.paths, data_dir=one_data_dir(config.data, config.paths.data_dir))
     if not paths.data_dir and not paths.data_list:
         raise ValueError("No images given. Name a folder: check DATA.")
+    check_bands(config.show_bands, max(config.show_bands or (3,)))
     output, figure = Path(config.output), Path(config.output).with_suffix(".png")
     check_output(output, paths.data_dir, config.overwrite)
     page = one_page(config.pages)
@@ -88,18 +93,21 @@ def check(config: CheckConfig) -> int:
     if found:
         headers = {one.name: one.header.channels for one in files if one.header}
         root = source.folders()[0] if len(source.folders()) == 1 else ""
-        sheet = [(shown(f, headers.get(f.name), pixels, config.window_size), label(f, root)) for f in found[:_SHOWN]]
-        save_contact_sheet(sheet, figure, f"{len(sheet)} of {len(found)} findings")
+        sheet = [(shown(f, headers.get(f.name), pixels, config), label(f, root)) for f in found[:_SHOWN]]
+        which = "channels " + " ".join(map(str, config.show_bands or ("1", "to", "3, or 1")))
+        save_contact_sheet(sheet, figure, f"{len(sheet)} of {len(found)} findings; {which}, percentiles 2 to 98")
     for line in lines(content, found, output):
         say(line)
     say(f"Found: {counts(content['found'])}. Written: {output}" + f", {figure}" * bool(found))
     return int(bool(found))
 
 
-def shown(finding: Finding, channels: int | None, pixels: Pixels, window: int | None) -> np.ndarray | None:
+def shown(finding: Finding, channels: int | None, pixels: Pixels, config: CheckConfig) -> np.ndarray | None:
     """The image of a finding, None if it cannot be decoded."""
+    if channels is None:
+        return None
     try:
-        return None if channels is None else thumbnail(load_part(finding.name, channels, pixels, window))
+        return thumbnail(load_part(finding.name, channels, pixels, config.window_size), config.show_bands)
     except (ImageError, OSError):
         return None
 

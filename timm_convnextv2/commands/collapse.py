@@ -9,14 +9,12 @@ Writes to --output:
     channels.png  64 channels of a block as small squares, for a few images (its figure 3)
 """
 
-import csv
-
 from ..console import say
 from ..features.collapse import BlockCollapse
 from ..features.collapse_models import collapse_of_models
 from ..features.config import CollapseConfig
 from ..features.figures import save_channels, save_distances
-from ..files import claim_folder, whole_file
+from ..files import claim_folder, write_csv
 from .base import run
 
 FILES = ("collapse.csv", "collapse.png", "channels.png")
@@ -32,10 +30,8 @@ def measure(config: CollapseConfig) -> None:
         list(dict.fromkeys(config.models)), config.images, config.computation, layer=config.layer,
         batch_size=config.batch_size, progress=True,
     )  # fmt: skip
-    with whole_file(folder / FILES[0]) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["model", *BlockCollapse._fields])
-        writer.writerows([name, *block] for name, blocks in found.items() for block in blocks)
+    rows = ([name, *block] for name, blocks in found.items() for block in blocks)
+    write_csv(folder / FILES[0], ["model", *BlockCollapse._fields], rows)
     save_distances(found, folder / FILES[1])
     save_channels(shown, maps, folder / FILES[2])
     for name, blocks in found.items():

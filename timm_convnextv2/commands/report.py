@@ -16,7 +16,7 @@ class ReportConfig:
 
     runs: tuple[str, ...] = option(
         ...,
-        "folder of a run of pretrain, detect or segment; several of one task side by side",
+        "folder of a run of pretrain, finetune, detect or segment; several of one task side by side",
         metavar="RUN",
         positional=True,
     )

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..config import check_limits
 from ..console import say
 from ..data import DataSet, ImageError, ImagePaths, TimmStream, check_readable, create_source
+from ..data.display import display_of
 from ..data.sources.source import Source
-from ..report.images import displayable
 from .collapse import BlockCollapse, blocks_of, channel_maps, collapse
 from .config import COMPUTATION, Computation, DrawnImages
 from .encoder import open_encoder
@@ -50,7 +50,7 @@ def collapse_of_models(
         note(f"{name}: {len(drawn)} images of {drawn.shape[2]} x {drawn.shape[3]}")
         found[name] = collapse(encoder.network, drawn, batch_size=batch_size, amp=computation.amp)
         if not shown:
-            shown = list(displayable(drawn[:SHOWN], *(torch.tensor(encoder.config[key]) for key in ("mean", "std"))))
+            shown = list(display_of([*drawn[:SHOWN]]).rgb(drawn[:SHOWN]))
         maps[name] = channel_maps(encoder.network, drawn[:SHOWN], layer)
     return found, shown, maps
 

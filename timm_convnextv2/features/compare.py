@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..console import PACKAGE
-from ..files import claim_folder, whole_file, write_json
+from ..files import claim_folder, write_csv, write_json
 from ..report.images import save_figure
 from .config import CompareConfig
 
@@ -149,10 +149,8 @@ def write_results(
     curves: Sequence[Curve], candidates: Sequence[Candidate], config: CompareConfig, output: Path
 ) -> None:
     """Writes the curves so far: compare.csv, compare.json and compare.png."""
-    with whole_file(output / "compare.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("candidate", "seed", "epoch", "top1"))
-        writer.writerows((c.name, c.seed, i, a) for c in curves for i, a in enumerate(c.accuracy, 1))
+    rows = ((c.name, c.seed, i, a) for c in curves for i, a in enumerate(c.accuracy, 1))
+    write_csv(output / "compare.csv", ("candidate", "seed", "epoch", "top1"), rows)
     found: dict[str, Any] = {
         "budget": config.budget, "recipe": config.recipe, "data_dir": config.data_dir,
         "candidates": {c.name: c.model for c in candidates}, "top1": _last(curves),

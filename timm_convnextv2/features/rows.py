@@ -1,13 +1,11 @@
 """The files that `embed` writes: rows with their names, and the table of skipped images."""
 
-import csv
 import importlib.util
 import io
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..data import MissingPackageError
-from ..files import check_free, whole_file, write_json
+from ..files import check_free, whole_file, write_csv, write_json
 
 _RUN = "run.json"
 SUFFIXES = (".npy", ".safetensors", ".parquet")
@@ -143,10 +141,10 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
         write(temporary, shape, blocks())
     if names:
         new[names] = parts.folder / "names.csv"
-        _write_csv(new[names], ("file",), ((name,) for part in blocks() for name in part.names))
+        write_csv(new[names], ("file",), ((name,) for part in blocks() for name in part.names))
     if skipped:
         new[table] = parts.folder / "skipped.csv"
-        _write_csv(new[table], ("file", "reason"), ((name, reason) for _, name, reason in skipped))
+        write_csv(new[table], ("file", "reason"), ((name, reason) for _, name, reason in skipped))
 
     parts.mark_joining()
     for file in filter(None, (output, names, table)):  # a crash must never leave an old file beside a new one
@@ -155,13 +153,6 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
         os.replace(complete, file)
     parts.remove()
     return shape[0], {i: reason for i, _, reason in skipped}
-
-
-def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    # file names may contain bytes that are not UTF-8
-    how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    with whole_file(path) as part, open(part, "w", **how) as file:
-        csv.writer(file, lineterminator="\n").writerows(chain([header], rows))
 
 
 def _write_rows(path: Path, header: bytes, blocks: Iterable[Part]) -> None:

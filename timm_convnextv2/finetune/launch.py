@@ -13,6 +13,7 @@ from timm.utils.distributed import world_info_from_env
 from ..checkpoint import export_finetuned
 from ..checkpoint.finetuned import LABEL_NAMES
 from ..console import invocation
+from ..report.next_steps import publish_preview
 from .checkpoints import after_failure
 from .images import Reading, feed
 from .plan import Plan
@@ -85,5 +86,5 @@ def next_commands(plan: Plan, model: Path) -> list[str]:
                 words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         words += ["--amp", "--amp-dtype", options.amp_dtype] if options.amp else []
         commands.append(shlex.join(words))
-    commands.append(shlex.join([*invocation("publish"), str(plan.folder), "USER/NAME", "--dry-run"]))
+    commands.append(publish_preview(plan.folder, model))
     return commands

@@ -33,14 +33,10 @@ class Stated(NamedTuple):
 
 
 def stage(source: Path, target: Path, *, part: str = "encoder", stated: Stated | None = None) -> str:
-    """Fills `target` with the files to publish; returns a description of their source, for messages.
+    """Fills the empty `target` with the files to publish; returns a description of their source, for messages.
 
-    Args:
-        source: A timm folder, the folder of a detector or segmenter, or the folder of a run of pretraining, of timm's
-            train.py, of finetuning, or of detect or segment.
-        target: An empty folder.
-        part: 'encoder' or 'fcmae' (with the decoder) of a pretraining run.
-        stated: Statements of the user.
+    `source` is a timm folder, the folder of a detector or segmenter, or that of any training run; `part` of a
+    pretraining run is 'encoder' or 'fcmae', with the decoder.
 
     Raises:
         ValueError: Nothing to publish, a corrupt file, a licence that nothing states or that contradicts the inherited

@@ -151,11 +151,9 @@ def push_to_hub(
         repo_id: `user/name`; created if needed.
         private: Visibility of the repository; None keeps it, or uses the account's default for a new one.
         revision: Branch to write to; created from the main branch if needed.
-        commit_message: Title of the commit.
         token: Access token; by default that of `hf auth login` or HF_TOKEN.
 
-    Returns:
-        Address of the commit.
+    Returns the address of the commit.
 
     Raises:
         ValueError: The folder is not an export (see `check_folder`), the repository's name is invalid, or it exists

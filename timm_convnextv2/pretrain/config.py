@@ -191,6 +191,8 @@ class Measures:
 
     recon_interval: int | None = option(
         None, "epochs between reconstructions (default: epochs / 10)", metavar="N", at_least=0)
+    show_bands: tuple[int, ...] | None = option(
+        None, "channels to draw as red, green and blue, or one (default: 1 2 3; 1 below three)", metavar="N")
     probe_dir: str | None = option(
         None, "labelled images (class folders, or a CSV of name,label) for kNN and ridge on frozen features",
         metavar="PLACE")

@@ -7,7 +7,7 @@ columns `eval_*` of summary.csv; they are named beforehand, because they stay em
 
 import csv
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,18 +80,18 @@ def affordable(images: list, images_seen: int, runs: int) -> list:
 
 
 def reconstructions(
-    folder: Path, model: FCMAE, shown: list, normalization: tuple[tuple, tuple], title: Callable[[int], str]
+    folder: Path, model: FCMAE, shown: list, title: Callable[[int], str], bands: Sequence[int] | None = None
 ) -> Run:
     """The measure that draws the predictions for a few samples `(image, mask, bad)` into `epoch-0001.png` and so on.
 
-    `normalization` (mean and standard deviation per channel) is undone; `title` is the line above, by epoch.
+    `title` is the line above, by epoch; for `bands` see `display_of`.
     """
 
     def draw(epoch: int, _encoder: ConvNeXtV2) -> dict[str, float]:
         folder.mkdir(exist_ok=True)
         batch: Any = collate(shown)
         images, masks, _ = batch
-        save_reconstructions(folder / f"epoch-{epoch:04d}.png", model, images, masks, *normalization, title(epoch))
+        save_reconstructions(folder / f"epoch-{epoch:04d}.png", model, images, masks, title(epoch), bands)
         return {}
 
     return draw

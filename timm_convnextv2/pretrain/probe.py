@@ -5,7 +5,7 @@ the run's folder keeps them for a resumed run.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,15 +45,13 @@ def random_encoder(encoder: Any, seed: int) -> nn.Module:
 class Probe:
     """Evaluates encoders on the labelled images at `place`; `rows` says how they become rows of features.
 
-    `normalization` holds the mean and standard deviation per channel in `rows.transform`, to draw the images.
+    For `bands`, the channels that are drawn, see `display_of`.
     """
 
     columns = ("knn", "ridge", "rank")
 
-    def __init__(
-        self, labelled: Labelled, place: str, rows: Rows, normalization: tuple[tuple[float, ...], tuple[float, ...]]
-    ) -> None:
-        self.labelled, self.place, self.rows, self.normalization = labelled, place, rows, normalization
+    def __init__(self, labelled: Labelled, place: str, rows: Rows, bands: Sequence[int] | None = None) -> None:
+        self.labelled, self.place, self.rows, self.bands = labelled, place, rows, bands
         self.neighbours = min(NEIGHBOURS, len(labelled.train.labels))
         self.unit = "mAP" if labelled.several else "accuracy"
 
@@ -119,4 +117,4 @@ class Probe:
         images += [self.rows.transform(self.labelled.train.source[i]) for i in chosen]
         rows = [(n, [position[i] for i in row]) for n, row in enumerate(found.tolist())]
         path.parent.mkdir(exist_ok=True)
-        save_neighbours(path, torch.stack(images), rows, *self.normalization, title)
+        save_neighbours(path, torch.stack(images), rows, title, self.bands)

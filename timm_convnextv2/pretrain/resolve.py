@@ -13,6 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..config import build, evolve, flat
 from ..data import Pixels
 from ..data.config import PixelOptions
+from ..data.display import check_bands
 from ..data.measure.sample import measure_pixels, measured_options
 from ..models.masking import random_channels
 from ..runs.group import Processes, on_primary
@@ -57,6 +58,7 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
             raise ValueError(f"--channel-dropout {dropout:g}: {e}") from None
     config = replace(config, pixels=_pixels(config.pixels, start, given))
     config.pixels.to_pixels(config.crops.in_chans)  # refuses contradictions now
+    check_bands(config.measures.show_bands, config.crops.in_chans)
     config = evolve(config, **_normalization(config.crops, start))
     return evolve(config, **_intervals(config)), start
 

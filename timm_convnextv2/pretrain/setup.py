@@ -164,7 +164,7 @@ def create_measures(
     def title(epoch: int) -> str:
         return f"{name}, epoch {epoch} of {plan.epochs}, loss {trainer.mean_loss:.3f}"
 
-    draw = reconstructions(folder / "reconstructions", trainer.model, batches.shown, config.crops.normalization, title)
+    draw = reconstructions(folder / "reconstructions", trainer.model, batches.shown, title, config.measures.show_bands)
     measures = [Measure(draw, interval)]
     if batches.held_out is not None:
         loader = batches.held_out.loader(config.schedule.batch_size, config.loading.workers)
@@ -181,7 +181,7 @@ def open_probe(config: PretrainConfig, place: str, device: torch.device) -> Prob
     cfg = dict(interpolation="bicubic", crop_pct=0.875, crop_mode="center", mean=mean, std=std)
     transform = preprocessing({**cfg, "input_size": (crops.in_chans, *crops.size)})
     rows = Rows(transform, config.schedule.batch_size, config.loading.workers, device, config.compute.amp)
-    return Probe(labelled, place, rows, (mean, std))
+    return Probe(labelled, place, rows, config.measures.show_bands)
 
 
 def open_replay(path: Path, own: dict[str, Any]) -> tuple[dict, FCMAE, Callable[[int], Batches], torch.device]:

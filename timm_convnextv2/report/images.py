@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..data.display import display_of
 from ..files import whole_file
 from ..models.fcmae import FCMAE, normalize_target, patchify, unpatchify
 from ..runs.summary import read_rows
@@ -122,23 +123,19 @@ def save_neighbours(
     path: str | Path,
     images: torch.Tensor,
     neighbours: Sequence[tuple[int, Sequence[int]]],
-    mean: Sequence[float],
-    std: Sequence[float],
     title: str = "",
+    bands: Sequence[int] | None = None,
 ) -> None:
-    """Draws images and their nearest neighbours as a PNG, one row per image.
+    """Draws images `[N, C, H, W]` and their nearest neighbours as a PNG, one row per image.
 
-    Args:
-        path: PNG to write.
-        images: Normalised images `[N, C, H, W]`.
-        neighbours: For each row the index of its image and those of its neighbours, the nearest first.
-        mean: Mean per channel of the normalisation.
-        std: Its standard deviation.
-        title: Line above the images.
+    `neighbours` holds for each row the index of its image and those of its neighbours, the nearest first. For `bands`
+    see `display_of`.
     """
     if not neighbours:
         raise ValueError("neighbours is empty, expected at least one row (index, [indices of its neighbours]).")
-    shown = displayable(images.float().cpu(), torch.tensor(mean), torch.tensor(std)).clamp(0, 1)
+    images = images.float().cpu()
+    display = display_of([*images], bands)
+    shown = display.rgb(images)
     columns, aspect = 1 + max(len(near) for _, near in neighbours), images.shape[2] / images.shape[3]
     texts = ["image", "nearest", *[""] * columns]
     rows: list[Any] = []
@@ -146,14 +143,7 @@ def save_neighbours(
         rows.append([(shown[i], text) for i, text in zip((query, *near), texts, strict=False)])
         rows[-1] += [("", "")] * (columns - len(rows[-1]))
         texts = [""] * columns
-    save_rows(path, rows, (8, 0.4 + 8 / columns * aspect * len(neighbours)), title)
-
-
-def displayable(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Normalised `[B, C, H, W]` as RGB `[B, H, W, 3]` in [0, 1]: the first three channels, or the first as grey."""
-    x = images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
-    x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
-    return x.permute(0, 2, 3, 1)
+    save_rows(path, rows, (8, 0.4 + 8 / columns * aspect * len(neighbours)), f"{title}; {display}")
 
 
 @torch.no_grad()
@@ -162,9 +152,8 @@ def save_reconstructions(
     model: FCMAE,
     images: torch.Tensor,
     masks: torch.Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
     title: str = "",
+    bands: Sequence[int] | None = None,
 ) -> None:
     """Draws each image as original, masked input, prediction, and prediction with the visible patches.
 
@@ -172,13 +161,9 @@ def save_reconstructions(
     MAE's demo: it shows the predicted structure, in a brightness that the model did not predict.
 
     Args:
-        path: PNG to write.
-        model: On any device.
-        images: Normalised images `[B, C, H, W]`.
+        images: As the network sees them, `[B, C, H, W]`.
         masks: Bool `[B, h, w]`, True = removed.
-        mean: Mean per channel of the normalisation.
-        std: Its standard deviation.
-        title: Line above the images.
+        bands: See `display_of`; the originals set the range of all columns.
     """
     training, device = model.training, model.mask_token.device
     model.eval()
@@ -190,19 +175,16 @@ def save_reconstructions(
         _, patch_mean, patch_std = normalize_target(patchify(images, stride))
         pred = pred * patch_std + patch_mean
     pred = unpatchify(pred, grid, stride)
-    gap = masks.repeat_interleave(stride, 1).repeat_interleave(stride, 2).unsqueeze(1)
+    gap = masks.repeat_interleave(stride, 1).repeat_interleave(stride, 2).unsqueeze(-1)
 
-    means, stds = torch.tensor(mean), torch.tensor(std)
-    shown = displayable(images, means, stds)
-    low, high = (0.0, 1.0) if -0.1 <= shown.min() and shown.max() <= 1.5 else (shown.min(), shown.max())
+    display = display_of([*images], bands)
+    shown, predicted = display.rgb(images), display.rgb(pred)
     columns = {
         "original": shown,
-        "masked input": torch.where(gap.permute(0, 2, 3, 1), low + 0.5 * (high - low), shown),
-        "prediction": torch.where(gap.permute(0, 2, 3, 1), displayable(pred, means, stds), high),
-        "prediction + visible": displayable(torch.where(gap, pred, images), means, stds),
+        "masked input": torch.where(gap, 0.5, shown),
+        "prediction": torch.where(gap, predicted, 1.0),
+        "prediction + visible": torch.where(gap, predicted, shown),
     }
-    rows = [
-        [(((drawn[i] - low) / (high - low)).clamp(0, 1), name * (i == 0)) for name, drawn in columns.items()]
-        for i in range(len(images))
-    ]
-    save_rows(path, rows, (8, 0.3 + 2 * len(images) * images.shape[2] / images.shape[3]), title)
+    rows = [[(drawn[i], name * (i == 0)) for name, drawn in columns.items()] for i in range(len(images))]
+    size = (8, 0.3 + 2 * len(images) * images.shape[2] / images.shape[3])
+    save_rows(path, rows, size, f"{title}; {display}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from .next_steps import Step, next_steps, next_steps_of_transfer
+from .next_steps import Step, next_steps, next_steps_of_finetuning, next_steps_of_transfer
 from .run import RunRecord
 
 BASELINES = {"random": "random weights", "pixels": "plain pixels"}
@@ -103,12 +103,13 @@ def in_one_line(facts: dict[str, str]) -> str:
 def _facts(run: RunRecord, own: dict[str, str], processes: int) -> dict[str, str]:
     """The rows of one task, and those that all tasks share."""
     of = run.settings
-    accum = f" x {of['grad_accum_steps']} steps" if of["grad_accum_steps"] > 1 else ""
+    steps = of.get("grad_accum_steps", 1)
+    accum = f" x {steps} steps" if steps > 1 else ""
     return {
         **own,
         "Batch": f"{of['batch_size']}{accum}" + (f" x {processes} processes" if processes > 1 else ""),
         "Device": f"{of.get('device', '')}{', ' + str(of.get('amp_dtype')) if of.get('amp') else ''}",
-        "Seed": str(of["seed"]),
+        "Seed": str(of.get("seed", "")),
         "Versions": run.versions,
         "Folder": str(run.path),
         "Command": run.command,
@@ -169,6 +170,27 @@ def _findings_of_pretraining(run: RunRecord) -> list[str]:
     return found + _best(run, "The held-out loss", "eval_loss", "{:.4f}", min)
 
 
+# -------------------------------------------------------------------------------------------------------- finetuning
+
+
+def _facts_of_finetuning(run: RunRecord) -> dict[str, str]:
+    of, get = run.settings, run.settings.get
+    started = any(map(get, ("pretrained", "initial_checkpoint", "resume")))
+    place = get("data_dir") or get("data") or ""
+    own = {
+        "Model": of["model"],
+        "Started from": "pretrained or given weights" if started else "random weights",
+        "Data": " ".join(str(word) for word in (get("dataset"), place) if word),
+        "Images": "",
+        "Classes": str(get("num_classes") or ""),
+        "Input": str(get("input_size") or get("img_size") or ""),
+        "Recipe": Path(str(get("config") or "")).name,
+        "Epochs": f"{len(run.rows) and max(run.rows) + 1} of {of['epochs']}",
+        "Optimizer": f"{of['opt']}, weight decay {get('weight_decay')}, layer decay {get('layer_decay')}",
+    }
+    return _facts(run, own, get("world_size", 1))
+
+
 # ------------------------------------------------------------------------------------------ detection, segmentation
 
 
@@ -194,9 +216,11 @@ def _facts_of_transfer(run: RunRecord) -> dict[str, str]:
 
 
 def _findings_of_transfer(run: RunRecord) -> list[str]:
-    main = {"detection": ("eval_box_ap", "eval_mask_ap"), "segmentation": ("eval_miou",)}[run.task]
-    found = [text for column in main for text in _best(run, (_BOXES | _CLASSES)[column][0], column)]
-    return [*found, "It was measured on the validation images, with the weights that are exported."] if found else []
+    main = {"detection": ("eval_box_ap", "eval_mask_ap"), "segmentation": ("eval_miou",), "finetuning": ("eval_top1",)}
+    named = _BOXES | _CLASSES | _TOP
+    found = [text for column in main[run.task] for text in _best(run, named[column][0], column, named[column][1])]
+    weights = "" if run.task == "finetuning" else ", with the weights that are exported"
+    return [*found, f"It was measured on the validation images{weights}."] if found else []
 
 
 _LOSS = {"train_loss": ("Loss", "{:.4f}")}
@@ -211,6 +235,7 @@ _CLASSES = {
     "eval_accuracy": ("Accuracy", "{:.1%}"),
     "eval_mean_accuracy": ("Mean accuracy", "{:.1%}"),
 }
+_TOP = {"eval_top1": ("Top-1", "{:.1f}%"), "eval_top5": ("Top-5", "{:.1f}%")}
 _MASKS = "Solid: boxes. Dashed: masks."
 
 KINDS = {
@@ -240,6 +265,22 @@ KINDS = {
         ),
         findings=_findings_of_pretraining,
         next_steps=next_steps,
+    ),
+    "finetuning": Kind(
+        title="Finetuning",
+        model="model",
+        predictions="",
+        alt="",
+        measures=_LOSS | {"eval_loss": ("Validation loss", "{:.4f}")} | _TOP,
+        facts=_facts_of_finetuning,
+        charts=(
+            Chart("Accuracy, %", {"eval_top1": False, "eval_top5": True}, "Solid: top-1. Dashed: top-5.", 1,
+                  dashed="top-5", solid="Top-1."),
+            Chart("Loss", {"train_loss": False, "eval_loss": True}, "Solid: training. Dashed: validation images.",
+                  dashed="validation", solid="On the training images."),
+        ),
+        findings=_findings_of_transfer,
+        next_steps=next_steps_of_finetuning,
     ),
     "detection": Kind(
         title="Detection",

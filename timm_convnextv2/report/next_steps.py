@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoint.provenance import read_json
 from ..console import interpreter, invocation
 
 
@@ -14,14 +15,29 @@ class Step(NamedTuple):
     command: str
 
 
+def publish_preview(folder: Path, model: Path) -> str:
+    """The command that previews a publication of a run; asks for a licence if the exported `model` states none."""
+    try:
+        licensed = read_json(model / "config.json").get("pretrained_cfg", {}).get("license")
+    except (ValueError, AttributeError):
+        licensed = None
+    words = [*invocation("publish"), str(folder), "USER/NAME", *([] if licensed else ["--license", "ID"]), "--dry-run"]
+    return shlex.join(words)
+
+
+def _device(settings: dict[str, Any]) -> list[str]:
+    """--device, if the run was not on the default of timm's scripts and of our commands."""
+    device = str(settings.get("device") or "cuda")
+    return [] if device.startswith("cuda") else ["--device", device]
+
+
 def next_steps(settings: dict[str, Any], folder: Path) -> list[Step]:
     """Commands to load, finetune and publish the `encoder/` in the folder of a run with these settings."""
     encoder, (chans, height, width) = folder.resolve() / "encoder", settings["input_size"]
     size = f"--img-size {height}" if chans == 3 and height == width else f"--input-size {chans} {height} {width}"
     own_images = settings["data_dir"] or settings.get("data_list") or settings["dataset"] not in ("", "embedded")
-    finetune = shlex.join([*invocation("finetune"), "--recipe", "small-data" if own_images else "smoke"])
-    publish = shlex.join([*invocation("publish"), str(folder), "USER/NAME"])
-    publish += "" if settings["license"] or settings["pretrained"] else " --license ID"
+    recipe = "small-data" if own_images else "smoke"
+    finetune = shlex.join([*invocation("finetune"), "--recipe", recipe, *_device(settings)])
     python = shlex.quote(interpreter())
     load = f"import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
     return [
@@ -30,22 +46,31 @@ def next_steps(settings: dict[str, Any], folder: Path) -> list[Step]:
             "Finetune it with timm's train.py and a recipe, on a folder with train/ and validation/",
             f'{finetune} --model "local-dir:{encoder}" {size} --data-dir DATA',
         ),
-        Step("Preview a publication", f"{publish} --dry-run"),
+        Step("Preview a publication", publish_preview(folder, encoder)),
+    ]
+
+
+def next_steps_of_finetuning(settings: dict[str, Any], folder: Path) -> list[Step]:
+    """Commands to measure and publish the classifier in `model/`."""
+    model, data = folder.resolve() / "model", settings.get("data_dir") or settings.get("data") or "DATA"
+    words = ["--model", f"local-dir:{model}", "--data-dir", str(data), *_device(settings)]
+    return [
+        Step("Evaluate it again", shlex.join([*invocation("validate"), *words])),
+        Step("Preview a publication", publish_preview(folder, model)),
     ]
 
 
 def next_steps_of_transfer(settings: dict[str, Any], folder: Path) -> list[Step]:
     """Commands to evaluate, use and publish the detector or segmenter in `model/`."""
     command = {"detection": "detect", "segmentation": "segment"}[settings["task"]]
-    model = str(folder.resolve() / "model")
+    model, device = folder.resolve() / "model", _device(settings)
     output = {"detection": "--output found.json", "segmentation": "--output masks"}[settings["task"]]
-    evaluate = [*invocation(command), "eval", "--model", model, "--data-dir", str(settings["data_dir"])]
-    predict = shlex.join([*invocation(command), "predict", "--model", model])
-    publish = shlex.join([*invocation("publish"), str(folder), "USER/NAME"])
+    evaluate = [*invocation(command), "eval", "--model", str(model), "--data-dir", str(settings["data_dir"]), *device]
+    predict = shlex.join([*invocation(command), "predict", "--model", str(model), *device])
     return [
         Step("Evaluate it again", shlex.join(evaluate)),
         Step("Use it on other images", f"{predict} --images IMAGES {output}"),
-        Step("Preview a publication", f"{publish} --dry-run"),
+        Step("Preview a publication", publish_preview(folder, model)),
     ]
 
 

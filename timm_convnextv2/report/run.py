@@ -19,7 +19,7 @@ _TEXT_COLUMNS = ("block",)  # of collapse.csv: the module's name
 
 _Kinds = dict[str, type | tuple[type, ...]]
 # The settings that a report needs, by task; runs of pretraining name no task.
-# Only `mask_ratio` distinguishes a run of pretraining from one of timm's train.py.
+# `mask_ratio` and `aa` (a policy of augmentation) distinguish runs of pretraining and of timm's train.py.
 _PRETRAINING: _Kinds = {
     "model": str, "epochs": int, "mask_ratio": (int, float), "batch_size": int, "grad_accum_steps": int,
     "decoder_depth": int, "decoder_dim": int, "patch_size": int, "input_size": list, "seed": int,
@@ -30,7 +30,8 @@ _TRANSFER: _Kinds = {
     "grad_accum_steps": int, "world_size": int, "total_updates": int, "img_size": int, "in_chans": int, "seed": int,
     "from_scratch": bool, "lr": (int, float),
 }  # fmt: skip
-_SETTINGS = {"pretraining": _PRETRAINING, "detection": _TRANSFER, "segmentation": _TRANSFER}
+_FINETUNING: _Kinds = {"model": str, "epochs": int, "batch_size": int, "opt": str, "aa": (str, type(None))}
+_SETTINGS = {"pretraining": _PRETRAINING, "detection": _TRANSFER, "segmentation": _TRANSFER, "finetuning": _FINETUNING}
 
 
 @dataclass
@@ -40,7 +41,7 @@ class RunRecord:
     path: Path  # the folder
     label: str  # its name beside other runs
     settings: dict[str, Any]  # content of args.yaml
-    task: str = "pretraining"  # 'pretraining', 'detection' or 'segmentation'
+    task: str = "pretraining"  # a key of `kinds.KINDS`
     versions: str = ""  # versions of the packages that trained
     command: str = ""  # the command that started the run
     # summary.csv by epoch, from 0, without empty cells
@@ -65,8 +66,8 @@ def read_run(folder: Path, label: str = "") -> RunRecord:
     Raises:
         ValueError: It is not the folder of a run, or its args.yaml is corrupt.
     """
-    head, settings = _read_settings(folder)
-    run = RunRecord(folder, label or folder.resolve().name, settings, settings.get("task", "pretraining"))
+    head, settings, task = _read_settings(folder)
+    run = RunRecord(folder, label or folder.resolve().name, settings, task)
     for line in head:
         if line.startswith("command: "):
             run.command = _decoded(line.removeprefix("command: "))
@@ -89,8 +90,8 @@ def read_run(folder: Path, label: str = "") -> RunRecord:
     return run
 
 
-def _read_settings(folder: Path) -> tuple[list[str], dict[str, Any]]:
-    """The lines of the head comment, and the settings."""
+def _read_settings(folder: Path) -> tuple[list[str], dict[str, Any], str]:
+    """The lines of the head comment, the settings and the task."""
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise ValueError(f"'{folder}' {found}, expected the folder of a run, such as output/NAME.")
@@ -104,19 +105,19 @@ def _read_settings(folder: Path) -> tuple[list[str], dict[str, Any]]:
         settings = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise ValueError(f"'{path}' cannot be read: {e}") from e
-    task = settings.get("task", "pretraining") if isinstance(settings, dict) else "pretraining"
-    needed = _SETTINGS.get(task, _PRETRAINING) if isinstance(task, str) else _PRETRAINING
     values = settings if isinstance(settings, dict) else {}
+    task = values.get("task", "finetuning" if "aa" in values and "mask_ratio" not in values else "pretraining")
+    needed = _SETTINGS.get(task, _PRETRAINING) if isinstance(task, str) else _PRETRAINING
     wrong = [name for name, kind in needed.items() if name not in values or not isinstance(values[name], kind)]
     if "input_size" in needed and "input_size" not in wrong and [*map(type, values["input_size"])] != [int] * 3:
         wrong.append("input_size")
     if wrong or task not in _SETTINGS:
         raise ValueError(
             f"'{path}' does not hold the settings of a run of {task}: {', '.join(wrong[:3])} missing or of another "
-            "type. Give the folder that `timm-convnextv2 pretrain`, `detect train` or `segment train` wrote."
+            "type. Give the folder that `pretrain`, `finetune`, `detect train` or `segment train` wrote."
         )
     head = [line.removeprefix("#").strip() for line in text.splitlines()[:2] if line.startswith("#")]
-    return head, settings
+    return head, settings, task
 
 
 def _decoded(text: str) -> str:

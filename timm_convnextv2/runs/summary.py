@@ -61,6 +61,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, object]], list[str]]:
     header = next(csv.reader(lines[:1]), [])
     for line in lines[1:]:
         cells = next(csv.reader([line]), [])
+        if cells == header:  # timm's train.py repeats it in a resumed run
+            continue
         if line.endswith("\n") and len(cells) == len(header) and header[:1] == ["epoch"] and cells[0].isdecimal():
             rows.append(dict(zip(header, cells, strict=True)))
         elif line.strip():

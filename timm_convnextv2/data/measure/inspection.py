@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..display import display_of
 from ..formats.decode import faults_named, load_image, open_scene, read_header
 from ..formats.errors import ImageError
 from ..formats.files import Header, printable
@@ -99,12 +100,11 @@ def perceptual_hash() -> Callable[[np.ndarray], str] | None:
     return lambda small: str(imagehash.phash(Image.fromarray((255 * small).astype(np.uint8))))
 
 
-def thumbnail(image: torch.Tensor) -> np.ndarray:
-    """An image `[C, H, W]` as RGB `[h, w, 3]` in [0, 1], at most 96 pixels per side; floats are stretched."""
+def thumbnail(image: torch.Tensor, bands: Sequence[int] | None = None) -> np.ndarray:
+    """An image `[C, H, W]` as RGB `[h, w, 3]` in [0, 1], at most 96 pixels per side; `bands` it lacks are ignored."""
     step = max(1, -(-max(image.shape[1:]) // _THUMBNAIL))
-    x = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1))[:, ::step, ::step]
-    low, high = (0, 255) if x.dtype == torch.uint8 else (x.min(), (x.max() - x.min()).clamp(min=1e-12) + x.min())
-    return ((x.float() - low) / (high - low)).permute(1, 2, 0).numpy()
+    x = image[:, ::step, ::step]
+    return display_of([x], bands if bands and max(bands) <= len(x) else None).rgb(x).numpy()
 
 
 def findings(files: list[Inspected], img_size: int) -> list[Finding]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from ...data.display import display_of
 from ...report.images import save_rows
 from ...runs.world import World
-from ..figures import as_rgb
 from ..loop import shared_loader
 from .coco import Coco, CocoImage, DetectionImages, collate, rle_codec
 from .detector import made_of_detector
@@ -132,7 +132,7 @@ def draw_objects(data: DetectionImages, image: CocoImage, loaded: Tensor) -> np.
     Small images are enlarged to keep the names legible.
     """
     factor, target = max(1, 400 // max(loaded.shape[-2:])), data.target(image)
-    shown = (as_rgb(loaded) * 255).round().to(torch.uint8).permute(2, 0, 1)
+    shown = (display_of([loaded]).rgb(loaded) * 255).round().to(torch.uint8).permute(2, 0, 1)
     shown = shown.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     if len(target["labels"]):
         own = [a for a in image.annotations if not a.get("iscrowd")]

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
+from ...data.display import display_of
 from ...files import whole_file
 from ...report.images import save_rows
 from ...runs.world import World
 from ..backbone import as_float
 from ..config import Averaging
-from ..figures import as_rgb
 from ..loop import shared_loader
 from .heads import resize
 from .masks import MaskedImages
@@ -161,7 +161,7 @@ def palette(num_classes: int) -> np.ndarray:
 
 def overlay(image: Tensor, classes: Tensor, num_classes: int) -> np.ndarray:
     """An image `[C, H, W]` with the colours of its classes `[H, W]` over it, uint8 `[H, W, 3]`."""
-    shown = as_rgb(as_float(image), stretch=True).numpy()
+    shown = display_of([image]).rgb(image).numpy()
     return np.round(255 * shown / 2 + palette(num_classes)[classes.numpy()] / 2).astype(np.uint8)
 
 
@@ -176,7 +176,7 @@ def save_segmentations(path: str | Path, data: MaskedImages, found: dict[int, Te
         ignored = target == data.ignore_index
         truth = colours[target.masked_fill(ignored, 0).numpy()]
         truth[ignored.numpy()] = 128
-        images = as_rgb(as_float(image), stretch=True).numpy(), truth, colours[found[i].numpy()]
+        images = display_of([image]).rgb(image).numpy(), truth, colours[found[i].numpy()]
         rows.append([*zip(images, ("", "", "") if rows else ("image", "mask", "found"), strict=True)])
         seen |= {*target[~ignored].unique().tolist(), *found[i].unique().tolist()}
     legend = [Patch(color=tuple(colours[c] / 255), label=data.classes[c]) for c in sorted(seen)[:24]]

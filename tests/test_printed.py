@@ -1,0 +1,80 @@
+"""Every command that a command prints runs as printed, on the CPU; only placeholders are replaced."""
+
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+from real import call
+
+from timm_convnextv2.commands.main import main
+from timm_convnextv2.commands.stats import main as stats
+from timm_convnextv2.report.kinds import KINDS
+from timm_convnextv2.report.run import read_run
+
+STAND_IN = Path(__file__).parent / "finetune" / "stand_in_train.py"
+
+
+def commands_in(printed: str, replace: dict[str, str]) -> list[list[str]]:
+    """The words after the program of each command that stands on a line of its own."""
+    found = []
+    for line in printed.splitlines():
+        for placeholder, value in replace.items():
+            line = line.replace(f" {placeholder}", f" {value}")
+        words = shlex.split(line) if line.startswith("  ") and "'" in line + "'" else []
+        for start in ("timm-convnextv2", "timm_convnextv2", "-c"):
+            if start in words[:3] and words[0] != "-c":
+                found.append(words[words.index(start) + (start != "-c") :])
+                break
+    return found
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, demo):
+    """Runs what was printed; returns the names of the commands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TIMM_TRAIN", os.environ.get("TIMM_TRAIN") or str(STAND_IN))
+
+    def run(printed: str, data: Path = demo) -> list[str]:
+        commands = commands_in(printed, {"DATA": str(data), "IMAGES": str(data), "USER/NAME": "me/x", "ID": "mit"})
+        for name, *words in commands:
+            if name == "-c":
+                exec(words[0], {})
+            elif name == "finetune":  # timm's train.py is not here
+                assert "--device" in words and main([name, *words, "--dry-run"]) == 0, words
+            else:
+                assert main([name, *words]) == 0, words
+        return [name for name, *_ in commands]
+
+    return run
+
+
+def test_after_pretraining(pretrained, run, folders):
+    folder, printed = pretrained
+    assert run(printed, folders) == ["-c", "finetune", "publish"]
+    steps = KINDS["pretraining"].next_steps(read_run(folder).settings, folder)
+    assert all(step.command in printed for step in steps)  # the report's are the same
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> Path:
+    """Images in class folders, for train.py."""
+    root = tmp_path_factory.mktemp("folders") / "demo"
+    call("demo --size 32 --train 16 --validation 16", root)
+    return root
+
+
+def test_after_a_segmentation(segmented, demo, run):
+    folder, printed = segmented
+    steps = KINDS["segmentation"].next_steps(read_run(folder).settings, folder)
+    printed += "".join(f"\n  {step.command}" for step in steps)
+    assert {"segment", "publish"} <= {*run(printed, demo / "validation" / "images")}
+
+
+def test_after_stats(folders, tmp_path, capsys, run):
+    """The options that `stats` prints are those of a pretraining."""
+    assert stats([str(folders), "-j", "0", "--output", str(tmp_path / "s.json")]) == 0
+    printed = capsys.readouterr().out
+    (options,) = [line for line in printed.splitlines() if line.startswith("  --in-chans")]
+    words = ["--data-dir", folders / "train", "--device", "cpu", "--workers", "0", "--dry-run", "--output", tmp_path]
+    call("pretrain --img-size 32 --patch-size 1 --epochs 1 --batch-size 4", *words, *shlex.split(options))
