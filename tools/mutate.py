@@ -45,27 +45,10 @@ def run(mutation: dict[str, Any], checkout: Path, keep: bool) -> str:
     file = checkout / mutation["file"]
     before = file.read_text(encoding="utf-8")
     file.write_text(before.replace(mutation["old"], mutation["new"]), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        *mutation["tests"].split(),
-    ]
+    words = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", *mutation["tests"].split()]
+    how: Any = dict(cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)}, capture_output=True, text=True)
     try:
-        done = subprocess.run(
-            command,
-            cwd=checkout,
-            env={**os.environ, "PYTHONPATH": str(checkout)},
-            capture_output=True,
-            text=True,
-            timeout=mutation.get("seconds", 300),
-        )
+        done = subprocess.run([sys.executable, "-m", "pytest", *words], timeout=mutation.get("seconds", 300), **how)
     except subprocess.TimeoutExpired:
         return "timeout"  # the tests did not pass, which counts as noticed
     finally:
@@ -81,9 +64,10 @@ def main() -> int:
     """Runs the mutations; returns 1 if one survives without an explanation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="run mutations whose name contains TEXT")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave the first N mutations of the file out")
     parser.add_argument("--keep", action="store_true", help="print the end of pytest's output")
     args = parser.parse_args()
-    mutations = [mutation for mutation in load() if args.only in mutation["name"]]
+    mutations = [mutation for mutation in load()[args.skip :] if args.only in mutation["name"]]
     unexplained = 0
     with tempfile.TemporaryDirectory() as folder:
         checkout = Path(folder) / "checkout"

@@ -3,6 +3,8 @@
 import pytest
 import timm
 import torch
+from timm.models import convnext
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_convnextv2  # noqa: F401  (registers the models)
 from timm_convnextv2 import layers
@@ -260,21 +262,37 @@ def test_steps_aside_for_transforms_tracers_and_exporters(calls):
     assert len(calls) == 4
 
 
-def test_flops_are_counted():
-    """Forward as the plain form; backward twice that, but for the stem, whose input needs no gradient."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
-    forward, inference = [], []
-    for name in ("eager", "fused"):
-        with use_backend(name), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.randn(2, 3, 64, 64))
-        inference.append(counter.get_total_flops())
-        with use_backend(name), FlopCounterMode(display=False) as counter:
-            out = model(torch.randn(2, 3, 64, 64)).sum()
-            forward.append(counter.get_total_flops())
+def flops(model: torch.nn.Module, images: torch.Tensor, backward: bool = False) -> int:
+    with FlopCounterMode(display=False) as counter:
+        out = model(images).sum()
+        if backward:
             out.backward()
-    assert forward[0] == forward[1] == inference[0] == inference[1] > 0
-    stem = 2 * 2 * 16 * 16 * 8 * 3 * 4 * 4
+    return counter.get_total_flops()
+
+
+def test_flops_are_counted():
+    """Forward as stock timm's; backward twice that, but for the stem, whose input needs no gradient."""
+    shape, images = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), torch.randn(2, 3, 64, 64)
+    model, stock = timm.create_model("convnextv2_atto", **shape), convnext.convnextv2_atto(**shape)
+    for name in ("eager", "fused"):
+        with use_backend(name):
+            assert flops(model, images) == flops(stock, images) > 0
+            with torch.no_grad():
+                assert flops(model, images) == flops(stock, images)
     # (PyTorch's formula of a depthwise weight gradient counts one without groups, so the plain form's are no reference)
-    assert counter.get_total_flops() == 3 * forward[0] - stem
+    stem = 2 * 2 * 16 * 16 * 8 * 3 * 4 * 4
+    assert flops(model, images, backward=True) == 3 * flops(stock, images) - stem
+
+
+@pytest.mark.parametrize("size", ["atto", "tiny"])
+def test_counters_by_exact_type_count_stock_timms_model(size):
+    """As docs/python.md says: thop has rules for nn.Conv2d and nn.Linear, not for their subclasses."""
+    shape, images, counted = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), torch.randn(1, 3, 64, 64), []
+    for model in (timm.create_model(f"convnextv2_{size}", **shape), getattr(convnext, f"convnextv2_{size}")(**shape)):
+        macs = []
+        for module in model.modules():
+            if type(module) in (torch.nn.Conv2d, torch.nn.Linear):
+                module.register_forward_hook(lambda m, _, y, macs=macs: macs.append(y.numel() * m.weight[0].numel()))
+        counted.append((flops(model, images), 2 * sum(macs)))
+    (total, ours), (again, theirs) = counted
+    assert ours < total == again == theirs

@@ -4,6 +4,7 @@ On maps PyTorch's operations run where they are faster: on CPU all but the weigh
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -118,17 +119,17 @@ def _backward(ctx, grad):
     if torch.is_grad_enabled():  # double backward: differentiate the plain form
         bias = weight.new_zeros(len(weight), requires_grad=need_bias)  # its values do not affect any gradient
         plain = dispatch.kernels(ctx.kernels).window_conv if ctx.kernels == "minkowski" else _plain_window_conv
-        found = differentiable_gradients(lambda *t: plain(*t, where), (x, weight, bias), needs, grad)
+        found = differentiable_gradients(partial(plain, where=where), (x, weight, bias), needs, grad)
         return *found, None, None
     wanted = need_x, need_weight or need_bias
     found = _window_depthwise_backward(grad.contiguous(), x, weight, where, ctx.kernels, *wanted)
     return *(g if need else None for g, need in zip(found, needs, strict=True)), None, None
 
 
-def _plain_window_conv(x: Tensor, weight: Tensor, bias: Tensor, index: Tensor) -> Tensor:
+def _plain_window_conv(x: Tensor, weight: Tensor, bias: Tensor, where: Tensor) -> Tensor:
     C = x.shape[-1]
     tokens = torch.cat([x.reshape(-1, C), x.new_zeros(1, C)])  # the last token stands for positions without one
-    return F.conv2d(tokens[index].permute(0, 3, 1, 2), weight, bias, groups=C).permute(0, 2, 3, 1)
+    return F.conv2d(tokens[where].permute(0, 3, 1, 2), weight, bias, groups=C).permute(0, 2, 3, 1)
 
 
 _window_depthwise.register_autograd(_backward, setup_context=_setup_context)

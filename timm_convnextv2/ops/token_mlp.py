@@ -340,7 +340,7 @@ _token_mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _plain(keep: Tensor | None, norm_eps: float, grn_eps: float, x: Tensor, *parameters: Tensor) -> Tensor:
-    out = token_mlp(x, *parameters, norm_eps, grn_eps)
+    out = token_mlp(x, *parameters, norm_eps=norm_eps, grn_eps=grn_eps)
     return out if keep is None else out * keep.view(-1, 1, 1).to(out.dtype)
 
 

@@ -123,7 +123,8 @@ def layer_norm_backward(
     same("weight", weight.shape, (C,))
     dx = torch.empty_like(x) if need_x else None
     if not x.numel():
-        return dx, *(x.new_zeros(2, C, dtype=torch.float32) if need_weight else (None, None))
+        d_weight, d_bias = x.new_zeros(2, C, dtype=torch.float32) if need_weight else (None, None)
+        return dx, d_weight, d_bias
     M, blocks = x.numel() // C, _blocks(x.numel() // C, C)
     block_t = blocks["BLOCK_T"]
     tokens = triton.cdiv(max(triton.cdiv(M, NORM_PROGRAMS), NORM_ROWS), block_t) * block_t
@@ -135,4 +136,5 @@ def layer_norm_backward(
                 grad, x, mean, rstd, weight, x if dx is None else dx, mean if sums is None else sums, M, tokens,
                 DX=need_x, SUMS=need_weight, **blocks,
             )  # fmt: skip
-    return dx, *((None, None) if sums is None else sums.sum(0))
+    d_weight, d_bias = (None, None) if sums is None else sums.sum(0)
+    return dx, d_weight, d_bias
