@@ -93,7 +93,7 @@ def _on_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> li
 class _Inputs:
     """Makes inputs of a model's layers: device and shape, but no memory. With a layout they are packed maps."""
 
-    size: tuple[int, int]  # of the image
+    size: tuple[int, ...]  # height and width of the image
     layout: PackedLayout | None
     device: torch.device
     dtype: torch.dtype
