@@ -14,7 +14,6 @@ from timm_convnextv2.checkpoint.card import render_card
 from timm_convnextv2.checkpoint.provenance import ConfigError, config_beside, read_config
 from timm_convnextv2.commands.pretrain import parse_options
 from timm_convnextv2.finetune.model import check_folder_weights, create_meta_model
-from timm_convnextv2.hub.staging import Stated, stage
 from timm_convnextv2.pretrain.start import create_model
 
 SIZES = [pytest.param(50, id="50"), pytest.param(500, id="500", marks=pytest.mark.slow)]
@@ -45,21 +44,11 @@ def start(folder, work):
     export_encoder(model, work / "again", mean=mean, std=std)
 
 
-def card(folder, work):
-    render_card(read_config(folder / "config.json"), ["loss.png"])
-
-
-def staging(folder, work):
-    target = work / "staged"
-    target.mkdir()
-    stage(folder, target, stated=Stated(license="mit"))
-
-
 def preflight(folder, work):
     check_folder_weights(folder, create_meta_model(f"local-dir:{folder}", need_weights=True, num_classes=10))
 
 
-READERS = [start, card, staging, preflight]
+READERS = [start, preflight]  # and `publish`, in transfer/test_publish_transfer.py
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -94,7 +83,7 @@ def test_mutated_configs(folder, tmp_path, count):
                 assert str(e), what
             except Exception as e:
                 raise AssertionError(f"{seed}, {what}, {reader.__name__}: {type(e).__name__}: {e}") from e
-    assert refusals > count
+    assert refusals > count // 2
 
 
 @pytest.mark.parametrize(
