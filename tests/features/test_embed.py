@@ -186,7 +186,7 @@ def test_a_missing_package_is_no_bad_image(small, images_dir, tmp_path, monkeypa
             raise MissingPackageError("run `pip install tifffile`")
         return decode(path, *args)
 
-    monkeypatch.setattr("timm_convnextv2.data.sources.source.decode", decode_but_one)
+    monkeypatch.setattr("timm_convnextv2.data.sources.files.decode", decode_but_one)
     monkeypatch.setattr(run, "check_readable", lambda source: [])
     with pytest.raises(MissingPackageError, match="pip install tifffile"):
         embed(small, images_dir, tmp_path / "out.npy", max_bad_images=1.0)
