@@ -10,5 +10,5 @@ def write_images(root, classes=CLASSES, n=8, size=32):
     for i, label in enumerate(classes):
         (root / label).mkdir(parents=True)
         for j in range(n):
-            colour = [(40 + 7 * j + 60 * (i == channel)) % 256 for channel in range(3)]
+            colour = [(40 + 3 * (root.name != "train") + 7 * j + 60 * (i == channel)) % 256 for channel in range(3)]
             Image.new("RGB", (size, size), tuple(colour)).save(root / label / f"{j}.png")

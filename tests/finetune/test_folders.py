@@ -1,6 +1,7 @@
 """Folders of labelled images: listed, left out and described."""
 
 import os
+import shutil
 
 import pytest
 from folders import write_images
@@ -78,7 +79,10 @@ def test_finetune_says_it(run, data, tmp_path, capsys):
     write_images(tmp_path / "d" / "train", classes=("b",), n=2)
     write_images(tmp_path / "d" / "val", classes=("a", "b", ".ipynb_checkpoints"), n=2)
     (tmp_path / "d" / "val" / "a" / "x.doc").touch()
+    first = min((tmp_path / "d" / "train" / "a").iterdir())
+    shutil.copy(first, tmp_path / "d" / "val" / "b" / "copy.png")
     assert run(data=tmp_path / "d")["args"]["num_classes"] == 2
     out, err = capsys.readouterr()
     assert "24 images of 2 classes: a 22, b 2" in out and "1 other file ignored: 1 .doc" in out
     assert "warning: the classes are unequal" in err
+    assert "warning: 1 validation image has the same bytes as a training image" in err

@@ -21,6 +21,7 @@ from timm.utils.distributed import world_info_from_env
 from ..checkpoint.finetuned import origin_of_run
 from ..checkpoint.provenance import resolve_license
 from ..data import Pixels
+from ..data.measure.duplicates import shared_note
 from ..models import ConvNeXtV2
 from ..recipes import Recipe
 from .checkpoints import check_new_folder, check_resume
@@ -283,11 +284,14 @@ def warnings(plan: Plan, from_scratch: bool = False) -> list[str]:
     scales = [] if decay is None else [scale for scale in _layer_scales(plan).values() if scale is not None]
     smallest = min(scales, default=1.0)
     unequal = imbalance(plan.splits[0].counts()) if plan.splits else ""
+    files = [[path for path, _ in split.samples] for split in plan.splits]
+    shared = shared_note(files[0], files[1], "validation") if len(files) == 2 else ""
     unloaded = options.model.startswith("local-dir:") and not plan.pretrained and not from_scratch
     found = [
         (plan.kinds, f"there are images {plan.kinds}: their augmentation is crop, scale, ratio, flips, random erasing, "
          "mixup and cutmix; --aa, --color-jitter and --grayscale-prob are for 8-bit RGB or grey and are left out."),
         (unequal, unequal),
+        (shared, shared),
         (decay is not None and not isinstance(plan.model, ConvNeXtV2),
          f"--model {options.model} is a {type(plan.model).__name__}, not a ConvNeXt V2: its layers for the lr decay "
          "are timm's, and the recipe was not made for it."),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..console import say
 from ..data import (
     EpochBatchSampler,
     InputStatistics,
@@ -19,6 +20,7 @@ from ..data import (
     collate,
     hold_out,
 )
+from ..data.measure.duplicates import files_of, shared_note
 from ..data.samples.shards import shard_note
 from ..runs.group import Processes
 from ..runs.trainer import Bad
@@ -163,6 +165,8 @@ def open_batches(
     check_readable(source, visit=add if world.primary else None)
     inputs = world.share(inputs)
     source, apart = hold_out(source, holdout, sampling.seed)
+    if apart and world.primary and (note := shared_note(files_of(source), files_of(apart), "held-out")):
+        say(f"warning: {note}", error=True)
     dataset = PretrainDataset(source, *sampling)
     held_out = None if apart is None else Fixed(PretrainDataset(apart, *sampling))
     sampler = EpochBatchSampler(len(source), batch_size, sampling.seed, world.rank, world.size, source.groups)

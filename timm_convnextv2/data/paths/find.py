@@ -105,14 +105,15 @@ def file_sizes(listing: Listing, tick: Tick = lambda count: None, most_missing: 
         while missing <= most_missing and (chunk := [*islice(paths, _CHUNK)]):
             # in batches: a task per file costs more than `stat`
             batches = [chunk[i : i + _BATCH] for i in range(0, len(chunk), _BATCH)]
-            found = [size for batch in pool.map(lambda paths: [*map(_size, paths)], batches) for size in batch]
+            found = [size for batch in pool.map(lambda paths: [*map(file_size, paths)], batches) for size in batch]
             sizes[done : done + len(chunk)] = found
             done, missing = done + len(chunk), missing + found.count(-1)
             tick(len(chunk))
     return sizes[:done]
 
 
-def _size(path: str) -> int:
+def file_size(path: str) -> int:
+    """Bytes of a file, -1 if it is missing."""
     try:
         return os.stat(path).st_size
     except OSError:
