@@ -15,32 +15,25 @@ from .values import check_dtype, scaled
 
 
 def read_box(
-    file: BinaryIO, dtype: np.dtype, offset: int, shape: tuple[int, ...], box: tuple[slice | int, ...], planes: int
+    file: BinaryIO, dtype: np.dtype, offset: int, shape: tuple[int, ...], box: tuple[slice | int, ...]
 ) -> np.ndarray:
     """The part `box` of an uncompressed row-major array that begins `offset` bytes into the file.
 
-    `box` has a number, or a slice with step 1, for each axis; `planes` is the number of axes before the rows. A file
-    that ends before the part does is an ImageError.
+    `box` has a number, or a slice with step 1, for each axis. A file that ends before the part does is an ImageError.
     """
     picked = [range(i, i + 1) if isinstance(i, int) else range(*i.indices(n)) for i, n in zip(box, shape, strict=True)]
     x = np.empty([len(r) for r in picked], dtype)
-    # one read per plane if its rows are whole, else one per row: an image may be larger than the memory
-    whole = x.shape[planes + 1 :] == shape[planes + 1 :]
-    outer = planes if whole else planes + 1
-    run, inner = picked[outer], shape[outer + 1 :]
-    part = tuple(slice(r.start, r.stop) for r in picked[outer + 1 :])
-    for to, at in zip(np.ndindex(*x.shape[:outer]), itertools.product(*picked[:outer]), strict=True):
-        number = 0
-        for i, n in zip((*at, run.start), shape, strict=False):
-            number = number * n + i
-        values = x[to] if whole else np.empty((len(run), *inner), dtype)
-        file.seek(offset + number * math.prod(inner) * dtype.itemsize)
+    # axes after the last one that is not read whole are contiguous: a read for each entry of the axes before
+    last = max((k for k, (r, n) in enumerate(zip(picked, shape, strict=True)) if len(r) < n), default=0)
+    inner = math.prod(shape[last + 1 :]) * dtype.itemsize
+    for to, at in zip(np.ndindex(*x.shape[:last]), itertools.product(*picked[:last]), strict=True):
+        number = int(np.ravel_multi_index((*at, picked[last].start), shape[: last + 1]))
+        file.seek(offset + number * inner)
         # not memory-mapped: a file that shrinks would kill the process
-        found = cast(io.BufferedIOBase, file).readinto(values.reshape(-1).view(np.uint8).data)
+        values = x[to].reshape(-1).view(np.uint8)
+        found = cast(io.BufferedIOBase, file).readinto(values.data)
         if found < values.nbytes:
             raise ImageError(f"is truncated: expected {values.nbytes} bytes of pixels, found {found}")
-        if not whole:
-            x[to] = values[(slice(None), *part)]
     return x[tuple(0 if isinstance(i, int) else slice(None) for i in box)]
 
 
@@ -80,9 +73,9 @@ class NpyScene(Scene):
         part = slice(top, top + height), slice(left, left + width)
         box = (*part, slice(None)) if last else (slice(None), *part)[-len(shape) :]
         if self.fortran:
-            x = read_box(self.file, self.dtype, self.offset, shape[::-1], box[::-1], int(last)).transpose()
+            x = read_box(self.file, self.dtype, self.offset, shape[::-1], box[::-1]).transpose()
         else:
-            x = read_box(self.file, self.dtype, self.offset, shape, box, 0 if last else len(shape) - 2)
+            x = read_box(self.file, self.dtype, self.offset, shape, box)
         x = x.transpose(2, 0, 1) if last else x.reshape(-1, height, width)
         return self.pixels.clip(scaled(x, self.pixels))
 

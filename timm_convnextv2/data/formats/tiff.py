@@ -143,7 +143,8 @@ class TiffScene(Scene):
         self.parts = bool(self.series.dataoffset) or (self.series.axes.endswith(frame.axes) and frame.imagedepth == 1)
         self.by_pillow = plain and is_8_bit(self.image) or _needs_pillow(frame, self.layout, in_chans)
         if self.by_pillow and self.image is not None and isinstance(pixels.page, int):
-            self.image.seek(self.series.pages[number].index)
+            page: Any = self.series.pages[number]
+            self.image.seek(page.index)
         self.convert = self._converter(self.image) if self.by_pillow and self.image is not None else None
         self.whole = not self.parts or self.by_pillow and self.convert is None
 
@@ -418,11 +419,8 @@ def _read_part(file: BinaryIO, tif: Any, series: Any, layout: Layout, rows: slic
     """Rows and columns of a series: `[C, h, w]` of stored values."""
     page = series.keyframe
     if series.dataoffset:
-        dtype = np.dtype(tif.byteorder + series.dtype.char)
-        planes = min(layout.axes.index("Y"), layout.axes.index("X"))
-        return layout.arrange(
-            read_box(file, dtype, series.dataoffset, layout.shape, layout.pick(rows, columns), planes)
-        )
+        dtype, box = np.dtype(tif.byteorder + series.dtype.char), layout.pick(rows, columns)
+        return layout.arrange(read_box(file, dtype, series.dataoffset, layout.shape, box))
     leading = len(layout.axes) - len(page.axes)
     numbers = np.arange(math.prod(layout.shape[:leading])).reshape(layout.shape[:leading])
     chosen = numbers[layout.pick(axes=layout.axes[:leading])]
@@ -438,7 +436,7 @@ def _read_page(file: BinaryIO, tif: Any, page: Any, frame: Any, rows: slice, col
     samples, _, height, width, contiguous = page.shaped  # planes, depth, rows, columns, samples of a pixel
     if frame is not None and frame.is_final and frame.dataoffsets[0]:
         dtype, shape = np.dtype(tif.byteorder + page._dtype.char), (samples, height, width, contiguous)
-        x = read_box(file, dtype, frame.dataoffsets[0], shape, (slice(None), rows, columns, slice(None)), planes=1)
+        x = read_box(file, dtype, frame.dataoffsets[0], shape, (slice(None), rows, columns, slice(None)))
     else:
         x = _decode_segments(tif, frame, page, rows, columns)
     if page.axes.startswith("S"):

@@ -75,22 +75,16 @@ def _open(path: str | os.PathLike) -> tuple[Any, str, str]:
         raise ImageError(f"holds {len(images)} images ({', '.join(images[:3])}, ...); name one of these folders")
     folder = os.path.normpath(os.path.join(path, images[0]))
     node: Any = zarr.open(folder, mode="r")
-    if not isinstance(node, zarr.Array) and not _multiscales(node) and "0" in node:
-        node = node["0"]
-    if isinstance(node, zarr.Array):
-        return _checked(node), "", os.path.join(folder, node.path)
-    scales = _multiscales(node)
-    if not scales:
+    scales = _attributes(folder).get("multiscales")
+    if scales:
+        array = node[scales[0]["datasets"][0]["path"]]
+        named = scales[0].get("axes") or [*"tczyx"][-array.ndim :]
+        names = [axis["name"] if isinstance(axis, dict) else str(axis) for axis in named]
+        return _checked(array), "".join(name[:1].upper() for name in names), os.path.join(folder, array.path)
+    array = node if isinstance(node, zarr.Array) or "0" not in node else node["0"]
+    if not isinstance(array, zarr.Array):
         raise ImageError("is a Zarr group without `multiscales`, expected OME-Zarr or one array")
-    array = _checked(node[scales[0]["datasets"][0]["path"]])
-    named = scales[0].get("axes") or [*"tczyx"][-array.ndim :]
-    names = [axis["name"] if isinstance(axis, dict) else str(axis) for axis in named]
-    return array, "".join(name[:1].upper() for name in names), os.path.join(folder, array.path)
-
-
-def _multiscales(node: Any) -> list[dict[str, Any]]:
-    attributes = dict(node.attrs)
-    return attributes.get("ome", attributes).get("multiscales") or []
+    return _checked(array), "", os.path.join(folder, array.path)
 
 
 def _checked(array: Any) -> Any:

@@ -7,14 +7,13 @@ from itertools import accumulate
 import torch
 
 from ..formats.decode import check_index, count_pages, decode
-from ..formats.errors import ImageError, MissingPackageError
 from ..formats.files import printable
 from ..formats.pillow import Choose, Reduced
 from ..formats.pixels import PLAIN, Pixels
 from ..paths.listing import list_folder
 from ..paths.lists import FileNames
 from ..paths.walk import LeftOut
-from .source import Source, locate
+from .source import Source, locate, of_each_file
 
 
 class ImageFiles(Source):
@@ -83,16 +82,9 @@ class PageSource(ImageFiles):
             raise ValueError("--pages needs image files; this data set has none. Give a folder, or leave it out.")
         super().__init__((), source.in_chans, source.pixels)
         self.source, self.pages = source, pages
-        counts = []
-        for i in range(len(source)):
-            try:
-                counts.append(count_pages(source.path(i)) if pages is None else len(pages))
-            except MissingPackageError:
-                raise
-            except (ImageError, OSError):
-                counts.append(1)  # fails again when it is read, where errors are counted and named
-            if tick is not None:
-                tick(1)
+        counts = of_each_file(
+            source, lambda i: count_pages(source.path(i)) if pages is None else len(pages), default=1, tick=tick
+        )
         self.ends = [*accumulate(counts)]
         self.left = "; ".join(filter(None, [f"{len(self)} pages of {len(source)} files", str(source.left)]))
 

@@ -2,19 +2,21 @@
 
 import copy
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch.utils.data import Dataset
 
 from ..formats.decode import check_index
+from ..formats.errors import ImageError, MissingPackageError
 from ..formats.pillow import Choose, Reduced
 from ..formats.pixels import PLAIN, Pixels
 from ..paths.walk import LeftOut
 from .groups import Groups
 
 S = TypeVar("S", bound="Source")
+T = TypeVar("T")
 Bad = list[tuple[int, str]]  # index and message of images that cannot be read
 
 
@@ -23,6 +25,23 @@ def locate(ends: Sequence[int], i: int) -> tuple[int, int, int]:
     group = bisect_right(ends, check_index(i, ends[-1]))
     first = ends[group - 1] if group else 0
     return group, i - first, ends[group] - first
+
+
+def of_each_file(
+    source: "Source", read: Callable[[int], T], default: T, tick: Callable[[int], None] | None = None
+) -> list[T]:
+    """`read(i)` of each image; the default if it fails, as it will again in training, where errors are counted."""
+    found = []
+    for i in range(len(source)):
+        try:
+            found.append(read(i))
+        except MissingPackageError:
+            raise
+        except (ImageError, OSError):
+            found.append(default)
+        if tick is not None:
+            tick(1)
+    return found
 
 
 class Source(Dataset):

@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import lru_cache
 from itertools import accumulate, count
 
@@ -12,9 +13,9 @@ from ...config import check_limits
 from ...seeds import sample_seed
 from ..config import WindowOptions
 from ..formats.decode import Scene, faults_named, open_scene
-from ..formats.errors import EmptyError, ImageError, MissingPackageError
+from ..formats.errors import EmptyError, ImageError
 from ..formats.pixels import Pixels
-from .source import Source, locate
+from .source import Source, locate, of_each_file
 
 _TRIES = 16
 _CELL = 16  # pixels
@@ -64,11 +65,17 @@ class WindowSource(Source):
         super().__init__(source.in_chans, source.pixels)
         self.source, self.windows, self.token = source, windows, next(_TOKENS)
         self.side = windows.window_size or 0
-        sizes, self.num_whole = _scan(source, tick)
+
+        def header(i: int) -> tuple[tuple[int, int] | None, bool]:
+            with closing(open_scene(source.path(i), source.in_chans, source.pixels_of(i))) as scene:
+                return scene.size, scene.whole
+
+        sizes, whole = zip(*of_each_file(source, header, (None, False), tick), strict=True)
+        self.num_whole = sum(whole)
         _refuse_small(source, sizes, self.side)
         self._set(range(len(source)), sizes)
 
-    def _set(self, files: Sequence[int], sizes: list[tuple[int, int] | None]) -> None:
+    def _set(self, files: Sequence[int], sizes: Sequence[tuple[int, int] | None]) -> None:
         self.files, self.sizes = files, sizes
         # a file whose header cannot be read gets one window, which fails when it is read: there it is counted and named
         areas = [self.side**2 if size is None else size[0] * size[1] for size in sizes]
@@ -152,26 +159,7 @@ def check_windows(windows: WindowOptions) -> None:
         raise ValueError(f"{option} is about windows: set their side with --window-size.")
 
 
-def _scan(source: Source, tick: Callable[[int], None] | None) -> tuple[list[tuple[int, int] | None], int]:
-    """Size of each image, None if its header cannot be read; number of images that are decoded whole."""
-    sizes: list[tuple[int, int] | None] = []
-    whole = 0
-    for i in range(len(source)):
-        try:
-            scene = open_scene(source.path(i), source.in_chans, source.pixels_of(i))
-            scene.close()
-            sizes.append(scene.size)
-            whole += scene.whole
-        except MissingPackageError:
-            raise
-        except (ImageError, OSError):
-            sizes.append(None)
-        if tick is not None:
-            tick(1)
-    return sizes, whole
-
-
-def _refuse_small(source: Source, sizes: list[tuple[int, int] | None], side: int) -> None:
+def _refuse_small(source: Source, sizes: Sequence[tuple[int, int] | None], side: int) -> None:
     small = {i: size for i, size in enumerate(sizes) if size is not None and min(size) < side}
     if not small:
         return
