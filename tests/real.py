@@ -25,27 +25,28 @@ def call(line: str, *words: object) -> str:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
-    """A small labelled folder with boxes and masks."""
-    root = tmp_path_factory.mktemp("real") / "demo"
-    return write_folder(root, size=32, train=16, validation=16, coco=True, masks=True)
+    """A labelled folder of small images."""
+    return write_folder(tmp_path_factory.mktemp("real") / "demo", size=32, train=160, validation=16)
 
 
 @pytest.fixture(scope="session")
 def pretrained(demo) -> tuple[Path, str]:
     """The folder of a pretraining with every measure, and its output."""
     words = "pretrain --epochs 2 --batch-size 4 --device cpu --workers 0 --recon-interval 1 --holdout 0.2 --model-ema"
-    places = ("--data-dir", demo / "train", "--probe-dir", demo / "train", "--output", demo.parent)
+    places = ("--data-dir", demo / "validation", "--probe-dir", demo / "validation", "--output", demo.parent)
     printed = call(words, *NETWORK, *places, "--experiment", "pretrained")
     return demo.parent / "pretrained", printed
 
 
 @pytest.fixture(scope="session")
-def segmented(demo) -> tuple[Path, str]:
-    """The folder of a segmenter's training, and its output."""
+def segmented(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a segmenter's training, and its output; the images are in `masked` beside it."""
+    root = tmp_path_factory.mktemp("segmented")
+    masked = write_folder(root / "masked", size=32, train=16, validation=16, masks=True)
     words = "segment train --from-scratch --model convnextv2_atto --model-kwargs depths=(1,1,1,1) dims=(8,12,16,20)"
     more = "--channels 8 --auxiliary-channels 4 --img-size 32 --device cpu --epochs 1 -j 0 --experiment segmented"
-    printed = call(f"{words} {more}", "--data-dir", demo, "--output", demo.parent)
-    return demo.parent / "segmented", printed
+    printed = call(f"{words} {more}", "--data-dir", masked, "--output", root)
+    return root / "segmented", printed
 
 
 def strict(path: Path) -> dict:

@@ -49,32 +49,24 @@ def run(tmp_path, monkeypatch, demo):
     return run
 
 
-def test_after_pretraining(pretrained, run, folders):
+def test_after_pretraining(pretrained, run):
     folder, printed = pretrained
-    assert run(printed, folders) == ["-c", "finetune", "publish"]
+    assert run(printed) == ["-c", "finetune", "publish"]
     steps = KINDS["pretraining"].next_steps(read_run(folder).settings, folder)
     assert all(step.command in printed for step in steps)  # the report's are the same
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory) -> Path:
-    """Images in class folders, for train.py."""
-    root = tmp_path_factory.mktemp("folders") / "demo"
-    call("demo --size 32 --train 16 --validation 16", root)
-    return root
-
-
-def test_after_a_segmentation(segmented, demo, run):
+def test_after_a_segmentation(segmented, run):
     folder, printed = segmented
     steps = KINDS["segmentation"].next_steps(read_run(folder).settings, folder)
     printed += "".join(f"\n  {step.command}" for step in steps)
-    assert {"segment", "publish"} <= {*run(printed, demo / "validation" / "images")}
+    assert {"segment", "publish"} <= {*run(printed, folder.parent / "masked" / "validation" / "images")}
 
 
-def test_after_stats(folders, tmp_path, capsys, run):
+def test_after_stats(demo, tmp_path, capsys, run):
     """The options that `stats` prints are those of a pretraining."""
-    assert stats([str(folders), "-j", "0", "--output", str(tmp_path / "s.json")]) == 0
+    assert stats([str(demo / "validation"), "-j", "0", "--output", str(tmp_path / "s.json")]) == 0
     printed = capsys.readouterr().out
     (options,) = [line for line in printed.splitlines() if line.startswith("  --in-chans")]
-    words = ["--data-dir", folders / "train", "--device", "cpu", "--workers", "0", "--dry-run", "--output", tmp_path]
+    words = ["--data-dir", demo / "validation", "--device", "cpu", "--workers", "0", "--dry-run", "--output", tmp_path]
     call("pretrain --img-size 32 --patch-size 1 --epochs 1 --batch-size 4", *words, *shlex.split(options))

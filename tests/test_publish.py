@@ -30,18 +30,10 @@ def fcmae_of(argv):
     return config, create_model(config.network, config.crops, start=start)
 
 
-TINY = (
-    "--epochs 1 --train-num-samples 8 --batch-size 4 --img-size 32 --patch-size 1 --decoder-dim 8 --workers 0".split()
-)
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
+@pytest.fixture
+def pretrained(pretrained):
     """The folder of a pretraining run that kept a moving average."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    options = [*TINY, "--model-ema", "--model-kwargs", "depths=(1,1,1,1)", "dims=(8,12,16,20)"]
-    assert pretrain.main([*options, "--output", str(folder), "--experiment", "run"]) == 0
-    return folder / "run"
+    return pretrained[0]
 
 
 def names(folder):
@@ -83,14 +75,14 @@ def test_pretraining_run(pretrained, run_publish, tmp_path):
 
 def test_default_output_and_again(pretrained, run_publish):
     """Beside FOLDER; a second dry run replaces the first; a folder with anything else in it is left alone."""
-    target = pretrained.with_name("run-publish")
+    target = pretrained.with_name("pretrained-publish")
     for license in ("mit", "apache-2.0"):
         status, out, _ = run_publish(pretrained, "me/enc", "--license", license, "--dry-run")
         assert status == 0 and str(target) in out
         assert f"license: {license}" in (target / "README.md").read_text()
     (target / "notes.txt").write_text("mine")
     status, _, err = run_publish(pretrained, "me/enc", "--license", "mit", "--dry-run")
-    assert status == 2 and "run-publish' is not empty" in err
+    assert status == 2 and "pretrained-publish' is not empty" in err
     assert "license: apache-2.0" in (target / "README.md").read_text()
     (target / "notes.txt").unlink()
 

@@ -69,13 +69,13 @@ def test_tables_of_runs(pretrained, segmented):
 @pytest.mark.parametrize("name", ["evaluation.json", "check.json", "stats.json"])
 def test_json_of_commands(pretrained, demo, tmp_path, name):
     """Other readers take it: there is no NaN, and the keys that docs name are there."""
-    images, encoder = demo / "train", f"local-dir:{pretrained[0] / 'encoder'}"
+    images, encoder = demo / "validation", f"local-dir:{pretrained[0] / 'encoder'}"
     if name == "evaluation.json":
         call("evaluate --device cpu --workers 0", encoder, "--data-dir", images, "--output", tmp_path)
         found = strict(tmp_path / name)
         assert {"results", "data"} <= found.keys() and found["results"][0]["measures"]
     elif name == "check.json":
-        call("check -j 0 --show-bands 3 2 1", images, "--output", tmp_path / name)
+        call("check -j 0 --show-bands 3 2 1 --data-dir", images, "--output", tmp_path / name)
         assert strict(tmp_path / name)["files"] == len([*Path(images).rglob("*.png")])
     else:
         call("stats -j 0", images, "--output", tmp_path / name)
