@@ -247,12 +247,15 @@ def test_what_is_no_fault_of_the_file():
 @pytest.mark.parametrize(
     "task, what", [("detect", "8 images with 8 objects of 8 classes"), ("segment", "8 images of 9")]
 )
-def test_a_dry_run_checks_and_writes_nothing(task, what, data, tmp_path, capsys):
+def test_a_dry_run_checks_and_writes_nothing(task, what, data, tmp_path, tmp_path_factory, capsys):
+    data = shutil.copytree(data, tmp_path_factory.mktemp("leak") / "d")
+    shutil.copy(data / "train/images/00000.png", data / "validation/images/00000.png")
     train(task, data, tmp_path, "--dry-run", "--recipe", "small-data", "--frozen", "--epochs", "100")
     out = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     assert what in out and "8 to validate; 200 updates of 4 images" in out
     assert "the recipe small-data is for 8 images per update, this run has 4" in out
+    assert "warning: 1 validation image has the same bytes as a training image (8 compared with 8)" in out
 
 
 def _move(content):

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import flat
 from ..data.formats.files import printable
+from ..data.measure.duplicates import shared_note
 from ..recipes import Recipe
 from ..runs.folder import RunFolder, experiment_name
 from ..runs.logs import Logs
@@ -114,6 +115,8 @@ def set_up(
     folder.check_same(settings, (*FIXED, *task.fixed))
     world.agree({"the number of images": num_images, "the classes": task.classes})
     notes = task.check() if world.primary else []
+    if world.primary and (shared := shared_note(task.samples.data.files, task.validation.files, "validation")):
+        notes.append(f"warning: {shared}")
     world.wait()
     world.print("\n".join([*describe(task, config, plan, world, recipe), *notes]))
     if options.dry_run:

@@ -395,6 +395,7 @@ class DetectionImages(Dataset):
     def __init__(self, coco: Coco, *, masks: bool = True, in_chans: int = 3, pixels: Pixels = PLAIN) -> None:
         self.coco, self.masks, self.in_chans, self.pixels = coco, masks, in_chans, pixels
         self._label = {category: i for i, category in enumerate(coco.category_ids, 1)}
+        self.files = [image.path for image in coco.images]
 
     def __len__(self) -> int:
         return len(self.coco.images)

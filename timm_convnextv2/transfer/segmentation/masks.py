@@ -169,7 +169,7 @@ class MaskedImages(Dataset):
     ) -> None:  # fmt: skip
         self.classes, self.codes, self.ignore_index = list(classes), codes.check(classes), codes.ignore_index
         self.masks, self.unused = pairs.masks, pairs.unused
-        self.source = ImageFiles(pairs.images, in_chans, pixels)
+        self.files, self.source = pairs.images, ImageFiles(pairs.images, in_chans, pixels)
 
     def __len__(self) -> int:
         return len(self.masks)
