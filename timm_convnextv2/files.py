@@ -89,6 +89,18 @@ _PART = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)-(?P<start>[^.
 _FORMULA = re.compile(r"[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
 
 
+_FORMULA = re.compile(r"[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
+
+
+_FORMULA = re.compile(r"[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
+
+
+_FORMULA = re.compile(r"[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
+
+
+_FORMULA = re.compile(r"[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
+
+
 class WriteError(OSError):
     """A file cannot be written: the disk is full, read-only or gone. Names the file and the reason."""
 
@@ -148,6 +160,46 @@ def write_json(path: str | os.PathLike, content: Any, indent: int | None = None)
 
 def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
     """Writes a CSV file with `whole_file`; text that looks like a formula gets an apostrophe in front."""
+    # file names may contain bytes that are not UTF-8
+    how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with whole_file(path) as part, open(part, "w", **how) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in row] for row in rows)
+
+
+def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Writes a CSV file with `whole_file`; text that a spreadsheet would take for a formula gets a leading apostrophe."""
+    # file names may contain bytes that are not UTF-8
+    how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with whole_file(path) as part, open(part, "w", **how) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in row] for row in rows)
+
+
+def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Writes a CSV file with `whole_file`; text that a spreadsheet would take for a formula gets a leading apostrophe."""
+    # file names may contain bytes that are not UTF-8
+    how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with whole_file(path) as part, open(part, "w", **how) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in row] for row in rows)
+
+
+def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Writes a CSV file with `whole_file`; text that a spreadsheet would take for a formula gets a leading apostrophe."""
+    # file names may contain bytes that are not UTF-8
+    how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with whole_file(path) as part, open(part, "w", **how) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in row] for row in rows)
+
+
+def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Writes a CSV file with `whole_file`; text that a spreadsheet would take for a formula gets a leading apostrophe."""
     # file names may contain bytes that are not UTF-8
     how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with whole_file(path) as part, open(part, "w", **how) as file:

@@ -362,6 +362,8 @@ def scripted(model, x, folder):
 def inductor(model, x, folder):
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("inductor needs a C++ compiler (g++ or clang++)")
+    if torch.__version__ < "2.9":
+        pytest.skip("needs PyTorch 2.9: before, inductor's code may corrupt memory, with stock timm's model too")
     torch.compiler.reset()
     return torch.compile(model, fullgraph=True)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token, is_offline_mode
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -184,7 +184,7 @@ def push_to_hub(
 
 def _token(repo_id: str, token: str | None) -> str:
     """The access token to publish with."""
-    if is_offline_mode():
+    if constants.HF_HUB_OFFLINE:  # `is_offline_mode` is in newer releases only
         raise RuntimeError(f"HF_HUB_OFFLINE is set, so '{repo_id}' cannot be published. Unset it, then call again.")
     token = token or get_token()
     if not token:

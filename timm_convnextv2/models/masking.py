@@ -75,10 +75,11 @@ def check_mask(mask: Tensor, batch_size: int, grid: tuple[int, int]) -> int:
         raise ValueError(f"mask must have shape [B, h, w] = {list(shape)} for these images, got {list(mask.shape)}.")
     if not batch_size:
         raise ValueError("There are no images in this batch.")
-    counts = (~mask).flatten(1).sum(1).tolist()
-    if len(set(counts)) > 1:
+    counts = (~mask).flatten(1).sum(1)
+    least, most = int(counts.min()), int(counts.max())  # in older PyTorch tolist() fails under torch.func
+    if least < most:
         raise ValueError(
-            f"Every image of a batch must keep the same number of patches, got {min(counts)} to {max(counts)} visible. "
+            f"Every image of a batch must keep the same number of patches, got {least} to {most} visible. "
             "Draw masks with `timm_convnextv2.random_mask`, or equalise the counts."
         )
-    return counts[0]
+    return least
