@@ -31,6 +31,7 @@ from timm_convnextv2.pretrain import loop as pretrain_loop
 from timm_convnextv2.pretrain import measures
 from timm_convnextv2.runs import lock
 from timm_convnextv2.runs.checkpoints import Checkpoint
+from timm_convnextv2.runs.folder import RunFolder
 from timm_convnextv2.runs.lock import Lock
 from timm_convnextv2.runs.trainer import Trainer
 from timm_convnextv2.transfer import loop as transfer_loop
@@ -118,6 +119,13 @@ def test_a_signal_stops_after_the_update_and_saves(training, finished, tmp_path,
     assert f"Stopped by {signal.Signals(number).name} in epoch 1 of 2, update 1 of 2" in capsys.readouterr().out
     training(tmp_path / "r", "--resume", "auto")
     assert_same(load(tmp_path / "r")["state_dict"], load(finished)["state_dict"])
+
+
+def test_ctrl_c_before_training_is_one_message(training, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(RunFolder, "progress", lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    training(tmp_path / "r", status=130)
+    assert capsys.readouterr().err.endswith("Stopped before training.\n") and not (tmp_path / "r").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- output

@@ -39,6 +39,11 @@ def _run_command(name: str, device: str, set_up: Callable[[World], Run | None]) 
         train(run)
     except Exception as e:
         return ended_by(name, e, world, run)
+    except KeyboardInterrupt:
+        if run is not None:
+            raise
+        say("Stopped before training.", error=True)
+        return 130
     finally:
         release_locks()
         end_workers({*multiprocessing.active_children()} - others)
