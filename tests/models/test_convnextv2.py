@@ -489,14 +489,14 @@ def test_unreachable_weights_give_one_error_whose_remedy_works(hub, name, weight
         timm.create_model(name, pretrained=True, cache_dir=tmp_path / "empty")
     message = str(error.value)
     assert "\n" not in message
-    for part in (f"'{repo}'", f"https://huggingface.co/{repo} ", "offline", "HF_HOME", "pretrained=False"):
+    for part in (f"'{repo}'", f"https://huggingface.co/{repo} ", "offline", "HF_HOME"):
         assert part in message, part
     # the recommended call, as it is printed, with the user's path
     file = tmp_path / "model.safetensors"
     save_file({k: v.contiguous() for k, v in hub[weights].items()}, file)
     call = re.search(r"timm\.create_model\(.*?\)\)", message)[0]
-    assert "/path/to/model.safetensors" in call
-    model = eval(call.replace("/path/to/model.safetensors", str(file)), {"timm": timm, "dict": dict})
+    assert "'model.safetensors'" in call
+    model = eval(call.replace("model.safetensors", str(file)), {"timm": timm, "dict": dict})
     assert_covers(model.state_dict(), hub[weights], prefix="encoder." if name == WRAPPER else "")
 
 
