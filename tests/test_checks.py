@@ -57,31 +57,3 @@ def test_cells_are_no_formulas(tmp_path):
     write_csv(tmp_path / "x.csv", ["name"], [[cell] for cell in cells])
     read = (tmp_path / "x.csv").read_text().splitlines()
     assert read == ["name", "'=1+1", "'+a", "'-cmd|x", "'@b", "'\tc", "a=b", "-1.5e-3", "-2", "-3", "0.5", '""']
-
-
-def test_cells_are_no_formulas(tmp_path):
-    cells = ["=1+1", "+a", "-cmd|x", "@b", "\tc", "a=b", "-1.5e-3", "-2", -3, 0.5, None]
-    write_csv(tmp_path / "x.csv", ["name"], [[cell] for cell in cells])
-    read = (tmp_path / "x.csv").read_text().splitlines()
-    assert read == ["name", "'=1+1", "'+a", "'-cmd|x", "'@b", "'\tc", "a=b", "-1.5e-3", "-2", "-3", "0.5", '""']
-
-
-def test_cells_are_no_formulas(tmp_path):
-    cells = ["=1+1", "+a", "-cmd|x", "@b", "\tc", "a=b", "-1.5e-3", "-2", -3, 0.5, None]
-    write_csv(tmp_path / "x.csv", ["name"], [[cell] for cell in cells])
-    read = (tmp_path / "x.csv").read_text().splitlines()
-    assert read == ["name", "'=1+1", "'+a", "'-cmd|x", "'@b", "'\tc", "a=b", "-1.5e-3", "-2", "-3", "0.5", '""']
-
-
-def test_cells_are_no_formulas(tmp_path):
-    cells = ["=1+1", "+a", "-cmd|x", "@b", "\tc", "a=b", "-1.5e-3", "-2", -3, 0.5, None]
-    write_csv(tmp_path / "x.csv", ["name"], [[cell] for cell in cells])
-    read = (tmp_path / "x.csv").read_text().splitlines()
-    assert read == ["name", "'=1+1", "'+a", "'-cmd|x", "'@b", "'\tc", "a=b", "-1.5e-3", "-2", "-3", "0.5", '""']
-
-
-def test_cells_are_no_formulas(tmp_path):
-    cells = ["=1+1", "+a", "-cmd|x", "@b", "\tc", "a=b", "-1.5e-3", "-2", -3, 0.5, None]
-    write_csv(tmp_path / "x.csv", ["name"], [[cell] for cell in cells])
-    read = (tmp_path / "x.csv").read_text().splitlines()
-    assert read == ["name", "'=1+1", "'+a", "'-cmd|x", "'@b", "'\tc", "a=b", "-1.5e-3", "-2", "-3", "0.5", '""']

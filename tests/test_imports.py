@@ -7,7 +7,9 @@ import pytest
 
 import timm_convnextv2
 
-NAMES = [m.name for m in pkgutil.walk_packages(timm_convnextv2.__path__, "timm_convnextv2.") if "__main__" not in m.name]
+NAMES = [
+    m.name for m in pkgutil.walk_packages(timm_convnextv2.__path__, "timm_convnextv2.") if "__main__" not in m.name
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

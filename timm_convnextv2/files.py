@@ -168,46 +168,6 @@ def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Ite
         writer.writerows([f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in row] for row in rows)
 
 
-def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Writes a CSV file with `whole_file`; text that a spreadsheet would take for a formula gets a leading apostrophe."""
-    # file names may contain bytes that are not UTF-8
-    how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    with whole_file(path) as part, open(part, "w", **how) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in row] for row in rows)
-
-
-def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Writes a CSV file with `whole_file`; text that a spreadsheet would take for a formula gets a leading apostrophe."""
-    # file names may contain bytes that are not UTF-8
-    how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    with whole_file(path) as part, open(part, "w", **how) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in row] for row in rows)
-
-
-def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Writes a CSV file with `whole_file`; text that a spreadsheet would take for a formula gets a leading apostrophe."""
-    # file names may contain bytes that are not UTF-8
-    how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    with whole_file(path) as part, open(part, "w", **how) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in row] for row in rows)
-
-
-def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Writes a CSV file with `whole_file`; text that a spreadsheet would take for a formula gets a leading apostrophe."""
-    # file names may contain bytes that are not UTF-8
-    how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    with whole_file(path) as part, open(part, "w", **how) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in row] for row in rows)
-
-
 def save_torch(content: Any, path: str | os.PathLike) -> None:
     """`torch.save` with `whole_file`."""
     # a Python file object reports the system's error; torch's own file only reports 'unexpected pos'
