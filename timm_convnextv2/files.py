@@ -89,18 +89,6 @@ _PART = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)-(?P<start>[^.
 _FORMULA = re.compile(r"[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
 
 
-_FORMULA = re.compile(r"[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
-
-
-_FORMULA = re.compile(r"[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
-
-
-_FORMULA = re.compile(r"[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
-
-
-_FORMULA = re.compile(r"[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
-
-
 class WriteError(OSError):
     """A file cannot be written: the disk is full, read-only or gone. Names the file and the reason."""
 
