@@ -65,7 +65,7 @@ def test_gaps_crowds_masks_of_both_kinds_and_images_without_objects(opened):
         # rounded beyond the edge by less than a pixel
         annotation(4, box=(8, 6, 2.6, 2), mask=[[8, 6, 10.6, 6, 10.6, 8]], iscrowd=0.0),
     ]
-    coco = opened(content(several), in_chans=3)
+    coco = opened(content(several))
     assert (coco.classes, coco.category_ids) == (["ant", "cat"], [3, 7])
     (image,), (target,) = collate([DetectionImages(coco)[0]])
     assert image.shape == (3, 8, 10) and image[0, 0, 0] == pytest.approx(100 / 255)
@@ -86,7 +86,7 @@ def test_16_bits_and_many_channels(opened):
     value = content()
     for image in value["images"]:
         image["file_name"] = image["file_name"].replace("png", "npy")
-    images = DetectionImages(opened(value, in_chans=5), in_chans=5)
+    images = DetectionImages(opened(value), in_chans=5)
     (image,), (target,) = collate([large_scale_jitter(16, (1, 1))(*images[0])])
     assert image.shape == (5, 16, 16) and image.max() == pytest.approx(30000 / 65535)
     assert target["masks"].shape == (1, 16, 16)
@@ -240,11 +240,11 @@ def test_masks_are_not_asked_for_where_only_boxes_count(opened):
 
 def test_images_of_another_size_or_corrupt_are_found_before_training(opened):
     Image.fromarray(np.zeros((10, 8, 3), np.uint8)).save(opened.folder / "b.png")
-    with pytest.raises(ValueError, match="1 images of another size .* b.png has 8 x 10 pixels, annotated as 10 x 8"):
-        opened(content(), in_chans=3)
+    with pytest.raises(ValueError, match="1 of 2 images tried .*\n.*b.png .* has 8 x 10 pixels, annotated as 10 x 8"):
+        DetectionImages(opened(content())).check()
     (opened.folder / "b.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="1 of 2 images tried .of 2. cannot be decoded"):
-        opened(content(), in_chans=3)
+    with pytest.raises(ValueError, match="1 of 2 images tried .of 2. cannot be used"):
+        DetectionImages(opened(content())).check()
 
 
 def test_places_that_are_not_there(tmp_path, opened):

@@ -109,7 +109,7 @@ def test_predict(run, data, tmp_path, capsys):
     words = [run.task, "predict", "--model", str(run.path), "--images", str(images), "--output", str(output), *CPU]
     if run.task == "detect":
         assert main([*words, "--min-score", "0", "--soft-nms", "gaussian"]) == 0
-        coco = open_coco(output, images, in_chans=3, drop_wrong=True)  # what it writes, it reads
+        coco = open_coco(output, images, drop_wrong=True)  # what it writes, it reads
         assert len(coco.images) == 8 and coco.images[0].height == 32
         assert main(words) == 2 and "exists. Pass --overwrite" in capsys.readouterr().err
         return
@@ -280,7 +280,7 @@ MISTAKES = [
     ("detect", _move, [], "has 1 boxes that reach outside of their image: annotation 1 of 00000.png"),
     ("detect", _rename, [], "The classes of '"),
     ("detect", _empty, [], "has no annotations"),
-    ("detect", _widen, [], "(of 8 tried): 00000.png has 32 x 32 pixels, annotated as 33 x 32"),
+    ("detect", _widen, [], "(id 1) cannot be used: it has 32 x 32 pixels, annotated as 33 x 32"),
     ("detect", None, ["--model", "convnextv2_ato"], "Did you mean 'convnextv2_atto'?"),
     ("detect", None, ["--batch-size", "9"], "the largest --batch-size that works is 8"),
     ("detect", None, ["--grad-accum-steps", "3"], "An update takes 3 batches, but an epoch has 2"),

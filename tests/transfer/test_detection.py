@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def coco(data):
-    return open_coco(data / "train.json", data / "train/images", in_chans=3)
+    return open_coco(data / "train.json", data / "train/images")
 
 
 def rectangle(box, height, width):

@@ -256,7 +256,7 @@ def test_masks_in_colours_and_with_a_suffix(tmp_path):
         data.check()
     with pytest.raises(ValueError, match="1 of 1 images have no mask .*--mask-suffix"):
         opened(tmp_path, colours=colours)
-    with pytest.raises(ValueError, match="--mask-colors: 2 lines .*NAME R G B"):
+    with pytest.raises(ValueError, match="--mask-colors: lines .*NAME R G B"):
         read_colours(["sea", "land 0 0 256", "sky 1 1 1"])
 
 

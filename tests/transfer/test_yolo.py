@@ -36,7 +36,7 @@ def write(root, labels, **more):
 
 def test_boxes_and_polygons(tmp_path):
     file = write(tmp_path, [f"{SQUARE}\n\n{SQUARE.replace('1 0', '0 0', 1)}\n", None])
-    coco = open_coco(file, "", split="val", in_chans=3)
+    coco = open_coco(file, "", split="val")
     assert coco.classes == ["cat", "dog"] and coco.images[0].name == "0.png" and not coco.images[1].annotations
     target = DetectionImages(coco)[0][1]
     assert target["labels"].tolist() == [2, 1] and target["boxes"][0].tolist() == [8, 16, 16, 32]
@@ -111,9 +111,9 @@ def test_the_number_of_objects_follows_the_data(tmp_path, capsys):
         (tmp_path / f"d/{split}.json").write_text(json.dumps(content))
     more = ["--boxes-only", "--img-size", 128, "--scale", 1, 1, "--dry-run"]
     train("detect", tmp_path / "d", tmp_path / "o", *more)
-    assert "at most 300 objects per image are found and evaluated" in capsys.readouterr().out
+    assert "up to 300 objects per image are found and evaluated" in capsys.readouterr().out
     train("detect", tmp_path / "d", tmp_path / "o", *more, "--max-objects", 100)
-    assert "at most" not in capsys.readouterr().out
+    assert "up to" not in capsys.readouterr().out
     # of 3 pixels at a tenth of the size, none has a pixel
     train("detect", tmp_path / "d", tmp_path / "o", *more, "--img-size", 32, "--scale", 0.2, 0.2, status=2)
     assert "objects tried reaches the loss" in capsys.readouterr().err

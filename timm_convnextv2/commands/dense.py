@@ -26,11 +26,8 @@ class ReadableImages:
     """The images below the folder of `predict`; those that cannot be decoded are named, counted and left out."""
 
     def __init__(self, options: Predicted, backbone: Backbone) -> None:
-        self.source, self.limit = (
-            FolderSource(options.images, backbone.in_chans, backbone.pixels),
-            options.max_bad_images,
-        )
-        self.bad = 0
+        self.source = FolderSource(options.images, backbone.in_chans, backbone.pixels)
+        self.limit, self.bad = options.max_bad_images, 0
 
     def batches(self, batch_size: int, workers: int) -> Iterator[list[tuple[str, Tensor]]]:
         """Batches of images, float `[C, H, W]` in 0..1, each with its path relative to the folder."""

@@ -15,14 +15,14 @@ from .dense import Dense, ReadableImages
 
 def predict(config: DetectPredictConfig) -> int:
     """`detect predict`: the objects in all images of a folder, as a JSON file that `open_coco` reads."""
-    output, draw = check_free(config.output, overwrite=config.overwrite), config.predicted.draw
+    output, draw = check_free(config.output, overwrite=config.overwrite), config.draw
     detector, classes, backbone = open_exported(config)
     if config.soft_nms:
         use_soft_nms(detector, config.soft_nms)
     if masks := not made_of_detector(detector)["boxes_only"]:
         rle_codec()
     coco = Coco(output, [], classes, list(range(1, len(classes) + 1)))
-    data, source = DetectionImages(coco, masks=masks), ReadableImages(config.predicted, backbone)
+    data, source = DetectionImages(coco, masks=masks), ReadableImages(config, backbone)
     for items in source.batches(config.batch_size, config.compute.workers):
         ids = range(len(coco.images) + 1, len(coco.images) + len(items) + 1)
         loaded = [image for _, image in items]

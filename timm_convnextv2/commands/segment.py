@@ -18,20 +18,19 @@ from .dense import Dense, ReadableImages
 def predict(config: SegmentPredictConfig) -> int:
     """`segment predict`: an index PNG for each image of a folder, under its relative path with the extension .png."""
     model = open_segmenter(config.model, check_device(config.compute.device))
-    images, draw = config.predicted.images, config.predicted.draw
-    paths_by_stem(images)  # refuses images whose masks would have one name
-    if Path(config.output).resolve() == Path(images).resolve():
+    paths_by_stem(config.images)  # refuses images whose masks would have one name
+    if Path(config.output).resolve() == Path(config.images).resolve():
         raise ValueError("--output is the folder of the images, which the masks would replace. Choose another folder.")
     output, written = claim_folder(config.output, overwrite=config.overwrite), 0
-    source = ReadableImages(config.predicted, model.backbone.read_with(config.compute.nodata))
+    source = ReadableImages(config, model.backbone.read_with(config.compute.nodata))
     for items in source.batches(1, config.compute.workers):
         for name, image in items:
             path = output / Path(name).with_suffix(".png")
             path.parent.mkdir(parents=True, exist_ok=True)
             found = find_classes(model, image, config.averaging, config.compute.autocast)
             save_mask(found, path, len(model.classes))
-            if draw:
-                save_image(Path(draw) / f"{name}.png", overlay(image, found, len(model.classes)))
+            if config.draw:
+                save_image(Path(config.draw) / f"{name}.png", overlay(image, found, len(model.classes)))
             written += 1
     with whole_file(output / "classes.txt") as part:
         part.write_text("".join(f"{name}\n" for name in model.classes), encoding="utf-8")

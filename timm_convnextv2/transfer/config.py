@@ -193,10 +193,9 @@ class DetectEvalConfig(DetectUse):
 
 
 @dataclass(frozen=True)
-class DetectPredictConfig(DetectUse):
+class DetectPredictConfig(DetectUse, Predicted):
     """`detect predict`."""
 
-    predicted: Predicted = part(Predicted)
     output: str = option(..., "JSON file to write, in COCO's format", metavar="FILE")
     min_score: float = option(0.3, "leave out objects with a lower score", metavar="X")
 
@@ -299,9 +298,8 @@ class SegmentEvalConfig(ExportedConfig):
 
 
 @dataclass(frozen=True)
-class SegmentPredictConfig(ExportedConfig):
+class SegmentPredictConfig(ExportedConfig, Predicted):
     """`segment predict`."""
 
-    predicted: Predicted = part(Predicted)
     output: str = option(..., "folder for the index PNGs", metavar="DIR")
     averaging: Averaging = part(Averaging)

@@ -15,18 +15,16 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ...data import Pixels, check_readable, load_image
-from ...data.formats.errors import naming
+from ...data import Pixels, load_image
+from ...data.formats.errors import UnreadableError, naming
 from ...data.formats.files import printable
 from ...data.formats.pixels import PLAIN
-from ...data.sources.files import ImageFiles
 from ..backbone import as_float
 from ..figures import first
 from ..yolo import read_yolo, to_coco
 
 TOLERANCE = 1.0  # pixels that a box may exceed its image by, because tools round; the excess is cut off
 FIT = 0.5  # smallest overlap (IoU) of a box with the box around its mask
-CATEGORIES_DIFFER = "All annotations need the categories that the model was trained on."
 
 _NO_MASK = "annotations without a `segmentation`"
 _OUTSIDE, _NO_FIT = "boxes that reach outside of their image", "boxes that do not fit their masks"
@@ -85,15 +83,14 @@ def rle_codec() -> Any:
 
 def open_coco(
     file: str | Path, folder: str | Path, *, split: str = "train", masks: bool = True, drop_wrong: bool = False,
-    merge: bool = False, in_chans: int | None = None, pixels: Pixels = PLAIN
+    merge: bool = False
 ) -> Coco:  # fmt: skip
     """Reads and checks annotations of objects; images are relative to `folder`. YOLO's data.yaml is read as well.
 
     Ids may have gaps, annotations may be crowds (`iscrowd`), and images may have no annotations. With `masks`, every
     annotation needs a `segmentation`, polygons or RLE. Wrong annotations (no area, outside of the image, broken mask)
     are a `ValueError` with the count and the first names of each kind; `drop_wrong` drops and counts them instead.
-    Images, annotations and category names that occur twice are an error, too, unless `merge`. `in_chans` decodes some
-    images to this number of channels and compares their sizes.
+    Images, annotations and category names that occur twice are an error, too, unless `merge`.
     """
     file, folder = Path(file), Path(folder)
     checks = _Checks(file, masks, drop_wrong, merge)
@@ -107,10 +104,7 @@ def open_coco(
     images, moved = checks.images(content["images"], folder)
     checks.attach(content["annotations"], images, moved, same)
     ids = sorted(categories)
-    coco = Coco(file, list(images.values()), [categories[i] for i in ids], ids, tuple(checks.notes))
-    if in_chans is not None:
-        check_sizes(coco, in_chans, pixels)
-    return coco
+    return Coco(file, list(images.values()), [categories[i] for i in ids], ids, tuple(checks.notes))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -366,25 +360,6 @@ def rle_runs(counts: Any) -> np.ndarray | None:
     return runs if (runs >= 0).all() else None
 
 
-def check_sizes(coco: Coco, in_chans: int, pixels: Pixels = PLAIN) -> None:
-    """Decodes some of the images and compares their sizes with the annotations."""
-    source = ImageFiles([image.path for image in coco.images], in_chans, pixels)
-    sizes: list[tuple[int, int]] = []
-    tried = min(32, len(source))
-    if bad := check_readable(source, tried, lambda x: sizes.append((x.shape[-2], x.shape[-1]))):
-        reasons = "\n".join(why for _, why in bad[:3])
-        found = f"{len(bad)} of {tried} images tried (of {len(source)})"
-        raise ValueError(f"{found} cannot be decoded; fix or remove them:\n{reasons}")
-    images = [coco.images[i * len(source) // tried] for i in range(tried)]
-    wrong = [
-        f"{image.name} has {w} x {h} pixels, annotated as {image.width} x {image.height}"
-        for image, (h, w) in zip(images, sizes, strict=True)
-        if (h, w) != (image.height, image.width)
-    ]
-    what = f"images of another size than the files (of {tried} tried)"
-    _Checks(coco.file, False, False, False).refuse(wrong, what)
-
-
 class DetectionImages(Dataset):
     """Images with their targets: `images[i]` is `(image, target)`, as torchvision's `tv_tensors` for a transform.
 
@@ -401,6 +376,10 @@ class DetectionImages(Dataset):
         return len(self.coco.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return tv_tensors.Image(self.load(i)), self.target(self.coco.images[i])
+
+    def load(self, i: int) -> Tensor:
+        """The image alone; an `UnreadableError` if it cannot be decoded or has another size than annotated."""
         image = self.coco.images[i]
         with naming(f"The image {printable(image.name)} (id {image.id})"):
             loaded = load_image(image.path, self.in_chans, self.pixels)
@@ -410,7 +389,19 @@ class DetectionImages(Dataset):
                     f"it has {width} x {height} pixels, annotated as {image.width} x {image.height} in "
                     f"'{self.coco.file}'. Annotate the image as it is, or fix the file."
                 )
-        return tv_tensors.Image(loaded), self.target(image)
+        return loaded
+
+    def check(self, tries: int = 32) -> None:
+        """Loads some of the images; a `ValueError` names those that cannot be used."""
+        tries, faults = min(tries, len(self)), []
+        for k in range(tries):
+            try:
+                self.load(k * len(self) // tries)
+            except UnreadableError as e:
+                faults.append(str(e))
+        if faults:
+            reasons = "\n".join(faults[:3])
+            raise ValueError(f"{len(faults)} of {tries} images tried (of {len(self)}) cannot be used:\n{reasons}")
 
     def target(self, image: CocoImage) -> dict[str, Tensor]:
         """The objects of an image, at its own size."""

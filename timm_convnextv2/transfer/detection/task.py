@@ -15,10 +15,8 @@ from ..loop import Samples, sampled
 from ..task import Task, new_backbone
 from ..yolo import find_yolo
 from .coco import (
-    CATEGORIES_DIFFER,
     Coco,
     DetectionImages,
-    check_sizes,
     collate,
     large_scale_jitter,
     open_coco,
@@ -27,6 +25,8 @@ from .coco import (
 from .detector import backbone_of, build_detector, export_detector, made_of_detector, open_with_classes
 from .metrics import MAX_OBJECTS, Result, evaluate_detector, save_found, table
 from .soft_nms import use_soft_nms
+
+_DIFFER = "All annotations need the categories that the model was trained on."
 
 
 class DetectionTask(Task):
@@ -46,7 +46,7 @@ class DetectionTask(Task):
             masks = not made_of_detector(self.model)["boxes_only"]
             coco = self._open(config, "val", masks)
             where = (f"'{coco.file}'", f"the model '{config.model}'")
-            check_same_classes(coco.classes, self.classes, where, remedy=CATEGORIES_DIFFER)
+            check_same_classes(coco.classes, self.classes, where, remedy=_DIFFER)
             heads, most = self.model.roi_heads, most_objects(config, coco)
             self._how |= dict(batch_size=config.batch_size, max_objects=most)
             if config.data.max_objects or heads.detections_per_img == MAX_OBJECTS:  # not chosen in training
@@ -63,9 +63,10 @@ class DetectionTask(Task):
         if not coco.annotations:
             raise ValueError(f"'{coco.file}' has no annotations: there is nothing to learn.")
         files = (f"'{validation.file}'", f"'{coco.file}'")
-        check_same_classes(validation.classes, coco.classes, files, remedy=CATEGORIES_DIFFER)
+        check_same_classes(validation.classes, coco.classes, files, remedy=_DIFFER)
         most = most_objects(config, coco, validation)
-        self._how |= dict(batch_size=learning.batch_size, max_objects=most)
+        # metrics count as many as `eval` does, which has no training data
+        self._how |= dict(batch_size=learning.batch_size, max_objects=most_objects(config, validation))
         self.backbone = new_backbone(config)
         train, self.validation = self._images(coco, masks), self._images(validation, masks)
         short, long = options.test_size or (crops.img_size, crops.img_size)
@@ -90,13 +91,13 @@ class DetectionTask(Task):
         return DetectionImages(coco, masks=masks, in_chans=self.backbone.in_chans, pixels=self.backbone.pixels)
 
     def check(self) -> list[str]:
-        parts = {"validation": self.validation.coco}
-        parts |= {"train": self.samples.data.coco} if self.samples else {}
-        notes = [f"note: {name}: {note}." for name, coco in parts.items() for note in coco.notes]
-        for coco in parts.values():
-            check_sizes(coco, self.backbone.in_chans, self.backbone.pixels)
-        if (most := self._how["max_objects"]) != MAX_OBJECTS:
-            notes.append(f"note: at most {most} objects per image are found and evaluated (COCO: --max-objects 100).")
+        notes = []
+        for name, images in (("train", self.samples and self.samples.data), ("validation", self.validation)):
+            if images is not None:
+                images.check()
+                notes += [f"note: {name}: {note}." for note in images.coco.notes]
+        if (most := max(self._how["max_objects"], self.model.roi_heads.detections_per_img)) > MAX_OBJECTS:
+            notes.append(f"note: up to {most} objects per image are found and evaluated (COCO: --max-objects 100).")
         return notes + (self._count_targets() if self.samples else [])
 
     def _count_targets(self) -> list[str]:

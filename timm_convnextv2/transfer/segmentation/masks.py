@@ -1,7 +1,6 @@
 """Images and masks of pixel classes: two folders, their checks, and the transform of training."""
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -131,14 +130,14 @@ def read_classes(path: str | os.PathLike) -> list[str]:
 
 def read_colours(lines: Sequence[str]) -> tuple[list[str], tuple[int, ...]]:
     """Names and colours (0xRRGGBB) from lines `NAME R G B` of a class file."""
-    found = [re.fullmatch(r"(.*[^\s,])[\s,]+(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})", line) for line in lines]
-    wrong = [
-        line for line, match in zip(lines, found, strict=True) if not match or max(map(int, match.groups()[1:])) > 255
-    ]
-    if wrong:
-        raise ValueError(f"--mask-colors: {len(wrong)} lines of the class file are not `NAME R G B`: {first(wrong)}.")
-    parts = [match.groups() for match in found if match]
-    return [name for name, *_ in parts], tuple(int(r) << 16 | int(g) << 8 | int(b) for _, r, g, b in parts)
+    parts = [line.replace(",", " ").rsplit(maxsplit=3) for line in lines]
+    try:
+        colours = [bytes(map(int, numbers)) for _, *numbers in parts]  # of 0 to 255
+        if any(len(colour) != 3 for colour in colours):
+            raise ValueError("three numbers are needed")
+    except ValueError as e:
+        raise ValueError(f"--mask-colors: lines of the class file are `NAME R G B`, got {first(lines)} ({e}).") from e
+    return [name for name, *_ in parts], tuple(int.from_bytes(colour, "big") for colour in colours)
 
 
 class Pairs(NamedTuple):
