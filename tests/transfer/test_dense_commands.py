@@ -20,6 +20,7 @@ from tiny import BACKBONE, SHORT, TASKS, tiny_detector, train
 from timm_convnextv2.commands import detect, segment
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.config import flat
+from timm_convnextv2.data import load_image
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.data.formats.errors import ImageError, MissingPackageError, UnreadableError, naming
 from timm_convnextv2.recipes import load_recipe, recipe_names
@@ -224,8 +225,10 @@ def test_an_image_that_eval_cannot_read(data, tmp_path, capsys, monkeypatch):
     names = (data / "classes.txt").read_text().split()[1:]
     export_detector(tiny_detector(boxes_only=True, img_size=32), tmp_path, classes=names)
 
-    def gone(*_):
-        raise OSError("gone")
+    def gone(*args):
+        if torch.utils.data.get_worker_info() is not None:  # after the checks
+            raise OSError("gone")
+        return load_image(*args)
 
     monkeypatch.setattr("timm_convnextv2.transfer.detection.coco.load_image", gone)
     words = ["detect", "eval", "--model", str(tmp_path), "--data-dir", str(data), "-j", "2", "--device", "cpu"]
