@@ -74,7 +74,7 @@ class Dense:
         subparsers = parser.add_subparsers(dest="action", required=True, metavar="train|eval|predict")
         for name, cls in self.configs.items():
             text = {"train": "train a model", "eval": "evaluate a model", "predict": "apply a model to a folder"}[name]
-            add_options(subparsers.add_parser(name, help=text, description=text), cls)
+            add_options(subparsers.add_parser(name, help=text, description=f"{self.description} Here: {text}."), cls)
         given = words_given(parser, words)
         action = given.pop("action")
         cls = self.configs[action]
