@@ -107,7 +107,7 @@ def tiff_pages(file: BinaryIO) -> int:
 
 
 def sparse_values(file: BinaryIO) -> np.ndarray | None:
-    """Stored values of the first page of a TIFF that lacks tiles or strips; None for other files, left at their begin.
+    """Stored values of the first page of a TIFF that lacks tiles or strips; None for other files.
 
     Absent pixels are nodata or 0; Pillow would read them from the file's beginning.
     """

@@ -64,8 +64,8 @@ def _attributes(*path: str) -> dict[str, Any]:
     return {}
 
 
-def _open(path: str | os.PathLike) -> tuple[Any, str, str]:
-    """The array at full resolution, its axes, '' if they have no names, and its folder."""
+def _open(path: str | os.PathLike) -> tuple[Any, str, dict[str, Any], str]:
+    """The array at full resolution, its axes, '' if they have no names, its metadata, and its folder."""
     try:
         import zarr
     except ImportError as error:
@@ -74,35 +74,35 @@ def _open(path: str | os.PathLike) -> tuple[Any, str, str]:
     if len(images) > 1:
         raise ImageError(f"holds {len(images)} images ({', '.join(images[:3])}, ...); name one of these folders")
     folder = os.path.normpath(os.path.join(path, images[0]))
-    node: Any = zarr.open(folder, mode="r")
     scales = _attributes(folder).get("multiscales")
-    if scales:
-        array = node[scales[0]["datasets"][0]["path"]]
-        named = scales[0].get("axes") or [*"tczyx"][-array.ndim :]
-        names = [axis["name"] if isinstance(axis, dict) else str(axis) for axis in named]
-        return _checked(array), "".join(name[:1].upper() for name in names), os.path.join(folder, array.path)
-    array = node if isinstance(node, zarr.Array) or "0" not in node else node["0"]
-    if not isinstance(array, zarr.Array):
-        raise ImageError("is a Zarr group without `multiscales`, expected OME-Zarr or one array")
-    return _checked(array), "", os.path.join(folder, array.path)
-
-
-def _checked(array: Any) -> Any:
-    """The array, refused if reading it might run code; nothing is decoded before."""
-    unknown = sorted(name for name in {*_codecs(array)} - _CODECS if not name.startswith("imagecodecs_"))
-    if unknown or array.dtype.hasobject:
+    inner = str(scales[0]["datasets"][0]["path"]) if scales else "." if _metadata(folder) else "0"
+    folder, about = os.path.normpath(os.path.join(folder, inner)), _metadata(folder, inner)
+    if about is None or ".." in Path(inner).parts or os.path.isabs(inner):
+        raise ImageError("is a Zarr group without `multiscales` of arrays in it, expected OME-Zarr or one array")
+    # before it is opened: zarr 2 decodes the fill value then
+    unknown = sorted(name for name in {*_codecs(about)} - _CODECS if not name.startswith("imagecodecs_"))
+    if unknown or "O" in str(about.get("dtype")):
         what = f"the codec {', '.join(unknown)}" if unknown else "objects"
         raise ImageError(f"has {what}, which may run code and is never decoded; save it with blosc, zstd or gzip")
-    return array
+    array: Any = zarr.open(folder, mode="r")
+    named = (scales[0].get("axes") or [*"tczyx"][-array.ndim :]) if scales else ()
+    names = [axis["name"] if isinstance(axis, dict) else str(axis) for axis in named]
+    return array, "".join(name[:1].upper() for name in names), about, folder
 
 
-def _codecs(array: Any) -> Iterator[str]:
-    """Names of all codecs in the order of decoding, those inside of shards included."""
-    if hasattr(array, "metadata"):
-        found = array.metadata.to_dict()
-    else:  # zarr 2
-        found = {"codecs": [codec.get_config() for codec in (*(array.filters or ()), array.compressor) if codec]}
-    waiting = [*(found.get("codecs") or ()), *(found.get("filters") or ()), found.get("compressor")]
+def _metadata(*folder: str) -> dict[str, Any] | None:
+    """The metadata of an array; None if there is none."""
+    for name in ("zarr.json", ".zarray"):
+        path = Path(*folder, name)
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return found if found.get("node_type", "array") == "array" else None
+    return None
+
+
+def _codecs(about: dict[str, Any]) -> Iterator[str]:
+    """Names of all codecs of an array in the order of decoding, those inside of shards included."""
+    waiting = [*(about.get("codecs") or ()), *(about.get("filters") or ()), about.get("compressor")]
     while waiting:
         if codec := waiting.pop():
             yield str(codec.get("id") or codec["name"]).lower().removeprefix("numcodecs.")
@@ -114,7 +114,7 @@ class ZarrScene(Scene):
     """A Zarr image, of which only the chunks of a part are decoded."""
 
     def __init__(self, path: str | os.PathLike, in_chans: int, pixels: Pixels) -> None:
-        self.array, axes, self.folder = _open(path)
+        self.array, axes, self.about, self.folder = _open(path)
         self.pixels = pixels
         check_dtype(self.array.dtype, pixels.divide)
         shape = tuple(self.array.shape)
@@ -146,7 +146,7 @@ class ZarrScene(Scene):
     def _check_inflated(self, box: tuple[slice | int, ...]) -> None:
         """Refuses chunks of a part that inflate beyond the limit."""
         array, itemsize = self.array, self.array.dtype.itemsize * math.prod(self.array.chunks) // self.chunk
-        codec = next((name for name in _codecs(array) if name != "sharding_indexed"), "")
+        codec = next((name for name in _codecs(self.about) if name != "sharding_indexed"), "")
         ends = (i.indices(n)[:2] if isinstance(i, slice) else (i, i + 1) for i, n in zip(box, array.shape, strict=True))
         cells = (range(a // n, (b - 1) // n + 1) for (a, b), n in zip(ends, array.chunks, strict=True))
         for cell in itertools.product(*cells):
@@ -166,8 +166,7 @@ class ZarrScene(Scene):
         with file:
             # offset and size of each chunk, and a checksum
             index = 16 * math.prod(per_shard)
-            about = array.metadata.to_dict()["codecs"][0]["configuration"]
-            at_start = about.get("index_location") == "start"
+            at_start = self.about["codecs"][0]["configuration"].get("index_location") == "start"
             file.seek(0 if at_start else -index - 4, os.SEEK_SET if at_start else os.SEEK_END)
             number = np.ravel_multi_index([i % n for i, n in zip(cell, per_shard, strict=True)], per_shard)
             offset, size = np.frombuffer(file.read(index), "<u8").reshape(-1, 2)[number].tolist()
@@ -182,7 +181,7 @@ class ZarrScene(Scene):
 
 def zarr_header(path: str | os.PathLike, page: Page) -> Header:
     """See `decode.read_header`."""
-    array, axes, _ = _open(path)
+    array, axes, *_ = _open(path)
     axes = axes or {2: "YX"}.get(array.ndim) or ("YXC" if array.shape[2] <= array.shape[0] else "CYX")
     sizes = dict(zip(axes, array.shape, strict=True))
     channels = array.size // (sizes["Y"] * sizes["X"]) if page == "channels" else sizes.get("C", 1)
@@ -191,5 +190,5 @@ def zarr_header(path: str | os.PathLike, page: Page) -> Header:
 
 def zarr_pages(path: str | os.PathLike) -> int:
     """Pages of the image, see `axes.choose_axes`."""
-    array, axes, _ = _open(path)
+    array, axes, *_ = _open(path)
     return count_pages(axes, tuple(array.shape)) if axes else 1
