@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -14,6 +15,11 @@ from timm_convnextv2 import ops
 
 # of kernels, not launched themselves
 HELPERS = {"token_mlp": ("_gelu_place", "_gelu_tile", "_normal_cdf"), "depthwise": ("_window_corner",)}
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Major and minor number."""
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def load(name: str, interpret: bool, patch: pytest.MonkeyPatch):
@@ -48,6 +54,8 @@ def kernels(request):
     triton = pytest.importorskip("triton", reason="needs triton, which PyTorch brings along on Linux only")
     tl = triton.language
     interpret = request.param == "interpreter"
+    if interpret and release(triton.__version__) < (3, 6) and release(numpy.__version__) >= (2, 4):
+        pytest.skip("the interpreter needs triton 3.6, or numpy before 2.4")
     if not interpret and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     with pytest.MonkeyPatch.context() as patch:

@@ -228,7 +228,7 @@ def test_compiled_without_a_graph_break(as_backend):
 
     ours = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(), parameters)
     for a, b in zip(ours, torch.autograd.grad(loss(), parameters), strict=True):
-        assert error(a, b) <= 2e-2
+        assert error(a, b) <= 5e-2
 
 
 def test_types_under_autocast(as_backend):

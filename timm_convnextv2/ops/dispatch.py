@@ -37,6 +37,8 @@ def _check(name: str, source: str) -> str:
     if name not in BACKENDS:
         known = ", ".join(f"{key} ({what})" for key, what in BACKENDS.items())
         raise ValueError(f"{source} asks for the backend '{name}'. There are: {known}.")
+    if torch.compiler.is_compiling():  # which cannot trace the checks below
+        return name
     if name == "triton":
         if find_spec("triton") is None:
             raise RuntimeError(f"{source} asks for 'triton', which is not installed. `pip install triton` (Linux).")
@@ -45,7 +47,7 @@ def _check(name: str, source: str) -> str:
                 f"{source} asks for 'triton', which needs a CUDA GPU; PyTorch sees none. TRITON_INTERPRET=1 runs its "
                 "kernels on CPU, slowly, to check them."
             )
-    if name == "minkowski" and not torch.compiler.is_compiling():  # which would trace the import
+    if name == "minkowski":
         try:
             engine()
         except RuntimeError as error:
