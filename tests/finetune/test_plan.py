@@ -44,6 +44,7 @@ def test_global_batch(run, monkeypatch, capsys, world, wanted, steps):
     lr = load_recipe("smoke", RECIPES).values["lr_base"] * wanted / 256
     assert f"global batch {wanted} = 8 images" in (out := capsys.readouterr().out)
     assert float(re.search(r"lr ([\d.e-]+) \(", out)[1]) == pytest.approx(lr, rel=1e-3)
+    assert re.search(rf"epochs? .*of {-(-(24 // world // 8) // steps)} updates?\b", out)  # an incomplete one counts
 
 
 @pytest.mark.parametrize(
