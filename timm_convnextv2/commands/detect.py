@@ -5,7 +5,6 @@ from pathlib import Path
 from ..files import check_free, write_json
 from ..transfer.config import DetectConfig, DetectEvalConfig, DetectPredictConfig
 from ..transfer.detection.coco import Coco, CocoImage, DetectionImages, rle_codec
-from ..transfer.detection.detector import made_of_detector
 from ..transfer.detection.metrics import draw_objects, find_objects
 from ..transfer.detection.soft_nms import use_soft_nms
 from ..transfer.detection.task import DetectionTask, open_exported
@@ -19,8 +18,8 @@ def predict(config: DetectPredictConfig) -> int:
     detector, classes, backbone = open_exported(config)
     if config.soft_nms:
         use_soft_nms(detector, config.soft_nms)
-    if masks := not made_of_detector(detector)["boxes_only"]:
-        rle_codec()
+    masks = not detector.made_of["boxes_only"]
+    rle_codec()
     coco = Coco(output, [], classes, list(range(1, len(classes) + 1)))
     data, source = DetectionImages(coco, masks=masks), ReadableImages(config, backbone)
     for items in source.batches(config.batch_size, config.compute.workers):

@@ -99,20 +99,17 @@ def create_schedule(
     return found[0]
 
 
-# `(complete epochs, model in eval mode, whether the run ends) -> numbers by column`; called on all processes
-EpochHook = Callable[[int, nn.Module, bool], dict[str, float]]
-
-
 @dataclass(kw_only=True)
 class TransferRun(Run):
     """A run of detection or segmentation.
 
-    All processes call `evaluate` after every `eval_interval` epochs and the last one; rank 0's numbers become the
-    columns `eval_*` of summary.csv. `measured` is the last evaluation.
+    All processes call `evaluate(complete epochs, model in eval mode, whether the run ends)` after every `eval_interval`
+    epochs and the last one; rank 0's numbers become the columns `eval_*` of summary.csv. `measured` is the last
+    evaluation.
     """
 
     loader: DataLoader
-    evaluate: EpochHook
+    evaluate: Callable[[int, nn.Module, bool], dict[str, float]]
     eval_interval: int = 1
     measured: dict[str, float] = field(default_factory=dict)
 

@@ -93,6 +93,7 @@ def open_coco(
     Images, annotations and category names that occur twice are an error, too, unless `merge`.
     """
     file, folder = Path(file), Path(folder)
+    rle_codec()  # for its error message
     checks = _Checks(file, masks, drop_wrong, merge)
     if file.suffix in (".yaml", ".yml"):
         content, folder = to_coco(*read_yolo(file, split))

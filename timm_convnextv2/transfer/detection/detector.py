@@ -80,40 +80,23 @@ def build_detector(
     )  # fmt: skip
     if not boxes_only:
         settings["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
-    kind = FasterRCNN if boxes_only else MaskRCNN
+    kind: Any = FasterRCNN if boxes_only else MaskRCNN
     detector = kind(Pyramid(backbone, out_channels), num_classes + 1, **settings)
-    made_of: Any = dict(
-        num_classes=num_classes, boxes_only=boxes_only, out_channels=out_channels, min_size=min_size,
-        max_size=max_size, options=options,
-    )  # fmt: skip
-    detector.made_of = made_of  # for `open_detector`
+    sizes = dict(out_channels=out_channels, min_size=min_size, max_size=max_size)
+    detector.made_of = dict(num_classes=num_classes, boxes_only=boxes_only, **sizes, options=options)  # for the export
     return detector
 
 
-def export_detector(
-    detector: FasterRCNN, folder: str | os.PathLike, *, classes: Sequence[str], metrics: dict[str, float] | None = None,
-    dataset: str | None = None, info: dict[str, Any] | None = None
-) -> Path:  # fmt: skip
-    """Writes a folder that `open_detector` reads; for `metrics`, `dataset` and `info` see `write_task`.
+def export_detector(detector: Any, folder: str | os.PathLike, *, classes: Sequence[str], **about: Any) -> Path:
+    """Writes a folder that `open_detector` reads; `about` has `metrics`, `dataset` and `info`, see `write_task`.
 
     `classes` are the names of the labels 1, 2, ...
     """
-    made_of = dict(made_of_detector(detector))
-    if len(classes) != made_of["num_classes"]:
-        raise ValueError(f"{len(classes)} class names for a detector of {made_of['num_classes']} classes.")
-    record = backbone_of(detector).record()
-    config = dict(task="detection", classes=list(classes), backbone=record, detector=made_of)
-    return write_task(folder, detector, config, metrics=metrics, dataset=dataset, info=info)
-
-
-def backbone_of(detector: FasterRCNN) -> Backbone:
-    pyramid: Any = detector.backbone
-    return pyramid.body
-
-
-def made_of_detector(detector: Any) -> dict[str, Any]:
-    """The arguments of `build_detector` that this detector was made with."""
-    return detector.made_of
+    if len(classes) != detector.made_of["num_classes"]:
+        raise ValueError(f"{len(classes)} class names for a detector of {detector.made_of['num_classes']} classes.")
+    record = detector.backbone.body.record()
+    config = dict(task="detection", classes=list(classes), backbone=record, detector=dict(detector.made_of))
+    return write_task(folder, detector, config, **about)
 
 
 def open_detector(folder: str | os.PathLike) -> FasterRCNN:
@@ -121,7 +104,7 @@ def open_detector(folder: str | os.PathLike) -> FasterRCNN:
     return open_with_classes(folder)[0]
 
 
-def open_with_classes(folder: str | os.PathLike) -> tuple[FasterRCNN, list[str]]:
+def open_with_classes(folder: str | os.PathLike) -> tuple[Any, list[str]]:
     """The same, with the names of the labels 1, 2, ..."""
 
     def build(config: dict[str, Any]) -> FasterRCNN:

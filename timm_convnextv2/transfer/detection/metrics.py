@@ -15,7 +15,6 @@ from ...report.images import save_rows
 from ...runs.world import World
 from ..loop import shared_loader
 from .coco import Coco, CocoImage, DetectionImages, collate, rle_codec
-from .detector import made_of_detector
 
 # COCO's twelve numbers, in its order
 METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -83,7 +82,7 @@ def average_precision(
 
 
 def evaluate_detector(
-    detector: FasterRCNN, data: DetectionImages, *, batch_size: int = 1, workers: int = 0,
+    detector: Any, data: DetectionImages, *, batch_size: int = 1, workers: int = 0,
     amp_dtype: torch.dtype | None = None, world: World | None = None, max_objects: int = MAX_OBJECTS
 ) -> tuple[dict[str, float], list[Result]]:  # fmt: skip
     """Average precision on images, and the results, the same on all processes, which share the images."""
@@ -97,7 +96,7 @@ def evaluate_detector(
         results += find_objects(detector, batch, [next(ids) for _ in batch], coco.category_ids, amp_dtype)
     if world is not None:
         results = world.gather(results)
-    masks = not made_of_detector(detector)["boxes_only"]
+    masks = not detector.made_of["boxes_only"]
     return average_precision(coco, results, masks=masks, max_objects=max_objects), results
 
 

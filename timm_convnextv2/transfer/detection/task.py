@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from torchvision.models.detection import FasterRCNN
-
 from ...console import check_same_classes
 from ...files import write_json
 from ...runs.device import check_device
@@ -14,15 +12,8 @@ from ..config import DetectConfig, DetectEvalConfig, DetectUse
 from ..loop import Samples, sampled
 from ..task import Task, new_backbone
 from ..yolo import find_yolo
-from .coco import (
-    Coco,
-    DetectionImages,
-    collate,
-    large_scale_jitter,
-    open_coco,
-    rle_codec,
-)
-from .detector import backbone_of, build_detector, export_detector, made_of_detector, open_with_classes
+from .coco import Coco, DetectionImages, collate, large_scale_jitter, open_coco
+from .detector import build_detector, export_detector, open_with_classes
 from .metrics import MAX_OBJECTS, Result, evaluate_detector, save_found, table
 from .soft_nms import use_soft_nms
 
@@ -39,11 +30,10 @@ class DetectionTask(Task):
     model: Any
 
     def __init__(self, config: DetectConfig | DetectEvalConfig) -> None:
-        rle_codec()
         self._how: Any = dict(workers=config.compute.workers, amp_dtype=config.compute.autocast)
         if isinstance(config, DetectEvalConfig):
             self.model, self.classes, self.backbone = open_exported(config)
-            masks = not made_of_detector(self.model)["boxes_only"]
+            masks = not self.model.made_of["boxes_only"]
             coco = self._open(config, "val", masks)
             where = (f"'{coco.file}'", f"the model '{config.model}'")
             check_same_classes(coco.classes, self.classes, where, remedy=_DIFFER)
@@ -137,8 +127,8 @@ def most_objects(config: DetectConfig | DetectEvalConfig, *parts: Coco) -> int:
     return config.data.max_objects or max(MAX_OBJECTS, *(coco.most_objects for coco in parts))
 
 
-def open_exported(config: DetectUse) -> tuple[FasterRCNN, list[str], Backbone]:
+def open_exported(config: DetectUse) -> tuple[Any, list[str], Backbone]:
     """The detector of `eval` and `predict`, its classes, and how it reads images."""
     device = check_device(config.compute.device)
     detector, classes = open_with_classes(config.model)
-    return detector.to(device), classes, backbone_of(detector).read_with(config.compute.nodata)
+    return detector.to(device), classes, detector.backbone.body.read_with(config.compute.nodata)

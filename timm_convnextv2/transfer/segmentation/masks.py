@@ -184,21 +184,17 @@ class MaskedImages(Dataset):
 
     def check(self) -> Counts:
         """Reads all masks and the sizes of all images; a `ValueError` has all faults with counts and some names."""
-        counts, ignored, total, faults = np.zeros(len(self.classes), dtype=np.int64), 0, len(self), []
-        bad: dict[str, list[str]] = {}
-        kinds: list[set[int]] = []
+        total, notes, none = len(self), [], self.ignore_index
         with ThreadPoolExecutor(8) as pool:
-            for found, values, fault, where in pool.map(self._check_mask, range(total)):
-                counts, ignored = counts + found[:-1], ignored + int(found[-1])
-                kinds.append(values)
-                if fault:
-                    bad.setdefault(fault, []).append(where)
-        for fault, names in sorted(bad.items()):
-            faults.append(f"{len(names)} of {total} {fault}: {first(names)}")
+            found, kinds, bad, where = zip(*pool.map(self._check_mask, range(total)), strict=True)
+        *counts, ignored = np.sum(found, axis=0).tolist()
+        faults = [
+            f"{bad.count(fault)} of {total} {fault}: {first(w for w, b in zip(where, bad, strict=True) if b == fault)}"
+            for fault in sorted({*bad} - {""})
+        ]
         if not faults and (corrupt := [message for _, message in check_readable(self.source)]):
             tried = f"{min(32, total)} images tried"
             faults.append(f"{len(corrupt)} of {tried} cannot be decoded: {'; '.join(corrupt[:3])}")
-        notes, none = [], self.ignore_index
         if not (faults or self.codes.table() or self.codes.reduce_zero_label):
             white = sum(values == {0, none} for values in kinds)
             others = sum(bool(values - {0, none}) for values in kinds)
@@ -207,13 +203,13 @@ class MaskedImages(Dataset):
                 faults.append(f"{what}; if {none} is the foreground, pass --mask-values 0 {none}")
             elif white > 0.01 * total:
                 notes.append(f"{what}, while others have classes; if {none} is one, pass --mask-values 0 1,{none}")
-        if not faults and not counts.sum():
+        if not faults and not sum(counts):
             faults.append(f"no pixel of {total} masks has a class")
         if faults:
             mask = self.masks[0]
             root = printable(os.path.dirname(mask.path if isinstance(mask, YoloImage) else mask))
             raise ValueError(f"The masks in '{root}' cannot be used:\n" + "\n".join(f"  {fault}" for fault in faults))
-        return Counts(counts, ignored / (ignored + int(counts.sum())), notes)
+        return Counts(np.array(counts), ignored / (ignored + sum(counts)), notes)
 
     def _check_mask(self, i: int) -> tuple[np.ndarray, set[int], str, str]:
         """The pixels of each class, and those ignored; the stored values; the fault in the plural, or '', and where."""

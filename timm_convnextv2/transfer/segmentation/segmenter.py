@@ -88,16 +88,11 @@ def build_segmenter(backbone: str | Backbone, num_classes: int, *, frozen: bool 
     return Segmenter(backbone, num_classes, **options)
 
 
-def export_segmenter(
-    model: Segmenter, folder: str | Path, *, metrics: dict[str, Any] | None = None, dataset: str | None = None,
-    info: dict[str, Any] | None = None
-) -> Path:  # fmt: skip
-    """Writes a folder that `open_segmenter` reads; for `metrics`, `dataset` and `info` see `write_task`."""
-    config = dict(
-        task="segmentation", classes=model.classes, backbone=model.backbone.record(),
-        segmenter={**model.sizes, "ignore_index": model.ignore_index},
-    )  # fmt: skip
-    return write_task(folder, model, config, metrics=metrics, dataset=dataset, info=info)
+def export_segmenter(model: Segmenter, folder: str | Path, **about: Any) -> Path:
+    """Writes a folder that `open_segmenter` reads; `about` has `metrics`, `dataset` and `info`, see `write_task`."""
+    own = {**model.sizes, "ignore_index": model.ignore_index}
+    config = dict(task="segmentation", classes=model.classes, backbone=model.backbone.record(), segmenter=own)
+    return write_task(folder, model, config, **about)
 
 
 def open_segmenter(folder: str | Path, device: str | torch.device = "cpu") -> Segmenter:
