@@ -294,7 +294,7 @@ def test_checkpoints_with_other_parts_are_refused(finished, tmp_path):
     content, path, refused = load(finished), tmp_path / "x.pth.tar", 0
     own = Checkpoint.read(finished / "last.pth.tar").state
     shapes = [entry["exp_avg"].shape for _, entry in sorted(own.optimizer["state"].items())]
-    for seed in range(35):
+    for seed in range(16):
         changed, what = damage_content(content, random.Random(seed))
         torch.save(changed, path)
         try:
@@ -304,7 +304,7 @@ def test_checkpoints_with_other_parts_are_refused(finished, tmp_path):
             assert str(path) in str(e), what
         except Exception as e:
             raise AssertionError(f"{seed}, {what}: {type(e).__name__}: {e}") from e
-    assert refused > 17
+    assert refused > 8
 
 
 def test_weights_that_are_not_finite_never_replace_good_ones(training, tmp_path, monkeypatch, capsys):
