@@ -83,6 +83,7 @@ def _start(pid: int) -> tuple[str, bool]:
     return re.sub(r"\W+", "-", start.strip()), state.startswith("Z")
 
 
+_LONGEST_NAME = 255  # bytes, of most file systems
 _PART = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)-(?P<start>[^.]*)\.\w+\.part")
 
 
@@ -96,7 +97,11 @@ class WriteError(OSError):
 def new_part(path: str | os.PathLike) -> Path:
     """A name in the folder of `path` that no other process or call uses."""
     path, me = Path(path), this_process()
-    return path.with_name(f".{path.name}.{me.host}.{me.pid}-{me.start}.{uuid.uuid4().hex[:8]}.part")
+    ending = f".{me.host}.{me.pid}-{me.start}.{uuid.uuid4().hex[:8]}.part"
+    name, most = path.name, _LONGEST_NAME - 1 - len(ending)
+    if len(os.fsencode(name)) > most:
+        name = os.fsencode(name)[:most].decode("utf-8", "ignore")
+    return path.with_name(f".{name}{ending}")
 
 
 def sync(path: str | os.PathLike) -> None:

@@ -8,6 +8,7 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from drawn import write_numbered
 from PIL import Image
@@ -164,6 +165,16 @@ def test_lists(images, kind, base):
     assert len(both) == 6 and both.groups.shares[: len(both.groups.shares) // 2].sum() == 0.75
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize(
+    "name, content", [("l.txt", "b/3.png\r\na/1.png\r\n"), ("l.csv", "name\r\nb/3.png\r\na/1.png\r\n")]
+)
+def test_lists_in_utf16_as_a_shell_writes_them(name, content, encoding):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    Path(name).write_bytes((mark + content).encode(encoding))
+    assert values(create_source(ImagePaths.of(None, name), in_chans=1)) == [30, 10]
+
+
 def test_names_that_are_no_text(images):
     name = b"a/\xff \xc3\xa4#.png"
     os.rename(b"a/1.png", name)
@@ -183,7 +194,7 @@ def test_names_that_are_no_text(images):
         ("l.csv", "path,weight\na,1\nb,0\n", "the weight of b is '0', expected a number above 0"),
         ("l.csv", "path,weight\na,x\n", "the weight of a is 'x'"),
         ("l.csv", "path,weight\n,1\n", "image 1 has no name"),
-        ("l.txt", "a\0b\n", "NUL"),
+        ("l.txt", "a\0b\n", "NUL.*UTF-8"),
         ("l.parquet", "no", "cannot be read"),
     ],
 )
@@ -330,3 +341,24 @@ def test_nothing_is_left_of_an_index_that_fails(monkeypatch):
     with pytest.raises(WriteError, match="'i'.*No space left on device"):
         find("a", index="i")
     assert not Path("i").exists() and not [*Path(".").glob(".i*")]
+
+
+def test_a_mutated_index_is_refused(weighted):
+    """Whatever changes, it is one documented error: 200 seeded mutations of bits, stretches, cuts and insertions."""
+    find(["a", "b"], index="i")
+    content, rng = Path("i").read_bytes(), np.random.default_rng(0)
+    header = 8 + int.from_bytes(content[:8], "little")
+    for kind in range(200):
+        changed = bytearray(content)
+        at = int(rng.integers(header if kind % 2 else len(content)))
+        if kind % 8 < 4:
+            changed[at] ^= 1 << int(rng.integers(8))
+        elif kind % 8 < 6:
+            changed[at : at + int(rng.integers(1, 9))] = rng.bytes(int(rng.integers(9)))
+        else:
+            changed = changed[:at]
+        if changed == content:
+            continue
+        Path("i").write_bytes(changed)
+        with pytest.raises(ValueError, match="--index i "):
+            find(["a", "b"], index="i")

@@ -209,6 +209,26 @@ def test_command(tmp_path, capsys):
     assert "exists" in err and "--overwrite" in err
 
 
+@pytest.mark.parametrize("given", ["", "--nodata 0", "--divide 10000", "--nodata 0 --divide 10000"])
+def test_options_that_the_values_suggest(tmp_path, capsys, given):
+    """Of 16-bit scenes with 5.9 % zeros in all bands and a maximum of 4,744."""
+    for i, x in enumerate(scenes(tmp_path / "data", 4, size=(34, 40), hole=False)):
+        x[:, :2, :] = 0
+        x[0, 9, 9] = 4744
+        tifffile.imwrite(
+            tmp_path / f"data/{i:02d}.tif", x.clip(0, 4744), photometric="minisblack", metadata={"axes": "CYX"}
+        )
+    out, _, found = run(tmp_path, capsys, str(tmp_path / "data"), *given.split())
+    options = {"--nodata 0": r"5\.\d% .* exactly 0 in all 5 channels", "--divide 10000": r"4744 of 65535"}
+    expected = [option for option in options if option not in given]
+    assert [*found["suggested"]] == expected
+    for option in expected:
+        assert re.search(f"  {option} +.*{options[option]}", out)
+    pasted = out.rstrip().rpartition("\n")[2].strip()
+    assert pasted.startswith("--in-chans 5 ") and " --nodata" in pasted and " --divide 10000 " in pasted
+    assert ("--mean auto --std auto" in pasted) == bool(expected)
+
+
 @pytest.mark.parametrize(
     ("count", "more", "options", "words"),
     [

@@ -28,7 +28,7 @@ from ..data import (
     pages_and_windows,
 )
 from ..data.config import one_data_dir
-from ..data.measure.sample import ERROR, Measured, find_channels, measure_pixels, measured_options
+from ..data.measure.sample import ERROR, Measured, find_channels, measure_pixels, measured_options, suggestions
 from ..data.paths.find import find_files
 from ..data.paths.listing import Dirs, as_list, base_of
 from ..files import check_free, write_json
@@ -117,6 +117,7 @@ def report(found: Measured, pixels: Pixels, seed: int) -> dict[str, Any]:
         "pixels": pixels.record(),
         "mean": mean,
         "std": std,
+        "suggested": suggestions(found, pixels),
         "channels": [found.pixels.channel(c) for c in range(found.pixels.channels)],
         "left_out": len(found.bad),
         "left_out_because": found.bad[:100],
@@ -132,15 +133,28 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def option_line(found: Measured, pixels: Pixels) -> str:
-    """The equivalent options of pretraining."""
+def option_lines(found: Measured, pixels: Pixels, suggested: dict[str, str]) -> list[str]:
+    """The options of pretraining, to paste, and the reason of each."""
     mean, std = measured_options(found.pixels)
-    words = ["--in-chans", str(found.pixels.channels)]
-    words += [] if pixels.nodata is None else [f"--nodata={pixels.nodata:g}"]
-    words += [] if pixels.divide is None else ["--divide", f"{pixels.divide:g}"]
+    reasons = {f"--in-chans {found.pixels.channels}": "channels of the images"}
+    if pixels.nodata is not None:
+        reasons[f"--nodata={pixels.nodata:g}"] = "as given"
+    if pixels.divide is not None:
+        reasons[f"--divide {pixels.divide:g}"] = "as given"
     for name, values in (("clip-low", pixels.clip_low), ("clip-high", pixels.clip_high)):
-        words += [] if values is None else [f"--{name}", *(f"{v:g}" for v in values)]
-    return " ".join([*words, "--mean", *(f"{v:g}" for v in mean), "--std", *(f"{v:g}" for v in std)])
+        if values is not None:
+            reasons[f"--{name} {' '.join(f'{v:g}' for v in values)}"] = "limits of the pixels"
+    numbers = " ".join(["--mean", *(f"{v:g}" for v in mean), "--std", *(f"{v:g}" for v in std)])
+    # measured without the suggestions, which change the pixels
+    reasons |= (
+        {**suggested, "--mean auto --std auto": "measured at the start"} if suggested else {numbers: found.source}
+    )
+    longest = min(24, max(map(len, reasons)))
+    lines = [
+        f"  {option:{longest}}  {reason}" if len(option) <= 24 else f"  {option}\n  {'':{longest}}  {reason}"
+        for option, reason in reasons.items()
+    ]
+    return ["Options of pretraining, and why:", *lines, "In one line, to paste:", f"  {' '.join(reasons)}"]
 
 
 def stats(config: StatsConfig) -> None:
@@ -161,8 +175,8 @@ def stats(config: StatsConfig) -> None:
         hint = "" if pixels.nodata is not None else "; pretraining refuses NaN and infinity without --nodata nan"
         say(f"Up to {missing:.2%} of a channel's pixels are nodata, NaN or infinite{hint}.")
     say(table(content))
-    say(f"Options of pretraining (or --mean auto --std auto):\n  {option_line(found, pixels)}")
     say(f"Written: {output}, {figure}")
+    say("\n".join(option_lines(found, pixels, content["suggested"])))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,14 +18,14 @@ class PixelStatistics:
     order. The width is the smallest at which at most 8192 bins hold all values; it is `resolution`, the largest error
     of a percentile.
 
-    Attributes (by channel, `[C]`):
+    Attributes (by channel, `[C]`, but for `blank`, the number of pixels that are 0 in all channels):
         count, missing: Pixels that have a value; those that have none (NaN, infinity, nodata).
         mean, low, high: Mean (NaN if no pixel has a value), smallest and largest value.
         zeros, saturated: Pixels that are 0, and that have the largest value of the type.
     """
 
     def __init__(self, channels: int) -> None:
-        self.images, self.channels = 0, channels
+        self.images, self.channels, self.blank = 0, channels, 0
         self.count, self.missing, self.zeros, self.saturated = (np.zeros(channels, np.int64) for _ in range(4))
         self.mean, self.squares = np.zeros(channels), np.zeros(channels)
         self.low, self.high = np.full(channels, np.inf), np.full(channels, -np.inf)
@@ -35,7 +35,7 @@ class PixelStatistics:
     def add(self, image: np.ndarray, largest: float | None = None) -> None:
         """Adds an image."""
         own = PixelStatistics(self.channels)
-        own.images = 1
+        own.images, own.blank = 1, int((np.asarray(image) == 0).all(0).sum())
         sums = np.zeros((2, self.channels))
         for c, channel in enumerate(np.asarray(image, np.float64)):
             values = channel[np.isfinite(channel)]
@@ -67,7 +67,7 @@ class PixelStatistics:
         self.low, self.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
         self._bins = [_merged(*pair) for pair in zip(self._bins, other._bins, strict=True)]
         self._of_images += other._of_images
-        self.images += other.images
+        self.images, self.blank = self.images + other.images, self.blank + other.blank
 
     @property
     def std(self) -> np.ndarray:

@@ -25,6 +25,8 @@ _MOST = 2000
 _CHUNK = 8
 _HEADERS = 64  # files whose headers are compared
 _NAMED = 3
+_BLANK = 0.01  # share of pixels that are 0 in all channels, from which they may have no data
+_SCALES = {255: "8 bits", 1023: "10 bits", 4095: "12 bits", 10000: "reflectances times 10000", 16383: "14 bits"}
 
 
 class Measured(NamedTuple):
@@ -161,6 +163,20 @@ def find_channels(source: Source, seed: int = 0, page: int | str | None = None) 
             "folder of its own, or name the one to read with --in-chans."
         )
     return max(channels)
+
+
+def suggestions(found: Measured, pixels: Pixels) -> dict[str, str]:
+    """Options that the values suggest, each with its reason; empty if the user has set them."""
+    measured, (_, high), options = found.pixels, found.stored, {}
+    share = measured.blank / max(1, int(measured.count[0] + measured.missing[0]))
+    if pixels.nodata is None and share >= _BLANK and (measured.channels > 1 or found.kind != "uint8"):
+        every = "the channel" if measured.channels == 1 else f"all {measured.channels} channels"
+        options["--nodata 0"] = f"{share:.1%} of the pixels are exactly 0 in {every}: probably no data"
+    scale = next((scale for scale in _SCALES if scale >= high), found.unit)
+    if pixels.divide is None and found.kind.startswith("uint") and 4 * scale <= found.unit:
+        usual = f"{high:g} of {found.unit:g} is the largest value: {_SCALES[scale]} are usual"
+        options[f"--divide {scale}"] = usual
+    return options
 
 
 def measured_options(found: PixelStatistics) -> tuple[list[float], list[float]]:

@@ -83,7 +83,7 @@ def _find(origins: list[Origin], index: str | None, share: float, tick: Tick, no
     elif tars:
         raise ValueError(f"--index is for files in folders, not for a tar file ({tars[0]}). Leave it out.")
     elif os.path.lexists(index):
-        opened = Index(index)
+        opened = Index(index).verify()
         listing, sizes = opened.listing(origins), opened.read("sizes")
         if changes := opened.changes():
             notify(changes)

@@ -3,6 +3,7 @@
 A safetensors file, which other programs can read; docs/data.md describes its arrays.
 """
 
+import hashlib
 import json
 import os
 import struct
@@ -24,6 +25,7 @@ _FORMAT = "timm_convnextv2 file index, version 2"
 _TYPES = {"U8": np.dtype(np.uint8), "I64": np.dtype(np.int64), "F64": np.dtype(np.float64)}
 _TWO = struct.Struct("<2q")  # begin and end of a name
 _OWN = -2  # instead of a time: the folder of the index
+_NO_DIGEST = "0" * 32
 _MOST_HEADER = 100_000_000  # bytes, as in safetensors
 
 
@@ -39,6 +41,7 @@ class Index:
             metadata = header.pop("__metadata__")
             if metadata["format"] != _FORMAT:
                 raise ValueError(f"it is a '{metadata['format']}', expected a '{_FORMAT}'")
+            self.digest, self.start = metadata["digest"], 8 + length
             self.about, self.size = json.loads(metadata["about"]), os.path.getsize(self.path)
             self.arrays = {
                 name: (_TYPES[entry["dtype"]], 8 + length + entry["data_offsets"][0], entry["shape"][0])
@@ -47,11 +50,18 @@ class Index:
             end = max(at + count * kind.itemsize for kind, at, count in self.arrays.values())
             if end != self.size:
                 raise ValueError(f"it is corrupt: expected {end} bytes, found {self.size}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            why = "it is not an index of image files" if isinstance(error, KeyError | TypeError) else error
-            raise ValueError(
-                f"--index {printable(path)} cannot be used: {why}. Remove it to have it rewritten, or give another."
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise self._unusable(error if isinstance(error, OSError | ValueError) else "it is corrupt") from error
+
+    def _unusable(self, why: object) -> ValueError:
+        path = printable(self.path)
+        return ValueError(f"--index {path} cannot be used: {why}. Remove it to have it rewritten, or give another.")
+
+    def verify(self) -> "Index":
+        """Returns itself if its bytes have the checksum; reads the whole file."""
+        if _digest(self.path, self.start, str(self.digest)) != self.digest:
+            raise self._unusable("it is corrupt: its checksum is wrong")
+        return self
 
     def read(self, name: str) -> np.ndarray:
         """Loads an array."""
@@ -146,10 +156,26 @@ def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) ->
         "left": [listing.left.ignored, listing.left.special, listing.left.num_special],
     }
     with whole_file(path) as part:
-        save_file(arrays, part, {"format": _FORMAT, "about": json.dumps(about)})
+        save_file(arrays, part, {"format": _FORMAT, "about": json.dumps(about), "digest": _NO_DIGEST})
+        with open(part, "r+b") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            at = 8 + file.read(start - 8).index(f'"{_NO_DIGEST}"'.encode()) + 1
+            digest = _digest(part, start, _NO_DIGEST)
+            file.seek(at)
+            file.write(digest.encode())
     if _OWN in times:
         changed = _last_change(home)
         os.utime(path, ns=(changed, changed))
+
+
+def _digest(path: str | os.PathLike, start: int, blanked: str) -> str:
+    """Checksum of an index whose arrays begin at `start`, as if its header had no digest instead of `blanked`."""
+    state = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        state.update(file.read(start).replace(blanked.encode(), _NO_DIGEST.encode()))
+        while part := file.read(2**20):
+            state.update(part)
+    return state.hexdigest()
 
 
 def _last_change(path: str | os.PathLike) -> int:

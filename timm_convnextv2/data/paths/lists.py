@@ -1,10 +1,11 @@
 """Names of image files, and lists that hold them: text, CSV and Parquet."""
 
+import codecs
 import csv
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -67,7 +68,8 @@ def read_list(path: str, tick: Tick = lambda count: None) -> tuple[FileNames, np
     def checked() -> Iterator[bytes]:
         for number, (name, *weight) in enumerate(reader(path, shown), 1):
             if not name or "\0" in name:
-                raise ValueError(f"{shown}: image {number} has {'a NUL in its name' if name else 'no name'}.")
+                wrong = "a NUL in its name (UTF-16? save the list as UTF-8)" if name else "no name"
+                raise ValueError(f"{shown}: image {number} has {wrong}.")
             if weight:
                 weights.append(_weight(weight[0], name, shown))
             yield os.fsencode(name)
@@ -79,6 +81,14 @@ def read_list(path: str, tick: Tick = lambda count: None) -> tuple[FileNames, np
     if not len(names):
         raise ValueError(f"{shown} is empty.")
     return names, np.frombuffer(weights, dtype=np.float64) if weights else None
+
+
+def open_text(path: str | os.PathLike, newline: str) -> TextIO:
+    """Opens a text file of names: UTF-8 with or without a mark, or UTF-16 with one, as some shells write a redirect."""
+    with open(path, "rb") as file:
+        marked = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    how: Any = {"encoding": "utf-16"} if marked else {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+    return open(path, newline=newline, **how)
 
 
 Rows = Iterator[tuple]  # the name, and the weight if the list has weights
@@ -98,14 +108,14 @@ def _weight(value: Any, name: str, shown: str) -> float:
 
 
 def _read_text(path: str, shown: str) -> Rows:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+    with open_text(path, "\n") as file:
         for line in file:
             if name := line.removesuffix("\n").removesuffix("\r"):
                 yield (name,)
 
 
 def _read_csv(path: str, shown: str) -> Rows:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open_text(path, "") as file:
         rows = csv.reader(file)
         header = next(rows, [])
         at = [header.index(column) for column in _columns(header, shown)]
