@@ -10,13 +10,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from planted import COMMAND, EVIL, draw, plant, table
 
 from timm_convnextv2.commands.report import main
-from timm_convnextv2.pretrain.measures import collapse_of_blocks
 from timm_convnextv2.report import html as report_html
 from timm_convnextv2.report.charts import Line, line_chart, spread
 from timm_convnextv2.report.html import write_report
@@ -245,19 +243,6 @@ def test_command(tmp_path, capsys, monkeypatch, no_charts):
     assert main(["a", "b"]) == 0 and main(["b", "a"]) == 0  # it replaces a report
     assert "b and a" in Page((tmp_path / "report.html").read_text()).text
     assert main([str(other), "--output", "one.html"]) == 0 and (tmp_path / "one.html").stat().st_size > 5_000
-
-
-def test_collapse_csv_of_a_real_run(tmp_path):
-    """As pretraining writes it, with the names of modules in the column `block`."""
-    folder = plant(tmp_path / "r", 1, full=False)
-    encoder = timm.create_model("convnextv2_atto", num_classes=0)
-    image, mask = torch.rand(3, 32, 32), torch.zeros(1, 1, dtype=torch.bool)
-    measure = collapse_of_blocks(folder / "collapse.csv", [(image, mask, [])] * 2)
-    found = [measure(epoch, encoder) for epoch in (1, 2)]
-    run = read_run(folder)
-    assert run.notes == [] and [len(rows) for rows in run.collapse.values()] == [12, 12]
-    for measured, rows in zip(found, run.collapse.values(), strict=True):
-        assert np.mean([row["distance"] for row in rows]) == pytest.approx(measured["distance"], rel=1e-4)
 
 
 def cut_summary(folder, more=""):

@@ -4,14 +4,14 @@ import csv
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
 from timm_convnextv2.data.display import check_bands, display_of
 from timm_convnextv2.models.fcmae import FCMAEOutput, normalize_target, patchify
 from timm_convnextv2.models.masking import random_mask
-from timm_convnextv2.report.images import save_loss_curve, save_reconstructions
+from timm_convnextv2.report import images as images_module
+from timm_convnextv2.report.images import save_figure, save_loss_curve, save_reconstructions
 
 
 def pixels(path):
@@ -78,7 +78,7 @@ def test_reconstructions_put_the_target_back(tmp_path, columns, norm_pix_loss, s
     model = Oracle(norm_pix_loss).train()
     titles = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("timm_convnextv2.report.images.save_figure", lambda figure, path, title: titles.append(title))
+        patch.setattr(images_module, "save_figure", lambda *args: (titles.append(args[2]), save_figure(*args)))
         save_reconstructions(tmp_path / "x.png", model, (images - 0.02) / 0.3, masks, "a title", bands)
     original, masked, prediction, composite = columns()[:, 0]
     gap = masks.repeat_interleave(8, 1).repeat_interleave(8, 2).numpy()
@@ -90,23 +90,9 @@ def test_reconstructions_put_the_target_back(tmp_path, columns, norm_pix_loss, s
     assert np.ptp(masked[gap]) == 0 and np.abs(masked - shown)[~gap].max() < 1e-3
     assert model.training and model.modes == [(False, False)]
     which = "channels 4, 3, 2" if bands else "channels 1, 2, 3" if shape[1] > 1 else "channel 1"
-    assert titles == [f"a title; {which}, percentiles 2 to 98"]
-
-
-def test_reconstructions_of_a_model(tmp_path, columns):
-    """Of a real model: the prediction differs from the original, and only the composite keeps what was visible."""
-    model = timm.create_model("fcmae_convnextv2_atto", img_size=64, patch_size=2, decoder_dim=16)
-    images, masks = torch.rand(2, 3, 64, 96), random_mask(2, (2, 3), 0.6)
-    for _ in range(2):
-        save_reconstructions(tmp_path / "x.png", model, images, masks)
-    drawn = columns(calls=2)
-    gap = masks.repeat_interleave(32, 1).repeat_interleave(32, 2).numpy()
-    assert np.array_equal(drawn[:, 0], drawn[:, 1])
-    original, _, prediction, composite = drawn[:, 0]
-    assert np.abs(composite - original)[~gap].max() < 1e-6 and np.array_equal(composite[gap], prediction[gap])
-    assert np.abs(prediction - original)[gap].mean() > 0.05
     picture = pixels(tmp_path / "x.png")
     assert picture.shape[1] > 800 and len(np.unique(picture)) > 50 and not list(tmp_path.glob("*.part"))
+    assert titles == [f"a title; {which}, percentiles 2 to 98"]
 
 
 @pytest.mark.parametrize("values", [(0, 1), (0.3, 0.3)])

@@ -4,7 +4,6 @@ import json
 import math
 import pickle
 import re
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,7 +149,7 @@ def _read_table(run: RunRecord, name: str, needed: tuple[str, ...] = ()) -> list
             found.append(numbers)
     if damaged:
         count = "1 corrupt line is" if len(damaged) == 1 else f"{len(damaged)} corrupt lines are"
-        run.notes.append(f"{name}: {count} left out, the first: '{textwrap.shorten(damaged[0], 60)}'.")
+        run.notes.append(f"{name}: {count} left out, the first: '{damaged[0][:60]}'.")
     return found
 
 
