@@ -461,8 +461,14 @@ def test_origins_of_a_run(path, published, tmp_path):
     assert (config["pretrained_cfg"].get("license"), config["training"]["base_model"]) == expected
 
 
-@pytest.mark.parametrize("key", ["resume", "initial_checkpoint", "pretrained_path"])
-@pytest.mark.parametrize("kind", ["timm", "official", "from random weights", "from others", "from others, stated"])
+@pytest.mark.parametrize(
+    "kind, key",
+    [
+        *(("timm", key) for key in ("resume", "initial_checkpoint", "pretrained_path")),
+        ("official", "resume"), ("from random weights", "pretrained_path"), ("from others", "initial_checkpoint"),
+        ("from others, stated", "resume"),
+    ],
+)  # fmt: skip
 def test_files_without_a_config_hand_on_a_licence_or_it_is_asked_for(kind, key, published, tmp_path, capsys):
     """By every road into the run, on export and on publishing."""
     file, expected = published, None
