@@ -52,16 +52,20 @@ def of_other_sizes(folder):
     shutil.copy(folder.parent / "other" / "model.safetensors", folder)
 
 
-def foreign(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architecture": "convnextv9"}))
+def with_values(**values):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return change
 
 
 SPOILED = {
     "no config": lambda folder: (folder / "config.json").unlink(),
     "config is no JSON": lambda folder: (folder / "config.json").write_text("{"),
     "config of something else": lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'),
-    "foreign architecture": foreign,
+    "foreign architecture": with_values(architecture="convnextv9"),
+    "20,000 blocks": with_values(model_args={"depths": [20000, 1, 1, 1]}),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "half the weights": lambda folder: os.truncate(folder / "model.safetensors", 5000),
     "other sizes": of_other_sizes,

@@ -38,6 +38,8 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
     try:
         if name.startswith("local-dir:"):
             read_config(Path(name.partition(":")[2]) / "config.json", ours=False)
+        elif stored_apart:
+            config_beside({"hf_hub_id": name.partition(":")[2]})  # refuses values of other types
         # without pretrained=True timm builds the architecture and leaves the weights random
         model: Any = timm.create_model(name, pretrained=True, **kwargs)
         cfg = model.pretrained_cfg
