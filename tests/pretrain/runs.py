@@ -18,7 +18,6 @@ from timm_convnextv2.data import DemoSource, ImageError
 from timm_convnextv2.runs.trainer import Trainer
 
 SCRIPT = SCRIPTS / "pretrain.py"
-BARE = Path(__file__).with_name("bare.py")
 ERROR = "timm-convnextv2 pretrain: error: "
 # a model of milliseconds, and one epoch of four updates of eight images
 SMALL = ["--decoder-dim", "16", "--model-kwargs", "depths=[1,1,2,1]", "dims=[8,8,16,16]"]

@@ -4,7 +4,7 @@ import time
 
 import pytest
 from helpers import assert_same, torchrun
-from runs import BARE, command, load, patched
+from runs import command, load, patched
 
 FAULTS = {
     "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", "process 1 of 2"),
@@ -67,7 +67,7 @@ def test_average_accumulation_and_compilation_together(tmp_path):
         result = torchrun(script, *command(tmp_path / name, *options, epochs=2), timeout=200)
         assert result.returncode == 0, result.stderr
     assert load(tmp_path / "r")["progress"]["update"] == 1
-    result = torchrun(BARE, *command(tmp_path / "r", *options, "--resume", "auto", epochs=2), timeout=200)
+    result = torchrun(patched(tmp_path), *command(tmp_path / "r", *options, "--resume", "auto", epochs=2), timeout=200)
     assert result.returncode == 0, result.stderr
     for part in ("state_dict", "state_dict_ema"):
         assert_same(load(tmp_path / "r")[part], load(tmp_path / "whole")[part])

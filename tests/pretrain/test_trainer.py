@@ -5,7 +5,7 @@ import re
 
 import pytest
 from helpers import assert_same, torchrun
-from runs import BARE, SCRIPT, SGD, command, differs, load, rows, run, stop
+from runs import SCRIPT, SGD, command, differs, load, patched, rows, run, stop
 
 import timm_convnextv2
 from timm_convnextv2.pretrain.plan import split_batch
@@ -78,7 +78,9 @@ def test_a_global_batch_that_cannot_be_shared(wanted, most, processes, near):
 
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path, no_images):
     both = ["--model-ema", "--channel-dropout", "0.3"]
-    result = torchrun(BARE, *command(tmp_path / "two", *SGD, *both, "--batch-size", "4", "--log-interval", "1"))
+    result = torchrun(
+        patched(tmp_path), *command(tmp_path / "two", *SGD, *both, "--batch-size", "4", "--log-interval", "1")
+    )
     assert result.returncode == 0, result.stderr
     for line in ("Done: the encoder", "Writing to", "epoch 1/1  loss", "step 3/4"):
         assert result.stdout.count(line) == 1
@@ -92,7 +94,7 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path, no_images):
 
 @pytest.mark.slow
 def test_what_only_the_first_process_notices_is_one_message(tmp_path):
-    result = torchrun(BARE, *command(tmp_path / "r", "--output", str(SCRIPT)))
+    result = torchrun(patched(tmp_path), *command(tmp_path / "r", "--output", str(SCRIPT)))
     assert result.returncode and result.stderr.count("Traceback") <= 1  # torchrun's own
     (message,) = re.findall(r"timm-convnextv2 pretrain: error: .*", result.stderr)
     assert "cannot be written" in message and "Writing to" not in result.stdout
