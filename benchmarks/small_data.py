@@ -112,7 +112,7 @@ def main() -> None:
             options += ["--epochs", str(epochs - warmup), "--warmup-epochs", str(warmup)]
             runs = output / f"finetune-{labels}"
             runs.mkdir(exist_ok=True)
-            for curve in compare(candidates, options, args.seeds, runs, resume=True):
+            for curve in compare(candidates, options, args.seeds, runs, epochs=epochs, resume=True):
                 unlabelled = 0 if curve.name == SCRATCH else int(curve.name)
                 row = dict(unlabelled=unlabelled, labelled=labels, seed=curve.seed, top1=curve.accuracy[-1])
                 rows.append(row)

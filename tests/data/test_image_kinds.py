@@ -65,7 +65,7 @@ def finetune(folder, in_chans, pixels):
     (file,) = folder.iterdir()
     (folder / "class").mkdir()
     file.rename(folder / "class" / file.name)
-    dataset = images.Images(FolderReader(folder), images.Reading(in_chans, pixels, strict=True))
+    dataset = images.Images(FolderReader(folder), images.Reading(in_chans, pixels, images.Kept(0)))
     loader = images.create_loader(
         dataset, (in_chans, S, S), 1, mean=(0.0,) * in_chans, std=(1.0,) * in_chans, interpolation="bicubic",
         crop_pct=1.0, num_workers=0, persistent_workers=False, device=torch.device("cpu"),

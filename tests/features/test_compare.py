@@ -4,7 +4,10 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,9 @@ def calls(monkeypatch):
     def call(command, words, log):
         words = list(map(str, words))
         made.append([command, *words])
+        log.write_text("what it printed")
+        if command == "pretrain" and "--dry-run" not in words:
+            (log.parent / "pretrain/encoder").mkdir(parents=True)
         if command == "finetune":
             option = {name: words[words.index(name) + 1] for name in ("--output", "--experiment", "--seed", "--model")}
             run = Path(option["--output"]) / option["--experiment"]
@@ -32,11 +38,10 @@ def calls(monkeypatch):
             (run / "model/config.json").write_text("{}")
             name = option["--model"] if not option["--model"].startswith("local-dir") else compare.OWN
             name = compare.SCRATCH if "--from-scratch" in words else name
-            with open(run / "summary.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, ["epoch", "eval_top1"])
-                writer.writeheader()
-                for epoch, value in enumerate(TOP1[name]):
-                    writer.writerow({"epoch": epoch, "eval_top1": value + int(option["--seed"])})
+            epochs = sum(int(words[words.index(o) + 1]) for o in ("--epochs", "--warmup-epochs"))
+            (first, last), more = TOP1[name], int(option["--seed"]) * (1 + (name == compare.OWN))
+            values = [first + more] * (epochs - 1 - made.count("cut")) + [last + more]
+            (run / "summary.csv").write_text("epoch,eval_top1\n" + "".join(f"{i},{v}\n" for i, v in enumerate(values)))
         return 1.5
 
     monkeypatch.setattr(compare, "call", call)
@@ -70,30 +75,72 @@ def test_each_candidate_gets_the_same_budget_once_per_seed(tmp_path, calls, enco
         assert run[1 : 1 + len(start)] == start and run[run.index("--seed") + 1] == seed
         assert run[1 + len(start) :][: len(budget)] == budget
     printed = capsys.readouterr().out
-    assert re.search(r"own encoder +60\.0 +63\.0 +61\.5", printed)
-    for line in (
-        "own encoder against from scratch: +20.0 points (median; +20.0 to +20.0), better with 2 of 2 seeds",
-        "resnet18 against from scratch: -1.0 points (median; -1.0 to -1.0), better with 0 of 2 seeds",
-    ):
-        assert line in printed
+    assert re.search(r"own encoder +60\.0 +66\.0 +63\.0", printed)
+    gains = {
+        "own encoder": "+21.5 points (95 % interval over 2 seeds +2.4 to +40.6): better",
+        "resnet18": "-1.0 points (95 % interval over 2 seeds -1.0 to -1.0): worse",
+    }
+    assert all(f"{name} against from scratch: {gain}" in printed for name, gain in gains.items())
     found = json.loads((tmp_path / "out/compare.json").read_text())
-    assert found["top1"]["own encoder"] == {"0": 60.0, "3": 63.0} and found["budget"] == 30
+    assert found["top1"]["own encoder"] == {"0": 60.0, "3": 66.0} and found["budget"] == 30
+    assert found["gains"] == gains
     with open(tmp_path / "out/compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 12 and rows[1] == dict(candidate="from scratch", seed="0", epoch="2", top1="40.0")
+    assert len(rows) == 180 and rows[29] == dict(candidate="from scratch", seed="0", epoch="30", top1="40.0")
     with Image.open(tmp_path / "out/compare.png") as image:
         assert image.width > 600
 
 
-def test_resume_keeps_what_is_finished(tmp_path, calls, encoder):
-    options = words(tmp_path, "--encoder", str(encoder), "--seeds", "0", "1")
+def test_one_seed_gives_no_interval():
+    curves = [compare.Curve(name, 0, [value], 1.0) for name, value in ((compare.SCRATCH, 45.4), (compare.OWN, 40.0))]
+    gain = compare.gains_of(curves)[compare.OWN]
+    assert gain == "-5.4 points with one seed, which gives no interval; use several --seeds"
+    curves += [compare.Curve(name, 1, [40.0], 1.0) for name in (compare.SCRATCH, compare.OWN)]
+    assert compare.gains_of(curves)[compare.OWN].endswith("-37.0 to +31.6): no difference shown")
+
+
+def test_resume_keeps_what_is_finished(tmp_path, calls, encoder, capsys):
+    """A finetuning that was stopped starts again, also if its export was written; it used to be refused for ever."""
+    options = words(tmp_path, "--encoder", str(encoder), "--seeds", "0", "1", "--budget", "6")
     assert command.main(options) == 0
     before = [c for c in calls if c[0] == "finetune"]
-    (tmp_path / "out/finetune-1-seed-1/model/config.json").unlink()
-    (tmp_path / "out/finetune-1-seed-1/model").rmdir()
+    run = tmp_path / "out/finetune-1-seed-1"
+    (run / compare.MADE_WITH).unlink()
+    (run / "last.pth.tar").write_bytes(b"checkpoint of the stopped finetuning")
     calls.clear()
     assert command.main([*options, "--resume"]) == 0
-    assert [c for c in calls if c[0] == "finetune"] == before[-1:]
+    assert [c for c in calls if c[0] == "finetune"] == before[-1:] and not (run / "last.pth.tar").exists()
+    calls[:] = ["cut"]
+    (run / compare.MADE_WITH).unlink()
+    assert command.main([*options, "--resume"]) == 1  # it ended after 5 of 6 epochs, and is not finished
+    assert not (run / compare.MADE_WITH).exists()
+    capsys.readouterr()
+    calls.clear()
+    assert command.main([*options[:-1], "2", "--resume"]) == 2
+    assert "finetuned with options" in capsys.readouterr().err
+    (encoder / "config.json").write_text("[]")
+    assert command.main([*options, "--resume"]) == 2
+    assert "finetuned with weights" in capsys.readouterr().err and not [c for c in calls if c[0] == "finetune"]
+
+
+def test_the_child_ends_with_the_command(tmp_path, monkeypatch):
+    """`kill PID` of `compare` left the finetuning running."""
+    script = "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+    monkeypatch.chdir(tmp_path)
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **how: popen([words[0], "-c", script], **how))
+
+    def kill():
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        compare.call("finetune", [], tmp_path / "log")
+    assert ended.value.code == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 @pytest.mark.parametrize("mean", ["", " --mean auto --std auto --clip-percentiles 1 99"])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm_convnextv2.features import Scoring, accuracy_or_map, bootstrap, knn, knn_scores, measure_features, rankme
 from timm_convnextv2.features import linear as linear_module
 from timm_convnextv2.features.knn import nearest
-from timm_convnextv2.features.linear import linear_probe, ridge
+from timm_convnextv2.features.linear import difference, linear_probe, resampled, ridge
 
 CLASSES = 4
 
@@ -181,6 +181,18 @@ def test_interval_is_that_of_a_share():
     assert all(estimate.value == 0.75 for estimate in found)
     low, high = (sum(abs(getattr(e, side) - 0.75) for e in found) / 8 / error for side in ("low", "high"))
     assert low == pytest.approx(1.96, abs=0.12) and high == pytest.approx(1.96, abs=0.12)
+
+
+def test_no_difference_without_its_paired_interval():
+    """20 against 17 of 56 images is no difference, though both have the same wide interval as 40 against 17."""
+    labels = torch.ones(56, dtype=torch.long)
+    seventeen, twenty, forty = (
+        resampled(F.one_hot((torch.arange(56) < n).long(), 2).float(), labels) for n in (17, 20, 40)
+    )
+    shifted = resampled(F.one_hot((torch.arange(56) >= 36).long(), 2).float(), labels)  # 20 other images
+    assert difference(shifted, seventeen).startswith("+5.4 (-") and difference(shifted, seventeen).endswith("shown")
+    assert difference(forty, seventeen).endswith(": above") and difference(seventeen, forty).endswith(": below")
+    assert difference(twenty, twenty) == "+0.0 (+0.0 to +0.0): no difference shown"
 
 
 NAN = torch.full((4, 3), torch.nan)

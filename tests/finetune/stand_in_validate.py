@@ -27,9 +27,10 @@ def main():
     size = (args.in_chans or 3, 32, 32)
     scale = dict(mean=args.mean or (0.5,), std=args.std or (0.5,))
     loader = create_loader(data, size, 4, use_prefetcher=False, num_workers=0, persistent_workers=False, **scale)
-    targets = [target for _, batch in loader for target in batch.tolist()]
+    batches = [batch.tolist() for _, batch in loader]
+    seen = {"targets": sum(batches, []), "batches": list(map(len, batches))}
     with open("seen.json", "w") as file:
-        json.dump({"args": vars(args), "targets": targets}, file)
+        json.dump({"args": vars(args), **seen, "filenames": loader.dataset.filenames(basename=True)}, file)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,19 @@ def test_newest_whole_one(tmp_path, state):
     assert newest_whole(tmp_path) == (tmp_path / "checkpoint-0.pth.tar", 1)
 
 
+def test_killed_while_the_first_checkpoint_was_written(run, refused, tmp_path):
+    """The same command starts anew; it used to say that all checkpoints are corrupt."""
+    folder = tmp_path / "out" / "x"
+    folder.mkdir(parents=True)
+    save(tmp_path / "whole", 0)
+    (folder / "tmp.pth.tar").write_bytes((tmp_path / "whole").read_bytes()[:-50])
+    run()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    shutil.copy(tmp_path / "whole", folder / "tmp.pth.tar")  # killed before the first checkpoint got its name
+    assert f"Resume it: --resume {folder / 'tmp.pth.tar'}." in refused()
+
+
 def test_corrupt_checkpoint_is_not_resumed_from(run, refused, tmp_path):
     run()
     folder = tmp_path / "out" / "x"

@@ -52,6 +52,12 @@ def test_classes_are_matched_by_name(model, data, capsys):
     assert seen()["targets"] == [1, 1]
 
 
+def test_device_is_one_that_is_there(model, data, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert validate.main([str(model), "--data-dir", str(data)]) == 0
+    assert seen()["args"]["device"] == "cpu" and "--device cpu: PyTorch sees no" in capsys.readouterr().out
+
+
 def test_channels_that_only_the_model_has(model, tmp_path):
     for label in "ab":
         (tmp_path / "bands" / label).mkdir(parents=True)
@@ -65,13 +71,22 @@ def test_channels_that_only_the_model_has(model, tmp_path):
     assert args["in_chans"] == 5 and args["mean"] == [0.2] * 5 and args["std"] is None
 
 
-def test_predict_ends_at_a_corrupt_image_that_validate_replaces(model, data, tmp_path, capsys):
+def test_predict_skips_and_names_corrupt_images(model, data, tmp_path, capsys):
+    """One bad file must not throw away the others, nor shift their names; files of one name stay apart."""
     shutil.copytree(data / "validation", tmp_path / "copy")
-    (tmp_path / "copy" / "a" / "1.png").write_bytes(b"junk")
+    for name in ("a/1.png", "c/0.png", "c/1.png", "c/2.png", "c/3.png"):  # the last batch has only bad ones
+        (tmp_path / "copy" / name).write_bytes(b"junk")
     words = [str(model), "--data-dir", str(tmp_path / "copy"), "--device", "cpu"]
     assert validate.main(words) == 0
-    assert predict.main(words) == 2
-    assert str(tmp_path / "copy" / "a" / "1.png") in capsys.readouterr().err
+    capsys.readouterr()
+    assert predict.main(words) == 1
+    err = capsys.readouterr().err
+    assert err.count("skipped: ") == 5 and f"skipped: {tmp_path}/copy/a/1.png: cannot be decoded" in err
+    assert "5 of 12 images have no result" in err
+    assert seen()["filenames"] == ["a/0.png", "a/2.png", "a/3.png", "b/0.png", "b/1.png", "b/2.png", "b/3.png"]
+    assert seen()["batches"] == [3, 4]
+    assert predict.main([*words, "--max-bad-images", "0.4"]) == 2
+    assert "5 of 12 images cannot be decoded, more than --max-bad-images 0.4 allows" in capsys.readouterr().err
 
 
 MISTAKES = {

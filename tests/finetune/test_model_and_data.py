@@ -154,9 +154,14 @@ def test_grey_and_headed_weights_pass_the_check(run, encoder, tmp_path):
     run(model=f"local-dir:{tmp_path / 'headed'}", experiment="headed")
 
 
-def test_cuda_that_is_not_there(refused, monkeypatch):
+def test_cuda_that_is_not_there(run, refused, command, monkeypatch, capsys):
+    """It is no default then, and a trial refuses what the run would refuse."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device cpu" in refused(device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "--device cpu" in refused(device="cuda") and "--device cpu" in refused("--dry-run", device="cuda")
+    assert run(device=None)["args"]["device"] == "cpu"
+    out = capsys.readouterr().out
+    assert "--device cpu: PyTorch sees no CUDA GPU here." in out and " --device cpu" in out.splitlines()[-2]
 
 
 def test_augmentation_that_pillow_refuses(run, refused, monkeypatch):

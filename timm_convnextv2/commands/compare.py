@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         return _run(*own_options("compare", __doc__, CompareConfig, argv))
     except (ValueError, OSError) as e:
         return refused("compare", e)
+    except KeyboardInterrupt:
+        say("Stopped. Finished runs are kept: resume with --resume.", error=True)
+        return 130
     except subprocess.CalledProcessError as e:
         log = Path(e.cmd[-1])
         say(f"{PROGRAM} compare: '{e.cmd[0]}' failed with status {e.returncode}; its last lines:", error=True)
@@ -50,7 +53,8 @@ def _run(config: CompareConfig, rest: list[str]) -> int:
     if not config.encoder:
         encoder = _pretrain(config, output)
     candidates, curves = candidates_of(encoder, config.weights), []
-    for curve in comparison.compare(candidates, options, config.seeds, output, resume=config.resume):
+    how = {"epochs": config.budget, "resume": config.resume}
+    for curve in comparison.compare(candidates, options, config.seeds, output, **how):
         curves.append(curve)
         took = f"{curve.seconds:.0f} s" if curve.seconds else "finished before"
         say(f"seed {curve.seed}: {curve.name:12} {curve.accuracy[-1]:5.1f} %  ({len(curve.accuracy)} epochs, {took})")

@@ -45,6 +45,10 @@ def table(found: dict[str, Any]) -> str:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
         for row in (head, *rows)
     ]
+    for result in found["results"]:
+        for base, gains in result.get("against", {}).items():
+            shown = "; ".join(f"{key.replace('knn_', 'kNN ')} {gain}" for key, gain in gains.items())
+            lines.append(f"{result['model']} against {base}, points and paired 95 % interval: {shown}")
     what = "mean average precision" if found["data"]["several_labels"] else "accuracy"
     lines.append(
         f"{what} in %, +- half of its 95 % interval (bootstrap over {found['data']['test_images']} test images); "

@@ -20,7 +20,6 @@ from ..finetune.options import ScriptOptions, resolve_options
 from ..finetune.plan import Plan, check_augmentation, count, describe_plan, make_plan, warnings
 from ..finetune.scripts import load_script
 from ..recipes import list_recipes, load_recipe, recipe_names
-from ..runs.device import check_device
 from .base import own_options
 
 
@@ -46,8 +45,6 @@ def prepare(argv: list[str] | None) -> Plan | None:
     script = load_script("train.py", config.timm_train)
     options = resolve_options(script, rest, recipe)
     _check_start(options, config.from_scratch)
-    if not config.dry_run:
-        check_device(options.device)
     check_augmentation(options.aa)
     plan = make_plan(script, recipe, options, rest, config.global_batch_size)
 

@@ -1,10 +1,17 @@
 """Which weights to start from: the same finetuning from several candidates, once per seed."""
 
+import contextlib
 import csv
+import hashlib
+import json
+import math
 import shlex
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +23,8 @@ from ..report.images import save_figure
 from .config import CompareConfig
 
 SCRATCH, OWN = "from scratch", "own encoder"
+MADE_WITH = "compare.json"  # in the folder of a finished finetuning
+T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 %, 1 to 9 degrees of freedom
 
 
 class Candidate(NamedTuple):
@@ -79,34 +88,88 @@ def candidates_of(encoder: str, weights: Sequence[str]) -> list[Candidate]:
 
 
 def compare(
-    candidates: Sequence[Candidate], options: Sequence[str], seeds: Sequence[int], output: Path, resume: bool = False
-) -> Iterator[Curve]:
+    candidates: Sequence[Candidate], options: Sequence[str], seeds: Sequence[int], output: Path, *, epochs: int,
+    resume: bool = False,
+) -> Iterator[Curve]:  # fmt: skip
     """Finetunes each candidate once per seed, all candidates of a seed before the next seed, and yields each curve.
 
-    `options` of `finetune` are the same for all; the runs are in the folder `output`. `resume` keeps finished runs and
-    starts the others again. A failure is a `CalledProcessError`, see `call`.
+    `options` of `finetune` are the same for all and give `epochs`; the runs are in the folder `output`. `resume` keeps
+    finished runs, which must have the same options and weights, and starts the others again. A failure is a
+    `CalledProcessError`, see `call`.
     """
+    runs: list[tuple[Candidate, int, Path, dict[str, Any], dict[str, Any] | None]] = []
+    weights = {candidate.model: _digest(candidate.model) for candidate in candidates}
     for seed in seeds:
         for number, candidate in enumerate(candidates):
-            name = f"finetune-{number}-seed-{seed}"
-            run, seconds = output / name, 0.0
-            if not (resume and (run / "model" / "config.json").is_file()):
-                words = [*candidate.start, *options, "--seed", str(seed)]
-                words += ["--output", str(output), "--experiment", name]
-                seconds = call("finetune", words, output / f"{name}.log")
-            yield Curve(candidate.name, seed, _accuracies(run), seconds)
+            run = output / f"finetune-{number}-seed-{seed}"
+            words = [*candidate.start, *options, "--seed", str(seed)]
+            made_with = {"options": words, "epochs": epochs, "weights": weights[candidate.model]}
+            before = _finished(run) if resume else None
+            if differing := [key for key in made_with if before and before.get(key) != made_with[key]]:
+                changed = "; ".join(f"{key} {_shown(before, key)}, now {_shown(made_with, key)}" for key in differing)
+                remedy = "Resume with the same options, or choose another --output"
+                raise ValueError(f"'{run}' was finetuned with {changed}. {remedy}.")
+            runs.append((candidate, seed, run, made_with, before))
+    for candidate, seed, run, made_with, before in runs:
+        if before is None:
+            shutil.rmtree(run, ignore_errors=True)  # of a finetuning that was stopped
+            place, log = ["--output", str(output), "--experiment", run.name], output / f"{run.name}.log"
+            seconds = call("finetune", [*made_with["options"], *place], log)
+            if len(_accuracies(run)) != epochs:  # train.py ends quietly on Ctrl-C
+                raise subprocess.CalledProcessError(1, ["finetune", str(log)])
+            write_json(run / MADE_WITH, made_with, indent=1)
+        yield Curve(candidate.name, seed, _accuracies(run), 0.0 if before else seconds)
+
+
+def _digest(model: str) -> str:
+    """A checksum of the files of a local model; '' for other names, which stand for their weights."""
+    folder, sha = Path(model.removeprefix("local-dir:")), hashlib.sha256()
+    if not model.startswith("local-dir:"):
+        return ""
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin", ".pth")):
+        sha.update(file.name.encode() + file.read_bytes())
+    return sha.hexdigest()
+
+
+def _finished(run: Path) -> dict[str, Any] | None:
+    """What a finished finetuning was made with; None if it did not finish."""
+    try:
+        return json.loads((run / MADE_WITH).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _shown(made_with: dict[str, Any] | None, key: str) -> str:
+    value = (made_with or {}).get(key)
+    return shlex.join(value) if isinstance(value, list) else str(value)[:12]
 
 
 def call(command: str, words: Sequence[str], log: Path) -> float:
-    """Runs a command of this package as a child process and returns its duration in seconds.
+    """Runs a command of this package as a child process, which ends with this one; returns its duration in seconds.
 
     A failure is a `CalledProcessError`; the last word of its `cmd` is the log.
     """
-    start = time.perf_counter()
+
+    def stop(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    start, main = time.perf_counter(), threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP) if main}
     with open(log, "w", encoding="utf-8") as file:
-        done = subprocess.run([sys.executable, "-m", PACKAGE, command, *words], stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise subprocess.CalledProcessError(done.returncode, [f"{command} {shlex.join(words)}", str(log)])
+        line = [sys.executable, "-m", PACKAGE, command, *words]
+        child = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code = child.wait()
+        finally:
+            if child.poll() is None:
+                child.terminate()  # pretraining then saves its state
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(120)
+                child.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if code:
+        raise subprocess.CalledProcessError(code, [f"{command} {shlex.join(words)}", str(log)])
     return time.perf_counter() - start
 
 
@@ -134,15 +197,25 @@ def table(curves: Sequence[Curve]) -> str:
     for name, values in last.items():
         cells = "  ".join(f"{values[s]:8.1f}" if s in values else " " * 8 for s in seeds)
         lines.append(f"{name:{width}}  {cells}  {statistics.median(values.values()):6.1f}")
+    return "\n".join([*lines, *(f"{name} against {SCRATCH}: {gain}" for name, gain in gains_of(curves).items())])
+
+
+def gains_of(curves: Sequence[Curve]) -> dict[str, str]:
+    """The mean gain of each candidate over random weights, and its paired 95 % interval over seeds, as text."""
+    last, found = _last(curves), {}
     for name, values in last.items():
-        gains = [values[s] - last[SCRATCH][s] for s in seeds if s in values and s in last.get(SCRATCH, {})]
-        if name != SCRATCH and gains:
-            better = sum(gain > 0 for gain in gains)
-            lines.append(
-                f"{name} against {SCRATCH}: {statistics.median(gains):+.1f} points (median; {min(gains):+.1f} to "
-                f"{max(gains):+.1f}), better with {better} of {len(gains)} seeds"
-            )
-    return "\n".join(lines)
+        gains = [value - last[SCRATCH][seed] for seed, value in values.items() if seed in last.get(SCRATCH, {})]
+        if name == SCRATCH or not gains:
+            continue
+        mean, n = statistics.fmean(gains), len(gains)
+        if n == 1:
+            found[name] = f"{mean:+.1f} points with one seed, which gives no interval; use several --seeds"
+            continue
+        half = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * statistics.stdev(gains) / math.sqrt(n)
+        low, high = mean - half, mean + half
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+        found[name] = f"{mean:+.1f} points (95 % interval over {n} seeds {low:+.1f} to {high:+.1f}): {verdict}"
+    return found
 
 
 def write_results(
@@ -153,7 +226,7 @@ def write_results(
     write_csv(output / "compare.csv", ("candidate", "seed", "epoch", "top1"), rows)
     found: dict[str, Any] = {
         "budget": config.budget, "recipe": config.recipe, "data_dir": config.data_dir,
-        "candidates": {c.name: c.model for c in candidates}, "top1": _last(curves),
+        "candidates": {c.name: c.model for c in candidates}, "top1": _last(curves), "gains": gains_of(curves),
         "seconds": {f"{c.name}, seed {c.seed}": round(c.seconds, 1) for c in curves},
     }  # fmt: skip
     write_json(output / "compare.json", found, indent=2)

@@ -21,21 +21,19 @@ from .encoder import Encoder, open_encoder
 from .extract import extract_features, image_batches, pixel_features
 from .knn import capped, knn_scores
 from .labelled import Labelled, open_labelled
-from .linear import Estimate, bootstrap, linear_probe, ridge
+from .linear import Estimate, difference, estimate, linear_probe, resampled, ridge
 from .rank import rankme
 
 BASELINE_SIDE = 8  # pixels
 
 
-def measure_features(
+def resampled_features(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, num_classes: int,
     scoring: Scoring = SCORING, device: str | torch.device = "cpu",
-) -> dict[str, Estimate]:  # fmt: skip
-    """kNN, ridge, linear probe and rank of frozen features.
+) -> dict[str, Tensor]:  # fmt: skip
+    """The measures of `measure_features` except the rank, as values on all test images and on resamples.
 
-    Features are `[N, D]`, labels int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several. kNN and the probe
-    run on `device`. Returns `knn_10`, ... (`k` capped at N), `ridge`, `probe` and `rank`: accuracy 0 to 1, or mean
-    average precision if images have several labels, and the `rankme` of the test features.
+    See `resampled`: values of several models on the same images give paired differences.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "seed": scoring.seed}
     near = train.to(device), train_labels, test.to(device), scoring.k, scoring.temperature
@@ -43,9 +41,21 @@ def measure_features(
     scores["ridge"] = ridge(train, train_labels, test, **options)
     if scoring.probe:
         scores["probe"] = linear_probe(train, train_labels, test, device=device, **options)
-    draws, rank = {"draws": scoring.draws, "seed": scoring.seed}, rankme(test)
-    found = {name: bootstrap(value, test_labels, **draws) for name, value in scores.items()}
-    return {**found, "rank": Estimate(rank, rank, rank)}
+    draws: dict[str, Any] = {"draws": scoring.draws, "seed": scoring.seed}
+    return {name: resampled(value, test_labels, **draws) for name, value in scores.items()}
+
+
+def measure_features(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, **options: Any
+) -> dict[str, Estimate]:
+    """kNN, ridge, linear probe and rank of frozen features; `resampled_features` has the options.
+
+    Features are `[N, D]`, labels int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several. kNN and the probe
+    run on `device`. Returns `knn_10`, ... (`k` capped at N), `ridge`, `probe` and `rank`: accuracy 0 to 1, or mean
+    average precision if images have several labels, and the `rankme` of the test features.
+    """
+    values, rank = resampled_features(train, train_labels, test, test_labels, **options), rankme(test)
+    return {**{name: estimate(value) for name, value in values.items()}, "rank": Estimate(rank, rank, rank)}
 
 
 def evaluate_models(
@@ -56,7 +66,7 @@ def evaluate_models(
 
     `baselines` adds images averaged to 8 x 8 pixels, and the first model's architecture with random weights. Returns
     JSON values: `data`, `settings` and `results`, a list with `model`, `measures` (by name, `value`, `low` and `high`,
-    see `measure_features`), `images_per_second` and `preprocessing`.
+    see `measure_features`), `against` (paired differences to the baselines), `images_per_second` and `preprocessing`.
     """
     if not models:
         raise ValueError("There are no models to evaluate.")
@@ -73,10 +83,13 @@ def evaluate_models(
 
     encoders = [open_encoder(name, extraction.img_size, extraction.nodata) for name in models]
     first = [labelled(encoder.in_chans, encoder.pixels) for encoder in encoders][0]
-    note(describe(first, data_dir))
+    for line in first.describe(data_dir):
+        note(line)
     k = capped(scoring.k, len(first.train.labels))
     if max(scoring.k) > k[-1]:
         note(f"kNN: at most {k[-1]} neighbours, as many as there are training images (asked for {max(scoring.k)})")
+
+    values: dict[str, dict[str, Tensor]] = {}  # resampled measures by model
 
     def result(name: str, encoder: Encoder, network: nn.Module | None) -> dict[str, Any]:
         data = labelled(encoder.in_chans, encoder.pixels)
@@ -98,9 +111,11 @@ def evaluate_models(
         rate = total / (time.perf_counter() - start)
         how: dict[str, Any] = {"num_classes": len(data.classes), "scoring": scoring, "device": extraction.devices[0]}
         try:
-            found = measure_features(train, data.train.labels, test, data.test.labels, **how)
+            values[name] = resampled_features(train, data.train.labels, test, data.test.labels, **how)
+            rank = rankme(test)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from e
+        found = {key: estimate(value) for key, value in values[name].items()} | {"rank": Estimate(rank, rank, rank)}
         return {
             "model": name, "measures": {key: value._asdict() for key, value in found.items()},
             "features": train.shape[1], "images_per_second": round(rate, 1),
@@ -113,7 +128,11 @@ def evaluate_models(
         architecture = getattr(base.network, "pretrained_cfg", {}).get("architecture", type(base.network).__name__)
         results.append(result(f"{BASELINE_SIDE}x{BASELINE_SIDE} pixels", base, None))
         results.append(result(f"{architecture}, random weights", base, base.with_random_weights(scoring.seed)))
+    plain = list(values)  # baselines
     results += [result(name, encoder, encoder.network) for name, encoder in zip(models, encoders, strict=True)]
+    for one in results[len(plain) :]:
+        own = values[one["model"]]
+        one["against"] = {base: {key: difference(own[key], of) for key, of in values[base].items()} for base in plain}
     found = {
         "place": os.fspath(data_dir), "classes": first.classes, "train_images": len(first.train.labels),
         "test_images": len(first.test.labels), "several_labels": first.several, "chance": first.chance,
@@ -121,15 +140,6 @@ def evaluate_models(
     settings = asdict(scoring) | {"k": k, "device": extraction.devices[0], "amp": extraction.amp}
     settings["validation_share"] = validation_share
     return {"data": found, "settings": settings, "results": results}
-
-
-def describe(data: Labelled, path: str | os.PathLike) -> str:
-    """One line on labelled images."""
-    kind = "labels, several per image" if data.several else "classes"
-    return (
-        f"{os.fspath(path)}: {len(data.train.labels)} images to train on and {len(data.test.labels)} to test on, "
-        f"{len(data.classes)} {kind}; chance is {100 * data.chance:.1f} %"
-    )
 
 
 def _counted(batches: Iterable[Tensor], progress: Callable[[int], Any]) -> Iterator[Tensor]:

@@ -14,10 +14,12 @@ from ..console import check_same_classes
 from ..data import FolderSource, Pixels, check_readable
 from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, printable
 from ..data.formats.pixels import PLAIN
+from ..data.paths.walk import classes_in_several_folders
 from ..data.sources.files import ImageFiles
 from .extract import refuse_bad
 
 SEPARATOR = ";"
+NAMED = 12  # classes in a message
 TEST_FOLDERS = (*VALIDATION_FOLDERS, "test")
 Row = tuple[str, tuple[str, ...]]  # path of an image, and its labels
 
@@ -35,6 +37,7 @@ class Labelled(NamedTuple):
     classes: list[str]
     train: Split
     test: Split
+    notes: tuple[str, ...] = ()  # what may be a mistake, and what was merged
 
     @property
     def several(self) -> bool:
@@ -48,6 +51,15 @@ class Labelled(NamedTuple):
             return float(share[share > 0].mean())
         return float((self.test.labels == self.train.labels.mode().values).double().mean())
 
+    def describe(self, place: str | os.PathLike) -> list[str]:
+        """Lines on the data: images, classes and chance; then the notes."""
+        named = ", ".join([*self.classes[:NAMED], *["..."] * (len(self.classes) > NAMED)])
+        kind = "labels, several per image" if self.several else "classes"
+        images = f"{len(self.train.labels)} images to train on and {len(self.test.labels)} to test on"
+        chance = f"chance is {100 * self.chance:.1f} %"
+        line = f"{printable(place)}: {images}, {len(self.classes)} {kind} ({named}); {chance}"
+        return [line, *(f"warning: {note}" for note in self.notes)]
+
 
 def open_labelled(
     place: str | os.PathLike, *, in_chans: int = 3, validation_share: float = 0.25, seed: int = 0,
@@ -60,12 +72,14 @@ def open_labelled(
             - a folder with `train/` and `validation/` (or timm's other names for them, or `test/`) of the same classes;
             - a folder of classes, which is split by `seed`, in the same proportion for each class;
             - a CSV with the columns `name` (path, relative to the CSV) and `label`, split in the same way. Labels
-              joined by `;` are several labels of one image; such data is split without regard to labels.
+              joined by `;` are several labels of one image; such data is split without regard to labels. Equal rows
+              of an image count once; rows with different labels are an error.
         in_chans: Channels of the images.
         validation_share: Fraction of the images that become `test` in a split, above 0 and below 1.
         seed: Seed of that split.
         pixels: How stored values become pixels.
     """
+    notes: list[str] = []
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}, expected a fraction above 0 and below 1.")
     path = Path(place)
@@ -73,13 +87,13 @@ def open_labelled(
         raise ValueError(f"The labelled images '{printable(path)}' do not exist; expected a folder or a CSV.")
     parts = None if path.is_file() else _parts(path)
     if parts is not None:
-        train, test = (_folder(part, in_chans, pixels) for part in parts)
+        train, test = (_folder(part, in_chans, pixels, notes) for part in parts)
         where = f"'{printable(parts[0])}'", f"'{printable(parts[1])}'"
         remedy = "Both parts need the same class folders."
         check_same_classes(_classes(train), _classes(test), where, ordered=False, remedy=remedy)
         rows = train
     else:
-        rows = _table(path) if path.is_file() else _folder(path, in_chans, pixels)
+        rows = _table(path, notes) if path.is_file() else _folder(path, in_chans, pixels, notes)
     classes = _classes(rows)
     if len(classes) < 2:
         has = f"one class, {classes[0]}" if classes else "no images"
@@ -93,7 +107,7 @@ def open_labelled(
         source = ImageFiles([name for name, _ in part], in_chans, pixels)
         splits.append(Split(source, _numbers([labels for _, labels in part], classes, several)))
         refuse_bad([message for _, message in check_readable(source)])
-    return Labelled(classes, *splits)
+    return Labelled(classes, *splits, tuple(notes))
 
 
 def _parts(root: Path) -> tuple[Path, Path] | None:
@@ -114,17 +128,18 @@ def _parts(root: Path) -> tuple[Path, Path] | None:
     return None if train is None or test is None else (train, test)
 
 
-def _folder(root: Path, in_chans: int, pixels: Pixels) -> list[Row]:
+def _folder(root: Path, in_chans: int, pixels: Pixels, notes: list[str]) -> list[Row]:
     source = FolderSource(root, in_chans, pixels)
     paths = sorted((source.path(i) for i in range(len(source))), key=natural_key)
     rows = [(path, (os.path.basename(os.path.dirname(os.path.relpath(path, root))),)) for path in paths]
     if lost := [path for path, (label,) in rows if not label]:
         what = f"{printable(lost[0])} is in no folder of a class"
         raise ValueError(f"{what}; expected CLASS/IMAGE in '{printable(root)}'.")
+    notes += filter(None, [classes_in_several_folders(os.path.relpath(path, root) for path in paths)])
     return rows
 
 
-def _table(path: Path) -> list[Row]:
+def _table(path: Path, notes: list[str]) -> list[Row]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -133,15 +148,23 @@ def _table(path: Path) -> list[Row]:
         raise ValueError(f"'{printable(path)}' cannot be read as CSV: {e}") from e
     if not {"name", "label"} <= set(columns):
         raise ValueError(f"'{printable(path)}' has the columns {columns}, expected name and label.")
-    rows: list[Row] = []
+    rows: dict[str, tuple[int, Row]] = {}  # line and row, by the file itself
     for number, line in enumerate(lines, start=2):
         labels = tuple(dict.fromkeys(part.strip() for part in (line["label"] or "").split(SEPARATOR) if part.strip()))
         file = path.parent / (line["name"] or "")
         if not labels or not file.is_file():
             what = f"no file '{printable(file)}'" if labels else f"no label for '{line['name']}'"
             raise ValueError(f"'{printable(path)}' line {number}: {what}. Paths are relative to the CSV.")
-        rows.append((os.fspath(file), labels))
-    return rows
+        first, (_, before) = rows.setdefault(os.path.realpath(file), (number, (os.fspath(file), labels)))
+        if set(before) != set(labels):
+            given = f"line {first} '{SEPARATOR.join(before)}', line {number} '{SEPARATOR.join(labels)}'"
+            raise ValueError(
+                f"'{printable(path)}' has two labels for '{line['name']}': {given}. Keep one row per image; if both "
+                f"labels hold, join them with '{SEPARATOR}'."
+            )
+    if merged := len(lines) - len(rows):
+        notes.append(f"{merged} of {len(lines)} rows repeat the label of an image and were merged.")
+    return [row for _, row in rows.values()]
 
 
 def _classes(rows: list[Row]) -> list[str]:

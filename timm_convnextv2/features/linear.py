@@ -34,23 +34,45 @@ def accuracy_or_map(scores: Tensor, labels: Tensor) -> float:
     return float(average[positives > 0].mean())
 
 
-def bootstrap(scores: Tensor, labels: Tensor, *, draws: int = 1000, seed: int = 0) -> Estimate:
-    """`accuracy_or_map` with its 95 % interval: test images are resampled with replacement, `draws` times.
+def resampled(scores: Tensor, labels: Tensor, *, draws: int = 1000, seed: int = 0) -> Tensor:
+    """`accuracy_or_map` of all test images, and of `draws` resamples with replacement: float64 `[1 + draws]`.
 
-    The interval covers the choice of test images, not the variation between trainings. All models with one `seed` are
-    compared on the same resamples. Several labels take longer and get a tenth of `draws`.
+    Calls with one `seed` and as many images draw the same resamples, so that the values of two models can be
+    subtracted. Several labels take longer and get a tenth of `draws`.
     """
     scores, labels = scores.cpu(), labels.cpu()
-    value, n = accuracy_or_map(scores, labels), len(labels)
-    generator = torch.Generator().manual_seed(seed)
+    generator, n = torch.Generator().manual_seed(seed), len(labels)
+    picks = (
+        torch.randint(n, (n,), generator=generator) for _ in range(draws if labels.ndim == 1 else draws // 10 or 1)
+    )
     if labels.ndim == 1:
         right = (scores.argmax(1) == labels).double()
-        found = [float(right[torch.randint(n, (n,), generator=generator)].mean()) for _ in range(draws)]
+        found = [float(right[pick].mean()) for pick in picks]
     else:
-        picks = [torch.randint(n, (n,), generator=generator) for _ in range(max(draws // 10, 1))]
         found = [accuracy_or_map(scores[pick], labels[pick]) for pick in picks]
-    low, high = torch.tensor(found, dtype=torch.float64).nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return Estimate(value, low, high)
+    return torch.tensor([accuracy_or_map(scores, labels), *found], dtype=torch.float64)
+
+
+def estimate(values: Tensor) -> Estimate:
+    """The first of the values with the 95 % interval of the others, see `resampled`.
+
+    It covers the choice of test images, not the variation between trainings. The difference of two models' values gives
+    the paired interval.
+    """
+    low, high = values[1:].nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return Estimate(float(values[0]), low, high)
+
+
+def bootstrap(scores: Tensor, labels: Tensor, *, draws: int = 1000, seed: int = 0) -> Estimate:
+    """`accuracy_or_map` with its 95 % interval over test images, see `resampled`."""
+    return estimate(resampled(scores, labels, draws=draws, seed=seed))
+
+
+def difference(values: Tensor, others: Tensor) -> str:
+    """How much better a model is than another, in points, with the paired 95 % interval and a verdict, as text."""
+    gain = estimate(100 * (values - others))
+    verdict = "above" if gain.low > 0 else "below" if gain.high < 0 else "no difference shown"
+    return f"{gain.value:+.1f} ({gain.low:+.1f} to {gain.high:+.1f}): {verdict}"
 
 
 PENALTIES = tuple(10.0**e for e in range(-6, 4))  # times N, for features with mean square 1

@@ -41,8 +41,11 @@ def check_resume(path: Path) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuses the folder of another run; names the checkpoint to resume."""
-    if any(folder.glob("*.pth.tar")):
+    """Refuses the folder of another run; names the checkpoint to resume.
+
+    A run that was killed while it wrote its first checkpoint has nothing to resume: train.py writes over what it left.
+    """
+    if {path.name for path in folder.glob("*.pth.tar")} - {*TORN} or newest_whole(folder):
         found = newest_whole(folder)
         resume = f"Resume it: --resume {found[0]}." if found else "All of them are corrupt."
         raise ValueError(

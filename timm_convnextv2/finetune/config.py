@@ -23,6 +23,16 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class PredictConfig(EvaluationConfig):
+    """Options of `predict` itself."""
+
+    max_bad_images: float = option(
+        1.0, "stop without results if more than this fraction of the images cannot be decoded", metavar="X",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class FinetuneConfig(EvaluationConfig):
     """Options of `finetune` itself; all others go to timm's train.py."""
 

@@ -9,21 +9,19 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from ..data import Pixels
-from ..runs.device import check_device
 from .folders import FolderReader, describe, is_folder, open_split, shown, split_folder
-from .images import Images, Reading, feed, probe, refuse_for_tensors
+from .images import Images, Kept, Reading, feed, probe, refuse_for_tensors
 from .model import check_weights_file, choose_pixels, create_fitted_model
-from .options import ScriptOptions, check_input_mode, resolve_options
+from .options import ScriptOptions, check_input_mode, resolve_options, with_device
 
 
 def prepare_evaluation(
-    script: ModuleType, words: list[str], *, labelled: bool, nodata: float | None
+    script: ModuleType, words: list[str], *, kept: Kept | None, nodata: float | None
 ) -> tuple[list[str], list[str]]:
     """Checks options, model and images, and lets the script read the images.
 
-    The first of the script's `words` may be the model instead. `labelled` compares the folder's classes with the
-    model's; otherwise an image that cannot be decoded is an error, because it would get the answer for the next one.
-    Returns the command line of the script, and notes for the user.
+    The first of the script's `words` may be the model instead. Without `kept` images are labelled: the folder's classes
+    are compared with the model's. Returns the command line of the script, and notes for the user.
     """
     words = _with_model(words)
     options = resolved = resolve_options(script, words)
@@ -31,7 +29,7 @@ def prepare_evaluation(
         raise ValueError("--model is needed: --model local-dir:FOLDER, the `model` folder of a finetuning, or a name.")
     if not options.data_folder and not options.dataset:
         raise ValueError("--data-dir is needed: the folder of the images.")
-    check_device(options.device)
+    options, device = with_device(options)
     check_input_mode(options)
     class_to_idx, pixels, notes = None, Pixels(nodata), []
     if not _names_several(options):
@@ -42,10 +40,10 @@ def prepare_evaluation(
         if options.checkpoint:
             check_weights_file("--checkpoint", options.checkpoint, model)
         pixels, read = choose_pixels(nodata, options.model, options.channels)
-        class_to_idx, listed = _check_images(options, model, labelled, pixels)
+        class_to_idx, listed = _check_images(options, model, kept is None, pixels)
         notes += [*read, *listed]
-    feed(script, Reading(options.channels, pixels, strict=not labelled), class_to_idx)
-    return [*words, *options.words_since(resolved)], notes
+    feed(script, Reading(options.channels, pixels, kept), class_to_idx)
+    return [*words, *options.words_since(resolved)], [*device, *notes]
 
 
 def _with_model(words: list[str]) -> list[str]:

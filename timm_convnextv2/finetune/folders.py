@@ -12,7 +12,7 @@ from timm.utils.misc import natural_key
 from ..console import check_same_classes
 from ..data import image_extensions
 from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS
-from ..data.paths.walk import LeftOut, walk
+from ..data.paths.walk import LeftOut, classes_in_several_folders, walk
 
 # The classes of these data sets are known only once they are open; everything else is a folder (or tar) of images.
 OPAQUE_DATASETS = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -153,7 +153,13 @@ def describe(reader: FolderReader) -> list[str]:
             (least, low), (most, high) = (f(counts.items(), key=lambda item: item[1]) for f in (min, max))
             each = f"from {low} ({least}) to {high} ({most}) per class"
         first += f" of {len(counts)} class{'es' * (len(counts) != 1)}: {each}"
-    lines = [first, str(reader.left), f"no images in {shown(reader.imageless)}" if reader.imageless else ""]
+    where = (os.path.relpath(path, reader.root) for path, _ in reader.samples)
+    lines = [
+        first,
+        classes_in_several_folders(where),
+        str(reader.left),
+        f"no images in {shown(reader.imageless)}" if reader.imageless else "",
+    ]
     if reader.unlabelled:
         names = ", ".join(list(reader.unlabelled)[:SHOWN])
         lines.append(f"left out {reader.unlabelled.total()} images whose folder is not in the class map: {names}")

@@ -11,7 +11,7 @@ all uint8 is float32 in these units.
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -38,6 +38,7 @@ from ..data.formats.pixels import PLAIN
 from ..data.paths.walk import open_tar
 from ..data.sources.stream import leave_undecoded, undecoded_image
 from ..data.sources.timm import decode_any
+from ..runs.errors import DataError
 from .folders import FolderReader, opaque_prefix, split_folder
 
 _logger = logging.getLogger(__name__)
@@ -46,16 +47,43 @@ _logger = logging.getLogger(__name__)
 _COLOURS = (RandAugment, AutoAugment, AugMixAugment, ColorJitter, RandomGrayscale)
 
 
+@dataclass
+class Kept:
+    """The images that a script gets if it leaves out those that cannot be decoded, by their numbers in `dataset`."""
+
+    max_bad: float  # fraction of the images that may be left out
+    dataset: Any = None  # set by the script's `create_dataset`
+    numbers: list[int] = field(default_factory=list)
+
+    def left_out(self) -> list[str]:
+        """Why images were left out, one reason per image."""
+        reasons = []
+        for number in sorted({*range(len(self.dataset or ()))} - {*self.numbers}):
+            try:
+                self.dataset.load(number)
+            except (ImageError, OSError) as e:
+                reasons.append(str(e))
+        return reasons
+
+    def check(self) -> None:
+        """Refuses more images that cannot be decoded than `max_bad` allows."""
+        total, bad = len(self.dataset), len(self.dataset) - len(self.numbers)
+        if bad > self.max_bad * total or bad == total:
+            what = f"{bad} of {total} images cannot be decoded, more than --max-bad-images {self.max_bad:g} allows"
+            raise DataError("\n".join([f"{what}; nothing was written:", *self.left_out()[:10]]))
+
+
 @dataclass(frozen=True)
 class Reading:
-    """How a script reads images; `strict` makes an image that cannot be decoded an error.
+    """How a script reads images.
 
-    Otherwise a warning names the image, and the next one replaces it; in a stream it is left out.
+    An image that cannot be decoded is replaced by the next one, with a warning that names it; in a stream, and with
+    `kept`, it is left out.
     """
 
     in_chans: int = 3  # images are converted to it
     pixels: Pixels = PLAIN
-    strict: bool = False
+    kept: Kept | None = None
 
     def convert(self, image: Image.Image, in_chans: int) -> Image.Image | torch.Tensor:
         """A Pillow image if timm's transforms are for it, else a tensor."""
@@ -90,20 +118,30 @@ class Images(ImageDataset):
         known = isinstance(self.reader, Reader) and hasattr(self.reader, "samples")
         return printable(str(self.filename(index, absolute=True))) if known else f"sample {index}"
 
+    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
+        """timm's, but with `Reading.kept` one name for each image that was kept, relative to the folder of the images.
+
+        Base names would be the same for different images.
+        """
+        if self.reading.kept is None:
+            return super().filenames(basename, absolute)
+        known = hasattr(self.reader, "samples")
+        return [str(self.filename(i)) if known else f"sample {i}" for i in self.reading.kept.numbers]
+
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         for _ in range(self._max_retries):
             try:
                 image, target, *features = self.load(index)
                 break
             except (ImageError, OSError) as e:
-                if self.reading.strict:
-                    raise
+                if self.reading.kept:
+                    return None, index
                 _logger.warning(f"Skipped: {e}")
                 index = (index + 1) % len(self.reader)
         else:
             raise RuntimeError(f"{self._max_retries} images in a row cannot be read, the last: {self.name(index)}")
         image = image if self.transform is None else self.transform(image)
-        target = -1 if target is None else target
+        target = index if self.reading.kept else -1 if target is None else target
         return (image, target, *features) if self.additional_features is not None else (image, target)
 
 
@@ -126,7 +164,7 @@ class ImageStream(IterableImageDataset):
                 image = self.reading.decode(stored, name)
             except (ImageError, OSError) as e:
                 bad += 1
-                if self.reading.strict or bad >= _ERROR_RETRY:
+                if bad >= _ERROR_RETRY:
                     raise
                 _logger.warning(f"Skipped: {e}")
                 continue
@@ -267,6 +305,34 @@ def create_dataset(
     return images
 
 
+class _KeptOnly:
+    """A loader whose targets are the numbers of its images: records them, and gives no empty batches."""
+
+    def __init__(self, loader: Any, kept: Kept) -> None:
+        self.loader, self.kept = loader, kept
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.kept.numbers.clear()
+        for images, numbers in self.loader:
+            self.kept.numbers += numbers.tolist()
+            if len(numbers):
+                yield images, numbers
+        self.kept.check()
+
+
+def _collate_kept(batch: list[tuple], channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`collate` of the images that could be decoded."""
+    if kept := [sample for sample in batch if sample[0] is not None]:
+        return collate(kept)
+    return torch.empty(0, channels, 1, 1), torch.empty(0, dtype=torch.long)
+
+
 def create_loader(dataset: Any, *args: Any, **kwargs: Any) -> Any:
     """timm's `create_loader`, for the images of `Images` and `ImageStream`."""
     base = dataset
@@ -275,10 +341,13 @@ def create_loader(dataset: Any, *args: Any, **kwargs: Any) -> Any:
     ours = isinstance(base, Images | ImageStream)
     if ours and kwargs.get("use_prefetcher", True) and kwargs.get("collate_fn") is None:
         kwargs["collate_fn"] = collate
+    kept = base.reading.kept if isinstance(base, Images) else None
+    if kept is not None:
+        kept.dataset, kwargs["collate_fn"] = base, partial(_collate_kept, channels=base.reading.in_chans)
     loader = timm.data.create_loader(dataset, *args, **kwargs)
     if ours:
         _by_kind(loader.dataset)
-    return loader
+    return loader if kept is None else _KeptOnly(loader, kept)
 
 
 def feed(script: ModuleType, reading: Reading, class_to_idx: Mapping[str, int] | None = None) -> None:

@@ -11,6 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..console import CommandParser, closest
 from ..recipes import Recipe
+from ..runs.device import check_device
 from .scripts import matching_script, script_path, script_version
 
 PLUGIN = "timm_convnextv2"  # for train.py's --device-modules
@@ -115,6 +116,15 @@ def fit_channels(options: ScriptOptions, model: torch.nn.Module) -> tuple[Script
         what = f"--{name} {average:g}: the average of the model's {len(values)} channels"
         notes.append(f"{what}, because the images have {wanted}; give --{name} for your images.")
     return options, notes
+
+
+def with_device(options: ScriptOptions) -> tuple[ScriptOptions, list[str]]:
+    """The options with a device that this machine has, and a note if that is not timm's default."""
+    if options.device == "cuda" and "device" not in options.given and not torch.cuda.is_available():
+        note = "--device cpu: PyTorch sees no CUDA GPU here."
+        return options.evolve(device="cpu"), [note]
+    check_device(options.device)
+    return options, []
 
 
 def check_input_mode(options: ScriptOptions) -> None:

@@ -28,7 +28,7 @@ from .checkpoints import check_new_folder, check_resume
 from .folders import FolderReader, describe, imbalance, is_folder, open_splits, shown
 from .images import Images, Reading, probe, refuse_for_tensors
 from .model import check_weights_file, choose_pixels, create_fitted_model
-from .options import PLUGIN, ScriptOptions, check_input_mode
+from .options import PLUGIN, ScriptOptions, check_input_mode, with_device
 from .scripts import allow_processes_on_cpu, matching_script, script_path, script_version
 
 SMALL_SCALE = 1e-3  # a layer whose rate is a thousandth of the head's hardly changes
@@ -90,6 +90,7 @@ def make_plan(
     `words` are the user's options; `global_batch_size` is images per update over all processes.
     """
     resolved, world_size = options, world_info_from_env()[2]
+    options, device = with_device(options)
     if options.device == "cpu" and world_size > 1:
         allow_processes_on_cpu(script)
     check_input_mode(options)
@@ -120,7 +121,7 @@ def make_plan(
     kinds = ", ".join(dict.fromkeys(filter(None, map(probe, opened))))
     values = dict(options.values)
     refuse_for_tensors(kinds, values, resolve_data_config(values, model=model)["crop_mode"])
-    words, notes = [*words, *options.words_since(resolved)], [*notes, *fitted, *read]
+    words, notes = [*words, *options.words_since(resolved)], [*device, *notes, *fitted, *read]
     return Plan(script, recipe, options, words, splits, model, folder, kinds, notes, world_size)
 
 

@@ -129,7 +129,7 @@ class FCMAE(nn.Module):
             for conv in (m for m in stage.downsample.modules() if isinstance(m, nn.Conv2d)):
                 if conv.kernel_size != conv.stride:
                     raise ValueError(
-                        f"patch_size={patch_size} is too large: from 8 on, timm's ConvNeXt dilates its last "
+                        f"--patch-size {patch_size} is too large: from 8 on, timm's ConvNeXt dilates its last "
                         "downsampling layer, which then crosses patch borders. The published models have 4."
                     )
             if any(k % 2 == 0 for block in stage.blocks for k in block.conv_dw.kernel_size):
@@ -162,7 +162,7 @@ class FCMAE(nn.Module):
         if height % s or width % s or min(height, width) < s:
             raise ValueError(
                 f"Image size {height}x{width} (height x width) is not a multiple of the encoder's stride {s}; the "
-                f"nearest that work: {self._nearest_sizes(height, width)}. A smaller stem `patch_size` gives a "
+                f"nearest that work: {self._nearest_sizes(height, width)}. A smaller stem (--patch-size) gives a "
                 "smaller stride."
             )
         return height // s, width // s

@@ -178,6 +178,8 @@ def open_probe(config: PretrainConfig, place: str, device: torch.device) -> Prob
     """The labelled images of --probe-dir, with the evaluation transform of the run's size."""
     crops, (mean, std) = config.crops, config.crops.normalization
     labelled = open_labelled(place, in_chans=crops.in_chans, seed=config.seed, pixels=config.pixels.to_pixels())
+    for line in labelled.describe(f"--probe-dir {place}"):
+        say(line)
     cfg = dict(interpolation="bicubic", crop_pct=0.875, crop_mode="center", mean=mean, std=std)
     transform = preprocessing({**cfg, "input_size": (crops.in_chans, *crops.size)})
     rows = Rows(transform, config.schedule.batch_size, config.loading.workers, device, config.compute.amp)

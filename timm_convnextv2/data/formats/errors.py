@@ -48,8 +48,8 @@ def installed(package: str) -> bool:
 def wrong_channels(found: str, in_chans: int) -> ImageError:
     """The error for an image that does not have the requested channels."""
     return ImageError(
-        f"has {found}, expected {in_chans} channel{'s' * (in_chans != 1)}; set --in-chans to the channels of the "
-        "images, or convert them (more than 3 channels: multi-band TIFF or .npy)"
+        f"has {found}, expected {in_chans} channel{'s' * (in_chans != 1)}, as the model takes: train with --in-chans "
+        "set to those of the images, or convert them (more than 3 channels: multi-band TIFF or .npy)"
     )
 
 

@@ -3,7 +3,7 @@
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,3 +157,22 @@ def _count(tar: tarfile.TarFile, extensions: Collection[str], left: LeftOut) -> 
         else:
             left.ignored[printable(extension)] += 1
     return found
+
+
+def classes_in_several_folders(images: Iterable[str]) -> str:
+    """A warning if folders of images have one name and different parents: each image's own folder is its class.
+
+    `images` are paths relative to the root. '' if all names differ.
+    """
+    places: dict[str, set[str]] = {}
+    for image in images:
+        parent, name = os.path.split(os.path.dirname(image))
+        places.setdefault(name, set()).add(parent)
+    if not (several := {name: sorted(parents) for name, parents in places.items() if len(parents) > 1}):
+        return ""
+    name, parents = next(iter(several.items()))
+    where = ", ".join(printable(os.path.join(parent, name)) for parent in parents[:3])
+    return (
+        f"{len(several)} of {len(places)} classes are in several folders, such as '{printable(name)}' ({where}). The "
+        "folder that holds an image is its class: move the images of CLASS/SESSION/ up to CLASS/, unless this is meant."
+    )
