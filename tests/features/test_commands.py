@@ -64,7 +64,7 @@ def test_models_beside_baselines(run, labelled, tmp_path, capsys):
         f"{model} against {base}" for model in models for base in list(results)[:2]
     ]
     assert list(results[models[0]]["against"]["8x8 pixels"]) == ["knn_3", "knn_24", "ridge", "probe"]
-    assert "24 images to train on and 16 to test on, 2 classes; chance is 50.0 %" in err
+    assert "24 images to train on and 16 to test on, 2 classes (even, odd); chance is 50.0 %" in err
     assert "at most 24 neighbours, as many as there are training images (asked for 50)" in err
     assert Image.open(tmp_path / "out" / "evaluation.png").size[0] > 500
 

@@ -140,7 +140,7 @@ def test_what_judges_an_encoder_applies_them(bands, made, monkeypatch, tmp_path)
     seen.clear()
     config = build(PretrainConfig, from_mapping(PretrainConfig, settings, "args"))
     labelled = open_probe(config, str(tmp_path / "labelled"), torch.device("cpu")).labelled
-    assert len([split.source[i] for split in labelled[1:] for i in range(len(split.source))]) == len(wanted)
+    assert len([split.source[i] for split in labelled[1:3] for i in range(len(split.source))]) == len(wanted)
     assert all(torch.equal(seen[f"{i}.tif"], x) for i, x in wanted.items())
 
 

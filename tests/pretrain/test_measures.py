@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from timm_convnextv2.data import DemoSource, PretrainDataset, hold_out
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.pretrain import measures
+from timm_convnextv2.report.kinds import _findings_of_pretraining
+from timm_convnextv2.report.run import read_run
 
 EPOCHS = 3
 
@@ -78,6 +80,12 @@ def test_baselines_and_neighbours(measured, labelled):
     assert (probe["train"], probe["test"], probe["k"], len(probe["classes"])) == (32, 16, 20, 8)
     assert probe["baselines"]["random"].keys() == {"knn", "ridge", "rank"}
     assert probe["baselines"]["pixels"].keys() == {"knn", "ridge"}
+    latest = probe["latest"]
+    assert latest["epoch"] == 3 and latest["against"].keys() == {"random", "pixels"}
+    gain = float(rows(out)[-1]["eval_knn"]) - probe["baselines"]["random"]["knn"]
+    assert latest["against"]["random"]["knn"].startswith(f"{gain:+.1f} (")
+    words = " ".join(_findings_of_pretraining(read_run(out)))
+    assert f"difference {latest['against']['random']['knn']}; plain pixels" in words
     assert {p.name for p in (out / "neighbours").iterdir()} == {f"epoch-000{i}.png" for i in (1, 2, 3)}
 
 

@@ -55,6 +55,8 @@ def plant_measures(folder: Path, epochs: int) -> None:
     table(folder / "collapse.csv", rows)
     probe = {"data_dir": "/labelled", "classes": ["a", "b"], "train": 80, "test": 20, "k": 20}
     probe["baselines"] = {"random": {"knn": 49.0, "ridge": 52.0, "rank": 9.0}, "pixels": {"knn": 60.0, "ridge": 33.0}}
+    against = {"random": {"knn": "+6.0 (-4.0 to +16.0): no difference shown"}}
+    probe["latest"] = {"epoch": epochs, "against": against}
     (folder / "probe.json").write_text(json.dumps(probe))
     draw(folder / "neighbours", {1, (epochs + 1) // 2, epochs})
 

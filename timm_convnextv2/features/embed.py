@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -48,7 +49,7 @@ def embed(
         Number of rows; the skipped images, as `{index in the data set: reason}`.
     """
     output, parts, batch_size = Path(output), Parts(Path(output)), extraction.batch_size
-    with processes() as group:
+    with processes() as group, closing(parts):
         on_primary(group, lambda: check_output(output, overwrite=overwrite or resume and parts.joining()))
         check_limits(extraction)
         if not 0 <= max_bad_images <= 1:
@@ -70,6 +71,8 @@ def embed(
                 check_readable(source)
             run = _record(model, encoder, images, source, extraction)
             parts.claim(run, resume=resume, overwrite=overwrite)
+            if (corrupt := parts.drop_corrupt()) and progress:
+                say(f"{corrupt} corrupt parts in '{parts.folder}' are computed again.", error=True)
             return parts.finished(), sum(1 for _ in parts.skipped())
 
         finished, bad = on_primary(group, claim)

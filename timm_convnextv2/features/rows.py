@@ -1,5 +1,7 @@
 """The files that `embed` writes: rows with their names, and the table of skipped images."""
 
+import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -10,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..data import MissingPackageError
-from ..files import check_free, whole_file, write_csv, write_json
+from ..files import check_free, sync, whole_file, write_csv, write_json
+from ..runs.lock import LOCK, Lock
 
 _RUN = "run.json"
 SUFFIXES = (".npy", ".safetensors", ".parquet")
@@ -32,17 +35,22 @@ class Parts:
     """The folder of the finished parts of a run, beside the file `output` that the run will write."""
 
     def __init__(self, output: Path) -> None:
-        self.folder = output.with_name(f"{output.name}.parts")
+        self.output, self.folder = output, output.with_name(f"{output.name}.parts")
+        self.lock: Lock | None = None  # of the process that lists and joins the parts
 
     def finished(self) -> set[int]:
         return {int(path.stem) for path in self.folder.glob("[0-9]*.safetensors")}
 
     def claim(self, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Reserves the folder for the run whose rows depend on the JSON values `run`.
+        """Reserves the folder for this process and the run whose rows depend on the JSON values `run`.
 
         `resume` keeps the finished parts, whose `run` must be equal; `overwrite` removes them. With neither flag,
         finished parts are a `ValueError`.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = Lock(self.folder)
+        # another process may have finished since the first check
+        check_output(self.output, overwrite=overwrite or resume and self.joining())
         run = json.loads(json.dumps(run))  # tuples become lists, as in the file
         found = self.finished()
         if found and resume:
@@ -58,9 +66,24 @@ class Parts:
         if found and not overwrite:
             what = f"'{self.folder}' holds {len(found)} finished parts of a stopped run"
             raise ValueError(f"{what}. Resume it with --resume, or replace it with --overwrite.")
-        self.remove()
-        self.folder.mkdir(parents=True)
+        for path in self.folder.iterdir():
+            if path.name != LOCK:
+                path.unlink()
         self._write_run(run)
+
+    def close(self) -> None:
+        """Lets other processes claim the folder, which disappears if it is empty."""
+        if self.lock is not None:
+            self.lock.release()
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
+    def drop_corrupt(self) -> int:
+        """Removes parts that a crash or the disk has damaged, so that they are computed again; returns their number."""
+        corrupt = [number for number in self.finished() if self._content(number) is None]
+        for number in corrupt:
+            self._path(number).unlink()
+        return len(corrupt)
 
     def joining(self) -> bool:
         """True if a run was stopped while it wrote the output, whose files may then be replaced."""
@@ -84,13 +107,26 @@ class Parts:
     def write(self, number: int, part: Part) -> None:
         # JSON in ASCII, because names may contain bytes that are not UTF-8
         metadata = {"names": json.dumps(part.names), "skipped": json.dumps(part.skipped)}
+        metadata["sha256"] = _checksum(part.rows, metadata)
         with whole_file(self._path(number)) as temporary:
             save_file({"rows": part.rows}, temporary, metadata=metadata)
 
     def read(self, number: int) -> Part:
-        with safe_open(self._path(number), framework="np") as file:
-            names, skipped = (json.loads(file.metadata()[key]) for key in ("names", "skipped"))
-            return Part(file.get_tensor("rows"), names, [tuple(one) for one in skipped])
+        if (part := self._content(number)) is None:
+            raise ValueError(f"'{self._path(number)}' is corrupt. Run the command again with --resume.")
+        return part
+
+    def _content(self, number: int) -> Part | None:
+        """A part; None if it is corrupt."""
+        try:
+            with safe_open(self._path(number), framework="np") as file:
+                rows, metadata = file.get_tensor("rows"), dict(file.metadata())
+            if metadata.pop("sha256") != _checksum(rows, metadata):
+                return None
+            names, skipped = (json.loads(metadata[key]) for key in ("names", "skipped"))
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        return Part(rows, names, [tuple(one) for one in skipped])
 
     def skipped(self) -> Iterator[tuple[int, str, str]]:
         for number in sorted(self.finished()):
@@ -103,6 +139,12 @@ class Parts:
         if self.folder.exists():
             os.replace(self.folder, gone)
             shutil.rmtree(gone, ignore_errors=True)
+
+
+def _checksum(rows: np.ndarray, metadata: dict[str, str]) -> str:
+    sha = hashlib.sha256(np.ascontiguousarray(rows).data)
+    sha.update(json.dumps(metadata, sort_keys=True).encode())
+    return sha.hexdigest()
 
 
 def _beside(output: Path) -> tuple[Path | None, Path]:
@@ -151,6 +193,7 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
         file.unlink(missing_ok=True)
     for file, complete in reversed(new.items()):
         os.replace(complete, file)
+    sync(output.parent)
     parts.remove()
     return shape[0], {i: reason for i, _, reason in skipped}
 

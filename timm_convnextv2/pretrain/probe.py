@@ -14,8 +14,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..features import Labelled, Scoring, extract_features, image_batches, measure_features, pixel_features
+from ..features import Labelled, Scoring, extract_features, image_batches, pixel_features, rankme
+from ..features.evaluate import resampled_features
 from ..features.knn import nearest
+from ..features.linear import difference
 from ..files import write_json
 from ..models import ConvNeXtV2
 from ..report.images import save_neighbours
@@ -54,6 +56,7 @@ class Probe:
         self.labelled, self.place, self.rows, self.bands = labelled, place, rows, bands
         self.neighbours = min(NEIGHBOURS, len(labelled.train.labels))
         self.unit = "mAP" if labelled.several else "accuracy"
+        self.record: dict[str, Any] = {}  # content of probe.json, see `baselines`
 
     def extract(self, compute: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
         """Features of the training and of the test images, float32 `[N, D]` and `[M, D]`, by `compute(batches)`."""
@@ -65,13 +68,15 @@ class Probe:
     def features(self, encoder: nn.Module) -> tuple[Tensor, Tensor]:
         return self.extract(partial(extract_features, encoder, devices=(self.rows.device,), amp=self.rows.amp))
 
-    def score(self, train: Tensor, test: Tensor) -> dict[str, float]:
-        """kNN and ridge in %, and the rank of the features of the test images."""
-        of, scoring = self.labelled, Scoring(k=(self.neighbours,), probe=False, draws=1)
-        labels = of.train.labels, of.test.labels
-        found = measure_features(train, labels[0], test, labels[1], num_classes=len(of.classes), scoring=scoring)
-        knn, ridge = found[f"knn_{self.neighbours}"].value, found["ridge"].value
-        return {"knn": round(100 * knn, 2), "ridge": round(100 * ridge, 2), "rank": round(found["rank"].value, 2)}
+    def score(self, train: Tensor, test: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """kNN and ridge in % and the rank of the test features; and kNN and ridge on resampled test images."""
+        scoring = Scoring(k=(self.neighbours,), probe=False)
+        labels = self.labelled.train.labels, self.labelled.test.labels
+        how: dict[str, Any] = {"num_classes": len(self.labelled.classes), "scoring": scoring}
+        values = resampled_features(train, labels[0], test, labels[1], **how)
+        values = {"knn": values[f"knn_{self.neighbours}"], "ridge": values["ridge"]}
+        numbers = {name: round(100 * float(value[0]), 2) for name, value in values.items()}
+        return {**numbers, "rank": round(rankme(test), 2)}, values
 
     def baselines(self, path: Path, random_encoder: Callable[[], nn.Module]) -> dict[str, dict[str, float]]:
         """Scores of random weights and of 8 x 8 pixels, read from the `probe.json` at `path`, or measured."""
@@ -82,13 +87,27 @@ class Probe:
         }  # fmt: skip
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
-            if all(before.get(key) == value for key, value in about.items()):
+            if all(before.get(key) == value for key, value in about.items()) and "resampled" in before:
+                self.record = before
                 return before["baselines"]
-        plain = self.score(*self.extract(pixel_features))
+        plain, pixels = self.score(*self.extract(pixel_features))
         plain.pop("rank")  # the rank of so few pixels says nothing about features
-        found = {"random": self.score(*self.features(random_encoder().to(self.rows.device))), "pixels": plain}
-        write_json(path, {**about, "baselines": found}, indent=2)
-        return found
+        random, values = self.score(*self.features(random_encoder().to(self.rows.device)))
+        resampled = {
+            base: {key: [round(v, 6) for v in value.tolist()] for key, value in of.items()}
+            for base, of in (("random", values), ("pixels", pixels))
+        }
+        self.record = {**about, "baselines": {"random": random, "pixels": plain}, "resampled": resampled}
+        write_json(path, self.record)
+        return self.record["baselines"]
+
+    def compare(self, path: Path, epoch: int, values: dict[str, Tensor]) -> None:
+        """Writes the differences to the baselines, with paired intervals, to the `probe.json` at `path`."""
+        against = {
+            base: {key: difference(values[key], torch.tensor(of[key], dtype=torch.float64)) for key in values}
+            for base, of in self.record["resampled"].items()
+        }
+        write_json(path, {**self.record, "latest": {"epoch": epoch, "against": against}})
 
     def describe(self, baselines: dict[str, dict[str, float]]) -> str:
         """The baselines in one line."""
@@ -100,7 +119,8 @@ class Probe:
 
         def run(epoch: int, encoder: ConvNeXtV2) -> dict[str, float]:
             train, test = self.features(encoder)
-            numbers = self.score(train, test)
+            numbers, values = self.score(train, test)
+            self.compare(folder.with_name("probe.json"), epoch, values)
             self.draw(folder / f"epoch-{epoch:04d}.png", train, test, f"epoch {epoch}")
             return numbers
 

@@ -160,13 +160,14 @@ def _findings_of_pretraining(run: RunRecord) -> list[str]:
         if not values:
             continue
         value, last = values[max(values)], max(values)
-        sides = [
-            f"{'above' if value > of[key] else 'below' if value < of[key] else 'equal to'} {BASELINES.get(base, base)} "
-            f"({of[key]:.1f} %)"
-            for base, of in run.probe.get("baselines", {}).items()
-            if key in of
-        ]
-        found.append(f"{name} after epoch {last} is {value:.1f} %{': ' if sides else ''}{', '.join(sides)}.")
+        latest = run.probe.get("latest") or {}
+        against = latest["against"] if latest.get("epoch") == last else {}  # points and paired 95 % intervals
+        sides = []
+        for base, of in run.probe.get("baselines", {}).items():
+            if key in of:
+                gain = against.get(base, {}).get(key)
+                sides.append(f"{BASELINES.get(base, base)} {of[key]:.1f} %{f', difference {gain}' if gain else ''}")
+        found.append(f"{name} after epoch {last} is {value:.1f} %{'; ' if sides else ''}{'; '.join(sides)}.")
     return found + _best(run, "The held-out loss", "eval_loss", "{:.4f}", min)
 
 

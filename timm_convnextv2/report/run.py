@@ -170,6 +170,12 @@ def _read_probe(run: RunRecord) -> dict[str, Any]:
         name: {k: float(v) for k, v in of.items() if isinstance(v, int | float) and math.isfinite(v)}
         for name, of in baselines.items()
     }
+    try:
+        latest = content.pop("latest")
+        against = {base: {key: str(gain) for key, gain in of.items()} for base, of in latest["against"].items()}
+        content["latest"] = {"epoch": latest["epoch"], "against": against}
+    except (AttributeError, KeyError, TypeError):  # no comparison: none is shown
+        pass
     return content
 
 

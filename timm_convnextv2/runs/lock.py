@@ -145,7 +145,7 @@ def _name(holder: dict[str, Any]) -> str:
 
 def _refusal(path: Path, holder: dict[str, Any]) -> str:
     text = f"The output folder {path.parent} is in use by {_name(holder)}. "
-    text += "Wait until it ends, stop it, or choose another --experiment."
+    text += "Wait until it ends, stop it, or choose another --experiment or --output."
     if holder.get("host") == this_process().host:
         return text
     return (
