@@ -59,8 +59,8 @@ def test_models_beside_baselines(run, labelled, tmp_path, capsys):
     lines = out.splitlines()
     assert lines[0].split() == ["model", "kNN", "3", "kNN", "24", "ridge", "probe", "rank", "images/s"]
     assert [line.split("  ")[0] for line in lines[1:5]] == list(results)
-    assert "bootstrap over 16 test images); chance is 50.0" in lines[-1]
-    assert [line.partition(", points")[0] for line in lines[5:-1]] == [
+    assert "bootstrap over 16 test images); chance is 50.0" in lines[-2]
+    assert [line.partition(", points")[0] for line in lines[5:-2]] == [
         f"{model} against {base}" for model in models for base in list(results)[:2]
     ]
     assert list(results[models[0]]["against"]["8x8 pixels"]) == ["knn_3", "knn_24", "ridge", "probe"]

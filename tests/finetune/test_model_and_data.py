@@ -159,7 +159,7 @@ def test_cuda_that_is_not_there(run, refused, command, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "--device cpu" in refused(device="cuda") and "--device cpu" in refused("--dry-run", device="cuda")
-    assert run(device=None)["args"]["device"] == "cpu"
+    assert run(device=None, recipe="small-data")["args"]["device"] == "cpu"
     out = capsys.readouterr().out
     assert "--device cpu: PyTorch sees no CUDA GPU here." in out and " --device cpu" in out.splitlines()[-2]
 
