@@ -107,7 +107,7 @@ def open_labelled(
         source = ImageFiles([name for name, _ in part], in_chans, pixels)
         splits.append(Split(source, _numbers([labels for _, labels in part], classes, several)))
         refuse_bad([message for _, message in check_readable(source)])
-    return Labelled(classes, *splits, tuple(notes))
+    return Labelled(classes, splits[0], splits[1], tuple(notes))
 
 
 def _parts(root: Path) -> tuple[Path, Path] | None:

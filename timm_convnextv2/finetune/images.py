@@ -124,7 +124,7 @@ class Images(ImageDataset):
         Base names would be the same for different images.
         """
         if self.reading.kept is None:
-            return super().filenames(basename, absolute)
+            return list(map(str, super().filenames(basename, absolute)))
         known = hasattr(self.reader, "samples")
         return [str(self.filename(i)) if known else f"sample {i}" for i in self.reading.kept.numbers]
 
