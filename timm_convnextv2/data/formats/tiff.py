@@ -460,11 +460,12 @@ def _decode_segments(tif: Any, frame: Any, page: Any, rows: slice, columns: slic
         if page.compression in (6, 7, 34892, 33007):  # JPEG, as TiffPage.segments does
             options.update(jpegtables=frame.jpegtables, jpegheader=page.jpegheader)
         offsets, counts = ([values[i] for i in indices] for values in (frame.dataoffsets, frame.databytecounts))
-        for data, index in tif.filehandle.read_segments(offsets, counts, indices, flat=True):
+        # its argument `indices` fails for a single segment before tifffile 2026
+        for data, k in tif.filehandle.read_segments(offsets, counts, flat=True):
             if data and page.compression in _IMAGES:  # which may be larger than its tile
                 with suppress(UnidentifiedImageError), Image.open(io.BytesIO(data)) as image:
                     check_size(image.height, image.width, "tile")
-            part, (plane, _, top, left, _), shape = page.decode(data, index, **options)
+            part, (plane, _, top, left, _), shape = page.decode(data, indices[k], **options)
             if part is not None:  # else a tile that was never written
                 top, left = top - y0, left - x0
                 x[plane, top : top + part.shape[1], left : left + part.shape[2]] = part[0]
