@@ -298,7 +298,7 @@ class HubServer:
         content = {"name": repo_id, "id": repo_id, "url": f"{self.endpoint}/{repo_id}"}
         if repo_id in self.repos:
             raise _Answer.json({"error": "You already created this model repo", **content}, 409)
-        self._create(Repo(repo_id, private=wanted.get("visibility") == "private"))
+        self._create(Repo(repo_id, private=wanted.get("private") or wanted.get("visibility") == "private"))
         raise _Answer.json(content)
 
     def info(self, request: Request, repo_id: str, revision: str = "main") -> None:
