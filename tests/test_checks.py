@@ -57,3 +57,9 @@ def test_cells_are_no_formulas(tmp_path):
     write_csv(tmp_path / "x.csv", ["name"], [[cell] for cell in cells])
     read = (tmp_path / "x.csv").read_text().splitlines()
     assert read == ["name", "'=1+1", "'+a", "'-cmd|x", "'@b", "'\tc", "a=b", "-1.5e-3", "-2", "-3", "0.5", '""']
+
+
+@pytest.mark.parametrize("name", ["x" * 250 + ".json", "é" * 125 + ".json"])
+def test_the_longest_names_of_a_file_system(tmp_path, name):
+    write_json(tmp_path / name, [1])
+    assert [path.name for path in tmp_path.iterdir()] == [name]

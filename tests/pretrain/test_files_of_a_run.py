@@ -63,6 +63,18 @@ def test_a_list_with_missing_files_and_an_index(folders, tmp_path, no_images, ca
     assert "--index" in error and "--dataset embedded" in error
 
 
+def test_names_that_are_not_utf8(tmp_path):
+    """A run on such a folder, in such a folder, ends and can be resumed."""
+    name = os.fsdecode(b"im\xffages")
+    image_folder(tmp_path / name, 4)
+    data = [*OPTIONS, "--data-dir", str(tmp_path / name), "--holdout", "0.25", "--batch-size", "2"]
+    out = run(tmp_path / os.fsdecode(b"o\xff/r\xff"), data=data)
+    assert yaml.safe_load((out / "args.yaml").read_text())["data_dir"] == [str(tmp_path / name)]
+    assert load(out)["progress"] and "im" in (out / "encoder/README.md").read_text()
+    assert (out / "report.html").stat().st_size > 1000
+    run(out, "--resume", "auto", epochs=2, data=data)
+
+
 class Other:
     """A process that is not the first; it receives what the first one sends."""
 

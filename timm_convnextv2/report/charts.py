@@ -117,7 +117,7 @@ def _svg(figure: Any, name: str, about: str) -> str:
 
     FigureCanvasSVG(figure)
     written = io.StringIO()
-    key = hashlib.sha1(name.encode()).hexdigest()[:8]
+    key = hashlib.sha1(name.encode(errors="surrogateescape")).hexdigest()[:8]
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": key, "font.family": "sans-serif", "text.parse_math": False}
     with matplotlib.rc_context(settings):
         figure.savefig(written, format="svg", metadata={"Date": None})

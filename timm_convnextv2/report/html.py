@@ -34,7 +34,7 @@ def write_report(runs: Sequence[str | Path], path: str | Path) -> list[str]:
             raise ValueError(f"'{run.path}' has nothing to report yet: {why} Try again after the first epoch.")
     text = render(records)
     with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="replace")  # a file name need not be UTF-8
     return [f"{run.path}: {note}" for run in records for note in run.notes]
 
 
