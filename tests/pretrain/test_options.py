@@ -139,6 +139,7 @@ def test_dry_run(tmp_path, capsys, options):
         (["--decoder-depth", "0"], "decoder_depth"),
         (["--workers", "-1"], "--workers"),
         (["--lr", "-1"], "--lr"),
+        (["--show-bands", "4", "3", "2"], ["--show-bands 4 3 2", "1 to 3"]),
         (["--scale", "0", "2"], "scale"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
