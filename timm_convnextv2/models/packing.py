@@ -79,9 +79,7 @@ class PackedLayout:
     """
 
     def __init__(self, mask: Tensor, num_visible: int, device: torch.device | None = None) -> None:
-        self.batch_size, *grid = mask.shape
-        self.grid = tuple(grid)
-        self.num_visible = num_visible
+        self.batch_size, self.grid, self.num_visible = len(mask), tuple(mask.shape[1:]), num_visible
         # stable sort: visible (False) patches first, both parts in row-major order
         order = mask.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
         # an asynchronous copy to the CPU could be read before it is complete

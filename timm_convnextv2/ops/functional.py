@@ -53,10 +53,7 @@ def token_mlp(
     grn_weight: Tensor, grn_bias: Tensor, w2: Tensor, b2: Tensor, norm_eps: float = 1e-6,
     grn_eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
-    """`[B, T, C]` to `[B, T, C]`: the reference of `fused_token_mlp`, whose parameters have the same shapes.
-
-    Drop path and residual are left out.
-    """
+    """`[B, T, C]` to `[B, T, C]`: the reference of `fused_token_mlp`, without drop path and residual."""
     x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
     x = F.gelu(F.linear(x, w1, b1)).unsqueeze(1)
     x = global_response_norm(x, grn_weight, grn_bias, grn_eps, (1, 2), -1)
