@@ -20,7 +20,7 @@ from timm_convnextv2.transfer.task import create_trainer
         ("poly", 100, 0, {0: 1, 50: 0.5, 100: 0}),
         # the paper's detector: 36 epochs, a tenth after the 27th and the 33rd
         ("step", 360, 0, {0: 1, 269: 1, 270: 0.1, 329: 0.1, 330: 0.01}),
-        ("step", 360, 100, {0: 0.001, 50: 0.5005, 100: 1}),
+        ("step", 360, 100, {0: 0.001, 50: 0.5005, 100: 1, 269: 1, 270: 0.1}),  # the warmup moves no step
     ],
     ids=["cosine", "poly", "step", "warmup"],
 )

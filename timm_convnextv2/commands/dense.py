@@ -17,7 +17,7 @@ from ..data.samples.batches import map_batches
 from ..files import claim_folder, write_json
 from ..recipes import Recipe, list_recipes, load_recipe
 from ..runs.end import run_command, start_command
-from ..transfer.backbone import Backbone, as_float
+from ..transfer.backbone import Backbone
 from ..transfer.config import Predicted
 from ..transfer.task import Task, set_up
 
@@ -29,11 +29,13 @@ class ReadableImages:
         self.source = FolderSource(options.images, backbone.in_chans, backbone.pixels)
         self.limit, self.bad = options.max_bad_images, 0
 
-    def batches(self, batch_size: int, workers: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """Batches of images, float `[C, H, W]` in 0..1, each with its path relative to the folder."""
+    def batches(
+        self, to_unit: Callable[[Tensor], Tensor], batch_size: int, workers: int
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Batches of images, made float in 0..1 by `to_unit`, each with its path relative to the folder."""
         total = len(self.source)
         check_readable(self.source)  # before each of them is named
-        for batch in map_batches(self.source, as_float, batch_size, range(-(-total // batch_size)), workers):
+        for batch in map_batches(self.source, to_unit, batch_size, range(-(-total // batch_size)), workers):
             for item in batch.items or ():
                 if isinstance(item.error, MissingPackageError):
                     raise item.error

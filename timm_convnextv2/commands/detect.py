@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..files import check_free, write_json
 from ..transfer.config import DetectConfig, DetectEvalConfig, DetectPredictConfig
-from ..transfer.detection.coco import Coco, CocoImage, DetectionImages, rle_codec
+from ..transfer.detection.coco import Coco, CocoImage, DetectionImages, rle_codec, to_unit
 from ..transfer.detection.metrics import draw_objects, find_objects
 from ..transfer.detection.soft_nms import use_soft_nms
 from ..transfer.detection.task import DetectionTask, open_exported
@@ -22,7 +22,7 @@ def predict(config: DetectPredictConfig) -> int:
     rle_codec()
     coco = Coco(output, [], classes, list(range(1, len(classes) + 1)))
     data, source = DetectionImages(coco, masks=masks), ReadableImages(config, backbone)
-    for items in source.batches(config.batch_size, config.compute.workers):
+    for items in source.batches(to_unit, config.batch_size, config.compute.workers):
         ids = range(len(coco.images) + 1, len(coco.images) + len(items) + 1)
         loaded = [image for _, image in items]
         found = find_objects(detector, loaded, ids, coco.category_ids, config.compute.autocast)

@@ -6,6 +6,7 @@ from pathlib import Path
 from ..data.formats.files import printable
 from ..files import claim_folder, whole_file
 from ..runs.device import check_device
+from ..transfer.backbone import as_float
 from ..transfer.config import SegmentConfig, SegmentEvalConfig, SegmentPredictConfig
 from ..transfer.figures import save_image
 from ..transfer.segmentation.masks import paths_by_stem
@@ -23,7 +24,7 @@ def predict(config: SegmentPredictConfig) -> int:
         raise ValueError("--output is the folder of the images, which the masks would replace. Choose another folder.")
     output, written = claim_folder(config.output, overwrite=config.overwrite), 0
     source = ReadableImages(config, model.backbone.read_with(config.compute.nodata))
-    for items in source.batches(1, config.compute.workers):
+    for items in source.batches(as_float, 1, config.compute.workers):
         for name, image in items:
             path = output / Path(name).with_suffix(".png")
             path.parent.mkdir(parents=True, exist_ok=True)

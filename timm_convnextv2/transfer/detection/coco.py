@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from ...data import Pixels, load_image
 from ...data.formats.errors import UnreadableError, naming
 from ...data.formats.files import printable
 from ...data.formats.pixels import PLAIN
-from ..backbone import as_float
 from ..figures import first
 from ..yolo import read_yolo, to_coco
 
@@ -440,8 +440,13 @@ def large_scale_jitter(
     return v2.Compose([*flips, *crop, v2.SanitizeBoundingBoxes(min_size=1)])
 
 
+def to_unit(image: Tensor) -> Tensor:
+    """An image as float in 0..1; floats as stored."""
+    return functional.to_dtype(image, torch.float32, scale=True)
+
+
 def collate(samples: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """Images as float in 0..1 (floats as stored), and their targets, both as plain tensors."""
     images, targets = zip(*samples, strict=True)
-    scaled = [as_float(image.as_subclass(Tensor)) for image in images]
+    scaled = [to_unit(image.as_subclass(Tensor)) for image in images]
     return scaled, [{name: value.as_subclass(Tensor) for name, value in target.items()} for target in targets]
