@@ -35,6 +35,7 @@ def test_train_and_validation(tmp_path, validation):
     assert data.train.labels.tolist() == [0] * 8 + [1] * 8 and data.train.labels.dtype == torch.long
     assert names(data.test, tmp_path) == [f"{validation}/{c}/{i}.png" for c in ("cat", "dog") for i in range(2)]
     assert data.test.labels.tolist() == [0, 0, 1, 1] and data.test.source[3][0, 0, 0] == 101
+    assert data.notes[0].startswith("4 test images have the same bytes as a training image (4 compared with 16): ")
 
 
 def test_one_level_is_split_by_seed_in_each_class(tmp_path):
@@ -83,7 +84,7 @@ def test_rows_of_one_image_are_merged_and_never_split(tmp_path):
 
 def test_classes_are_named_and_sessions_are_warned_of(tmp_path):
     folders(tmp_path / "deer", ["monday", "tuesday"]), folders(tmp_path / "boar", ["monday"])
-    line, warning = open_labelled(tmp_path).describe(tmp_path)
+    line, warning, *_ = open_labelled(tmp_path).describe(tmp_path)
     assert "2 classes (monday, tuesday)" in line
     assert "1 of 2 classes are in several folders, such as 'monday' (boar/monday, deer/monday)" in warning
     assert len(open_labelled(tmp_path / "deer").describe(tmp_path)) == 1

@@ -14,6 +14,7 @@ from ..console import check_same_classes
 from ..data import FolderSource, Pixels, check_readable
 from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, printable
 from ..data.formats.pixels import PLAIN
+from ..data.measure.duplicates import shared_note
 from ..data.paths.walk import classes_in_several_folders
 from ..data.sources.files import ImageFiles
 from .extract import refuse_bad
@@ -107,7 +108,8 @@ def open_labelled(
         source = ImageFiles([name for name, _ in part], in_chans, pixels)
         splits.append(Split(source, _numbers([labels for _, labels in part], classes, several)))
         refuse_bad([message for _, message in check_readable(source)])
-    return Labelled(classes, splits[0], splits[1], tuple(notes))
+    shared = shared_note(splits[0].source.paths, splits[1].source.paths, "test")
+    return Labelled(classes, splits[0], splits[1], (*notes, *([shared] if shared else [])))
 
 
 def _parts(root: Path) -> tuple[Path, Path] | None:
