@@ -16,6 +16,7 @@ from PIL import Image
 from timm_convnextv2.commands import compare as command
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.features import compare
+from timm_convnextv2.runs.lock import Lock
 
 TOP1 = {compare.SCRATCH: (20.0, 40.0), compare.OWN: (30.0, 60.0), "resnet18": (25.0, 39.0)}
 
@@ -183,6 +184,10 @@ def test_a_folder_that_is_used_is_refused(tmp_path, calls, encoder, capsys):
     (tmp_path / "out/mine.txt").write_text("")
     assert command.main(words(tmp_path, "--encoder", str(encoder))) == 2
     assert "is not empty" in capsys.readouterr().err
+    lock = Lock(tmp_path / "out")
+    assert command.main(words(tmp_path, "--encoder", str(encoder), "--resume")) == 2
+    assert "is in use by process" in capsys.readouterr().err and not calls
+    lock.release()
 
 
 def test_what_a_finetuning_would_refuse_is_refused(tmp_path, encoder, capsys, monkeypatch):

@@ -12,7 +12,7 @@ Prints a table; writes compare.csv, compare.json and compare.png. Options that a
 
 import subprocess
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from ..console import PROGRAM, refused, say
@@ -20,13 +20,18 @@ from ..features import compare as comparison
 from ..features.compare import candidates_of, pretrain_options, tail
 from ..features.config import CompareConfig
 from ..features.encoder import model_name
+from ..runs.lock import Lock
 from .base import own_options
 
 
 def main(argv: list[str] | None = None) -> int:
     """A user error is one message and exit status 2, a finetuning that fails is status 1."""
     try:
-        return _run(*own_options("compare", __doc__, CompareConfig, argv))
+        config, rest = own_options("compare", __doc__, CompareConfig, argv)
+        comparison.check_options(config)
+        with ExitStack() as stack:
+            stack.callback(Lock(Path(config.output)).release)
+            return _run(config, rest)
     except (ValueError, OSError) as e:
         return refused("compare", e)
     except KeyboardInterrupt:
@@ -41,7 +46,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(config: CompareConfig, rest: list[str]) -> int:
     output = Path(config.output)
-    comparison.check_options(config)
     options = comparison.finetune_options(config, rest)
     encoder = model_name(config.encoder) if config.encoder else _untrained(config, output)
     for candidate in candidates_of(encoder, config.weights):  # user errors must appear before hours of work
