@@ -172,8 +172,8 @@ def suggestions(found: Measured, pixels: Pixels) -> dict[str, str]:
     if pixels.nodata is None and share >= _BLANK and (measured.channels > 1 or found.kind != "uint8"):
         every = "the channel" if measured.channels == 1 else f"all {measured.channels} channels"
         options["--nodata 0"] = f"{share:.1%} of the pixels are exactly 0 in {every}: probably no data"
-    scale = next((scale for scale in _SCALES if scale >= high), found.unit)
-    if pixels.divide is None and found.kind.startswith("uint") and 4 * scale <= found.unit:
+    scale = next((scale for scale in _SCALES if scale >= high), None)
+    if scale and pixels.divide is None and found.kind.startswith("uint") and 4 * scale <= found.unit:
         usual = f"{high:g} of {found.unit:g} is the largest value: {_SCALES[scale]} are usual"
         options[f"--divide {scale}"] = usual
     return options

@@ -5,7 +5,7 @@ import csv
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def read_list(path: str, tick: Tick = lambda count: None) -> tuple[FileNames, np
     return names, np.frombuffer(weights, dtype=np.float64) if weights else None
 
 
-def open_text(path: str | os.PathLike, newline: str) -> TextIO:
+def open_text(path: str | os.PathLike, newline: str) -> IO[str]:
     """Opens a text file of names: UTF-8 with or without a mark, or UTF-16 with one, as some shells write a redirect."""
     with open(path, "rb") as file:
         marked = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
