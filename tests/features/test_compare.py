@@ -190,6 +190,12 @@ def test_a_folder_that_is_used_is_refused(tmp_path, calls, encoder, capsys):
     lock.release()
 
 
+def test_a_dry_run_leaves_nothing_behind(tmp_path, calls, encoder):
+    assert command.main(words(tmp_path, "--encoder", str(encoder), "--dry-run")) == 0
+    assert not list((tmp_path / "out").glob("*")) and {c[0] for c in calls} == {"check"}
+    assert command.main(words(tmp_path, "--encoder", str(encoder))) == 0
+
+
 def test_what_a_finetuning_would_refuse_is_refused(tmp_path, encoder, capsys, monkeypatch):
     monkeypatch.setattr(compare, "call", lambda *_: pytest.fail("nothing is started"))
     assert command.main(words(tmp_path, "--encoder", str(encoder), "--recipe", "no-such")) == 2

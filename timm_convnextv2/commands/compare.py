@@ -14,7 +14,9 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from ..config import evolve
 from ..console import PROGRAM, refused, say
 from ..features import compare as comparison
 from ..features.compare import candidates_of, pretrain_options, tail
@@ -30,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         config, rest = own_options("compare", __doc__, CompareConfig, argv)
         comparison.check_options(config)
         with ExitStack() as stack:
+            if config.dry_run:  # leaves nothing behind that a run would take for its own
+                config = evolve(config, output=stack.enter_context(TemporaryDirectory()))
             stack.callback(Lock(Path(config.output)).release)
             return _run(config, rest)
     except (ValueError, OSError) as e:
@@ -79,7 +83,6 @@ def _check_finetuning(words: Sequence[str], log: Path) -> None:
 def _untrained(config: CompareConfig, output: Path) -> str:
     """Exports the encoder to pretrain with random weights, so that all finetunings can be checked first."""
     from ..checkpoint import export_encoder
-    from ..config import evolve
     from ..pretrain.start import create_model
     from .pretrain import parse_options
 
