@@ -67,6 +67,6 @@ def test_after_stats(demo, tmp_path, capsys, run):
     """The options that `stats` prints are those of a pretraining."""
     assert stats([str(demo / "validation"), "-j", "0", "--output", str(tmp_path / "s.json")]) == 0
     printed = capsys.readouterr().out
-    (options,) = [line for line in printed.splitlines() if line.startswith("  --in-chans")]
+    options = printed.partition("to paste:\n")[2].splitlines()[0]
     words = ["--data-dir", demo / "validation", "--device", "cpu", "--workers", "0", "--dry-run", "--output", tmp_path]
     call("pretrain --img-size 32 --patch-size 1 --epochs 1 --batch-size 4", *words, *shlex.split(options))

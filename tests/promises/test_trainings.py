@@ -169,7 +169,8 @@ def test_output_that_cannot_be_written_does_not_stop_a_run(training, finished, t
 
 
 @pytest.mark.parametrize("words", [["--help"], ["pretrain", "--dry-run", "--device", "cpu"]])
-def test_a_closed_pipe_ends_no_command(gone, words):
+def test_a_closed_pipe_ends_no_command(gone, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # without the run of an earlier command
     gone(BrokenPipeError(32, "Broken pipe"))
     assert main(words) == 0
 
