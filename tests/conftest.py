@@ -10,7 +10,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from encoders import exported, root, small  # noqa: E402, F401  fixtures
 from kernels import as_backend, kernels  # noqa: E402, F401
-from real import demo, pretrained, segmented  # noqa: E402, F401
+from real import demo, detected, pretrained, segmented  # noqa: E402, F401
 
 torch.set_num_threads(1)
 

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from tiny import train
 
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.data.demo import write_folder
@@ -38,15 +39,23 @@ def pretrained(demo) -> tuple[Path, str]:
     return demo.parent / "pretrained", printed
 
 
+def trained(root: Path, task: str, **annotations: bool) -> tuple[Path, str]:
+    """The folder of a training of `task`, and its output; the images are in `images` beside it."""
+    images = write_folder(root / "images", size=32, train=16, validation=16, **annotations)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return train(task, images, root), out.getvalue()
+
+
 @pytest.fixture(scope="session")
 def segmented(tmp_path_factory) -> tuple[Path, str]:
-    """The folder of a segmenter's training, and its output; the images are in `masked` beside it."""
-    root = tmp_path_factory.mktemp("segmented")
-    masked = write_folder(root / "masked", size=32, train=16, validation=16, masks=True)
-    words = "segment train --from-scratch --model convnextv2_atto --model-kwargs depths=(1,1,1,1) dims=(8,12,16,20)"
-    more = "--channels 8 --auxiliary-channels 4 --img-size 32 --device cpu --epochs 1 -j 0 --experiment segmented"
-    printed = call(f"{words} {more}", "--data-dir", masked, "--output", root)
-    return root / "segmented", printed
+    """The run of a segmenter, and its output."""
+    return trained(tmp_path_factory.mktemp("segmented"), "segment", masks=True)
+
+
+@pytest.fixture(scope="session")
+def detected(tmp_path_factory) -> tuple[Path, str]:
+    """The run of a detector, and its output."""
+    return trained(tmp_path_factory.mktemp("detected"), "detect", coco=True)
 
 
 def strict(path: Path) -> dict:

@@ -56,11 +56,12 @@ def test_after_pretraining(pretrained, run):
     assert all(step.command in printed for step in steps)  # the report's are the same
 
 
-def test_after_a_segmentation(segmented, run):
-    folder, printed = segmented
-    steps = KINDS["segmentation"].next_steps(read_run(folder).settings, folder)
+@pytest.mark.parametrize("task, kind", [("segment", "segmentation"), ("detect", "detection")])
+def test_after_a_training(request, run, task, kind):
+    folder, printed = request.getfixturevalue(f"{task}ed")
+    steps = KINDS[kind].next_steps(read_run(folder).settings, folder)
     printed += "".join(f"\n  {step.command}" for step in steps)
-    assert {"segment", "publish"} <= {*run(printed, folder.parent / "masked" / "validation" / "images")}
+    assert {task, "publish"} <= {*run(printed, folder.parent / "images" / "validation" / "images")}
 
 
 def test_after_stats(demo, tmp_path, capsys, run):

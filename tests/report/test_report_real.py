@@ -35,7 +35,7 @@ def test_report_of_a_segmentation(segmented):
     run = read_run(folder)
     assert run.notes == [] and run.task == "segmentation" and "eval_miou" in run.rows[0]
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
-    assert text.startswith(" Segmentation of segmented") and "Left out" not in text and "mIoU was highest" in text
+    assert text.startswith(" Segmentation of run") and "Left out" not in text and "mIoU was highest" in text
 
 
 def test_report_of_a_finetuning(tmp_path, capsys):
