@@ -47,10 +47,11 @@ def test_one_level_is_split_by_seed_in_each_class(tmp_path):
     assert len(open_labelled(tmp_path, validation_share=0.5).test.labels) == 8
 
 
-def test_table_of_labels(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_table_of_labels(tmp_path, encoding):
     folders(tmp_path / "images")
     rows = [f"images/{c}/{i}.png,{c}" for c in ("dog", "cat") for i in range(8)]
-    (tmp_path / "labels.csv").write_text("name,label\n" + "\n".join(rows))
+    (tmp_path / "labels.csv").write_text("name,label\n" + "\n".join(rows), encoding=encoding)
     data = open_labelled(tmp_path / "labels.csv")
     assert data.classes == ["cat", "dog"] and data.test.labels.tolist() == [1, 1, 0, 0]
     assert ["dog" in path for path in data.train.source.paths] == data.train.labels.bool().tolist()

@@ -174,6 +174,8 @@ def test_masks_without_any_class(tmp_path):
 def test_class_names(tmp_path, text, said):
     (tmp_path / "classes.txt").write_text("a\r\nb c\n\n")
     assert read_classes(tmp_path / "classes.txt") == ["a", "b c"]
+    (tmp_path / "classes.txt").write_text("a\nb c\n", encoding="utf-16")  # as some shells write a redirect
+    assert read_classes(tmp_path / "classes.txt") == ["a", "b c"]
     (tmp_path / "classes.txt").write_text(text)
     with pytest.raises(ValueError, match=said):
         read_classes(tmp_path / "classes.txt")

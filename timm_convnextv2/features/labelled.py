@@ -15,6 +15,7 @@ from ..data import FolderSource, Pixels, check_readable
 from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, printable
 from ..data.formats.pixels import PLAIN
 from ..data.measure.duplicates import shared_note
+from ..data.paths.lists import open_text
 from ..data.paths.walk import classes_in_several_folders
 from ..data.sources.files import ImageFiles
 from .extract import refuse_bad
@@ -143,10 +144,10 @@ def _folder(root: Path, in_chans: int, pixels: Pixels, notes: list[str]) -> list
 
 def _table(path: Path, notes: list[str]) -> list[Row]:
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open_text(path, newline="") as file:
             reader = csv.DictReader(file)
             columns, lines = list(reader.fieldnames or ()), list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except (OSError, UnicodeError, csv.Error) as e:
         raise ValueError(f"'{printable(path)}' cannot be read as CSV: {e}") from e
     if not {"name", "label"} <= set(columns):
         raise ValueError(f"'{printable(path)}' has the columns {columns}, expected name and label.")

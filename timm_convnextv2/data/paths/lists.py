@@ -83,11 +83,11 @@ def read_list(path: str, tick: Tick = lambda count: None) -> tuple[FileNames, np
     return names, np.frombuffer(weights, dtype=np.float64) if weights else None
 
 
-def open_text(path: str | os.PathLike, newline: str) -> IO[str]:
-    """Opens a text file of names: UTF-8 with or without a mark, or UTF-16 with one, as some shells write a redirect."""
+def open_text(path: str | os.PathLike, newline: str | None = None, errors: str = "strict") -> IO[str]:
+    """Opens a text file: UTF-8 with or without a mark, or UTF-16 with one, as some shells write a redirect."""
     with open(path, "rb") as file:
         marked = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    how: Any = {"encoding": "utf-16"} if marked else {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+    how: Any = {"encoding": "utf-16"} if marked else {"encoding": "utf-8-sig", "errors": errors}
     return open(path, newline=newline, **how)
 
 
@@ -108,14 +108,14 @@ def _weight(value: Any, name: str, shown: str) -> float:
 
 
 def _read_text(path: str, shown: str) -> Rows:
-    with open_text(path, "\n") as file:
+    with open_text(path, "\n", "surrogateescape") as file:
         for line in file:
             if name := line.removesuffix("\n").removesuffix("\r"):
                 yield (name,)
 
 
 def _read_csv(path: str, shown: str) -> Rows:
-    with open_text(path, "") as file:
+    with open_text(path, "", "surrogateescape") as file:
         rows = csv.reader(file)
         header = next(rows, [])
         at = [header.index(column) for column in _columns(header, shown)]

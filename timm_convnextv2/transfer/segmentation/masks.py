@@ -22,6 +22,7 @@ from ...data.formats.errors import naming
 from ...data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file, printable
 from ...data.formats.pixels import PLAIN
 from ...data.formats.tiff import sparse_values
+from ...data.paths.lists import open_text
 from ...data.sources.files import ImageFiles
 from ..backbone import as_float
 from ..figures import first
@@ -115,8 +116,9 @@ def read_classes(path: str | os.PathLike) -> list[str]:
     """Class names from a text file: line 1 is the name of index 0."""
     shown = printable(path)
     try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
+        with open_text(path) as file:
+            names = [line.strip() for line in file.read().rstrip().splitlines()]
+    except (OSError, UnicodeError) as e:
         raise ValueError(
             f"The class names '{shown}' cannot be read ({e}). Write one name per line; line 1 is the name of index 0."
         ) from e
