@@ -161,11 +161,12 @@ def test_bits_that_differ_are_told_and_divided_alike(tmp_path, capsys):
 
 
 def test_files_without_extension_are_found_by_their_mark(tmp_path):
-    draw(tmp_path / "IM0001", random())
+    for name in ("IM0001", "1.2.840.113", "DICOMDIR"):
+        draw(tmp_path / name, random())
     (tmp_path / "README").write_text("no image")
     for source in (FolderSource(tmp_path, 1), create_source(f"{tmp_path}/*", in_chans=1)):
-        assert [source.row_name(i) for i in range(len(source))] == ["IM0001"] and source[0].shape == (1, 7, 9)
-        assert str(source.left) == "1 other file ignored: 1 without extension"
+        assert [source.row_name(i) for i in range(len(source))] == ["1.2.840.113", "IM0001"]
+        assert source[0].shape == (1, 7, 9) and str(source.left) == "2 other files ignored: 2 without extension"
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,10 @@ def image_extensions() -> tuple[str, ...]:
 
 
 def is_dicom_file(path: str) -> bool:
-    """Whether a file has DICOM's mark, and pydicom is installed: DICOM often has no extension."""
+    """Whether a file without extension, or named by a UID, has DICOM's mark, and pydicom is installed."""
+    name, extension = os.path.splitext(os.path.basename(path))
+    if extension and not extension[1:].isdigit() or name == "DICOMDIR":  # which lists the files of a medium
+        return False
     try:
         with open_image_file(path) as file:
             return installed("pydicom") and is_dicom(file, "")

@@ -148,7 +148,7 @@ def _list_pattern(origin: Origin, tick: Tick, stamps: Stamps | None) -> tuple[Fi
         extension = os.path.splitext(name)[1].lower()
         if os.path.isdir(os.path.join(origin.root, name)):
             folders.append(name)
-        elif extension in extensions or not extension and is_dicom_file(os.path.join(origin.root, name)):
+        elif extension in extensions or is_dicom_file(os.path.join(origin.root, name)):
             files.add(name)
         else:
             left.ignored[printable(extension)] += 1

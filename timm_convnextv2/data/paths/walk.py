@@ -105,7 +105,7 @@ def walk(
                         left.add_special(entry.path, kind)
                     elif zarr and extension in extensions:
                         images += [os.path.normpath(os.path.join(entry.name, x)) for x in zarr_images(entry.path)]
-                    elif extension in extensions or not extension and is_dicom_file(entry.path):
+                    elif extension in extensions or is_dicom_file(entry.path):
                         images.append(entry.name)
                     else:
                         left.ignored[printable(extension)] += 1
