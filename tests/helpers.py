@@ -1,10 +1,12 @@
-"""What several tests share: places, comparison of nested state, programs in processes of their own."""
+"""What several tests share: folders, tar files, comparison of nested state, programs in their own processes."""
 
+import io
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import torch
@@ -52,6 +54,15 @@ def environment(**more: str) -> dict[str, str]:
     """For programs that tests start: one thread, and this clone's package wherever they start."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
+
+
+def write_tar(path, files):
+    """A tar file of `{name: bytes}`."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def shell(text: str, folder: Path, timeout: float = 100) -> subprocess.CompletedProcess:

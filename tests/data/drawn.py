@@ -1,7 +1,6 @@
 """Images, and loaders over them, that several tests of data share."""
 
 import io
-import tarfile
 from importlib.util import find_spec
 
 import numpy as np
@@ -93,15 +92,6 @@ def encoded(x, kind="png", **options):
     buffer = io.BytesIO()
     (x if isinstance(x, Image.Image) else Image.fromarray(x)).save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def write_tar(path, files):
-    """A tar file of `{name: bytes}`."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
 
 
 def write_numbered(folder, *names):

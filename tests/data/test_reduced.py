@@ -5,7 +5,8 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from drawn import PLAIN, UPRIGHT, encoded, photograph, run, same, write_tar
+from drawn import PLAIN, UPRIGHT, encoded, photograph, run, same
+from helpers import write_tar
 from PIL import Image
 from torchvision.transforms import v2
 

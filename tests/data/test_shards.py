@@ -3,7 +3,8 @@
 from collections import Counter
 
 import pytest
-from drawn import encoded, no_sleep, write_tar  # noqa: F401  a fixture
+from drawn import encoded, no_sleep  # noqa: F401  a fixture
+from helpers import write_tar
 from PIL import Image
 from torch.utils.data import DataLoader
 

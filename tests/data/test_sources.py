@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from drawn import RGB, UPRIGHT, encoded, folder_of, hwc, no_sleep, noise, write_tar  # noqa: F401  a fixture
+from drawn import RGB, UPRIGHT, encoded, folder_of, hwc, no_sleep, noise  # noqa: F401  a fixture
+from helpers import write_tar
 from PIL import Image
 from torch.utils.data import DataLoader
 

@@ -1,8 +1,6 @@
 """Images of every kind as timm's scripts get them: what reaches the network, against the truth made in numpy."""
 
-import io
 import logging
-import tarfile
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import tifffile
 import timm.data
 import torch
+from helpers import write_tar
 from PIL import Image
 from timm.data import AugMixDataset
 
@@ -205,23 +204,17 @@ def samples(kinds, n):
             yield path.name, path.read_bytes(), i % 2, truth
 
 
-def pack(path, files):
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
 def write_wds(root, found):
     labels = {f"{name.partition('.')[0]}.cls": str(label).encode() for name, _, label, _ in found}
-    pack(root / "train-0000.tar", dict(sorted({**{name: content for name, content, *_ in found}, **labels}.items())))
+    write_tar(
+        root / "train-0000.tar", dict(sorted({**{name: content for name, content, *_ in found}, **labels}.items()))
+    )
     return "wds/", root, "train-0000.tar"
 
 
-def write_tar(root, found):
+def write_tar_set(root, found):
     images = {f"{'ab'[label]}/{name}": content for name, content, label, _ in found}
-    pack(root / "x.tar", {**images, "a/readme.txt": b"x"})
+    write_tar(root / "x.tar", {**images, "a/readme.txt": b"x"})
     return "", root / "x.tar", "train"
 
 
@@ -243,7 +236,7 @@ def write_hfids(root, found):
     return f"hfids/{root / 'set'}", root / "cache", "train"
 
 
-SETS = {"wds": write_wds, "tar": write_tar, "torch": write_torch, "hfids": write_hfids}
+SETS = {"wds": write_wds, "tar": write_tar_set, "torch": write_torch, "hfids": write_hfids}
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
