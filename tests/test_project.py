@@ -1,6 +1,7 @@
 """The project's own promises: README, docs, CI and style."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -152,14 +153,14 @@ def results(name: str) -> list[dict[str, str]]:
 
 def table_rows(text: str, header: list[str]) -> dict[str, dict[str, str]]:
     """A Markdown table with this header, by the first cell of its rows; each row by column."""
-    lines = iter(text.splitlines())
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        for line in text.splitlines()
+    ]
     start = next((i for i, row in enumerate(cells) if row[1:] == header), None)
     assert start is not None, f"there is no table with the columns {header}"
     rows = {}
-    for first, *rest in cells[start + 2 :]:
-        if len(rest) != len(header):
-            break
+    for first, *rest in itertools.takewhile(bool, cells[start + 2 :]):
         rows[first] = dict(zip(header, rest, strict=True))
     return rows
 
@@ -204,7 +205,6 @@ def test_performance_page_quotes_the_step(case):
         "ours at mask ratio 0.9 / at 0.6, time": "our step at mask ratio",
         "ours in float32 / in bfloat16, time": "our step in float32",
         "dense training step, stock timm / `ConvNeXtV2`, time": "dense training",
-        "share of matrix products in our step, time": "GEMM",
         "ours / dense with masks, peak memory of the step": "peak memory of the step",
         "ours / stock timm, kept for the backward of dense training": "saved by dense training",
     }
@@ -223,22 +223,14 @@ def test_performance_page_quotes_the_compiled_step():
     assert f"the first row was {' and '.join(first)}" in page
 
 
-def test_performance_page_quotes_the_products():
-    rows = results("gemm_cpu_float32.csv")
-    page = " ".join(PAGES["docs/performance.md"].split())
-    for case in ("tiny:8", "base:8"):
-        for weight in ("[C, 4C]", "[4C, C]"):
-            stages = [r["MKL / oneDNN"] for r in rows if r["case"] == case and r["weight"] == weight]
-            assert len(stages) == 4 and ", ".join(stages) in page
-    mkl = [r["MKL / oneDNN"] for r in rows if r["chosen"] == "MKL"]
-    assert f"MKL is faster ({' and '.join(mkl)})" in page
-
-
 def test_performance_page_quotes_inference():
-    rows = table_rows(PAGES["docs/performance.md"], list(VARIANTS))
-    measured = {(r["size"], r["batch"]): r["stock / ours"] for r in results("inference_cpu_float32.csv")}
+    measured = results("inference_cpu_float32.csv")
+    assert {r["size"] for r in measured if r["batch"] == "1"} == set(VARIANTS)
+    spans = []
     for batch in ("1", "32"):
-        assert rows[f"batch {batch}"] == {size: measured.get((size, batch), "-") for size in VARIANTS}
+        ratios = [float(r["stock / ours"]) for r in measured if r["batch"] == batch]
+        spans.append(f"{min(ratios):.2f} to {max(ratios):.2f} at batch {batch}")
+    assert ", ".join(spans) in PAGES["docs/performance.md"]
 
 
 def test_performance_page_quotes_the_official_code():
@@ -250,33 +242,29 @@ def test_performance_page_quotes_the_official_code():
     for row in measured:
         if not row["cannot run"]:
             (column,) = (name for name, case in columns.items() if case == row["case"])
-            said = f"{row['time / ours']} ({row['min']} to {row['max']}), CPU time {row['CPU time / ours']}"
-            assert rows[row["candidate"]][column] == f"{said}, {row['peak MiB']} MiB", row
+            said = f"{row['time / ours']} ({row['min']} to {row['max']}), {row['peak MiB']} MiB"
+            assert rows[row["candidate"]][column] == said, row
 
 
 def test_performance_page_quotes_the_prediction():
     predicted = json.loads((ROOT / "benchmarks/results/roofline.json").read_text())["predicted"]
     columns = {f"{name.split(', ')[1]}, batch {row['batch']}": name.split(", ")[1] for name, row in predicted.items()}
     rows = table_rows(PAGES["docs/performance.md"], list(columns))
-    keys = {"step, ms": "expected, ms", "images/s, with AdamW": "images/s"}
-    assert len(rows) == 2 * 6
+    assert len(rows) == 2 * 3
     for name, cells in rows.items():
         gpu, _, what = name.partition(": ")
         gpu = {"H100": "H100 SXM", "A100": "A100 SXM 80 GB"}[gpu]
-        what = keys.get(what, what.removesuffix(", time"))
+        what = "images/s" if what.startswith("images/s") else what.removesuffix(", time")
         assert cells == {column: str(predicted[f"{gpu}, {size}"][what]) for column, size in columns.items()}, name
 
 
-def test_performance_page_quotes_the_compiled_kernels():
+def test_triton_kernels_spill_nothing():
+    """As docs/performance.md says; each loads 16 bytes at once, which is the most that a load can."""
     rows = results("triton_kernels.csv")
-    said = "The widest loads of each take 16 bytes, which is what a load can: with 384 and 2816 channels, and with 40"
-    assert said in " ".join(PAGES["docs/performance.md"].split())
     assert {r["channels"] for r in rows} == {"40", "384", "2816"}
     assert {r["architecture"] for r in rows} == {"sm_80", "sm_90", "sm_100"}
     assert {r["spilled bytes"] for r in rows} == {"0"}
     assert all(r["bytes x loads"].startswith("16x") for r in rows)
-    occupancy = [float(r["occupancy"]) for r in rows if r["architecture"] == "sm_90"]
-    assert (min(occupancy), max(occupancy)) == (0.25, 0.75)
 
 
 def test_transfer_page_quotes_the_benchmark():
