@@ -14,7 +14,7 @@ from timm_convnextv2.checkpoint.card import render_card
 from timm_convnextv2.checkpoint.provenance import ConfigError, config_beside, read_config
 from timm_convnextv2.commands.pretrain import parse_options
 from timm_convnextv2.finetune.model import check_folder_weights, create_meta_model
-from timm_convnextv2.pretrain.start import create_model
+from timm_convnextv2.pretraining.start import create_model
 
 SIZES = [pytest.param(50, id="50"), pytest.param(500, id="500", marks=pytest.mark.slow)]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from timm_convnextv2.commands import main as cli
 from timm_convnextv2.commands.pretrain import parse_options
-from timm_convnextv2.pretrain import loop, measures
+from timm_convnextv2.pretraining import loop, measures
 
 ROOT = Path(__file__).parents[1]
 GUIDES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs/guides").glob("*.md")}

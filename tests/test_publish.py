@@ -18,7 +18,7 @@ from timm_convnextv2.checkpoint import export_encoder, export_finetuned, load_ch
 from timm_convnextv2.commands import pretrain
 from timm_convnextv2.commands.pretrain import parse_options
 from timm_convnextv2.hub import push_to_hub
-from timm_convnextv2.pretrain.start import create_model
+from timm_convnextv2.pretraining.start import create_model
 
 SENT = ["README.md", "config.json", "model.safetensors"]
 IMAGES = ["loss.png", "reconstructions.png"]

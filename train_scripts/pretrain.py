@@ -5,7 +5,7 @@
     python train_scripts/pretrain.py --data-dir IMAGES --model fcmae_convnextv2_tiny --output runs
     torchrun --nproc-per-node 8 train_scripts/pretrain.py --data-dir IMAGES ...  # a process per GPU
 
-The loop to read and to change is timm_convnextv2/pretrain/loop.py.
+The loop to read and to change is timm_convnextv2/pretraining/loop.py.
 """
 
 import sys

@@ -294,11 +294,11 @@ def test_commands_tell_a_missing_codec_in_one_message(tmp_path, monkeypatch, cap
     middle = when == "in the middle"
     folder = packed_bands(tmp_path / "images", [5] if middle else range(8))
     if middle:
-        passing = {"pretrain": "timm_convnextv2.pretrain.batches", "embed": "timm_convnextv2.features.embed"}
+        passing = {"pretrain": "timm_convnextv2.pretraining.batches", "embed": "timm_convnextv2.features.embed"}
         first = lambda source, visit=None: visit and visit(source[0])  # noqa: E731  (the one that needs it is not tried)
         monkeypatch.setattr(f"{passing[command]}.check_readable", first)
         for name in ("SHOWN_IMAGES", "WATCHED_IMAGES"):
-            monkeypatch.setattr(f"timm_convnextv2.pretrain.batches.{name}", 1)
+            monkeypatch.setattr(f"timm_convnextv2.pretraining.batches.{name}", 1)
     take_imagecodecs()
     with no_hang(60):
         status = run(command, tmp_path, folder, workers="1")

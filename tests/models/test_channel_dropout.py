@@ -12,7 +12,7 @@ from test_fcmae import gradients, toy
 from timm_convnextv2 import FCMAETask, random_mask
 from timm_convnextv2.models.masking import random_channels
 from timm_convnextv2.models.reference import reference_forward
-from timm_convnextv2.pretrain.trainer import Place, removed_channels
+from timm_convnextv2.pretraining.trainer import Place, removed_channels
 from timm_convnextv2.runs.group import Processes
 
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import environment
 from runs import CASES, DATA, SCRIPT, run
 
-from timm_convnextv2.pretrain import loop, measures, probe
+from timm_convnextv2.pretraining import loop, measures, probe
 from timm_convnextv2.runs.trainer import Trainer
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from timm_convnextv2 import files
 from timm_convnextv2.checkpoint import export
 from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.pretrain import loop, measures
+from timm_convnextv2.pretraining import loop, measures
 from timm_convnextv2.runs.lock import LOCK
 
 SLOW = 0.02  # seconds that a file needs to get to the disk: a kill finds many half-written ones

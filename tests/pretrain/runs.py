@@ -90,7 +90,7 @@ def patched(folder: Path, act: str = "pass", *, number: int = 2, rank: int = 0, 
     path.write_text(
         "import multiprocessing, os, signal, sys, time\n"
         "from timm_convnextv2.commands.pretrain import main\n"
-        "from timm_convnextv2.pretrain import loop, measures, setup\n"
+        "from timm_convnextv2.pretraining import loop, measures, setup\n"
         "from timm_convnextv2.runs import world\n"
         "from timm_convnextv2.runs.errors import DataError\n"
         "from timm_convnextv2.runs.trainer import Trainer\n"

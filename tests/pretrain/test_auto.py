@@ -23,9 +23,9 @@ from timm_convnextv2.features.config import Computation, DrawnImages, Extraction
 from timm_convnextv2.features.evaluate import evaluate_models
 from timm_convnextv2.finetune import images
 from timm_convnextv2.finetune.model import choose_pixels
-from timm_convnextv2.pretrain import resolve
-from timm_convnextv2.pretrain.config import PretrainConfig
-from timm_convnextv2.pretrain.setup import open_probe
+from timm_convnextv2.pretraining import resolve
+from timm_convnextv2.pretraining.config import PretrainConfig
+from timm_convnextv2.pretraining.setup import open_probe
 
 CHANS = 5
 TINY = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu", *SMALL]

@@ -13,10 +13,10 @@ from runs import command, flip, load, refused, run
 from timm_convnextv2.checkpoint import CheckpointError, load_checkpoint
 from timm_convnextv2.commands.pretrain import parse_options
 from timm_convnextv2.config import flat
-from timm_convnextv2.pretrain import setup
-from timm_convnextv2.pretrain.plan import make_plan, resume_progress
-from timm_convnextv2.pretrain.start import create_model
-from timm_convnextv2.pretrain.trainer import create_trainer
+from timm_convnextv2.pretraining import setup
+from timm_convnextv2.pretraining.plan import make_plan, resume_progress
+from timm_convnextv2.pretraining.start import create_model
+from timm_convnextv2.pretraining.trainer import create_trainer
 from timm_convnextv2.runs.checkpoints import Checkpoint
 from timm_convnextv2.runs.folder import RunFolder
 from timm_convnextv2.runs.trainer import Learning

@@ -13,7 +13,7 @@ from runs import assert_same_end, at_update, load, rows, run
 
 from timm_convnextv2 import files
 from timm_convnextv2.files import WriteError, new_part, remove_leftovers, save_torch, whole_file
-from timm_convnextv2.pretrain import loop, measures
+from timm_convnextv2.pretraining import loop, measures
 from timm_convnextv2.runs.folder import RunFolder
 from timm_convnextv2.runs.lock import LOCK
 from timm_convnextv2.runs.logs import Logs

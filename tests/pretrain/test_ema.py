@@ -9,8 +9,8 @@ from helpers import assert_same
 from runs import at_update, differs, load, run
 from safetensors.torch import load_file
 
-from timm_convnextv2.pretrain import messages
-from timm_convnextv2.pretrain.config import Average
+from timm_convnextv2.pretraining import messages
+from timm_convnextv2.pretraining.config import Average
 
 EMA = ["--model-ema", "--lr", "1e-2", "--warmup-epochs", "0"]
 

@@ -11,8 +11,8 @@ from runs import ERROR, SMALL, command, image_folder, run, spoil
 
 from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.data import DemoSource, InputStatistics, PretrainTransform
-from timm_convnextv2.pretrain import batches, inputs
-from timm_convnextv2.pretrain.config import Loading
+from timm_convnextv2.pretraining import batches, inputs
+from timm_convnextv2.pretraining.config import Loading
 
 RGB = ["--img-size", "64", "--batch-size", "8", "--workers", "0", "--device", "cpu", "--dry-run", *SMALL]
 GREY = [*RGB, "--in-chans", "1"]

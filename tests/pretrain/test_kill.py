@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import environment
 
-from timm_convnextv2.pretrain import loop
+from timm_convnextv2.pretraining import loop
 from timm_convnextv2.runs import folder
 
 KILLER = Path(__file__).with_name("killer.py")

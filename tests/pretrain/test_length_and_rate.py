@@ -2,8 +2,8 @@
 
 import pytest
 
-from timm_convnextv2.pretrain.config import Schedule
-from timm_convnextv2.pretrain.plan import make_plan
+from timm_convnextv2.pretraining.config import Schedule
+from timm_convnextv2.pretraining.plan import make_plan
 
 
 @pytest.mark.parametrize(

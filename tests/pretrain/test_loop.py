@@ -18,7 +18,7 @@ from runs import BANDS, DATA, TIMES, at_update, command, image_folder, load, row
 from safetensors.torch import load_file
 
 from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.pretrain import loop, measures
+from timm_convnextv2.pretraining import loop, measures
 from timm_convnextv2.report.run import read_run
 from timm_convnextv2.runs import loop as runs_loop
 from timm_convnextv2.runs.trainer import Trainer

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from timm_convnextv2.data import DemoSource, PretrainDataset, hold_out
 from timm_convnextv2.data.demo import write_folder
-from timm_convnextv2.pretrain import measures
+from timm_convnextv2.pretraining import measures
 from timm_convnextv2.report.kinds import _findings_of_pretraining
 from timm_convnextv2.report.run import read_run
 

@@ -125,7 +125,7 @@ def test_printed_command_finishes_the_run(tmp_path, no_images, monkeypatch, caps
 @pytest.mark.parametrize("started", ["a clone's script", "console command", "module"])
 def test_resume_command(monkeypatch, argv, expected, started):
     """The command line of today, with what resumes, started as it was."""
-    script, module = str(SCRIPT), str(SCRIPT.parents[1] / "timm_convnextv2/pretrain/__main__.py")
+    script, module = str(SCRIPT), str(SCRIPT.parents[1] / "timm_convnextv2/pretraining/__main__.py")
     console = ["/bin/timm-convnextv2", "pretrain"]
     program = {"a clone's script": [script], "console command": console, "module": [module]}
     monkeypatch.setattr(sys, "argv", [*program[started], *argv])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from timm_convnextv2.checkpoint import export_encoder, export_fcmae, to_official
 from timm_convnextv2.commands.pretrain import parse_options
-from timm_convnextv2.pretrain.start import create_model
+from timm_convnextv2.pretraining.start import create_model
 
 KWARGS = dict(depths=(1, 1, 2, 1), dims=(8, 8, 16, 16), decoder_dim=16, img_size=64)  # of the runs
 FORMATS = ["sparse", "dense", "classifier", "timm", "fcmae", "train.py"]

@@ -13,8 +13,8 @@ from runs import SMALL, at_update, load, steady
 
 from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.data import DataSet, PretrainTransform, StreamOrder, create_source
-from timm_convnextv2.pretrain.batches import Sampling, open_batches
-from timm_convnextv2.pretrain.config import Loading
+from timm_convnextv2.pretraining.batches import Sampling, open_batches
+from timm_convnextv2.pretraining.config import Loading
 from timm_convnextv2.runs.group import Processes
 
 

@@ -8,7 +8,7 @@ from helpers import assert_same, torchrun
 from runs import SCRIPT, SGD, command, differs, load, patched, rows, run, stop
 
 import timm_convnextv2
-from timm_convnextv2.pretrain.plan import split_batch
+from timm_convnextv2.pretraining.plan import split_batch
 
 
 def test_workers_do_not_change_the_weights(tmp_path, no_images):

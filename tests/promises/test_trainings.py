@@ -27,8 +27,8 @@ from timm_convnextv2 import files
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.files import CheckpointError
-from timm_convnextv2.pretrain import loop as pretrain_loop
-from timm_convnextv2.pretrain import measures
+from timm_convnextv2.pretraining import loop as pretrain_loop
+from timm_convnextv2.pretraining import measures
 from timm_convnextv2.runs import lock
 from timm_convnextv2.runs.checkpoints import Checkpoint
 from timm_convnextv2.runs.folder import RunFolder

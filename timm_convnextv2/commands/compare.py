@@ -83,7 +83,7 @@ def _check_finetuning(words: Sequence[str], log: Path) -> None:
 def _untrained(config: CompareConfig, output: Path) -> str:
     """Exports the encoder to pretrain with random weights, so that all finetunings can be checked first."""
     from ..checkpoint import export_encoder
-    from ..pretrain.start import create_model
+    from ..pretraining.start import create_model
     from .pretrain import parse_options
 
     words = pretrain_options(config)

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..config import read_yaml, words_given
 from ..console import CommandParser, refused, say
-from ..pretrain.config import PretrainConfig
-from ..pretrain.replay import load_weights, replay
-from ..pretrain.resolve import configure
-from ..pretrain.setup import open_replay, set_up
-from ..pretrain.start import Start
+from ..pretraining.config import PretrainConfig
+from ..pretraining.replay import load_weights, replay
+from ..pretraining.resolve import configure
+from ..pretraining.setup import open_replay, set_up
+from ..pretraining.start import Start
 from ..runs.end import run_command, start_command
 from .base import parser_of
 
