@@ -223,9 +223,33 @@ def _convert(entry: Entry, value: Any, where: str) -> Any:
     parser = CommandParser(add_help=False)
     parser.add_argument("--value", **{**_keywords(entry), "required": False})
     try:
-        return parser.parse_args(["--value", *map(str, value if isinstance(value, list) else [value])]).value
+        return parser.parse_args(["--value", *map(str, value if isinstance(value, list | tuple) else [value])]).value
     except ValueError as e:
         raise ValueError(f"{where}: {str(e).removeprefix('argument --value: ')}") from None
+
+
+def from_keywords(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a config class from keyword arguments, converted and refused as words are; None is not given."""
+    known = entries(cls)
+    for name in values:
+        if name not in known:
+            raise ValueError(f"There is no option '{name}'.{closest(name, known)}")
+    given = {name: value for name, value in values.items() if value is not None}
+    return {name: _convert(known[name], value, f"argument {known[name].flag}") for name, value in given.items()}
+
+
+def words_of(cls: type, values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that set these values."""
+    words, known = [], entries(cls)
+    for name, value in values.items():
+        flag = known[name].flag
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        elif isinstance(value, dict):
+            words += [flag, *(f"{key}={one}" for key, one in value.items())]
+        else:
+            words += [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
+    return words
 
 
 def build(cls: type[C], *layers: Mapping[str, Any]) -> C:

@@ -82,7 +82,7 @@ def test_repeatable_and_only_what_is_asked_for(run, labelled):
 
 def test_random_weights_are_of_the_architecture_and_the_seed(run):
     encoder = open_encoder(str(run))
-    trained = encoder.network
+    trained = encoder.model
     state = torch.random.get_rng_state()
     one, same, other = (encoder.with_random_weights(seed) for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -115,7 +115,7 @@ def test_distances_and_channels(run, labelled, tmp_path, capsys):
     encoder = open_encoder(str(run), 32)
     source = create_source(labelled)
     images = draw_images(source, 5, encoder.transform, 0, print)
-    expected = [block.distance for block in collapse(encoder.network, images)]
+    expected = [block.distance for block in collapse(encoder.model, images)]
     assert [float(row["distance"]) for row in rows[:4]] == pytest.approx(expected, rel=1e-4)
     assert all(Image.open(out / name).size[0] > 500 for name in ("collapse.png", "channels.png"))
     assert said.count("mean cosine distance") == 2 and "5 images of 32 x 32" in err

@@ -26,6 +26,7 @@ from timm_convnextv2.commands.embed import main
 from timm_convnextv2.data import DemoSource, MissingPackageError
 from timm_convnextv2.data.formats.decode import decode
 from timm_convnextv2.features import embed as run
+from timm_convnextv2.features import extract
 from timm_convnextv2.features import rows as writing
 from timm_convnextv2.features.rows import Parts
 from timm_convnextv2.runs.progress import ImageProgress
@@ -349,8 +350,8 @@ def test_a_run_resumes_where_it_stopped(small, images_dir, whole, tmp_path, monk
         with pytest.raises(ValueError, match=message):
             embed(small, images_dir, output, **{"batch_size": 1, "resume": True, **changes})
     seen = []
-    compute = run.compute_rows
-    monkeypatch.setattr(run, "compute_rows", lambda *a: seen.append(1) or compute(*a))
+    compute = extract.compute_rows
+    monkeypatch.setattr(extract, "compute_rows", lambda *a: seen.append(1) or compute(*a))
     embed(small, images_dir, output, batch_size=1, resume=True)
     assert len(seen) == 2  # of five
     assert (output.read_bytes(), output.with_name("out.npy.csv").read_bytes()) == whole
@@ -437,8 +438,8 @@ def test_killed_and_resumed(small, images_dir, whole, tmp_path, monkeypatch):
     output = tmp_path / "out.npy"
     options = ["--model", small, "--data-dir", images_dir, "--output", output, "-b", "1"]
     with monkeypatch.context() as patch:
-        compute = run.compute_rows
-        patch.setattr(run, "compute_rows", lambda *a: (time.sleep(0.2), compute(*a))[1])
+        compute = extract.compute_rows
+        patch.setattr(extract, "compute_rows", lambda *a: (time.sleep(0.2), compute(*a))[1])
         process = start(options)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("out.npy.parts/0*.safetensors"))) < 2 and time.monotonic() < deadline:
@@ -456,8 +457,8 @@ def test_two_processes_do_not_mix_their_rows(small, root, images_dir, whole, tmp
     output = tmp_path / "out.npy"
     options = ["--data-dir", images_dir, "--output", output, "-b", "1", "--overwrite"]
     with monkeypatch.context() as patch:
-        compute = run.compute_rows
-        patch.setattr(run, "compute_rows", lambda *a: (time.sleep(0.2), compute(*a))[1])
+        compute = extract.compute_rows
+        patch.setattr(extract, "compute_rows", lambda *a: (time.sleep(0.2), compute(*a))[1])
         process = start(["--model", small, *options])
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.npy.parts/0*.safetensors")) and time.monotonic() < deadline:

@@ -29,26 +29,38 @@ from .base import own_options
 def main(argv: list[str] | None = None) -> int:
     """A user error is one message and exit status 2, a finetuning that fails is status 1."""
     try:
-        config, rest = own_options("compare", __doc__, CompareConfig, argv)
-        comparison.check_options(config)
-        with ExitStack() as stack:
-            if config.dry_run:  # leaves nothing behind that a run would take for its own
-                config = evolve(config, output=stack.enter_context(TemporaryDirectory()))
-            stack.callback(Lock(Path(config.output)).release)
-            return _run(config, rest)
+        start(*own_options("compare", __doc__, CompareConfig, argv))
+        return 0
     except (ValueError, OSError) as e:
         return refused("compare", e)
     except KeyboardInterrupt:
         say("Stopped. Finished runs are kept: resume with --resume.", error=True)
         return 130
     except subprocess.CalledProcessError as e:
-        log = Path(e.cmd[-1])
-        say(f"{PROGRAM} compare: '{e.cmd[0]}' failed with status {e.returncode}; its last lines:", error=True)
-        say(f"{tail(log, 15)}\nThe whole output is in {log}. Finished runs are kept: resume with --resume.", error=True)
+        say(f"{PROGRAM} compare: {failure(e)}", error=True)
         return 1
 
 
-def _run(config: CompareConfig, rest: list[str]) -> int:
+def failure(error: subprocess.CalledProcessError) -> str:
+    """Which child failed, and the end of its log."""
+    log = Path(error.cmd[-1])
+    return (
+        f"'{error.cmd[0]}' failed with status {error.returncode}; its last lines:\n{tail(log, 15)}\n"
+        f"The whole output is in {log}. Finished runs are kept: resume with --resume."
+    )
+
+
+def start(config: CompareConfig, rest: list[str]) -> None:
+    """Compares, prints and writes; `rest` are options of `finetune`. A child that fails is a `CalledProcessError`."""
+    comparison.check_options(config)
+    with ExitStack() as stack:
+        if config.dry_run:  # leaves nothing behind that a run would take for its own
+            config = evolve(config, output=stack.enter_context(TemporaryDirectory()))
+        stack.callback(Lock(Path(config.output)).release)
+        _run(config, rest)
+
+
+def _run(config: CompareConfig, rest: list[str]) -> None:
     output = Path(config.output)
     options = comparison.finetune_options(config, rest)
     encoder = model_name(config.encoder) if config.encoder else _untrained(config, output)
@@ -57,7 +69,7 @@ def _run(config: CompareConfig, rest: list[str]) -> int:
     if config.dry_run:
         count = (2 + len(config.weights)) * len(config.seeds)
         say(f"Would finetune {count} times for {config.budget} epochs; nothing was started.")
-        return 0
+        return
     if not config.encoder:
         encoder = _pretrain(config, output)
     candidates, curves = candidates_of(encoder, config.weights), []
@@ -69,7 +81,6 @@ def _run(config: CompareConfig, rest: list[str]) -> int:
         comparison.write_results(curves, candidates, config, output)
     say(comparison.table(curves))
     say(f"Written: {output}/compare.csv, compare.json, compare.png")
-    return 0
 
 
 def _check_finetuning(words: Sequence[str], log: Path) -> None:

@@ -1,55 +1,19 @@
 """The sub-commands that `detect` and `segment` share: how they are parsed, and what `train` and `eval` do."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from .. import transfer
 from ..config import add_options, build, from_mapping, words_given
 from ..console import PROGRAM, CommandParser, refused, say
-from ..data import FolderSource, MissingPackageError, check_readable
-from ..data.samples.batches import map_batches
 from ..files import claim_folder, write_json
 from ..recipes import Recipe, list_recipes, load_recipe
 from ..runs.end import run_command, start_command
-from ..transfer.backbone import Backbone
-from ..transfer.config import Predicted
 from ..transfer.task import Task, set_up
-
-
-class ReadableImages:
-    """The images below the folder of `predict`; those that cannot be decoded are named, counted and left out."""
-
-    def __init__(self, options: Predicted, backbone: Backbone) -> None:
-        self.source = FolderSource(options.images, backbone.in_chans, backbone.pixels)
-        self.limit, self.bad = options.max_bad_images, 0
-
-    def batches(
-        self, to_unit: Callable[[Tensor], Tensor], batch_size: int, workers: int
-    ) -> Iterator[list[tuple[str, Tensor]]]:
-        """Batches of images, made float in 0..1 by `to_unit`, each with its path relative to the folder."""
-        total = len(self.source)
-        check_readable(self.source)  # before each of them is named
-        for batch in map_batches(self.source, to_unit, batch_size, range(-(-total // batch_size)), workers):
-            for item in batch.items or ():
-                if isinstance(item.error, MissingPackageError):
-                    raise item.error
-                if item.error is not None:
-                    self.bad += 1
-                    say(f"skipped: {item.error}", error=True)
-            if self.bad == total or self.bad > self.limit * total:
-                raise ValueError(f"{self.bad} of {total} images cannot be decoded (--max-bad-images {self.limit:g}).")
-            yield [(item.name, item.image) for item in batch.items or () if item.image is not None]
-
-    def end(self, what: str) -> int:
-        """Prints what was done; returns the exit status, 1 if images were left out."""
-        say(what + (f"; {self.bad} images skipped" if self.bad else ""))
-        return int(bool(self.bad))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..data import FolderSource
 from ..files import check_free, write_json
 from ..transfer.config import DetectConfig, DetectEvalConfig, DetectPredictConfig
 from ..transfer.detection.coco import Coco, CocoImage, DetectionImages, rle_codec, to_unit
@@ -9,19 +10,21 @@ from ..transfer.detection.metrics import draw_objects, find_objects
 from ..transfer.detection.soft_nms import use_soft_nms
 from ..transfer.detection.task import DetectionTask, open_exported
 from ..transfer.figures import save_image
-from .dense import Dense, ReadableImages
+from ..transfer.predict import ReadableImages
+from .dense import Dense
 
 
 def predict(config: DetectPredictConfig) -> int:
     """`detect predict`: the objects in all images of a folder, as a JSON file that `open_coco` reads."""
     output, draw = check_free(config.output, overwrite=config.overwrite), config.draw
-    detector, classes, backbone = open_exported(config)
+    detector, classes, backbone = open_exported(config.model, config.compute.device, config.compute.nodata)
     if config.soft_nms:
         use_soft_nms(detector, config.soft_nms)
     masks = not detector.made_of["boxes_only"]
     rle_codec()
     coco = Coco(output, [], classes, list(range(1, len(classes) + 1)))
-    data, source = DetectionImages(coco, masks=masks), ReadableImages(config, backbone)
+    data = DetectionImages(coco, masks=masks)
+    source = ReadableImages(FolderSource(config.images, backbone.in_chans, backbone.pixels), config.max_bad_images)
     for items in source.batches(to_unit, config.batch_size, config.compute.workers):
         ids = range(len(coco.images) + 1, len(coco.images) + len(items) + 1)
         loaded = [image for _, image in items]

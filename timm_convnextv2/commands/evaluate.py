@@ -3,16 +3,13 @@
 Two baselines are measured as well: random weights and plain pixels.
 """
 
+from pathlib import Path
 from typing import Any
 
 from ..console import say
 from ..features.config import EvaluateConfig
-from ..features.evaluate import evaluate_models
-from ..features.figures import save_measures
-from ..files import claim_folder, write_json
+from ..features.evaluate import FILES, evaluate
 from .base import run
-
-FILES = ("evaluation.json", "evaluation.png")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,16 +17,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(config: EvaluateConfig) -> None:
-    folder = None if config.output is None else claim_folder(config.output, FILES, overwrite=config.overwrite)
-    found = evaluate_models(
-        config.models, config.data_dir, config.extraction, config.scoring, baselines=config.baselines,
-        validation_share=config.validation_share, progress=True,
-    )  # fmt: skip
-    say(table(found))
-    if folder is not None:
-        write_json(folder / FILES[0], found, indent=2)
-        save_measures(found, folder / FILES[1])
-        say(f"Written: {' and '.join(str(folder / name) for name in FILES)}")
+    say(table(evaluate(config)))
+    if config.output is not None:
+        say(f"Written: {' and '.join(str(Path(config.output) / name) for name in FILES)}")
 
 
 def table(found: dict[str, Any]) -> str:

@@ -3,17 +3,19 @@
 import os
 from pathlib import Path
 
+from ..data import FolderSource
 from ..data.formats.files import printable
 from ..files import claim_folder, whole_file
 from ..runs.device import check_device
 from ..transfer.backbone import as_float
 from ..transfer.config import SegmentConfig, SegmentEvalConfig, SegmentPredictConfig
 from ..transfer.figures import save_image
+from ..transfer.predict import ReadableImages
 from ..transfer.segmentation.masks import paths_by_stem
 from ..transfer.segmentation.metrics import find_classes, overlay, save_mask
 from ..transfer.segmentation.segmenter import open_segmenter
 from ..transfer.segmentation.task import SegmentationTask
-from .dense import Dense, ReadableImages
+from .dense import Dense
 
 
 def predict(config: SegmentPredictConfig) -> int:
@@ -23,7 +25,8 @@ def predict(config: SegmentPredictConfig) -> int:
     if Path(config.output).resolve() == Path(config.images).resolve():
         raise ValueError("--output is the folder of the images, which the masks would replace. Choose another folder.")
     output, written = claim_folder(config.output, overwrite=config.overwrite), 0
-    source = ReadableImages(config, model.backbone.read_with(config.compute.nodata))
+    backbone = model.backbone.read_with(config.compute.nodata)
+    source = ReadableImages(FolderSource(config.images, backbone.in_chans, backbone.pixels), config.max_bad_images)
     for items in source.batches(as_float, 1, config.compute.workers):
         for name, image in items:
             path = output / Path(name).with_suffix(".png")

@@ -12,12 +12,30 @@ from ..console import say
 from ..data import DataSet, ImageError, ImagePaths, TimmStream, check_readable, create_source
 from ..data.display import display_of
 from ..data.sources.source import Source
+from ..files import claim_folder, write_csv
 from .collapse import BlockCollapse, blocks_of, channel_maps, collapse
-from .config import COMPUTATION, Computation, DrawnImages
+from .config import COMPUTATION, CollapseConfig, Computation, DrawnImages
 from .encoder import open_encoder
+from .figures import save_channels, save_distances
 
+FILES = ("collapse.csv", "collapse.png", "channels.png")
 SHOWN = 3  # images in the figure of channels
 Maps = dict[str, tuple[str, Tensor]]
+
+
+def measure_collapse(config: CollapseConfig) -> dict[str, list[BlockCollapse]]:
+    """The results of `collapse` by model, which also go to the folder --output unless it is ''."""
+    folder = claim_folder(config.output, FILES, overwrite=config.overwrite) if config.output else None
+    found, shown, maps = collapse_of_models(
+        list(dict.fromkeys(config.models)), config.images, config.computation, layer=config.layer,
+        batch_size=config.batch_size, progress=True,
+    )  # fmt: skip
+    if folder is not None:
+        rows = ([name, *block] for name, blocks in found.items() for block in blocks)
+        write_csv(folder / FILES[0], ["model", *BlockCollapse._fields], rows)
+        save_distances(found, folder / FILES[1])
+        save_channels(shown, maps, folder / FILES[2])
+    return found
 
 
 def collapse_of_models(
@@ -33,7 +51,7 @@ def collapse_of_models(
     how = computation.img_size, computation.nodata, computation.device
     encoders = {name: open_encoder(name, *how) for name in models}
     for name, encoder in encoders.items():
-        blocks = blocks_of(encoder.network)
+        blocks = blocks_of(encoder.model)
         if layer is not None and layer not in blocks:
             raise ValueError(f"'{name}' has no block '{layer}' (--layer); there are: {', '.join(blocks)}.")
     found: dict[str, list[BlockCollapse]] = {}
@@ -48,10 +66,10 @@ def collapse_of_models(
         once = note if not found else lambda line: None
         drawn = draw_images(source, images.num_images, encoder.transform, images.seed, once)
         note(f"{name}: {len(drawn)} images of {drawn.shape[2]} x {drawn.shape[3]}")
-        found[name] = collapse(encoder.network, drawn, batch_size=batch_size, amp=computation.amp)
+        found[name] = collapse(encoder.model, drawn, batch_size=batch_size, amp=computation.amp)
         if not shown:
             shown = list(display_of([*drawn[:SHOWN]]).rgb(drawn[:SHOWN]))
-        maps[name] = channel_maps(encoder.network, drawn[:SHOWN], layer)
+        maps[name] = channel_maps(encoder.model, drawn[:SHOWN], layer)
     return found, shown, maps
 
 

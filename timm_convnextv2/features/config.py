@@ -131,7 +131,7 @@ class CollapseConfig:
     batch_size: int = option(8, "images per batch", short="-b", metavar="N", at_least=1)
     layer: str | None = option(
         None, "block in the figure of channels (default: the last one of the last stage but one)", metavar="NAME")
-    output: str = option("collapse", "folder to write to", metavar="DIR")
+    output: str = option("collapse", "folder to write to; '': none", metavar="DIR")
     overwrite: bool = option(False, "replace the files in --output")
 
 

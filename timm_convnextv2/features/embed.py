@@ -2,32 +2,27 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
 from contextlib import closing
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ..config import check_limits
 from ..console import say
-from ..data import MissingPackageError, StreamOrder, TimmStream, check_readable, create_source
+from ..data import StreamOrder, TimmStream, check_readable, create_source
 from ..data.paths.find import find_files
 from ..data.paths.listing import as_list
-from ..data.samples.batches import Batch, map_batches, stream_batches
+from ..data.samples.batches import map_batches, stream_batches
 from ..data.sources.source import Source
 from ..runs.group import on_primary, processes
 from ..runs.progress import ImageProgress
 from .config import EXTRACTION, EmbedImages, Extraction
 from .encoder import Encoder, open_encoder
-from .extract import compute_rows
-from .rows import Part, Parts, check_output, write_output
+from .extract import Limit, embed_batches
+from .rows import Parts, check_output, write_output
 
 _STREAM_BATCHES_PER_PART = 16
-_SEEN_BEFORE_STREAM_LIMIT = 1000  # the fraction of bad images in a stream is known only after some images
 
 
 def embed(
@@ -64,7 +59,7 @@ def embed(
             say(note, error=True)
         _check_outside(output, source)
         total = None if isinstance(source, TimmStream) else len(source)
-        limit = _Limit(max_bad_images, total)
+        limit = Limit(max_bad_images, total)
 
         def claim() -> tuple[set[int], int]:
             if isinstance(source, Source):
@@ -89,8 +84,13 @@ def embed(
             batches = map_batches(source, numbers=wanted, **how)
         bar = ImageProgress(share.images(total, batch_size), enabled=progress and group.primary)
         try:
-            rows_of = partial(_numpy_rows, encoder, extraction.amp)
-            seen = _compute(batches, share, rows_of, parts, limit, bad, bar)
+            seen = 0
+            for number, count, part in embed_batches(
+                batches, encoder.model, limit, amp=extraction.amp, per_part=per_part, bad=bad, progress=bar.update
+            ):
+                seen += count
+                if part.names or part.skipped:
+                    parts.write(number, part)
         except (ValueError, OSError) as e:
             group.print_error(e)
             if group.size == 1 and not parts.finished():  # nothing to resume from
@@ -106,12 +106,6 @@ def embed(
             )
         group.gather([])  # waits for the parts of all processes
         return on_primary(group, lambda: _join(output, parts, limit, total or seen, batch_size * share.per_part))
-
-
-@torch.inference_mode()
-def _numpy_rows(encoder: Encoder, amp: bool, images: list[torch.Tensor]) -> np.ndarray:
-    device = next(encoder.network.parameters()).device
-    return compute_rows(encoder.network, torch.stack(images).to(device), amp).cpu().numpy()
 
 
 def _record(
@@ -152,52 +146,6 @@ class _Share(NamedTuple):
         return total and sum(min(batch_size, total - start) for n, start in starts if self.wants(n))
 
 
-class _Limit(NamedTuple):
-    """The largest fraction of images that may be undecodable; `total` is None for a stream."""
-
-    share: float
-    total: int | None
-
-    def check(self, reasons: list[str], seen: int, *, before: int = 0, last: bool = False) -> None:
-        """Refuses too many bad images: those of this run (`reasons`) and `before`, the number of earlier runs."""
-        total, bad = self.total or seen, before + len(reasons)
-        if self.total is None and not last and seen < _SEEN_BEFORE_STREAM_LIMIT:
-            return
-        if bad > self.share * total or bad == total:
-            what = f"{bad} of {total} images cannot be decoded, more than --max-bad-images {self.share} allows"
-            raise ValueError("\n".join([f"{what}; nothing was written:", *reasons[:10]]))
-
-
-def _compute(
-    batches: Iterable[Batch], share: _Share, rows_of: Callable[[list[torch.Tensor]], np.ndarray], parts: Parts,
-    limit: _Limit, bad: int, bar: ImageProgress
-) -> int:  # fmt: skip
-    """Writes the parts of this process and returns the number of images read; `bad` counts those of earlier runs."""
-    seen, reasons = 0, []
-    for number, group in groupby(batches, key=lambda batch: batch.number // share.per_part):
-        rows, names, skipped = [], [], []
-        for batch in group:
-            seen += batch.count
-            if batch.items is None:
-                continue
-            images = []
-            for item in batch.items:
-                if isinstance(item.error, MissingPackageError):
-                    raise item.error
-                if item.image is None:
-                    skipped.append((item.index, item.name, str(item.error)))
-                    reasons.append(str(item.error))
-                else:
-                    names.append(item.name)
-                    images.append(item.image)
-            limit.check(reasons, seen, before=bad)
-            rows += [rows_of(images)] if images else []
-            bar.update(batch.count)
-        if names or skipped:
-            parts.write(number, Part(np.concatenate(rows) if rows else np.empty((0, 0), np.float32), names, skipped))
-    return seen
-
-
 def _digest_of_names(source: Source | TimmStream) -> str | None:
     """Detects images that are added or removed while a run is stopped; only for files, which are quick to list."""
     if isinstance(source, TimmStream) or not source.has_files:
@@ -208,7 +156,7 @@ def _digest_of_names(source: Source | TimmStream) -> str | None:
     return digest.hexdigest()
 
 
-def _join(output: Path, parts: Parts, limit: _Limit, images: int, part_size: int) -> tuple[int, dict[int, str]]:
+def _join(output: Path, parts: Parts, limit: Limit, images: int, part_size: int) -> tuple[int, dict[int, str]]:
     """Writes the output from the parts of all processes."""
     limit.check([reason for _, _, reason in parts.skipped()], images, last=True)
     numbers = range(-(-images // part_size))

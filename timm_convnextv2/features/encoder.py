@@ -2,20 +2,27 @@
 
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
 from ..checkpoint.loading import load_model, model_pixels
-from ..data import Pixels
-from ..data.samples.batches import preprocessing
+from ..config import check_limits
+from ..data import Pixels, check_readable, load_image
+from ..data.samples.batches import map_batches, preprocessing
+from ..data.sources.open import open_images
 from ..runs.device import check_device
+from ..runs.progress import ImageProgress
+from .config import EXTRACTION
+from .extract import Embedded, Limit, embed_batches
 
 _FOLDERS_OF_A_RUN = ("encoder", "model")  # written by pretraining and by finetuning
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
@@ -26,10 +33,14 @@ class Encoder:
     """A frozen model without classifier, in evaluation mode.
 
     `config` is timm's data config of its images; `pixels` is how stored values become pixels, as in its training.
+
+        encoder = timm_convnextv2.open_encoder("runs/mine")
+        rows, names, skipped = encoder.embed("images")  # float32 [N, D], N names
+        encoder.model(encoder.transform(encoder.load_image("image.tif"))[None])  # the same by hand, [1, D]
     """
 
     name: str
-    network: nn.Module
+    model: nn.Module
     config: dict[str, Any]
     pixels: Pixels
 
@@ -41,6 +52,34 @@ class Encoder:
     def transform(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Decoded image to float32 `[C, H, W]`."""
         return preprocessing(self.config)
+
+    def load_image(self, path: str | os.PathLike) -> torch.Tensor:
+        """Decodes an image as in training: `[C, h, w]`, uint8, or float32 that is already scaled."""
+        return load_image(path, self.in_chans, self.pixels)
+
+    def embed(
+        self, images: str | os.PathLike | Sequence[str | os.PathLike], *, batch_size: int = EXTRACTION.batch_size,
+        workers: int = EXTRACTION.workers, amp: bool = False, max_bad_images: float = 0.01, progress: bool = True,
+    ) -> Embedded:  # fmt: skip
+        """One row of pooled features per image, as the command `embed` writes them: `rows, names, skipped`.
+
+        `images` are files, or folders, `.tar` files and patterns such as 'scans/**/*.png'; rows have their order.
+        `workers` processes decode; `amp` computes in bfloat16. A `ValueError` says that more than the fraction
+        `max_bad_images` cannot be decoded.
+        """
+        check_limits(replace(EXTRACTION, batch_size=batch_size, workers=workers))
+        source = open_images(images, self.in_chans, self.pixels)
+        check_readable(source)
+        numbers = range(-(-len(source) // batch_size))
+        batches = map_batches(source, self.transform, batch_size, numbers, min(workers, len(numbers) - 1))
+        bar = ImageProgress(len(source), enabled=progress)
+        try:
+            limit = Limit(max_bad_images, len(source))
+            parts = [part for _, _, part in embed_batches(batches, self.model, limit, amp=amp, progress=bar.update)]
+        finally:
+            bar.close()
+        rows, names, skipped = zip(*parts, strict=True)
+        return Embedded(np.concatenate([part for part in rows if len(part)]), [*chain(*names)], [*chain(*skipped)])
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -54,7 +93,7 @@ class Encoder:
 
     def digest(self) -> str:
         sha = hashlib.sha256()
-        for key, value in self.network.state_dict().items():
+        for key, value in self.model.state_dict().items():
             sha.update(key.encode())
             sha.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return sha.hexdigest()
@@ -74,9 +113,17 @@ def model_name(name: str) -> str:
     )
 
 
-def open_encoder(name: str, img_size: int | None = None, nodata: float | None = None, device: str = "cpu") -> Encoder:
-    """Loads a model on its device; 'cuda' means the GPU of this process."""
-    name = model_name(name)
+def open_encoder(
+    name: str | os.PathLike, img_size: int | None = None, nodata: float | None = None, device: str = EXTRACTION.device
+) -> Encoder:
+    """Loads a model on its device, by default the GPU of this process if there is one.
+
+    Args:
+        name: The folder of a run, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or a model of timm with weights.
+        img_size: Side of its square inputs in pixels, by default the model's.
+        nodata: Stored value meaning "no data", by default that of its training.
+    """
+    name = model_name(os.fspath(name))
     network = load_model(name, num_classes=0).eval()
     cfg: Any = network.pretrained_cfg
     config = resolve_model_data_config(network, args={"in_chans": cfg["input_size"][0], "img_size": img_size})

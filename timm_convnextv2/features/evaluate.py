@@ -14,17 +14,20 @@ from ..config import check_limits
 from ..console import say
 from ..data import Pixels
 from ..data.sources.source import Source
+from ..files import claim_folder, write_json
 from ..runs.device import check_device
 from ..runs.progress import ImageProgress
-from .config import EXTRACTION, SCORING, Extraction, Scoring
+from .config import EXTRACTION, SCORING, EvaluateConfig, Extraction, Scoring
 from .encoder import Encoder, open_encoder
 from .extract import extract_features, image_batches, pixel_features
+from .figures import save_measures
 from .knn import capped, knn_scores
 from .labelled import Labelled, open_labelled
 from .linear import Estimate, difference, estimate, linear_probe, resampled, ridge
 from .rank import rankme
 
 BASELINE_SIDE = 8  # pixels
+FILES = ("evaluation.json", "evaluation.png")
 
 
 def resampled_features(
@@ -58,6 +61,19 @@ def measure_features(
     return {**{name: estimate(value) for name, value in values.items()}, "rank": Estimate(rank, rank, rank)}
 
 
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """The results of `evaluate_models`, which also go to the folder --output if there is one."""
+    folder = None if config.output is None else claim_folder(config.output, FILES, overwrite=config.overwrite)
+    found = evaluate_models(
+        config.models, config.data_dir, config.extraction, config.scoring, baselines=config.baselines,
+        validation_share=config.validation_share, progress=True,
+    )  # fmt: skip
+    if folder is not None:
+        write_json(folder / FILES[0], found, indent=2)
+        save_measures(found, folder / FILES[1])
+    return found
+
+
 def evaluate_models(
     models: Sequence[str], data_dir: str | os.PathLike, extraction: Extraction = EXTRACTION,
     scoring: Scoring = SCORING, *, baselines: bool = True, validation_share: float = 0.25, progress: bool = False,
@@ -81,7 +97,7 @@ def evaluate_models(
         how: dict[str, Any] = {"validation_share": validation_share, "seed": scoring.seed}
         return open_labelled(data_dir, in_chans=in_chans, pixels=pixels, **how)
 
-    encoders = [open_encoder(name, extraction.img_size, extraction.nodata) for name in models]
+    encoders = [open_encoder(name, extraction.img_size, extraction.nodata, "cpu") for name in models]
     first = [labelled(encoder.in_chans, encoder.pixels) for encoder in encoders][0]
     for line in first.describe(data_dir):
         note(line)
@@ -125,11 +141,11 @@ def evaluate_models(
     results: list[dict[str, Any]] = []
     if baselines:
         base = encoders[0]
-        architecture = getattr(base.network, "pretrained_cfg", {}).get("architecture", type(base.network).__name__)
+        architecture = getattr(base.model, "pretrained_cfg", {}).get("architecture", type(base.model).__name__)
         results.append(result(f"{BASELINE_SIDE}x{BASELINE_SIDE} pixels", base, None))
         results.append(result(f"{architecture}, random weights", base, base.with_random_weights(scoring.seed)))
     plain = list(values)  # baselines
-    results += [result(name, encoder, encoder.network) for name, encoder in zip(models, encoders, strict=True)]
+    results += [result(name, encoder, encoder.model) for name, encoder in zip(models, encoders, strict=True)]
     for one in results[len(plain) :]:
         own = values[one["model"]]
         one["against"] = {base: {key: difference(own[key], of) for key, of in values[base].items()} for base in plain}

@@ -3,18 +3,31 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.samples.batches import map_batches
+from ..data import MissingPackageError
+from ..data.samples.batches import Batch, map_batches
 from ..data.sources.source import Source
 from ..models import FCMAE
 
 EPS = 1e-6  # as in timm's ConvNeXt
 BAD_NAMED = 5
+_SEEN_BEFORE_STREAM_LIMIT = 1000  # the fraction of bad images in a stream is known only after some images
+_NO_ROWS = np.empty((0, 0), np.float32)
+
+
+class Embedded(NamedTuple):
+    """Consecutive images: rows float32 `[N, D]`, their names, and skipped images as (index, name, reason)."""
+
+    rows: np.ndarray
+    names: list[str]
+    skipped: list[tuple[int, str, str]]
 
 
 @contextmanager
@@ -109,6 +122,54 @@ def mean_of_last_map(network: Any, images: Tensor) -> Tensor:
         x = x.float().mean((2, 3))
         return F.layer_norm(x, x.shape[1:], eps=EPS)
     return network.forward_head(x, pre_logits=True)
+
+
+class Limit(NamedTuple):
+    """The largest fraction of images that may be undecodable; `total` is None for a stream."""
+
+    share: float
+    total: int | None
+
+    def check(self, reasons: list[str], seen: int, *, before: int = 0, last: bool = False) -> None:
+        """Refuses too many bad images: those of this run (`reasons`) and `before`, the number of earlier runs."""
+        total, bad = self.total or seen, before + len(reasons)
+        if self.total is None and not last and seen < _SEEN_BEFORE_STREAM_LIMIT:
+            return
+        if bad > self.share * total or bad == total:
+            what = f"{bad} of {total} images cannot be decoded, more than --max-bad-images {self.share} allows"
+            raise ValueError("\n".join([f"{what}; nothing was written:", *reasons[:10]]))
+
+
+def embed_batches(
+    batches: Iterable[Batch], network: nn.Module, limit: Limit, *, amp: bool = False, per_part: int = 1, bad: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> Iterator[tuple[int, int, Embedded]]:  # fmt: skip
+    """Number, images read, and content of each part of `per_part` batches; `bad` counts bad images of earlier runs."""
+    seen, reasons = 0, []
+    device = next(network.parameters()).device
+    for number, group in groupby(batches, key=lambda batch: batch.number // per_part):
+        before, rows, names, skipped = seen, [], [], []
+        for batch in group:
+            seen += batch.count
+            if batch.items is None:
+                continue
+            images = []
+            for item in batch.items:
+                if isinstance(item.error, MissingPackageError):
+                    raise item.error
+                if item.image is None:
+                    skipped.append((item.index, item.name, str(item.error)))
+                    reasons.append(str(item.error))
+                else:
+                    names.append(item.name)
+                    images.append(item.image)
+            limit.check(reasons, seen, before=bad)
+            if images:
+                with torch.inference_mode():
+                    rows.append(compute_rows(network, torch.stack(images).to(device), amp).cpu().numpy())
+            if progress is not None:
+                progress(batch.count)
+        yield number, seen - before, Embedded(np.concatenate(rows or [_NO_ROWS]), names, skipped)
 
 
 def check_features(train: Tensor, labels: Tensor, test: Tensor) -> None:

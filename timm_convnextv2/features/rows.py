@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,17 +18,10 @@ from safetensors.numpy import save_file
 from ..data import MissingPackageError
 from ..files import check_free, sync, whole_file, write_csv, write_json
 from ..runs.lock import LOCK, Lock
+from .extract import Embedded
 
 _RUN = "run.json"
 SUFFIXES = (".npy", ".safetensors", ".parquet")
-
-
-class Part(NamedTuple):
-    """Consecutive images: rows float32 `[n, num_features]`, names, and skipped images as (index, name, reason)."""
-
-    rows: np.ndarray
-    names: list[str]
-    skipped: list[tuple[int, str, str]]
 
 
 class Parts:
@@ -104,19 +97,19 @@ class Parts:
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:08d}.safetensors"
 
-    def write(self, number: int, part: Part) -> None:
+    def write(self, number: int, part: Embedded) -> None:
         # JSON in ASCII, because names may contain bytes that are not UTF-8
         metadata = {"names": json.dumps(part.names), "skipped": json.dumps(part.skipped)}
         metadata["sha256"] = _checksum(part.rows, metadata)
         with whole_file(self._path(number)) as temporary:
             save_file({"rows": part.rows}, temporary, metadata=metadata)
 
-    def read(self, number: int) -> Part:
+    def read(self, number: int) -> Embedded:
         if (part := self._content(number)) is None:
             raise ValueError(f"'{self._path(number)}' is corrupt. Run the command again with --resume.")
         return part
 
-    def _content(self, number: int) -> Part | None:
+    def _content(self, number: int) -> Embedded | None:
         """A part; None if it is corrupt."""
         try:
             with safe_open(self._path(number), framework="np") as file:
@@ -126,7 +119,7 @@ class Parts:
             names, skipped = (json.loads(metadata[key]) for key in ("names", "skipped"))
         except (SafetensorError, KeyError, TypeError, ValueError):
             return None
-        return Part(rows, names, [tuple(one) for one in skipped])
+        return Embedded(rows, names, [tuple(one) for one in skipped])
 
     def skipped(self) -> Iterator[tuple[int, str, str]]:
         for number in sorted(self.finished()):
@@ -174,7 +167,7 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
     shapes = [parts.read(number).rows.shape for number in numbers]
     shape = sum(rows for rows, _ in shapes), max(features for _, features in shapes)
 
-    def blocks() -> Iterator[Part]:
+    def blocks() -> Iterator[Embedded]:
         return (part for part in map(parts.read, numbers) if len(part.rows))
 
     new = {output: parts.folder / f"output{output.suffix}"}
@@ -198,7 +191,7 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
     return shape[0], {i: reason for i, _, reason in skipped}
 
 
-def _write_rows(path: Path, header: bytes, blocks: Iterable[Part]) -> None:
+def _write_rows(path: Path, header: bytes, blocks: Iterable[Embedded]) -> None:
     """Writes a header and the numbers; the libraries of both formats would need all rows in memory."""
     with open(path, "wb") as file:
         file.write(header)
@@ -206,20 +199,20 @@ def _write_rows(path: Path, header: bytes, blocks: Iterable[Part]) -> None:
             part.rows.astype("<f4", copy=False).tofile(file)
 
 
-def _write_npy(path: Path, shape: tuple[int, int], blocks: Iterable[Part]) -> None:
+def _write_npy(path: Path, shape: tuple[int, int], blocks: Iterable[Embedded]) -> None:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
     _write_rows(path, header.getvalue(), blocks)
 
 
-def _write_safetensors(path: Path, shape: tuple[int, int], blocks: Iterable[Part]) -> None:
+def _write_safetensors(path: Path, shape: tuple[int, int], blocks: Iterable[Embedded]) -> None:
     size = 4 * shape[0] * shape[1]
     header = json.dumps({"embeddings": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
     header += b" " * (-len(header) % 8)
     _write_rows(path, len(header).to_bytes(8, "little") + header, blocks)
 
 
-def _write_parquet(path: Path, shape: tuple[int, int], blocks: Iterable[Part]) -> None:
+def _write_parquet(path: Path, shape: tuple[int, int], blocks: Iterable[Embedded]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 

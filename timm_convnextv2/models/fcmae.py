@@ -10,7 +10,7 @@ Data flow and shapes: images `[B, C, H, W]` -> mask `[B, h, w]`, True = removed 
 """
 
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,11 @@ def channel_loss(pred: Tensor, target: Tensor, channels: Tensor, norm_pix_loss: 
 
 class FCMAE(nn.Module):
     """Masked autoencoder whose encoder computes the visible patches only.
+
+        model = timm.create_model("fcmae_convnextv2_atto", mask_ratio=0.6)
+        out = model(images)  # images float [B, 3, H, W]; draws a mask. `FCMAEOutput`: loss, pred and mask
+        out.loss.backward()
+        model.encoder.forward_features(images)  # features of whole images, [B, 320, H / 32, W / 32]
 
     Args:
         img_size: Nominal size, an int or (H, W), for checks and records; `forward` takes any multiple of the stride.
@@ -200,6 +205,10 @@ class FCMAE(nn.Module):
         else:
             keep = check_mask(mask, images.shape[0], grid)
         return PackedLayout(mask, keep, device=images.device)
+
+    def forward_features(self, images: Tensor) -> NoReturn:
+        """Refused: an FCMAE sees the visible patches only."""
+        raise ValueError("An FCMAE has no features of whole images: use `model.encoder.forward_features(images)`.")
 
     def forward_encoder(self, images: Tensor, layout: PackedLayout) -> Tensor:
         """Features of the visible patches, in `layout.ids` order: `[B, K, num_features]`."""

@@ -45,14 +45,40 @@ def _run_command(name: str, device: str, set_up: Callable[[World], Run | None]) 
         say("Stopped before training.", error=True)
         return 130
     finally:
-        release_locks()
-        end_workers({*multiprocessing.active_children()} - others)
-        if world is not None:
-            world.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    say(stopped(name, run) if run.stop else run.done())
+        _clean(world, others)
+    say(stopped(run, resume_command(name, run.folder.path.name)) if run.stop else run.done())
     return {"SIGINT": 130, "images": 1}.get(run.stop, 0)  # as a shell has it, so that `pretrain && finetune` ends
+
+
+def _clean(world: World | None, others: set[BaseProcess]) -> None:
+    """Frees everything that a run holds; `others` are child processes that are not its own."""
+    release_locks()
+    end_workers({*multiprocessing.active_children()} - others)
+    if world is not None:
+        world.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def call_run(name: str, device: str, set_up: Callable[[World], Run | None]) -> Run | None:
+    """The same for a call from Python: errors are raised, and a run that stops early is one. None after a dry run."""
+    world, others = None, {*multiprocessing.active_children()}
+    try:
+        world = World(device, name)
+        run = set_up(world)
+        if run is None:
+            return None
+        train(run)
+    except NotFiniteError as e:
+        assert run is not None
+        raise RuntimeError(not_finite(e, run)) from e
+    finally:
+        _clean(world, others)
+    if run.stop:
+        same = f"the same call and experiment={run.folder.path.name!r}, resume='auto'"
+        raise (DataError if run.stop == "images" else KeyboardInterrupt)(stopped(run, same))
+    say(run.done())
+    return run
 
 
 def ended_by(name: str, error: Exception, world: World | None, run: Run | None) -> int:
@@ -83,27 +109,30 @@ def ended_by(name: str, error: Exception, world: World | None, run: Run | None) 
 def end_not_finite(name: str, error: NotFiniteError, run: Run, world: World) -> int:
     """Reports a loss that is not finite, which all processes found at once, and records how to repeat it."""
     if world.primary:
-        record, limit = run.record_bad_step(error, weights=True), run.limits.max_bad_steps
-        skipped = f" More than --max-bad-steps {limit} updates had such a loss." if limit else ""
-        world.report(
-            f"{PROGRAM} {name}: error: {error}{skipped} Update {error.number + 1} was not made and the last checkpoint "
-            "is whole. Usual remedies, then --resume auto: --amp-dtype bfloat16 or no --amp, --clip-grad 1, "
-            f"{run.remedy}.{run.repeat(record)}"
-        )
+        world.report(f"{PROGRAM} {name}: error: {not_finite(error, run)}")
     else:
         with contextlib.suppress(RuntimeError):
             world.wait()  # or torchrun would end rank 0 while it writes
     return 1
 
 
-def stopped(name: str, run: Run) -> str:
-    """Where and why a run stopped early, and how it resumes."""
+def not_finite(error: NotFiniteError, run: Run) -> str:
+    """Records how to repeat an update whose loss is not finite; returns the message about it."""
+    record, limit = run.record_bad_step(error, weights=True), run.limits.max_bad_steps
+    skipped = f" More than --max-bad-steps {limit} updates had such a loss." if limit else ""
+    return (
+        f"{error}{skipped} Update {error.number + 1} was not made and the last checkpoint is whole. Usual remedies, "
+        f"then --resume auto: --amp-dtype bfloat16 or no --amp, --clip-grad 1, {run.remedy}.{run.repeat(record)}"
+    )
+
+
+def stopped(run: Run, resume: str) -> str:
+    """Where and why a run stopped early, and with what it resumes."""
     progress, plan = run.progress, run.plan
     where = f"after epoch {progress.epoch} of {plan.epochs}"
     if progress.update:
         size = plan.updates_in(progress.epoch)
         where = f"in epoch {progress.epoch + 1} of {plan.epochs}, update {progress.update} of {size}"
-    resume = resume_command(name, run.folder.path.name)
     if run.stop != "images":
         return f"Stopped by {run.stop} {where}; everything is saved. Resume with\n  {resume}"
     names = "\n".join(f"  {why}" for why in progress.bad_images.values())

@@ -176,6 +176,8 @@ class World(Processes):
 
     def watch_signals(self) -> None:
         """After one of the `SIGNALS`, the run stops after the update; after a second one, at once."""
+        if threading.current_thread() is not threading.main_thread():  # a caller's thread gets no signals
+            return
 
         # Python runs a handler only while its main thread runs Python; if that waits in a collective, a thread counts
         def ask(number: int, _frame) -> None:
@@ -188,7 +190,7 @@ class World(Processes):
             del self._handlers[signal.SIGHUP]
         for number in self._handlers:
             signal.signal(number, ask)
-        if self._wakeup is None and threading.current_thread() is threading.main_thread():
+        if self._wakeup is None:
             self._wakeup = os.pipe()
             os.set_blocking(self._wakeup[1], False)
             signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)

@@ -1,5 +1,6 @@
 """Opens the source that options name."""
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from ..formats.files import printable
 from ..formats.pixels import PLAIN, Pixels, one_page
 from ..formats.values import noting_stored
 from ..paths.listing import Dirs, Listing, list_files, origins_of
-from .files import FolderSource, PageSource
+from .files import FolderSource, ImageFiles, PageSource
 from .groups import sampling_groups
 from .picked import JoinedSource
 from .source import Bad, Source
@@ -59,6 +60,18 @@ def create_source(
     if prefix in MAPS:
         return TimmSource(data_set, root, in_chans, pixels)
     raise unknown_dataset(name)
+
+
+def open_images(
+    images: str | os.PathLike | Sequence[str | os.PathLike], in_chans: int = 3, pixels: Pixels = PLAIN
+) -> Source:
+    """Image files in the given order; or all images of folders, `.tar` files and patterns, see `create_source`."""
+    places = [os.fspath(one) for one in ([images] if isinstance(images, str | os.PathLike) else images)]
+    if not places:
+        raise ValueError("No images given. Give files, folders, .tar files or patterns such as 'scans/**/*.png'.")
+    if all(os.path.isfile(place) and not place.endswith(".tar") for place in places):
+        return ImageFiles(places, in_chans, pixels.check(in_chans))
+    return _open_files(ImagePaths.of(places), in_chans, pixels.check(in_chans), None, None)
 
 
 def _root_of(paths: ImagePaths, dataset: str, source_weights: Sequence[float] | None) -> str | None:

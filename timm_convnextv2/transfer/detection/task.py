@@ -8,7 +8,7 @@ from ...files import write_json
 from ...runs.device import check_device
 from ...runs.world import World
 from ..backbone import Backbone
-from ..config import DetectConfig, DetectEvalConfig, DetectUse
+from ..config import DetectConfig, DetectEvalConfig
 from ..loop import Samples, sampled
 from ..task import Task, new_backbone
 from ..yolo import find_yolo
@@ -32,7 +32,9 @@ class DetectionTask(Task):
     def __init__(self, config: DetectConfig | DetectEvalConfig) -> None:
         self._how: Any = dict(workers=config.compute.workers, amp_dtype=config.compute.autocast)
         if isinstance(config, DetectEvalConfig):
-            self.model, self.classes, self.backbone = open_exported(config)
+            self.model, self.classes, self.backbone = open_exported(
+                config.model, config.compute.device, config.compute.nodata
+            )
             masks = not self.model.made_of["boxes_only"]
             coco = self._open(config, "val", masks)
             where = (f"'{coco.file}'", f"the model '{config.model}'")
@@ -127,8 +129,8 @@ def most_objects(config: DetectConfig | DetectEvalConfig, *parts: Coco) -> int:
     return config.data.max_objects or max(MAX_OBJECTS, *(coco.most_objects for coco in parts))
 
 
-def open_exported(config: DetectUse) -> tuple[Any, list[str], Backbone]:
+def open_exported(name: str, device: str, nodata: float | None) -> tuple[Any, list[str], Backbone]:
     """The detector of `eval` and `predict`, its classes, and how it reads images."""
-    device = check_device(config.compute.device)
-    detector, classes = open_with_classes(config.model)
-    return detector.to(device), classes, detector.backbone.body.read_with(config.compute.nodata)
+    where = check_device(device)
+    detector, classes = open_with_classes(name)
+    return detector.to(where), classes, detector.backbone.body.read_with(nodata)
