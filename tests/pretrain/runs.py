@@ -25,7 +25,7 @@ DATA = ["--train-num-samples", "32", "--img-size", "64", "--patch-size", "4", "-
 DATA += ["--device", "cpu"]
 BANDS = ["--mean", *["0.5"] * 5, "--std", *["0.3"] * 5]
 # AdamW turns rounding of gradients near zero into whole steps; SGD keeps it rounding
-SGD = ["--opt", "sgd", "--lr-base", "1.6"]
+SGD = ["--opt", "sgd", "--lr-base", "1.6", "--lr-base-scale", "linear"]
 CASES = {
     "plain": ["--model-kwargs", "depths=[1,1,2,1]", "dims=[8,8,16,16]", "drop_path_rate=0.3", "--lr", "1e-2"],
     "ema": ["--model-ema", "--model-ema-decay", "0.9", "--model-ema-warmup"],

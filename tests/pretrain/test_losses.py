@@ -18,7 +18,7 @@ def test_same_losses(tmp_path, no_images, monkeypatch):
         return output
 
     monkeypatch.setattr(FCMAETask, "forward", noted)
-    options = "--train-num-samples 40 --batch-size 4 --img-size 40 --patch-size 1 --epochs 5 --lr-base 0.05 --workers 0"
+    options = "--train-num-samples 40 --batch-size 4 --img-size 40 --patch-size 1 --epochs 5 --lr 7.8125e-4 --workers 0"
     options += " --decoder-dim 32 --warmup-epochs 1 --recon-interval 100 --device cpu --experiment r"
     kwargs = ["--model-kwargs", "depths=(1,1,2,1)", "dims=(16,24,32,40)", "drop_path_rate=0.1"]
     assert main([*options.split(), *kwargs, "--output", str(tmp_path)]) == 0

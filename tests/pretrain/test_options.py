@@ -67,7 +67,7 @@ def test_config_errors(tmp_path, capsys, settings, words):
     "line, warmup",
     [
         (["--epochs", "800"], 40), (["--epochs", "1600"], 40), (["--epochs", "100"], 5),
-        (["--epochs", "10", "--warmup-epochs", "3"], 3), ([], 40),
+        (["--epochs", "10", "--warmup-epochs", "3"], 3),
     ],
 )  # fmt: skip
 def test_default_warmup(line, warmup):
@@ -79,7 +79,7 @@ def test_embedded_defaults_give_way():
     assert (args.dataset, args.epochs, args.img_size, args.warmup_epochs) == ("embedded", 6, 56, 0.5)
     assert options_of(["--epochs", "3", "--batch-size", "16"]).batch_size == 16
     args = options_of(["--data-dir", "x"])
-    assert (args.dataset, args.epochs, args.img_size, args.workers) == ("", 800, 224, 4)
+    assert (args.dataset, args.epochs, args.img_size, args.workers) == ("", None, 224, 4)
 
 
 @pytest.mark.parametrize("options", [[], ["--amp"], ["--model-ema"], ["--grad-checkpointing"]])

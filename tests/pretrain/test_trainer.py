@@ -112,8 +112,8 @@ def test_only_the_first_process_complains(tmp_path, monkeypatch, capsys, rank):
 @pytest.mark.parametrize("warmup, epochs", [(1.5, 4), (0, 2), (1, 4)])
 def test_learning_rate_is_the_official_schedule(tmp_path, no_images, updates, warmup, epochs):
     out = run(
-        tmp_path / "r", "--lr-base", "0.064", "--min-lr", "1e-4", "--warmup-epochs", str(warmup),
-        "--grad-accum-steps", "2", epochs=epochs,
+        tmp_path / "r", "--lr-base", "0.064", "--lr-base-scale", "linear", "--min-lr", "1e-4",
+        "--warmup-epochs", str(warmup), "--grad-accum-steps", "2", epochs=epochs,
     )  # fmt: skip
     peak, rates = 0.064 * 8 * 2 / 256, []
     for iteration in range(2 * epochs):

@@ -116,11 +116,17 @@ class Schedule:
         None,
         "images per update over all processes; sets the accumulation steps, and --batch-size becomes the per-process "
         "maximum", metavar="N", at_least=1)
-    epochs: int = option(800, "", metavar="N", at_least=1)
+    epochs: int | None = option(
+        None, "passes over the images (default: 800, but at least 7,500 and at most 250,000 updates)", metavar="N",
+        at_least=1)
     warmup_epochs: float | None = option(
         None, "epochs of linear warmup (default: a twentieth of --epochs, at most 40)", metavar="N", at_least=0)
-    lr_base: float = option(1.5e-4, "lr = lr_base * images per update / lr_base_size", metavar="X", at_least=0)
-    lr_base_size: int = option(256, "", metavar="N", at_least=1)
+    lr_base: float = option(
+        6e-4, "learning rate for lr_base_size images per update; the paper's for its 4096", metavar="X", at_least=0)
+    lr_base_size: int = option(256, "images per update that --lr-base is meant for", metavar="N", at_least=1)
+    lr_base_scale: str = option(
+        "sqrt", "how the learning rate follows the images of an update; the paper's linear with --lr-base 1.5e-4",
+        choices=("sqrt", "linear"))
     lr: float | None = option(None, "peak learning rate; replaces --lr-base", metavar="X", at_least=0)
 
 

@@ -1,5 +1,6 @@
 """Length and learning rate of a run, and from which checkpoints it may resume."""
 
+import math
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,12 +19,16 @@ ARCHITECTURE += ("weights", "holdout")
 # same images per update, whichever process takes them.
 STREAM_ORDER = ("batch_size", "grad_accum_steps")
 
+PAPER_EPOCHS, PAPER_UPDATES = 800, 250_000  # ImageNet-1K, 4096 images per update
+MIN_UPDATES = 7_500
+
 
 def make_plan(schedule: Schedule, batches_per_epoch: int, num_images: int, world_size: int) -> Plan:
-    """Counts updates and scales the learning rate with the images of an update (paper, appendix A.1).
+    """Counts updates and scales the learning rate with the images of an update.
 
     Refuses a data set that is too small for one update. `batches_per_epoch` counts those of one process.
     """
+    assert schedule.epochs is not None
     batch, steps = schedule.batch_size, schedule.grad_accum_steps
     images, updates = batch * steps * world_size, batches_per_epoch // steps
     if not updates:
@@ -31,8 +36,16 @@ def make_plan(schedule: Schedule, batches_per_epoch: int, num_images: int, world
             f"An update takes {images} images ({batch} x {steps} steps x {world_size} processes), but the data set "
             f"has {num_images}. Lower --grad-accum-steps or --batch-size."
         )
-    lr = schedule.lr if schedule.lr is not None else schedule.lr_base * images / schedule.lr_base_size
+    ratio = images / schedule.lr_base_size
+    scale = math.sqrt(ratio) if schedule.lr_base_scale == "sqrt" else ratio  # the square root as timm's train.py
+    lr = schedule.lr if schedule.lr is not None else schedule.lr_base * scale
     return Plan(schedule.epochs * updates, updates, images, lr, round((schedule.warmup_epochs or 0) * updates))
+
+
+def usual_epochs(updates_per_epoch: int) -> int:
+    """The paper's 800 epochs; more if these are few updates, fewer if they are more than the paper's 250,000."""
+    updates = max(1, updates_per_epoch)
+    return max(math.ceil(MIN_UPDATES / updates), min(PAPER_EPOCHS, PAPER_UPDATES // updates))
 
 
 def split_batch(global_batch_size: int, most: int, world_size: int) -> tuple[int, int]:

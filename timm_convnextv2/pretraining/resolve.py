@@ -19,11 +19,12 @@ from ..models.masking import random_channels
 from ..runs.group import Processes, on_primary
 from ..runs.progress import with_progress
 from .config import AUTO, Crops, PretrainConfig
+from .plan import PAPER_EPOCHS, usual_epochs
 from .start import Start, open_start, open_weights
 
 # Without --data-dir and --dataset: a run of about two minutes on two CPU cores.
 EMBEDDED_DEFAULTS = dict(
-    dataset="embedded", train_num_samples=512, img_size=56, patch_size=1, batch_size=16, epochs=6, lr_base=1.6e-2,
+    dataset="embedded", train_num_samples=512, img_size=56, patch_size=1, batch_size=16, epochs=6, lr_base=4e-3,
     workers=0, experiment="embedded",
 )  # fmt: skip
 USUAL = {1: ((0.5,), (0.25,)), 3: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}  # mean and std by channels
@@ -60,7 +61,8 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
     config.pixels.to_pixels(config.crops.in_chans)  # refuses contradictions now
     check_bands(config.measures.show_bands, config.crops.in_chans)
     config = evolve(config, **_normalization(config.crops, start))
-    return evolve(config, **_intervals(config)), start
+    check_measures(config)
+    return (evolve(config, **intervals(config)) if config.schedule.epochs else config), start
 
 
 def _input_size(crops: Crops, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,18 +100,38 @@ def _normalization(crops: Crops, start: Start | None) -> dict[str, Any]:
     return found
 
 
-def _intervals(config: PretrainConfig) -> dict[str, Any]:
+def check_measures(config: PretrainConfig) -> None:
+    """Refuses --keep-best without the option that measures it."""
+    best = config.measures.keep_best
+    if best and not (config.selection.holdout if best == "loss" else config.measures.probe_dir):
+        needed = "--holdout X" if best == "loss" else "--probe-dir DIR"
+        raise ValueError(f"--keep-best {best} needs {needed}, which measures it.")
+
+
+def length(config: PretrainConfig, before: Mapping[str, Any], updates_per_epoch: int) -> tuple[PretrainConfig, str]:
+    """Sets the epochs if they are open, and what follows from them.
+
+    A run that resumes keeps its epochs in `before`. Returns the config, and a line about the choice or ''.
+    """
+    if config.schedule.epochs is not None:
+        return config, ""
+    epochs = before.get("epochs") or usual_epochs(updates_per_epoch)
+    config = evolve(config, epochs=epochs)
+    line = f"--epochs {epochs}: {epochs * updates_per_epoch} updates"
+    if epochs != PAPER_EPOCHS:
+        line += f"; the paper's {PAPER_EPOCHS} epochs would be {PAPER_EPOCHS * updates_per_epoch}"
+    return evolve(config, **intervals(config)), line
+
+
+def intervals(config: PretrainConfig) -> dict[str, Any]:
     """Warmup and intervals in proportion to the number of epochs."""
     schedule, measures, epochs = config.schedule, config.measures, config.schedule.epochs
+    assert epochs is not None
     warmup = schedule.warmup_epochs
     if warmup is None:
         warmup = min(40, epochs / (12 if config.data_set.dataset == "embedded" else 20))
     if not warmup < epochs:
         raise ValueError(f"--warmup-epochs {warmup:g} must lie below --epochs {epochs}.")
-    best = measures.keep_best
-    if best and not (config.selection.holdout if best == "loss" else measures.probe_dir):
-        needed = "--holdout X" if best == "loss" else "--probe-dir DIR"
-        raise ValueError(f"--keep-best {best} needs {needed}, which measures it.")
     drawn = measures.recon_interval or max(1, epochs // 10)
     return {
         "warmup_epochs": warmup,

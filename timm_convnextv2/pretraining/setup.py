@@ -39,7 +39,7 @@ from .messages import about_run, ema_warnings, memory_line
 from .plan import make_plan, resume_progress, split_batch
 from .probe import Probe, Rows, random_encoder
 from .replay import read_record
-from .resolve import measure
+from .resolve import length, measure
 from .start import Start, create_model, open_start, short_name
 from .trainer import check_compile_backend, create_trainer
 
@@ -72,6 +72,7 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     config, measured = measure(config, before, partial(open_source, config, listing, world.primary), world)
     batches = open_data(config, model, listing, world)
     check_input(batches.inputs)
+    config, chosen = length(config, before, batches.per_epoch // config.schedule.grad_accum_steps)
     labelled = config.measures.probe_dir if world.primary else None
     probe = open_probe(config, labelled, world.device) if labelled else None
     plan = make_plan(config.schedule, batches.per_epoch, batches.num_images, world.size)
@@ -86,7 +87,7 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     about = [about_run(config.network.model, model, plan, batches.num_images, world)]
     if batches.held_out is not None:
         about.append(f"{len(batches.held_out)} more images are held out, for eval_loss")
-    about += [*batches.sampling(), *filter(None, [measured]), input_line(batches.inputs)]
+    about += [*batches.sampling(), *filter(None, [chosen, measured]), input_line(batches.inputs)]
     for warning in [*input_warnings(batches.inputs), *ema_warnings(config.average, plan.updates)]:
         say(f"warning: {warning}", error=True)
     if config.dry_run:
