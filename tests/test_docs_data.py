@@ -112,12 +112,13 @@ def draw_frames() -> None:
 
 
 def draw_pages() -> None:
-    Path("pages").mkdir()
+    Path("pages").mkdir(), Path("crops").mkdir()
     for i in range(4):
         page = np.full((160, 120), 255, np.uint8)
         for row in range(12, 150, 8):  # lines of text
             page[row : row + 4, 10:110] = np.random.default_rng([i, row]).choice([0, 255], (4, 100))
         Image.fromarray(page).save(f"pages/{i}.png")
+        Image.fromarray(page[:64, :64]).save(f"crops/{i}.png")
 
 
 DRAWN = {
