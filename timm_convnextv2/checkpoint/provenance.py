@@ -16,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from ..console import closest
 from ..data import Pixels
+from ..data.formats.pixels import STANDARDIZE
 
 WEIGHTS = "model.safetensors"
 OFFICIAL_LICENSE = "cc-by-nc-4.0"  # of all weights that the authors published
@@ -82,6 +83,7 @@ _TYPES: dict[str, _Test] = {
     "a list of numbers, one per channel": _list(_number),
     "a list of numbers above 0, one per channel": _list(_positive),
     "a list of numbers or null, one per class": lambda v: v == [] or _list(lambda w: w is None or _number(w))(v),
+    "'channel' or 'image'": lambda v: v in STANDARDIZE,
     "'file', or a centre and a width": lambda v: v == "file" or _list(_number, 2)(v),
     "a string or a list of strings": lambda v: isinstance(v, str) or _list(_line)(v),
     "a list of strings": lambda v: v == [] or _list(_line)(v),
@@ -140,6 +142,7 @@ _SECTIONS = {
         "clip_low clip_high": "a list of numbers, one per channel",
         "pages": "a whole number from 0, or 'channels'",
         "dicom_window": "'file', or a centre and a width",
+        "standardize": "'channel' or 'image'",
     },
 }
 MODEL_ARGS = _SECTIONS["model_args"]

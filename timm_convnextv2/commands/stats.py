@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import option, part
 from ..console import say
 from ..data import (
@@ -28,6 +30,7 @@ from ..data import (
     pages_and_windows,
 )
 from ..data.config import one_data_dir
+from ..data.measure.pixel_statistics import PixelStatistics
 from ..data.measure.sample import ERROR, Measured, find_channels, measure_pixels, measured_options, suggestions
 from ..data.paths.find import find_files
 from ..data.paths.listing import Dirs, as_list, base_of
@@ -144,17 +147,32 @@ def option_lines(found: Measured, pixels: Pixels, suggested: dict[str, str]) -> 
     for name, values in (("clip-low", pixels.clip_low), ("clip-high", pixels.clip_high)):
         if values is not None:
             reasons[f"--{name} {' '.join(f'{v:g}' for v in values)}"] = "limits of the pixels"
+    standardize = f"--standardize {pixels.standardize}"
+    if pixels.standardize is not None:
+        reasons[standardize] = "as given; mean and std are then 0 and 1"
     numbers = " ".join(["--mean", *(f"{v:g}" for v in mean), "--std", *(f"{v:g}" for v in std)])
     # measured without the suggestions, which change the pixels
-    reasons |= (
-        {**suggested, "--mean auto --std auto": "measured at the start"} if suggested else {numbers: found.source}
-    )
+    measured = {"--mean auto --std auto": "measured at the start"} if suggested else {numbers: found.source}
+    reasons |= {**suggested, **({} if standardize in reasons else measured)}
     longest = min(24, max(map(len, reasons)))
     lines = [
         f"  {option:{longest}}  {reason}" if len(option) <= 24 else f"  {option}\n  {'':{longest}}  {reason}"
         for option, reason in reasons.items()
     ]
     return ["Options of pretraining, and why:", *lines, "In one line, to paste:", f"  {' '.join(reasons)}"]
+
+
+def spread_note(found: PixelStatistics, pixels: Pixels) -> str:
+    """Advice if images differ more between each other than within and are not standardised; else ''."""
+    between, within = (float(np.sqrt(np.square(std).mean())) for std in (found.between, found.within))
+    if pixels.standardize is not None or found.images < 2 or between <= within:
+        return ""
+    return (
+        f"Images differ more between each other (standard deviation of their means {between:.2g}) than within (of "
+        f"pixels around the mean of their image {within:.2g}). If light and contrast mean nothing in your images, "
+        "pretrain with --standardize channel (or image, which keeps the ratios of channels) instead of --mean and "
+        "--std."
+    )
 
 
 def stats(config: StatsConfig) -> None:
@@ -176,6 +194,8 @@ def stats(config: StatsConfig) -> None:
         say(f"Up to {missing:.2%} of a channel's pixels are nodata, NaN or infinite{hint}.")
     say(table(content))
     say(f"Written: {output}, {figure}")
+    if note := spread_note(found.pixels, pixels):
+        say(note)
     say("\n".join(option_lines(found, pixels, content["suggested"])))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..config import option
 from .formats.axes import CHANNELS
-from .formats.pixels import Pixels, one_page
+from .formats.pixels import STANDARDIZE, Pixels, one_page
 from .paths.listing import Dirs, as_list
 
 
@@ -73,6 +73,9 @@ class PixelOptions:
         metavar="X",
         parse=_window_word,
     )
+    standardize: str | None = option(
+        None, "bring each channel of each image, or each image, to mean 0 and variance 1", choices=STANDARDIZE
+    )
     pages: tuple[int | str, ...] | None = option(
         None,
         "of TIFF, stacks, DICOM: all, numbers from 0 (each an image), first, channels",
@@ -85,7 +88,8 @@ class PixelOptions:
         """The options that make this record."""
         window = (pixels.dicom_window,) if isinstance(pixels.dicom_window, str) else pixels.dicom_window
         pages = None if pixels.page is None else (pixels.page,)
-        return cls(pixels.nodata, pixels.divide, None, pixels.clip_low, pixels.clip_high, window, pages)
+        limits = pixels.clip_low, pixels.clip_high
+        return cls(pixels.nodata, pixels.divide, None, *limits, window, pixels.standardize, pages)
 
     def to_pixels(self, in_chans: int | None = None) -> Pixels:
         """The record, checked against `in_chans` if given; --clip-percentiles adds its limits after measuring."""
@@ -94,7 +98,7 @@ class PixelOptions:
                 "--clip-percentiles {:g} {:g}: expected 0 <= LO < HI <= 100.".format(*self.clip_percentiles)
             )
         page, window = one_page(check_pages(self.pages)), _window(self.dicom_window)
-        pixels = Pixels(self.nodata, self.divide, self.clip_low, self.clip_high, page=page, dicom_window=window)
+        pixels = Pixels(self.nodata, self.divide, self.clip_low, self.clip_high, page, window, self.standardize)
         return pixels if in_chans is None else pixels.check(in_chans)
 
 

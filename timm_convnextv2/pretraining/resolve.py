@@ -60,7 +60,7 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
     config = replace(config, pixels=_pixels(config.pixels, start, given))
     config.pixels.to_pixels(config.crops.in_chans)  # refuses contradictions now
     check_bands(config.measures.show_bands, config.crops.in_chans)
-    config = evolve(config, **_normalization(config.crops, start))
+    config = evolve(config, **_normalization(config, start))
     check_measures(config)
     return (evolve(config, **intervals(config)) if config.schedule.epochs else config), start
 
@@ -83,10 +83,21 @@ def _pixels(pixels: PixelOptions, start: Start | None, given: Mapping[str, Any])
     return PixelOptions.of(start.pixels) if start and pixels == PixelOptions() else pixels
 
 
-def _normalization(crops: Crops, start: Start | None) -> dict[str, Any]:
-    """`mean` and `std`: as given, the start model's, or the usual ones for the channels; unusual ones are measured."""
+def _normalization(config: PretrainConfig, start: Start | None) -> dict[str, Any]:
+    """`mean` and `std`: as given, the start model's, or the usual ones for the channels; unusual ones are measured.
+
+    They are 0 and 1 for images that are standardised one by one.
+    """
+    crops, standardize = config.crops, config.pixels.standardize
     found = {"mean": crops.mean, "std": crops.std}
-    if start and found == {"mean": None, "std": None}:
+    if standardize is not None:
+        for name, value in (("mean", 0.0), ("std", 1.0)):
+            own = (value,) * crops.in_chans
+            if found[name] not in (None, (AUTO,), own):
+                raise ValueError(f"--{name} is {value:g} with --standardize {standardize}: leave it out.")
+            found[name] = own
+        return found
+    if start and start.pixels.standardize is None and found == {"mean": None, "std": None}:
         found |= start.normalization(crops.in_chans)
     if found == {"mean": None, "std": None}:
         found["mean"], found["std"] = USUAL.get(crops.in_chans, ((AUTO,), (AUTO,)))

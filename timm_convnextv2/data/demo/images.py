@@ -9,6 +9,7 @@ import torch
 
 from ..formats.decode import check_index
 from ..formats.pillow import Choose
+from ..formats.pixels import PLAIN, Pixels
 from ..sources.source import Source
 
 Shape = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
@@ -95,12 +96,14 @@ class DemoSource(Source):
 
     classes = tuple(_SHAPES)
 
-    def __init__(self, length: int = 2048, size: int = 128, in_chans: int = 3, seed: int = 0) -> None:
+    def __init__(
+        self, length: int = 2048, size: int = 128, in_chans: int = 3, seed: int = 0, pixels: Pixels = PLAIN
+    ) -> None:
         if in_chans not in (1, 3):
             raise ValueError(f"The demo data set has 1 or 3 channels, got in_chans={in_chans}.")
         if length < 1 or size < 8 or seed < 0:
             raise ValueError(f"Expected length >= 1, size >= 8 and seed >= 0, got {length}, {size} and {seed}.")
-        super().__init__(in_chans)
+        super().__init__(in_chans, pixels)
         self.length, self.size, self.seed = length, size, seed
 
     def __len__(self) -> int:
@@ -121,11 +124,11 @@ class DemoSource(Source):
         return draw(list(_SHAPES.values())[self.label(i)], _Dice(self.seed, i), self.size)
 
     def read(self, i: int, choose: Choose | None = None, seed: int | None = None) -> torch.Tensor:
-        """Renders image `i`, uint8 `[C, size, size]`."""
+        """Renders image `i`, uint8 `[C, size, size]`, or float32 if the record standardises it."""
         image = self._draw(i)[0]
         if self.in_chans == 1:
             image = np.tensordot(np.array([[0.299, 0.587, 0.114]], dtype=np.float32), image, axes=1)
-        return torch.from_numpy((image * 255 + 0.5).astype(np.uint8))
+        return self.pixels.standardized(torch.from_numpy((image * 255 + 0.5).astype(np.uint8)))
 
 
 def _smoothstep(t: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from .npy import NpyScene, is_npy, npy_header
 from .pillow import Choose, load_pillow, pillow_header, pillow_pages, pillow_size
 from .pixels import PLAIN, Pixels
 from .tiff import TiffScene, is_tiff, load_tiff, tiff_header, tiff_pages
+from .values import noting
 from .zarr import ZarrScene, is_zarr, zarr_header, zarr_pages
 
 _NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # Pillow also opens documents, videos and records
@@ -109,7 +110,7 @@ def load_image(path: str | os.PathLike, in_chans: int = 3, pixels: Pixels = PLAI
     Returns:
         `[C, H, W]`: uint8 for 8-bit images; otherwise float32, where integers are divided by the largest value of
         their type and floats are kept as stored. 16-bit colour PNG comes as 8-bit, which is all that Pillow gives.
-        With a divisor or limits, always float32.
+        With a divisor, limits or `standardize`, always float32.
 
     Raises:
         ImageError: (a ValueError) The file cannot be decoded, is not a regular file, has another number of channels,
@@ -137,8 +138,15 @@ def decode(
     """
     with faults_named(name), _opened(file, name) as (opened, family):
         if family.load is None:
-            return family.scene(opened, in_chans, pixels).load()
-        return family.load(opened, in_chans, pixels, *((choose, convert) if family is _PILLOW else ()))
+            image = family.scene(opened, in_chans, pixels).load()
+        else:
+            image = family.load(opened, in_chans, pixels, *((choose, convert) if family is _PILLOW else ()))
+        return finished(image, pixels)
+
+
+def finished(image: Any, pixels: Pixels) -> Any:
+    """What a reader decoded, standardised if `pixels` has it; measurements keep the gaps."""
+    return image if pixels.standardize is None else pixels.standardized(image, keep_gaps=noting())
 
 
 @contextmanager

@@ -124,6 +124,8 @@ class Scene:
     def read(self, top: int, left: int, height: int, width: int) -> torch.Tensor:
         """A part as `[C, height, width]`, as `load_image` decodes it; nodata gets the mean of this part.
 
+        It is not standardised yet: if the record of pixels says so, nodata is NaN.
+
         Raises:
             EmptyError: (an ImageError) The part is nodata everywhere.
         """

@@ -11,7 +11,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from .errors import ImageError, refuse_page, wrong_channels
 from .files import Header
 from .pixels import PLAIN, Pixels
-from .values import fill_nodata, note_clear, noting, scaled
+from .values import fill_nodata, gaps_stay, note_clear, noting, scaled
 
 _GREY = ("1", "L", "LA", "La", "I", "F")
 
@@ -146,7 +146,7 @@ def convert_image(
         filled, gone = fill_nodata(np.array(image).transpose(2, 0, 1), pixels, tag, masked)
         image = Image.fromarray(np.ascontiguousarray(filled.transpose(1, 2, 0)))
         pixels, tag, named = pixels._replace(nodata=None), None, False
-        masked = np.asarray(gone.all(0)) if noting() else None
+        masked = np.asarray(gone.all(0)) if gaps_stay(pixels) else None
     image = to_mode(image, in_chans)
     if not is_8_bit(image):
         x = np.asarray(image)
@@ -157,5 +157,5 @@ def convert_image(
         return scaled(x[None], pixels, tag, masked=masked).repeat(in_chans, 1, 1)
     x = np.array(image)
     x = x[None] if in_chans == 1 else x.transpose(2, 0, 1)
-    plain = not named and pixels.divide is None and not noting()
+    plain = not named and masked is None and pixels.divide is None and not noting()
     return torch.from_numpy(x) if plain else scaled(x, pixels, tag, masked=masked)

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+STD_FLOOR = 1e-3  # a quarter of a grey level of 8 bits: noise of a constant image is not amplified
+STANDARDIZE = ("channel", "image")
+
 
 class Pixels(NamedTuple):
     """How stored values become the pixels that mean and std refer to."""
@@ -21,6 +24,8 @@ class Pixels(NamedTuple):
     # DICOM values that become 0 to 1: centre and width, or 'file' for the window that each file names. None: the full
     # range of the stored bits, or the rescaled values if the file rescales
     dicom_window: str | tuple[float, float] | None = None
+    # 'channel': each channel of each image gets mean 0 and variance 1; 'image': all channels together
+    standardize: str | None = None
 
     @property
     def plain(self) -> bool:
@@ -38,6 +43,8 @@ class Pixels(NamedTuple):
             raise ValueError(f"dicom_window is 'file' or a centre and a width above 0, got {window} (--dicom-window).")
         if window is not None and divide is not None:
             raise ValueError("dicom_window already gives 0 to 1: leave out divide (--dicom-window, --divide).")
+        if self.standardize not in (None, *STANDARDIZE):
+            raise ValueError(f"standardize is 'channel' or 'image', got {self.standardize!r} (--standardize).")
         if (limits[0] is None) != (limits[1] is None):
             raise ValueError("clip limits come in pairs: give both low and high ones (--clip-low, --clip-high).")
         for name, values in zip(("clip_low", "clip_high"), limits, strict=True):
@@ -57,6 +64,21 @@ class Pixels(NamedTuple):
         low, high = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.clip_low, self.clip_high))
         return torch.minimum(torch.maximum(image, low), high)
 
+    def standardized(self, image: torch.Tensor, keep_gaps: bool = False) -> torch.Tensor:
+        """A decoded image `[C, H, W]` or window with mean 0 and variance 1, float32; itself without `standardize`.
+
+        NaN, which decoding leaves for nodata if `standardize` is set, does not count and becomes 0, or stays with
+        `keep_gaps`. The standard deviation has the floor `STD_FLOOR`, in units of the pixels; a constant image is 0.
+        """
+        if self.standardize is None:
+            return image
+        x = image.double() / (255 if image.dtype == torch.uint8 else 1)  # sums of floats with large offsets cancel
+        over = (1, 2) if self.standardize == "channel" else (0, 1, 2)
+        x -= x.nanmean(over, keepdim=True)
+        std = x.square().nanmean(over, keepdim=True).sqrt().clamp(min=STD_FLOOR)
+        x = (x / std).float()
+        return x if keep_gaps else x.nan_to_num(nan=0.0)
+
     def record(self) -> dict[str, Any]:
         """The values that are set, by name, for a JSON or YAML file; NaN and infinity become text."""
         values = {k: [*v] if isinstance(v, tuple) else v for k, v in self._asdict().items() if v is not None}
@@ -73,7 +95,7 @@ class Pixels(NamedTuple):
         window = record.get("dicom_window")
         if window is not None and not isinstance(window, str):
             window = window[0] if len(window) == 1 else (float(window[0]), float(window[1]))
-        return cls(nodata, divide, low, high, one_page(record.get("pages")), window)
+        return cls(nodata, divide, low, high, one_page(record.get("pages")), window, record.get("standardize"))
 
     def __str__(self) -> str:
         """In words, for messages and the model card; '' if nothing is set."""
@@ -88,6 +110,8 @@ class Pixels(NamedTuple):
             parts.append("DICOM in the window that each file names")
         elif self.dicom_window is not None:
             parts.append("DICOM in the window with centre {:g} and width {:g}".format(*self.dicom_window))
+        if self.standardize is not None:
+            parts.append(f"each {'channel of each ' * (self.standardize == 'channel')}image to mean 0 and variance 1")
         return ", ".join(parts)
 
 

@@ -41,6 +41,11 @@ def noting_stored(measure: bool = True) -> Iterator[Stored]:
         _NOTED.reset(token)
 
 
+def gaps_stay(pixels: Pixels) -> bool:
+    """Whether decoding leaves nodata as NaN: in measurements, and until an image is standardised."""
+    return noting() or pixels.standardize is not None
+
+
 def noting() -> bool:
     """Whether a measurement is running."""
     return (stored := _NOTED.get()) is not None and stored.measure
@@ -79,11 +84,11 @@ def scaled(
     if 0 in x.shape:
         raise ImageError(f"is empty, shape {x.shape}")
     check_dtype(x.dtype, pixels.divide)
-    measured = noting()
     x, gone = fill_nodata(x, pixels, tag, masked)
     if x.dtype.kind in "fi":
         _refuse_unnamed(x, guess=pixels.nodata is None)
-    if x.dtype == np.uint8 and bits in (None, 8) and pixels.divide is None and not measured:
+    needs_float = pixels.divide is not None or noting() or gaps_stay(pixels) and gone.any()
+    if x.dtype == np.uint8 and bits in (None, 8) and not needs_float:
         return torch.from_numpy(np.array(x))
     largest = largest_value(x.dtype, bits)
     unit = pixels.divide or largest or 1
@@ -95,7 +100,7 @@ def scaled(
     # a divisor puts images with other bits on one scale
     whole = bits in (None, 8 * x.dtype.itemsize) or pixels.divide is not None
     note_stored(str(x.dtype) if whole else f"{x.dtype} ({bits} bits)", unit, largest)
-    if measured:
+    if gaps_stay(pixels):
         found[torch.from_numpy(gone)] = torch.nan
     return found
 

@@ -75,6 +75,18 @@ class PixelStatistics:
         return np.sqrt(self.squares / np.maximum(self.count, 1))
 
     @property
+    def between(self) -> np.ndarray:
+        """Standard deviation of the means of images, weighted by their pixels, `[C]`."""
+        pixels, sums = np.stack(self._of_images).transpose(1, 0, 2)
+        deviations = sums / np.maximum(pixels, 1) - self.mean
+        return np.sqrt((pixels * np.square(deviations)).sum(0) / np.maximum(self.count, 1))
+
+    @property
+    def within(self) -> np.ndarray:
+        """Standard deviation of pixels around the mean of their image, `[C]`."""
+        return np.sqrt(np.maximum(np.square(self.std) - np.square(self.between), 0))
+
+    @property
     def resolution(self) -> np.ndarray:
         """Width of the histogram's bins, `[C]`."""
         return np.array([math.ldexp(1.0, power) for power, _, _ in self._bins])
@@ -124,7 +136,8 @@ class PixelStatistics:
         if not count:
             return {"pixels": 0, "missing": 1.0}
         named = {f"p{p}": self._percentile(c, p) for p in PERCENTILES}
-        values = {"mean": self.mean[c], "std": self.std[c], "min": self.low[c], **named, "max": self.high[c]}
+        values = {"mean": self.mean[c], "std": self.std[c], "between": self.between[c], "within": self.within[c]}
+        values |= {"min": self.low[c], **named, "max": self.high[c]}
         values |= {"zeros": self.zeros[c] / count, "saturated": self.saturated[c] / count}
         values |= {"missing": self.missing[c] / (count + self.missing[c]), "resolution": self.resolution[c]}
         return {name: float(value) for name, value in values.items()} | {"pixels": count}

@@ -193,6 +193,8 @@ def measure_pixels(
 ) -> tuple[Measured, Pixels]:
     """Measures a data set; with percentiles, finds the limits first and then measures the clipped pixels.
 
+    Pixels are measured before images are standardised.
+
     Args:
         open_source: Opens the source with a record.
         pixels: The record, without the limits.
@@ -202,15 +204,17 @@ def measure_pixels(
     Returns:
         The statistics; the record with the limits.
     """
-    source = open_source(pixels)
+    plain = pixels._replace(standardize=None)
+    source = open_source(plain)
     found = measure(source, **options)
     if clip_percentiles is None:
         return found, pixels
     low, high = zip(*(_limits(found.pixels, c, clip_percentiles) for c in range(found.pixels.channels)), strict=True)
-    pixels = pixels._replace(clip_low=low, clip_high=high)
+    plain = plain._replace(clip_low=low, clip_high=high)
     # an indexed source is not listed or scanned again
-    source = open_source(pixels) if isinstance(source, TimmStream) else source.reading(source.in_chans, pixels)
-    return measure(source, **options)._replace(stored=found.stored), pixels
+    source = open_source(plain) if isinstance(source, TimmStream) else source.reading(source.in_chans, plain)
+    found = measure(source, **options)._replace(stored=found.stored)
+    return found, plain._replace(standardize=pixels.standardize)
 
 
 def _limits(found: PixelStatistics, c: int, percentiles: tuple[float, float]) -> tuple[float, float]:

@@ -50,11 +50,12 @@ def create_source(
         return _open_files(paths, in_chans, pixels, source_weights, listing)
     root = _root_of(paths, name, source_weights)
     if name == "embedded":
-        if pixels.divide is not None or pixels.clip_low is not None:
-            raise ValueError("The demo data set is 8-bit in 0..255: leave out --divide and clip limits.")
+        if pixels._replace(standardize=None) != PLAIN:
+            raise ValueError(f"The demo data set is 8-bit in 0..255 without nodata: leave out options on {pixels}.")
         from ..demo import DemoSource
 
-        return DemoSource(data_set.train_num_samples or 2048, 128, in_chans, int(data_set.train_split != "train"))
+        length, seed = data_set.train_num_samples or 2048, int(data_set.train_split != "train")
+        return DemoSource(length, 128, in_chans, seed, pixels=pixels)
     if prefix in STREAMS:
         return TimmStream(data_set, root, in_chans, pixels, order)
     if prefix in MAPS:

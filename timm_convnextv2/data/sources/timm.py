@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import ImageDataset
 
 from ..config import DataSet
-from ..formats.decode import check_index, decode
+from ..formats.decode import check_index, decode, finished
 from ..formats.errors import ImageError, MissingPackageError
 from ..formats.files import printable
 from ..formats.pillow import Choose, Reduced, from_pil
@@ -151,7 +151,7 @@ def decode_any(
             image = image.copy()  # converting rotates in place
             if convert is not None and pixels.plain:
                 return convert(image, in_chans)
-            return from_pil(image, in_chans, pixels)
+            return finished(from_pil(image, in_chans, pixels), pixels)
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
     if hasattr(image, "read"):

@@ -12,7 +12,7 @@ import torch
 from ...config import check_limits
 from ...seeds import sample_seed
 from ..config import WindowOptions
-from ..formats.decode import Scene, faults_named, open_scene
+from ..formats.decode import Scene, faults_named, finished, open_scene
 from ..formats.errors import EmptyError, ImageError
 from ..formats.pixels import Pixels
 from .source import Source, locate, of_each_file
@@ -34,6 +34,8 @@ def content(image: torch.Tensor, min_std: float) -> float:
     """
     cell = min(_CELL, *image.shape[1:])
     x = image.float() / 255 if image.dtype == torch.uint8 else image
+    if x.isnan().any():
+        x = torch.where(x.isnan(), x.nanmean((1, 2), keepdim=True), x)
     cells = x.unfold(1, cell, cell).unfold(2, cell, cell).flatten(3)
     return float((cells.std(3, correction=0) > min_std).any(0).float().mean())
 
@@ -55,7 +57,8 @@ class WindowSource(Source):
     `ceil(area / S**2)`, or `windows_per_image` times the number of images.
 
     A window that is nodata everywhere, or has less content than `min_content`, is drawn again, up to 16 times in total;
-    then the one with the most content is used. A source without files, or with smaller ones, is a ValueError.
+    then the one with the most content is used. With `Pixels.standardize` each window is standardised by itself. A
+    source without files, or with smaller ones, is a ValueError.
     """
 
     def __init__(self, source: Source, windows: WindowOptions, tick: Callable[[int], None] | None = None) -> None:
@@ -123,7 +126,7 @@ class WindowSource(Source):
             raise ImageError(f"{self.name(i)}: {reason}") from None
         if best is None:
             raise ImageError(f"{self.name(i)}: {_TRIES} windows were tried, the last {empty}")
-        return best
+        return finished(best, self.pixels)
 
     def pixels_of(self, i: int) -> Pixels:
         return self.pixels._replace(page=self.source.pixels_of(self.files[locate(self.ends, i)[0]]).page)

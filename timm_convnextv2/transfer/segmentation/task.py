@@ -61,9 +61,11 @@ class SegmentationTask(Task):
         if torch.distributed.is_initialized() and config.compute.device.startswith("cuda"):
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         train, self.validation = self._open("train"), self._open("validation")
+        # colours are distorted in 0..1, and standardising removes most of what is distorted
+        colours = crops.colours and self.backbone.pixels.standardize is None
         transform = TrainTransform(
             crops.img_size, self.backbone.mean, scale=crops.scale, short_side=config.averaging.short_side,
-            hflip=crops.hflip, vflip=crops.vflip, colours=crops.colours, ignore_index=ignored,
+            hflip=crops.hflip, vflip=crops.vflip, colours=colours, ignore_index=ignored,
         )  # fmt: skip
         self.samples = Samples(train, transform, config.learning.seed)
         self.data = f"{len(train)} images of {len(self.classes)} classes"
