@@ -17,7 +17,7 @@ from typing import Any, Literal, overload
 from .commands import compare as comparison
 from .config import build, from_keywords, read_yaml, words_of
 from .console import invocation
-from .features.collapse import BlockCollapse
+from .features.channels import BlockCollapse
 from .features.collapse_models import measure_collapse
 from .features.config import CollapseConfig, CompareConfig, EvaluateConfig
 from .features.encoder import Encoder, open_encoder

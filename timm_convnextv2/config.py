@@ -29,8 +29,6 @@ from operator import ge, gt, le
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from .console import CommandParser, closest
 
 C = TypeVar("C")
@@ -56,11 +54,28 @@ class Option:
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A field that is an option of the command line; `...` as default makes it required. See `Option`."""
+    """A field that is an option of the command line; `...` as default makes it required, a function is called for it.
+
+    See `Option`.
+    """
     metadata = {"option": Option(help, **more)}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=MISSING if default is ... else default, kw_only=default is ..., metadata=metadata)
+
+
+def default_device() -> str:
+    """'cuda' if there is a GPU, else 'cpu'."""
+    import torch  # options are read without it
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_option() -> Any:
+    """The option --device, whose default is looked up when a config is made."""
+    return option(default_device, "where the model runs (default: cuda if there is one, else cpu)", metavar="NAME")
 
 
 def part(cls: type, title: str = "") -> Any:
@@ -109,7 +124,8 @@ def entries(cls: type) -> dict[str, Entry]:
         hints = typing.get_type_hints(cls)
         for f in fields(cls):
             if "option" in f.metadata:
-                default = f.default_factory() if f.default_factory is not MISSING else f.default
+                default = {} if typing.get_origin(hints[f.name]) is dict else f.default
+                default = None if f.default_factory is not MISSING and default is MISSING else default
                 if f.name in found:
                     raise TypeError(f"{cls.__name__}: two options are called '{f.name}'.")
                 found[f.name] = Entry(f.name, hints[f.name], default, f.metadata["option"], title)
@@ -187,6 +203,8 @@ def words_given(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[s
 
 def read_yaml(cls: type, path: str | Path, option_name: str = "--config") -> dict[str, Any]:
     """The values that a YAML file of `option: value` lines sets, converted as on the command line, or a ValueError."""
+    import yaml
+
     where = f"{option_name} {path}"
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}

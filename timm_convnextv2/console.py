@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from timm.utils.distributed import world_info_from_env
-
 PROGRAM = "timm-convnextv2"
 PACKAGE = "timm_convnextv2"
 
@@ -29,10 +27,16 @@ class CommandParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def _number_of_process(*names: str) -> int:
+    """The first of these environment variables that is set; 0 for a single process."""
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
 def say(text: str, error: bool = False) -> None:
     """Prints on rank 0 only; errors on the first process of each node, because nodes may have folders of their own."""
-    local_rank, rank, _ = world_info_from_env()
-    if (local_rank if error else rank) == 0:
+    local = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")  # as timm reads them
+    of_all = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    if _number_of_process(*(local if error else of_all)) == 0:
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .console import closest
 
 
@@ -39,6 +37,8 @@ def load_recipe(name: str, folder: Path) -> Recipe:
             f"--recipe {name} is unknown.{closest(name, known)} Expected one of {', '.join(known)}, "
             "or the path of a .yaml file."
         )
+    import yaml  # only where it is needed: --help shows no recipe
+
     try:
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)

@@ -8,7 +8,7 @@ python train_scripts/finetune.py --list-recipes
 
 import sys
 
-from timm_convnextv2.commands.finetune import main
+from timm_convnextv2.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["finetune", *sys.argv[1:]]))

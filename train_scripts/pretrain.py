@@ -10,7 +10,7 @@ The loop to read and to change is timm_convnextv2/pretraining/loop.py.
 
 import sys
 
-from timm_convnextv2.commands.pretrain import main
+from timm_convnextv2.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

@@ -6,7 +6,7 @@ python train_scripts/publish.py runs/mine USER/NAME --license mit --dry-run
 
 import sys
 
-from timm_convnextv2.commands.publish import main
+from timm_convnextv2.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["publish", *sys.argv[1:]]))

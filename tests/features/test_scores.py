@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from timm_convnextv2.features import Scoring, accuracy_or_map, bootstrap, knn, knn_scores, measure_features, rankme
 from timm_convnextv2.features import linear as linear_module
-from timm_convnextv2.features.knn import nearest
 from timm_convnextv2.features.linear import difference, linear_probe, resampled, ridge
+from timm_convnextv2.features.neighbours import nearest
 
 CLASSES = 4
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from ..config import flat, option, part
 from ..console import say
+from ..data.config import DemoOptions
 from ..data.demo import DemoSource, write_folder
-from ..data.demo.folder import DemoOptions
 from .base import run
 
 

@@ -68,4 +68,6 @@ def _main(words: list[str]) -> int:
             error=True,
         )
         return 2
+    from .. import registry  # noqa: F401  the package itself does not register the models for a command
+
     return importlib.import_module(f".{name}", __package__).main(options)

@@ -1,12 +1,20 @@
 """Options on which images to read and how stored values become pixels, shared by all commands."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import option
-from .formats.axes import CHANNELS
-from .formats.pixels import STANDARDIZE, Pixels, one_page
-from .paths.listing import Dirs, as_list
+from .formats.pixels import CHANNELS, STANDARDIZE, Pixels, one_page
+
+Dirs = str | os.PathLike | Sequence[str | os.PathLike] | None
+
+
+def as_list(value: Dirs) -> list[str]:
+    """One path or several as a list."""
+    if value is None:
+        return []
+    return [os.fspath(value)] if isinstance(value, str | os.PathLike) else [os.fspath(v) for v in value]
 
 
 @dataclass(frozen=True)
@@ -139,3 +147,15 @@ def one_data_dir(data: Sequence[str], data_dir: Sequence[str] | None) -> tuple[s
     if data and data_dir:
         raise ValueError(f"DATA ('{' '.join(data)}') and --data-dir ('{' '.join(data_dir)}') exclude each other.")
     return tuple(data or data_dir or ()) or None
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Which images to write, and with which annotations."""
+
+    size: int = option(56, "height and width in pixels", metavar="N", at_least=8)
+    train: int = option(160, "training images, a multiple of 8", metavar="N", at_least=8)
+    validation: int = option(800, "validation images, a multiple of 8", metavar="N", at_least=8)
+    seed: int = option(0, "seed of the images; no seed gives images of pretraining", metavar="S", at_least=0)
+    coco: bool = option(False, "write FOLDER/{train,validation}.json with boxes and masks, images in images/")
+    masks: bool = option(False, "write {train,validation}/masks/*.png (background 0), images in images/, classes.txt")

@@ -5,17 +5,13 @@ measure_features(rows, labels, test_rows, test_labels, ...)   kNN, ridge, linear
 collapse(model, images)                                       mean cosine distance of the channels of each block
 """
 
-from .collapse import BlockCollapse, blocks_of, channel_distance, channel_maps, collapse
-from .config import Scoring
-from .evaluate import evaluate_models, measure_features
-from .extract import extract_features, image_batches, pixel_features
-from .knn import knn, knn_scores
-from .labelled import Labelled, open_labelled
-from .linear import Estimate, accuracy_or_map, bootstrap, linear_probe, ridge
-from .rank import rankme
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "BlockCollapse", "Estimate", "Labelled", "Scoring", "bootstrap", "blocks_of", "channel_distance", "channel_maps",
-    "collapse", "evaluate_models", "extract_features", "accuracy_or_map", "image_batches", "measure_features", "knn",
-    "knn_scores", "linear_probe", "open_labelled", "pixel_features", "rankme", "ridge"
-]  # fmt: skip
+if TYPE_CHECKING:
+    from .exports import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the room on first use: commands read their options, in `config`, without torch."""
+    return getattr(importlib.import_module(".exports", __name__), name)

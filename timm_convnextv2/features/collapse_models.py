@@ -13,9 +13,10 @@ from ..data import DataSet, ImageError, ImagePaths, TimmStream, check_readable, 
 from ..data.display import display_of
 from ..data.sources.source import Source
 from ..files import claim_folder, write_csv
-from .collapse import BlockCollapse, blocks_of, channel_maps, collapse
-from .config import COMPUTATION, CollapseConfig, Computation, DrawnImages
+from .channels import BlockCollapse, blocks_of, channel_maps, collapse
+from .config import CollapseConfig, Computation, DrawnImages
 from .encoder import open_encoder
+from .extract import COMPUTATION
 from .figures import save_channels, save_distances
 
 FILES = ("collapse.csv", "collapse.png", "channels.png")

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-
-from ..config import option, part
-from ..data import DataSet, ImagePaths
+from ..config import device_option, option, part
+from ..data.config import DataSet, ImagePaths
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -21,7 +19,7 @@ class Computation:
     nodata: float | None = option(
         None, 'stored value meaning "no data"; such pixels are filled with the mean of the others (default: the '
         "model's; nan: none)", metavar="V")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where the model runs", metavar="NAME")
+    device: str = device_option()
     amp: bool = option(False, "compute in bfloat16; features stay float32")
 
     @property
@@ -85,9 +83,6 @@ class Scoring:
     probe: bool = option(True, "train the linear probe, which takes longest")
     seed: int = option(0, "seed of the split, the bootstrap, the probe and the random weights", metavar="N")
     draws: int = 1000
-
-
-COMPUTATION, EXTRACTION, SCORING = Computation(), Extraction(), Scoring()  # the defaults of functions
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ import torch
 from ..config import check_limits
 from ..console import say
 from ..data import StreamOrder, TimmStream, check_readable, create_source
+from ..data.config import as_list
 from ..data.paths.find import find_files
-from ..data.paths.listing import as_list
 from ..data.samples.batches import map_batches, stream_batches
 from ..data.sources.source import Source
 from ..runs.group import on_primary, processes
 from ..runs.progress import ImageProgress
-from .config import EXTRACTION, EmbedImages, Extraction
+from .config import EmbedImages, Extraction
 from .encoder import Encoder, open_encoder
-from .extract import Limit, embed_batches
+from .extract import EXTRACTION, Limit, embed_batches
 from .rows import Parts, check_output, write_output
 
 _STREAM_BATCHES_PER_PART = 16

@@ -21,8 +21,7 @@ from ..data.samples.batches import map_batches, preprocessing
 from ..data.sources.open import open_images
 from ..runs.device import check_device
 from ..runs.progress import ImageProgress
-from .config import EXTRACTION
-from .extract import Embedded, Limit, embed_batches
+from .extract import EXTRACTION, Embedded, Limit, embed_batches
 
 _FOLDERS_OF_A_RUN = ("encoder", "model")  # written by pretraining and by finetuning
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")

@@ -17,13 +17,13 @@ from ..data.sources.source import Source
 from ..files import claim_folder, write_json
 from ..runs.device import check_device
 from ..runs.progress import ImageProgress
-from .config import EXTRACTION, SCORING, EvaluateConfig, Extraction, Scoring
+from .config import EvaluateConfig, Extraction, Scoring
 from .encoder import Encoder, open_encoder
-from .extract import extract_features, image_batches, pixel_features
+from .extract import EXTRACTION, SCORING, extract_features, image_batches, pixel_features
 from .figures import save_measures
-from .knn import capped, knn_scores
 from .labelled import Labelled, open_labelled
 from .linear import Estimate, difference, estimate, linear_probe, resampled, ridge
+from .neighbours import capped, knn_scores
 from .rank import rankme
 
 BASELINE_SIDE = 8  # pixels

@@ -15,7 +15,9 @@ from ..data import MissingPackageError
 from ..data.samples.batches import Batch, map_batches
 from ..data.sources.source import Source
 from ..models import FCMAE
+from .config import Computation, Extraction, Scoring
 
+COMPUTATION, EXTRACTION, SCORING = Computation(), Extraction(), Scoring()  # the defaults of functions
 EPS = 1e-6  # as in timm's ConvNeXt
 BAD_NAMED = 5
 _SEEN_BEFORE_STREAM_LIMIT = 1000  # the fraction of bad images in a stream is known only after some images

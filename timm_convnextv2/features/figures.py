@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..report.images import save_figure
-from .collapse import BlockCollapse
+from .channels import BlockCollapse
 
 GREYS = ("#9a9a9a", "#5f5f5f")  # baselines
 NAME_LENGTH = 40

@@ -5,13 +5,14 @@ one of these parts, or plain values, never the whole config.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..config import option, part
+from ..config import device_option, option, part
 from ..data.config import DataSet, ImagePaths, PixelOptions, WindowOptions
 from ..runs.logs import Logs
+
+if TYPE_CHECKING:
+    import torch
 
 AUTO = "auto"  # --mean and --std that are to be measured
 KEEP_BEST = {"knn": True, "ridge": True, "loss": False}  # measure, and whether larger values are better
@@ -148,14 +149,16 @@ class Optimizer:
 class Compute:
     """Where and in which precision the model trains."""
 
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "", metavar="NAME")
+    device: str = device_option()
     amp: bool = option(False, "mixed precision")
     amp_dtype: str = option("bfloat16", "", choices=("bfloat16", "float16"))
     torchcompile: str | None = option(None, "compile the model", nargs="?", const="inductor", metavar="BACKEND")
 
     @property
-    def dtype(self) -> torch.dtype | None:
+    def dtype(self) -> "torch.dtype | None":
         """Type of mixed precision; None for float32."""
+        import torch
+
         return getattr(torch, self.amp_dtype) if self.amp else None
 
 

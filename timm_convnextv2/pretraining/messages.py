@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..data.config import as_list
 from ..data.formats.files import printable
-from ..data.paths.listing import as_list
 from ..models import FCMAE
 from ..models.memory import memory_estimate
 from ..runs import summary

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..features import Labelled, Scoring, extract_features, image_batches, pixel_features, rankme
 from ..features.evaluate import resampled_features
-from ..features.knn import nearest
 from ..features.linear import difference
+from ..features.neighbours import nearest
 from ..files import write_json
 from ..models import ConvNeXtV2
 from ..report.images import save_neighbours

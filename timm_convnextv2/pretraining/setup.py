@@ -15,8 +15,9 @@ import yaml
 from ..config import build, evolve, flat, from_mapping
 from ..console import say
 from ..data import Pixels, StreamOrder, create_source
+from ..data.config import as_list
 from ..data.paths.find import find_files
-from ..data.paths.listing import Listing, as_list, base_of
+from ..data.paths.listing import Listing, base_of
 from ..data.samples.batches import preprocessing
 from ..data.sources.open import pages_and_windows
 from ..features import open_labelled

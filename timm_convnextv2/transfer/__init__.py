@@ -1,11 +1,12 @@
 """Detection and segmentation on any backbone of timm, with the paper's settings and real metrics."""
 
-from .backbone import Backbone, create_backbone, parameter_groups
-from .detection.detector import build_detector, export_detector, open_detector
-from .segmentation.metrics import find_classes
-from .segmentation.segmenter import build_segmenter, export_segmenter, open_segmenter
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Backbone", "build_detector", "build_segmenter", "create_backbone", "export_detector", "export_segmenter",
-    "find_classes", "open_detector", "open_segmenter", "parameter_groups"
-]  # fmt: skip
+if TYPE_CHECKING:
+    from .exports import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the room on first use: commands read their options, in `config`, without torch."""
+    return getattr(importlib.import_module(".exports", __name__), name)

@@ -1,11 +1,12 @@
 """The options of `detect` and `segment`: parts that both share, and a config for each of their actions."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from ..config import device_option, option, part
 
-from ..config import option, part
+if TYPE_CHECKING:
+    import torch
 
 
 # fmt: off
@@ -16,14 +17,16 @@ class Compute:
     nodata: float | None = option(
         None, 'stored value meaning "no data"; such pixels are filled with the mean of the others (default: as the '
         "model was trained)", metavar="V")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "", metavar="NAME")
+    device: str = device_option()
     amp: bool = option(False, "mixed precision", negatable=True)
     amp_dtype: str = option("bfloat16", "", choices=("bfloat16", "float16"))
     workers: int = option(4, "data loading processes per process", short="-j", metavar="N", at_least=0)
 
     @property
-    def autocast(self) -> torch.dtype | None:
+    def autocast(self) -> "torch.dtype | None":
         """Type of mixed precision; None for float32."""
+        import torch
+
         return getattr(torch, self.amp_dtype) if self.amp else None
 
 

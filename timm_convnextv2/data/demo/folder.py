@@ -4,29 +4,17 @@ import colorsys
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ...config import check_limits, option
+from ...config import check_limits
+from ..config import DemoOptions
 from .images import DemoSource
 
 _PRETRAINING_SEEDS = 2  # `--dataset embedded` draws seed 0 for the split 'train' and 1 for any other
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """Which images to write, and with which annotations."""
-
-    size: int = option(56, "height and width in pixels", metavar="N", at_least=8)
-    train: int = option(160, "training images, a multiple of 8", metavar="N", at_least=8)
-    validation: int = option(800, "validation images, a multiple of 8", metavar="N", at_least=8)
-    seed: int = option(0, "seed of the images; no seed gives images of pretraining", metavar="S", at_least=0)
-    coco: bool = option(False, "write FOLDER/{train,validation}.json with boxes and masks, images in images/")
-    masks: bool = option(False, "write {train,validation}/masks/*.png (background 0), images in images/, classes.txt")
 
 
 def write_folder(folder: str | os.PathLike, **options: Any) -> Path:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import ImageError, refuse_page, wrong_channels
+from .pixels import CHANNELS
 
-CHANNELS = "channels"  # all pages are the channels of one image
 Page = int | str | None
 _NAMES = {"Z": "depth", "T": "time"}
 

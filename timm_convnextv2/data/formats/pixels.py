@@ -1,10 +1,12 @@
 """How stored values become pixels, before mean and standard deviation: one record for every command."""
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:  # options are read without torch
+    from torch import Tensor
 
+CHANNELS = "channels"  # all pages are the channels of one image
 STD_FLOOR = 1e-3  # a quarter of a grey level of 8 bits: noise of a constant image is not amplified
 STANDARDIZE = ("channel", "image")
 
@@ -60,11 +62,11 @@ class Pixels(NamedTuple):
         """A decoded image `[C, H, W]` with its values within the limits, as float32; itself if there are no limits."""
         if self.clip_low is None or self.clip_high is None:
             return image
-        image = image.float() / 255 if image.dtype == torch.uint8 else image
-        low, high = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.clip_low, self.clip_high))
-        return torch.minimum(torch.maximum(image, low), high)
+        image = image if image.is_floating_point() else image.float() / 255
+        low, high = (image.new_tensor(v).view(-1, 1, 1) for v in (self.clip_low, self.clip_high))
+        return image.maximum(low).minimum(high)
 
-    def standardized(self, image: torch.Tensor, keep_gaps: bool = False) -> torch.Tensor:
+    def standardized(self, image: "Tensor", keep_gaps: bool = False) -> "Tensor":
         """A decoded image `[C, H, W]` or window with mean 0 and variance 1, float32; itself without `standardize`.
 
         NaN, which decoding leaves for nodata if `standardize` is set, does not count and becomes 0, or stays with
@@ -72,7 +74,7 @@ class Pixels(NamedTuple):
         """
         if self.standardize is None:
             return image
-        x = image.double() / (255 if image.dtype == torch.uint8 else 1)  # sums of floats with large offsets cancel
+        x = image.double() / (1 if image.is_floating_point() else 255)  # sums of floats with large offsets cancel
         over = (1, 2) if self.standardize == "channel" else (0, 1, 2)
         x -= x.nanmean(over, keepdim=True)
         std = x.square().nanmean(over, keepdim=True).sqrt().clamp(min=STD_FLOOR)

@@ -3,19 +3,19 @@
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..config import Dirs, as_list
 from ..formats.decode import image_extensions, is_dicom_file
 from ..formats.files import printable
 from .lists import FileNames, Tick, read_list
 from .walk import LeftOut, walk
 
-Dirs = str | os.PathLike | Sequence[str | os.PathLike] | None
 Stamps = list[tuple[str, int]]  # folders or lists that were read, and the time of their last change, in ns
 _MAGIC = re.compile(r"[*?[]")
 
@@ -58,13 +58,6 @@ class Listing:
         ends = np.cumsum([len(names) for names in self.names])
         at = int(np.searchsorted(ends, i, side="right"))
         return os.path.join(self.origins[at].root, self.names[at][int(i - ends[at]) + len(self.names[at])])
-
-
-def as_list(value: Dirs) -> list[str]:
-    """One path or several as a list."""
-    if value is None:
-        return []
-    return [os.fspath(value)] if isinstance(value, str | os.PathLike) else [os.fspath(v) for v in value]
 
 
 def origins_of(data_dir: Dirs, data_list: Dirs = None) -> list[Origin]:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ...console import say
-from ..config import DataSet, ImagePaths, PixelOptions, WindowOptions
+from ..config import DataSet, Dirs, ImagePaths, PixelOptions, WindowOptions
 from ..formats.errors import ImageError
 from ..formats.files import printable
 from ..formats.pixels import PLAIN, Pixels, one_page
 from ..formats.values import noting_stored
-from ..paths.listing import Dirs, Listing, list_files, origins_of
+from ..paths.listing import Listing, list_files, origins_of
 from .files import FolderSource, ImageFiles, PageSource
 from .groups import sampling_groups
 from .picked import JoinedSource
