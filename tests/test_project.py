@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import yaml
 from PIL import Image
 
 import timm_convnextv2
+from timm_convnextv2.commands.main import COMMANDS, main
+from timm_convnextv2.console import CommandParser
 from timm_convnextv2.registry import VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +100,36 @@ def test_options_exist(page):
         name = option.removeprefix("--no-").removeprefix("--").replace("-", "_")
         field = rf"^    {name}: .* = (\w+\.)?option\("
         assert f'"{option}"' in code or re.search(field, code, re.M), f"{page} names {option}, no command has it"
+
+
+class Parsed(BaseException):
+    """The words of a command are parsed; words that no option of it takes."""
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words after `timm-convnextv2`, or after `-m timm_convnextv2`, of a page's shell blocks and inline code."""
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)).replace("\\\n", "")
+    inline = re.findall(r"(?<!`)`(timm-convnextv2 [^`]+)`", text)
+    lines = [shlex.split(line.partition(" | ")[0], comments=True) for line in (*blocks.splitlines(), *inline)]
+    places = [(line, i) for line in lines for i, word in enumerate(line) if re.fullmatch("timm[-_]convnextv2", word)]
+    return [line[i + 1 :] for line, i in places if line[i + 1 :] and not line[i + 1].startswith("-")]
+
+
+@pytest.mark.parametrize("page", sorted(set(PAGES) - {"CHANGELOG.md"}))
+def test_commands_parse(page, monkeypatch, capsys):
+    def parse(self, *args, **kwargs):
+        raise Parsed(*real(self, *args, **kwargs)[1])
+
+    real = CommandParser.parse_known_args
+    monkeypatch.setattr(CommandParser, "parse_known_args", parse)
+    for words in commands_of(PAGES[page]):
+        assert words[0] in {*COMMANDS, "COMMAND"}, words
+        if words[0] == "COMMAND" or words[1:] in ([], ["..."]):
+            continue
+        with pytest.raises(Parsed) as parsed:
+            main(words)
+        foreign = words[0] in ("compare", "finetune", "predict", "validate")  # options of timm's scripts
+        assert foreign or not parsed.value.args, (words, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("page", sorted(set(PAGES) - {"CHANGELOG.md"}))
