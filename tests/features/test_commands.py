@@ -17,6 +17,8 @@ from timm_convnextv2.features.collapse_models import draw_images
 from timm_convnextv2.features.config import Extraction, Scoring
 from timm_convnextv2.features.encoder import model_name, open_encoder
 
+BASELINES = ["8x8 pixels", "histogram of each channel", "border only", "convnextv2_atto, random weights"]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -48,22 +50,31 @@ def test_models_beside_baselines(run, labelled, tmp_path, capsys):
     out, err = capsys.readouterr()
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     results = {result["model"]: result for result in found["results"]}
-    assert list(results) == ["8x8 pixels", "convnextv2_atto, random weights", *models]
+    assert list(results) == [*BASELINES, f"{models[0]}, shuffled labels", *models]
     assert found["data"]["classes"] == ["even", "odd"] and found["data"]["chance"] == 0.5
     assert (found["data"]["train_images"], found["data"]["test_images"]) == (24, 16)
-    assert [result["preprocessing"]["input_size"][1] for result in results.values()] == [32, 32, 32, 64]
+    assert [result["preprocessing"]["input_size"][1] for result in results.values()] == [32] * 6 + [64]
     for result in results.values():
         assert list(result["measures"]) == ["knn_3", "knn_24", "ridge", "probe", "rank"]
         assert all(m["low"] <= m["value"] <= m["high"] for m in result["measures"].values())
     assert results["8x8 pixels"]["measures"]["ridge"]["value"] > 0.85  # colours tell the classes apart
     lines = out.splitlines()
     assert lines[0].split() == ["model", "kNN", "3", "kNN", "24", "ridge", "probe", "rank", "images/s"]
-    assert [line.split("  ")[0] for line in lines[1:5]] == list(results)
+    assert [line.split("  ")[0] for line in lines[1:8]] == list(results)
     assert "bootstrap over 16 test images); chance is 50.0" in lines[-2]
-    assert [line.partition(", points")[0] for line in lines[5:-2]] == [
-        f"{model} against {base}" for model in models for base in list(results)[:2]
-    ]
-    assert list(results[models[0]]["against"]["8x8 pixels"]) == ["knn_3", "knn_24", "ridge", "probe"]
+    random = results[BASELINES[-1]]
+    assert any(len({*seeds}) > 1 for seeds in random["seeds"].values())
+    assert all(
+        sum(seeds) / 3 == pytest.approx(random["measures"][key]["value"]) for key, seeds in random["seeds"].items()
+    )
+    for model in models:
+        assert list(results[model]["against"]) == BASELINES
+        assert list(results[model]["against"]["8x8 pixels"]) == ["knn_3", "knn_24", "ridge", "probe"]
+        for key in ("kNN 3", "ridge"):
+            (line,) = [line for line in lines if line.startswith(f"{model}, {key}: ")]
+            assert all(base in line for base in BASELINES)
+    # colour is the label, and a histogram tells it
+    assert f"a shortcut is as good as {models[0]}: histogram of each channel alone has" in out
     assert "24 images to train on and 16 to test on, 2 classes (even, odd); chance is 50.0 %" in err
     assert "at most 24 neighbours, as many as there are training images (asked for 50)" in err
     assert Image.open(tmp_path / "out" / "evaluation.png").size[0] > 500
@@ -143,6 +154,18 @@ EVALUATE = {
     "--k must be at least 1": ["{run}", "--data-dir", "{data}", "-k", "0"],
     "--device nowhere cannot be used": ["{run}", "--data-dir", "{data}", "--device", "cpu,nowhere"],
     "--batch-size must be at least 1": ["{run}", "--data-dir", "{data}", "-b", "0"],
+    "--label-budgets 0.05 is 1 of 24 training images; expected at least one per class, 2 or 0.083": [
+        "{run}",
+        "--data-dir",
+        "{data}",
+        "--label-budgets",
+        "0.05",
+        "1",
+    ],
+    "--label-budgets 2.5 is above 1": ["{run}", "--data-dir", "{data}", "--label-budgets", "2.5"],
+    "--label-budgets 25 is 25 of 24": ["{run}", "--data-dir", "{data}", "--label-budgets", "25"],
+    "--label-budgets must be above 0": ["{run}", "--data-dir", "{data}", "--label-budgets", "0"],
+    "--groups patient is a column of a CSV": ["{run}", "--data-dir", "{data}", "--groups", "patient"],
     "is a file, expected a folder": ["{run}", "--data-dir", "x", "--output", __file__],
 }
 COLLAPSE = {
@@ -156,7 +179,7 @@ COLLAPSE = {
     ("command", "message"), [(main, m) for m in EVALUATE] + [(collapse_command.main, m) for m in COLLAPSE]
 )
 def test_mistakes_are_one_message(command, message, run, labelled, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("timm_convnextv2.features.evaluate.extract_features", None)  # nothing is computed before
+    monkeypatch.setattr("timm_convnextv2.features.evaluate.extract_many", None)  # nothing is computed before
     monkeypatch.chdir(tmp_path)
     places = {"run": run, "data": labelled, "new": tmp_path / "new", "one": tmp_path / "one"}
     places["new"].mkdir(), (places["one"] / "only").mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,7 +12,9 @@ from PIL import Image
 from timm.models.convnext import ConvNeXt
 
 from timm_convnextv2.data.samples.batches import preprocessing
-from timm_convnextv2.features import extract_features, image_batches, open_labelled, pixel_features
+from timm_convnextv2.features import extract_features, image_batches, open_labelled
+from timm_convnextv2.features.baselines import border, histogram, shrunk
+from timm_convnextv2.features.extract import extract_many
 
 IMAGES = [torch.randn(3, 3, 32, 32), torch.randn(2, 3, 32, 32)]
 
@@ -91,15 +94,27 @@ def test_bfloat16_is_near(encoder):
 
 def test_pixels_are_means_of_areas():
     image = torch.arange(32 * 32.0).view(1, 1, 32, 32)
-    rows = pixel_features([image, image + 1], size=8)
-    assert rows.shape == (2, 64)
+    rows, frame = extract_many([shrunk, border], [image, image + 1])
+    assert rows.shape == (2, 64) and frame.shape == (2, 60)
     assert rows[0, 0] == image[0, 0, :4, :4].mean() and rows[1, 63] == image[0, 0, 28:, 28:].mean() + 1
+    inside = image.clone()
+    inside[..., 2:-2, 2:-2] = 7  # all but a sixteenth
+    assert torch.equal(border(inside), frame[:1]) and not torch.equal(border(inside.roll(2, -1)), frame[:1])
 
 
-@pytest.mark.parametrize("function", [lambda b: extract_features(timm.create_model("resnet10t"), b), pixel_features])
-def test_no_images(function):
+def test_histogram_is_of_each_channel():
+    image = torch.rand(2, 3, 17, 23) * torch.tensor([1.0, 1.0, 3.0]).view(3, 1, 1)
+    low, high = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    rows = histogram(image, low, high).unflatten(1, (3, 16))
+    for channel in range(2):
+        expected = np.histogram(image[1, channel], bins=16, range=(0, 1))[0] / (17 * 23)
+        assert rows[1, channel].square().numpy() == pytest.approx(expected, abs=1e-6)
+    assert rows[:, 2, 15].square().mean() > 0.5  # values beyond the range are in the last bin
+
+
+def test_no_images():
     with pytest.raises(ValueError, match="no images"):
-        function([])
+        extract_many([timm.create_model("resnet10t"), shrunk], [])
 
 
 def test_images_of_a_source_in_order_whatever_the_workers(tmp_path):

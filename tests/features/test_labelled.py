@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_convnextv2.features import open_labelled
+from timm_convnextv2.features import knn, open_labelled
 
 
 def write(path, value=0):
@@ -106,6 +106,63 @@ def damaged(root):
     return root
 
 
+def grouped(root, groups=4, images=3):
+    for name in ("cat", "dog"):
+        for i in range(groups * images):
+            write(root / name / f"{name}{i // images}" / f"{i}.png", i)
+    return root
+
+
+def of_groups(root, rows):
+    folders(root)
+    (root / "labels.csv").write_text("name,label,patient\n" + "\n".join(rows))
+    return root / "labels.csv"
+
+
+@pytest.mark.parametrize("kind", ["folders", "csv folders", "csv column"])
+def test_a_group_is_on_one_side(tmp_path, kind):
+    grouped(tmp_path)
+    options = {"group_by": "parent-folder"} if kind != "csv column" else {"groups": "patient"}
+    place = tmp_path
+    if kind != "folders":
+        rows = [f"{p.relative_to(tmp_path)},{p.parts[-3]},{p.parent.name}" for p in sorted(tmp_path.rglob("*.png"))]
+        place = tmp_path / "labels.csv"
+        place.write_text("name,label,patient\n" + "\n".join(rows))
+    for seed in range(5):
+        data = open_labelled(place, seed=seed, **options)
+        train, test = ({path.split("/")[-2] for path in part.source.paths} for part in (data.train, data.test))
+        assert not train & test and train | test == {f"{c}{i}" for c in ("cat", "dog") for i in range(4)}
+        assert data.classes == ["cat", "dog"] and data.test.labels.tolist() == [0] * 3 + [1] * 3  # a quarter of each
+    assert len({tuple(open_labelled(place, seed=seed, **options).test.source.paths) for seed in range(5)}) > 1
+
+
+def test_images_that_groups_tie_together_would_leak(tmp_path):
+    """Random labels by group on images that are nearly equal in a group: only grouping shows that nothing is there."""
+    generator = np.random.default_rng(0)
+    for group in range(40):
+        for i in range(4):
+            path = tmp_path / "ab"[group % 2] / str(group) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if i == 0:
+                base = generator.integers(0, 200, (8, 8, 3))
+            Image.fromarray((base + generator.integers(0, 9, base.shape)).astype(np.uint8)).save(path)
+    found = {}
+    for grouping in (None, "parent-folder"):
+        place = tmp_path
+        if grouping is None:
+            place = tmp_path / "labels.csv"
+            rows = [f"{p.relative_to(tmp_path)},{p.parts[-3]}" for p in sorted(tmp_path.rglob("*.png"))]
+            place.write_text("name,label\n" + "\n".join(rows))
+        data = open_labelled(place, group_by=grouping)
+        train, test = (
+            torch.stack([part.source[i].flatten().float() for i in range(len(part.labels))]) / 255
+            for part in (data.train, data.test)
+        )
+        near = knn(train, data.train.labels, test, 1)
+        found[grouping] = float((near == data.test.labels).float().mean())
+    assert found[None] > 0.95 and found["parent-folder"] < 0.75
+
+
 def table(root, text):
     folders(root)
     (root / "labels.csv").write_text(text)
@@ -134,14 +191,34 @@ BAD = {
     r"has the columns \['file', 'label'\], expected name and label": lambda root: table(root, "file,label\nx,y\n"),
     "line 2: no file": lambda root: table(root, "name,label\nx.png,y\n"),
     r"line 3: no label for 'dog/0.png'": lambda root: table(root, "name,label\ncat/0.png,y\ndog/0.png,\n"),
+    r"--groups patient: .* has the columns name, label": lambda root: (table(root, "name,label\n"), "patient"),
+    r"line 2: no patient for 'cat/0.png'": lambda root: (of_groups(root, ["cat/0.png,cat,"]), "patient"),
+    r"two groups for 'cat/0.png': 'a' and 'b'": lambda root: (
+        of_groups(root, ["cat/0.png,cat,a", "cat/0.png,cat,b"]),
+        "patient",
+    ),
+    r"leaves no test image of cat, dog; cat has 1 of 2 groups": lambda root: (
+        of_groups(root, [f"{c}/{i}.png,{c},{c}" for c in ("cat", "dog") for i in range(8)]),
+        "patient",
+    ),
     "has no images; expected at least two classes": lambda root: table(root, "name,label\n"),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_what_is_refused(tmp_path, message):
+    place = BAD[message](tmp_path)
+    place, groups = place if isinstance(place, tuple) else (place, None)
     with pytest.raises(ValueError, match=message):
-        open_labelled(BAD[message](tmp_path))
+        open_labelled(place, groups=groups)
+
+
+def test_a_group_in_both_folders_is_refused(tmp_path):
+    grouped(tmp_path / "train"), grouped(tmp_path / "validation", groups=1)
+    with pytest.raises(ValueError, match=r"2 groups are in '.*train' and in '.*validation', such as 'cat0'"):
+        open_labelled(tmp_path, group_by="parent-folder")
+    with pytest.raises(ValueError, match="choose one"):
+        open_labelled(tmp_path, group_by="parent-folder", groups="patient")
 
 
 @pytest.mark.parametrize("share", [0, 1, -1])

@@ -1,6 +1,7 @@
 """Compare frozen features on labelled images: nearest neighbours, ridge regression, linear probe and rank.
 
-Two baselines are measured as well: random weights and plain pixels.
+Baselines are measured as well: small pixels, a histogram of each channel, the border of the image, and random weights.
+A control with shuffled labels must be at chance.
 """
 
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from ..console import say
 from ..features.config import EvaluateConfig
-from ..features.evaluate import FILES, evaluate
+from ..features.evaluate import BUDGET_FILES, FILES, evaluate
 from .base import run
 
 
@@ -19,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
 def measure(config: EvaluateConfig) -> None:
     say(table(evaluate(config)))
     if config.output is not None:
-        say(f"Written: {' and '.join(str(Path(config.output) / name) for name in FILES)}")
+        names = FILES + (BUDGET_FILES if config.scoring.label_budgets else ())
+        say(f"Written: {', '.join(str(Path(config.output) / name) for name in names)}")
 
 
 def table(found: dict[str, Any]) -> str:
@@ -29,20 +31,19 @@ def table(found: dict[str, Any]) -> str:
     rows = []
     for result in found["results"]:
         cells = [_cell(key, result["measures"][key]) for key in keys]
-        rows.append([result["model"], *cells, f"{result['images_per_second']:.0f}"])
+        rate = f"{result['images_per_second']:.0f}" if "images_per_second" in result else ""
+        rows.append([result["model"], *cells, rate])
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))])
         for row in (head, *rows)
     ]
-    for result in found["results"]:
-        for base, gains in result.get("against", {}).items():
-            shown = "; ".join(f"{key.replace('knn_', 'kNN ')} {gain}" for key, gain in gains.items())
-            lines.append(f"{result['model']} against {base}, points and paired 95 % interval: {shown}")
+    lines += [line for result in found["results"] for line in result.get("verdict", ())]
     what = "mean average precision" if found["data"]["several_labels"] else "accuracy"
     lines.append(
         f"{what} in %, +- half of its 95 % interval (bootstrap over {found['data']['test_images']} test images); "
-        f"chance is {100 * found['data']['chance']:.1f}. The rank compares runs of one method only."
+        f"chance is {100 * found['data']['chance']:.1f}. Differences are in points, with paired 95 % intervals. "
+        "The rank compares runs of one method only."
     )
     return "\n".join(lines)
 

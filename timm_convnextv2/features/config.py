@@ -82,7 +82,25 @@ class Scoring:
     temperature: float = option(TEMPERATURE, "each neighbour is weighted by exp(cosine / T)", metavar="T", above=0)
     probe: bool = option(True, "train the linear probe, which takes longest")
     seed: int = option(0, "seed of the split, the bootstrap, the probe and the random weights", metavar="N")
+    random_seeds: int = option(3, "random initialisations that the baseline is the mean of", metavar="N", at_least=1)
+    label_budgets: tuple[float, ...] = option(
+        (), "also measure with fewer labels: shares of the training images up to 1, or numbers of images", metavar="X",
+        above=0)
+    budget_draws: int = option(3, "subsets that are drawn for each of --label-budgets", metavar="N", at_least=1)
     draws: int = 1000
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """How labelled images become training and test images."""
+
+    validation_share: float = option(
+        0.25, "fraction of the images to test on if --data-dir has no validation/", metavar="X")
+    groups: str | None = option(
+        None, "column of the CSV: images of one patient, slide or video are on one side of the split", metavar="COLUMN")
+    group_by: str | None = option(
+        None, "the same for folders CLASS/GROUP/IMAGE, and for the folders of a CSV's images",
+        choices=("parent-folder",))
 
 
 @dataclass(frozen=True)
@@ -93,11 +111,10 @@ class EvaluateConfig:
     data_dir: str = option(
         ..., "folder with train/ and validation/ of class folders; a folder of class folders, which is split; or a CSV "
         "with name and label", metavar="LABELLED")
-    validation_share: float = option(
-        0.25, "fraction of the images to test on if --data-dir has no validation/", metavar="X")
+    split: Splitting = part(Splitting, "images")
     extraction: Extraction = part(Extraction, "features")
     scoring: Scoring = part(Scoring, "measures")
-    baselines: bool = option(True, "also measure random weights and pixels")
+    baselines: bool = option(True, "also measure pixels, histogram, border, random weights and shuffled labels")
     output: str | None = option(
         None, "folder for evaluation.json and evaluation.png (default: print the table only)", metavar="DIR")
     overwrite: bool = option(False, "replace the files in --output")

@@ -1,33 +1,38 @@
 """Several models on the same labelled images, compared with baselines that need no model or no training."""
 
+import csv
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import check_limits
 from ..console import say
 from ..data import Pixels
-from ..data.sources.source import Source
+from ..data.formats.files import printable
+from ..data.measure.inspection import perceptual_hash
 from ..files import claim_folder, write_json
 from ..runs.device import check_device
 from ..runs.progress import ImageProgress
-from .config import EvaluateConfig, Extraction, Scoring
+from .baselines import SHORTCUTS, hashes, near_duplicates, plain_baselines
+from .budgets import budget_sizes, over_budgets
+from .config import EvaluateConfig, Extraction, Scoring, Splitting
 from .encoder import Encoder, open_encoder
-from .extract import EXTRACTION, SCORING, extract_features, image_batches, pixel_features
-from .figures import save_measures
+from .extract import EXTRACTION, SCORING, extract_many, image_batches
+from .figures import save_budgets, save_measures
 from .labelled import Labelled, open_labelled
-from .linear import Estimate, difference, estimate, linear_probe, resampled, ridge
+from .linear import Estimate, estimate, linear_probe, resampled, ridge
 from .neighbours import capped, knn_scores
 from .rank import rankme
 
-BASELINE_SIDE = 8  # pixels
 FILES = ("evaluation.json", "evaluation.png")
+BUDGET_FILES = ("budgets.csv", "budgets.png")
 
 
 def resampled_features(
@@ -63,29 +68,48 @@ def measure_features(
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The results of `evaluate_models`, which also go to the folder --output if there is one."""
-    folder = None if config.output is None else claim_folder(config.output, FILES, overwrite=config.overwrite)
+    files = FILES + (BUDGET_FILES if config.scoring.label_budgets else ())
+    folder = None if config.output is None else claim_folder(config.output, files, overwrite=config.overwrite)
     found = evaluate_models(
-        config.models, config.data_dir, config.extraction, config.scoring, baselines=config.baselines,
-        validation_share=config.validation_share, progress=True,
+        config.models, config.data_dir, config.extraction, config.scoring, split=config.split,
+        baselines=config.baselines, progress=True,
     )  # fmt: skip
     if folder is not None:
         write_json(folder / FILES[0], found, indent=2)
         save_measures(found, folder / FILES[1])
+        if config.scoring.label_budgets:
+            write_budgets(found, folder / BUDGET_FILES[0])
+            save_budgets(found, folder / BUDGET_FILES[1])
     return found
+
+
+def write_budgets(found: Mapping[str, Any], path: Path) -> None:
+    """Writes the `budgets` of the results as a CSV, one row per model, number of images and measure."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["model", "images", "measure", "value", "low", "high"])
+        for result in found["results"]:
+            for budget in result.get("budgets", ()):
+                for key, band in budget["measures"].items():
+                    rows.writerow([result["model"], budget["images"], key, *(round(v, 5) for v in band.values())])
 
 
 def evaluate_models(
     models: Sequence[str], data_dir: str | os.PathLike, extraction: Extraction = EXTRACTION,
-    scoring: Scoring = SCORING, *, baselines: bool = True, validation_share: float = 0.25, progress: bool = False,
+    scoring: Scoring = SCORING, *, split: Splitting | None = None, baselines: bool = True, progress: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures the frozen features of each model, see `open_encoder`, on the same images, see `open_labelled`.
 
-    `baselines` adds images averaged to 8 x 8 pixels, and the first model's architecture with random weights. Returns
-    JSON values: `data`, `settings` and `results`, a list with `model`, `measures` (by name, `value`, `low` and `high`,
-    see `measure_features`), `against` (paired differences to the baselines), `images_per_second` and `preprocessing`.
+    `baselines` adds those of `plain_baselines`, the mean over several seeds of the first model's architecture with
+    random weights, and as a control the first model with the labels of the training images shuffled. Returns JSON
+    values: `data`, `settings` and `results`, a list with `model`, `measures` (by name, `value`, `low` and `high`, see
+    `measure_features`), `budgets` if `scoring` has some (see `over_budgets`), and `preprocessing`. Baselines have
+    `baseline: true`; models have `images_per_second`, `against` (paired differences to the baselines, by measure, with
+    `value`, `low` and `high` in points) and `verdict`, sentences.
     """
     if not models:
         raise ValueError("There are no models to evaluate.")
+    split = split or Splitting()
     check_limits(extraction)
     note = partial(say, error=True) if progress else lambda line: None
     for device in extraction.devices:
@@ -94,71 +118,169 @@ def evaluate_models(
 
     @cache
     def labelled(in_chans: int, pixels: Pixels) -> Labelled:
-        how: dict[str, Any] = {"validation_share": validation_share, "seed": scoring.seed}
+        how: dict[str, Any] = {**asdict(split), "seed": scoring.seed}
         return open_labelled(data_dir, in_chans=in_chans, pixels=pixels, **how)
 
     encoders = [open_encoder(name, extraction.img_size, extraction.nodata, "cpu") for name in models]
-    first = [labelled(encoder.in_chans, encoder.pixels) for encoder in encoders][0]
-    for line in first.describe(data_dir):
+    data = [labelled(encoder.in_chans, encoder.pixels) for encoder in encoders][0]
+    sizes = budget_sizes(scoring.label_budgets, data.train.labels)
+    for line in data.describe(data_dir):
         note(line)
-    k = capped(scoring.k, len(first.train.labels))
+    k = capped(scoring.k, len(data.train.labels))
     if max(scoring.k) > k[-1]:
         note(f"kNN: at most {k[-1]} neighbours, as many as there are training images (asked for {max(scoring.k)})")
-
     values: dict[str, dict[str, Tensor]] = {}  # resampled measures by model
 
-    def result(name: str, encoder: Encoder, network: nn.Module | None) -> dict[str, Any]:
-        data = labelled(encoder.in_chans, encoder.pixels)
-        total = len(data.train.labels) + len(data.test.labels)
+    def extract(name: str, encoder: Encoder, columns: Sequence[Any]) -> tuple[list[Tensor], list[Tensor], float]:
+        """Rows of the training and the test images by `columns`, networks or functions; and images per second."""
+        parts = labelled(encoder.in_chans, encoder.pixels)[1:3]
+        total = sum(len(part.labels) for part in parts)
         note(f"{name}: features of {total} images")
         bar, start = ImageProgress(total, enabled=progress), time.perf_counter()
-
-        def rows(source: Source) -> Tensor:
-            batches = image_batches(source, encoder.transform, extraction.batch_size, extraction.workers)
-            if network is None:
-                return pixel_features(_counted(batches, bar.update), BASELINE_SIDE)
-            where = extraction.devices
-            return extract_features(network, batches, devices=where, amp=extraction.amp, progress=bar.update)
-
+        how: dict[str, Any] = {"devices": extraction.devices, "amp": extraction.amp, "progress": bar.update}
         try:
-            train, test = rows(data.train.source), rows(data.test.source)
+            train, test = (
+                extract_many(
+                    columns,
+                    image_batches(part.source, encoder.transform, extraction.batch_size, extraction.workers),
+                    **how,
+                )
+                for part in parts
+            )
         finally:
             bar.close()
-        rate = total / (time.perf_counter() - start)
-        how: dict[str, Any] = {"num_classes": len(data.classes), "scoring": scoring, "device": extraction.devices[0]}
+        return train, test, total / (time.perf_counter() - start)
+
+    def score(name: str, rows: Sequence[tuple[Tensor, Tensor]], labels: Tensor, encoder: Encoder) -> dict[str, Any]:
+        """The entry of a model in `results`; measures are means over `rows`, features of one or of several seeds."""
+        how: dict[str, Any] = {
+            "num_classes": len(data.classes), "scoring": scoring, "device": extraction.devices[0],
+        }  # fmt: skip
         try:
-            values[name] = resampled_features(train, data.train.labels, test, data.test.labels, **how)
-            rank = rankme(test)
+            each = [resampled_features(train, labels, test, data.test.labels, **how) for train, test in rows]
+            rank = sum(rankme(test) for _, test in rows) / len(rows)
+            curves = [
+                over_budgets(train, labels, test, data.test.labels, sizes, draws=scoring.budget_draws, **how)
+                for train, test in rows
+            ]
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from e
+        values[name] = {key: torch.stack([one[key] for one in each]).mean(0) for key in each[0]}
         found = {key: estimate(value) for key, value in values[name].items()} | {"rank": Estimate(rank, rank, rank)}
-        return {
+        entry = {
             "model": name, "measures": {key: value._asdict() for key, value in found.items()},
-            "features": train.shape[1], "images_per_second": round(rate, 1),
-            "preprocessing": {**encoder.settings, "pixels": encoder.pixels.record()}
+            "features": rows[0][0].shape[1],
+            "preprocessing": {**encoder.settings, "pixels": encoder.pixels.record()},
         }  # fmt: skip
+        if len(rows) > 1:
+            entry["seeds"] = {key: [float(one[key][0]) for one in each] for key in each[0]}
+        return entry | ({"budgets": mean_curve(curves)} if sizes else {})
 
     results: list[dict[str, Any]] = []
     if baselines:
-        base = encoders[0]
+        base, labels = encoders[0], data.train.labels
+        plain = plain_baselines(data.train.source, base.transform)
+        seeds = range(scoring.seed, scoring.seed + scoring.random_seeds)
+        columns: list[Any] = [*plain.values(), *map(base.with_random_weights, seeds)]
+        near = None if split.groups or split.group_by else perceptual_hash()
+        rows = [*zip(*extract("baselines", base, columns + ([partial(hashes, near)] if near else []))[:2], strict=True)]
+        if near:
+            alike = near_duplicates(*rows.pop())
+            if alike:
+                name = printable(data.test.source.name(alike[0]))
+                note(
+                    f"warning: {len(alike)} of {len(data.test.labels)} test images look like a training image, such as "
+                    f"{name}. If they show one patient, slide or video: --groups or --group-by."
+                )
+        results += [score(name, [row], labels, base) for name, row in zip(plain, rows, strict=False)]
         architecture = getattr(base.model, "pretrained_cfg", {}).get("architecture", type(base.model).__name__)
-        results.append(result(f"{BASELINE_SIDE}x{BASELINE_SIDE} pixels", base, None))
-        results.append(result(f"{architecture}, random weights", base, base.with_random_weights(scoring.seed)))
-    plain = list(values)  # baselines
-    results += [result(name, encoder, encoder.model) for name, encoder in zip(models, encoders, strict=True)]
-    for one in results[len(plain) :]:
-        own = values[one["model"]]
-        one["against"] = {base: {key: difference(own[key], of) for key, of in values[base].items()} for base in plain}
-    found = {
-        "place": os.fspath(data_dir), "classes": first.classes, "train_images": len(first.train.labels),
-        "test_images": len(first.test.labels), "several_labels": first.several, "chance": first.chance,
+        results.append(score(f"{architecture}, random weights", rows[len(plain) :], labels, base))
+    compared = list(values)
+    for i, (name, encoder) in enumerate(zip(models, encoders, strict=True)):
+        train, test, rate = extract(name, encoder, [encoder.model])
+        rows = [(train[0], test[0])]
+        if baselines and i == 0:  # the control takes the features of the first model
+            shuffled = data.train.labels[torch.randperm(len(train[0]), generator=seeded(scoring.seed))]
+            results.append(score(f"{name}, shuffled labels", rows, shuffled, encoder))
+        results.append(score(name, rows, data.train.labels, encoder) | {"images_per_second": round(rate, 1)})
+    for one in results:
+        if "images_per_second" not in one:
+            one["baseline"] = True
+        elif compared:
+            own, name = values[one["model"]], one["model"]
+            gains = {
+                base: {key: estimate(100 * (own[key] - of)) for key, of in values[base].items()} for base in compared
+            }
+            one["against"] = {base: {key: g._asdict() for key, g in of.items()} for base, of in gains.items()}
+            one["verdict"] = [*verdict(name, gains), *warnings_of(name, gains, results, data.chance)]
+    about = {
+        "place": os.fspath(data_dir), "classes": data.classes, "train_images": len(data.train.labels),
+        "test_images": len(data.test.labels), "several_labels": data.several, "chance": data.chance,
     }  # fmt: skip
-    settings = asdict(scoring) | {"k": k, "device": extraction.devices[0], "amp": extraction.amp}
-    settings["validation_share"] = validation_share
-    return {"data": found, "settings": settings, "results": results}
+    settings = asdict(scoring) | {"k": k, "device": extraction.devices[0], "amp": extraction.amp} | asdict(split)
+    return {"data": about, "settings": settings, "results": results}
 
 
-def _counted(batches: Iterable[Tensor], progress: Callable[[int], Any]) -> Iterator[Tensor]:
-    for batch in batches:
-        yield batch
-        progress(len(batch))
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def mean_curve(curves: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The mean of several results of `over_budgets`, and their lowest and highest values."""
+    found = []
+    for budgets in zip(*curves, strict=True):
+        bands = {key: [one["measures"][key] for one in budgets] for key in budgets[0]["measures"]}
+        measures = {
+            key: {
+                "value": sum(band["value"] for band in of) / len(of), "low": min(band["low"] for band in of),
+                "high": max(band["high"] for band in of),
+            }
+            for key, of in bands.items()
+        }  # fmt: skip
+        found.append({"images": budgets[0]["images"], "measures": measures})
+    return found
+
+
+def headline(keys: Sequence[str]) -> list[str]:
+    """The measures that verdicts name: kNN with the fewest neighbours, and ridge."""
+    return [next(key for key in keys if key.startswith("knn_")), "ridge"]
+
+
+def verdict(name: str, gains: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
+    """One sentence per headline measure: which baselines the model is above, with paired 95 % intervals in points."""
+    lines = []
+    for key in headline([*next(iter(gains.values()))]):
+        groups: dict[str, list[str]] = {"above": [], "below": [], "no difference shown to": []}
+        for base, of in gains.items():
+            gain = of[key]
+            word = "above" if gain.low > 0 else "below" if gain.high < 0 else "no difference shown to"
+            groups[word].append(f"{base} ({gain.value:+.1f}, {gain.low:+.1f} to {gain.high:+.1f})")
+        said = "; ".join(f"{word} {', '.join(bases)}" for word, bases in groups.items() if bases)
+        lines.append(f"{name}, {key.replace('knn_', 'kNN ')}: {said}")
+    return lines
+
+
+def warnings_of(
+    name: str, gains: Mapping[str, Mapping[str, Estimate]], results: Sequence[Mapping[str, Any]], chance: float
+) -> list[str]:
+    """Warnings about shortcuts that do as well as the model, and about shuffled labels that are above chance."""
+    measures, lines = {one["model"]: one["measures"] for one in results}, []
+    for base in SHORTCUTS:
+        keys = [
+            key for key in headline([*gains[base]]) if gains[base][key].low <= 0 and measures[base][key]["low"] > chance
+        ]
+        if keys:
+            shown = " and ".join(
+                f"{key.replace('knn_', 'kNN ')} {100 * measures[base][key]['value']:.1f} %" for key in keys
+            )
+            lines.append(
+                f"warning: a shortcut is as good as {name}: {base} alone has {shown} (chance {100 * chance:.1f} %). "
+                "The classes may differ in colour, exposure or background rather than in what they show."
+            )
+    control = measures.get(f"{name}, shuffled labels", {})
+    for key in [key for key in headline([*next(iter(gains.values()))]) if control and control[key]["low"] > chance]:
+        lines.append(
+            f"warning: {name} with shuffled training labels has {100 * control[key]['value']:.1f} % "
+            f"({key.replace('knn_', 'kNN ')}), above chance ({100 * chance:.1f} %): the split is not sound."
+        )
+    return lines

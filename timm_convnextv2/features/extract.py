@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -74,23 +74,33 @@ def extract_features(
     normalised for this model; `devices` compute them in turn, each on a copy of the model unless it is there already.
     `amp` computes in bfloat16. `progress` is called with the number of images of each batch.
     """
-    network: nn.Module = model.encoder if isinstance(model, FCMAE) else model
-    rows: list[Tensor] = []
-    with evaluating(network):
-        copies = [(_on(network, torch.device(device)), torch.device(device)) for device in devices]
+    return extract_many([model], batches, devices=devices, amp=amp, progress=progress)[0]
+
+
+def extract_many(
+    models: Sequence[nn.Module | Callable[[Tensor], Tensor]], batches: Iterable[Tensor], *,
+    devices: Sequence[str | torch.device] = ("cpu",), amp: bool = False, progress: Callable[[int], Any] | None = None
+) -> list[Tensor]:  # fmt: skip
+    """`extract_features` of several models, and rows of plain functions of images, from one pass over the batches."""
+    networks = [model.encoder if isinstance(model, FCMAE) else model for model in models]
+    columns: list[list[Tensor]] = [[] for _ in networks]
+    with ExitStack() as stack:
+        for network in networks:
+            if isinstance(network, nn.Module):
+                stack.enter_context(evaluating(network))
+        copies = [[_on(network, torch.device(device)) for network in networks] for device in devices]
         for i, images in enumerate(batches):
-            copied, device = copies[i % len(copies)]
-            rows.append(compute_rows(copied, images.to(device), amp, mean_of_last_map))
-            if i + 1 >= len(copies):  # the newest rows stay on their devices, so that these compute at the same time
-                rows[-len(copies)] = rows[-len(copies)].cpu()
+            placed = images.to(devices[i % len(devices)])
+            for column, network in zip(columns, copies[i % len(devices)], strict=True):
+                if isinstance(network, nn.Module):
+                    column.append(compute_rows(network, placed, amp, mean_of_last_map))
+                else:
+                    column.append(network(images))
+                if i + 1 >= len(devices):  # the newest rows stay on their devices, so that these compute meanwhile
+                    column[-len(devices)] = column[-len(devices)].cpu()
             if progress is not None:
                 progress(len(images))
-    return _joined([row.cpu() for row in rows])
-
-
-def pixel_features(batches: Iterable[Tensor], size: int = 8) -> Tensor:
-    """The baseline without a model: images `[B, C, H, W]`, averaged to `size` x `size`, as `[N, C * size * size]`."""
-    return _joined([F.adaptive_avg_pool2d(images.float(), size).flatten(1).cpu() for images in batches])
+    return [_joined([row.cpu() for row in column]) for column in columns]
 
 
 def _joined(rows: list[Tensor]) -> Tensor:
@@ -99,8 +109,10 @@ def _joined(rows: list[Tensor]) -> Tensor:
     return torch.cat(rows)
 
 
-def _on(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network, or a copy if it is on another device."""
+def _on(network: Any, device: torch.device) -> Any:
+    """The network, or a copy if it is on another device; functions are returned unchanged."""
+    if not isinstance(network, nn.Module):
+        return network
     here = next((p.device for p in network.parameters()), device)
     same = here.type == device.type and (device.index is None or here.index == device.index)
     return network if same else copy.deepcopy(network).to(device)

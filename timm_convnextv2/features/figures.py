@@ -12,7 +12,7 @@ from torch import Tensor
 from ..report.images import save_figure
 from .channels import BlockCollapse
 
-GREYS = ("#9a9a9a", "#5f5f5f")  # baselines
+GREYS = ("#c4c4c4", "#a6a6a6", "#888888", "#5f5f5f", "#303030")  # baselines
 NAME_LENGTH = 40
 
 
@@ -52,7 +52,7 @@ def save_measures(found: Mapping[str, Any], path: str | Path) -> None:
     """Draws the measures of `evaluate_models` with their 95 % intervals, except the rank, as a PNG."""
     results = found["results"]
     keys = [key for key in results[0]["measures"] if key != "rank"]
-    baselines = [result["model"].endswith(("pixels", "random weights")) for result in results]
+    baselines = ["baseline" in result for result in results]
     colours, greys = iter(_colours(baselines.count(False))), iter(GREYS)
     ylabel = "mean average precision (%)" if found["data"]["several_labels"] else "accuracy (%)"
     figure, axis = _axis(1.6 + 1.3 * len(keys), 3.6 + 0.22 * len(results), ylabel)
@@ -69,6 +69,40 @@ def save_measures(found: Mapping[str, Any], path: str | Path) -> None:
     chance = 100 * found["data"]["chance"]
     _line(axis, chance, f"chance, {chance:.1f} %")
     axis.set_xticks(range(len(keys)), [key.replace("knn_", "kNN ") for key in keys])
+    _save(figure, path, columns=1 if len(results) < 4 else 2)
+
+
+def save_budgets(found: Mapping[str, Any], path: str | Path) -> None:
+    """Draws the measures of `evaluate_models` over the number of labelled images, with their bands, as a PNG."""
+    from matplotlib.figure import Figure
+
+    results = [result for result in found["results"] if "budgets" in result]
+    keys = [*results[0]["budgets"][0]["measures"]]
+    figure = Figure(figsize=(1 + 3.6 * len(keys), 3.8 + 0.2 * len(results)), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    baselines = ["baseline" in result for result in results]
+    colours, greys = iter(_colours(baselines.count(False))), iter(GREYS)
+    chance = 100 * found["data"]["chance"]
+    for result, plain in zip(results, baselines, strict=True):
+        colour = next(greys) if plain else next(colours)
+        images = [budget["images"] for budget in result["budgets"]]
+        for axis, key in zip(axes, keys, strict=True):
+            bands = [budget["measures"][key] for budget in result["budgets"]]
+            value, low, high = ([100 * band[end] for band in bands] for end in ("value", "low", "high"))
+            label = short(result["model"]) if key == keys[0] else None
+            axis.plot(
+                images, value, color=colour, marker="s" if plain else "o", markersize=4, label=label,
+                linestyle="--" if plain else "-",
+            )  # fmt: skip
+            axis.fill_between(images, low, high, color=colour, alpha=0.15, linewidth=0)
+    for axis, key in zip(axes, keys, strict=True):
+        axis.axhline(chance, color="#bbbbbb", linewidth=1, linestyle=":", zorder=0)
+        axis.set_xscale("log")
+        axis.set_title({"knn": "kNN", "ridge": "ridge", "probe": "linear probe"}[key], fontsize=10)
+        axis.set_xlabel("labelled training images")
+        axis.grid(axis="y", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("mean average precision (%)" if found["data"]["several_labels"] else "accuracy (%)")
     _save(figure, path, columns=1 if len(results) < 4 else 2)
 
 

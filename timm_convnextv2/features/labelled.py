@@ -23,7 +23,14 @@ from .extract import refuse_bad
 SEPARATOR = ";"
 NAMED = 12  # classes in a message
 TEST_FOLDERS = (*VALIDATION_FOLDERS, "test")
-Row = tuple[str, tuple[str, ...]]  # path of an image, and its labels
+
+
+class Row(NamedTuple):
+    """A labelled image."""
+
+    path: str
+    labels: tuple[str, ...]
+    group: str | None = None  # patient, slide, video, ...: all of one group are on one side of a split
 
 
 class Split(NamedTuple):
@@ -65,7 +72,7 @@ class Labelled(NamedTuple):
 
 def open_labelled(
     place: str | os.PathLike, *, in_chans: int = 3, validation_share: float = 0.25, seed: int = 0,
-    pixels: Pixels = PLAIN
+    pixels: Pixels = PLAIN, groups: str | None = None, group_by: str | None = None
 ) -> Labelled:  # fmt: skip
     """Opens labelled images.
 
@@ -80,34 +87,48 @@ def open_labelled(
         validation_share: Fraction of the images that become `test` in a split, above 0 and below 1.
         seed: Seed of that split.
         pixels: How stored values become pixels.
+        groups: Column of the CSV with the group of each image: a group is on one side of the split.
+        group_by: 'parent-folder' makes the folder of an image its group; class folders are then CLASS/GROUP/.
+
+    A group on both sides of given folders, and a class that grouping leaves on one side only, are a `ValueError`.
     """
     notes: list[str] = []
+    if groups and group_by:
+        raise ValueError("--groups and --group-by both name the groups: choose one.")
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}, expected a fraction above 0 and below 1.")
     path = Path(place)
     if not path.exists():
         raise ValueError(f"The labelled images '{printable(path)}' do not exist; expected a folder or a CSV.")
+    if groups and not path.is_file():
+        raise ValueError(f"--groups {groups} is a column of a CSV, but '{printable(path)}' is a folder: --group-by.")
     parts = None if path.is_file() else _parts(path)
     if parts is not None:
-        train, test = (_folder(part, in_chans, pixels, notes) for part in parts)
+        train, test = (_folder(part, in_chans, pixels, notes, group_by) for part in parts)
         where = f"'{printable(parts[0])}'", f"'{printable(parts[1])}'"
         remedy = "Both parts need the same class folders."
         check_same_classes(_classes(train), _classes(test), where, ordered=False, remedy=remedy)
         rows = train
+        if both := sorted({row.group for row in train if row.group} & {row.group for row in test}):
+            raise ValueError(
+                f"{len(both)} group{'s are' if len(both) > 1 else ' is'} in {where[0]} and in {where[1]}, such as "
+                f"'{printable(both[0])}': move each to one side."
+            )
     else:
-        rows = _table(path, notes) if path.is_file() else _folder(path, in_chans, pixels, notes)
+        is_table = path.is_file()
+        rows = _table(path, notes, groups, group_by) if is_table else _folder(path, in_chans, pixels, notes, group_by)
     classes = _classes(rows)
     if len(classes) < 2:
         has = f"one class, {classes[0]}" if classes else "no images"
         raise ValueError(f"'{printable(path)}' has {has}; expected at least two classes.")
     if parts is None:
-        held = _held([labels for _, labels in rows], validation_share, seed)
+        held = _held(rows, validation_share, seed)
         train, test = ([row for i, row in enumerate(rows) if (i in held) == part] for part in (False, True))
-    several = any(len(labels) > 1 for _, labels in [*train, *test])
+    several = any(len(row.labels) > 1 for row in [*train, *test])
     splits = []
     for part in (train, test):
-        source = ImageFiles([name for name, _ in part], in_chans, pixels)
-        splits.append(Split(source, _numbers([labels for _, labels in part], classes, several)))
+        source = ImageFiles([row.path for row in part], in_chans, pixels)
+        splits.append(Split(source, _numbers([row.labels for row in part], classes, several)))
         refuse_bad([message for _, message in check_readable(source)])
     shared = shared_note(splits[0].source.paths, splits[1].source.paths, "test")
     return Labelled(classes, splits[0], splits[1], (*notes, *([shared] if shared else [])))
@@ -131,18 +152,22 @@ def _parts(root: Path) -> tuple[Path, Path] | None:
     return None if train is None or test is None else (train, test)
 
 
-def _folder(root: Path, in_chans: int, pixels: Pixels, notes: list[str]) -> list[Row]:
+def _folder(root: Path, in_chans: int, pixels: Pixels, notes: list[str], group_by: str | None) -> list[Row]:
     source = FolderSource(root, in_chans, pixels)
     paths = sorted((source.path(i) for i in range(len(source))), key=natural_key)
-    rows = [(path, (os.path.basename(os.path.dirname(os.path.relpath(path, root))),)) for path in paths]
-    if lost := [path for path, (label,) in rows if not label]:
-        what = f"{printable(lost[0])} is in no folder of a class"
-        raise ValueError(f"{what}; expected CLASS/IMAGE in '{printable(root)}'.")
+    folders = [os.path.dirname(os.path.relpath(path, root)).split(os.sep) for path in paths]
+    few, expected = (2, "CLASS/GROUP/IMAGE") if group_by else (1, "CLASS/IMAGE")
+    if lost := [path for path, above in zip(paths, folders, strict=True) if not above[0] or len(above) < few]:
+        what = f"{printable(lost[0])} is in no folder of a {'group' if group_by else 'class'}"
+        raise ValueError(f"{what}; expected {expected} in '{printable(root)}'.")
+    if group_by:
+        return [Row(path, (above[0],), above[-1]) for path, above in zip(paths, folders, strict=True)]
+    rows = [Row(path, (above[-1],)) for path, above in zip(paths, folders, strict=True)]
     notes += filter(None, [classes_in_several_folders(os.path.relpath(path, root) for path in paths)])
     return rows
 
 
-def _table(path: Path, notes: list[str]) -> list[Row]:
+def _table(path: Path, notes: list[str], groups: str | None, group_by: str | None) -> list[Row]:
     try:
         with open_text(path, newline="") as file:
             reader = csv.DictReader(file)
@@ -151,6 +176,8 @@ def _table(path: Path, notes: list[str]) -> list[Row]:
         raise ValueError(f"'{printable(path)}' cannot be read as CSV: {e}") from e
     if not {"name", "label"} <= set(columns):
         raise ValueError(f"'{printable(path)}' has the columns {columns}, expected name and label.")
+    if groups and groups not in columns:
+        raise ValueError(f"--groups {groups}: '{printable(path)}' has the columns {', '.join(columns)}.")
     rows: dict[str, tuple[int, Row]] = {}  # line and row, by the file itself
     for number, line in enumerate(lines, start=2):
         labels = tuple(dict.fromkeys(part.strip() for part in (line["label"] or "").split(SEPARATOR) if part.strip()))
@@ -158,7 +185,13 @@ def _table(path: Path, notes: list[str]) -> list[Row]:
         if not labels or not file.is_file():
             what = f"no file '{printable(file)}'" if labels else f"no label for '{line['name']}'"
             raise ValueError(f"'{printable(path)}' line {number}: {what}. Paths are relative to the CSV.")
-        first, (_, before) = rows.setdefault(os.path.realpath(file), (number, (os.fspath(file), labels)))
+        group = line[groups] if groups else os.fspath(file.parent) if group_by else None
+        if groups and not group:
+            raise ValueError(f"'{printable(path)}' line {number}: no {groups} for '{line['name']}'.")
+        row = Row(os.fspath(file), labels, group)
+        first, (_, before, other) = rows.setdefault(os.path.realpath(file), (number, row))
+        if groups and other != group:
+            raise ValueError(f"'{printable(path)}' has two groups for '{line['name']}': '{other}' and '{group}'.")
         if set(before) != set(labels):
             given = f"line {first} '{SEPARATOR.join(before)}', line {number} '{SEPARATOR.join(labels)}'"
             raise ValueError(
@@ -171,12 +204,14 @@ def _table(path: Path, notes: list[str]) -> list[Row]:
 
 
 def _classes(rows: list[Row]) -> list[str]:
-    return sorted({name for _, labels in rows for name in labels}, key=natural_key)
+    return sorted({name for row in rows for name in row.labels}, key=natural_key)
 
 
-def _held(labels: list[tuple[str, ...]], share: float, seed: int) -> set[int]:
+def _held(rows: list[Row], share: float, seed: int) -> set[int]:
     """Indices of the test images: a fraction `share` of each class, at least one if the class has two."""
-    generator = torch.Generator().manual_seed(seed)
+    labels, generator = [row.labels for row in rows], torch.Generator().manual_seed(seed)
+    if any(row.group for row in rows):
+        return _held_groups(rows, share, generator)
     several = any(len(label) > 1 for label in labels)
     groups: dict[str, list[int]] = {}
     for i, label in enumerate(labels):
@@ -188,6 +223,34 @@ def _held(labels: list[tuple[str, ...]], share: float, seed: int) -> set[int]:
     if not held:
         counts = ", ".join(f"{name} {n}" for name, n in Counter(label[0] for label in labels).items())
         raise ValueError(f"No class has two images, so none can be held out: {counts}. Add images.")
+    return held
+
+
+def _held_groups(rows: list[Row], share: float, generator: torch.Generator) -> set[int]:
+    """Indices of the test images: whole groups, taken in random order while they bring classes nearer to `share`."""
+    members: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        members.setdefault(str(row.group), []).append(i)
+    total = Counter(label for row in rows for label in row.labels)
+    missing = {label: share * count for label, count in total.items()}
+    held: set[int] = set()
+    names = sorted(members)
+    for j in torch.randperm(len(names), generator=generator).tolist():
+        has = Counter(label for i in members[names[j]] for label in rows[i].labels)
+        # relative to the class, so that rare classes count as much as frequent ones
+        nearer = sum((abs(missing[label]) - abs(missing[label] - n)) / total[label] for label, n in has.items())
+        if nearer > 0:
+            held.update(members[names[j]])
+            missing |= {label: missing[label] - n for label, n in has.items()}
+    for side in ("training", "test"):
+        there = {label for i, row in enumerate(rows) if (i in held) == (side == "test") for label in row.labels}
+        if lost := sorted(set(total) - there):
+            count = len({row.group for row in rows if lost[0] in row.labels})
+            raise ValueError(
+                f"Grouping leaves no {side} image of {', '.join(map(printable, lost[:NAMED]))}; {printable(lost[0])} "
+                f"has {count} of {len(names)} groups. Each class needs two or more: add groups, leave the class out, "
+                "or change --validation-share or --seed."
+            )
     return held
 
 

@@ -95,7 +95,7 @@ def how_measured(folder: Path) -> dict[str, str]:
     if "knn" in found and (folder / "probe.json").is_file():
         probe = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
         values = {"": {name: found[name][1] for name in ("knn", "ridge")}}
-        values |= {"random weights ": probe["baselines"]["random"], "8 x 8 pixels ": probe["baselines"]["pixels"]}
+        values |= {f"{'random weights' if base == 'random' else base} ": of for base, of in probe["baselines"].items()}
         about["Frozen features"] = (
             "; ".join(f"{who}{probe['k']}-NN {v['knn']:.1f} %, ridge {v['ridge']:.1f} %" for who, v in values.items())
             + f" ({probe['unit']} on {probe['test']} images of {len(probe['classes'])} classes in "

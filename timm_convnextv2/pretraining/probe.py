@@ -1,12 +1,11 @@
 """`--probe-dir`: kNN and ridge on frozen features of labelled images, compared with baselines that need no training.
 
-The baselines, random weights of the same model and the plain pixels, are measured once at the start; `probe.json` in
-the run's folder keeps them for a resumed run.
+The baselines, random weights of the same model and those of `plain_baselines`, are measured once at the start;
+`probe.json` in the run's folder keeps them for a resumed run.
 """
 
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +13,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..features import Labelled, Scoring, extract_features, image_batches, pixel_features, rankme
+from ..features import Labelled, Scoring, image_batches, rankme
+from ..features.baselines import plain_baselines
 from ..features.evaluate import resampled_features
+from ..features.extract import extract_many
 from ..features.linear import difference
 from ..features.neighbours import nearest
 from ..files import write_json
@@ -25,6 +26,7 @@ from .measures import Run
 
 NEIGHBOURS = 20
 SHOWN_QUERIES, SHOWN_NEIGHBOURS = 6, 5
+PLAIN = ("pixels", "histogram", "border")  # names in probe.json, in the order of `plain_baselines`
 
 
 class Rows(NamedTuple):
@@ -58,15 +60,14 @@ class Probe:
         self.unit = "mAP" if labelled.several else "accuracy"
         self.record: dict[str, Any] = {}  # content of probe.json, see `baselines`
 
-    def extract(self, compute: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
-        """Features of the training and of the test images, float32 `[N, D]` and `[M, D]`, by `compute(batches)`."""
+    def features(self, *models: nn.Module | Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Features of the training and of the test images, float32 `[N, D]` and `[M, D]`, per model or function."""
+        how: dict[str, Any] = {"devices": (self.rows.device,), "amp": self.rows.amp}
         train, test = (
-            compute(image_batches(split.source, *self.rows[:3])) for split in (self.labelled.train, self.labelled.test)
+            extract_many(models, image_batches(split.source, *self.rows[:3]), **how)
+            for split in (self.labelled.train, self.labelled.test)
         )
-        return train, test
-
-    def features(self, encoder: nn.Module) -> tuple[Tensor, Tensor]:
-        return self.extract(partial(extract_features, encoder, devices=(self.rows.device,), amp=self.rows.amp))
+        return [*zip(train, test, strict=True)]
 
     def score(self, train: Tensor, test: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
         """kNN and ridge in % and the rank of the test features; and kNN and ridge on resampled test images."""
@@ -79,7 +80,7 @@ class Probe:
         return {**numbers, "rank": round(rankme(test), 2)}, values
 
     def baselines(self, path: Path, random_encoder: Callable[[], nn.Module]) -> dict[str, dict[str, float]]:
-        """Scores of random weights and of 8 x 8 pixels, read from the `probe.json` at `path`, or measured."""
+        """Scores of random weights and of the plain baselines, read from the `probe.json` at `path`, or measured."""
         of = self.labelled
         about = {
             "data_dir": self.place, "classes": of.classes, "train": len(of.train.labels), "test": len(of.test.labels),
@@ -90,14 +91,16 @@ class Probe:
             if all(before.get(key) == value for key, value in about.items()) and "resampled" in before:
                 self.record = before
                 return before["baselines"]
-        plain, pixels = self.score(*self.extract(pixel_features))
-        plain.pop("rank")  # the rank of so few pixels says nothing about features
-        random, values = self.score(*self.features(random_encoder().to(self.rows.device)))
+        plain = plain_baselines(of.train.source, self.rows.transform)
+        rows = self.features(random_encoder().to(self.rows.device), *plain.values())
+        scores = {name: self.score(*pair) for name, pair in zip(("random", *PLAIN), rows, strict=True)}
+        for name in PLAIN:
+            scores[name][0].pop("rank")  # the rank of so few numbers says nothing about features
         resampled = {
-            base: {key: [round(v, 6) for v in value.tolist()] for key, value in of.items()}
-            for base, of in (("random", values), ("pixels", pixels))
+            base: {key: [round(v, 6) for v in value.tolist()] for key, value in values.items()}
+            for base, (_, values) in scores.items()
         }
-        self.record = {**about, "baselines": {"random": random, "pixels": plain}, "resampled": resampled}
+        self.record = {**about, "baselines": {name: of for name, (of, _) in scores.items()}, "resampled": resampled}
         write_json(path, self.record)
         return self.record["baselines"]
 
@@ -118,7 +121,7 @@ class Probe:
         """The measure `knn`, `ridge`, `rank`, which also draws the neighbours of a few test images into `folder`."""
 
         def run(epoch: int, encoder: ConvNeXtV2) -> dict[str, float]:
-            train, test = self.features(encoder)
+            ((train, test),) = self.features(encoder)
             numbers, values = self.score(train, test)
             self.compare(folder.with_name("probe.json"), epoch, values)
             self.draw(folder / f"epoch-{epoch:04d}.png", train, test, f"epoch {epoch}")

@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 from .next_steps import Step, next_steps, next_steps_of_finetuning, next_steps_of_transfer
 from .run import RunRecord
 
-BASELINES = {"random": "random weights", "pixels": "plain pixels"}
+BASELINES = {
+    "random": "random weights",
+    "pixels": "plain pixels",
+    "histogram": "histogram of each channel",
+    "border": "border only",
+}
 
 
 class Chart(NamedTuple):
