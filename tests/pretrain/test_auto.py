@@ -19,7 +19,7 @@ from timm_convnextv2.data import FolderSource, load_image
 from timm_convnextv2.data.formats.pixels import Pixels
 from timm_convnextv2.data.sources.files import ImageFiles
 from timm_convnextv2.features.collapse_models import collapse_of_models
-from timm_convnextv2.features.config import Computation, DrawnImages, Extraction, Scoring
+from timm_convnextv2.features.config import Computation, DrawnImages, Extraction, Scoring, Splitting
 from timm_convnextv2.features.evaluate import evaluate_models
 from timm_convnextv2.finetune import images
 from timm_convnextv2.finetune.model import choose_pixels
@@ -127,7 +127,9 @@ def test_what_judges_an_encoder_applies_them(bands, made, monkeypatch, tmp_path)
     for source in (FolderSource, ImageFiles):
         monkeypatch.setattr(source, "__getitem__", noting(source.__getitem__))
     rows, scoring = Extraction(device="cpu", batch_size=4, workers=0), Scoring(k=(1,), probe=False, draws=1)
-    found = evaluate_models([str(made)], tmp_path / "labelled", rows, scoring, baselines=False, validation_share=0.5)
+    found = evaluate_models(
+        [str(made)], tmp_path / "labelled", rows, scoring, baselines=False, split=Splitting(validation_share=0.5)
+    )
     assert all(torch.equal(seen[f"{i}.tif"], x) for i, x in wanted.items())
     assert found["results"][0]["preprocessing"]["pixels"] == Pixels.from_record(settings).record()
     seen.clear()

@@ -79,9 +79,9 @@ def test_baselines_and_neighbours(measured, labelled):
     probe = json.loads((out / "probe.json").read_text())
     assert (probe["train"], probe["test"], probe["k"], len(probe["classes"])) == (32, 16, 20, 8)
     assert probe["baselines"]["random"].keys() == {"knn", "ridge", "rank"}
-    assert probe["baselines"]["pixels"].keys() == {"knn", "ridge"}
+    assert all(probe["baselines"][name].keys() == {"knn", "ridge"} for name in ("pixels", "histogram", "border"))
     latest = probe["latest"]
-    assert latest["epoch"] == 3 and latest["against"].keys() == {"random", "pixels"}
+    assert latest["epoch"] == 3 and latest["against"].keys() == {"random", "pixels", "histogram", "border"}
     gain = float(rows(out)[-1]["eval_knn"]) - probe["baselines"]["random"]["knn"]
     assert latest["against"]["random"]["knn"].startswith(f"{gain:+.1f} (")
     words = " ".join(_findings_of_pretraining(read_run(out)))
@@ -105,7 +105,8 @@ def test_the_card_says_what_was_measured(measured):
     last = rows(measured[0])[-1]
     assert f"Held-out loss | {float(last['eval_loss']):.4f} (epoch 3)" in card
     assert re.search(
-        rf"20-NN {float(last['eval_knn']):.1f} %, ridge .*; random weights 20-NN .*; 8 x 8 pixels 20-NN", card
+        rf"20-NN {float(last['eval_knn']):.1f} %, ridge .*; random weights 20-NN .*; pixels 20-NN .*; histogram 20-NN",
+        card,
     )
 
 

@@ -21,7 +21,7 @@ def test_report_of_a_pretraining(pretrained, tmp_path):
     run = read_run(folder)
     assert run.notes == [] and [*run.rows] == [0, 1] and "--probe-dir" in run.command
     assert [len(rows) for rows in run.collapse.values()] == [4, 4]
-    assert run.probe["baselines"].keys() == {"random", "pixels"} and run.progress["num_images"] == 13
+    assert {"random", "pixels", "histogram"} < run.probe["baselines"].keys() and run.progress["num_images"] == 13
     assert {"eval_loss", "eval_knn", "eval_ridge", "eval_rank", "eval_distance"} <= run.rows[1].keys()
     assert [*run.predictions] == [*run.neighbours] == [1, 2]
     page = Page((folder / "report.html").read_text(encoding="utf-8"))  # as the run itself wrote it
