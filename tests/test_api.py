@@ -285,6 +285,28 @@ def test_dir_shows_what_is_for_users():
         tcx.pretrian  # noqa: B018
 
 
+def first_snippet(page: str) -> str:
+    text = (Path(tcx.__file__).parents[1] / page).read_text(encoding="utf-8")
+    return text.split("```python\n")[1].split("```")[0]
+
+
+def test_the_first_snippet_of_docs_python_runs(demo, tmp_path, monkeypatch):
+    """The README has some of its lines."""
+    code, given = first_snippet("docs/python.md"), 'output="runs"'
+    own, readme = (
+        [line.partition("  #")[0] for line in text.splitlines()] for text in (code, first_snippet("README.md"))
+    )
+    assert given in code and {*readme} - {'rows, names, skipped = run.encoder.embed("images")'} <= {*own}
+    for words, fewer in ((given, f"{given}, **tiny"), ('"labelled")', '"labelled", workers=0, probe=False)')):
+        code = code.replace(words, fewer)
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("images", demo / "validation"), ("labelled", demo)):
+        (tmp_path / name).symlink_to(folder)
+    scope: dict = {"tiny": {**TINY, **SHORT, "epochs": 1}}
+    exec(compile(code, "docs/python.md", "exec"), scope)
+    assert len(scope["rows"]) == len(scope["names"]) == 16 and scope["found"]["results"] and scope["blocks"]
+
+
 SNIPPET = """
 from pathlib import Path
 from typing import Any, assert_type

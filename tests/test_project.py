@@ -148,15 +148,15 @@ def test_readme_is_short():
             assert image.height <= 500, f"{path} is {image.height} px high"
 
 
-def test_readme_python_runs(tmp_path, monkeypatch):
-    """The first screen's lines, with a smaller model and batch."""
-    code = re.search(r"^```python\n(.*?)^```", FIRST_SCREEN, flags=re.M | re.S)[1]
-    code = code.replace("_tiny", "_atto").replace("randn(8,", "randn(1,")
+def test_the_models_of_docs_python_run(tmp_path, monkeypatch):
+    """With a smaller model and batch; `test_api` runs the lines above them."""
+    code = re.findall(r"^```python\n(.*?)^```", PAGES["docs/python.md"], flags=re.M | re.S)[1]
+    code = code.replace("_tiny", "_atto").replace("(8,", "(1,")
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
-    exec(compile(code, "README.md", "exec"), scope)
+    exec(compile(code, "docs/python.md", "exec"), scope)
     assert scope["model"].encoder.stem[0].weight.grad.abs().sum() > 0
-    again = timm.create_model("local-dir:encoder", pretrained=True, num_classes=10)
+    again = timm.create_model("local-dir:folder", pretrained=True, num_classes=10)
     torch.testing.assert_close(again.stem[0].weight, scope["model"].encoder.stem[0].weight)
 
 

@@ -46,6 +46,12 @@ def test_time_left(capsys, monkeypatch, seconds, left):
     assert capsys.readouterr().out.splitlines()[1].endswith(f"left {left}")
 
 
+def test_bars_are_drawn_in_a_notebook(monkeypatch):
+    assert not progress_module.draws_bars()
+    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", object())
+    assert progress_module.draws_bars()
+
+
 def test_bar_on_a_terminal(capsys, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -45,18 +45,14 @@ _STATED = {
     ),
 }
 _CODE = {
-    "detection": """import torch
-from timm_convnextv2.transfer import open_detector
+    "detection": """import timm_convnextv2
 
-detector = open_detector({name}){or_hub}
-image = detector.backbone.body.load_image("IMAGE")  # float [C, H, W], scaled as in training
-with torch.no_grad():
-    found = detector([image])[0]  # boxes, labels (1 is the first class), scores{masks}""",
-    "segmentation": """from timm_convnextv2.transfer import find_classes, open_segmenter
+detector = timm_convnextv2.open_detector({name}){or_hub}
+found = detector.predict(["IMAGE"])[0]  # boxes in pixels, classes, scores{masks}""",
+    "segmentation": """import timm_convnextv2
 
-segmenter = open_segmenter({name}){or_hub}
-image = segmenter.backbone.load_image("IMAGE")  # float [C, H, W], scaled as in training
-classes = find_classes(segmenter, image)  # [H, W], indices of segmenter.classes""",
+segmenter = timm_convnextv2.open_segmenter({name}){or_hub}
+found = segmenter.predict(["IMAGE"])[0].classes  # [H, W], indices of segmenter.classes""",
 }
 # the types of the keys that are read here, in the words of `provenance`
 _TYPES = {"classes": "a list of strings", "dataset": "a string without a line break"}

@@ -5,17 +5,22 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
+
+
+def draws_bars() -> bool:
+    """True on a terminal and in a notebook, where tqdm's bar is a widget."""
+    return sys.stderr.isatty() or "ipykernel.zmqshell" in sys.modules
 
 
 class ImageProgress:
-    """A bar on a terminal, a line every `interval` seconds elsewhere, on stderr; `total` is None if unknown."""
+    """A bar on a terminal or in a notebook, elsewhere a line every `interval` seconds; `total` is None if unknown."""
 
     def __init__(self, total: int | None, enabled: bool = True, interval: float = 10.0) -> None:
         self.total, self.enabled, self.interval = total, enabled, interval
         self.done, self.start = 0, time.perf_counter()
         self.shown_at = self.start
-        self.bar = tqdm(total=total, unit="image", dynamic_ncols=True) if enabled and sys.stderr.isatty() else None
+        self.bar = tqdm(total=total, unit="image", dynamic_ncols=True) if enabled and draws_bars() else None
 
     def update(self, images: int) -> None:
         """Counts images."""
@@ -52,13 +57,13 @@ def with_progress(make: Callable[[Callable[[int], None]], Any], enabled: bool = 
 
 
 class ProgressBar:
-    """A bar on a terminal, a line every `interval` updates elsewhere; `total` and `done` count updates."""
+    """A bar on a terminal or in a notebook, elsewhere a line every `interval` updates; `total`, `done` count those."""
 
     def __init__(self, total: int, done: int, epochs: int, interval: int, enabled: bool = True) -> None:
         self.total, self.first, self.done, self.epochs = total, done, done, epochs
         self.interval, self.enabled, self.start = interval, enabled, time.perf_counter()
-        on_terminal = enabled and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if on_terminal else None
+        drawn = enabled and draws_bars()
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) if drawn else None
 
     def note(self, text: str) -> None:
         """Prints a line without tearing the bar."""
