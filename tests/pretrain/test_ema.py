@@ -40,7 +40,7 @@ def test_short_run(tmp_path, no_images, capsys, first, warmup):
     moved = 1 - share_of_start(out, first)
     printed = capsys.readouterr().err
     if warmup:
-        assert moved > 0.6 and printed == ""
+        assert moved > 0.6 and "moving average" not in printed
     else:
         assert moved < 0.05
         assert printed.startswith("warning: 100% of the moving average") and "Add --model-ema-warmup" in printed

@@ -93,6 +93,15 @@ def test_the_slider_changes_the_image(visit):
     assert page.evaluate(SHOWN) == ["2", "1"]
 
 
+def test_a_button_copies_its_command(visit):
+    page = visit()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    button = page.locator(".copy").first
+    button.click()
+    page.wait_for_function("document.querySelector('.copy').textContent === 'Copied'")
+    assert page.evaluate("navigator.clipboard.readText()") == page.locator(".command code").first.inner_text()
+
+
 def test_without_scripts_the_last_image_is_shown(visit):
     page = visit(java_script_enabled=False)
     visible = [image.get_attribute("data-epoch") for image in page.locator(".viewer img").all() if image.is_visible()]

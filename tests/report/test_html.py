@@ -19,7 +19,8 @@ from timm_convnextv2.report import html as report_html
 from timm_convnextv2.report.charts import Line, line_chart, spread
 from timm_convnextv2.report.html import write_report
 from timm_convnextv2.report.images import save_neighbours
-from timm_convnextv2.report.run import read_run
+from timm_convnextv2.report.kinds import verdict
+from timm_convnextv2.report.run import RunRecord, read_run
 from timm_convnextv2.runs.folder import head_comment
 
 
@@ -80,9 +81,9 @@ def page(runs):
 def test_what_a_report_says(page):
     assert not page.open and page.all("html")[0]["lang"] == "en"
     for words in (
-        "kNN after epoch 6 is 55.0 %; random weights 49.0 %, difference +6.0 (-4.0 to +16.0): no difference shown; "
-        "plain pixels 60.0 %.",
-        "Ridge after epoch 6 is 45.0 %; random weights 52.0 %; plain pixels 33.0 %.",
+        "It is not shown that the encoder learned: kNN 55.0 % (not above random weights 49.0 % and plain pixels "
+        "60.0 %) and ridge 45.0 % (not above random weights 52.0 %).",
+        "random weights 49.0 % (+6.0 (-4.0 to +16.0): no difference shown) 52.0 % plain pixels 60.0 % 33.0 %",
         "The held-out loss was lowest after epoch 6 (0.5500).",
         "fcmae_convnextv2_atto", "1,234", "6 of 6", "3 x 224 x 224", "31.5 images/s", "6 % of the time", "6.25 GiB",
         "0 h 06 min", "Skipped updates 2", "Images that cannot be decoded 1", "1.50 %", "timm_convnextv2 0.2.0",
@@ -155,10 +156,67 @@ def test_several_runs_side_by_side(tmp_path, runs):
     assert write_report(runs, tmp_path / "both.html") == []
     page = Page((tmp_path / "both.html").read_text(encoding="utf-8"))
     assert len(page.all("input")) == 2 and "1: first" in page.text and "2: second" in page.text
-    loss = page.all("svg")[0]["aria-label"]
+    (loss,) = (svg["aria-label"] for svg in page.all("svg") if svg["aria-label"].startswith("Loss "))
+    assert "different data" not in page.text
     assert "run 1: 0.5 after epoch 1" in loss and "run 2: 0.5 after epoch 1" in loss and "after epoch 3" in loss
     differing = [attributes for attributes in page.all("tr") if attributes.get("class") == "differs"]
     assert 2 <= len(differing) < 6  # epochs, seed, and what follows from the epochs
+
+
+def test_the_result_comes_first_and_diagnostics_are_folded(page):
+    titles = [h2.strip() for h2 in page.words if h2.strip() in ORDER]
+    assert titles == ORDER
+    assert ["open" in details for details in page.all("details")] == [False] * 3
+
+
+ORDER = ["Result", "Frozen features against baselines", "Predictions", "Curves", "Nearest neighbours", "Next steps"]
+ORDER += ["Latest numbers", "More curves", "Feature collapse", "Model and training", "Numbers"]
+
+
+def test_runs_on_different_data_are_marked(tmp_path, no_charts):
+    plant(tmp_path / "a", 1, full=False, evil="cells"), plant(tmp_path / "b", 1, full=False, evil="tissue")
+    write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "x.html")
+    text = Page((tmp_path / "x.html").read_text()).text
+    assert "1: a, on /data/cells" in text and "2: b, on /data/tissue" in text and "have different data" in text
+
+
+UP, SAME = "+6.0 (+1.0 to +9.0): above", "+6.0 (-1.0 to +9.0): no difference shown"
+
+
+@pytest.mark.parametrize(
+    ("loss", "knn", "against", "good", "text"),
+    [
+        (0.3, None, {}, None, "The loss went from 1.000 to 0.300 in 2 epochs, which does not show how good"),
+        (0.97, None, {}, False, "The encoder has learned little. The loss is still 0.970, where predicting the mean"),
+        (0.3, 80, {"knn": UP, "ridge": UP}, True, "The encoder learned: kNN 80.0 % and ridge 80.0 % are above all"),
+        (0.97, 80, {"knn": UP, "ridge": UP}, False, "are above all baselines. The loss is still 0.970"),
+        (0.3, 80, {"knn": UP, "ridge": SAME}, False, "ahead of all baselines in one measure of two: kNN 80.0 % and"),
+        (0.3, 80, {"knn": SAME, "ridge": SAME}, False, "not shown that the encoder learned: kNN 80.0 % (not above ra"),
+        (0.3, 80, {}, True, "The encoder learned"),  # by the numbers
+        (0.3, 60, {}, False, "kNN 60.0 % (not above random weights 70.0 %)"),
+    ],
+)
+def test_verdicts(tmp_path, loss, knn, against, good, text):
+    run = RunRecord(tmp_path, "r", {"norm_pix_loss": True}, warnings=["no good"])
+    run.rows = {0: {"train_loss": 1.0}, 1: {"train_loss": loss} | ({"eval_knn": knn, "eval_ridge": knn} if knn else {})}
+    run.probe = {"baselines": {"random": {"knn": 70.0, "ridge": 70.0}}}
+    run.probe["latest"] = {"epoch": 2, "against": {"random": against}}
+    found = verdict(run)
+    assert text in found.text and found.good is good and found.text.endswith("\nwarning: no good")
+
+
+def test_axes_begin_where_they_should():
+    chart = line_chart("x", [Line({1: 0.1})], {}, "", top=0.5)
+    assert ">0.5</text>" in chart and ">0.0</text>" in chart
+    assert re.findall(r">(\d+)</text>", chart) == ["1"]  # of the epochs
+    nearly = line_chart("x", [Line({1: 0.99476, 2: 0.99468})], {}, "")
+    assert max(map(len, re.findall(r">([\d.]+)</text>", nearly))) <= len("0.9975")  # as much as fits
+    assert ">1.0</text>" in line_chart("x", [Line({1: 0.0, 2: 0.0})], {"a": 0.0}, "")
+
+
+def test_labels_of_baselines_do_not_overlap():
+    chart = line_chart("x", [Line({1: 10, 2: 20})], {"a": 11.1, "d": 18.0, "b": 11.0, "c": 11.2}, "")
+    assert [text for text in re.findall(r">([a-d, ]+)</text>", chart)] == ["b, a,", "c", "d"]
 
 
 def test_same_name_in_two_places(tmp_path, no_charts):
@@ -230,8 +288,9 @@ def test_neighbours_are_drawn_in_their_places(tmp_path, chans):
 def test_the_command_is_read_as_it_was(tmp_path, command, seen):
     folder = plant(tmp_path / "r", 1, full=False)
     rest = (folder / "args.yaml").read_text().split("\n", 2)[2]
-    (folder / "args.yaml").write_text(head_comment("v 1", command) + rest)
+    (folder / "args.yaml").write_text(head_comment("v 1", command, ["it is\nslow"]) + rest)
     run = read_run(folder)
+    assert run.warnings == ["it is slow"]
     assert run.command == seen and run.versions == "v 1" and run.settings["epochs"] == 1
 
 

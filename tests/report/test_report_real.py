@@ -11,6 +11,7 @@ from test_html import Page
 
 from timm_convnextv2.checkpoint import export_finetuned
 from timm_convnextv2.commands.report import main
+from timm_convnextv2.report.kinds import verdict
 from timm_convnextv2.report.run import read_run
 from timm_convnextv2.runs.summary import read_rows
 
@@ -26,8 +27,11 @@ def test_report_of_a_pretraining(pretrained, tmp_path):
     assert [*run.predictions] == [*run.neighbours] == [1, 2]
     page = Page((folder / "report.html").read_text(encoding="utf-8"))  # as the run itself wrote it
     assert page.text.startswith(" Pretraining of pretrained") and "fcmae_convnextv2_atto on " in page.text
-    assert "Left out" not in page.text and "Feature collapse" in page.text and "kNN after epoch 2 is" in page.text
+    assert "Left out" not in page.text and "Feature collapse" in page.text and "this run, epoch 2" in page.text
     assert len(page.all("img")) == 2 + 2 and "report.html" in printed
+    text, good = verdict(run)  # 6 updates: the run says so at its end and on its page
+    assert good is False and "warning: 6 updates are too few" in text and text in printed
+    assert all(" ".join(line.split()) in page.text for line in text.splitlines())
 
 
 def test_report_of_a_segmentation(segmented):

@@ -13,7 +13,9 @@ from ..data import Pixels
 from ..models import FCMAE
 from ..report.html import write_report
 from ..report.images import save_loss_curve
+from ..report.kinds import verdict
 from ..report.next_steps import next_commands
+from ..report.run import read_run
 from ..runs.errors import NotFiniteError, attempt
 from ..runs.loop import Run
 from ..runs.trainer import Bad
@@ -39,8 +41,9 @@ class PretrainRun(Run):
     remedy = "a lower --lr-base; or skip such updates: --max-bad-steps N"
 
     def done(self) -> str:
-        """Where the encoder is, and the commands that come next."""
-        return f"{super().done()}\n{next_commands(self.settings, self.folder.path, self.plan.epochs)}"
+        """What was learned, where the encoder is, and the commands that come next."""
+        result = f"{verdict(read_run(self.folder.path)).text}\n" if self.world.primary else ""
+        return f"{result}{super().done()}\n{next_commands(self.settings, self.folder.path, self.plan.epochs)}"
 
     def batches(self, epoch: int, start_batch: int) -> Iterator:
         """The batches `(images, masks, bad)` of an epoch."""

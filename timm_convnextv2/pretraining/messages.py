@@ -1,6 +1,8 @@
 """Texts about a run: what it is, and how its weights were made and measured."""
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from ..runs.checkpoints import Progress
 from ..runs.folder import VERSIONS
 from ..runs.plan import Plan
 from ..runs.world import World
-from .config import Average
+from .config import Average, Schedule
+from .plan import MIN_UPDATES, usual_epochs
 from .start import short_name
 
+FEW_UPDATES = 150  # the demo run learns in 192
+LOW_RATE = 1e-5  # 192 updates of 16 demo images: loss 0.77 at 9.4e-6, 0.38 at 1e-4, 0.35 at 1e-3
 MOSTLY_START = 0.05  # a larger share of the start in a moving average is warned about
 
 
@@ -52,6 +57,38 @@ def ema_warnings(average: Average, updates: int) -> list[str]:
         f"{start:.0%} of the moving average, which is what is exported, would be the weights of the start: "
         f"--model-ema-decay {decay} is too slow for {updates} updates without warmup. Add --model-ema-warmup, or "
         f"lower the decay to {1 - float(f'{fits:.2g}'):g}."
+    ]
+
+
+def learning_warnings(plan: Plan, started: bool) -> list[str]:
+    """Warnings about a run that cannot learn, with values to paste; none if it continues from weights (`started`)."""
+    found, images = [], plan.images_per_update
+    if started:
+        return found
+    if plan.updates < FEW_UPDATES:
+        epochs = usual_epochs(plan.updates_per_epoch)
+        found.append(
+            f"{plan.updates} updates are too few to learn features: a run of {MIN_UPDATES:,} is --epochs {epochs}."
+            + (" A smaller --batch-size makes more updates of an epoch." if images > 16 else "")
+        )
+    if plan.lr < LOW_RATE:
+        usual = Schedule.lr_base * math.sqrt(images / Schedule.lr_base_size)
+        found.append(
+            f"a peak learning rate of {plan.lr:.1e} hardly moves the weights; the usual one for {images} images per "
+            f"update is --lr {usual:.1e}."
+        )
+    return found
+
+
+def worker_warnings(workers: int, world_size: int) -> list[str]:
+    """A warning if data workers and training share too few cores; `workers` are those of each process."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers * here <= cores:
+        return []
+    return [
+        f"{workers * here} data workers share {cores} core{'s' * (cores > 1)} with the training, which slows both: "
+        f"--workers {max(0, cores // here - 1)}."
     ]
 
 

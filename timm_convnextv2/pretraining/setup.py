@@ -36,7 +36,7 @@ from .config import PretrainConfig
 from .inputs import check_input, input_line, input_warnings
 from .loop import WRITTEN, PretrainRun
 from .measures import Best, Measure, affordable, collapse_of_blocks, held_out_loss, reconstructions
-from .messages import about_run, ema_warnings, memory_line
+from .messages import about_run, ema_warnings, learning_warnings, memory_line, worker_warnings
 from .plan import make_plan, resume_progress, split_batch
 from .probe import Probe, Rows, random_encoder
 from .replay import read_record
@@ -89,7 +89,9 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     if batches.held_out is not None:
         about.append(f"{len(batches.held_out)} more images are held out, for eval_loss")
     about += [*batches.sampling(), *filter(None, [chosen, measured]), input_line(batches.inputs)]
-    for warning in [*input_warnings(batches.inputs), *ema_warnings(config.average, plan.updates)]:
+    warnings = input_warnings(batches.inputs) + ema_warnings(config.average, plan.updates)
+    warnings += learning_warnings(plan, config.network.pretrained)
+    for warning in warnings + worker_warnings(config.loading.workers, world.size):
         say(f"warning: {warning}", error=True)
     if config.dry_run:
         ema, amp = config.average.model_ema, config.compute.amp
@@ -109,7 +111,7 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
         saving.recovery_interval, saving.checkpoint_minutes, config.selection.max_bad_images, optimizer.max_bad_steps,
     )  # fmt: skip
     run = PretrainRun(trainer, plan, folder, settings, progress, limits, world, data=batches)
-    run.begin(command, config.logs, "\n".join(about), config.compute.torchcompile)
+    run.begin(command, config.logs, "\n".join(about), config.compute.torchcompile, warnings)
     run.measures = create_measures(config, trainer, batches, folder.path, plan)
     if probe is not None:
         base = probe.baselines(folder.path / "probe.json", partial(random_encoder, trainer.model.encoder, config.seed))

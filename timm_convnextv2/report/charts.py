@@ -10,6 +10,8 @@ from typing import Any
 # Marker colours: in the SVG they become variables of the page, which has a light and a dark theme.
 _INK, _GRID, _MUTED = "#fe0001", "#fe0002", "#fe0003"
 SERIES = 8
+LABEL = 0.07  # height of a label, relative to the axis
+LEAST_SPAN = 0.02  # of an axis, relative to its values
 _VARIABLES = {_INK: "var(--ink)", _GRID: "var(--line)", _MUTED: "var(--muted)"}
 _VARIABLES |= {f"#fe01{i:02x}": f"var(--series-{i})" for i in range(SERIES)}
 _SIZE = (4.6, 2.9)  # inches; 331 x 209 SVG units, about the width of a small phone
@@ -41,7 +43,9 @@ def epoch_colours(epochs: Sequence[int]) -> dict[int, str]:
     return {epoch: to_hex(scale(i / last if len(epochs) > 1 else 1.0)) for i, epoch in enumerate(epochs)}
 
 
-def line_chart(name: str, lines: Sequence[Line], baselines: Mapping[str, float], about: str, zero: bool = False) -> str:
+def line_chart(
+    name: str, lines: Sequence[Line], baselines: Mapping[str, float], about: str, zero: bool = False, top: float = 0
+) -> str:  # fmt: skip
     """Curves over epochs as an SVG element.
 
     Args:
@@ -50,6 +54,7 @@ def line_chart(name: str, lines: Sequence[Line], baselines: Mapping[str, float],
         baselines: Horizontal lines by label.
         about: Text alternative; escaped here.
         zero: Begin the axis at 0.
+        top: Let the axis reach at least from 0 to here.
     """
     figure, axis = _figure()
     longest = max(len(line.values) for line in lines)
@@ -58,17 +63,35 @@ def line_chart(name: str, lines: Sequence[Line], baselines: Mapping[str, float],
             [*line.values], [*line.values.values()], color=f"#fe01{line.series % SERIES:02x}", linewidth=1.8,
             linestyle=(0, (3, 2)) if line.dashed else "-", marker="o" if longest < 30 else None, markersize=3.2,
         )  # fmt: skip
-    for text, value in baselines.items():
+    for value in baselines.values():
         axis.axhline(value, color=_MUTED, linewidth=1, linestyle=(0, (1, 2)))
-        axis.annotate(
-            text, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points",
-            ha="right", color=_MUTED, fontsize=8.5,
-        )  # fmt: skip
     axis.set_xlabel("epoch")
     axis.xaxis.get_major_locator().set_params(integer=True)  # pyright: ignore[reportAttributeAccessIssue]
     axis.margins(x=0.03, y=0.12)
-    if zero:
-        axis.set_ylim(bottom=0)
+    low, high = axis.get_ylim()
+    if high - low < LEAST_SPAN * max(abs(low), abs(high)):  # labels of many digits would be cut
+        middle, half = (low + high) / 2, LEAST_SPAN * max(abs(low), abs(high)) / 2
+        axis.set_ylim(middle - half, middle + half)
+    if max(abs(low), abs(high)) < 1e-9:
+        axis.set_ylim(0, 1)
+    if zero or top:
+        axis.set_ylim(0, max(top, axis.get_ylim()[1]))
+    low, high = axis.get_ylim()
+    near: list[tuple[float, list[str]]] = []  # labels on top of each other would be read as neither
+    for text, value in sorted(baselines.items(), key=lambda item: item[1]):
+        if near and value - near[-1][0] < LABEL * (high - low):
+            near[-1] = value, [*near[-1][1], text]
+        else:
+            near.append((value, [text]))
+    for value, texts in near:
+        pairs = [", ".join(texts[i : i + 2]) for i in range(0, len(texts), 2)]
+        axis.annotate(
+            ",\n".join(pairs), (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+            textcoords="offset points", ha="right", color=_MUTED, fontsize=8.5,
+        )  # fmt: skip
+    last = max((epoch for line in lines for epoch in line.values), default=1)
+    if last == 1:  # one point would be drawn between epochs that do not exist
+        axis.set(xlim=(0.5, 1.5), xticks=[1])
     return _svg(figure, name, about)
 
 
@@ -84,7 +107,7 @@ def collapse_chart(
             markersize=2.4,
         )  # fmt: skip
     axis.set_xlabel("depth (0: first block, 1: last)")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, max(0.5, axis.get_ylim()[1]) if column == "distance" else None)
     return _svg(figure, name, about)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..files import whole_file
 from .charts import Line, collapse_chart, epoch_colours, line_chart, spread
-from .kinds import BASELINES, COST, KINDS, as_text, charts_of, in_one_line, last_numbers
+from .kinds import BASELINES, COST, KINDS, as_text, charts_of, in_one_line, last_numbers, probe_rows, verdict
 from .run import RunRecord, read_run
 
 GENERATOR = "timm_convnextv2 report"  # the command overwrites only files with this mark
@@ -69,6 +69,8 @@ def render(runs: Sequence[RunRecord]) -> str:
     kind = KINDS[runs[0].task]
     folder = resources.files("timm_convnextv2.report") / "templates"
     script, style, page = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css", "html"))
+    charts = [{"title": title, "note": note, "svg": Markup(svg), "result": result} for title, note, svg, result in
+              _charts(runs)]  # fmt: skip
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -83,9 +85,8 @@ def render(runs: Sequence[RunRecord]) -> str:
               enumerate(runs)],
         facts=_table(kind.facts(run) for run in runs),
         numbers=_table(last_numbers(run, kind.measures) for run in runs),
-        charts=[
-            {"title": title, "note": note, "svg": Markup(svg)} for title, note, svg in _charts(runs)
-        ],
+        charts=charts,
+        places=len({kind.facts(run)["Data"] for run in runs}) > 1,
         settings=_settings(runs),
     )  # fmt: skip
 
@@ -112,8 +113,11 @@ def _settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], bool]]:
 # ------------------------------------------------------------------------------------------------------------ charts
 
 
-def _charts(runs: Sequence[RunRecord]) -> list[tuple[str, str, str]]:
-    """Title, note and SVG of each chart that at least one run measured."""
+def _charts(runs: Sequence[RunRecord]) -> list[tuple[str, str, str, bool]]:
+    """Title, note and SVG of each chart that at least one run measured, and whether it shows results.
+
+    If none does, the first one stands for them.
+    """
     made = []
     for chart in charts_of(runs, KINDS[runs[0].task]):
         lines = [
@@ -125,10 +129,10 @@ def _charts(runs: Sequence[RunRecord]) -> list[tuple[str, str, str]]:
         if lines:
             lows = _baselines(runs, chart.baseline) if chart.baseline else {}
             words = _in_words(chart.title, lines, lows, chart.dashed)
-            svg = line_chart("-".join(chart.columns), lines, lows, words, bool(chart.scale))
+            svg = line_chart("-".join(chart.columns), lines, lows, words, bool(chart.scale), chart.top)
             note = chart.note if any(line.dashed for line in lines) else chart.solid or chart.note
-            made.append((chart.title, note, svg))
-    return made
+            made.append((chart.title, note, svg, chart.result))
+    return made if any(result for *_, result in made) else [(*of[:3], i == 0) for i, of in enumerate(made)]
 
 
 def _baselines(runs: Sequence[RunRecord], measure: str) -> dict[str, float]:
@@ -171,6 +175,9 @@ def _view(run: RunRecord, number: int, max_images: int) -> dict[str, Any]:
         "number": number,
         "label": run.label,
         "about": in_one_line(kind.facts(run)),
+        "verdict": verdict(run),
+        "place": kind.facts(run)["Data"],
+        "probe": probe_rows(run) if run.task == "pretraining" else [],
         "findings": kind.findings(run),
         "predictions": predictions,
         "left_out": len(run.predictions) - len(predictions),

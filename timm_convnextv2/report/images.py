@@ -16,6 +16,7 @@ from ..runs.summary import read_rows
 if TYPE_CHECKING:
     from ..data.measure.pixel_statistics import PixelStatistics
 
+NEUTRAL = 0.5  # grey of patches that are not shown, on light and dark pages
 _COLUMNS = 8  # of a contact sheet
 _HISTOGRAM_COLUMNS = 4
 
@@ -181,8 +182,8 @@ def save_reconstructions(
     shown, predicted = display.rgb(images), display.rgb(pred)
     columns = {
         "original": shown,
-        "masked input": torch.where(gap, 0.5, shown),
-        "prediction": torch.where(gap, predicted, 1.0),
+        "masked input": torch.where(gap, NEUTRAL, shown),
+        "prediction": torch.where(gap, predicted, NEUTRAL),
         "prediction + visible": torch.where(gap, predicted, shown),
     }
     rows = [[(drawn[i], name * (i == 0)) for name, drawn in columns.items()] for i in range(len(images))]

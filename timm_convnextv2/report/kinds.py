@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from .next_steps import Step, next_steps, next_steps_of_finetuning, next_steps_of_transfer
+from .next_steps import Step, near, next_steps, next_steps_of_finetuning, next_steps_of_transfer
 from .run import RunRecord
 
 BASELINES = {
@@ -15,6 +15,17 @@ BASELINES = {
     "histogram": "histogram of each channel",
     "border": "border only",
 }
+
+
+PLAIN_LOSS = 1.0  # of a prediction of each patch's mean, whose target is normalised
+LITTLE = 0.95  # a loss above it says that little was learned
+
+
+class Verdict(NamedTuple):
+    """What a run has shown, in one or two sentences."""
+
+    text: str
+    good: bool | None = None  # False: a reason not to use the model; None: nothing was compared
 
 
 class Chart(NamedTuple):
@@ -27,6 +38,8 @@ class Chart(NamedTuple):
     baseline: str = ""  # measure of the probe whose baselines are drawn
     dashed: str = "held out"  # meaning of dashed lines
     solid: str = ""  # the note if no dashed line was measured
+    top: float = 0  # the axis reaches at least from 0 to it; 0 for none
+    result: bool = False  # what the run is for; the other charts are diagnostics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +53,7 @@ class Kind:
     measures: dict[str, tuple[str, str]]  # columns of summary.csv with name and format, in the order of the tables
     facts: Callable[[RunRecord], dict[str, str]]  # rows about model, data and training
     charts: tuple[Chart, ...]  # candidates besides terms of the loss and the cost; those without values are left out
+    verdict: Callable[[RunRecord], Verdict]
     findings: Callable[[RunRecord], Iterable[str]]  # sentences about the numbers
     next_steps: Callable[[dict[str, Any], Path], list[Step]]  # commands for the exported model
 
@@ -61,6 +75,12 @@ _LOSS_CHART = Chart(
     "Loss", {"train_loss": False, "eval_loss": True}, "Solid: training. Dashed: held-out images.",
     solid="On the training images.",
 )  # fmt: skip
+
+
+def verdict(run: RunRecord) -> Verdict:
+    """What a run has shown, and the warnings that it began with, in lines."""
+    text, good = KINDS[run.task].verdict(run)
+    return Verdict("\n".join([text, *(f"warning: {warning}" for warning in run.warnings)]), good)
 
 
 def charts_of(runs: Sequence[RunRecord], kind: Kind) -> list[Chart]:
@@ -116,7 +136,7 @@ def _facts(run: RunRecord, own: dict[str, str], processes: int) -> dict[str, str
         "Device": f"{of.get('device', '')}{', ' + str(of.get('amp_dtype')) if of.get('amp') else ''}",
         "Seed": str(of.get("seed", "")),
         "Versions": run.versions,
-        "Folder": str(run.path),
+        "Folder": str(near(run.path)),
         "Command": run.command,
     }
 
@@ -148,7 +168,7 @@ def _facts_of_pretraining(run: RunRecord) -> dict[str, str]:
     own = {
         "Model": of["model"],
         "Started from": weights,
-        "Data": "the embedded data set" if of["dataset"] == "embedded" else " ".join(named),
+        "Data": "the embedded data set" if of["dataset"] == "embedded" else " ".join(str(near(Path(p))) for p in named),
         "Images": f"{images:,} images" if isinstance(images, int) else "",
         "Input": f"{chans} x {height} x {width}, stem patch {of['patch_size']}",
         "Method": f"FCMAE, mask ratio {of['mask_ratio']:g}, {decoder}, {targets}",
@@ -158,22 +178,68 @@ def _facts_of_pretraining(run: RunRecord) -> dict[str, str]:
     return _facts(run, own, run.progress.get("world_size", 1))
 
 
+_PROBED = {"knn": "kNN", "ridge": "ridge"}
+
+
+def probe_rows(run: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The newest probe and its baselines: names, and for each measure the value and the run's difference to it."""
+    columns = {key: run.column(f"eval_{key}") for key in _PROBED}
+    if not all(columns.values()):
+        return []
+    last = max(columns["knn"])
+    latest = run.probe.get("latest") or {}
+    against = latest["against"] if latest.get("epoch") == last else {}  # points and paired 95 % intervals
+    rows = [(f"this run, epoch {last}", [(f"{of[max(of)]:.1f} %", "") for of in columns.values()])]
+    for base, of in run.probe.get("baselines", {}).items():
+        cells = [(f"{of[k]:.1f} %" if k in of else "", str(against.get(base, {}).get(k, ""))) for k in columns]
+        rows.append((str(BASELINES.get(base, base)), cells))
+    return rows
+
+
+def _verdict_of_pretraining(run: RunRecord) -> Verdict:
+    losses = run.column("train_loss")
+    if not losses:
+        return Verdict("No epoch has a finite loss: the run has diverged.", False)
+    first, last = losses[min(losses)], losses[max(losses)]
+    little = ""
+    if run.settings.get("norm_pix_loss", True) and last > LITTLE:
+        little = (
+            f"The loss is still {last:.3f}, where predicting the mean of each patch gives {PLAIN_LOSS:g}: raise "
+            "--epochs or --lr."
+        )
+    rows = probe_rows(run)
+    if not rows:
+        if little:
+            return Verdict(f"The encoder has learned little. {little}", False)
+        epochs = f"{len(losses)} epoch{'s' * (len(losses) > 1)}"
+        text = (
+            f"The loss went from {first:.3f} to {last:.3f} in {epochs}, which does not show how good the features are"
+        )
+        return Verdict(f"{text}; --probe-dir measures that.")
+    (_, own), *bases = rows
+    texts, ahead = [], []
+    for i, name in enumerate(_PROBED.values()):
+        value = own[i][0]
+        behind = [f"{base} {cells[i][0]}" for base, cells in bases if cells[i][0] and not _above(value, *cells[i])]
+        texts.append(f"{name} {value}" + (f" (not above {' and '.join(behind)})" if behind else ""))
+        ahead.append(not behind)
+    shown = " and ".join(texts)
+    if all(ahead):
+        return Verdict(f"The encoder learned: {shown} are above all baselines. {little}".strip(), not little)
+    one = "The encoder is ahead of all baselines in one measure of two"
+    start = one if any(ahead) else "It is not shown that the encoder learned"
+    return Verdict(f"{start}: {shown}. {little}".strip(), False)
+
+
+def _above(value: str, base: str, difference: str) -> bool:
+    """Whether a measure is above a baseline: by the verdict of its interval, or by the numbers if there is none."""
+    if difference:
+        return difference.endswith(": above")
+    return float(value.removesuffix(" %")) > float(base.removesuffix(" %"))
+
+
 def _findings_of_pretraining(run: RunRecord) -> list[str]:
-    found = []
-    for column, name, key in (("eval_knn", "kNN", "knn"), ("eval_ridge", "Ridge", "ridge")):
-        values = run.column(column)
-        if not values:
-            continue
-        value, last = values[max(values)], max(values)
-        latest = run.probe.get("latest") or {}
-        against = latest["against"] if latest.get("epoch") == last else {}  # points and paired 95 % intervals
-        sides = []
-        for base, of in run.probe.get("baselines", {}).items():
-            if key in of:
-                gain = against.get(base, {}).get(key)
-                sides.append(f"{BASELINES.get(base, base)} {of[key]:.1f} %{f', difference {gain}' if gain else ''}")
-        found.append(f"{name} after epoch {last} is {value:.1f} %{'; ' if sides else ''}{'; '.join(sides)}.")
-    return found + _best(run, "The held-out loss", "eval_loss", "{:.4f}", min)
+    return _best(run, "The held-out loss", "eval_loss", "{:.4f}", min)
 
 
 # -------------------------------------------------------------------------------------------------------- finetuning
@@ -208,7 +274,7 @@ def _facts_of_transfer(run: RunRecord) -> dict[str, str]:
     own = {
         "Model": f"{kind} on {of['model']}",
         "Backbone started from": f"{start}{', frozen' if of.get('frozen') else ''}",
-        "Data": of["data_dir"],
+        "Data": str(near(Path(of["data_dir"]))),
         "Images": f"{of['num_images']:,} images, {of['num_validation']:,} to validate",
         "Classes": f"{len(names)}: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}",
         "Input": f"{of['in_chans']} channels, crops of {of['img_size']} x {of['img_size']}",
@@ -219,6 +285,11 @@ def _facts_of_transfer(run: RunRecord) -> dict[str, str]:
         "Learning rate": f"{of['lr']:g}, layer decay {of.get('layer_decay', 1):g}",
     }
     return _facts(run, own, of["world_size"])
+
+
+def _verdict_of_transfer(run: RunRecord) -> Verdict:
+    found = _findings_of_transfer(run)
+    return Verdict(" ".join(found) if found else "Nothing was measured on validation images.")
 
 
 def _findings_of_transfer(run: RunRecord) -> list[str]:
@@ -263,12 +334,16 @@ KINDS = {
         facts=_facts_of_pretraining,
         charts=(
             _LOSS_CHART,
-            Chart("kNN accuracy, %", {"eval_knn": False}, "Dotted: baselines that need no training.", baseline="knn"),
-            Chart("Ridge accuracy, %", {"eval_ridge": False}, "A linear classifier in closed form.", baseline="ridge"),
+            Chart("kNN accuracy, %", {"eval_knn": False}, "Dotted: baselines that need no training.", baseline="knn",
+                  result=True),
+            Chart("Ridge accuracy, %", {"eval_ridge": False}, "A linear classifier in closed form.", baseline="ridge",
+                  result=True),
             Chart("RankMe", {"eval_rank": False}, "Compares runs of one method only.", baseline="rank"),
-            Chart("Mean distance of channels", {"eval_distance": False}, "0: collapsed. About 0.5: independent."),
+            Chart("Mean distance of channels", {"eval_distance": False}, "0: collapsed. About 0.5: independent.",
+                  top=0.5),
             Chart("Dead channels, %", {"eval_dead": False}, "Channels whose norm is almost zero.", 100),
         ),
+        verdict=_verdict_of_pretraining,
         findings=_findings_of_pretraining,
         next_steps=next_steps,
     ),
@@ -281,11 +356,12 @@ KINDS = {
         facts=_facts_of_finetuning,
         charts=(
             Chart("Accuracy, %", {"eval_top1": False, "eval_top5": True}, "Solid: top-1. Dashed: top-5.", 1,
-                  dashed="top-5", solid="Top-1."),
+                  dashed="top-5", solid="Top-1.", result=True),
             Chart("Loss", {"train_loss": False, "eval_loss": True}, "Solid: training. Dashed: validation images.",
                   dashed="validation", solid="On the training images."),
         ),
-        findings=_findings_of_transfer,
+        verdict=_verdict_of_transfer,
+        findings=lambda run: [],
         next_steps=next_steps_of_finetuning,
     ),
     "detection": Kind(
@@ -298,12 +374,13 @@ KINDS = {
         facts=_facts_of_transfer,
         charts=(
             Chart("AP, %", {"eval_box_ap": False, "eval_mask_ap": True}, f"{_MASKS} IoU 0.5 to 0.95.", 100,
-                  dashed="masks", solid="Of boxes. IoU 0.5 to 0.95."),
+                  dashed="masks", solid="Of boxes. IoU 0.5 to 0.95.", result=True),
             Chart("AP at IoU 0.5, %", {"eval_box_ap50": False, "eval_mask_ap50": True}, _MASKS, 100, dashed="masks",
-                  solid="Of boxes."),
+                  solid="Of boxes.", result=True),
             _LOSS_CHART,
         ),
-        findings=_findings_of_transfer,
+        verdict=_verdict_of_transfer,
+        findings=lambda run: [],
         next_steps=next_steps_of_transfer,
     ),
     "segmentation": Kind(
@@ -314,12 +391,14 @@ KINDS = {
         measures=_LOSS | _CLASSES,
         facts=_facts_of_transfer,
         charts=(
-            Chart("mIoU, %", {"eval_miou": False}, "Mean over the classes that occur.", 100),
+            Chart("mIoU, %", {"eval_miou": False}, "Mean over the classes that occur.", 100, result=True),
             Chart("Accuracy, %", {"eval_accuracy": False, "eval_mean_accuracy": True},
-                  "Solid: of pixels. Dashed: mean over the classes.", 100, dashed="mean over classes"),
+                  "Solid: of pixels. Dashed: mean over the classes.", 100, dashed="mean over classes",
+                  result=True),
             _LOSS_CHART,
         ),
-        findings=_findings_of_transfer,
+        verdict=_verdict_of_transfer,
+        findings=lambda run: [],
         next_steps=next_steps_of_transfer,
     ),
 }  # fmt: skip

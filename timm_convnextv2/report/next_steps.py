@@ -21,8 +21,19 @@ def publish_preview(folder: Path, model: Path) -> str:
         licensed = read_json(model / "config.json").get("pretrained_cfg", {}).get("license")
     except (ValueError, AttributeError):
         licensed = None
-    words = [*invocation("publish"), str(folder), "USER/NAME", *([] if licensed else ["--license", "ID"]), "--dry-run"]
+    words = [
+        *invocation("publish"),
+        str(near(folder)),
+        "USER/NAME",
+        *([] if licensed else ["--license", "ID"]),
+        "--dry-run",
+    ]
     return shlex.join(words)
+
+
+def near(path: Path) -> Path:
+    """The path from the working folder if it lies below it, for commands to paste; else as it is."""
+    return path.resolve().relative_to(Path.cwd()) if path.resolve().is_relative_to(Path.cwd()) else path
 
 
 def _device(settings: dict[str, Any]) -> list[str]:
@@ -33,7 +44,7 @@ def _device(settings: dict[str, Any]) -> list[str]:
 
 def next_steps(settings: dict[str, Any], folder: Path) -> list[Step]:
     """Commands to load, finetune and publish the `encoder/` in the folder of a run with these settings."""
-    encoder, (chans, height, width) = folder.resolve() / "encoder", settings["input_size"]
+    encoder, (chans, height, width) = near(folder) / "encoder", settings["input_size"]
     size = f"--img-size {height}" if chans == 3 and height == width else f"--input-size {chans} {height} {width}"
     own_images = settings["data_dir"] or settings.get("data_list") or settings["dataset"] not in ("", "embedded")
     recipe = "small-data" if own_images else "smoke"
@@ -52,7 +63,7 @@ def next_steps(settings: dict[str, Any], folder: Path) -> list[Step]:
 
 def next_steps_of_finetuning(settings: dict[str, Any], folder: Path) -> list[Step]:
     """Commands to measure and publish the classifier in `model/`."""
-    model, data = folder.resolve() / "model", settings.get("data_dir") or settings.get("data") or "DATA"
+    model, data = near(folder) / "model", settings.get("data_dir") or settings.get("data") or "DATA"
     words = ["--model", f"local-dir:{model}", "--data-dir", str(data), *_device(settings)]
     return [
         Step("Evaluate it again", shlex.join([*invocation("validate"), *words])),
@@ -63,7 +74,7 @@ def next_steps_of_finetuning(settings: dict[str, Any], folder: Path) -> list[Ste
 def next_steps_of_transfer(settings: dict[str, Any], folder: Path) -> list[Step]:
     """Commands to evaluate, use and publish the detector or segmenter in `model/`."""
     command = {"detection": "detect", "segmentation": "segment"}[settings["task"]]
-    model, device = folder.resolve() / "model", _device(settings)
+    model, device = near(folder) / "model", _device(settings)
     output = {"detection": "--output found.json", "segmentation": "--output masks"}[settings["task"]]
     evaluate = [*invocation(command), "eval", "--model", str(model), "--data-dir", str(settings["data_dir"]), *device]
     predict = shlex.join([*invocation(command), "predict", "--model", str(model), *device])
@@ -77,7 +88,7 @@ def next_steps_of_transfer(settings: dict[str, Any], folder: Path) -> list[Step]
 def next_commands(settings: dict[str, Any], folder: Path, last_epoch: int) -> str:
     """The next commands and the files to look at, as text."""
     *use, publish = (f"{step.why}:\n  {step.command}" for step in next_steps(settings, folder))
-    here = folder.resolve()
+    here = near(folder)
     files = [here / "report.html", here / "loss.png", here / "reconstructions" / f"epoch-{last_epoch:04d}.png"]
     shown = "".join(f"\n  {path}" for path in files if path.exists())  # resuming a run that has ended draws nothing
     images = [f"Look at the loss and the predictions:{shown}"] if shown else []

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class RunRecord:
     task: str = "pretraining"  # a key of `kinds.KINDS`
     versions: str = ""  # versions of the packages that trained
     command: str = ""  # the command that started the run
+    warnings: list[str] = field(default_factory=list)  # that the run began with
     # summary.csv by epoch, from 0, without empty cells
     rows: dict[int, Row] = field(default_factory=dict)
     # collapse.csv by epoch, from 1: rows of numbers, in order of depth
@@ -70,6 +72,8 @@ def read_run(folder: Path, label: str = "") -> RunRecord:
     for line in head:
         if line.startswith("command: "):
             run.command = _decoded(line.removeprefix("command: "))
+        elif line.startswith("warning: "):
+            run.warnings.append(line.removeprefix("warning: "))
         else:
             run.versions = run.versions or line
     run.rows = {int(row["epoch"]): row for row in _read_table(run, "summary.csv")}
@@ -115,7 +119,7 @@ def _read_settings(folder: Path) -> tuple[list[str], dict[str, Any], str]:
             f"'{path}' does not hold the settings of a run of {task}: {', '.join(wrong[:3])} missing or of another "
             "type. Give the folder that `pretrain`, `finetune`, `detect train` or `segment train` wrote."
         )
-    head = [line.removeprefix("#").strip() for line in text.splitlines()[:2] if line.startswith("#")]
+    head = [line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), text.splitlines())]
     return head, settings, task
 
 

@@ -150,9 +150,10 @@ class RunFolder:
         trainer.load(self.checkpoint.state, self.checkpoint.progress.sums, self.checkpoint.progress.skipped)
         self.checkpoint = None
 
-    def claim(self, settings: dict[str, Any], epoch: int, command: str = "") -> None:
-        """Makes and locks the folder, removes what a killed process left, and writes args.yaml with the `command`.
+    def claim(self, settings: dict[str, Any], epoch: int, command: str = "", warnings: Sequence[str] = ()) -> None:
+        """Makes and locks the folder, removes what a killed process left, and writes args.yaml.
 
+        Its head has the `command` and the `warnings` about the run, for the report.
         Rows of the summary after `epoch`, the complete epochs, are removed.
         """
         try:
@@ -165,7 +166,7 @@ class RunFolder:
             remove_leftovers(self.path, (*self.written, LOCK), alone=True)
             remove_leftovers(self.path / "reconstructions", ("*.png",), alone=True)
             with whole_file(self.path / "args.yaml") as part:
-                part.write_text(head_comment(VERSIONS, command) + yaml.safe_dump(settings, sort_keys=False))
+                part.write_text(head_comment(VERSIONS, command, warnings) + yaml.safe_dump(settings, sort_keys=False))
             self.notes += summary.trim(self.summary, epoch)
         except BaseException as e:
             if self._lock is not None:
@@ -230,6 +231,8 @@ def experiment_name(world: World, *parts: str) -> str:
     return "-".join([stamp, *(part.replace(".", "_") for part in parts)])
 
 
-def head_comment(versions: str, command: str = "") -> str:
+def head_comment(versions: str, command: str = "", warnings: Sequence[str] = ()) -> str:
     """The comment lines above the settings in args.yaml, which `report.run` reads; JSON keeps a command on one line."""
-    return f"# {versions}\n" + (f"# command: {json.dumps(command)}\n" if command else "")
+    lines = [versions, *([f"command: {json.dumps(command)}"] if command else [])]
+    lines += [f"warning: {' '.join(warning.split())}" for warning in warnings]
+    return "".join(f"# {line}\n" for line in lines)

@@ -5,7 +5,7 @@ export; `end.run_command` sets a run up and reports its end.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,10 +65,13 @@ class Run:
         """Whether all epochs are complete."""
         return self.progress.epoch >= self.plan.epochs
 
-    def begin(self, command: str, logs: Logs, about: str = "", compile_backend: str | None = None) -> None:
+    def begin(
+        self, command: str, logs: Logs, about: str = "", compile_backend: str | None = None,
+        warnings: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         """Loads the checkpoint to resume from, claims the folder and prints `about` the run; call it on all processes.
 
-        `command` is for args.yaml; `compile_backend` is that of torch.compile, None does not compile.
+        `command` and `warnings` are for args.yaml; `compile_backend` is that of torch.compile, None does not compile.
         """
         resumed = ""
         if self.folder.checkpoint is not None:
@@ -77,7 +80,7 @@ class Run:
             self.folder.restore(self.trainer, self.plan.updates_per_epoch)
         self.world.wait()  # no process may find the folder already claimed
         if self.world.primary:
-            self.folder.claim(self.settings, self.progress.epoch, command)
+            self.folder.claim(self.settings, self.progress.epoch, command, warnings)
             self.logs = logs.open(self.folder.path, self.settings)
         self.world.wait()  # nor train if rank 0 could not claim it
         self.trainer.wrap(compile_backend)

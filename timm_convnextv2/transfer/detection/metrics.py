@@ -121,7 +121,8 @@ def save_found(
         image = data.coco.images[i]
         sure = [r for r in results if r["image_id"] == image.id and r["score"] >= min_score]
         found = draw_objects(data, image._replace(annotations=sure), loaded)
-        rows.append([(draw_objects(data, image, loaded), image.name), (found, f"found, score >= {min_score:g}")])
+        text = f"{'found' if sure else 'nothing found'}, score >= {min_score:g}"
+        rows.append([(draw_objects(data, image, loaded), image.name), (found, text)])
     save_rows(path, rows, (8, 4 * len(rows)))
 
 

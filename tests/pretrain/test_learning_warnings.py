@@ -1,0 +1,34 @@
+"""A run that cannot learn is told before it starts, with values to paste."""
+
+import pytest
+
+from timm_convnextv2.pretraining import messages
+from timm_convnextv2.pretraining.messages import learning_warnings, worker_warnings
+from timm_convnextv2.runs.plan import Plan
+
+
+@pytest.mark.parametrize(
+    ("updates", "images", "lr", "started", "said"),
+    [
+        (150, 16, 1e-4, False, []),
+        (149, 16, 1e-4, False, ["149 updates are too few to learn features: a run of 7,500 is --epochs 7500."]),
+        (8, 64, 1e-4, False, ["A smaller --batch-size makes more updates of an epoch."]),
+        (9000, 16, 9.4e-6, False, ["a peak learning rate of 9.4e-06 hardly moves the weights; the usual one for 16 "
+                                   "images per update is --lr 1.5e-04."]),
+        (8, 16, 1e-6, False, ["8 updates", "1.0e-06"]),
+        (8, 16, 1e-6, True, []),  # weights to start from have learned already
+    ],
+)  # fmt: skip
+def test_runs_that_cannot_learn(updates, images, lr, started, said):
+    found = learning_warnings(Plan(updates, 1, images, lr, 0), started)
+    assert len(found) == len(said) and all(text in line for text, line in zip(said, found, strict=True))
+
+
+CORES = [(4, 4, None), (0, 1, None), (4, 2, "1"), (1, 1, None), (2, 1, "0")]
+
+
+@pytest.mark.parametrize(("workers", "cores", "said"), CORES)
+def test_workers_above_the_cores(monkeypatch, workers, cores, said):
+    monkeypatch.setattr(messages.os, "sched_getaffinity", lambda _: {*range(cores)}, raising=False)
+    found = worker_warnings(workers, 1)
+    assert [line.endswith(f"--workers {said}.") for line in found] == [True] * (said is not None)
