@@ -1,12 +1,14 @@
-"""Should I pretrain? The same finetuning from random weights, from your encoder and from named weights.
+"""Should I pretrain? Finetuning from random weights, from your encoder and from other models, each tuned alike.
 
     timm-convnextv2 compare --data-dir LABELLED --encoder runs/mine --output compared
     timm-convnextv2 compare --data-dir LABELLED --unlabelled IMAGES --pretrain "--model fcmae_convnextv2_pico" \\
-        --weights convnextv2_pico.fcmae_ft_in1k --budget 60 --output compared
+        --also convnextv2_pico.fcmae_ft_in1k resnet18 --label-budgets 0.1 1 --output compared
 
-Each candidate is finetuned with timm's train.py and one recipe, for the same number of epochs on the same images, once
-per seed. The random weights have the architecture of your encoder. LABELLED is a folder with train/ and validation/.
-Prints a table; writes compare.csv, compare.json and compare.png. Options that are not listed below go to
+Each candidate is finetuned with timm's train.py and a recipe that suits it: pretrained weights with --recipe, random
+ones, which have the architecture of your encoder, with --scratch-recipe. A fifth of the training images chooses the
+learning rate out of --lr-grid; then each candidate is trained once per seed on all of them. The validation images are
+only measured, at the end. --label-budgets repeats this with fewer training images. LABELLED has train/ and validation/.
+Prints a table and a verdict; writes compare.csv, compare.json and compare.png. Options that are not listed below go to
 `timm-convnextv2 finetune`. A stopped comparison continues with --resume.
 """
 
@@ -18,10 +20,14 @@ from tempfile import TemporaryDirectory
 
 from ..config import evolve
 from ..console import PROGRAM, refused, say
+from ..data.formats.pixels import PLAIN
 from ..features import compare as comparison
 from ..features.compare import candidates_of, pretrain_options, tail
 from ..features.config import CompareConfig
 from ..features.encoder import model_name
+from ..features.labelled import Row, rows_of_folder, split_folders
+from ..finetune.config import RECIPES
+from ..recipes import load_recipe
 from ..runs.lock import Lock
 from .base import own_options
 
@@ -52,7 +58,7 @@ def failure(error: subprocess.CalledProcessError) -> str:
 
 def start(config: CompareConfig, rest: list[str]) -> None:
     """Compares, prints and writes; `rest` are options of `finetune`. A child that fails is a `CalledProcessError`."""
-    comparison.check_options(config)
+    comparison.check_options(config, rest)
     with ExitStack() as stack:
         if config.dry_run:  # leaves nothing behind that a run would take for its own
             config = evolve(config, output=stack.enter_context(TemporaryDirectory()))
@@ -62,25 +68,41 @@ def start(config: CompareConfig, rest: list[str]) -> None:
 
 def _run(config: CompareConfig, rest: list[str]) -> None:
     output = Path(config.output)
-    options = comparison.finetune_options(config, rest)
     encoder = model_name(config.encoder) if config.encoder else _untrained(config, output)
-    for candidate in candidates_of(encoder, config.weights):  # user errors must appear before hours of work
-        _check_finetuning([*candidate.start, *options], output / "dry-run.log")
+    candidates = candidates_of(encoder, config, lambda name: load_recipe(name, RECIPES).values)
+    rows, validation = _training_rows(config.data_dir)
+    parts = comparison.part_folders(rows, config.label_budgets, validation, output / "data")
+    tuning, final = comparison.cells_of(candidates, config, len(rows), parts)
+    # user errors must appear before hours of work
+    for cell in {(cell.candidate.name, cell.images): cell for cell in (*tuning, *final)}.values():
+        _check_finetuning(comparison.words_of_cell(cell, rest), output / "dry-run.log")
+    what = f"{len(tuning)} finetunings to choose learning rates and {len(final)} to compare"
     if config.dry_run:
-        count = (2 + len(config.weights)) * len(config.seeds)
-        say(f"Would finetune {count} times for {config.budget} epochs; nothing was started.")
+        say(f"Would run {what}; nothing was started.")
         return
+    say(f"{what}, of {config.budget} epochs with all {len(rows)} images; the first tells the time that is left")
     if not config.encoder:
         encoder = _pretrain(config, output)
-    candidates, curves = candidates_of(encoder, config.weights), []
-    how = {"epochs": config.budget, "resume": config.resume}
-    for curve in comparison.compare(candidates, options, config.seeds, output, **how):
+        candidates = candidates_of(encoder, config, lambda name: load_recipe(name, RECIPES).values)
+        tuning, final = comparison.cells_of(candidates, config, len(rows), parts)
+    curves = []
+    for curve in comparison.compare(tuning, final, rest, resume=config.resume, note=say):
         curves.append(curve)
-        took = f"{curve.seconds:.0f} s" if curve.seconds else "finished before"
-        say(f"seed {curve.seed}: {curve.name:12} {curve.accuracy[-1]:5.1f} %  ({len(curve.accuracy)} epochs, {took})")
         comparison.write_results(curves, candidates, config, output)
     say(comparison.table(curves))
+    for line in [*comparison.verdict(comparison.last_of(curves)), comparison.pretraining_cost(encoder)]:
+        if line:
+            say(line)
     say(f"Written: {output}/compare.csv, compare.json, compare.png")
+
+
+def _training_rows(data_dir: str) -> tuple[list[Row], Path]:
+    """The training images, and the folder to validate on."""
+    root = Path(data_dir)
+    parts = split_folders(root) if root.is_dir() else None
+    if parts is None:
+        raise ValueError(f"--data-dir {data_dir} has no train/ and validation/ folders of classes.")
+    return rows_of_folder(parts[0], 3, PLAIN, [], None), parts[1]
 
 
 def _check_finetuning(words: Sequence[str], log: Path) -> None:

@@ -1,10 +1,11 @@
-"""Which weights to start from: the same finetuning from several candidates, once per seed."""
+"""Which weights to start from: finetuning from several candidates, each at its own learning rate, once per seed."""
 
 import contextlib
 import csv
 import hashlib
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -13,14 +14,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..console import PACKAGE
+import timm
+import torch
+
+from ..console import PACKAGE, closest
 from ..files import claim_folder, write_csv, write_json
 from ..report.images import save_figure
+from .budgets import budget_sizes, nested_subsets
 from .config import CompareConfig
+from .labelled import Row
+from .linear import HELD_OUT
 
 SCRATCH, OWN = "from scratch", "own encoder"
 MADE_WITH = "compare.json"  # in the folder of a finished finetuning
@@ -28,47 +35,77 @@ T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student
 
 
 class Candidate(NamedTuple):
-    """A name in the table, and the weights to finetune: `--model` and more options of `finetune`."""
+    """A name in the table, the weights to finetune, and a recipe that suits them.
+
+    `options` are more words of `finetune`; `rates` are the values of --lr-base to choose from, `batch` is the recipe's
+    --batch-size.
+    """
 
     name: str
     model: str
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...]
+    recipe: str
+    rates: tuple[float, ...]
+    batch: int
 
     @property
     def start(self) -> list[str]:
         """The words of `finetune` for these weights."""
-        return ["--model", self.model, *self.options]
+        return ["--model", self.model, *self.options, "--recipe", self.recipe]
 
 
 class Curve(NamedTuple):
     """One finetuning of a candidate: top-1 in % on the validation images after each epoch.
 
-    `seed` is that of the order of images, augmentation and new weights; `seconds` is 0 if the run had finished before.
+    `images` is the number of training images, `seed` that of the order of images, augmentation and new weights, `rate`
+    the --lr-base that was chosen; `seconds` is 0 if the run had finished before.
     """
 
     name: str
+    images: int
     seed: int
     accuracy: list[float]
+    rate: float
     seconds: float
 
 
-def check_options(config: CompareConfig) -> None:
+class Cell(NamedTuple):
+    """A finetuning to run: on `data`, a folder with train/ and validation/; without a seed it tunes `rate`."""
+
+    candidate: Candidate
+    images: int
+    epochs: int
+    seed: int
+    rate: float
+    data: Path
+    digest: str  # of the names of its images
+    folder: Path
+
+
+class Part(NamedTuple):
+    """Folders with train/ and validation/ that link to some of the images: to tune on, and to train on."""
+
+    tune: Path
+    train: Path
+    digest: str  # of the names of the images
+
+
+def check_options(config: CompareConfig, rest: Sequence[str]) -> None:
     """Refuses contradictory options, and an output folder that is in use, before anything starts."""
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"--seeds takes different numbers, got '{' '.join(map(str, config.seeds))}'.")
+    if len(set(config.lr_grid)) < max(2, len(config.lr_grid)):
+        raise ValueError(
+            f"--lr-grid takes two or more different numbers, got '{' '.join(f'{x:g}' for x in config.lr_grid)}': "
+            "candidates with one learning rate are not compared fairly."
+        )
+    if fixed := [word for word in rest if word.partition("=")[0] in ("--lr", "--lr-base")]:
+        raise ValueError(f"{fixed[0]} is tuned for each candidate: give --lr-grid, multiples of the recipe's rate.")
     if not (config.encoder or config.unlabelled):
         raise ValueError("Nothing to compare. Give --encoder MODEL, or --unlabelled DIR to pretrain one first.")
     if config.encoder and (config.unlabelled or config.pretrain):
         raise ValueError("--encoder is pretrained already: leave out --unlabelled and --pretrain, or --encoder.")
     claim_folder(config.output, overwrite=config.resume, flag="--resume")
-
-
-def finetune_options(config: CompareConfig, more: Sequence[str]) -> list[str]:
-    """The words of `finetune` that are the same for all candidates."""
-    warmup = config.budget // 10
-    # with --warmup-prefix, train.py adds the warmup to --epochs
-    length = ["--epochs", str(config.budget - warmup), "--warmup-epochs", str(warmup), "--warmup-prefix"]
-    return ["--recipe", config.recipe, "--data-dir", config.data_dir, *length, *more]
 
 
 def pretrain_options(config: CompareConfig) -> list[str]:
@@ -77,48 +114,169 @@ def pretrain_options(config: CompareConfig) -> list[str]:
     return [*words, "--output", config.output, "--experiment", "pretrain", "--resume", "auto"]
 
 
-def candidates_of(encoder: str, weights: Sequence[str]) -> list[Candidate]:
-    """Random weights, the user's encoder and the named weights, which must differ."""
-    own = [Candidate(SCRATCH, encoder, ("--from-scratch",)), Candidate(OWN, encoder)]
-    found = [*own, *(Candidate(model, model, ("--pretrained",)) for model in weights)]
-    for i, candidate in enumerate(found):
-        if candidate.name in [other.name for other in found[:i]]:
-            raise ValueError(f"--weights names {candidate.name} twice.")
+def candidates_of(encoder: str, config: CompareConfig, values_of: Callable[[str], Any]) -> list[Candidate]:
+    """Random weights, the user's encoder and those of --also, which must differ.
+
+    `values_of` has the options that a recipe sets. Random weights get --scratch-recipe, the others --recipe.
+    """
+
+    def candidate(name: str, model: str, random: bool, *options: str) -> Candidate:
+        recipe = config.scratch_recipe if random else config.recipe
+        values = values_of(recipe)
+        if "lr_base" not in values:
+            raise ValueError(f"--recipe {recipe} sets no lr_base, which --lr-grid multiplies.")
+        rates = tuple(x * values["lr_base"] for x in config.lr_grid)
+        return Candidate(name, model, options, recipe, rates, values.get("batch_size", 128))
+
+    found = [candidate(SCRATCH, encoder, True, "--from-scratch"), candidate(OWN, encoder, False)]
+    for name in config.also:
+        random = ":" not in name and "." not in name
+        found.append(candidate(name, name, random, "--from-scratch" if random else "--pretrained"))
+    for i, one in enumerate(found):
+        if one.name in [other.name for other in found[:i]]:
+            raise ValueError(f"--also names {one.name} twice.")
+        tagged = "." in one.model
+        if ":" not in one.model and not (timm.models.is_model_pretrained if tagged else timm.is_model)(one.model):
+            near = closest(one.model, timm.list_models(pretrained=tagged))
+            option = "--also" if one.name == one.model else "--encoder"
+            raise ValueError(f"{option} {one.model}: timm has no model of this name.{near}")
     return found
 
 
-def compare(
-    candidates: Sequence[Candidate], options: Sequence[str], seeds: Sequence[int], output: Path, *, epochs: int,
-    resume: bool = False,
-) -> Iterator[Curve]:  # fmt: skip
-    """Finetunes each candidate once per seed, all candidates of a seed before the next seed, and yields each curve.
+def part_folders(
+    rows: Sequence[Row], budgets: Sequence[float], validation: Path, folder: Path
+) -> dict[int, Part]:  # fmt: skip
+    """Folders of links to the training images `rows`, by number of images; links that are there are kept.
 
-    `options` of `finetune` are the same for all and give `epochs`; the runs are in the folder `output`. `resume` keeps
-    finished runs, which must have the same options and weights, and starts the others again. A failure is a
-    `CalledProcessError`, see `call`.
+    The validation/ to tune on is a fifth of the training images of each class; the other one is `validation`. Refuses
+    budgets with less than two images of a class.
     """
-    runs: list[tuple[Candidate, int, Path, dict[str, Any], dict[str, Any] | None]] = []
-    weights = {candidate.model: _digest(candidate.model) for candidate in candidates}
-    for seed in seeds:
+    names = sorted({row.labels[0] for row in rows})
+    labels = torch.tensor([names.index(row.labels[0]) for row in rows])
+    subsets = nested_subsets(labels, budget_sizes(budgets, labels))
+    for size, chosen in subsets.items():
+        if labels[chosen].bincount().min() < 2:
+            few = names[int(labels[chosen].bincount().argmin())]
+            raise ValueError(
+                f"--label-budgets {size} of {len(rows)} images leaves one image of {few}; expected two or more per "
+                "class, one of them to choose the learning rate with."
+            )
+    found: dict[int, Part] = {}
+    for size, chosen in subsets.items():
+        own = labels[chosen]
+        held = {*nested_subsets(own, [max(len(names), round(HELD_OUT * size))], seed=1).popitem()[1].tolist()}
+        tune, train = folder / f"{size}-tune", folder / str(size)
+        sha = hashlib.sha256()
+        for i, index in enumerate(chosen.tolist()):
+            _link(rows[index], index, tune / ("validation" if i in held else "train"))
+            _link(rows[index], index, train / "train")
+            sha.update(os.path.realpath(rows[index].path).encode(errors="surrogateescape") + b"\0")
+        if not (train / "validation").is_symlink():
+            (train / "validation").symlink_to(validation.resolve(), target_is_directory=True)
+        found[size] = Part(tune, train, sha.hexdigest())
+    return found
+
+
+def _link(row: Row, index: int, folder: Path) -> None:
+    place = folder / row.labels[0] / f"{index:07d}{Path(row.path).suffix}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.is_symlink():
+        place.symlink_to(os.path.realpath(row.path))
+
+
+def epochs_of(budget: int, images: int, total: int) -> int:
+    """Epochs for fewer images: in proportion to the square root, so that they get more epochs and fewer updates."""
+    return round(budget * math.sqrt(total / images))
+
+
+def cells_of(
+    candidates: Sequence[Candidate], config: CompareConfig, total: int, parts: Mapping[int, Part]
+) -> tuple[list[Cell], list[Cell]]:
+    """The finetunings that choose learning rates, and the final ones, without a rate yet (NaN); see `part_folders`."""
+    output, tuning, final = Path(config.output), [], []
+    for images, (tune, train, digest) in parts.items():
+        epochs = epochs_of(config.budget, images, total)
         for number, candidate in enumerate(candidates):
-            run = output / f"finetune-{number}-seed-{seed}"
-            words = [*candidate.start, *options, "--seed", str(seed)]
-            made_with = {"options": words, "epochs": epochs, "weights": weights[candidate.model]}
-            before = _finished(run) if resume else None
-            if differing := [key for key in made_with if before and before.get(key) != made_with[key]]:
-                changed = "; ".join(f"{key} {_shown(before, key)}, now {_shown(made_with, key)}" for key in differing)
-                remedy = "Resume with the same options, or choose another --output"
-                raise ValueError(f"'{run}' was finetuned with {changed}. {remedy}.")
-            runs.append((candidate, seed, run, made_with, before))
-    for candidate, seed, run, made_with, before in runs:
-        if before is None:
-            shutil.rmtree(run, ignore_errors=True)  # of a finetuning that was stopped
-            place, log = ["--output", str(output), "--experiment", run.name], output / f"{run.name}.log"
-            seconds = call("finetune", [*made_with["options"], *place], log)
-            if len(_accuracies(run)) != epochs:  # train.py ends quietly on Ctrl-C
-                raise subprocess.CalledProcessError(1, ["finetune", str(log)])
-            write_json(run / MADE_WITH, made_with, indent=1)
-        yield Curve(candidate.name, seed, _accuracies(run), 0.0 if before else seconds)
+            for rate in candidate.rates:
+                folder = output / f"tune-{number}-{images}-images-{rate:g}"
+                tuning.append(Cell(candidate, images, epochs, config.seeds[0], rate, tune, digest, folder))
+            for seed in config.seeds:
+                folder = output / f"finetune-{number}-{images}-images-seed-{seed}"
+                final.append(Cell(candidate, images, epochs, seed, math.nan, train, digest, folder))
+    return tuning, sorted(final, key=lambda cell: (cell.images, config.seeds.index(cell.seed)))
+
+
+def words_of_cell(cell: Cell, more: Sequence[str]) -> list[str]:
+    """The words of `finetune`."""
+    warmup = cell.epochs // 10
+    # with --warmup-prefix, train.py adds the warmup to --epochs
+    length = ["--epochs", str(cell.epochs - warmup), "--warmup-epochs", str(warmup), "--warmup-prefix"]
+    words = [*cell.candidate.start, "--data-dir", str(cell.data), *length, *more, "--seed", str(cell.seed)]
+    most = int((1 - HELD_OUT) * cell.images)
+    if most < cell.candidate.batch and not {"-b", "--batch-size"} & {*more}:  # train.py drops a batch that is not full
+        words += ["--batch-size", str(2 ** int(math.log2(most)))]
+    return words if math.isnan(cell.rate) else [*words, "--lr-base", f"{cell.rate:g}"]
+
+
+def compare(
+    tuning: Sequence[Cell], final: Sequence[Cell], more: Sequence[str], *, resume: bool = False,
+    note: Callable[[str], None] = print,
+) -> Iterator[Curve]:  # fmt: skip
+    """Chooses the learning rate of each candidate and number of images by `tuning`, then runs `final`; yields curves.
+
+    `more` are words of `finetune` for all. `resume` keeps finished runs, which must have the same options and weights,
+    and starts the others again. A failure is a `CalledProcessError`, see `call`.
+    """
+    weights = {cell.candidate.model: _digest(cell.candidate.model) for cell in final}
+    before = {cell.folder: _finished(cell.folder) if resume else None for cell in (*tuning, *final)}
+    scores: dict[tuple[str, int], dict[float, float]] = {}
+    spent, done, left = 0.0, 0, sum(found is None for found in before.values())
+
+    def made_with(cell: Cell) -> dict[str, Any]:
+        return {"options": words_of_cell(cell, more), "epochs": cell.epochs, "images": cell.digest} | {
+            "weights": weights[cell.candidate.model]
+        }
+
+    for cell in tuning:  # differences are told before anything is run
+        _refuse_other(cell.folder, before[cell.folder], made_with(cell))
+    for cell in (*tuning, *final):
+        key = cell.candidate.name, cell.images
+        tunes = not math.isnan(cell.rate)
+        if not tunes:
+            cell = cell._replace(rate=max(scores[key], key=lambda rate: scores[key][rate]))
+            _refuse_other(cell.folder, before[cell.folder], made_with(cell))
+        seconds = 0.0
+        if before[cell.folder] is None:
+            seconds = _finetune(cell, made_with(cell))
+            spent, done, left = spent + seconds, done + 1, left - 1
+        accuracy = _accuracies(cell.folder)
+        took = f"{seconds:.0f} s" if seconds else "finished before"
+        rest = f"; {left} to go, about {duration(left * spent / done)}" if left and done else ""
+        what = f"learning rate {cell.rate:g}" if tunes else f"seed {cell.seed}"
+        note(f"{cell.images} images, {cell.candidate.name}, {what}: {accuracy[-1]:.1f} % ({took}{rest})")
+        if tunes:
+            scores.setdefault(key, {})[cell.rate] = accuracy[-1]
+        else:
+            yield Curve(cell.candidate.name, cell.images, cell.seed, accuracy, cell.rate, seconds)
+
+
+def _refuse_other(run: Path, before: dict[str, Any] | None, made_with: dict[str, Any]) -> None:
+    """Refuses a finished run that was made with other options or weights."""
+    if differing := [key for key in made_with if before and before.get(key) != made_with[key]]:
+        changed = "; ".join(f"{key} {_shown(before, key)}, now {_shown(made_with, key)}" for key in differing)
+        remedy = "Resume with the same options, or choose another --output"
+        raise ValueError(f"'{run}' was finetuned with {changed}. {remedy}.")
+
+
+def _finetune(cell: Cell, made_with: dict[str, Any]) -> float:
+    run = cell.folder
+    shutil.rmtree(run, ignore_errors=True)  # of a finetuning that was stopped
+    place, log = ["--output", str(run.parent), "--experiment", run.name], run.with_name(f"{run.name}.log")
+    seconds = call("finetune", [*made_with["options"], *place], log)
+    if len(_accuracies(run)) != cell.epochs:  # train.py ends quietly on Ctrl-C
+        raise subprocess.CalledProcessError(1, ["finetune", str(log)])
+    write_json(run / MADE_WITH, made_with, indent=1)
+    return seconds
 
 
 def _digest(model: str) -> str:
@@ -173,6 +331,13 @@ def call(command: str, words: Sequence[str], log: Path) -> float:
     return time.perf_counter() - start
 
 
+def duration(seconds: float) -> str:
+    """'40 s', '12 min' or '3.5 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def tail(path: Path, lines: int) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:])
 
@@ -183,72 +348,137 @@ def _accuracies(run: Path) -> list[float]:
         return [float(row["eval_top1"]) for row in csv.DictReader(file) if row.get("eval_top1")]
 
 
-def _last(curves: Sequence[Curve]) -> dict[str, dict[int, float]]:
-    """Accuracy after the last epoch, by candidate and seed."""
-    names = dict.fromkeys(curve.name for curve in curves)
-    return {name: {c.seed: c.accuracy[-1] for c in curves if c.name == name} for name in names}
+Last = dict[int, dict[str, dict[int, float]]]  # accuracy after the last epoch, by images, candidate and seed
+
+
+def last_of(curves: Sequence[Curve]) -> Last:
+    """Accuracy after the last epoch, by number of images, candidate and seed."""
+    found: Last = {}
+    for curve in curves:
+        found.setdefault(curve.images, {}).setdefault(curve.name, {})[curve.seed] = curve.accuracy[-1]
+    return dict(sorted(found.items()))
 
 
 def table(curves: Sequence[Curve]) -> str:
-    """Accuracy after the last epoch: one row per candidate, one column per seed; and the gains over random weights."""
-    last, seeds = _last(curves), sorted({c.seed for c in curves})
-    width = max(map(len, last))
-    lines = [f"{'validation top-1, %':{width}}  " + "  ".join(f"seed {s:<3}" for s in seeds) + "  median"]
-    for name, values in last.items():
-        cells = "  ".join(f"{values[s]:8.1f}" if s in values else " " * 8 for s in seeds)
-        lines.append(f"{name:{width}}  {cells}  {statistics.median(values.values()):6.1f}")
-    return "\n".join([*lines, *(f"{name} against {SCRATCH}: {gain}" for name, gain in gains_of(curves).items())])
+    """Accuracy after the last epoch per number of images: one row per candidate, one column per seed."""
+    seeds, lines = sorted({c.seed for c in curves}), []
+    rates = {(c.images, c.name): c.rate for c in curves}
+    width = max(len(c.name) for c in curves)
+    for images, last in last_of(curves).items():
+        head = "  ".join(f"seed {s:<3}" for s in seeds)
+        lines.append(f"{f'{images} images, top-1 in %':{max(width, 26)}}  {head}    mean  lr-base")
+        for name, values in last.items():
+            cells = "  ".join(f"{values[s]:8.1f}" if s in values else " " * 8 for s in seeds)
+            mean = statistics.fmean(values.values())
+            lines.append(f"{name:{max(width, 26)}}  {cells}  {mean:6.1f}  {rates[images, name]:.2g}")
+    return "\n".join(lines)
 
 
-def gains_of(curves: Sequence[Curve]) -> dict[str, str]:
-    """The mean gain of each candidate over random weights, and its paired 95 % interval over seeds, as text."""
-    last, found = _last(curves), {}
-    for name, values in last.items():
-        gains = [value - last[SCRATCH][seed] for seed, value in values.items() if seed in last.get(SCRATCH, {})]
-        if name == SCRATCH or not gains:
+class Gain(NamedTuple):
+    """The mean difference of two candidates in points, and its paired 95 % interval over seeds (NaN for one seed)."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def text(self) -> str:
+        if self.seeds == 1:
+            return f"{self.mean:+.1f} points with one seed, which gives no interval"
+        return f"{self.mean:+.1f} points, 95 % interval over {self.seeds} seeds {self.low:+.1f} to {self.high:+.1f}"
+
+
+def gain_of(values: Mapping[int, float], others: Mapping[int, float]) -> Gain | None:
+    """The gain over other results of the same seeds; None if they have no seed in common."""
+    gains = [value - others[seed] for seed, value in values.items() if seed in others]
+    if not gains:
+        return None
+    mean, n = statistics.fmean(gains), len(gains)
+    if n == 1:
+        return Gain(mean, math.nan, math.nan, 1)
+    half = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * statistics.stdev(gains) / math.sqrt(n)
+    return Gain(mean, mean - half, mean + half, n)
+
+
+def verdict(last: Last) -> list[str]:
+    """A sentence per number of images: whether the own encoder is better than the best of the other candidates."""
+    lines = []
+    for images, values in last.items():
+        others = {name: statistics.fmean(of.values()) for name, of in values.items() if name != OWN}
+        if OWN not in values or not others:
             continue
-        mean, n = statistics.fmean(gains), len(gains)
-        if n == 1:
-            found[name] = f"{mean:+.1f} points with one seed, which gives no interval; use several --seeds"
+        best = max(others, key=lambda name: others[name])
+        gain = gain_of(values[OWN], values[best])
+        if gain is None:
             continue
-        half = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * statistics.stdev(gains) / math.sqrt(n)
-        low, high = mean - half, mean + half
-        verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
-        found[name] = f"{mean:+.1f} points (95 % interval over {n} seeds {low:+.1f} to {high:+.1f}): {verdict}"
-    return found
+        word = "pays" if gain.low > 0 else "does not pay" if gain.high < 0 else "cannot be told at this size"
+        what = (
+            "whether pretraining pays cannot be told at this size"
+            if word.startswith("cannot")
+            else f"pretraining {word}"
+        )
+        lines.append(
+            f"With {images} labelled images, {what}: {OWN} has {statistics.fmean(values[OWN].values()):.1f} %, "
+            f"the best baseline, {best}, {others[best]:.1f} % ({gain.text})."
+        )
+    return lines
+
+
+def pretraining_cost(encoder: str) -> str:
+    """Epochs and duration of the pretraining of an encoder that is in its run's folder; '' for others."""
+    run = Path(encoder.removeprefix("local-dir:")).parent
+    try:
+        with open(run / "summary.csv", newline="", encoding="utf-8") as file:
+            seconds = [float(row["train_seconds"]) for row in csv.DictReader(file)]
+    except (OSError, KeyError, ValueError):
+        return ""
+    return f"Pretraining took {duration(sum(seconds))} for {len(seconds)} epochs; it comes on top, once for all tasks."
 
 
 def write_results(
     curves: Sequence[Curve], candidates: Sequence[Candidate], config: CompareConfig, output: Path
 ) -> None:
     """Writes the curves so far: compare.csv, compare.json and compare.png."""
-    rows = ((c.name, c.seed, i, a) for c in curves for i, a in enumerate(c.accuracy, 1))
-    write_csv(output / "compare.csv", ("candidate", "seed", "epoch", "top1"), rows)
+    rows = ((c.name, c.images, c.seed, i, a) for c in curves for i, a in enumerate(c.accuracy, 1))
+    write_csv(output / "compare.csv", ("candidate", "images", "seed", "epoch", "top1"), rows)
+    last = last_of(curves)
     found: dict[str, Any] = {
-        "budget": config.budget, "recipe": config.recipe, "data_dir": config.data_dir,
-        "candidates": {c.name: c.model for c in candidates}, "top1": _last(curves), "gains": gains_of(curves),
-        "seconds": {f"{c.name}, seed {c.seed}": round(c.seconds, 1) for c in curves},
+        "budget": config.budget, "data_dir": config.data_dir, "lr_grid": list(config.lr_grid),
+        "candidates": {c.name: {"model": c.model, "recipe": c.recipe} for c in candidates}, "top1": last,
+        "lr_base": {f"{c.name}, {c.images} images": c.rate for c in curves}, "verdict": verdict(last),
+        "pretraining": pretraining_cost(candidates[1].model),
+        "seconds": {f"{c.name}, {c.images} images, seed {c.seed}": round(c.seconds, 1) for c in curves},
     }  # fmt: skip
     write_json(output / "compare.json", found, indent=2)
-    draw_curves(curves, output / "compare.png")
+    draw(curves, output / "compare.png")
 
 
-def draw_curves(curves: Sequence[Curve], path: Path) -> None:
-    """Draws accuracy over epochs as a PNG: thin lines for seeds, a thick one for the median of a candidate."""
+def draw(curves: Sequence[Curve], path: Path) -> None:
+    """Draws accuracy over the number of labelled images, or over epochs if there is one, as a PNG.
+
+    Lines are means over seeds, bands their range.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for i, name in enumerate(_last(curves)):
-        own, colour = [c.accuracy for c in curves if c.name == name], f"C{i}"
-        for values in own:
-            axes.plot(range(1, len(values) + 1), values, color=colour, alpha=0.35, linewidth=1)
-        middle = [statistics.median(values) for values in zip(*own, strict=False)]
-        epochs, marker = range(1, len(middle) + 1), "o" if len(middle) == 1 else None
-        label = f"{name}, median of {len(own)}"
-        axes.plot(epochs, middle, color=colour, linewidth=2.5, marker=marker, label=label)
-    title = "The same finetuning from different weights"
-    axes.set(xlabel="epoch of finetuning", ylabel="validation top-1, %", ylim=(0, None), title=title)
+    axes, last = figure.subplots(), last_of(curves)
+    for i, name in enumerate(dict.fromkeys(c.name for c in curves)):
+        if len(last) > 1:
+            points = [(images, [*of[name].values()]) for images, of in last.items() if name in of]
+        else:
+            own = [c.accuracy for c in curves if c.name == name]
+            points = [*enumerate(zip(*own, strict=False), 1)]
+        x, values = [point[0] for point in points], [point[1] for point in points]
+        axes.plot(
+            x, [*map(statistics.fmean, values)], "o-" if len(x) < 12 else "-", color=f"C{i}", linewidth=2, label=name
+        )
+        axes.fill_between(x, [*map(min, values)], [*map(max, values)], color=f"C{i}", alpha=0.2, linewidth=0)
+    if len(last) > 1:
+        axes.set_xscale("log")
+    xlabel = "labelled training images" if len(last) > 1 else "epoch of finetuning"
+    title = "Finetuning from different weights, each at its own learning rate"
+    axes.set(xlabel=xlabel, ylabel="validation top-1, %", ylim=(0, None), title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)

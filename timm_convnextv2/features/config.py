@@ -156,10 +156,17 @@ class CompareConfig:
         None, "your encoder: the folder of a run, local-dir:FOLDER or hf-hub:USER/NAME", metavar="MODEL")
     unlabelled: str | None = option(None, "images to pretrain an encoder on, instead of --encoder", metavar="DIR")
     pretrain: str = option("", "options of that pretraining, as one quoted word", metavar="OPTIONS")
-    weights: tuple[str, ...] = option((), "more candidates: timm's names, local-dir:, hf-hub:", metavar="NAME")
-    budget: int = option(60, "epochs of each finetuning, a tenth of them warmup", metavar="N", at_least=1)
+    also: tuple[str, ...] = option(
+        (), "more candidates: timm's names, with published weights if the name has a tag (resnet50.a1_in1k) and random "
+        "ones if not (resnet18); local-dir:, hf-hub:", metavar="NAME")
+    budget: int = option(60, "epochs of a finetuning on all images, a tenth of them warmup", metavar="N", at_least=1)
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds; each candidate is finetuned once per seed", metavar="N")
-    recipe: str = option("small-data", "recipe of the finetuning", metavar="NAME")
+    label_budgets: tuple[float, ...] = option(
+        (1.0,), "shares of the training images up to 1, or numbers of images", metavar="X", above=0)
+    lr_grid: tuple[float, ...] = option(
+        (0.3, 1.0, 3.0), "learning rates to choose from, as multiples of the recipe's", metavar="X", above=0)
+    recipe: str = option("small-data", "recipe for weights that are trained already", metavar="NAME")
+    scratch_recipe: str = option("scratch-small", "recipe for random weights", metavar="NAME")
     output: str = option("output/compare", "folder to write to", metavar="DIR")
     resume: bool = option(False, "keep the runs that an earlier call finished")
     dry_run: bool = option(False, "check everything, then stop")

@@ -102,9 +102,9 @@ def open_labelled(
         raise ValueError(f"The labelled images '{printable(path)}' do not exist; expected a folder or a CSV.")
     if groups and not path.is_file():
         raise ValueError(f"--groups {groups} is a column of a CSV, but '{printable(path)}' is a folder: --group-by.")
-    parts = None if path.is_file() else _parts(path)
+    parts = None if path.is_file() else split_folders(path)
     if parts is not None:
-        train, test = (_folder(part, in_chans, pixels, notes, group_by) for part in parts)
+        train, test = (rows_of_folder(part, in_chans, pixels, notes, group_by) for part in parts)
         where = f"'{printable(parts[0])}'", f"'{printable(parts[1])}'"
         remedy = "Both parts need the same class folders."
         check_same_classes(_classes(train), _classes(test), where, ordered=False, remedy=remedy)
@@ -116,7 +116,11 @@ def open_labelled(
             )
     else:
         is_table = path.is_file()
-        rows = _table(path, notes, groups, group_by) if is_table else _folder(path, in_chans, pixels, notes, group_by)
+        rows = (
+            _table(path, notes, groups, group_by)
+            if is_table
+            else rows_of_folder(path, in_chans, pixels, notes, group_by)
+        )
     classes = _classes(rows)
     if len(classes) < 2:
         has = f"one class, {classes[0]}" if classes else "no images"
@@ -134,7 +138,7 @@ def open_labelled(
     return Labelled(classes, splits[0], splits[1], (*notes, *([shared] if shared else [])))
 
 
-def _parts(root: Path) -> tuple[Path, Path] | None:
+def split_folders(root: Path) -> tuple[Path, Path] | None:
     """The folders for training and for validation; None if the folder holds classes."""
 
     def has_folders(folder: Path) -> bool:  # so that it is a part with classes rather than a class of this name
@@ -152,7 +156,7 @@ def _parts(root: Path) -> tuple[Path, Path] | None:
     return None if train is None or test is None else (train, test)
 
 
-def _folder(root: Path, in_chans: int, pixels: Pixels, notes: list[str], group_by: str | None) -> list[Row]:
+def rows_of_folder(root: Path, in_chans: int, pixels: Pixels, notes: list[str], group_by: str | None) -> list[Row]:
     source = FolderSource(root, in_chans, pixels)
     paths = sorted((source.path(i) for i in range(len(source))), key=natural_key)
     folders = [os.path.dirname(os.path.relpath(path, root)).split(os.sep) for path in paths]
