@@ -125,7 +125,7 @@ def test_collapse_gives_what_the_command_writes(run, demo, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing that was not asked for
 
 
-def test_compare_returns_what_it_writes(tmp_path, monkeypatch, run):
+def test_compare_returns_what_it_writes(tmp_path, monkeypatch, run, demo):
     def finetune(command, words, log):
         words = list(map(str, words))
         folder = Path(words[words.index("--output") + 1]) / words[words.index("--experiment") + 1]
@@ -137,9 +137,9 @@ def test_compare_returns_what_it_writes(tmp_path, monkeypatch, run):
     monkeypatch.setattr(compare, "call", finetune)
     monkeypatch.setattr("timm_convnextv2.commands.compare._check_finetuning", lambda *a: None)
     options = dict(encoder=run, budget=1, seeds=[0, 1], output=tmp_path / "out")
-    found = tcx.compare(tmp_path, **options, finetune=["--batch-size", "8"])
-    assert found["top1"] == {"from scratch": {"0": 20.0, "1": 20.0}, "own encoder": {"0": 30.0, "1": 30.0}}
-    assert tcx.compare(tmp_path, **options, resume=True, dry_run=True, finetune=["--batch-size", "8"]) == {}
+    found = tcx.compare(demo, **options, finetune=["--batch-size", "8"])
+    assert found["top1"]["160"] == {"from scratch": {"0": 20.0, "1": 20.0}, "own encoder": {"0": 30.0, "1": 30.0}}
+    assert tcx.compare(demo, **options, resume=True, dry_run=True, finetune=["--batch-size", "8"]) == {}
 
     def failing(command, words, log):
         log.write_text("it is broken")
@@ -147,7 +147,7 @@ def test_compare_returns_what_it_writes(tmp_path, monkeypatch, run):
 
     monkeypatch.setattr(compare, "call", failing)
     with pytest.raises(RuntimeError, match="(?s)'finetune x' failed with status 3; its last lines:\nit is broken"):
-        tcx.compare(tmp_path, encoder=run, budget=1, output=tmp_path / "b", finetune=["--batch-size", "8"])
+        tcx.compare(demo, encoder=run, budget=1, output=tmp_path / "b", finetune=["--batch-size", "8"])
 
 
 def test_detector_finds_what_the_command_finds(detected, tmp_path):

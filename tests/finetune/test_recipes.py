@@ -19,7 +19,7 @@ from timm_convnextv2.commands.finetune import main
 from timm_convnextv2.recipes import load_recipe
 
 RECIPES = {path.stem: path for path in helpers.RECIPES.glob("*.yaml")}
-GENERAL = {"linear-probe", "small-data", "smoke"}
+GENERAL = {"linear-probe", "scratch-small", "small-data", "smoke"}
 PROCESSES = 8  # that the paper's recipes are written for
 
 # The paper (arXiv 2301.00808), appendix A.2, tables 9 to 13, and the official TRAINING.md; accuracy: tables 14 and 15.
@@ -83,7 +83,7 @@ def field(name, key):
 
 
 def size_of(name):
-    return next((size for size in GMACS if size in name.split("-")), "tiny" if name == "small-data" else "base")
+    return next((size for size in GMACS if size in name.split("-")), "tiny" if name in ("small-data", "scratch-small") else "base")
 
 
 def official_lr(epoch, *, lr, min_lr, warmup, epochs):
@@ -93,7 +93,7 @@ def official_lr(epoch, *, lr, min_lr, warmup, epochs):
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
-def test_there_are_the_published_recipes_and_three_more():
+def test_there_are_the_published_recipes_and_general_ones():
     assert set(RECIPES) == set(PAPER) | GENERAL
 
 
