@@ -83,7 +83,8 @@ def field(name, key):
 
 
 def size_of(name):
-    return next((size for size in GMACS if size in name.split("-")), "tiny" if name in ("small-data", "scratch-small") else "base")
+    general = "tiny" if name in ("small-data", "scratch-small") else "base"
+    return next((size for size in GMACS if size in name.split("-")), general)
 
 
 def official_lr(epoch, *, lr, min_lr, warmup, epochs):
