@@ -169,7 +169,8 @@ def refused(out: Path, capsys, words: str | list[str], *more: str, data: list[st
     capsys.readouterr()
     run(out, *more, status=2, data=data)
     printed = capsys.readouterr()
-    assert printed.err.count(ERROR) == 1 and printed.err.startswith(ERROR)
+    (message, *_) = [line for line in printed.err.splitlines() if not line.startswith("warning: ")]
+    assert printed.err.count(ERROR) == 1 and message.startswith(ERROR)
     for word in [words] if isinstance(words, str) else words:
         assert word in printed.err
     assert "Writing to" not in printed.out
