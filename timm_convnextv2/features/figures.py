@@ -13,6 +13,7 @@ from ..report.images import save_figure
 from .channels import BlockCollapse
 
 GREYS = ("#c4c4c4", "#a6a6a6", "#888888", "#5f5f5f", "#303030")  # baselines
+MARKERS = "s^vDx"
 NAME_LENGTH = 40
 
 
@@ -81,17 +82,17 @@ def save_budgets(found: Mapping[str, Any], path: str | Path) -> None:
     figure = Figure(figsize=(1 + 3.6 * len(keys), 3.8 + 0.2 * len(results)), dpi=120, layout="constrained")
     axes = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     baselines = ["baseline" in result for result in results]
-    colours, greys = iter(_colours(baselines.count(False))), iter(GREYS)
+    colours, greys = iter(_colours(baselines.count(False))), iter(zip(GREYS, MARKERS, strict=True))
     chance = 100 * found["data"]["chance"]
     for result, plain in zip(results, baselines, strict=True):
-        colour = next(greys) if plain else next(colours)
+        colour, marker = next(greys) if plain else (next(colours), "o")
         images = [budget["images"] for budget in result["budgets"]]
         for axis, key in zip(axes, keys, strict=True):
             bands = [budget["measures"][key] for budget in result["budgets"]]
             value, low, high = ([100 * band[end] for band in bands] for end in ("value", "low", "high"))
             label = short(result["model"]) if key == keys[0] else None
             axis.plot(
-                images, value, color=colour, marker="s" if plain else "o", markersize=4, label=label,
+                images, value, color=colour, marker=marker, markersize=5, label=label,
                 linestyle="--" if plain else "-",
             )  # fmt: skip
             axis.fill_between(images, low, high, color=colour, alpha=0.15, linewidth=0)
