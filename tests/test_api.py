@@ -18,9 +18,9 @@ from torch import Tensor
 
 import timm_convnextv2 as tcx
 from timm_convnextv2.api import Run
+from timm_convnextv2.commands import compare as command
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.config import from_keywords, words_of
-from timm_convnextv2.features import compare
 from timm_convnextv2.pretraining.config import PretrainConfig
 from timm_convnextv2.runs import loop
 from timm_convnextv2.runs.world import World
@@ -125,29 +125,30 @@ def test_collapse_gives_what_the_command_writes(run, demo, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing that was not asked for
 
 
-def test_compare_returns_what_it_writes(tmp_path, monkeypatch, run, demo):
-    def finetune(command, words, log):
-        words = list(map(str, words))
-        folder = Path(words[words.index("--output") + 1]) / words[words.index("--experiment") + 1]
-        (folder / "model").mkdir(parents=True)
-        (folder / "summary.csv").write_text(f"epoch,eval_top1\n0,{20 if '--from-scratch' in words else 30}\n")
-        assert words[words.index("--batch-size") + 1] == "8"
-        return 1.0
+def test_compare_starts_what_the_command_starts(tmp_path, monkeypatch):
+    """With the same config and words for `finetune`; returns what was written, and raises what was printed."""
+    started = []
 
-    monkeypatch.setattr(compare, "call", finetune)
-    monkeypatch.setattr("timm_convnextv2.commands.compare._check_finetuning", lambda *a: None)
-    options = dict(encoder=run, budget=1, seeds=[0, 1], output=tmp_path / "out")
-    found = tcx.compare(demo, **options, finetune=["--batch-size", "8"])
-    assert found["top1"]["160"] == {"from scratch": {"0": 20.0, "1": 20.0}, "own encoder": {"0": 30.0, "1": 30.0}}
-    assert tcx.compare(demo, **options, resume=True, dry_run=True, finetune=["--batch-size", "8"]) == {}
+    def start(config, rest):
+        started.append((config, rest))
+        Path(config.output, "compare.json").write_text(json.dumps({"n": len(started)}))
 
-    def failing(command, words, log):
+    monkeypatch.setattr(command, "start", start)
+    words = "compare --data-dir d --encoder e --weights a b --budget 9 --seeds 0 3 --batch-size 8 --output"
+    call(words, tmp_path)
+    options = dict(encoder=Path("e"), weights=["a", "b"], budget=9, seeds=(0, 3), output=tmp_path)
+    assert tcx.compare("d", **options, finetune=["--batch-size", "8"]) == {"n": 2}
+    assert started[0] == started[1]
+    assert tcx.compare("d", **options, dry_run=True) == {}
+
+    def failing(config, rest):
+        log = tmp_path / "log"
         log.write_text("it is broken")
         raise subprocess.CalledProcessError(3, ["finetune x", str(log)])
 
-    monkeypatch.setattr(compare, "call", failing)
+    monkeypatch.setattr(command, "start", failing)
     with pytest.raises(RuntimeError, match="(?s)'finetune x' failed with status 3; its last lines:\nit is broken"):
-        tcx.compare(demo, encoder=run, budget=1, output=tmp_path / "b", finetune=["--batch-size", "8"])
+        tcx.compare("d", **options)
 
 
 def test_detector_finds_what_the_command_finds(detected, tmp_path):
