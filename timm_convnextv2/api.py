@@ -127,7 +127,7 @@ def collapse(models: Places | Run, data_dir: Place | None = None, **options: Any
 
 
 def compare(data_dir: Place, *, finetune: Sequence[str] = (), **options: Any) -> dict[str, Any]:
-    """Finetunes from random weights, from your `encoder` and from named `weights`; options of `compare`.
+    """Finetunes from random weights, from your `encoder` and from others (`also`); options of `compare`.
 
     `finetune` are more words for `timm-convnextv2 finetune`, such as ["--batch-size", "32"]. Returns the content of
     compare.json in `output`; {} with `dry_run`. A `RuntimeError` has the last lines of a finetuning that failed.
