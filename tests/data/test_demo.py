@@ -17,6 +17,7 @@ from timm_convnextv2.data import DataSet, DemoSource, create_source
 from timm_convnextv2.data.demo import images as demo_images
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.data.demo.folder import uncompressed_rle
+from timm_convnextv2.features import open_labelled
 
 SMALL = dict(size=16, train=16, validation=24)
 SPLITS = ("train", "validation")
@@ -40,23 +41,35 @@ def test_demo_is_deterministic_balanced_and_varied():
         source[16]
 
 
-def test_demo_draws_the_shape_of_its_label(monkeypatch):
+@pytest.mark.parametrize("objects", [False, True])
+def test_demo_draws_the_texture_of_its_label(monkeypatch, objects):
     drawn = []
-    shapes = {
-        name: lambda *a, f=f, name=name: (drawn.append(name), f(*a))[1] for name, f in demo_images._SHAPES.items()
+    textures = {
+        name: lambda *a, f=f, name=name: (drawn.append(name), f(*a))[1] for name, f in demo_images._TEXTURES.items()
     }
-    monkeypatch.setattr(demo_images, "_SHAPES", shapes)
-    source = DemoSource(8, 16)
+    monkeypatch.setattr(demo_images, "_TEXTURES", textures)
+    source = DemoSource(8, 16, objects=objects)
     for i in range(8):
         drawn.clear()
         source[i]
-        assert set(drawn) == {source.classes[source.label(i)]}
+        assert drawn == [source.classes[source.label(i)]]
+
+
+def test_every_texture_has_the_same_shares_of_its_two_colours(monkeypatch):
+    """In black and white without light and noise, so that no histogram tells the classes apart."""
+    black, white = np.zeros((3, 1, 1), np.float32), np.ones((3, 1, 1), np.float32)
+    monkeypatch.setattr(demo_images, "_two_colours", lambda dice: (white, black))
+    monkeypatch.setattr(demo_images, "_gradient", lambda *args: 1)
+    source = DemoSource(8 * 24, 64)
+    share = np.array([float((source[i].float() > 127).float().mean()) for i in range(len(source))]).reshape(24, 8)
+    assert 0.4 < share.min() < 0.46 and 0.54 < share.max() < 0.6
+    assert np.abs(share.mean(0) - 0.5).max() < 0.03
 
 
 def test_demo_is_the_same_everywhere():
     # mean colours of one image, to half a grey level: guards the stream of random numbers and the drawing
     means = DemoSource()[5].float().mean((1, 2))
-    assert torch.allclose(means, torch.tensor([126.82, 156.67, 107.71]), atol=0.5)
+    assert torch.allclose(means, torch.tensor([74.91, 73.48, 66.75]), atol=0.5)
 
 
 def test_demo_grey_and_errors():
@@ -87,7 +100,7 @@ def test_folder_is_what_timm_reads(written):
         dataset = create_dataset("", root=written, split=split)  # what train.py does
         assert Counter(label for _, label in dataset) == {i: count // 8 for i in range(8)}
         assert set(dataset.reader.class_to_idx) == set(DemoSource.classes)
-    source = DemoSource(16, 16, seed=2)  # the train split: image i with label i % 8
+    source = DemoSource(16, 16, seed=4)  # the train split: image i with label i % 8
     for i in range(16):
         image = np.asarray(Image.open(written / "train" / source.classes[i % 8] / f"{i:05d}.png"))
         assert image.dtype == np.uint8 and np.array_equal(image.transpose(2, 0, 1), source[i])
@@ -101,6 +114,9 @@ def test_no_image_is_seen_twice(written, tmp_path):
         source = create_source(data_set=DataSet("embedded", split, 24))
         source.size = 16
         pretraining += [source[i].permute(1, 2, 0).numpy() for i in range(24)]
+    for part in (labelled := open_labelled("embedded")).train, labelled.test:
+        part.source.size = 16
+        pretraining += [part.source[i].permute(1, 2, 0).numpy() for i in range(24)]
     images = [image.tobytes() for image in (*ours.values(), *other.values())]
     assert len(set(images)) == len(images) == 80
     assert not set(images) & {image.tobytes() for image in pretraining}
@@ -161,7 +177,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "data", "--size", "16", "--train", "8", "--validation", "16"]) == 0
     out, err = capsys.readouterr()
-    assert not err and all(word in out for word in (str(tmp_path / "data"), "8 training", "16 validation", "disc,"))
+    assert not err and all(word in out for word in (str(tmp_path / "data"), "8 training", "16 validation", "stripes,"))
     assert len(pixels(tmp_path / "data", "validation")) == 16
     # mistakes are one message: a folder with content, a file instead of a folder
     (tmp_path / "data/x").write_text("")
@@ -181,17 +197,14 @@ def annotated(tmp_path_factory):
     return folder
 
 
-def test_files_and_names(annotated, tmp_path):
+def test_files_and_names(annotated):
     assert {p.name for p in annotated.iterdir()} == {"classes.txt", *SPLITS, *(f"{split}.json" for split in SPLITS)}
     assert (annotated / "classes.txt").read_text().split() == ["background", *DemoSource.classes]
     for split, count in zip(SPLITS, (8, 16), strict=True):
         for kind in ("images", "masks"):
             assert len(list((annotated / split / kind).glob("*.png"))) == count
     content = json.loads((annotated / "train.json").read_text())
-    assert content["categories"][0] == {"id": 1, "name": "disc"} and len(content["annotations"]) == 8
-    labelled = write_folder(tmp_path / "data", size=32, train=8, validation=8)  # the same images
-    for path in (labelled / "train").rglob("*.png"):
-        assert path.read_bytes() == (annotated / "train/images" / path.name).read_bytes()
+    assert content["categories"][0] == {"id": 1, "name": "stripes"} and len(content["annotations"]) == 8
 
 
 def test_box_mask_and_run_lengths_agree(annotated):
@@ -209,11 +222,11 @@ def test_box_mask_and_run_lengths_agree(annotated):
 
 
 def test_the_mask_is_where_the_object_is_painted(monkeypatch):
-    """With another surface, the pixels of the object differ, except for its soft edge."""
-    source = DemoSource(8, 64, seed=5)
+    """With the colours of its texture exchanged, the pixels of the object differ, and others only at its edge."""
+    source = DemoSource(8, 64, seed=5, objects=True)
     plain, masks = [source[i].numpy() for i in range(8)], [source.mask(i) for i in range(8)]
-    surface = demo_images._surface
-    monkeypatch.setattr(demo_images, "_surface", lambda *args: 1 - surface(*args))
+    colours = demo_images._two_colours
+    monkeypatch.setattr(demo_images, "_two_colours", lambda dice: colours(dice)[::-1])
     for i in range(8):
         differs = (source[i].numpy() != plain[i]).any(0)
         assert (differs & ~_grown(masks[i])).sum() < 0.02 * masks[i].sum()

@@ -76,8 +76,11 @@ def test_default_warmup(line, warmup):
 
 def test_embedded_defaults_give_way():
     args = options_of([])
-    assert (args.dataset, args.epochs, args.img_size, args.warmup_epochs) == ("embedded", 6, 56, 0.5)
+    assert (args.dataset, args.epochs, args.img_size, args.warmup_epochs) == ("embedded", 16, 56, 16 / 12)
     assert options_of(["--epochs", "3", "--batch-size", "16"]).batch_size == 16
+    assert args.standardize == "channel" and args.mean == [0] * 3 and args.probe_dir == "embedded"
+    args = options_of(["--dataset", "embedded", "--mean", *"123", "--std", *"123", "--decoder-dim", "16"])
+    assert args.standardize is args.probe_dir is None and args.mean == [1, 2, 3] and args.model_kwargs == {}
     args = options_of(["--data-dir", "x"])
     assert (args.dataset, args.epochs, args.img_size, args.workers) == ("", None, 224, 4)
 

@@ -11,7 +11,7 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 
 from ..console import check_same_classes
-from ..data import FolderSource, Pixels, check_readable
+from ..data import DemoSource, FolderSource, Pixels, Source, check_readable
 from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, printable
 from ..data.formats.pixels import PLAIN
 from ..data.measure.duplicates import shared_note
@@ -23,6 +23,7 @@ from .extract import refuse_bad
 SEPARATOR = ";"
 NAMED = 12  # classes in a message
 TEST_FOLDERS = (*VALIDATION_FOLDERS, "test")
+_DEMO = {2: 512, 3: 400}  # seed and images to train on, and to test on
 
 
 class Row(NamedTuple):
@@ -36,7 +37,7 @@ class Row(NamedTuple):
 class Split(NamedTuple):
     """Images, and their labels: int64 `[N]`, or 0 and 1 `[N, num_classes]` if images have several."""
 
-    source: ImageFiles
+    source: Source
     labels: Tensor
 
 
@@ -77,7 +78,7 @@ def open_labelled(
     """Opens labelled images.
 
     Args:
-        place: One of
+        place: 'embedded', the demo images; or one of
             - a folder with `train/` and `validation/` (or timm's other names for them, or `test/`) of the same classes;
             - a folder of classes, which is split by `seed`, in the same proportion for each class;
             - a CSV with the columns `name` (path, relative to the CSV) and `label`, split in the same way. Labels
@@ -97,6 +98,10 @@ def open_labelled(
         raise ValueError("--groups and --group-by both name the groups: choose one.")
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}, expected a fraction above 0 and below 1.")
+    if place == "embedded":
+        sources = [DemoSource(count, in_chans=in_chans, seed=seed, pixels=pixels) for seed, count in _DEMO.items()]
+        labels = [torch.tensor([source.label(i) for i in range(len(source))]) for source in sources]
+        return Labelled([*DemoSource.classes], *map(Split, sources, labels))
     path = Path(place)
     if not path.exists():
         raise ValueError(f"The labelled images '{printable(path)}' do not exist; expected a folder or a CSV.")
@@ -129,12 +134,12 @@ def open_labelled(
         held = _held(rows, validation_share, seed)
         train, test = ([row for i, row in enumerate(rows) if (i in held) == part] for part in (False, True))
     several = any(len(row.labels) > 1 for row in [*train, *test])
-    splits = []
-    for part in (train, test):
-        source = ImageFiles([row.path for row in part], in_chans, pixels)
+    splits, paths = [], [[row.path for row in part] for part in (train, test)]
+    for part, names in zip((train, test), paths, strict=True):
+        source = ImageFiles(names, in_chans, pixels)
         splits.append(Split(source, _numbers([row.labels for row in part], classes, several)))
         refuse_bad([message for _, message in check_readable(source)])
-    shared = shared_note(splits[0].source.paths, splits[1].source.paths, "test")
+    shared = shared_note(*paths, "test")
     return Labelled(classes, splits[0], splits[1], (*notes, *([shared] if shared else [])))
 
 

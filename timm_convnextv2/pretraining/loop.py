@@ -21,7 +21,7 @@ from ..runs.loop import Run
 from ..runs.trainer import Bad
 from .batches import Batches
 from .measures import Best, Measure, measure_epoch
-from .messages import how_made, how_measured
+from .messages import how_made, how_measured, outcome
 from .replay import write_record
 
 # What pretraining writes into its folder beside `folder.WRITTEN`
@@ -41,9 +41,10 @@ class PretrainRun(Run):
     remedy = "a lower --lr-base; or skip such updates: --max-bad-steps N"
 
     def done(self) -> str:
-        """What was learned, where the encoder is, and the commands that come next."""
+        """What was learned, where the encoder is, the commands that come next, and what the probe found."""
         result = f"{verdict(read_run(self.folder.path)).text}\n" if self.world.primary else ""
-        return f"{result}{super().done()}\n{next_commands(self.settings, self.folder.path, self.plan.epochs)}"
+        lines = super().done(), next_commands(self.settings, self.folder.path, self.plan.epochs)
+        return result + "\n".join(filter(None, (*lines, outcome(self.folder.path))))
 
     def batches(self, epoch: int, start_batch: int) -> Iterator:
         """The batches `(images, masks, bad)` of an epoch."""

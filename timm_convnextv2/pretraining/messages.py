@@ -10,6 +10,7 @@ from ..data.config import as_list
 from ..data.formats.files import printable
 from ..models import FCMAE
 from ..models.memory import memory_estimate
+from ..report.kinds import BASELINES
 from ..runs import summary
 from ..runs.checkpoints import Progress
 from ..runs.folder import VERSIONS
@@ -121,6 +122,18 @@ def names_of_places(settings: dict[str, Any]) -> str:
     """What the folders or lists of the images are called, without where they are."""
     places = as_list(settings["data_list"]) or as_list(settings["data_dir"])
     return ", ".join(printable(Path(place).resolve().name) for place in places)
+
+
+def outcome(folder: Path) -> str:
+    """The last kNN beside every baseline of probe.json, in one line; '' without a probe."""
+    found = summary.latest(folder / "summary.csv").get("knn")
+    if found is None or not (folder / "probe.json").is_file():
+        return ""
+    probe = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
+    others = {BASELINES.get(name, name): of["knn"] for name, of in probe["baselines"].items() if "knn" in of}
+    sides = ", ".join(f"{name} {value:.3g} %" for name, value in {**others, "chance": probe["chance"]}.items())
+    unit = "" if probe["unit"] == "accuracy" else f", {probe['unit']}"
+    return f"kNN of frozen features{unit}: {found[1]:.3g} % ({sides})"
 
 
 def how_measured(folder: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 `configure` runs before anything is opened, `measure` once the images are.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,9 +24,10 @@ from .start import Start, open_start, open_weights
 
 # Without --data-dir and --dataset: a run of about two minutes on two CPU cores.
 EMBEDDED_DEFAULTS = dict(
-    dataset="embedded", train_num_samples=512, img_size=56, patch_size=1, batch_size=16, epochs=6, lr_base=4e-3,
-    workers=0, experiment="embedded",
+    dataset="embedded", train_num_samples=768, img_size=56, patch_size=1, batch_size=32, epochs=16, lr=4e-3,
+    scale=(0.7, 1.0), workers=0, experiment="embedded",
 )  # fmt: skip
+EMBEDDED_NETWORK = dict(decoder_dim=128, model_kwargs=dict(depths=[1, 1, 3, 1], dims=[24, 48, 96, 192]))
 USUAL = {1: ((0.5,), (0.25,)), 3: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}  # mean and std by channels
 
 
@@ -37,7 +38,7 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
     """
     config, defaults = build(PretrainConfig, file, given), {}
     if not config.paths.data_dir and not config.paths.data_list and config.data_set.dataset in ("", "embedded"):
-        defaults = EMBEDDED_DEFAULTS
+        defaults = _embedded_defaults({**file, **given}.keys())
     network = config.network
     if network.weights:
         start = open_weights(network.weights, network.model, network.model_kwargs, config.destination.license)
@@ -63,6 +64,18 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
     config = evolve(config, **_normalization(config, start))
     check_measures(config)
     return (evolve(config, **intervals(config)) if config.schedule.epochs else config), start
+
+
+def _embedded_defaults(named: Collection[str]) -> dict[str, Any]:
+    """Defaults for the embedded images; options that the user has `named` exclude some of them."""
+    defaults: dict[str, Any] = {**EMBEDDED_DEFAULTS}
+    if not {"model", "weights", "model_kwargs", "decoder_dim"} & {*named}:
+        defaults |= EMBEDDED_NETWORK
+    if not {"mean", "std"} & {*named}:
+        defaults["standardize"] = "channel"
+    if not {"dataset", "train_num_samples"} & {*named}:  # the first command
+        defaults |= {"probe_dir": "embedded", "probe_interval": 5}
+    return defaults
 
 
 def _input_size(crops: Crops, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,15 +14,17 @@ from ...config import check_limits
 from ..config import DemoOptions
 from .images import DemoSource
 
-_PRETRAINING_SEEDS = 2  # `--dataset embedded` draws seed 0 for the split 'train' and 1 for any other
+# `--dataset embedded` draws seed 0 for the split 'train' and 1 for any other, `open_labelled("embedded")` 2 and 3
+_OTHER_SEEDS = 4
 
 
 def write_folder(folder: str | os.PathLike, **options: Any) -> Path:
     """Writes `FOLDER/{train,validation}/CLASS/*.png`, as timm's `train.py` reads it; returns its absolute path.
 
-    With `coco` or `masks`, writes the same images to `FOLDER/{train,validation}/images` beside their annotations. No
-    image is in both splits, in the folder of another seed, or among the images of `--dataset embedded`. The folder
-    appears once it is complete. `options` are fields of `DemoOptions`.
+    With `coco` or `masks`, writes images with one object of these textures in each to
+    `FOLDER/{train,validation}/images`, beside their annotations. No image is in both splits, in the folder of another
+    seed, or among the images of `--dataset embedded`. The folder appears once it is complete. `options` are fields of
+    `DemoOptions`.
 
     Raises:
         ValueError: The folder exists and is not empty (or is a file), or an option is out of range.
@@ -41,9 +43,10 @@ def write_folder(folder: str | os.PathLike, **options: Any) -> Path:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        for number, (split, count) in enumerate(splits.items(), _PRETRAINING_SEEDS + 2 * chosen.seed):
-            write = _write_annotated if chosen.coco or chosen.masks else _write_labelled
-            write(DemoSource(count, chosen.size, seed=number), temporary, split, chosen)
+        for number, (split, count) in enumerate(splits.items(), _OTHER_SEEDS + 2 * chosen.seed):
+            annotated = chosen.coco or chosen.masks
+            write = _write_annotated if annotated else _write_labelled
+            write(DemoSource(count, chosen.size, seed=number, objects=annotated), temporary, split, chosen)
         if folder.exists():
             folder.rmdir()  # Windows cannot move a folder onto an empty one
         os.replace(temporary, folder)

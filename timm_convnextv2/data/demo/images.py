@@ -12,8 +12,6 @@ from ..formats.pillow import Choose
 from ..formats.pixels import PLAIN, Pixels
 from ..sources.source import Source
 
-Shape = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
-
 
 class _Dice:
     """Random numbers of one image; only uniform ones, the most stable stream of NumPy's generators."""
@@ -27,84 +25,110 @@ class _Dice:
     def below(self, n: int) -> int:
         return int(n * self.random())
 
-    def colour(self, hue: float, saturation: tuple[float, float], value: tuple[float, float]) -> np.ndarray:
-        rgb = colorsys.hsv_to_rgb(hue % 1, self.uniform(*saturation), self.uniform(*value))
+    def colour(self) -> np.ndarray:
+        rgb = colorsys.hsv_to_rgb(self.random(), self.uniform(0, 0.9), self.uniform(0.1, 1))
         return np.array(rgb, dtype=np.float32)[:, None, None]
 
 
-def _box(x: np.ndarray, y: np.ndarray, w: float, h: float) -> np.ndarray:
-    x, y = np.abs(x) - w, np.abs(y) - h
-    return np.hypot(np.maximum(x, 0), np.maximum(y, 0)) + np.minimum(np.maximum(x, y), 0)
+# Textures: height at (u, v) in periods; the highest part gets the first colour. Slopes are about 1.
+Texture = Callable[[np.ndarray, np.ndarray, _Dice], np.ndarray]
 
 
-# Shapes: signed distance, negative inside, of an object of radius about 1; `u` in [0, 1) varies its proportions.
+def _off(x: np.ndarray) -> np.ndarray:
+    """Distance to the nearest integer, 0 to 0.5."""
+    return np.abs(x - np.rint(x))
 
 
-def _disc(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
-    return np.hypot(x, y) - 0.85
+def _stripes(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
+    return _off(u)
 
 
-def _ring(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
-    return np.abs(np.hypot(x, y) - 0.68) - (0.16 + 0.1 * u)
+def _bands(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
+    return 2.5 * _off(0.4 * u)
 
 
-def _square(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
-    corner = 0.05 + 0.2 * u
-    return _box(x, y, 0.72 - corner, 0.72 - corner) - corner
+def _checks(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
+    a, b = _off(0.6 * u) - 0.25, _off(0.6 * v) - 0.25
+    return np.sign(a * b) * np.minimum(np.abs(a), np.abs(b))
 
 
-def _triangle(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
-    side = math.sqrt(0.75) * np.abs(x) + 0.5 * y
-    return np.maximum(side, -y * (0.9 + 0.3 * u)) - 0.5
+def _dots(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
+    return -np.hypot(_off(u), _off(v))
 
 
-def _star(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
-    fold = 2 * math.pi / 5
-    angle = np.arctan2(x, y) / fold
-    angle = np.abs(angle - np.rint(angle)) * fold
-    radius = np.hypot(x, y)
-    # the straight edge from a tip (1, 0) to the notch between two tips
-    notch = 0.42 + 0.16 * u
-    nx, ny = notch * math.cos(fold / 2), notch * math.sin(fold / 2)
-    return ((radius * np.cos(angle) - 1) * ny + radius * np.sin(angle) * (1 - nx)) / math.hypot(1 - nx, ny)
+def _rings(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
+    around = (x[x.shape[0] // 2, x.shape[1] // 2] + dice.uniform(-2, 2) for x in (u, v))
+    return _off(np.hypot(*(x - centre for x, centre in zip((u, v), around, strict=True))))
 
 
-def _cross(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
-    width = 0.22 + 0.1 * u
-    return np.minimum(_box(x, y, 0.86, width), _box(x, y, width, 0.86)) - 0.04
+def _bricks(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
+    return np.minimum(2 * _off(0.4 * u + 0.5 * np.floor(v)), _off(v))
 
 
-def _crescent(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
-    return np.maximum(np.hypot(x, y) - 0.9, 0.62 + 0.1 * u - np.hypot(x - 0.42, y))
+def _grid(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
+    return np.minimum(_off(u), _off(v))
 
 
-def _flower(x: np.ndarray, y: np.ndarray, u: float) -> np.ndarray:
-    petals = 5 + int(3 * u)
-    return 0.75 * (np.hypot(x, y) - 0.72 - 0.2 * np.cos(petals * np.arctan2(y, x)))
+def _clouds(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
+    knots = dice.random((64, 64)).astype(np.float32)
+    x, y = 1.8 * u, 1.8 * v
+    left, top = np.floor(x), np.floor(y)
+    a, b = (t * t * (3 - 2 * t) for t in (x - left, y - top))
+    column, row = left.astype(np.int64), top.astype(np.int64)
+    corners = [knots[(row + i) % 64, (column + j) % 64] for i in (0, 1) for j in (0, 1)]
+    upper, lower = corners[0] + (corners[1] - corners[0]) * a, corners[2] + (corners[3] - corners[2]) * a
+    return upper + (lower - upper) * b
 
 
-_ALL = (_disc, _ring, _square, _triangle, _star, _cross, _crescent, _flower)
-_SHAPES: dict[str, Shape] = {shape.__name__[1:]: shape for shape in _ALL}
+_ALL = (_stripes, _bands, _checks, _dots, _rings, _bricks, _grid, _clouds)
+_TEXTURES: dict[str, Texture] = {texture.__name__[1:]: texture for texture in _ALL}
+
+
+# Shapes: signed distance, negative inside, of an object of radius about 1.
+
+
+def _disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.hypot(x, y) - 0.9
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = np.abs(x) - 0.6, np.abs(y) - 0.6
+    return np.hypot(np.maximum(x, 0), np.maximum(y, 0)) + np.minimum(np.maximum(x, y), 0) - 0.15
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(math.sqrt(0.75) * np.abs(x) + 0.5 * y, -y) - 0.55
+
+
+def _flower(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return 0.75 * (np.hypot(x, y) - 0.8 - 0.14 * np.cos(5 * np.arctan2(y, x)))
+
+
+_SHAPES = (_disc, _square, _triangle, _flower)
 
 
 class DemoSource(Source):
-    """The demo data set: lit, textured objects in front of soft backgrounds.
+    """The demo data set: textures that fill the image, or, with `objects`, one object of a texture in each image.
 
-    The eight classes are the shapes of the objects, and `label(i) = i % 8`; position, size, rotation, colours, surface,
-    light and background vary. Other seeds give other images of the same kind, for example a validation set.
+    The eight classes are the textures, and `label(i) = i % 8`. Scale, turn, position, proportions, both colours and so
+    contrast and polarity, light, noise, and an object's shape, place and background vary. Other seeds give other images
+    of the same kind, for example a validation set.
     """
 
-    classes = tuple(_SHAPES)
+    classes = tuple(_TEXTURES)
 
     def __init__(
-        self, length: int = 2048, size: int = 128, in_chans: int = 3, seed: int = 0, pixels: Pixels = PLAIN
-    ) -> None:
+        self, length: int = 2048, size: int = 128, in_chans: int = 3, seed: int = 0, pixels: Pixels = PLAIN,
+        objects: bool = False,
+    ) -> None:  # fmt: skip
         if in_chans not in (1, 3):
             raise ValueError(f"The demo data set has 1 or 3 channels, got in_chans={in_chans}.")
         if length < 1 or size < 8 or seed < 0:
             raise ValueError(f"Expected length >= 1, size >= 8 and seed >= 0, got {length}, {size} and {seed}.")
+        if pixels._replace(standardize=None) != PLAIN:
+            raise ValueError(f"The demo data set is 8-bit in 0..255 without nodata: leave out options on {pixels}.")
         super().__init__(in_chans, pixels)
-        self.length, self.size, self.seed = length, size, seed
+        self.length, self.size, self.seed, self.objects = length, size, seed, objects
 
     def __len__(self) -> int:
         return self.length
@@ -117,11 +141,11 @@ class DemoSource(Source):
         return check_index(i, self.length) % len(self.classes)
 
     def mask(self, i: int) -> np.ndarray:
-        """Pixels of image `i` at least half covered by its object, bool `[size, size]`."""
+        """Pixels of image `i` at least half covered by its object, bool `[size, size]`; needs `objects`."""
         return self._draw(i)[1] < 0
 
     def _draw(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        return draw(list(_SHAPES.values())[self.label(i)], _Dice(self.seed, i), self.size)
+        return draw(_TEXTURES[self.classes[self.label(i)]], _Dice(self.seed, i), self.size, self.objects)
 
     def read(self, i: int, choose: Choose | None = None, seed: int | None = None) -> torch.Tensor:
         """Renders image `i`, uint8 `[C, size, size]`, or float32 if the record standardises it."""
@@ -131,98 +155,56 @@ class DemoSource(Source):
         return self.pixels.standardized(torch.from_numpy((image * 255 + 0.5).astype(np.uint8)))
 
 
-def _smoothstep(t: np.ndarray) -> np.ndarray:
-    t = np.clip(t, 0, 1)
-    return t * t * (3 - 2 * t)
-
-
-def draw(shape: Shape, dice: _Dice, size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(texture: Texture, dice: _Dice, size: int, objects: bool) -> tuple[np.ndarray, np.ndarray]:
     """Draws one image, float32 `[3, size, size]` in [0, 1].
 
-    Returns the image, and the signed distance from its object's edge, negative inside, in half widths of the image.
+    Returns the image, and the signed distance from its object's edge, negative inside, in half widths of the image;
+    without objects everything is inside.
     """
     axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     x, y = axis[None, :], axis[:, None]
     pixels = size / 2  # per unit of length: distance times this, cut to [0, 1], is an antialiased edge
 
-    hue = dice.uniform(0, 1)
-    dark = dice.uniform(0, 1) < 0.4
-    image = _background(dice, hue, dark, axis)
-    for _ in range(dice.below(5)):
-        bx, by, radius = dice.uniform(-1, 1), dice.uniform(-1, 1), dice.uniform(0.06, 0.24)
-        colour = dice.colour(hue + dice.uniform(-0.2, 0.2), (0.2, 0.6), (0.6, 1.0))
-        cover = np.clip((radius - np.hypot(x - bx, y - by)) * (pixels / 3), 0, 1) * dice.uniform(0.12, 0.4)
-        image += (colour - image) * cover
+    cos, sin = _direction(dice)
+    period = dice.uniform(0.24, 0.36)
+    u = (x * cos + y * sin) / period + dice.uniform(0, 32)
+    v = (y * cos - x * sin) / period + dice.uniform(0, 32)
+    first, second = _two_colours(dice)
+    distance = texture(u, v, dice)
+    rank = int(dice.uniform(0.42, 0.58) * distance.size)  # one range for all textures: a histogram tells nothing
+    distance -= np.partition(distance, rank, None)[rank]
+    focus = dice.uniform(1, 4)
+    image = second + (first - second) * np.clip(0.5 + distance * (period * pixels / focus), 0, 1)
 
-    radius = dice.uniform(0.46, 0.76)
-    reach = 1 - 0.8 * radius
-    cx, cy, turn = dice.uniform(-reach, reach), dice.uniform(-reach, reach), dice.uniform(0, 2 * math.pi)
-    cos, sin = math.cos(turn) / radius, math.sin(turn) / radius
-    light, proportions = dice.uniform(0, 2 * math.pi), dice.uniform(0, 1)
-    lx, ly = math.cos(light), math.sin(light)
-
-    def local(ox: float, oy: float) -> tuple[np.ndarray, np.ndarray]:
-        return (x - ox) * cos + (y - oy) * sin, (y - oy) * cos - (x - ox) * sin
-
-    throw, blur = dice.uniform(0.06, 0.14), dice.uniform(0.08, 0.2)
-    shadow = shape(*local(cx - throw * lx, cy - throw * ly), proportions) * radius
-    image *= 1 - dice.uniform(0.35, 0.6) * _smoothstep(0.5 - shadow / (2 * blur))
-
-    u, v = local(cx, cy)
-    distance = shape(u, v, proportions) * radius
-    hue += dice.uniform(0.25, 0.75)
-    paint = dice.colour(hue, (0.5, 0.88), (0.75, 1.0) if dark else (0.45, 0.95))
-    second = dice.colour(hue + dice.uniform(-0.2, 0.2), (0.1, 0.8), (0.35, 1.0))
-    paint = paint + (second - paint) * _surface(dice, u, v, pixels * radius, lx, ly)
-
-    # light: a bevelled rim, a slow fall-off over the whole object, and a gloss on the rim facing the light
-    bevel = dice.uniform(0.08, 0.22)
-    height = np.clip(distance * (-1 / bevel), 0, 1)
-    height = height * (2 - height)
-    slope = np.zeros_like(height)
-    slope[:, 1:-1] += (height[:, 2:] - height[:, :-2]) * (0.5 * lx * pixels * bevel)
-    slope[1:-1] += (height[2:] - height[:-2]) * (0.5 * ly * pixels * bevel)
-    paint *= 1 - 0.28 * np.clip(slope, -1, 1.6) + 0.18 * ((x - cx) * lx + (y - cy) * ly)
-    paint += 0.5 * np.clip(-slope - 0.9, 0, 1)
-    image += (paint - image) * np.clip(0.5 - distance * pixels, 0, 1)
-    image *= 1.04 - 0.12 * (x * x + y * y)
-    return np.clip(image, 0, 1, out=image), distance
+    edge = np.full((size, size), -1, np.float32)
+    if objects:
+        shape = _SHAPES[dice.below(len(_SHAPES))]
+        radius = dice.uniform(0.45, 0.75)
+        reach = 1 - 0.8 * radius
+        cx, cy = dice.uniform(-reach, reach), dice.uniform(-reach, reach)
+        cos, sin = (part / radius for part in _direction(dice))
+        edge = shape((x - cx) * cos + (y - cy) * sin, (y - cy) * cos - (x - cx) * sin) * radius
+        behind = dice.colour() * _gradient(dice, x, y, 0.4)
+        image = behind + (image - behind) * np.clip(0.5 - edge * pixels, 0, 1)
+    image = image * _gradient(dice, x, y, 0.5)
+    image += (dice.random(image.shape) - 0.5).astype(np.float32) * dice.uniform(0.02, 0.1)
+    return np.clip(image, 0, 1, out=image), edge
 
 
-def _background(dice: _Dice, hue: float, dark: bool, axis: np.ndarray) -> np.ndarray:
-    """A gradient, soft stripes or clouds between two related colours, float32 `[3, H, W]`."""
-    x, y = axis[None, :], axis[:, None]
-    value = (0.2, 0.48) if dark else (0.6, 1.0)
-    first = dice.colour(hue, (0.15, 0.7), value)
-    second = dice.colour(hue + dice.uniform(-0.14, 0.14), (0.15, 0.7), value)
-    if abs(float(first.sum() - second.sum())) < 0.3:
-        second = second * np.float32(dice.uniform(0.5, 0.75))
-    kind, turn = dice.below(4), dice.uniform(0, 2 * math.pi)
-    cos, sin = math.cos(turn), math.sin(turn)
-    if kind == 0:
-        t = 0.5 + 0.42 * (cos * x + sin * y)
-    elif kind == 1:
-        t = np.hypot(x - 0.5 * cos, y - 0.5 * sin) * 0.6
-    elif kind == 2:
-        t = 0.5 + 0.5 * np.sin((cos * x + sin * y) * dice.uniform(5, 15) + dice.uniform(0, 2 * math.pi))
-    else:
-        n = 3 + dice.below(3)
-        knots = dice.random((n + 1, n + 1)).astype(np.float32)
-        weights = _smoothstep(1 - np.abs((axis[:, None] + 1) * (n / 2) - np.arange(n + 1, dtype=np.float32)))
-        t = weights @ knots @ weights.T
-    return first + (second - first) * np.clip(t, 0, 1)
+def _direction(dice: _Dice) -> tuple[float, float]:
+    turn = dice.uniform(0, 2 * math.pi)
+    return math.cos(turn), math.sin(turn)
 
 
-def _surface(dice: _Dice, u: np.ndarray, v: np.ndarray, pixels: float, lx: float, ly: float) -> np.ndarray:
-    """Opacity of the second colour on the object, `[H, W]` in [0, 1]: a gradient, stripes, checks or dots."""
-    kind, waves = dice.below(4), dice.uniform(7, 13)
-    if kind == 0:
-        t = 0.5 + 0.5 * (u * lx + v * ly)
-    elif kind == 1:
-        t = 0.5 + np.sin(u * waves) * (0.5 * pixels / waves)
-    elif kind == 2:
-        t = 0.5 + np.sin(u * (0.8 * waves)) * np.sin(v * (0.8 * waves)) * (0.7 * pixels / waves)
-    else:
-        u, v = u * (0.35 * waves), v * (0.35 * waves)
-        t = 0.5 + (0.3 - np.hypot(u - np.rint(u), v - np.rint(v))) * (pixels / (0.35 * waves))
-    return np.clip(t, 0, 1)
+def _two_colours(dice: _Dice) -> tuple[np.ndarray, np.ndarray]:
+    """Two colours that differ visibly."""
+    first = dice.colour()
+    while np.abs((second := dice.colour()) - first).mean() < 0.15:
+        pass
+    return first, second
+
+
+def _gradient(dice: _Dice, x: np.ndarray, y: np.ndarray, most: float) -> np.ndarray:
+    """Light that falls off to one side, by at most the fraction `most`, `[H, W]`."""
+    cos, sin = _direction(dice)
+    return 1 - dice.uniform(0, most) * (0.5 + 0.35 * (cos * x + sin * y))

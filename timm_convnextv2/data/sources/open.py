@@ -50,8 +50,6 @@ def create_source(
         return _open_files(paths, in_chans, pixels, source_weights, listing)
     root = _root_of(paths, name, source_weights)
     if name == "embedded":
-        if pixels._replace(standardize=None) != PLAIN:
-            raise ValueError(f"The demo data set is 8-bit in 0..255 without nodata: leave out options on {pixels}.")
         from ..demo import DemoSource
 
         length, seed = data_set.train_num_samples or 2048, int(data_set.train_split != "train")
