@@ -38,7 +38,7 @@ def photograph(size: int, index: int) -> Image.Image:
     noise = rng.standard_normal((size, size), dtype=np.float32)
     texture = np.fft.irfft2(np.fft.rfft2(noise) / frequency, s=(size, size))
     texture *= 25 / texture.std()
-    picture = DemoSource(8, size)[index % 8].permute(1, 2, 0).numpy() + texture[..., None]
+    picture = DemoSource(8, size, objects=True)[index % 8].permute(1, 2, 0).numpy() + texture[..., None]
     picture += 2 * rng.standard_normal((size, size, 3), dtype=np.float32)
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 

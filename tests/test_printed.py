@@ -5,11 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from real import call
+from real import call, strict
 
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.commands.stats import main as stats
-from timm_convnextv2.report.kinds import KINDS
+from timm_convnextv2.report.kinds import BASELINES, KINDS
 from timm_convnextv2.report.run import read_run
 
 STAND_IN = Path(__file__).parent / "finetune" / "stand_in_train.py"
@@ -54,6 +54,15 @@ def test_after_pretraining(pretrained, run):
     assert run(printed) == ["-c", "finetune", "publish"]
     steps = KINDS["pretraining"].next_steps(read_run(folder).settings, folder)
     assert all(step.command in printed for step in steps)  # the report's are the same
+
+
+def test_the_last_line_is_what_the_probe_found(pretrained):
+    folder, printed = pretrained
+    probe = strict(folder / "probe.json")
+    sides = [f"{BASELINES[name]} {of['knn']:.3g} %" for name, of in probe["baselines"].items()]
+    knn = read_run(folder).column("eval_knn")
+    words = f"kNN of frozen features: {knn[max(knn)]:.3g} % ({', '.join(sides)}, chance {probe['chance']:.3g} %)"
+    assert len(sides) >= 3 and printed.rstrip().splitlines()[-1] == words
 
 
 @pytest.mark.parametrize("task, kind", [("segment", "segmentation"), ("detect", "detection")])

@@ -83,7 +83,7 @@ def photograph(height, width, seed=0):
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     frequency[0, 0] = 1
     texture = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((side, side), np.float32)) / frequency, s=(side, side))
-    rgb = DemoSource(8, side)[seed % 8].permute(1, 2, 0).numpy() + 25 * texture[..., None] / texture.std()
+    rgb = DemoSource(8, side, objects=True)[seed % 8].permute(1, 2, 0).numpy() + 25 * texture[..., None] / texture.std()
     return Image.fromarray(rgb.clip(0, 255).astype(np.uint8)[:height, :width])
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from timm_convnextv2.data import DemoSource, Pixels
 from timm_convnextv2.features import knn, open_labelled
 
 
@@ -225,3 +226,13 @@ def test_a_group_in_both_folders_is_refused(tmp_path):
 def test_share_out_of_range(tmp_path, share):
     with pytest.raises(ValueError, match="validation_share is"):
         open_labelled(folders(tmp_path), validation_share=share)
+
+
+def test_the_demo_images_are_labelled():
+    found = open_labelled("embedded", pixels=Pixels(standardize="channel"))
+    assert found.classes == list(DemoSource.classes) and (len(found.train.source), len(found.test.source)) == (512, 400)
+    for split, seed in ((found.train, 2), (found.test, 3)):
+        assert split.labels.bincount().tolist() == [len(split.source) // 8] * 8
+        wanted = DemoSource(16, seed=seed, pixels=Pixels(standardize="channel"))
+        assert torch.equal(split.source[9], wanted[9]) and int(split.labels[9]) == wanted.label(9)
+    assert found.chance == 1 / 8

@@ -1,4 +1,4 @@
-"""The demo data set: rendered images of eight kinds of objects, without files or network."""
+"""The demo data set: rendered images of eight textures, or of objects of these, without files or network."""
 
 from .folder import write_folder
 from .images import DemoSource
