@@ -20,8 +20,8 @@ from .config import Average, Schedule
 from .plan import MIN_UPDATES, usual_epochs
 from .start import short_name
 
-FEW_UPDATES = 150  # the demo run learns in 192
-LOW_RATE = 1e-5  # 192 updates of 16 demo images: loss 0.77 at 9.4e-6, 0.38 at 1e-4, 0.35 at 1e-3
+FEW_UPDATES = 150  # a run on drawn images learned in 192
+LOW_RATE = 1e-5  # 192 updates of 16 drawn images: loss 0.77 at 9.4e-6, 0.38 at 1e-4, 0.35 at 1e-3
 MOSTLY_START = 0.05  # a larger share of the start in a moving average is warned about
 
 
