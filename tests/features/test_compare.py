@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from timm_convnextv2.commands import compare as command
@@ -254,8 +255,16 @@ def test_a_folder_that_is_used_is_refused(tmp_path, calls, encoder, capsys):
     lock.release()
 
 
-def test_a_dry_run_leaves_nothing_behind(tmp_path, calls, encoder):
-    assert command.main(words(tmp_path, "--encoder", str(encoder), "--dry-run")) == 0
+def test_a_dry_run_leaves_nothing_behind(tmp_path, calls, encoder, capsys):
+    options = ["--encoder", str(encoder), "--label-budgets", "0.5", "1", "--budget", "8", "--batch-size=2"]
+    assert command.main(words(tmp_path, *options, "--dry-run")) == 0
+    # (8 of 10 images in 11 epochs and 16 of 20 in 8) for 3 rates of 2 candidates, then all images for 3 seeds
+    updates = 6 * (11 * 4 + 8 * 8) + 6 * (11 * 5 + 8 * 10)
+    what = (
+        f"12 finetunings to choose learning rates and 12 to compare, about {updates:,} updates in all: from scratch, "
+    )
+    assert what + "own encoder; with 10, 20 images" in capsys.readouterr().out
+    assert not [c for c in calls if "--batch-size" in c]  # the user's is kept
     assert not list((tmp_path / "out").glob("*")) and {c[0] for c in calls} == {"check"}
     assert command.main(words(tmp_path, "--encoder", str(encoder))) == 0
 
@@ -264,6 +273,18 @@ def test_what_a_finetuning_would_refuse_is_refused(tmp_path, encoder, capsys, mo
     monkeypatch.setattr(compare, "call", lambda *_: pytest.fail("nothing is started"))
     assert command.main(words(tmp_path, "--encoder", str(encoder), "--recipe", "no-such")) == 2
     assert "no-such" in capsys.readouterr().err
+
+
+def test_the_cost_of_a_pretraining(pretrained):
+    run, _ = pretrained
+    with open(run / "summary.csv", newline="") as file:
+        epochs = len(list(csv.DictReader(file)))
+    text = compare.pretraining_cost(f"local-dir:{run / 'encoder'}")
+    found = re.search(r"for (\d+) epochs, about (\d+) updates of (\d+) images", text)
+    assert found and int(found[1]) == epochs, text
+    settings = yaml.safe_load((run / "args.yaml").read_text())
+    assert int(found[3]) == settings["batch_size"] * settings["grad_accum_steps"] and int(found[2]) >= epochs
+    assert compare.pretraining_cost("convnextv2_atto") == ""
 
 
 def test_a_finetuning_that_fails(tmp_path, calls, encoder, capsys, monkeypatch):

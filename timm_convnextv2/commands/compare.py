@@ -76,11 +76,11 @@ def _run(config: CompareConfig, rest: list[str]) -> None:
     # user errors must appear before hours of work
     for cell in {(cell.candidate.name, cell.images): cell for cell in (*tuning, *final)}.values():
         _check_finetuning(comparison.words_of_cell(cell, rest), output / "dry-run.log")
-    what = f"{len(tuning)} finetunings to choose learning rates and {len(final)} to compare"
+    what = comparison.plan_text(tuning, final, rest)
     if config.dry_run:
-        say(f"Would run {what}; nothing was started.")
+        say(f"Would run {what}. Nothing was started.")
         return
-    say(f"{what}, of {config.budget} epochs with all {len(rows)} images; the first tells the time that is left")
+    say(f"{what}. The remaining time is printed after each.")
     if not config.encoder:
         encoder = _pretrain(config, output)
         candidates = candidates_of(encoder, config, lambda name: load_recipe(name, RECIPES).values)
@@ -90,7 +90,7 @@ def _run(config: CompareConfig, rest: list[str]) -> None:
         curves.append(curve)
         comparison.write_results(curves, candidates, config, output)
     say(comparison.table(curves))
-    for line in [*comparison.verdict(comparison.last_of(curves)), comparison.pretraining_cost(encoder)]:
+    for line in [comparison.pretraining_cost(encoder), *comparison.verdict(comparison.last_of(curves))]:
         if line:
             say(line)
     say(f"Written: {output}/compare.csv, compare.json, compare.png")

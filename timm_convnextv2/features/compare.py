@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -213,9 +214,36 @@ def words_of_cell(cell: Cell, more: Sequence[str]) -> list[str]:
     length = ["--epochs", str(cell.epochs - warmup), "--warmup-epochs", str(warmup), "--warmup-prefix"]
     words = [*cell.candidate.start, "--data-dir", str(cell.data), *length, *more, "--seed", str(cell.seed)]
     most = int((1 - HELD_OUT) * cell.images)
-    if most < cell.candidate.batch and not {"-b", "--batch-size"} & {*more}:  # train.py drops a batch that is not full
+    if most < cell.candidate.batch and not batch_given(more):  # train.py drops a batch that is not full
         words += ["--batch-size", str(2 ** int(math.log2(most)))]
     return words if math.isnan(cell.rate) else [*words, "--lr-base", f"{cell.rate:g}"]
+
+
+def batch_given(words: Sequence[str]) -> str:
+    """The value of -b or --batch-size in words of `finetune`; '' if there is none."""
+    found = ""
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        if name in ("-b", "--batch-size"):
+            found = value if equals else following
+    return found
+
+
+def updates_of(cell: Cell, more: Sequence[str]) -> int:
+    """About how many updates a finetuning has: train.py drops the last batch of an epoch if it is not full."""
+    images = cell.images if math.isnan(cell.rate) else round((1 - HELD_OUT) * cell.images)
+    return cell.epochs * max(1, images // int(batch_given(words_of_cell(cell, more)) or cell.candidate.batch))
+
+
+def plan_text(tuning: Sequence[Cell], final: Sequence[Cell], more: Sequence[str]) -> str:
+    """How many finetunings, of what, and their updates."""
+    names = ", ".join(dict.fromkeys(cell.candidate.name for cell in final))
+    sizes = ", ".join(map(str, dict.fromkeys(cell.images for cell in final)))
+    updates = sum(updates_of(cell, more) for cell in (*tuning, *final))
+    return (
+        f"{len(tuning)} finetunings to choose learning rates and {len(final)} to compare, about {updates:,} updates in "
+        f"all: {names}; with {sizes} images"
+    )
 
 
 def compare(
@@ -230,7 +258,8 @@ def compare(
     weights = {cell.candidate.model: _digest(cell.candidate.model) for cell in final}
     before = {cell.folder: _finished(cell.folder) if resume else None for cell in (*tuning, *final)}
     scores: dict[tuple[str, int], dict[float, float]] = {}
-    spent, done, left = 0.0, 0, sum(found is None for found in before.values())
+    updates = {cell.folder: updates_of(cell, more) for cell in (*tuning, *final) if before[cell.folder] is None}
+    spent, done = 0.0, 0
 
     def made_with(cell: Cell) -> dict[str, Any]:
         return {"options": words_of_cell(cell, more), "epochs": cell.epochs, "images": cell.digest} | {
@@ -248,10 +277,11 @@ def compare(
         seconds = 0.0
         if before[cell.folder] is None:
             seconds = _finetune(cell, made_with(cell))
-            spent, done, left = spent + seconds, done + 1, left - 1
+            spent, done = spent + seconds, done + updates.pop(cell.folder)
         accuracy = _accuracies(cell.folder)
         took = f"{seconds:.0f} s" if seconds else "finished before"
-        rest = f"; {left} to go, about {duration(left * spent / done)}" if left and done else ""
+        to_go = spent * sum(updates.values()) / max(1, done)
+        rest = f"; {len(updates)} to go, about {duration(to_go)}" if updates and done else ""
         what = f"learning rate {cell.rate:g}" if tunes else f"seed {cell.seed}"
         note(f"{cell.images} images, {cell.candidate.name}, {what}: {accuracy[-1]:.1f} % ({took}{rest})")
         if tunes:
@@ -426,14 +456,21 @@ def verdict(last: Last) -> list[str]:
 
 
 def pretraining_cost(encoder: str) -> str:
-    """Epochs and duration of the pretraining of an encoder that is in its run's folder; '' for others."""
-    run = Path(encoder.removeprefix("local-dir:")).parent
+    """Epochs, updates and duration of the pretraining of an encoder in its run's folder; '' for others."""
+    folder = Path(encoder.removeprefix("local-dir:"))
     try:
-        with open(run / "summary.csv", newline="", encoding="utf-8") as file:
-            seconds = [float(row["train_seconds"]) for row in csv.DictReader(file)]
-    except (OSError, KeyError, ValueError):
+        with open(folder.parent / "summary.csv", newline="", encoding="utf-8") as file:
+            epochs = [(float(row["train_seconds"]), float(row["train_images_per_s"])) for row in csv.DictReader(file)]
+        card = json.loads((folder / "config.json").read_text(encoding="utf-8"))["training"]["table"]["Optimizer"]
+        batch = int(re.search(r"for (\d+) images per update", card)[1])  # pyright: ignore[reportOptionalSubscript]
+    except (OSError, KeyError, TypeError, ValueError):
         return ""
-    return f"Pretraining took {duration(sum(seconds))} for {len(seconds)} epochs; it comes on top, once for all tasks."
+    seconds, updates = sum(time for time, _ in epochs), sum(time * speed for time, speed in epochs) / batch
+    length = f"{len(epochs)} epochs, about"
+    return (
+        f"Pretraining took {duration(seconds)} for {length} {updates:,.0f} updates of {batch} images. "
+        "It comes on top, once for all tasks."
+    )
 
 
 def write_results(
