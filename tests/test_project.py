@@ -300,11 +300,14 @@ def test_triton_kernels_spill_nothing():
     assert all(r["bytes x loads"].startswith("16x") for r in rows)
 
 
-def test_evaluation_page_quotes_the_probe():
+def test_pages_quote_the_first_command():
     rows = results("probe_curve.csv")
-    last = {r["start"]: r for r in rows}  # the last epoch of each
-    for start, name in (("random", "ridge"), ("pixels", "ridge"), ("pretrained", "ridge"), ("pixels", "knn")):
-        assert f"{float(last[start][name]):.1f} %" in PAGES["docs/evaluation.md"].replace("%)", "%"), (start, name)
+    last = {(r["seed"], r["start"]): r for r in rows}  # the last epoch of each
+    seeds = sorted({r["seed"] for r in rows})
+    table = table_rows(PAGES["docs/evaluation.md"], ["kNN, %", "ridge, %"])
+    for cells, start in zip(table.values(), dict.fromkeys(["pretrained", *(r["start"] for r in rows)]), strict=True):
+        for cell, name in zip(cells.values(), ("knn", "ridge"), strict=True):
+            assert cell == ", ".join(f"{float(last[seed, start][name]):.1f}" for seed in seeds), (start, name)
 
 
 def test_pretraining_page_quotes_channel_dropout():
