@@ -1,5 +1,7 @@
 """What several tests share: folders, tar files, comparison of nested state, programs in their own processes."""
 
+import atexit
+import functools
 import io
 import os
 import shlex
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import torch
@@ -65,19 +68,42 @@ def write_tar(path, files):
             tar.addfile(info, io.BytesIO(content))
 
 
+@functools.cache
+def python() -> str:
+    """An interpreter for programs that tests start; each run is a fork of one that has imported torch (`warm.py`)."""
+    if sys.platform != "linux":
+        return sys.executable
+    folder, warm = Path(tempfile.mkdtemp(prefix="warm")), Path(__file__).with_name("warm.py")
+    words = [sys.executable, str(warm), "serve", str(folder / "socket")]
+    server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment())
+
+    def end() -> None:
+        server.stdin.close()
+        server.wait()
+        shutil.rmtree(folder)
+
+    atexit.register(end)
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-S", "-E", str(warm), "run", words[-1]])} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def run_python(
+    *words: object, timeout: float = 100, cwd: Path | None = None, **more: str
+) -> subprocess.CompletedProcess:
+    """Runs `python WORDS...`; `more` are variables of its environment."""
+    line = [python(), *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment(**more))
+
+
 def shell(text: str, folder: Path, timeout: float = 100) -> subprocess.CompletedProcess:
     """Runs what was printed, with `python` meaning this one."""
-    (folder / "bin").mkdir(exist_ok=True)
-    python = folder / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    python.chmod(0o755)
-    env = environment(PATH=f"{python.parent}{os.pathsep}{os.environ['PATH']}")
+    env = environment(PATH=f"{Path(python()).parent}{os.pathsep}{os.environ['PATH']}")
     return subprocess.run(text, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
 
 
-def torchrun(*arguments: object, processes: int = 2, timeout: float = 100) -> subprocess.CompletedProcess:
+def torchrun(*words: object, processes: int = 2, timeout: float = 100) -> subprocess.CompletedProcess:
     """Runs a script or `-m module` in several processes on this machine."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*start, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment()
-    )
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return run_python(*start, *words, timeout=timeout, PYTHON_EXEC=python())

@@ -5,8 +5,6 @@ import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from helpers import Runs, hub_cache
+from helpers import Runs, hub_cache, run_python
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, update_summary
@@ -271,9 +269,7 @@ def test_classifiers_travel_to_stock_timm_and_back(tmp_path):
         key = "state_dict_ema" if name == "scratch" else "state_dict"
         assert equal(safetensors.torch.load_file(folder / "model.safetensors"), best[key])
         assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    run = subprocess.run(
-        [sys.executable, "-c", STOCK, *(str(tmp_path / name) for name in cases)], capture_output=True, text=True
-    )
+    run = run_python("-c", STOCK, *(tmp_path / name for name in cases))
     assert run.returncode == 0, run.stderr
     for name, (_, best) in cases.items():
         ours = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True)
@@ -578,10 +574,10 @@ def test_checkpoints_of_the_real_train_py(tmp_path):
             for i in range(4):
                 Image.new("RGB", (40, 40), tuple(c + 5 * i for c in colour)).save(folder / f"{i}.png")
     start = export_encoder(timm.create_model("fcmae_convnextv2_atto", **FCMAE), tmp_path / "start", license="mit")
-    command = [sys.executable, script, "--data-dir", tmp_path / "data", "--model", f"local-dir:{start}", "--pretrained"]
+    command = [script, "--data-dir", tmp_path / "data", "--model", f"local-dir:{start}", "--pretrained"]
     command += "--num-classes 2 --img-size 32 --epochs 2 --batch-size 4 --workers 1 --device cpu --opt adamw".split()
     command += f"--lr 1e-3 --model-ema --model-ema-decay 0.5 --output {tmp_path} --experiment run".split()
-    run = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    run = run_python(*command, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     folder = export_finetuned(tmp_path / "run", tmp_path / "out")
     content = load_checkpoint(tmp_path / "run" / "model_best.pth.tar")

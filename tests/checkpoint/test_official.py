@@ -3,15 +3,13 @@
 import argparse
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import Runs
+from helpers import Runs, run_python
 from torch import nn
 
 import timm_convnextv2  # noqa: F401  registers the models
@@ -386,9 +384,7 @@ def test_stock_timm_opens_the_folder(tmp_path):
             }
     torch.save(cases, tmp_path / "cases.pt")
     (tmp_path / "stock.py").write_text(STOCK)
-    run = subprocess.run(
-        [sys.executable, "stock.py", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    run = run_python("stock.py", tmp_path, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "stock timm" in run.stdout
 

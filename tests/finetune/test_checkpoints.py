@@ -5,13 +5,12 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import timm
 import torch
-from helpers import environment
+from helpers import environment, python
 
 from timm_convnextv2.commands.finetune import main
 from timm_convnextv2.finetune.checkpoints import after_failure, newest_whole
@@ -95,7 +94,7 @@ def words(encoder, data, tmp_path):
     given = ["-m", "timm_convnextv2", "finetune", "--recipe", "smoke", "--model", f"local-dir:{encoder}"]
     given += ["--data-dir", str(data), "--output", str(tmp_path), "--experiment", "r", "--timm-train", path]
     given += "--epochs 4 --warmup-epochs 0 --batch-size 8 --workers 0 --device cpu".split()
-    return [sys.executable, *given]
+    return [python(), *given]
 
 
 def finish(words, folder, *more):

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import RECIPES, ROOT, SCRIPTS
+from helpers import RECIPES, SCRIPTS, run_python
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -170,8 +169,7 @@ def alone(timm_train, tmp_path_factory):
 
 
 def python(*words, cwd):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=env)
+    result = run_python(*words, cwd=cwd, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
 

@@ -1,10 +1,7 @@
 """Fixtures of the tests of pretraining."""
 
-import subprocess
-import sys
-
 import pytest
-from helpers import environment
+from helpers import run_python
 from runs import CASES, DATA, SCRIPT, run
 
 from timm_convnextv2.pretraining import loop, measures, probe
@@ -38,10 +35,7 @@ def updates(monkeypatch):
 def atto(tmp_path_factory):
     """A run of the default model without any data option, in a folder with a space; and what it printed."""
     out = tmp_path_factory.mktemp("a run") / "first"
-    result = subprocess.run(
-        [sys.executable, SCRIPT, *DATA, "--epochs", "1", "--output", out.parent, "--experiment", out.name],
-        capture_output=True, text=True, timeout=100, env=environment(),
-    )  # fmt: skip
+    result = run_python(SCRIPT, *DATA, "--epochs", "1", "--output", out.parent, "--experiment", out.name)
     assert result.returncode == 0, result.stderr
     return out, result.stdout
 

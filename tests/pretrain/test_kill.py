@@ -1,12 +1,10 @@
 """SIGKILL at random moments, also in the middle of a checkpoint or an export: the run ends as one without."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import environment
+from helpers import run_python
 
 from timm_convnextv2.pretraining import loop
 from timm_convnextv2.runs import folder
@@ -19,10 +17,7 @@ OPTIONS += ["--epochs", "2", "--model-ema", "--device", "cpu", "--lr", "1e-2"]
 
 @pytest.mark.parametrize("tries, seed", [(2, 3), pytest.param(25, 1, marks=pytest.mark.slow)])
 def test_killed_runs_end_as_one_that_was_not(tmp_path, tries, seed):
-    words = [sys.executable, KILLER, tmp_path, tries, seed, *OPTIONS]
-    result = subprocess.run(
-        [*map(str, words)], capture_output=True, text=True, timeout=60 + 60 * tries, env=environment()
-    )
+    result = run_python(KILLER, tmp_path, tries, seed, *OPTIONS, timeout=60 + 60 * tries)
     found = [json.loads(line) for line in result.stdout.splitlines()]
     logs = "\n".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
     assert result.returncode == 0 and len(found) == tries, result.stderr + logs

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from helpers import assert_same, environment, shell, torchrun
+from helpers import assert_same, environment, python, shell, torchrun
 from runs import SCRIPT, assert_same_end, at_update, command, kill, load, patched, rows, run, steady, stop
 from safetensors.torch import load_file
 
@@ -90,7 +90,7 @@ def test_second_signal_ends_at_once_where_python_does_not_run(tmp_path):
         "lock, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)\n"
         f"print('ready', flush=True)\n{wait}\n"
     )
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen([python(), script], stdout=subprocess.PIPE, text=True, env=environment())
     assert process.stdout.readline() == "ready\n"
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
@@ -147,7 +147,7 @@ def test_resume_command(monkeypatch, argv, expected, started):
 def test_ctrl_c_in_a_terminal(tmp_path):
     """SIGINT for the whole process group, workers too, as a terminal sends it."""
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, *command(tmp_path / "r", "--log-interval", "1", "--workers", "2", epochs=999)],
+        [python(), SCRIPT, *command(tmp_path / "r", "--log-interval", "1", "--workers", "2", epochs=999)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment(),
     )  # fmt: skip
     for line in process.stdout:

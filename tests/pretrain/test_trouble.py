@@ -2,12 +2,10 @@
 
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import assert_same, environment
+from helpers import assert_same, run_python
 from runs import assert_same_end, command, load, patched, rows, run, spoil, stop
 
 import timm_convnextv2
@@ -124,6 +122,5 @@ def test_errors_of_training_are_not_hidden(tmp_path, no_images, monkeypatch):
 )
 def test_ends_with_workers(tmp_path, act, words):
     """Data workers ignore SIGTERM; they do not keep a process from ending within seconds."""
-    script = [sys.executable, patched(tmp_path, act), *command(tmp_path / "r", "--workers", "2", epochs=99)]
-    result = subprocess.run(script, capture_output=True, text=True, timeout=90, env=environment())
+    result = run_python(patched(tmp_path, act), *command(tmp_path / "r", "--workers", "2", epochs=99))
     assert result.returncode not in (0, None) and words in result.stderr
