@@ -189,6 +189,8 @@ def claim_folder(
 ) -> Path:
     """Creates the folder of --output; a ValueError if it is a file, or holds files that must not be replaced.
 
+    A folder that cannot be written is a `WriteError`. Part files that dead processes left there are removed.
+
     Args:
         names: Files that will be written; if empty, any file in the folder is in the way.
         overwrite: Existing files may be replaced.
@@ -197,24 +199,40 @@ def claim_folder(
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output '{folder}' is a file, expected a folder.")
+    remove_leftovers(folder, ["*"])
     found = [name for name in names if (folder / name).exists()]
     if not overwrite and (found or (not names and folder.is_dir() and any(folder.iterdir()))):
         what = f"already has {', '.join(found)}" if found else "is not empty"
         raise ValueError(
             f"--output '{folder}' {what}. {f'Pass {flag}, or choose' if flag else 'Choose'} another folder."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    _try_to_write(folder)
     return folder
 
 
 def check_free(path: str | os.PathLike, *, overwrite: bool, flag: str = "--overwrite") -> Path:
-    """The path of a file to write; a ValueError if it is a folder, or exists and must not be replaced."""
+    """The path of a file to write; a ValueError if it is a folder, or exists and must not be replaced.
+
+    The folder is created; if it cannot be written, that is a `WriteError`. Part files that dead processes left of this
+    file are removed.
+    """
     path, remedy = Path(path), f"Pass {flag}, or choose" if flag else "Choose"
     if path.is_dir():
         raise ValueError(f"--output '{path}' is a folder, expected a file.")
     if path.exists() and not overwrite:
         raise ValueError(f"--output '{path}' exists. {remedy} another --output.")
+    remove_leftovers(path.parent, [path.name])
+    _try_to_write(path.parent)
     return path
+
+
+def _try_to_write(folder: Path) -> None:
+    """Creates a folder and a file in it: a command must not find out after hours that it cannot write."""
+    part = new_part(folder / "test")
+    with write_errors(f"--output: the folder '{folder}'"):
+        folder.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
 
 
 def remove_leftovers(folder: str | os.PathLike, names: Sequence[str], *, alone: bool = False) -> list[Path]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ..config import add_options, build, words_given
-from ..console import PROGRAM, CommandParser, refused, say
+from ..console import PROGRAM, CommandParser, ended_by_signals, refused, say
+from ..runs.errors import worker_died
 
 C = TypeVar("C")
 
@@ -24,15 +25,16 @@ def run(
 ) -> int:
     """Calls `act` with the config from `words` (None: those of the process), and returns its exit status (None: 0).
 
-    A user error is one message and exit status 2; Ctrl-C is exit status 130.
+    A user error is one message and exit status 2; Ctrl-C is exit status 130, SIGTERM 143, SIGHUP 129.
     """
     try:
         given = words_given(parser_of(name, text, config), sys.argv[1:] if words is None else words)
-        return act(build(config, given)) or 0
+        with ended_by_signals():
+            return act(build(config, given)) or 0
     except (ValueError, RuntimeError, OSError) as e:
-        return refused(name, e)
+        return refused(name, RuntimeError(worker_died(e)) if worker_died(e) else e)
     except KeyboardInterrupt:
-        say("Stopped; nothing was written.", error=True)
+        say("Stopped. Files that were not complete were not written.", error=True)
         return 130
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..config import evolve
-from ..console import PROGRAM, refused, say
+from ..console import PROGRAM, ended_by_signals, refused, say
 from ..data.formats.pixels import PLAIN
 from ..features import compare as comparison
 from ..features.compare import candidates_of, pretrain_options, tail
@@ -35,7 +35,8 @@ from .base import own_options
 def main(argv: list[str] | None = None) -> int:
     """A user error is one message and exit status 2, a finetuning that fails is status 1."""
     try:
-        start(*own_options("compare", __doc__, CompareConfig, argv))
+        with ended_by_signals():
+            start(*own_options("compare", __doc__, CompareConfig, argv))
         return 0
     except (ValueError, OSError) as e:
         return refused("compare", e)

@@ -23,7 +23,7 @@ from ..checkpoint.provenance import WEIGHTS
 from ..checkpoint.task_folder import TASKS, find_folder, read_folder_config
 from ..config import option
 from ..console import say
-from ..files import claim_folder
+from ..files import claim_folder, remove_leftovers, whole_file
 from ..hub.staging import Stated, stage
 from ..hub.upload import files_to_push, push_to_hub
 from .base import run
@@ -60,16 +60,15 @@ class PublishConfig:
 
 
 def open_output(folder: Path, output: str | None) -> Path:
-    """The empty folder for --dry-run; removes only the files of an earlier dry run."""
+    """The folder for --dry-run: empty, or with the files of an earlier dry run."""
     target = Path(output) if output else folder.resolve().with_name(f"{folder.resolve().name}-publish")
     if target.resolve() == folder.resolve():
         raise ValueError(f"--output {output} is FOLDER itself. Choose another folder.")
+    remove_leftovers(target, ["*"])
     card, ours = target / "README.md", {"config.json", WEIGHTS, "README.md", *IMAGES}
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     earlier = "hf-hub:" in text and HERE not in text and {p.name for p in target.iterdir()} <= ours
     claim_folder(target, overwrite=earlier, flag="")
-    for path in target.iterdir():
-        path.unlink()
     return target
 
 
@@ -104,11 +103,15 @@ def write_dry_run(staged: Path, what: str, folder: Path, config: PublishConfig) 
     """Writes and lists the files that would be sent."""
     files = files_to_push(staged, config.repo, config.revision)
     target = open_output(folder, config.output)
-    for name, content in files.items():
-        if isinstance(content, bytes):
-            (target / name).write_bytes(content)
-        else:
-            shutil.copyfile(content, target / name)
+    for name in sorted(
+        files, key=lambda name: name != "README.md"
+    ):  # a card marks the folder as ours, also after a kill
+        content = files[name]
+        with whole_file(target / name) as part:
+            part.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, part)
+    for path in target.iterdir():
+        if path.name not in files:  # of an earlier dry run
+            path.unlink()
     visibility = " (private)" if config.private else ""
     say(f"Dry run, nothing was sent. {what[0].upper()}{what[1:]} would go to {config.repo}{visibility}:")
     for path in sorted(target.iterdir()):

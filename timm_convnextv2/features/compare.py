@@ -9,11 +9,9 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
-from ..console import PACKAGE, closest
+from ..console import PACKAGE, closest, ended_by_signals
 from ..files import claim_folder, write_csv, write_json
 from ..report.images import save_figure
 from .budgets import budget_sizes, nested_subsets
@@ -338,12 +336,8 @@ def call(command: str, words: Sequence[str], log: Path) -> float:
     A failure is a `CalledProcessError`; the last word of its `cmd` is the log.
     """
 
-    def stop(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    start, main = time.perf_counter(), threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP) if main}
-    with open(log, "w", encoding="utf-8") as file:
+    start = time.perf_counter()
+    with open(log, "w", encoding="utf-8") as file, ended_by_signals():
         line = [sys.executable, "-m", PACKAGE, command, *words]
         child = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT)
         try:
@@ -354,8 +348,6 @@ def call(command: str, words: Sequence[str], log: Path) -> float:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(120)
                 child.kill()
-            for number, handler in before.items():
-                signal.signal(number, handler)
     if code:
         raise subprocess.CalledProcessError(code, [f"{command} {shlex.join(words)}", str(log)])
     return time.perf_counter() - start

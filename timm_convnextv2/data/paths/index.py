@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 import numpy as np
 from safetensors.numpy import save_file
 
-from ...files import whole_file
+from ...files import remove_leftovers, whole_file
 from ..formats.decode import image_extensions
 from ..formats.files import printable
 from .listing import Listing, Origin
@@ -155,6 +155,7 @@ def write_index(path: str | os.PathLike, listing: Listing, sizes: np.ndarray) ->
         "extensions": image_extensions(),
         "left": [listing.left.ignored, listing.left.special, listing.left.num_special],
     }
+    remove_leftovers(os.path.dirname(path) or ".", [os.path.basename(path)])
     with whole_file(path) as part:
         save_file(arrays, part, {"format": _FORMAT, "about": json.dumps(about), "digest": _NO_DIGEST})
         with open(part, "r+b") as file:
