@@ -78,7 +78,7 @@ def main() -> None:
         output = Path(args.output or temporary).resolve()
         output.mkdir(parents=True, exist_ok=True)
         rows, last = [], {name: [] for name in CANDIDATES}
-        words = ["--dataset", "embedded", "--train-num-samples", args.images, "--epochs", args.epochs, *MODEL]
+        words = ["--dataset", "embedded", "--num-images", args.images, "--epochs", args.epochs, *MODEL]
         words += ["--decoder-dim", 128, "--batch-size", 32, "--lr", 2e-3, "--scale", 0.5, 1, "--workers", 1]
         words += ["--output", output, "--experiment", "pretrain", "--overwrite"]
         seconds = call("pretrain.py", words, output / "pretrain.log")

@@ -104,7 +104,7 @@ def main() -> None:
             "pretrain",
             "--dataset",
             "embedded",
-            "--train-num-samples",
+            "--num-images",
             args.images,
             "--epochs",
             args.epochs,

@@ -155,7 +155,12 @@ def test_detector_finds_what_the_command_finds(detected, tmp_path):
     folder = detected[0]
     images, output = folder.parent / "images/validation", tmp_path / "found.json"
     call(
-        "detect predict --device cpu -j 0 --min-score 0.02 -b 1 --output", output, "--model", folder, "--images", images
+        "detect predict --device cpu -j 0 --min-score 0.02 -b 1 --output",
+        output,
+        "--model",
+        folder,
+        "--data-dir",
+        images,
     )
     written = json.loads(output.read_text())
     detector = tcx.open_detector(folder, "cpu")
@@ -181,7 +186,12 @@ def test_segmenter_finds_what_the_command_finds(segmented, tmp_path):
     folder = segmented[0]
     images = folder.parent / "images/validation/images"
     call(
-        "segment predict --device cpu -j 0 --window 24 --output", tmp_path / "m", "--model", folder, "--images", images
+        "segment predict --device cpu -j 0 --window 24 --output",
+        tmp_path / "m",
+        "--model",
+        folder,
+        "--data-dir",
+        images,
     )
     segmenter = tcx.open_segmenter(folder, "cpu")
     found = segmenter.predict(images, workers=0, window=24)

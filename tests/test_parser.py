@@ -2,7 +2,7 @@
 
 import pytest
 
-from timm_convnextv2.commands.pretrain import build_parser
+from timm_convnextv2.commands.base import parser_of
 
 
 @pytest.mark.parametrize(
@@ -12,11 +12,11 @@ from timm_convnextv2.commands.pretrain import build_parser
     ],
 )  # fmt: skip
 def test_negative_numbers_are_values(word, number):
-    args = build_parser().parse_args(["--mean", word, "0.5", word, "-b", "4", "--std", "1", "2", "3"])
+    args = parser_of("pretrain").parse_args(["--mean", word, "0.5", word, "-b", "4", "--std", "1", "2", "3"])
     assert args.mean == [number, 0.5, number] and args.batch_size == 4 and args.std == [1, 2, 3]
 
 
 @pytest.mark.parametrize("word", ["-x", "-e5", "-1e", "-1.2.3", "--5"])
 def test_other_words_are_still_options(word):
     with pytest.raises(ValueError):
-        build_parser().parse_args(["--mean", word])
+        parser_of("pretrain").parse_args(["--mean", word])

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 import timm_convnextv2
-from timm_convnextv2.commands.main import COMMANDS, main
+from timm_convnextv2.commands.main import NAMES, main
 from timm_convnextv2.console import CommandParser
 from timm_convnextv2.registry import VARIANTS
 
@@ -123,7 +123,7 @@ def test_commands_parse(page, monkeypatch, capsys):
     real = CommandParser.parse_known_args
     monkeypatch.setattr(CommandParser, "parse_known_args", parse)
     for words in commands_of(PAGES[page]):
-        assert words[0] in {*COMMANDS, "COMMAND"}, words
+        assert words[0] in {*NAMES, "COMMAND"}, words
         if words[0] == "COMMAND" or words[1:] in ([], ["..."]):
             continue
         with pytest.raises(Parsed) as parsed:

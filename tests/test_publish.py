@@ -114,7 +114,7 @@ def test_pretraining_goes_on_from_what_was_published(pretrained, run_publish, ca
     """Options, normalisation and licence come from the folder; weights from its file; differing shapes are refused."""
     fcmae = tmp_path / "fcmae"
     assert run_publish(pretrained, "a/b", "--part", "fcmae", "--license", "mit", "--dry-run", "--output", fcmae)[0] == 0
-    common = ["--epochs", "1", "--train-num-samples", "8", "--batch-size", "4", "--output", str(tmp_path)]
+    common = ["--epochs", "1", "--num-images", "8", "--batch-size", "4", "--output", str(tmp_path)]
     common += ["--model", f"local-dir:{fcmae}"]
     config, model = fcmae_of([*common, "--pretrained"])
     crops, network = config.crops, config.network

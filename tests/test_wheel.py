@@ -29,7 +29,7 @@ for words in (
     ["finetune", "--list-recipes"],
     ["report", "runs/first", "--output", "report.html"],
     ["publish", "runs/first", "USER/NAME", "--license", "mit", "--dry-run"],
-    ["embed", "--model", "local-dir:runs/first/encoder", "--dataset", "embedded", "--num-samples", "9",
+    ["embed", "--model", "local-dir:runs/first/encoder", "--dataset", "embedded", "--num-images", "9",
      "--output", "rows.npy", "--workers", "0", "--device", "cpu"],
 ):
     assert main(words) == 0, words
@@ -72,7 +72,7 @@ def installed(tmp_path_factory):
 def test_the_commands_work_without_a_clone(installed, tmp_path):
     """From pretraining to a dry run of publishing, in an empty folder."""
     command = installed / "timm-convnextv2"
-    options = "--epochs 1 --train-num-samples 8 --batch-size 4 --img-size 32 --patch-size 1 --decoder-dim 8".split()
+    options = "--epochs 1 --num-images 8 --batch-size 4 --img-size 32 --patch-size 1 --decoder-dim 8".split()
     options += ["--workers", "0", "--device", "cpu", "--output", "runs", "--experiment", "first"]
     out = run(command, "pretrain", "--model", "fcmae_convnextv2_atto", *options, cwd=tmp_path)
     assert "timm-convnextv2 publish" in out and "train_scripts" not in out  # the next steps are ones that exist here

@@ -49,6 +49,7 @@ class Option:
     nargs: str | int | None = None  # as in argparse; by default it follows from the type
     const: Any = None  # value of the option without a word (nargs '?')
     positional: bool = False
+    words: str = ""  # metavar of the option's values as words after the command, without its flag
     negatable: bool = False  # a switch that is off by default also has --no-x, to undo what a file sets
     recorded: bool = True  # `flat` includes it; False for options of one call, such as --resume
 
@@ -153,14 +154,25 @@ def _literal(word: str) -> Any:
         return word
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Adds the options of a config class to a parser, grouped by part. Unset options stay out of the namespace."""
+_WORDS = " words"  # what a name ends with in the namespace if its values came without the flag
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type, names: Sequence[str] | None = None) -> None:
+    """Adds the options of a config class to a parser, grouped by part. Unset options stay out of the namespace.
+
+    `names` are those to add, ungrouped and in this order; by default all.
+    """
     groups: dict[str, Any] = {"": parser}
-    for entry in entries(cls).values():
+    known = entries(cls)
+    for entry in known.values() if names is None else (replace(known[name], title="") for name in names):
         if entry.title not in groups:
             groups[entry.title] = parser.add_argument_group(entry.title)
-        names = [entry.name] if entry.option.positional else [name for name in (entry.option.short, entry.flag) if name]
-        groups[entry.title].add_argument(*names, **_keywords(entry))
+        flags = [entry.name] if entry.option.positional else [name for name in (entry.option.short, entry.flag) if name]
+        groups[entry.title].add_argument(*flags, **_keywords(entry))
+        if entry.option.words:
+            nargs, same = "?" if entry.kind[1] == "one" else "*", f"the same as {entry.flag}"
+            dest, metavar = f"{entry.name}{_WORDS}", entry.option.words
+            parser.add_argument(dest, nargs=nargs, default=argparse.SUPPRESS, metavar=metavar, help=same)
 
 
 def _keywords(entry: Entry) -> dict[str, Any]:
@@ -184,12 +196,17 @@ def _keywords(entry: Entry) -> dict[str, Any]:
 
 
 def _help(entry: Entry) -> str:
-    """The help text with the default, unless the text has one or there is nothing to say."""
+    """The help text with the default, unless the text has one."""
     text, default = entry.option.help, entry.default
-    if default is MISSING or default is False or default in (None, "", {}, ()) or "default" in text:
+    if "(default:" in text or entry.option.positional:
         return text
-    shown = ["yes" if v is True else f"{v:g}" if isinstance(v, float) else str(v) for v in _values(default)]
-    return f"{text} (default: {' '.join(shown)})".lstrip()
+    if default is MISSING:
+        return f"{text} (required)"
+    if default in (None, "", {}, ()):
+        return f"{text} (default: none)"
+    shown = [{True: "yes", False: "no"}[v] if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else str(v)
+             for v in _values(default)]  # fmt: skip
+    return f"{text} (default: {' '.join(shown)})"
 
 
 def _values(value: Any) -> tuple[Any, ...]:
@@ -198,7 +215,20 @@ def _values(value: Any) -> tuple[Any, ...]:
 
 def words_given(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
     """The values that the command line sets, by option name; ValueError for unknown options and wrong types."""
-    return vars(parser.parse_args(list(words)))
+    return parsed(parser.parse_args(list(words)))
+
+
+def parsed(found: argparse.Namespace) -> dict[str, Any]:
+    """The values of a parser of `add_options`; ValueError for values that came with and without their flag."""
+    given = vars(found)
+    for key in [key for key in given if key.endswith(_WORDS)]:
+        name, values = key.removesuffix(_WORDS), given.pop(key)
+        if name in given:
+            flag = f"--{name.replace('_', '-')}"
+            both = [value if isinstance(value, str) else " ".join(value) for value in (values, given[name])]
+            raise ValueError(f"'{both[0]}' and {flag} '{both[1]}' exclude each other: give the images once.")
+        given[name] = values
+    return given
 
 
 def read_yaml(cls: type, path: str | Path, option_name: str = "--config") -> dict[str, Any]:
@@ -293,11 +323,16 @@ def _nested(cls: type, values: Mapping[str, Any]) -> Any:
 
 def check_limits(config: Any) -> None:
     """Refuses values outside the limits of their options; the ValueError names option, value and limit."""
-    values = flat(config, recorded_only=False)
-    for name, entry in entries(type(config)).items():
-        spec, value = entry.option, values[name]
+    check_values(type(config), flat(config, recorded_only=False))
+
+
+def check_values(cls: type, values: Mapping[str, Any]) -> None:
+    """`check_limits` of some values of a config class."""
+    for name, value in values.items():
+        entry = entries(cls)[name]
+        spec = entry.option
         limits = (("at least", spec.at_least, ge), ("above", spec.above, gt), ("at most", spec.at_most, le))
-        for one in _values(value):
+        for one in value if isinstance(value, tuple | list) else (value,):
             if isinstance(one, bool) or not isinstance(one, int | float):
                 continue
             for words, limit, holds in limits:

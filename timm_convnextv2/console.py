@@ -28,6 +28,53 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            near = closest(rest[0].partition("=")[0], self._option_string_actions, 0.7) if rest[0][0] == "-" else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}.{near}")
+        return found
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(self._words_first(sys.argv[1:] if args is None else args), namespace)
+
+    def _words_first(self, words: Sequence[str]) -> list[str]:
+        """The words of no option, then the options: argparse finds words only if they stand together.
+
+        A word that an option of several values cannot take is none of its values: `--show-bands 4 3 2 IMAGES`.
+        """
+        first, rest, i = [], [], 0
+        while i < len(words):
+            word = words[i]
+            i += 1
+            if word == "--":
+                return [*rest, "--", *first, *words[i:]]
+            if self._parse_optional(word) is None:  # pyright: ignore[reportAttributeAccessIssue]
+                first.append(word)
+                continue
+            rest.append(word)
+            action = self._option_string_actions.get(word)
+            if action is None and (word[:2] != "--" or "=" in word) and word[:2] in self._option_string_actions:
+                continue  # -b16: its value is in the word
+            most = {None: 1, "?": 1}.get(action.nargs, action.nargs) if action else "*"
+            taken = 0
+            while i < len(words) and (not isinstance(most, int) or taken < most):
+                if self._parse_optional(words[i]) is not None:  # pyright: ignore[reportAttributeAccessIssue]
+                    break
+                if taken and action and not self._takes(action, words[i]):
+                    break
+                rest.append(words[i])
+                i, taken = i + 1, taken + 1
+        return [*first, *rest]
+
+    def _takes(self, action: argparse.Action, word: str) -> bool:
+        """Whether an option can have a word as another of its values."""
+        try:
+            self._get_value(action, word)  # pyright: ignore[reportAttributeAccessIssue]
+        except argparse.ArgumentError:
+            return False
+        return True
+
 
 def _number_of_process(*names: str) -> int:
     """The first of these environment variables that is set; 0 for a single process."""
@@ -107,10 +154,13 @@ def refused(command: str, error: Exception) -> int:
     return 2
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?' if a known word is similar, else ''."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else ""
+def closest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """' Did you mean ...?' if known words begin so, or one is similar; else ''."""
+    known = list(known)
+    begin = [name for name in known if name.startswith(word)] if len(word) > 3 else []
+    near = begin[:3] or difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    shown = "' or '".join(near)
+    return f" Did you mean '{shown}'?" if near else ""
 
 
 def check_same_classes(

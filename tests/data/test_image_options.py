@@ -2,10 +2,10 @@
 
 import pytest
 
+from timm_convnextv2.commands.base import own_options
 from timm_convnextv2.config import add_options, build, words_given
 from timm_convnextv2.console import CommandParser
 from timm_convnextv2.data import PixelOptions, Pixels
-from timm_convnextv2.data.config import one_data_dir
 
 
 def parse(text):
@@ -53,8 +53,23 @@ def test_wrong_words_are_refused(text, words):
         parse(text).to_pixels(3)
 
 
-def test_one_data_dir():
-    assert one_data_dir((), ("a", "b")) == ("a", "b") and one_data_dir(("a",), None) == ("a",)
-    assert one_data_dir((), None) is None
-    with pytest.raises(ValueError, match="'a'.*--data-dir.*'b'"):
-        one_data_dir(("a",), ("b",))
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("a b", ["a", "b"]),
+        ("--img-size 8 a", ["a"]),
+        ("a --workers 0 b", ["a", "b"]),
+        ("--show-bands 4 3 2 a", ["a"]),
+        ("-j0 a --overwrite b", ["a", "b"]),
+        ("--data-dir a b", ["a", "b"]),
+        ("-- a", ["a"]),
+        ("", None),
+    ],
+)
+def test_images_are_words_anywhere_or_data_dir(words, expected):
+    assert own_options("check", words.split())[0].get("data_dir") == expected
+
+
+def test_images_are_given_once():
+    with pytest.raises(ValueError, match="'a' and --data-dir 'b c' exclude each other"):
+        own_options("check", ["a", "--data-dir", "b", "c"])

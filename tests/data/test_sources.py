@@ -173,7 +173,7 @@ def test_empty_timm_data_set(monkeypatch):
 
 def test_hfids_without_labels(parquet):
     stream = TimmStream(
-        DataSet(f"hfids/{parquet}", train_num_samples=3, input_key="picture"),
+        DataSet(f"hfids/{parquet}", num_images=3, input_key="picture"),
         parquet.parent / "cache",
         order=StreamOrder(3),
     )
@@ -307,7 +307,7 @@ def test_create_source(tmp_path):
     folder_of(tmp_path / "root" / "cat", 3)
     source = create_source(tmp_path / "root", in_chans=1)
     assert isinstance(source, FolderSource) and len(source) == 5 and source[0].shape == (1, 24, 32)
-    demo = create_source(data_set=DataSet("embedded", train_num_samples=9))
+    demo = create_source(data_set=DataSet("embedded", num_images=9))
     held_out = create_source(data_set=DataSet("embedded", "validation"))
     assert isinstance(demo, DemoSource) and (len(demo), len(held_out)) == (9, 2048)
     assert not torch.equal(demo[0], held_out[0])

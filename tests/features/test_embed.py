@@ -244,10 +244,10 @@ def test_any_model_of_timm(images_dir, tmp_path):
 
 
 def test_the_embedded_data_set(small, tmp_path):
-    embed(small, None, tmp_path / "a.npy", dataset="embedded", num_samples=9, batch_size=4)
+    embed(small, None, tmp_path / "a.npy", dataset="embedded", num_images=9, batch_size=4)
     matrix, files, _ = read(tmp_path / "a.npy")
     assert matrix.shape == (9, 32) and files == [DemoSource(9).name(i) for i in range(9)]
-    embed(small, None, tmp_path / "b.npy", dataset="embedded", num_samples=9, batch_size=4, split="test")
+    embed(small, None, tmp_path / "b.npy", dataset="embedded", num_images=9, batch_size=4, split="test")
     assert np.abs(np.load(tmp_path / "b.npy") - matrix).max() > 0.1
 
 
@@ -304,8 +304,8 @@ def test_a_stream_is_embedded_once_in_its_order(small, shards, tmp_path):
     embed(small, tmp_path / "images", tmp_path / "c.npy", batch_size=4, max_bad_images=0.1)
     np.testing.assert_array_equal(matrix, np.load(tmp_path / "c.npy"))
     with pytest.raises(ValueError, match="gave 19 images, expected 20"):  # a damaged shard would lose some
-        embed(small, folder, tmp_path / "e.npy", num_samples=20, **options)
-    assert embed(small, folder, tmp_path / "e.npy", num_samples=19, resume=True, **options)[0] == 18
+        embed(small, folder, tmp_path / "e.npy", num_images=20, **options)
+    assert embed(small, folder, tmp_path / "e.npy", num_images=19, resume=True, **options)[0] == 18
     with pytest.raises(ValueError, match="1 of 19 images cannot be decoded"):
         embed(small, folder, tmp_path / "d.npy", **{**options, "max_bad_images": 0.05})
 

@@ -21,7 +21,7 @@ SCRIPT = SCRIPTS / "pretrain.py"
 ERROR = "timm-convnextv2 pretrain: error: "
 # a model of milliseconds, and one epoch of four updates of eight images
 SMALL = ["--decoder-dim", "16", "--model-kwargs", "depths=[1,1,2,1]", "dims=[8,8,16,16]"]
-DATA = ["--train-num-samples", "32", "--img-size", "64", "--patch-size", "4", "--batch-size", "8", "--workers", "0"]
+DATA = ["--num-images", "32", "--img-size", "64", "--patch-size", "4", "--batch-size", "8", "--workers", "0"]
 DATA += ["--device", "cpu"]
 BANDS = ["--mean", *["0.5"] * 5, "--std", *["0.3"] * 5]
 # AdamW turns rounding of gradients near zero into whole steps; SGD keeps it rounding

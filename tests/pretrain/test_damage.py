@@ -38,7 +38,7 @@ def same(a, b) -> bool:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A run of two epochs with the smallest model, float16 with its scaler, and a moving average."""
-    options = [*TINY, "--img-size", "32", "--patch-size", "1", "--batch-size", "8", "--train-num-samples", "8"]
+    options = [*TINY, "--img-size", "32", "--patch-size", "1", "--batch-size", "8", "--num-images", "8"]
     options += ["--model-ema", "--amp", "--amp-dtype", "float16"]
     return run(tmp_path_factory.mktemp("tiny") / "r", *options, epochs=2), options
 

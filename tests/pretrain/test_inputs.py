@@ -209,8 +209,8 @@ def test_stream_is_looked_at(tmp_path, capsys):
     with tarfile.open(tmp_path / "shard-0000.tar", "w") as tar:
         for path in sorted(source.iterdir()):
             tar.add(path, path.name)
-    line = ["--dataset", "wds/", "--data-dir", str(tmp_path), "--train-split", "shard-{0000..0000}.tar"]
-    line += ["--train-num-samples", "16"]
+    line = ["--dataset", "wds/", "--data-dir", str(tmp_path), "--split", "shard-{0000..0000}.tar"]
+    line += ["--num-images", "16"]
     assert main([*RGB, *line]) == 0
     assert "Input after normalisation, 6 images" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ from timm_convnextv2.pretraining import loop
 from timm_convnextv2.runs import folder
 
 KILLER = Path(__file__).with_name("killer.py")
-OPTIONS = ["--train-num-samples", "8", "--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0"]
+OPTIONS = ["--num-images", "8", "--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0"]
 OPTIONS += ["--decoder-dim", "8", "--model-kwargs", "depths=[1,1,1,1]", "dims=[8,12,16,20]", "drop_path_rate=0.1"]
 OPTIONS += ["--epochs", "2", "--model-ema", "--device", "cpu", "--lr", "1e-2"]
 

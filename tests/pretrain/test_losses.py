@@ -18,7 +18,7 @@ def test_same_losses(tmp_path, no_images, monkeypatch):
         return output
 
     monkeypatch.setattr(FCMAETask, "forward", noted)
-    options = "--train-num-samples 40 --batch-size 4 --img-size 40 --patch-size 1 --epochs 5 --lr 7.8125e-4 --workers 0"
+    options = "--num-images 40 --batch-size 4 --img-size 40 --patch-size 1 --epochs 5 --lr 7.8125e-4 --workers 0"
     options += " --decoder-dim 32 --warmup-epochs 1 --recon-interval 100 --device cpu --experiment r"
     options += " --scale 0.2 1 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
     kwargs = ["--model-kwargs", "depths=(1,1,2,1)", "dims=(16,24,32,40)", "drop_path_rate=0.1"]

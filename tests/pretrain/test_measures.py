@@ -156,7 +156,7 @@ def test_labelled_images_that_go_are_a_warning(labelled, tmp_path, no_images, ca
         (["--holdout", "0.5"], "holdout: 0.25 there, 0.5 here"),
         (["--holdout", "0"], "holdout: 0.25 there, 0.0 here"),
         (["--seed", "1"], "seed: 42 there, 1 here"),
-        (["--train-num-samples", "40"], "num_images: 24 there, 30 here"),
+        (["--num-images", "40"], "num_images: 24 there, 30 here"),
     ],
 )
 def test_a_resumed_run_holds_out_the_same_images(measured, options, tmp_path, capsys, change, message):
@@ -175,7 +175,7 @@ def test_a_resumed_run_holds_out_the_same_images(measured, options, tmp_path, ca
         (["--keep-best", "knn"], "--keep-best knn needs --probe-dir DIR"),
         (["--probe-dir", "no/such"], "no/such"),
         (["--probe-dir", "{one}"], "one class"),
-        (["--holdout", "0.1", "--dataset", "wds/", "--data-dir", "{one}", "--train-split", "x.tar"], ""),
+        (["--holdout", "0.1", "--dataset", "wds/", "--data-dir", "{one}", "--split", "x.tar"], ""),
     ],
 )
 def test_refused_before_anything_is_written(tmp_path, capsys, more, message):

@@ -46,7 +46,7 @@ def test_one_process(tmp_path, fault):
     [
         ("the package versions", "setup.VERSIONS += ' ' + os.environ['RANK']"),
         ("--epochs", "sys.argv += ['--epochs', '1' + os.environ['RANK']]"),
-        ("the number of images", "sys.argv += ['--train-num-samples', '3' + os.environ['RANK']]"),
+        ("the number of images", "sys.argv += ['--num-images', '3' + os.environ['RANK']]"),
     ],
 )
 def test_processes_that_disagree(tmp_path, fact, before):

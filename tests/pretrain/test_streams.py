@@ -98,8 +98,8 @@ def test_epoch_from_its_middle(tmp_path, kind, workers):
 @pytest.mark.parametrize("kind, workers", [("wds", "2"), ("hfids", "0")])
 def test_stopped_run_ends_as_an_uninterrupted_one(tmp_path, no_images, monkeypatch, capsys, kind, workers):
     name = shards(tmp_path, kind)
-    line = ["--dataset", name, "--data-dir", str(tmp_path), "--train-num-samples", str(NUM_IMAGES), "--device", "cpu"]
-    line += ["--train-split", "s-{0..1}.tar"] if kind == "wds" else []
+    line = ["--dataset", name, "--data-dir", str(tmp_path), "--num-images", str(NUM_IMAGES), "--device", "cpu"]
+    line += ["--split", "s-{0..1}.tar"] if kind == "wds" else []
     line += [*SMALL, *f"--img-size 32 --patch-size 1 --batch-size {BATCH} --epochs 2 --lr 1e-2".split()]
     line += ["--max-bad-images", "1", "--output", str(tmp_path / "out"), "--workers", workers]
     assert main([*line, "--experiment", "whole"]) == 0

@@ -38,7 +38,7 @@ from timm_convnextv2.transfer import loop as transfer_loop
 
 TRANSFER = [*BACKBONE, *SHORT, "--shown-images", "0", "--eval-interval", "9"]
 OPTIONS = {
-    "pretrain": ["pretrain", *DATA, *SMALL, "--train-num-samples", "16", "--epochs", "2"],
+    "pretrain": ["pretrain", *DATA, *SMALL, "--num-images", "16", "--epochs", "2"],
     "detect": ["detect", "train", *DETECTOR, "--boxes-only", *TRANSFER, "--warmup-updates", "0"],
     "segment": ["segment", "train", *SEGMENTER, *TRANSFER],
 }

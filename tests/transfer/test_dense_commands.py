@@ -107,7 +107,7 @@ def test_eval_repeats_the_metrics_of_the_run(run, data, tmp_path, capsys):
 
 def test_predict(run, data, tmp_path, capsys):
     images, output = data / "validation/images", tmp_path / "found"
-    words = [run.task, "predict", "--model", str(run.path), "--images", str(images), "--output", str(output), *CPU]
+    words = [run.task, "predict", "--model", str(run.path), "--data-dir", str(images), "--output", str(output), *CPU]
     if run.task == "detect":
         assert main([*words, "--min-score", "0", "--soft-nms", "gaussian"]) == 0
         coco = open_coco(output, images, drop_wrong=True)  # what it writes, it reads
@@ -133,7 +133,7 @@ def test_predict_skips_what_it_cannot_read(run, data, tmp_path, capsys):
         (tmp_path / "in" / folder).mkdir(parents=True)
         shutil.copy(data / "validation/images/00001.png", tmp_path / "in" / folder / "0.png")
     (tmp_path / "in/torn.png").write_bytes(b"torn")
-    words = [run.task, "predict", "--model", str(run.path), "--images", str(tmp_path / "in"), *CPU, "-j", "2"]
+    words = [run.task, "predict", "--model", str(run.path), "--data-dir", str(tmp_path / "in"), *CPU, "-j", "2"]
     output, draw = tmp_path / "found", tmp_path / "drawn"
     assert main([*words, "--output", str(output), "--draw", str(draw)]) == 1
     out, err = capsys.readouterr()

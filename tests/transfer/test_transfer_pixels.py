@@ -76,7 +76,7 @@ def test_training_evaluation_and_prediction_read_alike(encoder, data, tmp_path, 
     opened = open_detector(model).backbone.body if task == "detect" else open_segmenter(model).backbone
     assert opened.pixels == Pixels.from_record(RECORD)
     assert main([task, "eval", "--model", str(model), "--data-dir", str(data), *common]) == 0
-    images = ["--images", str(data / "validation/images"), "--output", str(tmp_path / "found")]
+    images = ["--data-dir", str(data / "validation/images"), "--output", str(tmp_path / "found")]
     assert main([task, "predict", "--model", str(model), *images, *common]) == 0
     assert set(seen) == {Pixels.from_record(RECORD)}
     seen.clear()

@@ -1,24 +1,14 @@
-"""Inspect every file of a folder before pretraining: find corrupt, unusual, blank and duplicate images.
-
-    timm-convnextv2 check IMAGES --img-size 224
-
-Writes the findings to FILE.json and thumbnails to FILE.png; FILE is check by default. The exit status is 0 without
-findings, 1 with findings, 2 for a mistake in the options. Every file is read and decoded as in pretraining. Near
-duplicates, images with the same perceptual hash, need `pip install imagehash`.
-"""
+"""`timm-convnextv2 check`: inspects every file of a folder before pretraining."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import option, part
 from ..console import say
-from ..data import ImageError, ImagePaths, Pixels, Source, create_source
-from ..data.config import one_data_dir, page_word
+from ..data import ImageError, Pixels, Source, create_source
 from ..data.display import check_bands
 from ..data.formats.pixels import one_page
 from ..data.measure.inspection import (
@@ -36,39 +26,18 @@ from ..report.images import save_contact_sheet
 from ..runs.group import Processes
 from ..runs.progress import ImageProgress
 from .base import run
+from .options import CheckConfig
 from .stats import check_output
 
 _SHOWN = 48
 _LINES = 10
 
 
-@dataclass(frozen=True)
-class CheckConfig:
-    """Options of the command."""
-
-    data: tuple[str, ...] = option((), "the same as --data-dir", metavar="DATA", positional=True)
-    paths: ImagePaths = part(ImagePaths)
-    nodata: float | None = option(None, 'stored value meaning "no data"', metavar="V")
-    img_size: int = option(224, "side of the crops; smaller images are listed", metavar="N", at_least=1)
-    window_size: int | None = option(
-        None, "decode only a window of S x S; smaller images are listed", metavar="S", at_least=1
-    )
-    pages: tuple[int | str, ...] | None = option(
-        None, "as in pretraining; of several pages only the first is read", metavar="P", parse=page_word
-    )
-    show_bands: tuple[int, ...] | None = option(
-        None, "channels to draw as red, green and blue, or one (default: 1 2 3; 1 below three)", metavar="N", at_least=1
-    )
-    workers: int = option(4, "processes that read and decode", short="-j", metavar="N", at_least=0)
-    output: str = option("check.json", "JSON to write; the images have its name and .png", metavar="FILE")
-    overwrite: bool = option(False, "replace --output and its images")
-
-
 def check(config: CheckConfig) -> int:
     """Inspects the files, writes and prints the findings; 1 if there are any."""
-    paths = replace(config.paths, data_dir=one_data_dir(config.data, config.paths.data_dir))
+    paths = config.paths
     if not paths.data_dir and not paths.data_list:
-        raise ValueError("No images given. Name a folder: check DATA.")
+        raise ValueError("No images given. Name a folder: check IMAGES.")
     check_bands(config.show_bands, max(config.show_bands or (3,)))
     output, figure = Path(config.output), Path(config.output).with_suffix(".png")
     check_output(output, paths.data_dir, config.overwrite)
@@ -160,4 +129,4 @@ def lines(content: dict[str, Any], found: list[Finding], output: Path) -> list[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    return run("check", __doc__, CheckConfig, check, argv)
+    return run("check", check, argv)

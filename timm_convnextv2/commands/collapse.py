@@ -1,13 +1,4 @@
-"""Compare how similar the channels of ConvNeXt V1 and V2 are, block by block: feature collapse, figures 3 and 4.
-
-    timm-convnextv2 collapse runs/mine convnextv2_tiny.fcmae convnext_tiny.fb_in1k --data-dir IMAGES --output collapse
-
-Writes to --output:
-
-    collapse.csv  model, block, depth, distance, dead: one row per block
-    collapse.png  distance over depth, one line per model (the paper's figure 4)
-    channels.png  64 channels of a block as small squares, for a few images (its figure 3)
-"""
+"""`timm-convnextv2 collapse`: how similar the channels of models are, block by block."""
 
 from pathlib import Path
 
@@ -18,7 +9,7 @@ from .base import run
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run("collapse", __doc__, CollapseConfig, measure, argv)
+    return run("collapse", measure, argv)
 
 
 def measure(config: CollapseConfig) -> None:

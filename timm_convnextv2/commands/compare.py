@@ -1,16 +1,4 @@
-"""Should I pretrain? Finetuning from random weights, from your encoder and from other models, each tuned alike.
-
-    timm-convnextv2 compare --data-dir LABELLED --encoder runs/mine --output compared
-    timm-convnextv2 compare --data-dir LABELLED --unlabelled IMAGES --pretrain "--model fcmae_convnextv2_pico" \\
-        --also convnextv2_pico.fcmae_ft_in1k resnet18 --label-budgets 0.1 1 --output compared
-
-Each candidate is finetuned with timm's train.py and a recipe that suits it: pretrained weights with --recipe, random
-ones, which have the architecture of your encoder, with --scratch-recipe. A fifth of the training images chooses the
-learning rate out of --lr-grid; then each candidate is trained once per seed on all of them. The validation images are
-only measured, at the end. --label-budgets repeats this with fewer training images. LABELLED has train/ and validation/.
-Prints a table and a verdict; writes compare.csv, compare.json and compare.png. Options that are not listed below go to
-`timm-convnextv2 finetune`. A stopped comparison continues with --resume.
-"""
+"""`timm-convnextv2 compare`: finetuning from random weights, from your encoder and from other models."""
 
 import subprocess
 from collections.abc import Sequence
@@ -18,7 +6,7 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ..config import evolve
+from ..config import build, evolve
 from ..console import PROGRAM, ended_by_signals, refused, say
 from ..data.formats.pixels import PLAIN
 from ..features import compare as comparison
@@ -35,8 +23,9 @@ from .base import own_options
 def main(argv: list[str] | None = None) -> int:
     """A user error is one message and exit status 2, a finetuning that fails is status 1."""
     try:
+        given, rest = own_options("compare", argv)
         with ended_by_signals():
-            start(*own_options("compare", __doc__, CompareConfig, argv))
+            start(build(CompareConfig, given), rest)
         return 0
     except (ValueError, OSError) as e:
         return refused("compare", e)

@@ -1,23 +1,12 @@
 """`timm-convnextv2 demo`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from ..config import flat, option, part
+from ..config import flat
 from ..console import say
-from ..data.config import DemoOptions
 from ..data.demo import DemoSource, write_folder
 from .base import run
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Options of the command."""
-
-    folder: str = option(
-        ..., "new or empty; written as FOLDER/{train,validation}/CLASS/*.png", metavar="FOLDER", positional=True
-    )
-    demo: DemoOptions = part(DemoOptions)
+from .options import DemoConfig
 
 
 def demo(config: DemoConfig) -> None:
@@ -31,4 +20,4 @@ def demo(config: DemoConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    return run("demo", "Write a small labelled image folder to try things out.", DemoConfig, demo, argv)
+    return run("demo", demo, argv)

@@ -8,25 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from .. import transfer
-from ..config import add_options, build, from_mapping, words_given
-from ..console import PROGRAM, CommandParser, refused, say
+from ..config import build, from_mapping
+from ..console import refused, say
 from ..files import claim_folder, write_json
 from ..recipes import Recipe, list_recipes, load_recipe
 from ..runs.end import run_command, start_command
 from ..transfer.task import Task, set_up
+from .base import command_of, own_options
+from .table import COMMANDS
 
 
 @dataclass(frozen=True)
 class Dense:
     """`detect` or `segment`: dense prediction with the actions train, eval and predict.
 
-    `configs` are those of the actions. `task` builds the task from the config of `train` or of `eval`; `predict` is the
+    `task` builds the task from the config of `train` or of `eval`; `predict` is the
     function of the third action, which returns the exit status.
     """
 
     name: str
-    description: str
-    configs: dict[str, type]
     task: Callable[[Any], Task]
     predict: Callable[[Any], int]
 
@@ -36,14 +36,9 @@ class Dense:
 
     def parse(self, words: Sequence[str]) -> tuple[str, Any, Recipe | None]:
         """The action, its config, and the recipe whose values lie below the words."""
-        parser = CommandParser(prog=f"{PROGRAM} {self.name}", description=self.description)
-        subparsers = parser.add_subparsers(dest="action", required=True, metavar="train|eval|predict")
-        for name, cls in self.configs.items():
-            text = {"train": "train a model", "eval": "evaluate a model", "predict": "apply a model to a folder"}[name]
-            add_options(subparsers.add_parser(name, help=text, description=f"{self.description} Here: {text}."), cls)
-        given = words_given(parser, words)
-        action = given.pop("action")
-        cls = self.configs[action]
+        name, rest = command_of([self.name, *words])
+        given, _ = own_options(name, rest)
+        action, cls = name.split()[1], COMMANDS[name].config
         recipe = load_recipe(given["recipe"], self.recipes) if given.get("recipe") else None
         below = [from_mapping(cls, recipe.values, f"--recipe {recipe.name}")] if recipe else []
         return action, build(cls, *below, given), recipe

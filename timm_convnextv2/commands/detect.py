@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..data import FolderSource
 from ..files import check_free, write_json
-from ..transfer.config import DetectConfig, DetectEvalConfig, DetectPredictConfig
+from ..transfer.config import DetectPredictConfig
 from ..transfer.detection.coco import Coco, CocoImage, DetectionImages, rle_codec, to_unit
 from ..transfer.detection.metrics import draw_objects, find_objects
 from ..transfer.detection.soft_nms import use_soft_nms
@@ -24,7 +24,7 @@ def predict(config: DetectPredictConfig) -> int:
     rle_codec()
     coco = Coco(output, [], classes, list(range(1, len(classes) + 1)))
     data = DetectionImages(coco, masks=masks)
-    source = ReadableImages(FolderSource(config.images, backbone.in_chans, backbone.pixels), config.max_bad_images)
+    source = ReadableImages(FolderSource(config.data_dir, backbone.in_chans, backbone.pixels), config.max_bad_images)
     for items in source.batches(to_unit, config.batch_size, config.compute.workers):
         ids = range(len(coco.images) + 1, len(coco.images) + len(items) + 1)
         loaded = [image for _, image in items]
@@ -44,7 +44,5 @@ def predict(config: DetectPredictConfig) -> int:
 
 
 COMMAND = Dense(
-    "detect", "Detect objects: Mask R-CNN or Faster R-CNN on any backbone of timm, with annotations in COCO's format.",
-    {"train": DetectConfig, "eval": DetectEvalConfig, "predict": DetectPredictConfig}, DetectionTask, predict,
-)  # fmt: skip
+    "detect", DetectionTask, predict)  # fmt: skip
 main = COMMAND.main

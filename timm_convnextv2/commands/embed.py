@@ -1,4 +1,4 @@
-"""Write one row of features per image."""
+"""`timm-convnextv2 embed`: one row of features per image."""
 
 import time
 
@@ -9,7 +9,7 @@ from .base import run
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run("embed", __doc__, EmbedConfig, write, argv)
+    return run("embed", write, argv)
 
 
 def write(config: EmbedConfig) -> int:

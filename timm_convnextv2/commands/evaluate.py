@@ -1,8 +1,4 @@
-"""Compare frozen features on labelled images: nearest neighbours, ridge regression, linear probe and rank.
-
-Baselines are measured as well: small pixels, a histogram of each channel, the border of the image, and random weights.
-A control with shuffled labels must be at chance.
-"""
+"""`timm-convnextv2 evaluate`: compares frozen features on labelled images."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +10,7 @@ from .base import run
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run("evaluate", __doc__, EvaluateConfig, measure, argv)
+    return run("evaluate", measure, argv)
 
 
 def measure(config: EvaluateConfig) -> None:

@@ -1,18 +1,8 @@
-"""Finetuning of ConvNeXt V2 with timm's own train.py and a recipe: a launcher, without a training loop.
-
-    timm-convnextv2 finetune --recipe smoke --model local-dir:runs/mine/encoder --data-dir DATA
-    torchrun --nproc-per-node 8 -m timm_convnextv2 finetune --recipe finetune-1k-tiny --model ... --data-dir ...
-    timm-convnextv2 finetune --list-recipes
-
-It finds train.py, checks the recipe, the model's folder, the data and the batch, runs train.py in this process, and
-exports the result to OUTPUT/EXPERIMENT/model, a timm folder that stock timm opens. Options that are not listed below
-go to train.py. The same by hand, without checks and export:
-
-    python train.py --device-modules timm_convnextv2 --config RECIPES/smoke.yaml --model ...
-"""
+"""`timm-convnextv2 finetune`: timm's own train.py with a recipe, checked before and exported after."""
 
 from timm.utils.distributed import world_info_from_env
 
+from ..config import build
 from ..console import refused, say
 from ..finetune.config import RECIPES, FinetuneConfig
 from ..finetune.launch import epochs_done, export, failure, next_commands, run_plan
@@ -28,7 +18,8 @@ def prepare(argv: list[str] | None) -> Plan | None:
 
     Returns None if there is nothing to run (--list-recipes, --dry-run).
     """
-    config, rest = own_options("finetune", f"{__doc__}\nRECIPES: {RECIPES}", FinetuneConfig, argv)
+    given, rest = own_options("finetune", argv)
+    config = build(FinetuneConfig, given)
     if config.list_recipes:
         say(list_recipes(RECIPES))
         return None

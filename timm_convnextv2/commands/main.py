@@ -3,39 +3,27 @@
 import importlib
 import sys
 
-from ..console import PROGRAM, closest, say, unbroken_output
+from ..config import add_options
+from ..console import PROGRAM, CommandParser, closest, refused, say, unbroken_output
 from ..version import __version__
+from .base import command_of, own_options
+from .table import COMMANDS, GROUPS
 
-# Each name is a module beside this file with `main(argv) -> int`, imported when the command is asked for.
-COMMANDS = {
-    "pretrain": "pretrain a backbone on unlabelled images with FCMAE",
-    "finetune": "finetune a backbone with timm's train.py and a recipe",
-    "validate": "measure a finetuned model with timm's validate.py",
-    "predict": "classify images with timm's inference.py",
-    "report": "show runs on one page",
-    "publish": "publish weights and a model card on the Hugging Face Hub",
-    "compare": "finetune from scratch, from your encoder and from named weights",
-    "embed": "write one row of features per image",
-    "evaluate": "compare frozen features: kNN, ridge, linear probe, rank",
-    "collapse": "compare how similar the channels of models are",
-    "stats": "measure the pixels of a data set: mean, std, percentiles, histogram",
-    "check": "find corrupt, blank, duplicate and unusual files in a folder",
-    "detect": "train, evaluate and run an object detector on a backbone",
-    "segment": "train, evaluate and run a semantic segmenter on a backbone",
-    "demo": "write a small labelled image folder to try things out",
-}
+NAMES = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+SHELLS = ("bash", "zsh", "fish")
 
 
 def usage() -> str:
     """The text of `--help`."""
-    rows = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
+    rows = "\n".join(f"  {name:<10}{GROUPS.get(name) or COMMANDS[name].summary}" for name in NAMES)
     return (
         f"usage: {PROGRAM} COMMAND [OPTION ...]\n\n"
         "ConvNeXt V2 for timm, with masked pretraining that is really sparse.\n\n"
         f"commands:\n{rows}\n\n"
         "options:\n"
-        "  -h, --help  show this text; COMMAND --help shows the options of a command\n"
-        "  --version   show the version\n\n"
+        "  -h, --help                show this text; COMMAND --help shows the options of a command\n"
+        "  --version                 show the version\n"
+        "  --print-completion SHELL  completion of words for bash, zsh or fish, see docs/installation.md\n\n"
         "On several GPUs: torchrun --nproc-per-node N -m timm_convnextv2 COMMAND [OPTION ...]"
     )
 
@@ -61,13 +49,45 @@ def _main(words: list[str]) -> int:
     if name == "--version":
         say(f"{PROGRAM} {__version__}")
         return 0
-    if name not in COMMANDS:
+    if name == "--print-completion":
+        return _print_completion(options)
+    if name not in NAMES:
         say(
-            f"{PROGRAM}: error: no command '{name}'.{closest(name, COMMANDS)} Expected one of {', '.join(COMMANDS)}; "
+            f"{PROGRAM}: error: no command '{name}'.{closest(name, NAMES)} Expected one of {', '.join(NAMES)}; "
             f"see {PROGRAM} --help.",
             error=True,
         )
         return 2
+    try:  # mistakes are told before the seconds that torch takes to import
+        command, rest = command_of(words)
+        own_options(command, rest)
+    except ValueError as e:
+        return refused(name, e)
     from .. import registry  # noqa: F401  the package itself does not register the models for a command
 
     return importlib.import_module(f".{name}", __package__).main(options)
+
+
+def _print_completion(words: list[str]) -> int:
+    """Prints the script for a shell, which completes without calling Python."""
+    import shtab
+
+    if len(words) != 1 or words[0] not in SHELLS:
+        say(f"{PROGRAM}: error: --print-completion takes {', '.join(SHELLS)}, got '{' '.join(words)}'.", error=True)
+        return 2
+    parser = CommandParser(prog=PROGRAM)
+    commands = parser.add_subparsers()
+    groups = {}
+    for name, command in COMMANDS.items():
+        group, _, action = name.partition(" ")
+        if action and group not in groups:
+            groups[group] = commands.add_parser(group, help=GROUPS[group]).add_subparsers()
+        own = (groups[group] if action else commands).add_parser(action or name, help=command.summary)
+        add_options(own, command.config)
+        for option in own._actions:
+            if option.metavar in ("FILE", "PATH"):
+                vars(option)["complete"] = shtab.FILE
+            elif option.metavar in ("DIR", "FOLDER", "IMAGES", "LABELLED", "RUN", "PLACE"):
+                vars(option)["complete"] = shtab.DIRECTORY
+    say(shtab.complete(parser, words[0]))
+    return 0

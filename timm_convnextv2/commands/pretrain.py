@@ -5,28 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import read_yaml, words_given
-from ..console import CommandParser, refused, say
+from ..config import read_yaml
+from ..console import refused, say
 from ..pretraining.config import PretrainConfig
 from ..pretraining.replay import load_weights, replay
 from ..pretraining.resolve import configure
 from ..pretraining.setup import open_replay, set_up
 from ..pretraining.start import Start
 from ..runs.end import run_command, start_command
-from .base import parser_of
-
-
-def build_parser() -> CommandParser:
-    """The options of `PretrainConfig`, and the file that sets them."""
-    parser = parser_of("pretrain", "FCMAE pretraining of ConvNeXt V2 on unlabelled images.", PretrainConfig)
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file that sets any of the options")
-    return parser
+from .base import own_options
 
 
 def parse_options(argv: Sequence[str]) -> tuple[PretrainConfig, Start | None]:
     """The config of a command line and of the file of its --config; the model to start from."""
-    given = words_given(build_parser(), argv)
-    path = given.pop("config")
+    given, _ = own_options("pretrain", argv)
+    path = given.pop("config", None)
     return configure(given, read_yaml(PretrainConfig, path) if path else {})
 
 
@@ -34,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns exit status 0, 1 if the run could not finish, 2 for a mistake in settings or data."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        given = words_given(build_parser(), words)
+        given, _ = own_options("pretrain", words)
         if "replay" in given:
             return replay_bad_step(Path(given["replay"]), given)
         config, start = parse_options(words)

@@ -1,62 +1,22 @@
-"""Publish weights on the Hugging Face Hub, as a timm folder with a model card.
-
-    timm-convnextv2 publish runs/mine USER/NAME --license mit --dry-run  # writes the files to a folder, sends nothing
-    timm-convnextv2 publish runs/mine USER/NAME --license mit --private
-
-FOLDER is a timm folder (encoder/, model/), or the folder of a run of `pretrain`, timm's train.py, `finetune`,
-`detect train` or `segment train`. The access token comes from `hf auth login` or HF_TOKEN.
-"""
+"""`timm-convnextv2 publish`: weights and a model card on the Hugging Face Hub."""
 
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-import timm_convnextv2  # noqa: F401  registers the models
-
 from ..checkpoint.card import HERE, IMAGES
 from ..checkpoint.provenance import WEIGHTS
 from ..checkpoint.task_folder import TASKS, find_folder, read_folder_config
-from ..config import option
 from ..console import say
 from ..files import claim_folder, remove_leftovers, whole_file
 from ..hub.staging import Stated, stage
 from ..hub.upload import files_to_push, push_to_hub
 from .base import run
-
-
-@dataclass(frozen=True)
-class PublishConfig:
-    """Options of `publish`."""
-
-    folder: str = option(
-        ...,
-        "timm folder, or folder of a run: pretrain, train.py, finetune, detect, segment",
-        metavar="FOLDER",
-        positional=True,
-    )
-    repo: str = option(..., "USER/NAME on the Hub; created if needed", metavar="REPO", positional=True)
-    part: str = option(
-        "encoder",
-        "of a pretraining run: the encoder, or the whole FCMAE, from which pretraining can continue",
-        choices=("encoder", "fcmae"),
-    )
-    license: str | None = option(
-        None, "licence of the weights, e.g. mit; derived weights keep the inherited one", metavar="ID"
-    )
-    dataset: tuple[str, ...] = option((), "data sets on the Hub that the weights were trained on", metavar="NAME")
-    base_model: str | None = option(
-        None, "model on the Hub that training started from, if the files do not state it", metavar="ID"
-    )
-    private: bool = option(False, "create a private repository")
-    revision: str | None = option(None, "branch to write to; created if needed", metavar="NAME")
-    commit_message: str | None = option(None, "title of the commit", metavar="TEXT")
-    dry_run: bool = option(False, "write the files to a folder and send nothing")
-    output: str | None = option(None, "folder for --dry-run (default: FOLDER-publish, beside FOLDER)", metavar="DIR")
+from .options import PublishConfig
 
 
 def open_output(folder: Path, output: str | None) -> Path:
@@ -143,4 +103,4 @@ def publish(config: PublishConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run("publish", __doc__, PublishConfig, publish, argv)
+    return run("publish", publish, argv)

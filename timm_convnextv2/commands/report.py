@@ -1,32 +1,16 @@
 """`timm-convnextv2 report`: one HTML page for one or several runs."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import option
 from ..console import say
 from ..files import check_free
 from ..report.html import GENERATOR, write_report
 from .base import run
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Options of `report`."""
-
-    runs: tuple[str, ...] = option(
-        ...,
-        "folder of a run of pretrain, finetune, detect or segment; several of one task side by side",
-        metavar="RUN",
-        positional=True,
-    )
-    output: str = option(
-        "", "HTML file to write (default: RUN/report.html; for several runs ./report.html)", metavar="FILE"
-    )
+from .options import ReportConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run("report", "Show runs on one page.", ReportConfig, report, argv)
+    return run("report", report, argv)
 
 
 def report(config: ReportConfig) -> None:

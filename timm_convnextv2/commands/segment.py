@@ -8,7 +8,7 @@ from ..data.formats.files import printable
 from ..files import claim_folder, whole_file
 from ..runs.device import check_device
 from ..transfer.backbone import as_float
-from ..transfer.config import SegmentConfig, SegmentEvalConfig, SegmentPredictConfig
+from ..transfer.config import SegmentPredictConfig
 from ..transfer.figures import save_image
 from ..transfer.predict import ReadableImages
 from ..transfer.segmentation.masks import paths_by_stem
@@ -21,12 +21,12 @@ from .dense import Dense
 def predict(config: SegmentPredictConfig) -> int:
     """`segment predict`: an index PNG for each image of a folder, under its relative path with the extension .png."""
     model = open_segmenter(config.model, check_device(config.compute.device))
-    paths_by_stem(config.images)  # refuses images whose masks would have one name
-    if Path(config.output).resolve() == Path(config.images).resolve():
+    paths_by_stem(config.data_dir)  # refuses images whose masks would have one name
+    if Path(config.output).resolve() == Path(config.data_dir).resolve():
         raise ValueError("--output is the folder of the images, which the masks would replace. Choose another folder.")
     output, written = claim_folder(config.output, overwrite=config.overwrite), 0
     backbone = model.backbone.read_with(config.compute.nodata)
-    source = ReadableImages(FolderSource(config.images, backbone.in_chans, backbone.pixels), config.max_bad_images)
+    source = ReadableImages(FolderSource(config.data_dir, backbone.in_chans, backbone.pixels), config.max_bad_images)
     for items in source.batches(as_float, 1, config.compute.workers):
         for name, image in items:
             path = output / Path(name).with_suffix(".png")
@@ -44,7 +44,5 @@ def predict(config: SegmentPredictConfig) -> int:
 
 
 COMMAND = Dense(
-    "segment", "Classify every pixel: UPerNet on any backbone of timm, with one mask per image.",
-    {"train": SegmentConfig, "eval": SegmentEvalConfig, "predict": SegmentPredictConfig}, SegmentationTask, predict,
-)  # fmt: skip
+    "segment", SegmentationTask, predict)  # fmt: skip
 main = COMMAND.main

@@ -1,72 +1,40 @@
-"""Measure the pixels of a data set per channel: mean and std for pretraining, percentiles, histograms.
-
-    timm-convnextv2 stats IMAGES
-    timm-convnextv2 stats SCENES --in-chans 12 --divide 10000 --nodata 0 --clip-percentiles 1 99
-
-Writes FILE.json and FILE.png with the histograms; FILE is stats by default. All pixels of the sample have equal weight;
-the sample is drawn by --seed and as large as --error requires. NaN, infinity and nodata are left out.
-"""
+"""`timm-convnextv2 stats`: measures the pixels of a data set per channel."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import option, part
 from ..console import say
 from ..data import (
-    DataSet,
-    ImagePaths,
-    PixelOptions,
     Pixels,
     Source,
     StreamOrder,
     TimmStream,
-    WindowOptions,
     create_source,
     pages_and_windows,
 )
-from ..data.config import one_data_dir
+from ..data.config import Dirs, as_list
 from ..data.measure.pixel_statistics import PixelStatistics
-from ..data.measure.sample import ERROR, Measured, find_channels, measure_pixels, measured_options, suggestions
+from ..data.measure.sample import Measured, find_channels, measure_pixels, measured_options, suggestions
 from ..data.paths.find import find_files
-from ..data.paths.listing import Dirs, as_list, base_of
+from ..data.paths.listing import base_of
 from ..files import check_free, write_json
 from ..report.images import save_histograms
 from ..runs.group import Processes
 from ..runs.progress import with_progress
 from .base import run
+from .options import StatsConfig
 
 _COLUMNS = ("mean", "std", "min", "p1", "p5", "p50", "p95", "p99", "max", "zeros", "saturated", "missing")
 _SHARES = ("zeros", "saturated", "missing")
 
 
-@dataclass(frozen=True)
-class StatsConfig:
-    """Options of the command."""
-
-    data: tuple[str, ...] = option((), "the same as --data-dir", metavar="DATA", positional=True)
-    paths: ImagePaths = part(ImagePaths)
-    data_set: DataSet = part(DataSet)
-    pixels: PixelOptions = part(PixelOptions)
-    windows: WindowOptions = part(WindowOptions)
-    in_chans: int | None = option(None, "channels of the images (default: as in the files)", metavar="N")
-    error: float = option(
-        ERROR, "standard error of the mean to reach, in standard deviations of the pixels", metavar="X"
-    )
-    max_images: int = option(2000, "largest number of images to read", metavar="N")
-    seed: int = option(42, "seed of the sample; that of pretraining gives the same numbers", metavar="N")
-    workers: int = option(4, "processes that decode images", short="-j", metavar="N", at_least=0)
-    output: str = option("stats.json", "JSON to write; the figure has its name and .png", metavar="FILE")
-    overwrite: bool = option(False, "replace --output and its figure")
-
-
 def measure_images(config: StatsConfig) -> tuple[Measured, Pixels]:
     """Measures the images of the options."""
-    paths = replace(config.paths, data_dir=one_data_dir(config.data, config.paths.data_dir))
+    paths = config.paths
     opened: list[Source | TimmStream] = []
 
     def open_source(pixels: Pixels) -> Source | TimmStream:
@@ -201,4 +169,4 @@ def stats(config: StatsConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    return run("stats", __doc__, StatsConfig, stats, argv)
+    return run("stats", stats, argv)

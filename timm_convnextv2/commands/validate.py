@@ -1,38 +1,31 @@
-"""Measure a classifier on labelled images, with timm's own validate.py.
+"""`timm-convnextv2 validate`: measures a classifier with timm's own validate.py."""
 
-    timm-convnextv2 validate runs/mine/model --data-dir DATA --device cpu
-    timm-convnextv2 validate --model local-dir:FOLDER --data-dir DATA --split test --results-file results.csv
-
-MODEL is the `model` folder of a finetuning, local-dir:FOLDER, hf-hub:USER/NAME or a name of timm. Images are read as
-in pretraining and finetuning: 16 bits, many channels, TIFF, .npy. Classes are matched by folder name if the model has
-the names of its classes. Options that are not listed below go to validate.py.
-"""
-
-import timm_convnextv2  # noqa: F401  registers the models
-
+from ..config import build
 from ..console import refused, say
-from ..finetune.config import EvaluationConfig, PredictConfig
+from ..finetune.config import PredictConfig
 from ..finetune.evaluation import prepare_evaluation
 from ..finetune.images import Kept
 from ..finetune.scripts import load_script, run_script
 from ..runs.errors import DataError
 from .base import own_options
+from .table import COMMANDS
 
 SCRIPTS = {"validate": "validate.py", "predict": "inference.py"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    return evaluate("validate", __doc__, EvaluationConfig, argv)
+    return evaluate("validate", argv)
 
 
-def evaluate(command: str, text: str | None, cls: type[EvaluationConfig], argv: list[str] | None) -> int:
+def evaluate(command: str, argv: list[str] | None) -> int:
     """Runs one of timm's scripts in this process; its errors pass through.
 
     `predict` leaves out images that cannot be decoded, and then returns exit status 1.
     """
     kept = None
     try:
-        config, rest = own_options(command, text, cls, argv)
+        given, rest = own_options(command, argv)
+        config = build(COMMANDS[command].config, given)
         script = load_script(SCRIPTS[command], config.timm_train)
         kept = Kept(config.max_bad_images) if isinstance(config, PredictConfig) else None
         words, notes = prepare_evaluation(script, rest, kept=kept, nodata=config.nodata)

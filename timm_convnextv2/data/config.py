@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..config import option
 from .formats.pixels import CHANNELS, STANDARDIZE, Pixels, one_page
 
+ERROR = 0.02  # standard error of the mean that `stats` reaches, in standard deviations of the pixels
 Dirs = str | os.PathLike | Sequence[str | os.PathLike] | None
 
 
@@ -25,6 +26,7 @@ class ImagePaths:
         None,
         "folders with images anywhere below, .tar files, patterns such as 'a/**/*.png' (quoted); root of --dataset",
         metavar="DIR",
+        words="IMAGES",
     )
     data_list: tuple[str, ...] | None = option(
         None,
@@ -47,8 +49,10 @@ class DataSet:
     """A data set that timm opens, or the demo data set; '' for image files."""
 
     dataset: str = option("", "timm's hfds/, hfids/, wds/, tfds/, torch/...; or 'embedded'", metavar="NAME")
-    train_split: str = option("train", "split of --dataset", metavar="NAME")
-    train_num_samples: int | None = option(None, "images per epoch of a stream or of 'embedded'", metavar="N")
+    split: str = option("train", "split of --dataset; for wds/ the names of the shards", metavar="NAME")
+    num_images: int | None = option(
+        None, "images of a stream that does not state its size, or of the demo data", metavar="N"
+    )
     dataset_download: bool = option(False, "let --dataset download itself")
     input_key: str | None = option(None, "image column of --dataset", metavar="NAME")
 
@@ -140,13 +144,6 @@ class WindowOptions:
     content_std: float = option(
         0.01, "cells of 16 x 16 pixels have content above this standard deviation of pixels", metavar="X", at_least=0
     )
-
-
-def one_data_dir(data: Sequence[str], data_dir: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The folders of a command's DATA or --data-dir; refuses both."""
-    if data and data_dir:
-        raise ValueError(f"DATA ('{' '.join(data)}') and --data-dir ('{' '.join(data_dir)}') exclude each other.")
-    return tuple(data or data_dir or ()) or None
 
 
 @dataclass(frozen=True)

@@ -43,17 +43,7 @@ class EmbedImages:
     """The images to embed: files, or a data set that timm opens."""
 
     paths: ImagePaths = part(ImagePaths)
-    dataset: str = option("", "timm's hfds/, hfids/, wds/, tfds/, torch/...; or 'embedded'", metavar="NAME")
-    split: str = option("train", "split of --dataset; for wds/ the names of the shards", metavar="NAME")
-    num_samples: int | None = option(
-        None, "images of --dataset embedded, or of a stream that does not state its size", metavar="N")
-    dataset_download: bool = option(False, "let --dataset download itself")
-    input_key: str | None = option(None, "image column of --dataset", metavar="NAME")
-
-    @property
-    def data_set(self) -> DataSet:
-        """The data set, under the names of `data.config`."""
-        return DataSet(self.dataset, self.split, self.num_samples, self.dataset_download, self.input_key)
+    data_set: DataSet = part(DataSet)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,9 @@ def embed(
             raise ValueError(f"--max-bad-images is a fraction from 0 to 1, got {max_bad_images}.")
         encoder = open_encoder(model, extraction.img_size, extraction.nodata, extraction.device)
         # rows are numbered by one listing, so that no process may have its own
-        listing = find_files(images.paths, images.dataset, max_bad_images, group, progress=progress, copies=False)
+        listing = find_files(
+            images.paths, images.data_set.dataset, max_bad_images, group, progress=progress, copies=False
+        )
         order = StreamOrder(batch_size, whole=True)
         how: dict[str, Any] = {"order": order, "listing": listing}
         source = create_source(images.paths, images.data_set, encoder.in_chans, encoder.pixels, **how)
@@ -101,7 +103,7 @@ def embed(
         stated = source.reader.num_samples if isinstance(source, TimmStream) else None
         if stated and seen != stated:  # the reader skips corrupt shards and only logs them
             raise ValueError(
-                f"The stream gave {seen} images, expected {stated}. Repair the shards or correct --num-samples, then "
+                f"The stream gave {seen} images, expected {stated}. Repair the shards or correct --num-images, then "
                 "resume with --resume: finished rows stay."
             )
         group.gather([])  # waits for the parts of all processes
@@ -115,7 +117,7 @@ def _record(
     places = {"data_dir": as_list(images.paths.data_dir), "data_list": as_list(images.paths.data_list)}
     record: dict[str, Any] = {name: [os.path.abspath(one) for one in place] for name, place in places.items()}
     record |= {"model": model, "weights": encoder.digest(), **encoder.settings}
-    record |= {"dataset": images.dataset, "split": images.split, "input_key": images.input_key}
+    record |= {name: getattr(images.data_set, name) for name in ("dataset", "split", "input_key")}
     record |= {"images": None if isinstance(source, TimmStream) else len(source), "names": _digest_of_names(source)}
     pixels = {key: str(value) for key, value in encoder.pixels.record().items()}  # as text: NaN is not equal to itself
     record |= {"pixels": pixels, "batch_size": extraction.batch_size, "amp": extraction.amp}

@@ -56,7 +56,7 @@ class Crops:
     ratio: tuple[float, float] = option((3 / 4, 4 / 3), "aspect ratio of the random crop", metavar="X")
     hflip: float = option(0.5, "probability of a horizontal flip", metavar="P")
     vflip: float = option(0.0, "probability of a vertical flip", metavar="P")
-    train_interpolation: str = option("bicubic", "", choices=("bicubic", "bilinear", "nearest"))
+    train_interpolation: str = option("bicubic", "how crops are resized", choices=("bicubic", "bilinear", "nearest"))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -90,8 +90,8 @@ class Network:
     channel_dropout: float = option(
         0.0, "remove each channel of an image with this probability, so that the encoder works for images with fewer",
         metavar="P")
-    decoder_depth: int = option(1, "", metavar="N")
-    decoder_dim: int = option(512, "", metavar="N", at_least=1)
+    decoder_depth: int = option(1, "blocks of the decoder", metavar="N")
+    decoder_dim: int = option(512, "channels of the decoder", metavar="N", at_least=1)
     norm_pix_loss: bool = option(True, "normalise targets per patch")
     model_kwargs: dict[str, Any] = option({}, "more arguments of timm.create_model")
     grad_checkpointing: bool = option(False, "saves memory, 17 to 33 % more compute")
@@ -102,7 +102,7 @@ class Average:
     """The moving average of the weights."""
 
     model_ema: bool = option(False, "keep and export a moving average of the weights")
-    model_ema_decay: float = option(0.9999, "", metavar="X")
+    model_ema_decay: float = option(0.9999, "share of the average that each update keeps", metavar="X")
     model_ema_warmup: bool | None = option(
         None, "start with a shorter average (default: yes, or as in the run that is resumed)")
 
@@ -138,8 +138,8 @@ class Optimizer:
     warmup_lr: float = option(0.0, "learning rate at the start of the warmup", metavar="X", at_least=0)
     min_lr: float = option(0.0, "learning rate at the end", metavar="X", at_least=0)
     opt: str = option("adamw", "any optimizer of timm", metavar="NAME")
-    opt_betas: tuple[float, float] = option((0.9, 0.95), "", metavar="X")
-    opt_eps: float = option(1e-8, "", metavar="X")
+    opt_betas: tuple[float, float] = option((0.9, 0.95), "AdamW's betas", metavar="X")
+    opt_eps: float = option(1e-8, "term in the optimizer's denominator", metavar="X")
     weight_decay: float = option(0.05, "none on biases, norms and GRN", metavar="X")
     clip_grad: float | None = option(None, "clip the gradient's norm (default: no clipping)", metavar="NORM")
     max_bad_steps: int = option(0, "NaN/inf updates to skip before stopping", metavar="N", at_least=0)
@@ -151,7 +151,7 @@ class Compute:
 
     device: str = device_option()
     amp: bool = option(False, "mixed precision")
-    amp_dtype: str = option("bfloat16", "", choices=("bfloat16", "float16"))
+    amp_dtype: str = option("bfloat16", "type of mixed precision", choices=("bfloat16", "float16"))
     torchcompile: str | None = option(None, "compile the model", nargs="?", const="inductor", metavar="BACKEND")
 
     @property
@@ -215,6 +215,8 @@ class Measures:
 class PretrainConfig:
     """The options of a run. Defaults are the paper's recipe for ImageNet-1K, and a horizontal flip (TRAINING.md)."""
 
+    config: str | None = option(
+        None, "YAML file that sets any of the options", short="-c", metavar="FILE", recorded=False)
     dry_run: bool = option(False, "print settings, image count and memory, then stop", recorded=False)
     replay: str | None = option(
         None, "repeat the forward of a run's bad-step-*.json, then stop", metavar="FILE", recorded=False)

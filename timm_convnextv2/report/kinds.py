@@ -160,7 +160,7 @@ def _facts_of_pretraining(run: RunRecord) -> dict[str, str]:
     chans, height, width = of["input_size"]
     sources = [of["dataset"], of["data_dir"], of.get("data_list")]
     named = [word for source in sources if source for word in (source if isinstance(source, list) else [source])]
-    images = run.progress.get("num_images") or of.get("train_num_samples")
+    images = run.progress.get("num_images") or of.get("num_images")
     probed = f"{probe.get('data_dir', '')}: {len(probe.get('classes') or [])} classes, {probe.get('train', '?')} train"
     weights = str(of.get("weights") or "published or given weights") if of["pretrained"] else "random weights"
     decoder = f"decoder {of['decoder_depth']} x {of['decoder_dim']}"

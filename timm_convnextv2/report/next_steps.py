@@ -80,7 +80,7 @@ def next_steps_of_transfer(settings: dict[str, Any], folder: Path) -> list[Step]
     predict = shlex.join([*invocation(command), "predict", "--model", str(model), *device])
     return [
         Step("Evaluate it again", shlex.join(evaluate)),
-        Step("Use it on other images", f"{predict} --images IMAGES {output}"),
+        Step("Use it on other images", f"{predict} --data-dir IMAGES {output}"),
         Step("Preview a publication", publish_preview(folder, model)),
     ]
 

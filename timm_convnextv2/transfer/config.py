@@ -19,7 +19,7 @@ class Compute:
         "model was trained)", metavar="V")
     device: str = device_option()
     amp: bool = option(False, "mixed precision", negatable=True)
-    amp_dtype: str = option("bfloat16", "", choices=("bfloat16", "float16"))
+    amp_dtype: str = option("bfloat16", "type of mixed precision", choices=("bfloat16", "float16"))
     workers: int = option(4, "data loading processes per process", short="-j", metavar="N", at_least=0)
 
     @property
@@ -67,25 +67,25 @@ class Learning:
     grad_accum_steps: int = option(1, "steps per update", metavar="N", at_least=1)
     opt: str = option("adamw", "any optimizer of timm", metavar="NAME")
     lr: float = option(1e-4, "learning rate of everything above the backbone", metavar="X")
-    weight_decay: float = option(0.05, "", metavar="X")
+    weight_decay: float = option(0.05, "none on biases and norms", metavar="X")
     layer_decay: float = option(1.0, "learning rate of a layer relative to the next higher one", metavar="X")
     layer_decay_type: str = option("group", "layers of a ConvNeXt V2", choices=("group", "single"))
     clip_grad: float | None = option(None, "clip the gradient's norm (default: no clipping)", metavar="NORM")
     model_ema: bool = option(False, "evaluate and export a moving average of the weights", negatable=True)
-    model_ema_decay: float = option(0.9998, "", metavar="X")
+    model_ema_decay: float = option(0.9998, "share of the average that each update keeps", metavar="X")
     sched: str = option("step", "poly: linear to 0; step: see --decay-epochs", choices=("step", "cosine", "poly"))
     decay_epochs: tuple[float, ...] = option(
         (27.0, 33.0), "epochs after which 'step' divides the learning rate by 10", metavar="N")
     warmup_updates: int = option(1000, "updates of linear warmup", metavar="N", at_least=0)
     warmup_share: float = option(1e-3, "first learning rate of the warmup, relative to --lr", metavar="X")
-    seed: int = option(42, "", metavar="N")
+    seed: int = option(42, "seed of weights, order and crops", metavar="N")
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """The folder of a run, and its reports."""
 
-    output: str = option("output", "", metavar="DIR")
+    output: str = option("output", "folder of all runs", metavar="DIR")
     experiment: str = option("", "sub-folder of --output (default: time, task and model)", metavar="NAME")
     resume: str = option("", "a checkpoint, or 'auto' for the experiment's last", metavar="PATH", recorded=False)
     overwrite: bool = option(False, "first remove the files of an earlier run from the folder", recorded=False)
@@ -121,11 +121,15 @@ class ExportedConfig:
 class Predicted:
     """The images of `predict`, and what to do with them."""
 
-    images: str = option(..., "folder with images at any depth", metavar="DIR")
+    data_dir: str = option("", "folder with images at any depth (default: needed)", metavar="DIR", words="IMAGES")
     max_bad_images: float = option(
         1.0, "stop if more than this fraction of the images cannot be decoded (default: only if none can)",
         metavar="X", at_least=0, at_most=1)
     draw: str | None = option(None, "folder for images of what was found", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        if not self.data_dir:
+            raise ValueError("No images given. Name a folder: predict IMAGES.")
 
 
 # ---------------------------------------------------------------------------------------------------------- detection

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..config import ERROR
 from ..formats.decode import groups_of, read_header
 from ..formats.errors import ImageError
 from ..formats.files import Header
@@ -19,7 +20,6 @@ from ..sources.source import Source
 from ..sources.stream import TimmStream
 from .pixel_statistics import PixelStatistics
 
-ERROR = 0.02  # of the mean, in standard deviations
 _LEAST = 32  # images before the error is trusted
 _MOST = 2000
 _CHUNK = 8

@@ -52,7 +52,7 @@ def create_source(
     if name == "embedded":
         from ..demo import DemoSource
 
-        length, seed = data_set.train_num_samples or 2048, int(data_set.train_split != "train")
+        length, seed = data_set.num_images or 2048, int(data_set.split != "train")
         return DemoSource(length, 128, in_chans, seed, pixels=pixels)
     if prefix in STREAMS:
         return TimmStream(data_set, root, in_chans, pixels, order)

@@ -52,7 +52,7 @@ class TimmStream(IterableDataset):
         self.in_chans, self.pixels = in_chans, pixels.check(in_chans)
         if self.kind not in STREAMS:
             raise ValueError(f"Data set '{name}' is not a stream (wds/, hfids/, tfds/). Use TimmSource.")
-        kwargs: dict[str, Any] = dict(num_samples=data_set.train_num_samples, input_img_mode="")
+        kwargs: dict[str, Any] = dict(num_samples=data_set.num_images, input_img_mode="")
         if self.kind == "wds":
             self.input_key = input_key or ";".join(ext[1:] for ext in image_extensions())
             if root is None:

@@ -56,7 +56,7 @@ class TimmSource(Source):
             self.dataset = open_dataset(data_set, root, **kwargs)
         self.reader: Any = getattr(self.dataset, "reader", None)  # torchvision's data sets have none
         if not len(self.dataset):
-            split = data_set.train_split
+            split = data_set.split
             raise ValueError(f"Split '{split}' of data set '{self.dataset_name}' has no sample. Choose another split.")
         if prefix == "hfds":
             self._select_column(name)
@@ -120,7 +120,7 @@ def open_dataset(data_set: DataSet, root: str | os.PathLike | None, **kwargs: An
     """Opens a data set with timm's `create_dataset`."""
     from timm.data import create_dataset
 
-    name, split = data_set.dataset, data_set.train_split
+    name, split = data_set.dataset, data_set.split
     try:
         root_path = None if root is None else os.fspath(root)
         return create_dataset(name, root=root_path, split=split, download=data_set.dataset_download, **kwargs)
