@@ -92,12 +92,12 @@ COMMANDS = {
         "--data-dir LABELLED --encoder runs/mine --output compared\n"
         "--data-dir LABELLED --unlabelled IMAGES --also resnet18 --label-budgets 0.1 1 --output compared",
         "Should I pretrain? Each candidate is finetuned with timm's train.py and a recipe that suits it: pretrained\n"
-        "weights with --recipe, random ones, which have the architecture of your encoder, with --scratch-recipe. A fifth\n"
-        "of the training images chooses the learning rate out of --lr-grid; then each candidate is trained once per seed\n"
-        "on all of them. The validation images are only measured, at the end. --label-budgets repeats this with fewer\n"
-        "training images. LABELLED has train/ and validation/. Prints a table and a verdict; writes compare.csv,\n"
-        "compare.json and compare.png. Options that are not listed here go to `finetune`. A stopped comparison\n"
-        "continues with --resume.",
+        "weights with --recipe, random ones, which have the architecture of your encoder, with --scratch-recipe.\n"
+        "A fifth of the training images chooses the learning rate out of --lr-grid; then each candidate is trained\n"
+        "once per seed on all of them. The validation images are only measured, at the end. --label-budgets repeats\n"
+        "this with fewer training images. LABELLED has train/ and validation/. Prints a table and a verdict; writes\n"
+        "compare.csv, compare.json and compare.png. Options that are not listed here go to `finetune`. A stopped\n"
+        "comparison continues with --resume.",
         passes_on=True,
     ),
     "embed": Command(
@@ -111,8 +111,8 @@ COMMANDS = {
         EvaluateConfig,
         "models data_dir validation_share img_size batch_size device output",
         "runs/mine convnextv2_atto.fcmae --data-dir LABELLED",
-        "Baselines are measured as well: small pixels, a histogram of each channel, the border of the image, and random\n"
-        "weights. A control with shuffled labels must be at chance.",
+        "Baselines are measured as well: small pixels, a histogram of each channel, the border of the image, and\n"
+        "random weights. A control with shuffled labels must be at chance.",
     ),
     "collapse": Command(
         "compare how similar the channels of models are",
