@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 from .console import CommandParser, closest
 
 C = TypeVar("C")
+MODEL = "atto to huge, a name of timm, the folder of a run or model, local-dir:FOLDER or hf-hub:USER/NAME"
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ import torch
 from encoders import make_encoder
 from PIL import Image
 
+from timm_convnextv2.checkpoint.loading import model_name
 from timm_convnextv2.commands import collapse as collapse_command
 from timm_convnextv2.commands.evaluate import main
 from timm_convnextv2.data import DemoSource, create_source
 from timm_convnextv2.features import collapse, evaluate_models
 from timm_convnextv2.features.collapse_models import draw_images
 from timm_convnextv2.features.config import Extraction, Scoring
-from timm_convnextv2.features.encoder import model_name, open_encoder
+from timm_convnextv2.features.encoder import open_encoder
 
 BASELINES = ["8x8 pixels", "histogram of each channel", "border only", "convnextv2_atto, random weights"]
 
@@ -106,6 +107,7 @@ def test_random_weights_are_of_the_architecture_and_the_seed(run):
 def test_names_of_models(run, tmp_path):
     assert model_name(str(run)) == model_name(str(run / "encoder")) == f"local-dir:{run / 'encoder'}"
     assert model_name("convnextv2_atto.fcmae") == "convnextv2_atto.fcmae"
+    assert model_name("atto") == "convnextv2_atto" and model_name("atto", "fcmae_convnextv2") == "fcmae_convnextv2_atto"
     with pytest.raises(ValueError, match="no config.json in it, nor in encoder/ or model/"):
         model_name(str(tmp_path))
 

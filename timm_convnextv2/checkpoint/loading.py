@@ -14,10 +14,31 @@ from torch import Tensor, nn
 from ..console import closest
 from ..data import Pixels
 from ..models import FCMAE
+from ..models.variants import VARIANTS
 from .provenance import HUB_ERRORS, WEIGHTS, config_beside, read_config, training_of
 
 _EXPECTED = "a timm model, local-dir:FOLDER or hf-hub:USER/NAME"
+_FOLDERS_OF_A_RUN = ("encoder", "model")  # written by pretraining and by finetuning
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: the EMA first
+
+
+def model_name(name: str, family: str = "convnextv2") -> str:
+    """The name for timm: of a size such as atto (`convnextv2_atto`), and of the folder of a run or model.
+
+    Other names are returned unchanged.
+    """
+    if name in VARIANTS:
+        return f"{family}_{name}"
+    folder = Path(name)
+    if not name or not folder.is_dir():
+        return name
+    for candidate in (folder, *(folder / part for part in _FOLDERS_OF_A_RUN)):
+        if (candidate / "config.json").is_file():
+            return f"local-dir:{candidate}"
+    raise ValueError(
+        f"The folder '{name}' has no model: there is no config.json in it, nor in encoder/ or model/. Give the folder "
+        "of a run that has written its encoder, or the folder of a model."
+    )
 
 
 def load_model(name: str, **kwargs: Any) -> nn.Module:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import add_options, build, check_values, entries, parsed, words_given
 from ..console import PROGRAM, CommandParser, closest, ended_by_signals, refused, say
+from ..runs.errors import worker_died
 from .table import COMMANDS, GROUPS, actions
 
 
@@ -104,8 +105,6 @@ def run(name: str, act: Callable[[Any], int | None], words: Sequence[str] | None
         with ended_by_signals():
             return act(config) or 0
     except (ValueError, RuntimeError, OSError) as e:
-        from ..runs.errors import worker_died  # torch
-
         return refused(name, RuntimeError(worker_died(e)) if worker_died(e) else e)
     except KeyboardInterrupt:
         say("Stopped. Files that were not complete were not written.", error=True)

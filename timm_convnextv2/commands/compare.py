@@ -6,13 +6,13 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ..checkpoint.loading import model_name
 from ..config import build, evolve
 from ..console import PROGRAM, ended_by_signals, refused, say
 from ..data.formats.pixels import PLAIN
 from ..features import compare as comparison
 from ..features.compare import candidates_of, pretrain_options, tail
 from ..features.config import CompareConfig
-from ..features.encoder import model_name
 from ..features.labelled import Row, rows_of_folder, split_folders
 from ..finetune.config import RECIPES
 from ..recipes import load_recipe

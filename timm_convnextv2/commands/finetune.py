@@ -6,7 +6,7 @@ from ..config import build
 from ..console import refused, say
 from ..finetune.config import RECIPES, FinetuneConfig
 from ..finetune.launch import epochs_done, export, failure, next_commands, run_plan
-from ..finetune.options import ScriptOptions, resolve_options
+from ..finetune.options import ScriptOptions, resolve_options, with_model_name
 from ..finetune.plan import Plan, check_augmentation, count, describe_plan, make_plan, warnings
 from ..finetune.scripts import load_script
 from ..recipes import list_recipes, load_recipe, recipe_names
@@ -29,6 +29,7 @@ def prepare(argv: list[str] | None) -> Plan | None:
         raise ValueError("The launcher sets train.py's --config: give your file as --recipe FILE.")
     # train.py's parser knows these two as well, so that they are in its args.yaml
     kept = {"nodata": config.nodata, "license": config.license}
+    rest = with_model_name(rest)
     rest += [f"--{name}={value}" for name, value in kept.items() if value is not None]
     recipe = load_recipe(config.recipe, RECIPES)
     if config.from_scratch:

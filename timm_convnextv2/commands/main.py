@@ -23,7 +23,7 @@ def usage() -> str:
         "options:\n"
         "  -h, --help                show this text; COMMAND --help shows the options of a command\n"
         "  --version                 show the version\n"
-        "  --print-completion SHELL  completion of words for bash, zsh or fish, see docs/installation.md\n\n"
+        "  --print-completion SHELL  print the completion of words for bash, zsh or fish\n\n"
         "On several GPUs: torchrun --nproc-per-node N -m timm_convnextv2 COMMAND [OPTION ...]"
     )
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..config import device_option, option, part
+from ..config import MODEL, device_option, option, part
 from ..data.config import DataSet, ImagePaths
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -50,8 +50,7 @@ class EmbedImages:
 class EmbedConfig:
     """The options of `embed`."""
 
-    model: str = option(..., "a model of timm, local-dir:FOLDER, hf-hub:USER/NAME, or the folder of a run",
-                        metavar="NAME")
+    model: str = option(..., MODEL, metavar="MODEL")
     output: str = option(..., "file to write: .npy, .safetensors or .parquet", metavar="FILE")
     images: EmbedImages = part(EmbedImages, "images")
     extraction: Extraction = part(Extraction, "features")
@@ -59,9 +58,6 @@ class EmbedConfig:
         0.01, "stop if more than this fraction of the images cannot be decoded", metavar="X", at_least=0, at_most=1)
     resume: bool = option(False, "continue a stopped run from OUTPUT.parts")
     overwrite: bool = option(False, "replace --output and the parts of a stopped run")
-
-
-MODELS_HELP = "models of timm, local-dir:FOLDER, hf-hub:USER/NAME, or folders of runs"
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ class Splitting:
 class EvaluateConfig:
     """The options of `evaluate`."""
 
-    models: tuple[str, ...] = option(..., MODELS_HELP, positional=True, metavar="MODEL")
+    models: tuple[str, ...] = option(..., MODEL, positional=True, metavar="MODEL")
     data_dir: str = option(
         ..., "folder with train/ and validation/ of class folders; a folder of class folders, which is split; or a CSV "
         "with name and label", metavar="LABELLED")
@@ -127,7 +123,7 @@ class DrawnImages:
 class CollapseConfig:
     """The options of `collapse`."""
 
-    models: tuple[str, ...] = option(..., MODELS_HELP, positional=True, metavar="MODEL")
+    models: tuple[str, ...] = option(..., MODEL, positional=True, metavar="MODEL")
     images: DrawnImages = part(DrawnImages, "images")
     computation: Computation = part(Computation, "features")
     batch_size: int = option(8, "images per batch", short="-b", metavar="N", at_least=1)
@@ -143,7 +139,7 @@ class CompareConfig:
 
     data_dir: str = option(..., "labelled images, train/ and validation/", metavar="DIR")
     encoder: str | None = option(
-        None, "your encoder: the folder of a run, local-dir:FOLDER or hf-hub:USER/NAME", metavar="MODEL")
+        None, f"your encoder: {MODEL}", metavar="MODEL")
     unlabelled: str | None = option(None, "images to pretrain an encoder on, instead of --encoder", metavar="DIR")
     pretrain: str = option("", "options of that pretraining, as one quoted word", metavar="OPTIONS")
     also: tuple[str, ...] = option(

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from ..checkpoint.loading import load_model, model_pixels
+from ..checkpoint.loading import load_model, model_name, model_pixels
 from ..config import check_limits
 from ..data import Pixels, check_readable, load_image
 from ..data.samples.batches import map_batches, preprocessing
@@ -23,7 +22,6 @@ from ..runs.device import check_device
 from ..runs.progress import ImageProgress
 from .extract import EXTRACTION, Embedded, Limit, embed_batches
 
-_FOLDERS_OF_A_RUN = ("encoder", "model")  # written by pretraining and by finetuning
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
@@ -98,27 +96,13 @@ class Encoder:
         return sha.hexdigest()
 
 
-def model_name(name: str) -> str:
-    """The name for timm: `local-dir:FOLDER` for the folder of a run or model; other names are returned unchanged."""
-    folder = Path(name)
-    if not name or not folder.is_dir():
-        return name
-    for candidate in (folder, *(folder / part for part in _FOLDERS_OF_A_RUN)):
-        if (candidate / "config.json").is_file():
-            return f"local-dir:{candidate}"
-    raise ValueError(
-        f"The folder '{name}' has no model: there is no config.json in it, nor in encoder/ or model/. Give the folder "
-        "of a run that has written its encoder, or the folder of a model."
-    )
-
-
 def open_encoder(
     name: str | os.PathLike, img_size: int | None = None, nodata: float | None = None, device: str = EXTRACTION.device
 ) -> Encoder:
     """Loads a model on its device, by default the GPU of this process if there is one.
 
     Args:
-        name: The folder of a run, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or a model of timm with weights.
+        name: A size (atto), the folder of a run, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or a model of timm with weights.
         img_size: Side of its square inputs in pixels, by default the model's.
         nodata: Stored value meaning "no data", by default that of its training.
     """

@@ -8,11 +8,12 @@ from typing import Any
 from timm.data import resolve_data_config
 from torch import nn
 
+from ..checkpoint.loading import model_name
 from ..data import Pixels
 from .folders import FolderReader, describe, is_folder, open_split, shown, split_folder
 from .images import Images, Kept, Reading, feed, probe, refuse_for_tensors
 from .model import check_weights_file, choose_pixels, create_fitted_model
-from .options import ScriptOptions, check_input_mode, resolve_options, with_device
+from .options import ScriptOptions, check_input_mode, resolve_options, with_device, with_model_name
 
 
 def prepare_evaluation(
@@ -49,11 +50,11 @@ def prepare_evaluation(
 def _with_model(words: list[str]) -> list[str]:
     """The words, with --model before the first if that is a name or a folder."""
     if not words or words[0].startswith("-"):
-        return list(words)
+        return with_model_name(words)
     name, *rest = words
     if any(word in ("-m", "--model") or word.startswith("--model=") for word in rest):
         raise ValueError(f"'{name}' and --model both name a model; the folder of the images is --data-dir.")
-    return ["--model", f"local-dir:{name}" if Path(name).is_dir() else name, *rest]
+    return ["--model", model_name(name), *rest]
 
 
 def _names_several(options: ScriptOptions) -> bool:

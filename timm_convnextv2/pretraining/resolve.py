@@ -10,6 +10,7 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ..checkpoint.loading import model_name
 from ..config import build, evolve, flat
 from ..data import Pixels
 from ..data.config import PixelOptions
@@ -40,6 +41,8 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
     if not config.paths.data_dir and not config.paths.data_list and config.data_set.dataset in ("", "embedded"):
         defaults = _embedded_defaults({**file, **given}.keys())
     network = config.network
+    if (name := model_name(network.model, "fcmae_convnextv2")) != network.model:  # a size, or a folder
+        given, network = {**given, "model": name}, replace(network, model=name)
     if network.weights:
         start = open_weights(network.weights, network.model, network.model_kwargs, config.destination.license)
     else:

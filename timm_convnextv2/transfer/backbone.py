@@ -12,7 +12,7 @@ from timm.models import group_parameters, load_model_config_from_hf
 from torch import Tensor, nn
 
 from ..checkpoint import load_model
-from ..checkpoint.loading import model_pixels
+from ..checkpoint.loading import model_name, model_pixels
 from ..checkpoint.provenance import Origin, config_beside, origin_of_config, read_config
 from ..data import Pixels, load_image
 from ..data.formats.pixels import PLAIN
@@ -103,12 +103,13 @@ def create_backbone(
 ) -> Backbone:  # fmt: skip
     """A backbone with its weights, and with the record of pixels in the model's folder.
 
-    `name` is a model of timm, `local-dir:FOLDER` or `hf-hub:USER/NAME`. For another number of channels than the
-    model's, timm adapts the first layer's weights, and all channels are normalised with the average of the model's
-    means. `kwargs` go to `timm.create_model`.
+    `name` is a size (atto), a model of timm, the folder of a run, `local-dir:FOLDER` or `hf-hub:USER/NAME`. For another
+    number of channels than the model's, timm adapts the first layer's weights, and all channels are normalised with the
+    average of the model's means. `kwargs` go to `timm.create_model`.
     """
     if drop_path_rate is not None:
         kwargs["drop_path_rate"] = drop_path_rate
+    name = model_name(name)
     architecture, own = _architecture(name)
     own_chans = own.get("in_chans", 3)
     chans = in_chans or own_chans

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config import device_option, option, part
+from ..config import MODEL, device_option, option, part
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class Compute:
 class BackboneOptions:
     """The backbone of a new model."""
 
-    model: str = option("", "a model of timm, local-dir:FOLDER or hf-hub:USER/NAME", metavar="NAME")
+    model: str = option("", MODEL, metavar="MODEL")
     from_scratch: bool = option(False, "random weights in the backbone, for comparison")
     frozen: bool = option(False, "train only the layers above the backbone")
     in_chans: int | None = option(None, "channels of the images (default: the model's)", metavar="N", at_least=1)
