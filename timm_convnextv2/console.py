@@ -29,11 +29,21 @@ class CommandParser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, rest = self.parse_known_args(args, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        if unknown := [word for word in words[: words.index("--") if "--" in words else None] if self._unknown(word)]:
+            near = closest(unknown[0].partition("=")[0], self._option_string_actions, 0.7)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}.{near}")
+        found, rest = self.parse_known_args(words, namespace)
         if rest:
-            near = closest(rest[0].partition("=")[0], self._option_string_actions, 0.7) if rest[0][0] == "-" else ""
-            self.error(f"unrecognized arguments: {' '.join(rest)}.{near}")
+            self.error(f"unrecognized arguments: {' '.join(rest)}.")
         return found
+
+    def _unknown(self, word: str) -> bool:
+        """Whether a word is an option that the parser does not have."""
+        known = self._option_string_actions
+        if word.partition("=")[0] in known or self._parse_optional(word) is None:  # pyright: ignore[reportAttributeAccessIssue]
+            return False
+        return word[:2] == "--" or word[:2] not in known  # -b16 holds a value
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         return super().parse_known_args(self._words_first(sys.argv[1:] if args is None else args), namespace)

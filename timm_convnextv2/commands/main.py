@@ -84,6 +84,7 @@ def _print_completion(words: list[str]) -> int:
             groups[group] = commands.add_parser(group, help=GROUPS[group]).add_subparsers()
         own = (groups[group] if action else commands).add_parser(action or name, help=command.summary)
         add_options(own, command.config)
+        own.add_argument("--help-all", action="store_true")
         for option in own._actions:
             if option.metavar in ("FILE", "PATH"):
                 vars(option)["complete"] = shtab.FILE

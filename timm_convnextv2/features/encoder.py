@@ -102,7 +102,7 @@ def open_encoder(
     """Loads a model on its device, by default the GPU of this process if there is one.
 
     Args:
-        name: A size (atto), the folder of a run, `local-dir:FOLDER`, `hf-hub:USER/NAME`, or a model of timm with weights.
+        name: A size (atto), a name of timm with weights, the folder of a run, `local-dir:FOLDER`, `hf-hub:USER/NAME`.
         img_size: Side of its square inputs in pixels, by default the model's.
         nodata: Stored value meaning "no data", by default that of its training.
     """

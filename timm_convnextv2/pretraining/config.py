@@ -80,8 +80,8 @@ class Network:
     """The FCMAE and its initial weights."""
 
     model: str = option(
-        "fcmae_convnextv2_atto", "atto to huge; or, to continue from, the folder of a run or model, local-dir:FOLDER or "
-        "hf-hub:USER/NAME", metavar="MODEL")
+        "fcmae_convnextv2_atto", "atto to huge; or, to continue from, the folder of a run or model, local-dir:FOLDER "
+        "or hf-hub:USER/NAME", metavar="MODEL")
     pretrained: bool = option(False, "start from those weights, or from the published encoder (CC-BY-NC 4.0)")
     weights: str | None = option(
         None, "start from a local file in the official format, timm's, or an FCMAE's", metavar="FILE")

@@ -25,7 +25,7 @@ from .start import Start, open_start, open_weights
 
 # Without --data-dir and --dataset: a run of about two minutes on two CPU cores.
 EMBEDDED_DEFAULTS = dict(
-    dataset="embedded", train_num_samples=768, img_size=56, patch_size=1, batch_size=32, epochs=16, lr=4e-3,
+    dataset="embedded", num_images=768, img_size=56, patch_size=1, batch_size=32, epochs=16, lr=4e-3,
     scale=(0.7, 1.0), workers=0, experiment="embedded",
 )  # fmt: skip
 EMBEDDED_NETWORK = dict(decoder_dim=128, model_kwargs=dict(depths=[1, 1, 3, 1], dims=[24, 48, 96, 192]))
@@ -76,7 +76,7 @@ def _embedded_defaults(named: Collection[str]) -> dict[str, Any]:
         defaults |= EMBEDDED_NETWORK
     if not {"mean", "std"} & {*named}:
         defaults["standardize"] = "channel"
-    if not {"dataset", "train_num_samples"} & {*named}:  # the first command
+    if not {"dataset", "num_images"} & {*named}:  # the first command
         defaults |= {"probe_dir": "embedded", "probe_interval": 5}
     return defaults
 
