@@ -1,6 +1,8 @@
 """Finding, checking and importing timm's scripts."""
 
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +15,7 @@ from timm_convnextv2.finetune.scripts import find_script
 
 def test_order_in_which_train_script_is_searched(tmp_path, monkeypatch, stand_in):
     monkeypatch.delenv("TIMM_TRAIN", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     clone = tmp_path / "clone"
     (clone / "timm").mkdir(parents=True)
     monkeypatch.setattr(timm, "__file__", str(clone / "timm" / "__init__.py"))
@@ -31,14 +34,20 @@ def test_order_in_which_train_script_is_searched(tmp_path, monkeypatch, stand_in
 
 
 @pytest.mark.parametrize("name", ["train.py", "validate.py", "inference.py"])
-def test_missing_script_is_an_error_with_all_ways_to_get_it(tmp_path, monkeypatch, name):
+def test_missing_script_is_an_error_with_all_ways_to_get_it(tmp_path, monkeypatch, name, stand_in):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("TIMM_TRAIN", raising=False)
     monkeypatch.setattr(timm, "__file__", str(tmp_path / "timm" / "__init__.py"))
     with pytest.raises(ValueError) as e:
         find_script(name)
     message = str(e.value)
-    assert f"v{timm.__version__}/{name}" in message and "\n" not in message
+    assert f"v{timm.__version__}/{name}" in message
+    words = shlex.split(message.splitlines()[1])  # the line to paste
+    assert words[:3] == ["curl", "-fL", "--create-dirs"] and words[3] == "-o"
     assert all(way in message for way in ("--timm-train", "TIMM_TRAIN=", "pip install -e"))
+    Path(words[4]).parent.mkdir(parents=True)
+    Path(words[4]).write_text(stand_in.replace("def main", "create_loader = None\n\n\ndef main", 1))
+    assert find_script(name) == Path(words[4])
 
 
 @pytest.mark.parametrize("kind", ["--timm-train", "TIMM_TRAIN"])

@@ -13,7 +13,7 @@ class EvaluationConfig:
     """Options of `validate` and `predict` themselves; all others go to timm's validate.py or inference.py."""
 
     timm_train: str | None = option(
-        None, "timm's script, or the folder of a clone (default: TIMM_TRAIN, or the clone timm is installed from)",
+        None, "timm's script, or the folder of a clone (default: TIMM_TRAIN, timm's clone, or the cache)",
         metavar="PATH",
     )  # fmt: skip
     nodata: float | None = option(

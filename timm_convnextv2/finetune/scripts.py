@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -30,8 +31,14 @@ def matching_script(name: str = "train.py") -> str:
     return f"Give the {name} of timm {timm.__version__} with --timm-train: {_url(name)}"
 
 
+def kept_script(name: str) -> Path:
+    """Where a script of the installed timm is looked for last: in the user's folder for caches."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "timm_convnextv2" / f"timm-{timm.__version__}" / name
+
+
 def find_script(name: str, option: str | None = None) -> Path:
-    """Path of one of timm's scripts: by --timm-train, by TIMM_TRAIN, or in the clone that timm is installed from."""
+    """Path of one of timm's scripts: by --timm-train, by TIMM_TRAIN, in timm's clone, or where it was fetched to."""
     for source, value in (("--timm-train", option), ("TIMM_TRAIN", os.environ.get("TIMM_TRAIN"))):
         if not value:
             continue
@@ -44,12 +51,15 @@ def find_script(name: str, option: str | None = None) -> Path:
             return path.resolve()
         remedy = f"Save {_url(name)} there, or give the folder of a clone of timm."
         raise ValueError(f"{source} is {value}, but there is no {name} there. {remedy}")
-    beside = Path(timm.__file__).resolve().parents[1] / name
-    if not script_problem(beside, name):
-        return beside
+    kept = kept_script(name)
+    for place in (Path(timm.__file__).resolve().parents[1] / name, kept):
+        if not script_problem(place, name):
+            return place
     raise ValueError(
-        f"timm's {name} is needed and is not part of timm's package. Save {_url(name)} and give its path with "
-        "--timm-train PATH or set TIMM_TRAIN=PATH; or install timm from a clone (pip install -e CLONE)."
+        f"timm's {name} is needed and is not part of timm's package. Fetch it once for timm {timm.__version__}:\n"
+        f"  curl -fL --create-dirs -o {shlex.quote(str(kept))} {_url(name)}\n"
+        "It is found there from then on. Or give its path with --timm-train PATH or TIMM_TRAIN=PATH, or install timm "
+        "from a clone (pip install -e CLONE)."
     )
 
 

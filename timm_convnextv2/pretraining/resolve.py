@@ -37,6 +37,8 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
 
     Only `auto` is left to `measure`. Also returns the model to start from, None for random weights.
     """
+    if "config" in file:
+        raise ValueError("--config: the file sets 'config', and one file cannot name another. Remove that line.")
     config, defaults = build(PretrainConfig, file, given), {}
     if not config.paths.data_dir and not config.paths.data_list and config.data_set.dataset in ("", "embedded"):
         defaults = _embedded_defaults({**file, **given}.keys())
