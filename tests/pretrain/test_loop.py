@@ -67,7 +67,7 @@ import sys, torch
 assert "timm_convnextv2" not in sys.modules
 trained = torch.load(sys.argv[1], weights_only=True)["state_dict"]
 own = {k: v for k, v in model.state_dict().items() if not k.startswith("head.fc")}
-assert len(own) > 100 and all(torch.equal(v, trained["encoder." + k]) for k, v in own.items())
+assert len(own) > 60 and all(torch.equal(v, trained["encoder." + k]) for k, v in own.items())
 assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
 """
     result = shell(shlex.join([program, "-c", code, str(atto[0] / "last.pth.tar")]), tmp_path)
