@@ -113,9 +113,9 @@ class Fixed(Dataset):
         return self.dataset[SHOWN_EPOCH, i]
 
     def spread(self, most: int) -> list:
-        """At most so many of the images, at equal distances."""
+        """At most so many of the images, the first and the last among them, at equal distances."""
         count = min(most, len(self))
-        return [self[i * len(self) // count] for i in range(count)]
+        return [self[i * (len(self) - 1) // max(1, count - 1)] for i in range(count)]
 
     def loader(self, batch_size: int, workers: int) -> DataLoader:
         """All of them in batches, always in the same order."""
