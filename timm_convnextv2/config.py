@@ -20,6 +20,7 @@ YAML file. tyro and simple-parsing prefix nested names, jsonargparse has a YAML 
 
 import argparse
 import ast
+import json
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -232,14 +233,32 @@ def parsed(found: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file; a ValueError or OSError if it cannot be read, nested without end included."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The content of a YAML text; a ValueError if it is none."""
+    import yaml  # only where it is needed: --help reads no file
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ValueError(str(e)) from e
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_yaml(cls: type, path: str | Path, option_name: str = "--config") -> dict[str, Any]:
     """The values that a YAML file of `option: value` lines sets, converted as on the command line, or a ValueError."""
-    import yaml
-
     where = f"{option_name} {path}"
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        content = parse_yaml(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError) as e:
         raise ValueError(f"{where} cannot be read: {' '.join(str(e).split())}") from e
     return from_mapping(cls, content, where)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .config import parse_yaml
 from .console import closest
 
 
@@ -37,12 +38,10 @@ def load_recipe(name: str, folder: Path) -> Recipe:
             f"--recipe {name} is unknown.{closest(name, known)} Expected one of {', '.join(known)}, "
             "or the path of a .yaml file."
         )
-    import yaml  # only where it is needed: --help shows no recipe
-
     try:
         text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        values = parse_yaml(text)
+    except (OSError, ValueError) as e:
         raise ValueError(f"--recipe {name} cannot be read: {' '.join(str(e).split())}") from e
     if not isinstance(values, dict) or not values:
         raise ValueError(f"--recipe {name} holds {type(values).__name__}, expected lines of `option: value`.")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm_convnextv2.data import DemoSource, PretrainDataset, hold_out
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.pretraining import measures
-from timm_convnextv2.report.kinds import _findings_of_pretraining
+from timm_convnextv2.report.kinds import BASELINES, probe_rows
 from timm_convnextv2.report.run import read_run
 
 EPOCHS = 3
@@ -84,8 +84,9 @@ def test_baselines_and_neighbours(measured, labelled):
     assert latest["epoch"] == 3 and latest["against"].keys() == {"random", "pixels", "histogram", "border"}
     gain = float(rows(out)[-1]["eval_knn"]) - probe["baselines"]["random"]["knn"]
     assert latest["against"]["random"]["knn"].startswith(f"{gain:+.1f} (")
-    words = " ".join(_findings_of_pretraining(read_run(out)))
-    assert f"difference {latest['against']['random']['knn']}; plain pixels" in words
+    shown = dict(probe_rows(read_run(out)))
+    assert shown["random weights"][0][1] == latest["against"]["random"]["knn"]
+    assert [*shown][1:] == ["random weights", *map(BASELINES.get, ("pixels", "histogram", "border"))]
     assert {p.name for p in (out / "neighbours").iterdir()} == {f"epoch-000{i}.png" for i in (1, 2, 3)}
 
 

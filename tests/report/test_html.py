@@ -365,7 +365,7 @@ def test_refusals_of_the_command(tmp_path, capsys, no_charts):
         ([str(folder), "--output", str(tmp_path / "mine.html")], "mine.html' exists"),
         ([str(folder), "--output", str(tmp_path)], "is a folder"),
         ([str(folder), f"{folder}/."], "is named twice"),
-        ([str(folder), "--output", str(tmp_path / "no" / "x.html")], "cannot be written"),
+        ([str(folder), "--output", str(tmp_path / "mine.html" / "x.html")], "cannot be written"),
         ([], "the following arguments are required: RUN"),
     ):
         assert main(words) == 2

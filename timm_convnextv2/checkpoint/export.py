@@ -16,6 +16,7 @@ from timm.models import clean_state_dict
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from ..config import read_json
 from ..data import Pixels
 from ..files import new_part, remove_leftovers, sync, write_errors
 from ..models import FCMAE
@@ -52,7 +53,7 @@ def write_folder(
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "config.json"
         save_config_for_hf(model, str(path), model_config=labels, data_config=data)
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     cfg = config["pretrained_cfg"]
     # also at the top level; transformers' wrapper would pass it to timm.create_model twice
     config.get("model_args", {}).pop("num_classes", None)
@@ -124,7 +125,7 @@ def place_folder(
 def _describes_another(path: Path, config: dict[str, Any]) -> bool:
     """False if a `config.json` differs from the new one in the rows of the card's table only, as within a run."""
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_json(path)
         old["training"]["table"] = config["training"]["table"]
     except (OSError, ValueError, KeyError, TypeError):
         return True

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import timm
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 
+from ..config import read_json
 from ..files import load_checkpoint
 from ..models import ConvNeXtV2
 from ..models.weights import check_weights
@@ -185,7 +185,7 @@ def _label_names(path: Path, given: Sequence[str] | None, num_classes: int) -> l
     if given is None and file.is_file():
         source = f"'{file}'"
         try:
-            names = json.loads(file.read_text(encoding="utf-8"))
+            names = read_json(file)
         except (OSError, ValueError) as e:
             raise ValueError(f"{source} cannot be read: {e}") from e
     if names is None:

@@ -4,7 +4,6 @@ A licence travels in `pretrained_cfg["license"]` of a timm folder's `config.json
 for which timm has no field are in the section `training` of that file, which timm ignores (see `checkpoint.card`).
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ..config import read_json
 from ..console import closest
 from ..data import Pixels
 from ..data.formats.pixels import STANDARDIZE
@@ -204,12 +204,12 @@ def training_of(config: dict[str, Any]) -> dict[str, Any]:
     return training if isinstance(training, dict) else {}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object in the `config.json` of a folder of a model; a ValueError without one."""
     if not path.is_file():
         raise ValueError(f"'{path.parent}' is not the folder of a model: it has no {path.name}.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"'{path}' cannot be read as JSON: {e}") from e
     if not isinstance(config, dict):
@@ -224,7 +224,7 @@ def read_config(path: str | Path, ours: bool = True) -> dict[str, Any]:
         ValueError: The file is missing or not in timm's format.
         ConfigError: (a ValueError) A value has the wrong type.
     """
-    return check_config(read_json(Path(path)), path, ours)
+    return check_config(read_object(Path(path)), path, ours)
 
 
 def check_config(config: dict[str, Any], path: str | Path, ours: bool = True) -> dict[str, Any]:

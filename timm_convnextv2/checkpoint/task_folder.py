@@ -27,7 +27,7 @@ from .card import (
     with_metadata,
 )
 from .export import how_made, place_folder
-from .provenance import HUB_ERRORS, MODEL_ARGS, WEIGHTS, check_config, check_training, check_types, is_ours, read_json
+from .provenance import HUB_ERRORS, MODEL_ARGS, WEIGHTS, check_config, check_training, check_types, is_ours, read_object
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -85,7 +85,7 @@ def read_task(name: str | os.PathLike, task: str | None = None) -> tuple[Path, d
     """The folder (see `find_folder`) and `config.json` of a detector or segmenter; ValueError for any other folder."""
     folder = find_folder(name)
     try:
-        config = read_json(folder / CONFIG)
+        config = read_object(folder / CONFIG)
         if not is_task(config) or task not in (None, config["task"]):
             raise ValueError(
                 f"its {CONFIG} has the task {config.get('task')!r}, expected {task or ' or '.join(TASKS)}."
@@ -101,7 +101,7 @@ def read_task(name: str | os.PathLike, task: str | None = None) -> tuple[Path, d
 
 def read_folder_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a ConvNeXt V2 in a timm folder, or of a detector or segmenter on any backbone."""
-    config = read_json(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     return _checked(config, folder) if is_task(config) else check_config(config, folder / CONFIG)
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import hashlib
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
+from ..config import read_json
 from ..console import PACKAGE, closest, ended_by_signals
 from ..files import claim_folder, write_csv, write_json
 from ..report.images import save_figure
@@ -320,7 +320,7 @@ def _digest(model: str) -> str:
 def _finished(run: Path) -> dict[str, Any] | None:
     """What a finished finetuning was made with; None if it did not finish."""
     try:
-        return json.loads((run / MADE_WITH).read_text(encoding="utf-8"))
+        return read_json(run / MADE_WITH)
     except (OSError, ValueError):
         return None
 
@@ -453,7 +453,7 @@ def pretraining_cost(encoder: str) -> str:
     try:
         with open(folder.parent / "summary.csv", newline="", encoding="utf-8") as file:
             epochs = [(float(row["train_seconds"]), float(row["train_images_per_s"])) for row in csv.DictReader(file)]
-        card = json.loads((folder / "config.json").read_text(encoding="utf-8"))["training"]["table"]["Optimizer"]
+        card = read_json(folder / "config.json")["training"]["table"]["Optimizer"]
         batch = int(re.search(r"for (\d+) images per update", card)[1])  # pyright: ignore[reportOptionalSubscript]
     except (OSError, KeyError, TypeError, ValueError):
         return ""

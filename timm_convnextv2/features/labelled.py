@@ -101,7 +101,8 @@ def open_labelled(
     if place == "embedded":
         sources = [DemoSource(count, in_chans=in_chans, seed=seed, pixels=pixels) for seed, count in _DEMO.items()]
         labels = [torch.tensor([source.label(i) for i in range(len(source))]) for source in sources]
-        return Labelled([*DemoSource.classes], *map(Split, sources, labels))
+        train, test = map(Split, sources, labels)
+        return Labelled([*DemoSource.classes], train, test)
     path = Path(place)
     if not path.exists():
         raise ValueError(f"The labelled images '{printable(path)}' do not exist; expected a folder or a CSV.")
@@ -134,12 +135,13 @@ def open_labelled(
         held = _held(rows, validation_share, seed)
         train, test = ([row for i, row in enumerate(rows) if (i in held) == part] for part in (False, True))
     several = any(len(row.labels) > 1 for row in [*train, *test])
-    splits, paths = [], [[row.path for row in part] for part in (train, test)]
+    splits: list[Split] = []
+    paths = [[row.path for row in part] for part in (train, test)]
     for part, names in zip((train, test), paths, strict=True):
         source = ImageFiles(names, in_chans, pixels)
         splits.append(Split(source, _numbers([row.labels for row in part], classes, several)))
         refuse_bad([message for _, message in check_readable(source)])
-    shared = shared_note(*paths, "test")
+    shared = shared_note(paths[0], paths[1], "test")
     return Labelled(classes, splits[0], splits[1], (*notes, *([shared] if shared else [])))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..config import read_json
 from ..data import MissingPackageError
 from ..files import check_free, sync, whole_file, write_csv, write_json
 from ..runs.lock import LOCK, Lock
@@ -87,7 +88,7 @@ class Parts:
 
     def _run(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / _RUN).read_text(encoding="utf-8"))
+            return read_json(self.folder / _RUN)
         except (OSError, ValueError) as e:
             raise ValueError(f"'{self.folder / _RUN}' cannot be read: {e}. Replace the run with --overwrite.") from e
 

@@ -1,11 +1,11 @@
 """Texts about a run: what it is, and how its weights were made and measured."""
 
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
+from ..config import read_json
 from ..data.config import as_list
 from ..data.formats.files import printable
 from ..models import FCMAE
@@ -129,7 +129,7 @@ def outcome(folder: Path) -> str:
     found = summary.latest(folder / "summary.csv").get("knn")
     if found is None or not (folder / "probe.json").is_file():
         return ""
-    probe = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
+    probe = read_json(folder / "probe.json")
     others = {BASELINES.get(name, name): of["knn"] for name, of in probe["baselines"].items() if "knn" in of}
     sides = ", ".join(f"{name} {value:.3g} %" for name, value in {**others, "chance": probe["chance"]}.items())
     unit = "" if probe["unit"] == "accuracy" else f", {probe['unit']}"
@@ -143,7 +143,7 @@ def how_measured(folder: Path) -> dict[str, str]:
         epoch, loss = found["loss"]
         about["Held-out loss"] = f"{loss:.4f} (epoch {epoch})"
     if "knn" in found and (folder / "probe.json").is_file():
-        probe = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
+        probe = read_json(folder / "probe.json")
         values = {"": {name: found[name][1] for name in ("knn", "ridge")}}
         values |= {f"{'random weights' if base == 'random' else base} ": of for base, of in probe["baselines"].items()}
         about["Frozen features"] = (

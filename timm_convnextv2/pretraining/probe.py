@@ -4,7 +4,6 @@ The baselines, random weights of the same model and those of `plain_baselines`, 
 `probe.json` in the run's folder keeps them for a resumed run.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ..config import read_json
 from ..features import Labelled, Scoring, image_batches, rankme
 from ..features.baselines import plain_baselines
 from ..features.evaluate import resampled_features
@@ -87,7 +87,7 @@ class Probe:
             "k": self.neighbours, "unit": self.unit, "chance": round(100 * of.chance, 2),
         }  # fmt: skip
         if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json(path)
             if all(before.get(key) == value for key, value in about.items()) and "resampled" in before:
                 self.record = before
                 return before["baselines"]

@@ -1,6 +1,5 @@
 """Updates whose loss was not finite: their record, and their forward once more to find the first cause."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import load_checkpoint
+from ..config import read_json
 from ..files import save_torch, write_json
 from ..models import FCMAE
 from ..runs.checkpoints import LAST
@@ -55,7 +55,7 @@ def write_record(
 def read_record(path: Path) -> dict[str, Any]:
     """Reads the JSON file of `write_record`."""
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"--replay {path} cannot be read: {error}") from error
     if not isinstance(record, dict) or not record.keys() >= KEYS or not isinstance(record["settings"], dict):

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint.provenance import read_json
+from ..checkpoint.provenance import read_object
 from ..console import interpreter, invocation
 
 
@@ -18,7 +18,7 @@ class Step(NamedTuple):
 def publish_preview(folder: Path, model: Path) -> str:
     """The command that previews a publication of a run; asks for a licence if the exported `model` states none."""
     try:
-        licensed = read_json(model / "config.json").get("pretrained_cfg", {}).get("license")
+        licensed = read_object(model / "config.json").get("pretrained_cfg", {}).get("license")
     except (ValueError, AttributeError):
         licensed = None
     words = [

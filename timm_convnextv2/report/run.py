@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from ..config import parse_yaml, read_json
 from ..runs.summary import read_rows
 
 Row = dict[str, float]
@@ -105,8 +105,8 @@ def _read_settings(folder: Path) -> tuple[list[str], dict[str, Any], str]:
         raise ValueError(f"'{folder}' is not the folder of a run: it has no args.yaml.{hint}")
     try:
         text = path.read_text(encoding="utf-8")
-        settings = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        settings = parse_yaml(text)
+    except (OSError, ValueError) as e:
         raise ValueError(f"'{path}' cannot be read: {e}") from e
     values = settings if isinstance(settings, dict) else {}
     task = values.get("task", "finetuning" if "aa" in values and "mask_ratio" not in values else "pretraining")
@@ -160,14 +160,15 @@ def _read_table(run: RunRecord, name: str, needed: tuple[str, ...] = ()) -> list
 def _read_probe(run: RunRecord) -> dict[str, Any]:
     path = run.path / "probe.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:
         run.notes.append(f"probe.json cannot be read ({e}).")
         return {}
     baselines = content.get("baselines", {}) if isinstance(content, dict) else None
-    if not isinstance(baselines, dict) or not all(isinstance(of, dict) for of in baselines.values()):
+    whole = isinstance(baselines, dict) and all(isinstance(of, dict) for of in baselines.values())
+    if not isinstance(baselines, dict) or not whole or not isinstance(content.get("classes", []), list):
         run.notes.append("probe.json does not hold a probe and is left out.")
         return {}
     content["baselines"] = {

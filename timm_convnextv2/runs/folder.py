@@ -12,6 +12,7 @@ import timm
 import torch
 import yaml
 
+from ..config import parse_yaml
 from ..files import CheckpointError, WriteError, remove_leftovers, save_torch, whole_file
 from ..version import __version__
 from . import summary
@@ -99,8 +100,8 @@ class RunFolder:
     def _other_task(self, task: str) -> str:
         """The task of the run in the folder, '' if it is `task` or unknown. Finetuning's args.yaml is timm's."""
         try:
-            found = yaml.safe_load((self.path / "args.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+            found = parse_yaml((self.path / "args.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return ""
         found = found if isinstance(found, dict) else {}
         there = str(found.get("task") or ("pretraining" if "mask_ratio" in found else "finetuning"))

@@ -60,7 +60,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, object]], list[str]]:
     rows, damaged = [], []
     header = next(csv.reader(lines[:1]), [])
     for line in lines[1:]:
-        cells = next(csv.reader([line]), [])
+        cells = next(csv.reader([line]), []) if len(line) < csv.field_size_limit() else []  # else csv raises
         if cells == header:  # timm's train.py repeats it in a resumed run
             continue
         if line.endswith("\n") and len(cells) == len(header) and header[:1] == ["epoch"] and cells[0].isdecimal():

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from PIL import Image, ImageDraw
 
+from ..config import parse_yaml
 from ..data import FolderSource, ImageError
 from ..data.formats.decode import open_scene, read_header
 from ..data.formats.files import printable
@@ -44,14 +44,14 @@ def read_yolo(file: Path, split: str) -> tuple[list[str], list[YoloImage]]:
         ValueError: A file cannot be read, a label is in another format, or no image has labels.
     """
     try:
-        content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content: Any = parse_yaml(file.read_text(encoding="utf-8"))
         names = content["names"]
         names = [names[i] for i in range(len(names))]
         places = content[split] if isinstance(content[split], list) else [content[split]]
         root = file.parent / (content.get("path") or "")
         root = root if root.is_dir() else file.parent
         paths = [Path(os.path.abspath(path)) for place in places for path in _images(root, str(place))]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         what = f"'{file}' cannot be read as YOLO's data.yaml ({type(e).__name__}: {' '.join(str(e).split())})"
         raise ValueError(f"{what}; expected `names`, `train` and `val`.") from e
     labels = [_label_file(path) for path in paths]

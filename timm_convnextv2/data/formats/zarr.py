@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from ...config import read_json
 from .axes import Layout, Page, choose_axes, count_pages
 from .errors import ImageError, MissingPackageError, wrong_channels
 from .files import Header, Scene, check_inflated, check_size
@@ -56,7 +56,7 @@ def _attributes(*path: str) -> dict[str, Any]:
     """The attributes of an OME-Zarr group, of any version; empty if it has none."""
     for name, key in (("zarr.json", "attributes"), (".zattrs", None)):
         try:
-            found = json.loads(Path(*path, name).read_text(encoding="utf-8"))
+            found = read_json(Path(*path, name))
             found = found.get(key, {}) if key else found
             return found.get("ome", found)
         except (OSError, ValueError, AttributeError):
@@ -95,7 +95,7 @@ def _metadata(*folder: str) -> dict[str, Any] | None:
     for name in ("zarr.json", ".zarray"):
         path = Path(*folder, name)
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             return found if found.get("node_type", "array") == "array" else None
     return None
 
