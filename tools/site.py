@@ -79,11 +79,11 @@ def python_reference() -> str:
 
 def command_reference() -> str:
     """A page with the help of every command."""
-    from timm_convnextv2.commands.main import COMMANDS
+    from timm_convnextv2.commands.table import COMMANDS
 
     parts = ["# Commands"]
-    for name, summary in COMMANDS.items():
-        words = [sys.executable, "-m", "timm_convnextv2", name, "--help"]
+    for name, command in COMMANDS.items():
+        words, summary = [sys.executable, "-m", "timm_convnextv2", *name.split(), "--help-all"], command.summary
         done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "100"})
         parts.append(f"## {name}\n\n{summary[0].upper()}{summary[1:]}.\n\n```text\n{done.stdout.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"

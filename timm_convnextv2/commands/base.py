@@ -7,7 +7,6 @@ from typing import Any
 
 from ..config import add_options, build, check_values, entries, parsed, words_given
 from ..console import PROGRAM, CommandParser, closest, ended_by_signals, refused, say
-from ..runs.errors import worker_died
 from .table import COMMANDS, GROUPS, actions
 
 
@@ -95,6 +94,14 @@ def own_options(name: str, words: Sequence[str] | None) -> tuple[dict[str, Any],
     return given, rest
 
 
+def _named(error: Exception) -> Exception:
+    """The error, or one that says which data worker died."""
+    from ..runs.errors import worker_died  # imports torch, which a mistake in options does not need
+
+    reason = worker_died(error)
+    return RuntimeError(reason) if reason else error
+
+
 def run(name: str, act: Callable[[Any], int | None], words: Sequence[str] | None) -> int:
     """Calls `act` with the config from `words` (None: those of the process), and returns its exit status (None: 0).
 
@@ -105,7 +112,7 @@ def run(name: str, act: Callable[[Any], int | None], words: Sequence[str] | None
         with ended_by_signals():
             return act(config) or 0
     except (ValueError, RuntimeError, OSError) as e:
-        return refused(name, RuntimeError(worker_died(e)) if worker_died(e) else e)
+        return refused(name, e if isinstance(e, ValueError) else _named(e))
     except KeyboardInterrupt:
         say("Stopped. Files that were not complete were not written.", error=True)
         return 130

@@ -65,7 +65,7 @@ def _run(config: CompareConfig, rest: list[str]) -> None:
     tuning, final = comparison.cells_of(candidates, config, len(rows), parts)
     # user errors must appear before hours of work
     for cell in {(cell.candidate.name, cell.images): cell for cell in (*tuning, *final)}.values():
-        _check_finetuning(comparison.words_of_cell(cell, rest), output / "dry-run.log")
+        _check_finetuning([*comparison.words_of_cell(cell, rest), "--data-dir", str(cell.data)], output / "dry-run.log")
     what = comparison.plan_text(tuning, final, rest)
     if config.dry_run:
         say(f"Would run {what}. Nothing was started.")

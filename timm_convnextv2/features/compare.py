@@ -170,7 +170,7 @@ def part_folders(
             _link(rows[index], index, tune / ("validation" if i in held else "train"))
             _link(rows[index], index, train / "train")
             sha.update(os.path.realpath(rows[index].path).encode(errors="surrogateescape") + b"\0")
-        if not (train / "validation").is_symlink():
+        if not os.path.lexists(train / "validation"):
             (train / "validation").symlink_to(validation.resolve(), target_is_directory=True)
         found[size] = Part(tune, train, sha.hexdigest())
     return found
@@ -179,7 +179,7 @@ def part_folders(
 def _link(row: Row, index: int, folder: Path) -> None:
     place = folder / row.labels[0] / f"{index:07d}{Path(row.path).suffix}"
     place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.is_symlink():
+    if not os.path.lexists(place):  # a copy of the folder may hold the images themselves
         place.symlink_to(os.path.realpath(row.path))
 
 
@@ -206,11 +206,11 @@ def cells_of(
 
 
 def words_of_cell(cell: Cell, more: Sequence[str]) -> list[str]:
-    """The words of `finetune`."""
+    """The words of `finetune`, but for those that name folders of this comparison."""
     warmup = cell.epochs // 10
     # with --warmup-prefix, train.py adds the warmup to --epochs
     length = ["--epochs", str(cell.epochs - warmup), "--warmup-epochs", str(warmup), "--warmup-prefix"]
-    words = [*cell.candidate.start, "--data-dir", str(cell.data), *length, *more, "--seed", str(cell.seed)]
+    words = [*cell.candidate.start, *length, *more, "--seed", str(cell.seed)]
     most = int((1 - HELD_OUT) * cell.images)
     if most < cell.candidate.batch and not batch_given(more):  # train.py drops a batch that is not full
         words += ["--batch-size", str(2 ** int(math.log2(most)))]
@@ -299,7 +299,10 @@ def _refuse_other(run: Path, before: dict[str, Any] | None, made_with: dict[str,
 def _finetune(cell: Cell, made_with: dict[str, Any]) -> float:
     run = cell.folder
     shutil.rmtree(run, ignore_errors=True)  # of a finetuning that was stopped
-    place, log = ["--output", str(run.parent), "--experiment", run.name], run.with_name(f"{run.name}.log")
+    place, log = (
+        ["--data-dir", str(cell.data), "--output", str(run.parent), "--experiment", run.name],
+        run.with_name(f"{run.name}.log"),
+    )
     seconds = call("finetune", [*made_with["options"], *place], log)
     if len(_accuracies(run)) != cell.epochs:  # train.py ends quietly on Ctrl-C
         raise subprocess.CalledProcessError(1, ["finetune", str(log)])

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import torch.distributed as dist
-
 from ..console import PROGRAM, invocation, refused, say, unbroken_output
 from .errors import DataError, NotFiniteError, NotSavedError, worker_died
+from .group import leave_group
 from .lock import release_locks
 from .loop import Run, train
 from .world import World, leave
@@ -56,8 +55,7 @@ def _clean(world: World | None, others: set[BaseProcess]) -> None:
     end_workers({*multiprocessing.active_children()} - others)
     if world is not None:
         world.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_group()
 
 
 def call_run(name: str, device: str, set_up: Callable[[World], Run | None]) -> Run | None:

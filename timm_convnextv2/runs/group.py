@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -68,7 +69,16 @@ def processes() -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Processes()
     finally:
         if own:
-            dist.destroy_process_group()
+            leave_group()
+
+
+def leave_group() -> None:
+    """Destroys the process group, if there is one."""
+    if dist.is_initialized():
+        # Gloo's threads free the tensors of the last operation, for which they need the GIL. PyTorch 2.7 holds it while
+        # it joins them, and waits for ever if they are not done.
+        time.sleep(0.2)
+        dist.destroy_process_group()
 
 
 def on_primary(group: Processes, act: Callable[[], T]) -> T:
