@@ -168,7 +168,7 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """' Did you mean ...?' if known words begin so, or one is similar; else ''."""
     known = list(known)
     begin = [name for name in known if name.startswith(word)] if len(word) > 3 else []
-    near = begin[:3] or difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
+    near = [word] * (word in known) or begin[:3] or difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     shown = "' or '".join(near)
     return f" Did you mean '{shown}'?" if near else ""
 

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import sys
+import types
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -82,6 +85,31 @@ def test_models_beside_baselines(run, labelled, tmp_path, capsys):
 
     assert main(words) == 2
     assert "already has evaluation.json, evaluation.png" in capsys.readouterr().err
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array.astype(np.uint8)).save(path)
+
+
+def test_near_duplicates_across_the_split_are_told(run, tmp_path, capsys, monkeypatch):
+    """With a stand-in for the package: a hash of how many rows are light."""
+    levels = {"train": {"a": (4, 8), "b": (12, 16)}, "validation": {"a": (4, 20), "b": (16, 24)}}
+    for part, classes in levels.items():
+        for name, values in classes.items():
+            for value in values:
+                image = np.full((32, 32, 3), 50)
+                image[:value] = 200
+                save(tmp_path / part / name / f"{value}.png", image)
+    words = [str(run), "--data-dir", str(tmp_path), "-j", "0", "--no-probe", "--device", "cpu", "--random-seeds", "1"]
+    stand_in = types.SimpleNamespace(phash=lambda image: f"{int(np.asarray(image).mean() / 4):016x}")
+    monkeypatch.setitem(sys.modules, "imagehash", stand_in)
+    assert main(words) == 0
+    assert "2 of 4 test images look like a training image, such as " in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    assert main(words) == 0
+    err = capsys.readouterr().err
+    assert "pip install imagehash" in err and "look like" not in err
 
 
 def test_repeatable_and_only_what_is_asked_for(run, labelled):

@@ -58,7 +58,7 @@ def test_result_is_exported_and_next_commands_are_printed(run, tmp_path, data, c
     start = ["timm-convnextv2"] if console else [sys.executable, "-m", "timm_convnextv2"]
     options = f"--model local-dir:{folder}/model --data-dir {data} --split val --device cpu --amp --amp-dtype bfloat16"
     assert validate == [*start, "validate", *options.split(" ")]
-    assert publish == [*words, str(folder), "USER/NAME", "--license", "ID", "--dry-run"]
+    assert publish == [*words, os.path.relpath(folder), "USER/NAME", "--license", "ID", "--dry-run"]
 
 
 @pytest.mark.parametrize("epochs, ended", [(3, "Stopped after 3 epochs of 10"), (10, "Done: ")])

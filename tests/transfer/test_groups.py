@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from helpers import ROOT
 from torch import nn
 
 from timm_convnextv2.transfer import create_backbone, parameter_groups
@@ -53,21 +52,6 @@ def test_learning_rates_are_those_of_the_paper(model, table, decay):
         else:
             assert scale == 1.0, name
     assert used == set(table.values())
-
-
-@pytest.mark.parametrize("column, table, decay, blocks", [(1, TINY, 0.95, 9), (2, BASE, 0.9, 27)])
-def test_the_table_of_the_page(column, table, decay, blocks):
-    parts = {
-        "stem": "stem", "stage 1": "stages.0.blocks", "stage 2 and": "stages.1.blocks",
-        "downsampling to stage 3": "stages.2.downsample", "last three": f"stages.2.blocks.{blocks - 1}",
-        "stage 4 and": "stages.3.blocks",
-    }  # fmt: skip
-    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "docs/transfer.md").read_text(), re.M)
-    assert len(rows) == len(parts) + 1
-    for row in rows:
-        part = next((parts[name] for name in parts if row[0].startswith(name)), None)
-        assert row[column] == f"{decay ** (table[part] if part else 0):.3f}", row
-    assert table[f"stages.2.blocks.{blocks - 3}"] == table[f"stages.2.blocks.{blocks - 1}"]
 
 
 def test_a_stock_model_decays_by_its_own_layers_and_frozen_ones_are_left_out():

@@ -182,7 +182,10 @@ def evaluate_models(
         plain = plain_baselines(data.train.source, base.transform)
         seeds = range(scoring.seed, scoring.seed + scoring.random_seeds)
         columns: list[Any] = [*plain.values(), *map(base.with_random_weights, seeds)]
-        near = None if split.groups or split.group_by else perceptual_hash()
+        grouped = split.groups or split.group_by
+        near = None if grouped else perceptual_hash()
+        if not grouped and near is None:
+            note("Not searching for near duplicates across the split: run `pip install imagehash`.")
         rows = [*zip(*extract("baselines", base, columns + ([partial(hashes, near)] if near else []))[:2], strict=True)]
         if near:
             alike = near_duplicates(*rows.pop())

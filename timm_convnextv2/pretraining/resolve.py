@@ -52,6 +52,7 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
         if start and not network.pretrained:
             raise ValueError(f"--model {network.model} without --pretrained has random weights: add --pretrained.")
     if start:
+        defaults.pop("standardize", None)  # the record of pixels is the start model's
         defaults = defaults | start.defaults(sized="img_size" in {**file, **given}) | {"pretrained": True}
         file = {name: value for name, value in file.items() if name != "pretrained"}
     config = build(PretrainConfig, defaults, file, given)
