@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode
 
-For each size, photograph-like JPEGs are drawn (the embedded data set's objects, under 1/f texture and sensor noise)
+For each size, photograph-like JPEGs are drawn (the demo data's objects, under 1/f texture and sensor noise)
 and saved at several qualities with and without chroma subsampling. Both candidates read the same files with the same
 seeds; the time is that of a whole sample: decode, crop, resize, normalise, mask. PSNR is between the two results in
 [0, 1], before normalisation, over the samples that were decoded reduced. For the choice of `MIN_OVERSAMPLING` it is

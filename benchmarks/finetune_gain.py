@@ -2,7 +2,7 @@
 
     python -m benchmarks.finetune_gain --timm-train path/to/timm/train.py
 
-Pretrains once with `train_scripts/pretrain.py` on the embedded images without labels. Then, for each seed,
+Pretrains once with `train_scripts/pretrain.py` on the demo images without labels. Then, for each seed,
 `train_scripts/finetune.py` with the recipe `smoke`, which runs timm's own `train.py`, twice: from that encoder and with
 `--from-scratch`. Labelled images, weights that are new, and crops are those of the seed; no image is in two sets.
 About half an hour on two CPU cores. Prints both accuracies, and writes them with their conditions to
@@ -78,7 +78,7 @@ def main() -> None:
         output = Path(args.output or temporary).resolve()
         output.mkdir(parents=True, exist_ok=True)
         rows, last = [], {name: [] for name in CANDIDATES}
-        words = ["--dataset", "embedded", "--num-images", args.images, "--epochs", args.epochs, *MODEL]
+        words = ["--dataset", "demo", "--num-images", args.images, "--epochs", args.epochs, *MODEL]
         words += ["--decoder-dim", 128, "--batch-size", 32, "--lr", 2e-3, "--scale", 0.5, 1, "--workers", 1]
         words += ["--output", output, "--experiment", "pretrain", "--overwrite"]
         seconds = call("pretrain.py", words, output / "pretrain.log")

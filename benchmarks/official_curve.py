@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def batches(model: FCMAE, updates: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """An image of the embedded set `[1, 3, H, W]` and its mask for each update."""
+    """An image of the demo set `[1, 3, H, W]` and its mask for each update."""
     source, size, drawn = DemoSource(updates, model.img_size[0]), model.img_size, []
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     for i in range(updates):
@@ -101,7 +101,7 @@ def main() -> None:
 
     apart = [abs(a - b) / a for a, b in zip(theirs, ours, strict=True)]
     about = conditions(torch.device("cpu"), args.threads)
-    about["inputs"] = f"{args.size}, {args.img_size} px, {args.updates} updates of one embedded image, {args.dtype}"
+    about["inputs"] = f"{args.size}, {args.img_size} px, {args.updates} updates of one demo image, {args.dtype}"
     rows = [
         {"update": i, "official": f"{a:.8f}", "ours": f"{b:.8f}", "relative difference": f"{d:.2e}"}
         for i, (a, b, d) in enumerate(zip(theirs, ours, apart, strict=True))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.transfer
 
-Pretrains once on embedded images without labels, then for each seed, on other embedded images with boxes and masks,
+Pretrains once on demo images without labels, then for each seed, on other demo images with boxes and masks,
 `detect train --boxes-only` and `segment train` twice each: from that encoder, and with `--from-scratch`; everything
 else is equal. Writes box AP and mIoU over the updates with their conditions to `benchmarks/results/transfer.csv`, and a
 figure to `docs/`. A run that was stopped continues with the same `--output`.
@@ -103,7 +103,7 @@ def main() -> None:
         words = [
             "pretrain",
             "--dataset",
-            "embedded",
+            "demo",
             "--num-images",
             args.images,
             "--epochs",

@@ -6,7 +6,7 @@ SHAPES = ("background", "square", "disc")
 
 
 def draw(count: int, size: int, in_chans: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of the embedded data set with a black square or a white disc drawn into each, at random.
+    """Images of the demo data with a black square or a white disc drawn into each, at random.
 
     Returns:
         Images, float `[count, in_chans, size, size]` in 0..1, and the classes of their pixels, `[count, size, size]`,

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Object detection: torchvision's Faster R-CNN on a pretrained ConvNeXt V2, with the functions of this package.
 
-    python examples/detection.py --model local-dir:output/embedded/encoder
+    python examples/detection.py --model local-dir:output/demo/encoder
     python examples/detection.py --model hf-hub:USER/NAME --frozen
 
 Trains a few steps on images with a black square or a white disc drawn into each, then looks for them in new

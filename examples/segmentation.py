@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Semantic segmentation: UPerNet on a pretrained ConvNeXt V2.
 
-    python examples/segmentation.py --model local-dir:output/embedded/encoder
+    python examples/segmentation.py --model local-dir:output/demo/encoder
     python examples/segmentation.py --model hf-hub:USER/NAME --frozen
 
 Trains a few steps on images with a black square or a white disc drawn into each, then prints the overlap (IoU) on new

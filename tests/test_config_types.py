@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 def start(folder, work):
     """As pretraining opens a model to start from."""
     config, opened = parse_options(
-        ["--model", f"local-dir:{folder}", "--pretrained", "--dataset", "embedded", "--decoder-dim", "8"]
+        ["--model", f"local-dir:{folder}", "--pretrained", "--dataset", "demo", "--decoder-dim", "8"]
     )
     model = create_model(config.network, config.crops, start=opened)
     mean, std = config.crops.normalization

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import run_python
 
 from timm_convnextv2.commands import main as cli
 from timm_convnextv2.commands.base import own_options
@@ -82,3 +83,12 @@ def test_completion(shell, capsys):
 def test_an_unknown_shell(capsys):
     assert cli.main(["--print-completion", "cmd"]) == 2
     assert "takes bash, zsh, fish, got 'cmd'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["train_scripts", "elsewhere"])
+def test_a_script_of_the_user_gets_the_models(folder, tmp_path):
+    script = tmp_path / folder / "mine.py"
+    script.parent.mkdir()
+    script.write_text("import timm, timm_convnextv2\nprint(timm.is_model('fcmae_convnextv2_atto'))\n")
+    run = run_python(script)
+    assert run.stdout.strip() == "True", run.stderr

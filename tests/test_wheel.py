@@ -29,7 +29,7 @@ for words in (
     ["finetune", "--list-recipes"],
     ["report", "runs/first", "--output", "report.html"],
     ["publish", "runs/first", "USER/NAME", "--license", "mit", "--dry-run"],
-    ["embed", "--model", "local-dir:runs/first/encoder", "--dataset", "embedded", "--num-images", "9",
+    ["embed", "--model", "local-dir:runs/first/encoder", "--dataset", "demo", "--num-images", "9",
      "--output", "rows.npy", "--workers", "0", "--device", "cpu"],
 ):
     assert main(words) == 0, words

@@ -46,8 +46,9 @@ def _is_command() -> bool:
     if program == "-m":  # Python's own options stand before it, the module's words behind it
         words = sys.orig_argv
         return words[words.index("-m") + 1 :][:1] == [__name__] if "-m" in words else f"-m{__name__}" in words
-    folder, name = os.path.split(program)
-    return name == "timm-convnextv2" or os.path.basename(folder) == "train_scripts"
+    folder, name = os.path.split(os.path.realpath(program))
+    scripts = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "train_scripts")
+    return name == "timm-convnextv2" or folder == scripts  # a user's own train_scripts/ imports the package
 
 
 # Importing the package registers its models with timm, and so takes the seconds that torch and timm take. A command

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """FCMAE pretraining of ConvNeXt V2 on unlabelled images, from a clone: `timm-convnextv2 pretrain` by its path.
 
-    python train_scripts/pretrain.py                                            # the small embedded data set
+    python train_scripts/pretrain.py                                            # the small demo data
     python train_scripts/pretrain.py --data-dir IMAGES --model fcmae_convnextv2_tiny --output runs
     torchrun --nproc-per-node 8 train_scripts/pretrain.py --data-dir IMAGES ...  # a process per GPU
 

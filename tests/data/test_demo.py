@@ -110,11 +110,11 @@ def test_no_image_is_seen_twice(written, tmp_path):
     other = pixels(write_folder(tmp_path / "other", **SMALL, seed=1))
     ours = pixels(written)
     pretraining = []
-    for split in ("train", "validation", "val", "test"):  # what pretraining on 'embedded' draws, at this size
-        source = create_source(data_set=DataSet("embedded", split, 24))
+    for split in ("train", "validation", "val", "test"):  # what pretraining on 'demo' draws, at this size
+        source = create_source(data_set=DataSet("demo", split, 24))
         source.size = 16
         pretraining += [source[i].permute(1, 2, 0).numpy() for i in range(24)]
-    for part in (labelled := open_labelled("embedded")).train, labelled.test:
+    for part in (labelled := open_labelled("demo")).train, labelled.test:
         part.source.size = 16
         pretraining += [part.source[i].permute(1, 2, 0).numpy() for i in range(24)]
     images = [image.tobytes() for image in (*ours.values(), *other.values())]

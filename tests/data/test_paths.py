@@ -122,8 +122,8 @@ def test_options_that_do_not_fit():
     with pytest.raises(ValueError, match="--source-weights .* 1 .* 2"):
         create_source(["a", "b"], source_weights=[1])
     for paths, weights in ((ImagePaths.of(None, "x"), None), (None, [1]), (["a", "b"], None)):
-        with pytest.raises(ValueError, match="embedded"):
-            create_source(paths, DataSet("embedded"), source_weights=weights)
+        with pytest.raises(ValueError, match="demo"):
+            create_source(paths, DataSet("demo"), source_weights=weights)
 
 
 def test_left_out_is_merged():

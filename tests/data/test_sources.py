@@ -307,12 +307,12 @@ def test_create_source(tmp_path):
     folder_of(tmp_path / "root" / "cat", 3)
     source = create_source(tmp_path / "root", in_chans=1)
     assert isinstance(source, FolderSource) and len(source) == 5 and source[0].shape == (1, 24, 32)
-    demo = create_source(data_set=DataSet("embedded", num_images=9))
-    held_out = create_source(data_set=DataSet("embedded", "validation"))
+    demo = create_source(data_set=DataSet("demo", num_images=9))
+    held_out = create_source(data_set=DataSet("demo", "validation"))
     assert isinstance(demo, DemoSource) and (len(demo), len(held_out)) == (9, 2048)
     assert not torch.equal(demo[0], held_out[0])
     for call, words in (
-        (lambda: create_source(), "--data-dir.*embedded"),
+        (lambda: create_source(), "--data-dir.*demo"),
         (lambda: create_source(tmp_path, DataSet("imagenet")), "'imagenet'.*hfds/"),
         (lambda: TimmSource(DataSet("imagenet"), tmp_path), "'imagenet'"),
         (lambda: TimmSource(DataSet("wds/x"), tmp_path), "stream.*TimmStream"),

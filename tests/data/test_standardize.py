@@ -118,7 +118,7 @@ def test_a_window_is_standardised_by_itself_after_its_content_is_judged(tmp_path
 
 
 def test_the_demo_is_standardised_too():
-    options = "--dataset embedded --standardize image".split()
+    options = "--dataset demo --standardize image".split()
     config, _ = parse_options(options)
     raw, image = DemoSource(8, 32)[5], DemoSource(8, 32, pixels=config.pixels.to_pixels())[5]
     np.testing.assert_allclose(image, standardized(raw.numpy() / 255.0, "image"), atol=2e-5)
@@ -169,11 +169,11 @@ def test_every_command_sees_the_numbers_of_pretraining(made, tmp_path, monkeypat
         ("--standardize channel --mean 0.5 0.5 0.5", "--mean is 0 with --standardize channel"),
         ("--standardize image --std 0.2 0.2 0.2", "--std is 1 with --standardize image"),
         ("--standardize pixel", "invalid choice: 'pixel'"),
-        ("--dataset embedded --standardize image --nodata 3", "demo data set .* 3 is nodata"),
+        ("--dataset demo --standardize image --nodata 3", "demo data set .* 3 is nodata"),
     ],
 )
 def test_contradictions_are_refused(words, message, capsys, tmp_path):
-    arguments = [*words.split(), *([] if "embedded" in words else ["--data-dir", "x"]), "--output", str(tmp_path)]
+    arguments = [*words.split(), *([] if "demo" in words else ["--data-dir", "x"]), "--output", str(tmp_path)]
     assert main(["pretrain", *arguments, "--device", "cpu"]) == 2
     assert re.search(message, capsys.readouterr().err)
 

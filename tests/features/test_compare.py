@@ -16,11 +16,11 @@ from PIL import Image
 
 from timm_convnextv2.commands import compare as command
 from timm_convnextv2.data.demo import write_folder
-from timm_convnextv2.features import compare
+from timm_convnextv2.features import compare, verdict
 from timm_convnextv2.runs.lock import Lock
 
-TOP1 = {compare.SCRATCH: (20.0, 40.0), compare.OWN: (30.0, 60.0), "resnet18": (25.0, 39.0)}
-BEST = {compare.SCRATCH: 8e-3, compare.OWN: 2.4e-4, "resnet18": 2.4e-2}  # recipes have 8e-3, 8e-4 and 8e-3
+TOP1 = {verdict.SCRATCH: (20.0, 40.0), verdict.OWN: (30.0, 60.0), "resnet18": (25.0, 39.0)}
+BEST = {verdict.SCRATCH: 8e-3, verdict.OWN: 2.4e-4, "resnet18": 2.4e-2}  # recipes have 8e-3, 8e-4 and 8e-3
 
 
 @pytest.fixture
@@ -39,10 +39,10 @@ def calls(monkeypatch):
             run = Path(option["--output"]) / option["--experiment"]
             (run / "model").mkdir(parents=True)
             (run / "model/config.json").write_text("{}")
-            name = option["--model"] if not option["--model"].startswith("local-dir") else compare.OWN
-            name = compare.SCRATCH if name == compare.OWN and "--from-scratch" in words else name
+            name = option["--model"] if not option["--model"].startswith("local-dir") else verdict.OWN
+            name = verdict.SCRATCH if name == verdict.OWN and "--from-scratch" in words else name
             epochs = sum(int(words[words.index(o) + 1]) for o in ("--epochs", "--warmup-epochs"))
-            (first, last), more = TOP1[name], int(option["--seed"]) * (1 + (name == compare.OWN))
+            (first, last), more = TOP1[name], int(option["--seed"]) * (1 + (name == verdict.OWN))
             rate = float(words[words.index("--lr-base") + 1])
             more -= 5 * (rate != BEST[name])  # as if another learning rate were worse
             values = [first + more] * (epochs - 1 - made.count("cut")) + [last + more]
@@ -131,7 +131,7 @@ def test_parts_are_nested_and_tuning_never_sees_the_validation_images(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("own", "scratch", "verdict"),
+    ("own", "scratch", "said"),
     [
         (
             (60.0, 61.0, 62.0),
@@ -143,10 +143,10 @@ def test_parts_are_nested_and_tuning_never_sees_the_validation_images(tmp_path, 
         ((60.0,), (50.0,), "cannot be told at this size: .*one seed, which gives no interval"),
     ],
 )
-def test_verdict(own, scratch, verdict):
-    last = {100: {compare.OWN: dict(enumerate(own)), "worse": {0: 1.0}, "x": dict(enumerate(scratch))}}
-    (line,) = compare.verdict(last)
-    assert re.search(verdict, line) and line.startswith("With 100 labelled images, ")
+def test_verdict(own, scratch, said):
+    last = {100: {verdict.OWN: dict(enumerate(own)), "worse": {0: 1.0}, "x": dict(enumerate(scratch))}}
+    (line,) = verdict.verdict(last)
+    assert re.search(said, line) and line.startswith("With 100 labelled images, ")
 
 
 def test_resume_keeps_what_is_finished(tmp_path, calls, encoder, capsys):
@@ -279,12 +279,12 @@ def test_the_cost_of_a_pretraining(pretrained):
     run, _ = pretrained
     with open(run / "summary.csv", newline="") as file:
         epochs = len(list(csv.DictReader(file)))
-    text = compare.pretraining_cost(f"local-dir:{run / 'encoder'}")
+    text = verdict.pretraining_cost(f"local-dir:{run / 'encoder'}")
     found = re.search(r"for (\d+) epochs, about (\d+) updates of (\d+) images", text)
     assert found and int(found[1]) == epochs, text
     settings = yaml.safe_load((run / "args.yaml").read_text())
     assert int(found[3]) == settings["batch_size"] * settings["grad_accum_steps"] and int(found[2]) >= epochs
-    assert compare.pretraining_cost("convnextv2_atto") == ""
+    assert verdict.pretraining_cost("convnextv2_atto") == ""
 
 
 def test_a_finetuning_that_fails(tmp_path, calls, encoder, capsys, monkeypatch):
@@ -324,5 +324,5 @@ def test_with_timm(tmp_path, capsys):
     ]
     assert command.main(words(tmp_path, *options)) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "out/compare.json").read_text())["top1"]
-    assert found["24"].keys() == {compare.SCRATCH, compare.OWN}
+    assert found["24"].keys() == {verdict.SCRATCH, verdict.OWN}
     assert all(0 <= value <= 100 for curve in found["24"].values() for value in curve.values())

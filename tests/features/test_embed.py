@@ -243,11 +243,11 @@ def test_any_model_of_timm(images_dir, tmp_path):
     assert np.load(tmp_path / "x.npy").shape == (5, 512)
 
 
-def test_the_embedded_data_set(small, tmp_path):
-    embed(small, None, tmp_path / "a.npy", dataset="embedded", num_images=9, batch_size=4)
+def test_the_demo_data(small, tmp_path):
+    embed(small, None, tmp_path / "a.npy", dataset="demo", num_images=9, batch_size=4)
     matrix, files, _ = read(tmp_path / "a.npy")
     assert matrix.shape == (9, 32) and files == [DemoSource(9).name(i) for i in range(9)]
-    embed(small, None, tmp_path / "b.npy", dataset="embedded", num_images=9, batch_size=4, split="test")
+    embed(small, None, tmp_path / "b.npy", dataset="demo", num_images=9, batch_size=4, split="test")
     assert np.abs(np.load(tmp_path / "b.npy") - matrix).max() > 0.1
 
 

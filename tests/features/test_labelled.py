@@ -229,7 +229,7 @@ def test_share_out_of_range(tmp_path, share):
 
 
 def test_the_demo_images_are_labelled():
-    found = open_labelled("embedded", pixels=Pixels(standardize="channel"))
+    found = open_labelled("demo", pixels=Pixels(standardize="channel"))
     assert found.classes == list(DemoSource.classes) and (len(found.train.source), len(found.test.source)) == (512, 400)
     for split, seed in ((found.train, 2), (found.test, 3)):
         assert split.labels.bincount().tolist() == [len(split.source) // 8] * 8

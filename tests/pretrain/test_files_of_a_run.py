@@ -58,9 +58,9 @@ def test_a_list_with_missing_files_and_an_index(folders, tmp_path, no_images, ca
     other = [*OPTIONS, "--data-dir", "a", "--index", "o/i"]
     run(tmp_path / "o/r", "--dry-run", "--resume", "auto", data=other, status=2)
     assert f"o/i is an index of {tmp_path}/l.txt, not of {tmp_path}/a" in capsys.readouterr().err
-    run(tmp_path / "o/s", data=[*OPTIONS, "--dataset", "embedded", "--index", "o/i"], status=2)
+    run(tmp_path / "o/s", data=[*OPTIONS, "--dataset", "demo", "--index", "o/i"], status=2)
     error = capsys.readouterr().err
-    assert "--index" in error and "--dataset embedded" in error
+    assert "--index" in error and "--dataset demo" in error
 
 
 def test_names_that_are_not_utf8(tmp_path):

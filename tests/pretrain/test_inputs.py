@@ -93,7 +93,7 @@ def test_equal_and_constant_channels():
 
 
 def test_readme_command_is_silent(tmp_path, capfd, monkeypatch):
-    """The embedded set with its own settings: one line of numbers, no warning."""
+    """The demo set with its own settings: one line of numbers, no warning."""
     monkeypatch.chdir(tmp_path)
     assert main(["--dry-run", "--device", "cpu"]) == 0
     printed = capfd.readouterr()

@@ -35,8 +35,8 @@ def test_files_of_a_run(atto):
     assert not list(out.rglob("*.part")) and not list(out.rglob(".*"))
     assert f"Writing to {out}" in printed and "Done: the encoder is in" in printed
     settings = yaml.safe_load((out / "args.yaml").read_text())
-    assert settings["dataset"] == "embedded" and settings["input_size"] == [3, 64, 64]
-    assert "the embedded data set of timm_convnextv2, 32 images" in (out / "encoder/README.md").read_text()
+    assert settings["dataset"] == "demo" and settings["input_size"] == [3, 64, 64]
+    assert "the demo data of timm_convnextv2, 32 images" in (out / "encoder/README.md").read_text()
 
     (row,) = rows(out)
     assert row["epoch"] == "0" and math.isfinite(float(row["train_loss"])) and row["train_bad_images"] == "0"

@@ -74,12 +74,12 @@ def test_default_warmup(line, warmup):
     assert options_of(["--data-dir", "x", *line]).warmup_epochs == warmup
 
 
-def test_embedded_defaults_give_way():
+def test_demo_defaults_give_way():
     args = options_of([])
-    assert (args.dataset, args.epochs, args.img_size, args.warmup_epochs) == ("embedded", 16, 56, 16 / 12)
+    assert (args.dataset, args.epochs, args.img_size, args.warmup_epochs) == ("demo", 16, 56, 16 / 12)
     assert options_of(["--epochs", "3", "--batch-size", "16"]).batch_size == 16
-    assert args.standardize == "channel" and args.mean == [0] * 3 and args.probe_dir == "embedded"
-    args = options_of(["--dataset", "embedded", "--mean", *"123", "--std", *"123", "--decoder-dim", "16"])
+    assert args.standardize == "channel" and args.mean == [0] * 3 and args.probe_dir == "demo"
+    args = options_of(["--dataset", "demo", "--mean", *"123", "--std", *"123", "--decoder-dim", "16"])
     assert args.standardize is args.probe_dir is None and args.mean == [1, 2, 3] and args.model_kwargs == {}
     args = options_of(["--data-dir", "x"])
     assert (args.dataset, args.epochs, args.img_size, args.workers) == ("", None, 224, 4)

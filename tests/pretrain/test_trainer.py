@@ -146,7 +146,7 @@ def test_no_weight_decay_on_vectors(tmp_path, no_images, updates):
         (["--amp", "--amp-dtype", "float16"], True),
         (["--torchcompile", "aot_eager"], None),
         (["--grad-checkpointing"], False),
-        (["--clip-grad", "0.01", "--opt", "sgd", "--lr", "1"], True),
+        (["--clip-grad", "0.01", "--opt", "sgd"], True),
         (["--no-norm-pix-loss"], True),
         (["--model-kwargs", "depths=[1,1,2,1]", "dims=[8,8,16,16]", "drop_path_rate=0.5"], True),
     ],

@@ -33,7 +33,7 @@ def here(tmp_path, monkeypatch):
     """A folder with an encoder where pretraining without arguments leaves it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    make_encoder(tmp_path / "output/embedded/encoder", patch_size=1)
+    make_encoder(tmp_path / "output/demo/encoder", patch_size=1)
     return tmp_path
 
 

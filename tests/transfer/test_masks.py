@@ -55,7 +55,7 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_the_embedded_data(tmp_path):
+def test_the_demo_data(tmp_path):
     folder = write_folder(tmp_path / "data", size=24, train=8, validation=8, masks=True)
     classes = read_classes(folder / "classes.txt")
     data = MaskedImages(open_split(folder, "validation"), classes)

@@ -31,7 +31,7 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The embedded images as floats of 0 to 3000, with a pixel without data."""
+    """The demo images as floats of 0 to 3000, with a pixel without data."""
     folder = write_folder(tmp_path_factory.mktemp("d") / "d", size=32, train=8, validation=8, coco=True, masks=True)
     for path in folder.glob("*/images/*.png"):
         values = load_image(path).permute(1, 2, 0).numpy().astype(np.float32) * (3000 / 255)

@@ -11,6 +11,7 @@ from ..config import build, evolve
 from ..console import PROGRAM, ended_by_signals, refused, say
 from ..data.formats.pixels import PLAIN
 from ..features import compare as comparison
+from ..features import verdict as results
 from ..features.compare import candidates_of, pretrain_options, tail
 from ..features.config import CompareConfig
 from ..features.labelled import Row, rows_of_folder, split_folders
@@ -79,8 +80,8 @@ def _run(config: CompareConfig, rest: list[str]) -> None:
     for curve in comparison.compare(tuning, final, rest, resume=config.resume, note=say):
         curves.append(curve)
         comparison.write_results(curves, candidates, config, output)
-    say(comparison.table(curves))
-    for line in [comparison.pretraining_cost(encoder), *comparison.verdict(comparison.last_of(curves))]:
+    say(results.table(curves))
+    for line in [results.pretraining_cost(encoder), *results.verdict(results.last_of(curves))]:
         if line:
             say(line)
     say(f"Written: {output}/compare.csv, compare.json, compare.png")

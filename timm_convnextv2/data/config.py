@@ -48,7 +48,7 @@ class ImagePaths:
 class DataSet:
     """A data set that timm opens, or the demo data set; '' for image files."""
 
-    dataset: str = option("", "timm's hfds/, hfids/, wds/, tfds/, torch/...; or 'embedded'", metavar="NAME")
+    dataset: str = option("", "timm's hfds/, hfids/, wds/, tfds/, torch/...; or 'demo'", metavar="NAME")
     split: str = option("train", "split of --dataset; for wds/ the names of the shards", metavar="NAME")
     num_images: int | None = option(
         None, "images of a stream that does not state its size, or of the demo data", metavar="N"

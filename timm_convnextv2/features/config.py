@@ -113,7 +113,7 @@ class DrawnImages:
     data_dir: str | None = option(None, "folder with images anywhere below it, or the root of --dataset", metavar="DIR")
     data_list: str | None = option(
         None, "images that a .txt, .csv or .parquet lists, relative to it or to --data-dir", metavar="FILE")
-    dataset: str = option("", "hfds/NAME, torch/NAME or embedded (default: a folder)", metavar="NAME")
+    dataset: str = option("", "hfds/NAME, torch/NAME or demo (default: a folder)", metavar="NAME")
     split: str = option("train", "split of --dataset", metavar="NAME")
     num_images: int = option(64, "images to average over", metavar="N", at_least=1)
     seed: int = option(0, "seed of the choice of images", metavar="N")

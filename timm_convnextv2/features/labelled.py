@@ -78,7 +78,7 @@ def open_labelled(
     """Opens labelled images.
 
     Args:
-        place: 'embedded', the demo images; or one of
+        place: 'demo', the demo images, unless a folder has this name; or one of
             - a folder with `train/` and `validation/` (or timm's other names for them, or `test/`) of the same classes;
             - a folder of classes, which is split by `seed`, in the same proportion for each class;
             - a CSV with the columns `name` (path, relative to the CSV) and `label`, split in the same way. Labels
@@ -98,7 +98,7 @@ def open_labelled(
         raise ValueError("--groups and --group-by both name the groups: choose one.")
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}, expected a fraction above 0 and below 1.")
-    if place == "embedded":
+    if place == "demo" and not os.path.exists(place):
         sources = [DemoSource(count, in_chans=in_chans, seed=seed, pixels=pixels) for seed, count in _DEMO.items()]
         labels = [torch.tensor([source.label(i) for i in range(len(source))]) for source in sources]
         train, test = map(Split, sources, labels)

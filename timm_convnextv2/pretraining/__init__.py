@@ -1,6 +1,6 @@
 """FCMAE pretraining on unlabelled images.
 
-    timm-convnextv2 pretrain                                                    # the small embedded data set
+    timm-convnextv2 pretrain                                                    # the small demo data
     timm-convnextv2 pretrain --data-dir IMAGES --model fcmae_convnextv2_tiny --output runs
     torchrun --nproc-per-node 8 -m timm_convnextv2 pretrain --data-dir IMAGES ...    # a process per GPU
 

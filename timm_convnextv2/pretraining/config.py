@@ -203,7 +203,7 @@ class Measures:
     show_bands: tuple[int, ...] | None = option(
         None, "channels to draw as red, green and blue, or one (default: 1 2 3; 1 below three)", metavar="N")
     probe_dir: str | None = option(
-        None, "labelled images (class folders, a CSV of name,label, or embedded) for kNN and ridge on frozen features",
+        None, "labelled images (class folders, a CSV of name,label, or demo) for kNN and ridge on frozen features",
         metavar="PLACE")
     probe_interval: int | None = option(
         None, "epochs between these (default: as --recon-interval)", metavar="N", at_least=0)

@@ -1,6 +1,5 @@
 """Texts about a run: what it is, and how its weights were made and measured."""
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..runs.folder import VERSIONS
 from ..runs.plan import Plan
 from ..runs.world import World
 from .config import Average, Schedule
-from .plan import MIN_UPDATES, usual_epochs
+from .plan import MIN_UPDATES, scaled_rate, usual_epochs
 from .start import short_name
 
 FEW_UPDATES = 150  # a run on drawn images learned in 192
@@ -73,7 +72,7 @@ def learning_warnings(plan: Plan, started: bool) -> list[str]:
             + (" A smaller --batch-size makes more updates of an epoch." if images > 16 else "")
         )
     if plan.lr < LOW_RATE:
-        usual = Schedule.lr_base * math.sqrt(images / Schedule.lr_base_size)
+        usual = scaled_rate(Schedule(), images)
         found.append(
             f"a peak learning rate of {plan.lr:.1e} hardly moves the weights; the usual one for {images} images per "
             f"update is --lr {usual:.1e}."
@@ -96,7 +95,7 @@ def worker_warnings(workers: int, world_size: int) -> list[str]:
 def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[str, str]:
     """How the weights were made, for the README of the export."""
     dataset = settings["dataset"]
-    data = dataset if dataset != "embedded" else "the embedded data set of timm_convnextv2"
+    data = dataset if dataset != "demo" else "the demo data of timm_convnextv2"
     pixels = "pixels normalised per patch" if settings["norm_pix_loss"] else "plain pixels"
     name, grn = settings["model"], settings["model_kwargs"].get("use_grn", True)
     fewer = settings.get("channel_dropout")

@@ -36,10 +36,14 @@ def make_plan(schedule: Schedule, batches_per_epoch: int, num_images: int, world
             f"An update takes {images} images ({batch} x {steps} steps x {world_size} processes), but the data set "
             f"has {num_images}. Lower --grad-accum-steps or --batch-size."
         )
-    ratio = images / schedule.lr_base_size
-    scale = math.sqrt(ratio) if schedule.lr_base_scale == "sqrt" else ratio  # the square root as timm's train.py
-    lr = schedule.lr if schedule.lr is not None else schedule.lr_base * scale
+    lr = schedule.lr if schedule.lr is not None else scaled_rate(schedule, images)
     return Plan(schedule.epochs * updates, updates, images, lr, round((schedule.warmup_epochs or 0) * updates))
+
+
+def scaled_rate(schedule: Schedule, images: int) -> float:
+    """The learning rate for `images` per update, which --lr-base is scaled to."""
+    ratio = images / schedule.lr_base_size
+    return schedule.lr_base * (math.sqrt(ratio) if schedule.lr_base_scale == "sqrt" else ratio)  # as timm's train.py
 
 
 def usual_epochs(updates_per_epoch: int) -> int:

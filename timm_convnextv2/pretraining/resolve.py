@@ -24,11 +24,11 @@ from .plan import PAPER_EPOCHS, usual_epochs
 from .start import Start, open_start, open_weights
 
 # Without --data-dir and --dataset: a run of about two minutes on two CPU cores.
-EMBEDDED_DEFAULTS = dict(
-    dataset="embedded", num_images=768, img_size=56, patch_size=1, batch_size=32, epochs=16, lr=4e-3,
-    scale=(0.7, 1.0), workers=0, experiment="embedded",
+DEMO_DEFAULTS = dict(
+    dataset="demo", num_images=768, img_size=56, patch_size=1, batch_size=32, epochs=16,
+    scale=(0.7, 1.0), workers=0, experiment="demo",
 )  # fmt: skip
-EMBEDDED_NETWORK = dict(decoder_dim=128, model_kwargs=dict(depths=[1, 1, 3, 1], dims=[24, 48, 96, 192]))
+DEMO_NETWORK = dict(decoder_dim=128, model_kwargs=dict(depths=[1, 1, 3, 1], dims=[24, 48, 96, 192]))
 USUAL = {1: ((0.5,), (0.25,)), 3: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}  # mean and std by channels
 
 
@@ -40,8 +40,8 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
     if "config" in file:
         raise ValueError("--config: the file sets 'config', and one file cannot name another. Remove that line.")
     config, defaults = build(PretrainConfig, file, given), {}
-    if not config.paths.data_dir and not config.paths.data_list and config.data_set.dataset in ("", "embedded"):
-        defaults = _embedded_defaults({**file, **given}.keys())
+    if not config.paths.data_dir and not config.paths.data_list and config.data_set.dataset in ("", "demo"):
+        defaults = _demo_defaults({**file, **given}.keys())
     network = config.network
     if (name := model_name(network.model, "fcmae_convnextv2")) != network.model:  # a size, or a folder
         given, network = {**given, "model": name}, replace(network, model=name)
@@ -72,15 +72,17 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
     return (evolve(config, **intervals(config)) if config.schedule.epochs else config), start
 
 
-def _embedded_defaults(named: Collection[str]) -> dict[str, Any]:
-    """Defaults for the embedded images; options that the user has `named` exclude some of them."""
-    defaults: dict[str, Any] = {**EMBEDDED_DEFAULTS}
+def _demo_defaults(named: Collection[str]) -> dict[str, Any]:
+    """Defaults for the demo images; options that the user has `named` exclude some of them."""
+    defaults: dict[str, Any] = {**DEMO_DEFAULTS}
     if not {"model", "weights", "model_kwargs", "decoder_dim"} & {*named}:
-        defaults |= EMBEDDED_NETWORK
+        defaults |= DEMO_NETWORK
+    if not {"lr", "lr_base"} & {*named}:
+        defaults["lr"] = 4e-3
     if not {"mean", "std"} & {*named}:
         defaults["standardize"] = "channel"
     if not {"dataset", "num_images"} & {*named}:  # the first command
-        defaults |= {"probe_dir": "embedded", "probe_interval": 5}
+        defaults |= {"probe_dir": "demo", "probe_interval": 5}
     return defaults
 
 
@@ -159,7 +161,7 @@ def intervals(config: PretrainConfig) -> dict[str, Any]:
     assert epochs is not None
     warmup = schedule.warmup_epochs
     if warmup is None:
-        warmup = min(40, epochs / (12 if config.data_set.dataset == "embedded" else 20))
+        warmup = min(40, epochs / (12 if config.data_set.dataset == "demo" else 20))
     if not warmup < epochs:
         raise ValueError(f"--warmup-epochs {warmup:g} must lie below --epochs {epochs}.")
     drawn = measures.recon_interval or max(1, epochs // 10)

@@ -168,7 +168,7 @@ def _facts_of_pretraining(run: RunRecord) -> dict[str, str]:
     own = {
         "Model": of["model"],
         "Started from": weights,
-        "Data": "the embedded data set" if of["dataset"] == "embedded" else " ".join(str(near(Path(p))) for p in named),
+        "Data": "the demo data" if of["dataset"] == "demo" else " ".join(str(near(Path(p))) for p in named),
         "Images": f"{images:,} images" if isinstance(images, int) else "",
         "Input": f"{chans} x {height} x {width}, stem patch {of['patch_size']}",
         "Method": f"FCMAE, mask ratio {of['mask_ratio']:g}, {decoder}, {targets}",

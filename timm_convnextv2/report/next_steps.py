@@ -46,7 +46,7 @@ def next_steps(settings: dict[str, Any], folder: Path) -> list[Step]:
     """Commands to load, finetune and publish the `encoder/` in the folder of a run with these settings."""
     encoder, (chans, height, width) = near(folder) / "encoder", settings["input_size"]
     size = f"--img-size {height}" if chans == 3 and height == width else f"--input-size {chans} {height} {width}"
-    own_images = settings["data_dir"] or settings.get("data_list") or settings["dataset"] not in ("", "embedded")
+    own_images = settings["data_dir"] or settings.get("data_list") or settings["dataset"] not in ("", "demo")
     recipe = "small-data" if own_images else "smoke"
     finetune = shlex.join([*invocation("finetune"), "--recipe", recipe, *_device(settings)])
     python = shlex.quote(interpreter())

@@ -14,7 +14,7 @@ from ...config import check_limits
 from ..config import DemoOptions
 from .images import DemoSource
 
-# `--dataset embedded` draws seed 0 for the split 'train' and 1 for any other, `open_labelled("embedded")` 2 and 3
+# `--dataset demo` draws seed 0 for the split 'train' and 1 for any other, `open_labelled("demo")` 2 and 3
 _OTHER_SEEDS = 4
 
 
@@ -23,7 +23,7 @@ def write_folder(folder: str | os.PathLike, **options: Any) -> Path:
 
     With `coco` or `masks`, writes images with one object of these textures in each to
     `FOLDER/{train,validation}/images`, beside their annotations. No image is in both splits, in the folder of another
-    seed, or among the images of `--dataset embedded`. The folder appears once it is complete. `options` are fields of
+    seed, or among the images of `--dataset demo`. The folder appears once it is complete. `options` are fields of
     `DemoOptions`.
 
     Raises:

@@ -134,7 +134,7 @@ class DemoSource(Source):
         return self.length
 
     def name(self, i: int) -> str:
-        return f"embedded {self.classes[self.label(i)]} {i}"
+        return f"demo {self.classes[self.label(i)]} {i}"
 
     def label(self, i: int) -> int:
         """Class of image `i`, an index into `classes`."""

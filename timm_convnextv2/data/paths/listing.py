@@ -74,7 +74,7 @@ def origins_of(data_dir: Dirs, data_list: Dirs = None) -> list[Origin]:
                 raise ValueError(f"--data-list {printable(path)} does not exist, or is not a file.")
         return [Origin("list", path, dirs[0] if dirs else os.path.dirname(path)) for path in lists]
     if not dirs:
-        raise ValueError("No images given. Give a folder (--data-dir), or --dataset embedded to try things out.")
+        raise ValueError("No images given. Give a folder (--data-dir), or --dataset demo to try things out.")
     origins = [_origin(path) for path in dirs]
     _check_apart([origin for origin in origins if origin.kind != "glob"])
     return origins

@@ -35,7 +35,7 @@ def create_source(
 
     - No `dataset`: folders, `.tar` files and patterns such as `scans/2024-*/**/*.png` in `data_dir`, joined if there
       are several; with `data_list`, the images that the lists name.
-    - 'embedded': the demo data set; any split other than 'train' gives other images.
+    - 'demo': the demo data set; any split other than 'train' gives other images.
     - `torch/...`, `hfds/...`: `TimmSource`. `wds/...`, `hfids/...`, `tfds/...`: `TimmStream`.
 
     Args:
@@ -49,7 +49,7 @@ def create_source(
     if not name:
         return _open_files(paths, in_chans, pixels, source_weights, listing)
     root = _root_of(paths, name, source_weights)
-    if name == "embedded":
+    if name == "demo":
         from ..demo import DemoSource
 
         length, seed = data_set.num_images or 2048, int(data_set.split != "train")

@@ -111,7 +111,7 @@ def unknown_dataset(name: str) -> ValueError:
     """The error for a name without a known prefix."""
     prefixes = ", ".join(f"{prefix}/" for prefix in (*MAPS, *STREAMS))
     return ValueError(
-        f"Unknown data set '{name}'. Expected '' (a folder of images), 'embedded', or a name that starts with one of "
+        f"Unknown data set '{name}'. Expected '' (a folder of images), 'demo', or a name that starts with one of "
         f"{prefixes}."
     )
 
