@@ -18,6 +18,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -97,6 +98,10 @@ class _Fault:
     times: float
     status: int | None = None
     cut_after: int | None = None
+    length: int | None = None
+    page: bytes | None = None
+    silent: float | None = None
+    lost: bool = False
 
 
 class _Answer(Exception):
@@ -172,6 +177,22 @@ class HubServer:
     def cut(self, method: str, pattern: str, after: int, times: float = 1) -> None:
         """The connection ends after `after` bytes of the answer to a GET, or of what PUT and POST send."""
         self._faults.append(_Fault(method, pattern, times, cut_after=after))
+
+    def shorten(self, method: str, pattern: str, to: int, times: float = 1) -> None:
+        """The answer ends after `to` bytes and says that this is all, as a bad proxy makes it."""
+        self._faults.append(_Fault(method, pattern, times, length=to))
+
+    def show_page(self, method: str, pattern: str, times: float = 1) -> None:
+        """The answer is a page for people to log in at a network, with status 200."""
+        self._faults.append(_Fault(method, pattern, times, page=b"<html>Welcome to the airport. Please pay.</html>"))
+
+    def fall_silent(self, method: str, pattern: str, seconds: float, times: float = 1) -> None:
+        """No answer for some seconds, and then the end of the connection. Nothing is done."""
+        self._faults.append(_Fault(method, pattern, times, silent=seconds))
+
+    def lose_answer(self, method: str, pattern: str, times: float = 1) -> None:
+        """What was asked for is done, but the connection ends before the answer."""
+        self._faults.append(_Fault(method, pattern, times, lost=True))
 
     def heal(self) -> None:
         """Forgets all faults."""
@@ -324,6 +345,14 @@ class HubServer:
         repo.branches[branch] = history[: history.index(start) + 1]
         raise _Answer(201)
 
+    def refs(self, request: Request, repo_id: str) -> None:
+        repo = self._repo(request, repo_id)
+        found = [
+            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": history[-1].oid}
+            for name, history in repo.branches.items()
+        ]
+        raise _Answer.json({"branches": found, "converts": [], "tags": []})
+
     def preupload(self, request: Request, repo_id: str, revision: str) -> None:
         """Which files are to come as LFS, and what the Hub has under their names."""
         files = self._commit(self._repo(request, repo_id, write=True), revision).files
@@ -423,6 +452,7 @@ _ROUTES: list[tuple[str, str, str, Callable]] = [
     ("hub", "POST", "/api/repos/create", HubServer.create),
     ("hub", "GET", _API, HubServer.info),
     ("hub", "GET", f"{_API}/revision/{_REVISION}", HubServer.info),
+    ("hub", "GET", f"{_API}/refs", HubServer.refs),
     ("hub", "POST", f"{_API}/branch/(?P<branch>[^/]+)", HubServer.branch),
     ("hub", "POST", f"{_API}/preupload/{_REVISION}", HubServer.preupload),
     ("hub", "POST", f"{_API}/commit/{_REVISION}", HubServer.commit),
@@ -501,7 +531,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         request.body = self.rfile.read(int(headers.get("content-length", 0)))
-        answer = _Answer.error(fault.status, "This was asked for") if fault.status else hub.answer(request)
+        if fault.silent:
+            time.sleep(fault.silent)
+        if fault.page:
+            answer = _Answer(200, fault.page, {"Content-Type": "text/html"})
+        elif fault.status:
+            answer = _Answer.error(fault.status, "This was asked for")
+        else:
+            answer = None if fault.silent else hub.answer(request)
+        if answer is None or fault.lost:
+            self.close_connection = True
+            return
+        answer.body = answer.body[: fault.length]
         request.status = answer.status
         self.send_response(answer.status)
         for name, value in answer.headers.items():

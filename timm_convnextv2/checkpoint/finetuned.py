@@ -14,6 +14,7 @@ from timm.models import clean_state_dict
 
 from ..config import read_json
 from ..files import load_checkpoint
+from ..hub_errors import HUB_ERRORS, hub_error
 from ..models import ConvNeXtV2
 from ..models.weights import check_weights
 from .export import KEEP, PAPER, write_folder
@@ -206,12 +207,10 @@ def _create_model(args: dict[str, Any], name: str, path: Path) -> Any:
     options = {"num_classes": args.get("num_classes"), "global_pool": args.get("gp")} | (args.get("model_kwargs") or {})
     try:
         model = timm.create_model(name, pretrained=False, in_chans=chans, device="meta", **options)
-    except OSError as e:
-        raise RuntimeError(
-            f"The config.json of '{args['model']}', which names the architecture, cannot be loaded ({e}). Without a "
-            f"network, copy it to '{path.parent}'."
-        ) from e
-    except (AssertionError, KeyError, TypeError, RuntimeError) as e:
+    except (*HUB_ERRORS, AssertionError, KeyError, TypeError, RuntimeError) as e:
+        source, _, place = name.partition(":")
+        if source in ("hf-hub", "hf_hub") and isinstance(e, HUB_ERRORS):
+            raise hub_error(e, place, "config.json", f"copy its config.json to '{path.parent}'") from e
         raise ValueError(f"The model of '{path}', '{args['model']}', cannot be built: {e}") from e
     if not isinstance(model, ConvNeXtV2):
         raise ValueError(f"'{path}' holds a '{args['model']}', expected a ConvNeXt V2 (convnextv2_*).")

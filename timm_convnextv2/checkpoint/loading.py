@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..console import closest
 from ..data import Pixels
+from ..hub_errors import HUB_ERRORS, HubError, hub_error
 from ..models import FCMAE
 from ..models.variants import VARIANTS
-from .provenance import HUB_ERRORS, WEIGHTS, config_beside, read_config, training_of
+from .provenance import WEIGHTS, config_beside, read_config, training_of
 
 _EXPECTED = "a timm model, local-dir:FOLDER or hf-hub:USER/NAME"
 _FOLDERS_OF_A_RUN = ("encoder", "model")  # written by pretraining and by finetuning
@@ -51,6 +52,7 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
 
     Raises:
         ValueError: Unknown name, the model cannot be loaded, or some of its weights are not from the file.
+        HubError: (a RuntimeError) The Hub does not deliver.
     """
     stored_apart = name.startswith(("local-dir:", "hf-hub:"))
     if not stored_apart:
@@ -67,7 +69,12 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
         if stored_apart:
             folder = cfg.get("file")
             stored = load_file(Path(folder) / WEIGHTS) if folder else load_state_dict_from_hf(cfg["hf_hub_id"], WEIGHTS)
+    except HubError:
+        raise
     except (*HUB_ERRORS, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        if isinstance(e, HUB_ERRORS) and not name.startswith("local-dir:"):
+            hub_id = name.removeprefix("hf-hub:") if stored_apart else timm.get_pretrained_cfg(name).hf_hub_id
+            raise hub_error(e, hub_id or name, "weights", "give local-dir:FOLDER") from e
         raise ValueError(f"The model '{name}' cannot be loaded ({type(e).__name__}: {e}).") from e
     if isinstance(model, FCMAE):
         raise ValueError(f"The model '{name}' is an FCMAE, expected a backbone; give its encoder.")

@@ -11,17 +11,16 @@ from typing import Any, NamedTuple, NoReturn
 
 import timm
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..config import read_json
 from ..console import closest
 from ..data import Pixels
 from ..data.formats.pixels import STANDARDIZE
+from ..hub_errors import HUB_ERRORS, hub_error
 
 WEIGHTS = "model.safetensors"
 OFFICIAL_LICENSE = "cc-by-nc-4.0"  # of all weights that the authors published
-# Everything huggingface_hub raises: its bases are those of its HTTP library, OSError means no network or no disk.
-HUB_ERRORS: Any = (OSError, HFValidationError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 
 
 # ----------------------------------------------------------------------------------------------- types of config.json
@@ -254,7 +253,7 @@ def config_beside(pretrained_cfg: dict[str, Any], cache_dir: str | Path | None =
 
     Raises:
         ConfigError: (a ValueError) A value has the wrong type: ignoring the file would lose licence and options.
-        OSError, huggingface_hub.errors.HfHubHTTPError: The Hub cannot be reached.
+        HubError: (a RuntimeError) The Hub does not deliver.
     """
     file, hub_id = pretrained_cfg.get("file"), pretrained_cfg.get("hf_hub_id")
     try:
@@ -266,14 +265,16 @@ def config_beside(pretrained_cfg: dict[str, Any], cache_dir: str | Path | None =
         if hub_id:
             name, _, revision = hub_id.partition("@")
             return read_config(hf_hub_download(name, "config.json", revision=revision or None, cache_dir=cache_dir))
-    except (LocalEntryNotFoundError, ConfigError):  # without a network nothing is known about the repository
+    except ConfigError:
         raise
+    except LocalEntryNotFoundError as e:  # without a network nothing is known about the repository
+        raise hub_error(e, hub_id or "", "config.json") from e
     except (ValueError, EntryNotFoundError):
         return None
-    except (OSError, HfHubHTTPError):
-        raise
-    except HUB_ERRORS as e:  # from the HTTP library: the connection broke during the download
-        raise ConnectionError(f"{type(e).__name__}: {e}") from e
+    except HUB_ERRORS as e:
+        if file:
+            raise
+        raise hub_error(e, hub_id or "", "config.json") from e
     return None
 
 

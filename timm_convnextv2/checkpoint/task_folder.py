@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ..hub_errors import HUB_ERRORS, hub_error
 from .card import (
     HERE,
     OR_HUB,
@@ -27,7 +28,7 @@ from .card import (
     with_metadata,
 )
 from .export import how_made, place_folder
-from .provenance import HUB_ERRORS, MODEL_ARGS, WEIGHTS, check_config, check_training, check_types, is_ours, read_object
+from .provenance import MODEL_ARGS, WEIGHTS, check_config, check_training, check_types, is_ours, read_object
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -76,7 +77,7 @@ def find_folder(name: str | os.PathLike) -> Path:
             paths = [hf_hub_download(repo, file, revision=revision or None) for file in (CONFIG, WEIGHTS)]
             return Path(paths[0]).parent
         except HUB_ERRORS as e:
-            raise ValueError(f"'{text}' cannot be downloaded from the Hub ({type(e).__name__}: {e}).") from e
+            raise hub_error(e, text.removeprefix("hf-hub:"), "files", "give that folder") from e
     folder = Path(text.removeprefix("local-dir:"))
     return folder / "model" if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file() else folder
 

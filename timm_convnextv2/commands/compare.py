@@ -16,6 +16,7 @@ from ..features.compare import candidates_of, pretrain_options, tail
 from ..features.config import CompareConfig
 from ..features.labelled import Row, rows_of_folder, split_folders
 from ..finetune.config import RECIPES
+from ..hub_errors import HubError
 from ..recipes import load_recipe
 from ..runs.lock import Lock
 from .base import own_options
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         with ended_by_signals():
             start(build(CompareConfig, given), rest)
         return 0
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, HubError) as e:
         return refused("compare", e)
     except KeyboardInterrupt:
         say("Stopped. Finished runs are kept: resume with --resume.", error=True)

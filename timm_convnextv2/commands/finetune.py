@@ -9,6 +9,7 @@ from ..finetune.launch import epochs_done, export, failure, next_commands, run_p
 from ..finetune.options import ScriptOptions, resolve_options, with_model_name
 from ..finetune.plan import Plan, check_augmentation, count, describe_plan, make_plan, warnings
 from ..finetune.scripts import load_script
+from ..hub_errors import HubError
 from ..recipes import list_recipes, load_recipe, recipe_names
 from .base import own_options
 
@@ -65,7 +66,7 @@ def finish(plan: Plan) -> int:
     """Exports the result and prints the next commands; returns the exit status."""
     try:
         model = export(plan)
-    except ValueError as e:
+    except (ValueError, HubError) as e:
         refused("finetune", e)
         return 1
     done = epochs_done(plan.folder)
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     """Errors of train.py pass through, after a message on its files."""
     try:
         plan = prepare(argv)
-    except ValueError as e:
+    except (ValueError, HubError) as e:
         return refused("finetune", e)
     if plan is None:
         return 0

@@ -6,6 +6,7 @@ from ..finetune.config import PredictConfig
 from ..finetune.evaluation import prepare_evaluation
 from ..finetune.images import Kept
 from ..finetune.scripts import load_script, run_script
+from ..hub_errors import HubError
 from ..runs.errors import DataError
 from .base import own_options
 from .table import COMMANDS
@@ -31,7 +32,7 @@ def evaluate(command: str, argv: list[str] | None) -> int:
         words, notes = prepare_evaluation(script, rest, kept=kept, nodata=config.nodata)
         for note in notes:
             say(note)
-    except ValueError as e:
+    except (ValueError, HubError) as e:
         return refused(command, e)
     try:
         run_script(script, words)

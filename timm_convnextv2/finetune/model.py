@@ -12,6 +12,7 @@ from ..checkpoint.provenance import read_config
 from ..console import closest
 from ..data import Pixels
 from ..files import load_checkpoint
+from ..hub_errors import HUB_ERRORS, hub_error
 from ..models import ConvNeXtV2
 from ..models.weights import check_weights
 from ..registry import filter_weights
@@ -59,7 +60,9 @@ def create_meta_model(name: str, *, need_weights: bool, **kwargs: Any) -> torch.
     try:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **kwargs)
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
+    except (*HUB_ERRORS, AssertionError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        if source == "hf-hub" and isinstance(e, HUB_ERRORS):
+            raise hub_error(e, path, "config.json", "give local-dir:FOLDER") from e
         raise ValueError(f"--model {name} cannot be created: {type(e).__name__}: {' '.join(str(e).split())}") from e
 
 

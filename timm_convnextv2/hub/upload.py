@@ -6,17 +6,19 @@ from typing import Any
 
 import timm
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_session, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoint.card import IMAGES, card_for_repo
-from ..checkpoint.provenance import HUB_ERRORS, WEIGHTS, origin_of_config, training_of
+from ..checkpoint.provenance import WEIGHTS, origin_of_config, training_of
 from ..checkpoint.task_folder import is_task, read_folder_config, render_folder_card
+from ..hub_errors import HUB_ERRORS, failure
 from ..models.weights import check_weights, first_not_finite
 
 _FAULTS: Any = (*HUB_ERRORS, RuntimeError)  # RuntimeError: the upload of a large file failed, with its cause
+_SILENCE = 60.0  # seconds without an answer; a commit of large files takes the Hub some
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
 
 
@@ -113,13 +115,11 @@ def files_to_push(folder: str | os.PathLike, repo_id: str, revision: str | None 
 
 def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
     """The message for an error of the Hub or the network."""
-    error = error.__cause__ or error if isinstance(error, RuntimeError) else error
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    said = (getattr(error, "server_message", None) or str(error)).strip().partition("\n")[0].rstrip(".")
+    status, reason, _ = failure(error)
     where = f"'{repo_id}'" + (f" (revision '{revision}')" if revision else "")
     if status is None:
         return (
-            f"The Hugging Face Hub could not be reached to publish {where} ({type(error).__name__}: {said}). Check the "
+            f"The Hugging Face Hub could not be reached to publish {where} ({reason}). Check the "
             "network and HF_ENDPOINT, then call again: uploaded files are not sent twice."
         )
     remedy = {
@@ -129,7 +129,7 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
         "has write access.",
         404: "Check the user or organisation name, and that the repository still exists.",
     }.get(status, "")
-    return f"The Hugging Face Hub refused {where} ({status}: {said}). {remedy}".rstrip()
+    return f"The Hugging Face Hub refused {where} ({reason}). {remedy}".rstrip()
 
 
 def push_to_hub(
@@ -168,6 +168,7 @@ def push_to_hub(
     files = files_to_push(folder, repo_id, revision)
     api = HfApi(token=_token(repo_id, token), library_name="timm_convnextv2")
     try:
+        _limit_silence()
         full_id = _open_repo(api, repo_id, private, revision)
         if full_id != repo_id:  # a name without a user: the card needs both
             files = files_to_push(folder, full_id, revision)
@@ -192,6 +193,13 @@ def _token(repo_id: str, token: str | None) -> str:
             f"Publishing '{repo_id}' needs an access token of the Hugging Face Hub: `hf auth login`, or set HF_TOKEN."
         )
     return token
+
+
+def _limit_silence() -> None:
+    """Gives up on a Hub that accepts a connection and then says nothing: huggingface_hub waits for ever by default."""
+    client: Any = get_session()
+    if all(seconds is None for seconds in client.timeout.as_dict().values()):
+        client.timeout = max(_SILENCE, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
 def _open_repo(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:

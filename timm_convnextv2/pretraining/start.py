@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from timm.models import clean_state_dict
 from torch import Tensor
 
@@ -69,13 +68,7 @@ def open_start(name: str) -> Start | None:
         return Start({"file": str(Path(location) / WEIGHTS)}, config)
     if kind != "hf-hub":
         return None
-    try:
-        config = config_beside({"hf_hub_id": location})
-    except (OSError, HfHubHTTPError) as e:
-        raise ValueError(
-            f"--model {name}: its config.json is neither in the local cache nor on the Hugging Face Hub "
-            f"({type(e).__name__}: {str(e).partition(chr(10))[0]}). Check name, network and token."
-        ) from e
+    config = config_beside({"hf_hub_id": location})
     if config is None:
         raise ValueError(f"--model {name}: the repository has no config.json of a ConvNeXt V2 or FCMAE for timm.")
     return Start({"hf_hub_id": location}, config)

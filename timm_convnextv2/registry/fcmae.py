@@ -5,7 +5,6 @@ import logging
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from timm.models import generate_default_cfgs
 from timm.models.convnext import ConvNeXt
 
@@ -14,7 +13,7 @@ from ..models.variants import VARIANTS, layer_decay_type, register_variants, var
 from ..models.weights import check_weights
 from .convnextv2 import default_cfgs as encoder_cfgs
 from .convnextv2 import filter_weights
-from .hub import build_model, hub_error
+from .hub import build_model
 
 _logger = logging.getLogger(__name__)
 
@@ -75,10 +74,8 @@ def _create_fcmae(
         raise ValueError(f"features_only=True needs a backbone: use '{variant.removeprefix('fcmae_')}'.")
     overlay = kwargs.get("pretrained_cfg_overlay")
     if pretrained and overlay:
-        try:  # timm does not read the config.json beside these weights
-            start_config = start_config or _provenance().config_beside(overlay, kwargs.get("cache_dir"))
-        except (OSError, HfHubHTTPError) as e:
-            raise hub_error(e, overlay["hf_hub_id"], "config.json", variant) from e
+        # timm does not read the config.json beside these weights
+        start_config = start_config or _provenance().config_beside(overlay, kwargs.get("cache_dir"))
         kwargs = _with_options_of(start_config, variant, kwargs) if start_config else kwargs
     options = {"pretrained_filter_fn": _filter_fn, "kwargs_filter": ("global_pool",), **kwargs}
     model: Any = build_model(FCMAE, variant, pretrained, **options)

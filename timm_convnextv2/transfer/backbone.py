@@ -16,6 +16,7 @@ from ..checkpoint.loading import model_name, model_pixels
 from ..checkpoint.provenance import Origin, config_beside, origin_of_config, read_config
 from ..data import Pixels, load_image
 from ..data.formats.pixels import PLAIN
+from ..hub_errors import HUB_ERRORS, HubError, hub_error
 from ..models import ConvNeXtV2
 
 STAGES = 4
@@ -118,6 +119,10 @@ def create_backbone(
             model: Any = load_model(name, features_only=True, **kwargs)
         else:
             model = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=chans, **kwargs)
+    except HubError:
+        raise
+    except HUB_ERRORS as e:
+        raise hub_error(e, name.removeprefix("hf-hub:"), "weights", "give local-dir:FOLDER") from e
     except (RuntimeError, TypeError, AttributeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"The model '{name}' cannot be created with features_only ({type(e).__name__}: {e}).") from e
     config = resolve_model_data_config(model)
