@@ -231,3 +231,10 @@ def _nodes() -> list[str]:
     endpoint = f"{os.environ.get('MASTER_ADDR', 'HEAD')}:29500"
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-id", job, "--rdzv-endpoint", endpoint]
+
+
+def duration(seconds: float) -> str:
+    """'40 s', '12 min' or '3.5 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

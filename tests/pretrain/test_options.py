@@ -91,9 +91,11 @@ def test_dry_run(tmp_path, capsys, options):
     printed = capsys.readouterr().out
     head, _, tail = printed.partition("fcmae_convnextv2_atto: ")
     settings = yaml.safe_load(head)
-    assert settings["input_size"] == [3, 64, 64] and settings["epochs"] == 1 and "dry_run" not in settings
+    assert settings["input_size"] == [3, 64, 64] and settings["epochs"] == 1
+    assert not {"dry_run", "seed", "mask_ratio"} & settings.keys()  # the defaults are left out
     assert "32 images of 3 x 64 x 64 in 2 x 2 patches of 32 px; 4 updates of 8 images" in tail
     assert re.search(r"Memory per process: about [\d.]+ GiB", tail)
+    assert re.search(r"Time: about \d+ s for 4 updates \([\d.e-]+ s each, measured\)", tail)
     assert not list(tmp_path.iterdir())
 
 

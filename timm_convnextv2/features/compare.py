@@ -18,13 +18,13 @@ import timm
 import torch
 
 from ..config import read_json
-from ..console import PACKAGE, closest, ended_by_signals
+from ..console import PACKAGE, closest, duration, ended_by_signals
 from ..files import claim_folder, write_csv, write_json
 from .budgets import budget_sizes, nested_subsets
 from .config import CompareConfig
 from .labelled import Row
 from .linear import HELD_OUT
-from .verdict import OWN, SCRATCH, Curve, draw, duration, last_of, pretraining_cost, verdict
+from .verdict import OWN, SCRATCH, Curve, draw, last_of, pretraining_cost, verdict
 
 MADE_WITH = "compare.json"  # in the folder of a finished finetuning
 

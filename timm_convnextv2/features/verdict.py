@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config import read_json
+from ..console import duration
 from ..report.images import save_figure
 
 SCRATCH, OWN = "from scratch", "own encoder"
@@ -28,13 +29,6 @@ class Curve(NamedTuple):
     accuracy: list[float]
     rate: float
     seconds: float
-
-
-def duration(seconds: float) -> str:
-    """'40 s', '12 min' or '3.5 h'."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 Last = dict[int, dict[str, dict[int, float]]]  # accuracy after the last epoch, by images, candidate and seed

@@ -217,7 +217,8 @@ class PretrainConfig:
 
     config: str | None = option(
         None, "YAML file that sets any of the options", short="-c", metavar="FILE", recorded=False)
-    dry_run: bool = option(False, "print settings, image count and memory, then stop", recorded=False)
+    dry_run: bool = option(
+        False, "print changed settings, images, memory and time, then stop", recorded=False)
     replay: str | None = option(
         None, "repeat the forward of a run's bad-step-*.json, then stop", metavar="FILE", recorded=False)
     paths: ImagePaths = part(ImagePaths, "data")

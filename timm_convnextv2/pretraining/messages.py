@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import read_json
+from ..console import duration
 from ..data.config import as_list
 from ..data.formats.files import printable
 from ..models import FCMAE
@@ -43,6 +44,14 @@ def memory_line(model: FCMAE, batch_size: int, **options: Any) -> str:
     return (
         f"Memory per process: about {fixed + step:.2f} GiB, {fixed:.2f} for weights, gradients and AdamW, {step:.2f} "
         f"for a step of {batch_size} images; data workers take their own."
+    )
+
+
+def time_line(seconds: float, updates: int) -> str:
+    """How long so many updates take, at `seconds` each."""
+    return (
+        f"Time: about {duration(seconds * updates)} for {updates:,} updates ({seconds:.3g} s each, measured), if the "
+        "data keep up; probes and pictures take their own."
     )
 
 

@@ -29,14 +29,14 @@ from ..runs.loop import Limits
 from ..runs.plan import Plan
 from ..runs.progress import with_progress
 from ..runs.summary import read_rows
-from ..runs.trainer import Learning, Trainer
+from ..runs.trainer import Learning, Trainer, seconds_per_update
 from ..runs.world import World
 from .batches import Batches, Sampling, open_batches, transform_of
 from .config import PretrainConfig
 from .inputs import check_input, input_line, input_warnings
 from .loop import WRITTEN, PretrainRun
 from .measures import Best, Measure, affordable, collapse_of_blocks, held_out_loss, reconstructions
-from .messages import about_run, ema_warnings, learning_warnings, memory_line, worker_warnings
+from .messages import about_run, ema_warnings, learning_warnings, memory_line, time_line, worker_warnings
 from .plan import make_plan, resume_progress, split_batch
 from .probe import Probe, Rows, random_encoder
 from .replay import read_record
@@ -93,12 +93,6 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     warnings += learning_warnings(plan, config.network.pretrained)
     for warning in warnings + worker_warnings(config.loading.workers, world.size):
         say(f"warning: {warning}", error=True)
-    if config.dry_run:
-        ema, amp = config.average.model_ema, config.compute.amp
-        memory = memory_line(model, config.schedule.batch_size, ema=ema, amp=amp, device=world.device)
-        world.print(yaml.safe_dump(settings, sort_keys=False) + "\n".join([*about, memory]))
-        return None
-
     average, saving, optimizer = config.average, config.checkpoints, config.optimizer
     learning = Learning(
         config.seed, config.schedule.grad_accum_steps, optimizer.clip_grad, config.compute.dtype,
@@ -106,6 +100,16 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
         skip_bad=optimizer.max_bad_steps > 0,
     )  # fmt: skip
     trainer = create_trainer(model, plan, world, optimizer, learning, config.network.channel_dropout)
+    if config.dry_run:
+        usual, ema, amp = flat(PretrainConfig()), average.model_ema, config.compute.amp
+        changed = {name: value for name, value in settings.items() if value != usual[name]}
+        memory = memory_line(model, config.schedule.batch_size, ema=ema, amp=amp, device=world.device)
+        world.print(yaml.safe_dump(changed, sort_keys=False, default_flow_style=None) + "\n".join([*about, memory]))
+        trainer.wrap(config.compute.torchcompile)
+        tries = range(min(4, plan.updates_per_epoch))
+        world.print(time_line(seconds_per_update(trainer, batches.iterate(0, 0), tries), plan.updates))
+        return None
+
     limits = Limits(
         config.destination.log_interval, saving.checkpoint_interval, saving.milestone_interval or 0,
         saving.recovery_interval, saving.checkpoint_minutes, config.selection.max_bad_images, optimizer.max_bad_steps,

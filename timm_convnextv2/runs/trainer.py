@@ -1,7 +1,8 @@
 """`Trainer`: updates of any timm `TrainingTask`, with everything that has state: optimizer, scaler, EMA, DDP."""
 
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -219,6 +220,22 @@ class Trainer:
             self.scaler.load_state_dict(state.amp_scaler)
         self.sums = {name: self._zero() + value for name, value in sums.items()}
         self.skipped = skipped
+
+
+def seconds_per_update(trainer: Trainer, batches: Iterator, tries: Iterable[int], enough: float = 20.0) -> float:
+    """Makes a few updates, numbered `tries`, for about `enough` seconds; the median time without waiting for data.
+
+    The first one, which may compile, counts only if it is the only one.
+    """
+    times: list[float] = []
+    for number in tries:
+        start = time.perf_counter()
+        _, waited = trainer.update(batches, number)
+        float(trainer.loss)  # waits for the device
+        times.append(time.perf_counter() - start - waited)
+        if trainer.world.share(sum(times)) > enough:
+            break
+    return statistics.median(times[1:] or times)
 
 
 class LossesTask(TrainingTask):
