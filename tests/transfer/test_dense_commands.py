@@ -1,5 +1,6 @@
 """The commands detect and segment: from images to metrics, resumed, measured, used; mistakes are one message."""
 
+import io
 import json
 import pickle
 import re
@@ -60,8 +61,10 @@ def run(request, data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", wandb)
         words += ["--log-tensorboard"] * bool(find_spec("tensorboard"))
+        printed = io.StringIO()
+        patch.setattr(sys, "stdout", printed)
         train(task, data, folder, *words, start=["--model", f"local-dir:{folder}"])
-    return types.SimpleNamespace(task=task, path=folder / "run", wandb=wandb)
+    return types.SimpleNamespace(task=task, path=folder / "run", wandb=wandb, printed=printed.getvalue())
 
 
 def test_a_run_writes_its_results(run):
@@ -70,6 +73,8 @@ def test_a_run_writes_its_results(run):
     more = {"predictions/validation.json"} if run.task == "detect" else set()
     assert all((run.path / name).stat().st_size for name in FILES | more)
     assert not list(run.path.glob(".*"))  # the lock is given back
+    assert re.search(r"^(Box AP|mIoU) was highest after epoch [12] \(", run.printed, flags=re.M | re.I)
+    assert f"timm_convnextv2 {run.task} predict --model {run.path / 'model'}" in run.printed
     page = (run.path / "report.html").read_text()
     assert page.count('data-epoch="') == 2 and f"{run.task} eval --model" in page
     assert main(["report", str(run.path)]) == 0

@@ -14,6 +14,9 @@ class Step(NamedTuple):
     why: str
     command: str
 
+    def __str__(self) -> str:
+        return f"{self.why}:\n  {self.command}"
+
 
 def publish_preview(folder: Path, model: Path) -> str:
     """The command that previews a publication of a run; asks for a licence if the exported `model` states none."""
@@ -87,7 +90,7 @@ def next_steps_of_transfer(settings: dict[str, Any], folder: Path) -> list[Step]
 
 def next_commands(settings: dict[str, Any], folder: Path, last_epoch: int) -> str:
     """The next commands and the files to look at, as text."""
-    *use, publish = (f"{step.why}:\n  {step.command}" for step in next_steps(settings, folder))
+    *use, publish = map(str, next_steps(settings, folder))
     here = near(folder)
     files = [here / "report.html", here / "loss.png", here / "reconstructions" / f"epoch-{last_epoch:04d}.png"]
     shown = "".join(f"\n  {path}" for path in files if path.exists())  # resuming a run that has ended draws nothing

@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..data import EpochBatchSampler
 from ..report.html import write_report
+from ..report.kinds import verdict
+from ..report.next_steps import next_steps_of_transfer
+from ..report.run import read_run
 from ..runs.errors import DataError, original_message
 from ..runs.loop import Run
 from ..runs.plan import Plan
@@ -114,6 +117,13 @@ class TransferRun(Run):
     measured: dict[str, float] = field(default_factory=dict)
 
     shown_measures = 2
+
+    def done(self) -> str:
+        """What was measured, where the model is, and the commands that come next."""
+        if not (self.world.primary and self.folder.summary.exists()):  # nothing was trained in this folder
+            return super().done()
+        found, steps = verdict(read_run(self.folder.path)).text, next_steps_of_transfer(self.settings, self.folder.path)
+        return "\n".join([found, super().done(), *map(str, steps)])
 
     def batches(self, epoch: int, start_batch: int) -> Iterator:
         sampler: Any = self.loader.batch_sampler
