@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..config import option, part
+from ..config import MODEL, option, part
 from ..data.config import ERROR, DataSet, DemoOptions, ImagePaths, PixelOptions, WindowOptions, page_word
 
 
@@ -74,6 +74,32 @@ class PublishConfig:
     commit_message: str | None = option(None, "title of the commit", metavar="TEXT")
     dry_run: bool = option(False, "write the files to a folder and send nothing")
     output: str | None = option(None, "folder for --dry-run (default: FOLDER-publish, beside FOLDER)", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Options of `export`."""
+
+    model: str = option(..., MODEL, metavar="MODEL", positional=True)
+    format: str = option(
+        "onnx", "onnx needs `pip install 'timm_convnextv2[onnx]'`; torch is a program of torch.export",
+        choices=("onnx", "torch"),
+    )  # fmt: skip
+    outputs: str | None = option(
+        None,
+        "logits, pooled features as `embed` writes them, or maps of the last four stages (default: logits of a "
+        "classifier or segmenter, features of an encoder, maps of a detector's backbone)",
+        choices=("logits", "features", "maps"),
+    )
+    img_size: int | None = option(
+        None, "side of the square images in pixels (default: the model's)", metavar="N", at_least=1
+    )
+    batch_size: int = option(1, "images per batch", short="-b", metavar="N", at_least=1)
+    dynamic: tuple[str, ...] = option(
+        (), "what may change from call to call: the batch size, or height and width", choices=("batch", "size")
+    )
+    output: str = option("", "file to write (default: model.onnx or model.pt2)", metavar="FILE")
+    overwrite: bool = option(False, "replace --output")
 
 
 @dataclass(frozen=True)

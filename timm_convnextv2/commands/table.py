@@ -13,7 +13,7 @@ from ..transfer.config import (
     SegmentEvalConfig,
     SegmentPredictConfig,
 )
-from .options import CheckConfig, DemoConfig, PublishConfig, ReportConfig, StatsConfig
+from .options import CheckConfig, DemoConfig, ExportConfig, PublishConfig, ReportConfig, StatsConfig
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,15 @@ COMMANDS = {
         "FOLDER is a timm folder (encoder/, model/), or the folder of a run of `pretrain`, timm's train.py,\n"
         "`finetune`, `detect train` or `segment train`. With --dry-run the files are written to a folder and nothing\n"
         "is sent. The access token comes from `hf auth login` or HF_TOKEN.",
+    ),
+    "export": Command(
+        "export a model to ONNX or torch.export, checked and timed",
+        ExportConfig,
+        "model format outputs img_size batch_size dynamic output overwrite",
+        "runs/tuned --output model.onnx --dynamic batch",
+        "Classifiers, encoders, segmenters, and the backbones of detectors. The file takes float32 pixels in 0..1:\n"
+        "mean and std are inside; size, crop and the record of pixels (divisor, limits, nodata) are not. It is\n"
+        "compared with the model on random images, and written only if it computes the same.",
     ),
     "compare": Command(
         "finetune from scratch, from your encoder and from other models",

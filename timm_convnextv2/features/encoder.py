@@ -106,8 +106,16 @@ def open_encoder(
         img_size: Side of its square inputs in pixels, by default the model's.
         nodata: Stored value meaning "no data", by default that of its training.
     """
+    return open_frozen(name, img_size, nodata, device, num_classes=0)
+
+
+def open_frozen(
+    name: str | os.PathLike, img_size: int | None, nodata: float | None = None, device: str = EXTRACTION.device,
+    **kwargs: Any,
+) -> Encoder:  # fmt: skip
+    """`open_encoder` with the classifier, if the model has one; `kwargs` go to `timm.create_model`."""
     name = model_name(os.fspath(name))
-    network = load_model(name, num_classes=0).eval()
+    network = load_model(name, **kwargs).eval()
     cfg: Any = network.pretrained_cfg
     config = resolve_model_data_config(network, args={"in_chans": cfg["input_size"][0], "img_size": img_size})
     (height, width), size = cfg["input_size"][1:], tuple(config["input_size"][1:])
