@@ -61,10 +61,9 @@ def assert_equals_reference(model, images, mask, rtol=1e-7, atol=1e-10):
     torch.testing.assert_close(only_loss.loss, plain["loss"], rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_equals_the_reference(name):
+@pytest.mark.parametrize("name, narrow", [("atto", 1), ("nano", 4), ("tiny", 6), ("small", 8)])
+def test_every_depth_equals_the_reference(name, narrow):
     """Narrow layers from nano on; `test_every_variant_has_its_published_shape` builds them whole, without memory."""
-    narrow = dict(nano=4, tiny=6, small=8, base=8, large=12, huge=22).get(name, 1)
     model = make(name, img_size=64, decoder_dim=32, dims=tuple(d // narrow for d in VARIANTS[name]["dims"]))
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     mask = torch.tensor([[[True, False], [False, True]]])
@@ -96,11 +95,10 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("size", "kwargs"), SHAPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 3])
-def test_shapes_equal_the_reference(size, kwargs, batch):
+def test_shapes_equal_the_reference(size, kwargs):
     model = toy(img_size=size, mask_ratio=0.5, **kwargs)
     assert model.stride == {1: 8, 2: 32, 4: 32}[kwargs.get("patch_size", 4)]
-    batch = 4 if "drop_path_rate" in kwargs else batch  # else a block may be dropped for all images
+    batch = 4 if "drop_path_rate" in kwargs else 2  # else a block may be dropped for all images
     images = torch.randn(batch, kwargs.get("in_chans", 3), *size, dtype=torch.float64)
     assert_equals_reference(model, images, model(images).mask)
 
@@ -351,7 +349,7 @@ def test_every_parameter_is_initialised(monkeypatch):
         monkeypatch.setattr(cls, "reset_parameters", nan)
     assert nn.Linear(2, 2).weight.isnan().all() and nn.Conv2d(1, 1, 1).bias.isnan().all()
     for name in ("atto", "tiny"):
-        model = timm.create_model(f"fcmae_convnextv2_{name}", decoder_depth=2)
+        model = timm.create_model(f"fcmae_convnextv2_{name}", decoder_depth=2, dims=(24, 32, 40, 48), decoder_dim=128)
         grn = {k for k, m in model.named_modules() if type(m).__name__ == "GlobalResponseNorm"}
         assert len(grn) == sum(VARIANTS[name]["depths"]) + 2
         for key, p in model.named_parameters():
@@ -386,10 +384,8 @@ def test_task_gives_timm_what_it_expects():
     assert torch.equal(fresh(images, mask)["loss"], out["loss"])
 
 
-@pytest.mark.parametrize("backend", ["fused", "eager"])
-def test_task_compiles(backend, monkeypatch):
+def test_task_compiles():
     """The compiled model, its checkpoint and its EMA are those of the plain one; no graph break in the forward."""
-    monkeypatch.setenv("TIMM_CONVNEXTV2_BACKEND", backend)
     torch._dynamo.reset()
     plain, task = (FCMAETask(toy(dtype=torch.float32, depths=(1, 1, 1, 1))) for _ in range(2))
     task.setup_ema()
@@ -412,9 +408,7 @@ def test_task_compiles(backend, monkeypatch):
 @pytest.mark.parametrize("ratio", [0.3, 0.6, 0.9])
 def test_mixer_by_windows_equals_mixer_on_the_map(monkeypatch, ratio):
     """Both ways of the packed mixer, values and gradients, whatever the rule would choose."""
-    model = timm.create_model("fcmae_convnextv2_atto", img_size=128, decoder_dim=16).double()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+    model = toy(img_size=128)
     images = torch.randn(2, 3, 128, 96, dtype=torch.float64)
     mask = timm_convnextv2.random_mask(2, (4, 3), ratio)
     found = []
@@ -431,15 +425,18 @@ def test_mixer_by_windows_equals_mixer_on_the_map(monkeypatch, ratio):
 def test_constructors_have_the_defaults_of_create_model(name, size):
     """Whoever builds the exported classes gets the paper's network: GRN in every block, no layer scale."""
     options = VARIANTS[size]
-    model = timm_convnextv2.ConvNeXtV2(**options) if name == "convnextv2" else FCMAE(**options)
-    assert str(model) == str(timm.create_model(f"{name}_{size}"))
+    with torch.device("meta"):
+        model = timm_convnextv2.ConvNeXtV2(**options) if name == "convnextv2" else FCMAE(**options)
+        created = timm.create_model(f"{name}_{size}")
+    assert str(model) == str(created)
     plain = {k: v for k, v in vars(model).items() if not k.startswith("_") and isinstance(v, int | float | str | tuple)}
-    assert plain == {k: v for k, v in vars(timm.create_model(f"{name}_{size}")).items() if k in plain}
+    assert plain == {k: v for k, v in vars(created).items() if k in plain}
 
 
 def test_without_arguments_it_is_tiny_and_version_1_is_by_asking():
-    v1 = dict(use_grn=False, ls_init_value=1e-6)
     for build, name in ((timm_convnextv2.ConvNeXtV2, "convnextv2_tiny"), (FCMAE, "fcmae_convnextv2_tiny")):
-        assert build().state_dict().keys() == timm.create_model(name).state_dict().keys()
-        assert not any("grn" in key for key in build(**v1).state_dict())
-        assert any(key.endswith(".gamma") for key in build(**v1).state_dict())
+        with torch.device("meta"):
+            first, second, model = build(use_grn=False, ls_init_value=1e-6), build(), timm.create_model(name)
+        assert second.state_dict().keys() == model.state_dict().keys()
+        assert not any("grn" in key for key in first.state_dict())
+        assert any(key.endswith(".gamma") for key in first.state_dict())
