@@ -1,5 +1,6 @@
 """Shared by all tests."""
 
+import functools
 import os
 
 # Before torch and huggingface_hub are imported, and for the processes that tests start.
@@ -12,7 +13,18 @@ from encoders import exported, root, small  # noqa: E402, F401  fixtures
 from kernels import as_backend, kernels  # noqa: E402, F401
 from real import demo, detected, pretrained, segmented  # noqa: E402, F401
 
+from timm_convnextv2.data import DemoSource  # noqa: E402
+
 torch.set_num_threads(1)
+os.fsync = lambda number: None  # 8 ms per file of a run, and no test cuts the power
+
+
+# nearly all runs of pretraining read the same images, which take a fifth of their time to draw
+draw = DemoSource._draw
+_drawn = functools.lru_cache(256)(
+    lambda seed, size, objects, i: draw(DemoSource(i + 1, size, 3, seed, objects=objects), i)
+)
+DemoSource._draw = lambda self, i: _drawn(self.seed, self.size, self.objects, i)
 
 
 @pytest.fixture(autouse=True)
