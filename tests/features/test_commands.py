@@ -92,6 +92,31 @@ def save(path, array):
     Image.fromarray(array.astype(np.uint8)).save(path)
 
 
+@pytest.mark.parametrize("baseline", ["border only", "histogram of each channel"])
+def test_a_planted_shortcut_is_told(run, tmp_path, capsys, baseline):
+    """A frame that is light on one side; two levels that differ little, beside hot pixels."""
+    random = np.random.default_rng(0)
+    for part, numbers in (("train", range(24)), ("validation", range(24, 40))):
+        for i in numbers:
+            if baseline == "border only":
+                image = np.full((32, 32), 90)
+                image[:, 16:] = 160
+                image = image[:, :: (1, -1)[i % 2]].copy()
+                image[6:-6, 6:-6] = random.integers(0, 256, (20, 20))
+            else:
+                image = (100, 110)[i % 2] + random.integers(-3, 4, (32, 32))
+                image[1, 1], image[2, 2] = 0, 255
+            save(tmp_path / part / "ab"[i % 2] / f"{i}.png", image.repeat(3).reshape(32, 32, 3))
+    words = [str(run), "--data-dir", str(tmp_path), "-j", "0", "--no-probe", "--device", "cpu", "--random-seeds", "1"]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())["results"]
+    values = {result["model"]: result["measures"]["ridge"]["value"] for result in found}
+    assert values[baseline] > 0.9 and f"{baseline} alone has" in capsys.readouterr().out
+    assert values[f"{run}, shuffled labels"] < 0.85
+    if baseline == "border only":
+        assert values["histogram of each channel"] < 0.85
+
+
 def test_near_duplicates_across_the_split_are_told(run, tmp_path, capsys, monkeypatch):
     """With a stand-in for the package: a hash of how many rows are light."""
     levels = {"train": {"a": (4, 8), "b": (12, 16)}, "validation": {"a": (4, 20), "b": (16, 24)}}

@@ -59,6 +59,7 @@ def plain_baselines(train: Source, transform: Callable) -> dict[str, Callable[[T
     """The baselines by name; up to 64 training images set the range of the histograms."""
     count = min(SAMPLED, len(train))
     sample = [transform(train[i * len(train) // count]) for i in range(count)]
-    low, high = (torch.stack([end(x.flatten(1), 1) for x in sample]) for end in (torch.amin, torch.amax))
+    # percentiles: hot pixels would put all others into one bin
+    low, high = (torch.stack([x.flatten(1).float().quantile(q, dim=1) for x in sample]) for q in (0.002, 0.998))
     of_range = {"low": low.amin(0)[:, None, None], "high": high.amax(0)[:, None, None]}
     return {SHRUNK: shrunk, HISTOGRAM: partial(histogram, **of_range), FRAME: border}
