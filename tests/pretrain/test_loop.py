@@ -121,14 +121,13 @@ def test_summary_grows_during_the_run(tmp_path, no_images, monkeypatch):
     assert [row["epoch"] for row in steady(out)] == ["0", "1"]
 
 
-@pytest.mark.parametrize("interval", [1, 2])
-def test_milestones_and_reconstructions_follow_their_intervals(tmp_path, monkeypatch, interval):
+def test_milestones_and_reconstructions_follow_their_intervals(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(loop, "save_loss_curve", lambda *_: None)
     monkeypatch.setattr(measures, "save_reconstructions", lambda path, *_: drawn.append(path.stem))
-    out = run(tmp_path / "r", "--milestone-interval", str(interval), "--recon-interval", str(interval + 1), epochs=4)
-    assert {p.name for p in out.glob("milestone*")} == {f"milestone-{n}.pth.tar" for n in range(interval, 5, interval)}
-    assert drawn == [f"epoch-000{n}" for n in ((1, 2, 4) if interval == 1 else (1, 3, 4))]
+    out = run(tmp_path / "r", "--milestone-interval", "2", "--recon-interval", "3", epochs=4)
+    assert {p.name for p in out.glob("milestone*")} == {"milestone-2.pth.tar", "milestone-4.pth.tar"}
+    assert drawn == ["epoch-0001", "epoch-0003", "epoch-0004"]
 
 
 @pytest.mark.parametrize(
@@ -137,9 +136,7 @@ def test_milestones_and_reconstructions_follow_their_intervals(tmp_path, monkeyp
         ((48, 56, 5), ["--in-chans", "5", *BANDS], [5, 64, 64]),
         ((5, 40, 40), ["--input-size", "5", "64", "96", *BANDS], [5, 64, 96]),
         (None, ["--in-chans", "1"], [1, 64, 64]),
-        (None, ["--input-size", "3", "64", "96"], [3, 64, 96]),
         (None, ["--patch-size", "1", "--img-size", "32"], [3, 32, 32]),
-        (None, ["--patch-size", "2", "--img-size", "64"], [3, 64, 64]),
     ],
 )
 def test_kinds_of_images(tmp_path, capsys, shape, options, input_size):

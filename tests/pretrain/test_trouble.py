@@ -39,7 +39,7 @@ def test_too_many_bad_images_stop_the_run(tmp_path, capsys, no_images, monkeypat
     assert len(rows(out)) == 2
 
 
-@pytest.mark.parametrize("options", [[], ["--grad-accum-steps", "2"], ["--clip-grad", "0.1"]], ids=str)
+@pytest.mark.parametrize("options", [[], ["--grad-accum-steps", "2", "--clip-grad", "0.1"]], ids=str)
 def test_loss_read_late_is_the_same_run(tmp_path, no_images, request, options):
     """Values, images that cannot be decoded, a stop and a resume: all as with a loss that is read at once."""
     out = run(tmp_path / "at-once", *options, epochs=2)
