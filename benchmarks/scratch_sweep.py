@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import conditions, write_csv
-from timm_convnextv2.data.formats.pixels import PLAIN
+from timm_convnextv2.data.labelled import rows_of_folder
 from timm_convnextv2.features.compare import Candidate, Cell, call, part_folders, words_of_cell
-from timm_convnextv2.features.labelled import rows_of_folder
 
 MODEL = ("--from-scratch", "--model-kwargs", "depths=[1,1,2,1]", "dims=[16,32,64,128]", "patch_size=1")
 RATE = 8e-3
@@ -56,7 +55,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.timm_train:
         os.environ["TIMM_TRAIN"] = str(Path(args.timm_train).resolve())
-    rows = rows_of_folder(args.data / "train", 3, PLAIN, [], None)
+    rows = rows_of_folder(args.data / "train", [])
     parts = part_folders(rows, [args.images], args.data / "validation", args.output / "data")
     part = parts[args.images]
     about = conditions(torch.device("cpu"), args.threads)

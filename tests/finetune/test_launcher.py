@@ -54,9 +54,10 @@ def test_result_is_exported_and_next_commands_are_printed(run, tmp_path, data, c
     folder = tmp_path / "out" / "x"
     assert (folder / "model" / "exported").read_text() == str(folder)
     assert json.loads((folder / "label_names.json").read_text()) == ["a", "b", "c"]
-    validate, publish = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[-2:])
+    report, validate, publish = (shlex.split(line) for line in capsys.readouterr().out.splitlines()[-3:])
     start = ["timm-convnextv2"] if console else [sys.executable, "-m", "timm_convnextv2"]
-    options = f"--model local-dir:{folder}/model --data-dir {data} --split val --device cpu --amp --amp-dtype bfloat16"
+    options = f"--model local-dir:out/x/model --data-dir {data} --split val --device cpu --amp --amp-dtype bfloat16"
+    assert report[-2:] == ["report", "out/x"]
     assert validate == [*start, "validate", *options.split(" ")]
     assert publish == [*words, os.path.relpath(folder), "USER/NAME", "--license", "ID", "--dry-run"]
 

@@ -1,6 +1,7 @@
 """Finding, checking and importing timm's scripts."""
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from timm_convnextv2.commands import predict
 from timm_convnextv2.commands.finetune import main
-from timm_convnextv2.finetune.scripts import find_script
+from timm_convnextv2.finetune.scripts import find_script, kept_script
 
 
 def test_order_in_which_train_script_is_searched(tmp_path, monkeypatch, stand_in):
@@ -50,13 +51,31 @@ def test_missing_script_is_an_error_with_all_ways_to_get_it(tmp_path, monkeypatc
     assert find_script(name) == Path(words[4])
 
 
+@pytest.mark.parametrize("fetched", [True, False])
+def test_next_command_names_the_script_only_if_it_is_not_found_alone(
+    command, train, tmp_path, monkeypatch, capsys, fetched
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TIMM_TRAIN")
+    monkeypatch.setattr(timm, "__file__", str(tmp_path / "nowhere" / "timm" / "__init__.py"))
+    if fetched:
+        kept_script("train.py").parent.mkdir(parents=True)
+        shutil.copy(train, kept_script("train.py"))
+    assert main(command(*([] if fetched else ["--timm-train", str(train)]))) == 0
+    assert ("--timm-train timm/train.py" in capsys.readouterr().out.splitlines()[-2]) == (not fetched)
+
+
 @pytest.mark.parametrize("kind", ["--timm-train", "TIMM_TRAIN"])
 def test_path_that_is_not_there(refused, monkeypatch, tmp_path, kind):
     path = tmp_path / "nowhere.py"
     if kind == "TIMM_TRAIN":
         monkeypatch.setenv(kind, str(path))
     message = refused(*([kind, str(path)] if kind == "--timm-train" else []))
-    assert f"{kind} is {path}" in message and f"v{timm.__version__}/train.py" in message
+    assert (
+        f"{kind} is {path}" in message
+        and f"curl -fL --create-dirs -o {path} " in message
+        and f"v{timm.__version__}/train.py" in message
+    )
 
 
 def test_other_scripts_are_found_beside_train_script(train, tmp_path, capsys):

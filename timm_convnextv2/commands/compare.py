@@ -9,12 +9,11 @@ from tempfile import TemporaryDirectory
 from ..checkpoint.loading import model_name
 from ..config import build, evolve
 from ..console import PROGRAM, ended_by_signals, refused, say
-from ..data.formats.pixels import PLAIN
+from ..data.labelled import Row, rows_of_folder, split_folders
 from ..features import compare as comparison
 from ..features import verdict as results
 from ..features.compare import candidates_of, pretrain_options, tail
 from ..features.config import CompareConfig
-from ..features.labelled import Row, rows_of_folder, split_folders
 from ..finetune.config import RECIPES
 from ..hub_errors import HubError
 from ..recipes import load_recipe
@@ -94,7 +93,7 @@ def _training_rows(data_dir: str) -> tuple[list[Row], Path]:
     parts = split_folders(root) if root.is_dir() else None
     if parts is None:
         raise ValueError(f"--data-dir {data_dir} has no train/ and validation/ folders of classes.")
-    return rows_of_folder(parts[0], 3, PLAIN, [], None), parts[1]
+    return rows_of_folder(parts[0], []), parts[1]
 
 
 def _check_finetuning(words: Sequence[str], log: Path) -> None:

@@ -5,12 +5,13 @@ from timm.utils.distributed import world_info_from_env
 from ..config import build
 from ..console import refused, say
 from ..finetune.config import RECIPES, FinetuneConfig
-from ..finetune.launch import epochs_done, export, failure, next_commands, run_plan
+from ..finetune.launch import epochs_done, export, failure, next_commands, result, run_plan
 from ..finetune.options import ScriptOptions, resolve_options, with_model_name
 from ..finetune.plan import Plan, check_augmentation, count, describe_plan, make_plan, warnings
 from ..finetune.scripts import load_script
 from ..hub_errors import HubError
 from ..recipes import list_recipes, load_recipe, recipe_names
+from ..report.next_steps import near
 from .base import own_options
 
 
@@ -39,7 +40,7 @@ def prepare(argv: list[str] | None) -> Plan | None:
     options = resolve_options(script, rest, recipe)
     _check_start(options, config.from_scratch)
     check_augmentation(options.aa)
-    plan = make_plan(script, recipe, options, rest, config.global_batch_size)
+    plan = make_plan(script, recipe, options, rest, config.global_batch_size, config.split)
 
     for line in [*plan.notes, *describe_plan(plan)]:
         say(line)
@@ -71,12 +72,14 @@ def finish(plan: Plan) -> int:
         return 1
     done = epochs_done(plan.folder)
     if done is not None and done < plan.epochs:  # train.py ends quietly on Ctrl-C
-        resume = f"--experiment {plan.options.experiment} --resume {plan.folder / 'last.pth.tar'}"
+        resume = f"--experiment {plan.options.experiment} --resume {near(plan.folder / 'last.pth.tar')}"
         say(f"Stopped after {count(done, 'epoch')} of {plan.epochs}; repeat the command with {resume} to resume.")
-        say(f"The model so far is in {model}")
+        say(f"The model so far is in {near(model)}")
     else:
-        say(f"Done: the finetuned model is in {model}")
-    say("Evaluate it, and see what would be published:")
+        say(f"Done: the finetuned model is in {near(model)}")
+    for line in result(plan):
+        say(line)
+    say("Look at the run, evaluate the model, and see what would be published:")
     for command in next_commands(plan, model):
         say(f"  {command}")
     return 0

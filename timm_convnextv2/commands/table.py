@@ -41,10 +41,11 @@ COMMANDS = {
     "finetune": Command(
         "finetune a backbone with timm's train.py and a recipe",
         FinetuneConfig,
-        "recipe list_recipes from_scratch global_batch_size timm_train dry_run",
+        "recipe list_recipes from_scratch global_batch_size validation_share timm_train dry_run",
         "--recipe small-data --model runs/mine --data-dir DATA --epochs 60 --output runs --experiment tuned",
         "It finds train.py, checks the recipe, the model's folder, the data and the batch, runs train.py in this\n"
-        "process, and exports the result to OUTPUT/EXPERIMENT/model, a timm folder that stock timm opens. --model,\n"
+        "process, and exports the result to OUTPUT/EXPERIMENT/model, a timm folder that stock timm opens. DATA has\n"
+        "train/ and validation/; class folders alone, or a CSV of name and label, are split by --seed. --model,\n"
         "--data-dir, --epochs, --batch-size and all options that are not listed here go to train.py. The same by\n"
         "hand, without checks and export:\n\n"
         "    python train.py --device-modules timm_convnextv2 --config RECIPE.yaml --model ...",

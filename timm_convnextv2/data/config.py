@@ -156,3 +156,18 @@ class DemoOptions:
     seed: int = option(0, "seed of the images; no seed gives images of pretraining", metavar="S", at_least=0)
     coco: bool = option(False, "write FOLDER/{train,validation}.json with boxes and masks, images in images/")
     masks: bool = option(False, "write {train,validation}/masks/*.png (background 0), images in images/, classes.txt")
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Splitting:
+    """How labelled images become training and test images."""
+
+    validation_share: float = option(
+        0.25, "fraction of the images to test on if --data-dir has no validation/", metavar="X")
+    groups: str | None = option(
+        None, "column of the CSV: images of one patient, slide or video are on one side of the split", metavar="COLUMN")
+    group_by: str | None = option(
+        None, "the same for folders CLASS/GROUP/IMAGE, and for the folders of a CSV's images",
+        choices=("parent-folder",))
+# fmt: on

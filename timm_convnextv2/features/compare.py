@@ -19,10 +19,10 @@ import torch
 
 from ..config import read_json
 from ..console import PACKAGE, closest, duration, ended_by_signals
+from ..data.labelled import Row
 from ..files import claim_folder, write_csv, write_json
 from .budgets import budget_sizes, nested_subsets
 from .config import CompareConfig
-from .labelled import Row
 from .linear import HELD_OUT
 from .verdict import OWN, SCRATCH, Curve, draw, last_of, pretraining_cost, verdict
 

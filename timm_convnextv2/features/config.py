@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..config import MODEL, device_option, option, part
-from ..data.config import DataSet, ImagePaths
+from ..data.config import DataSet, ImagePaths, Splitting
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -74,19 +74,6 @@ class Scoring:
         above=0)
     budget_draws: int = option(3, "subsets that are drawn for each of --label-budgets", metavar="N", at_least=1)
     draws: int = 1000
-
-
-@dataclass(frozen=True)
-class Splitting:
-    """How labelled images become training and test images."""
-
-    validation_share: float = option(
-        0.25, "fraction of the images to test on if --data-dir has no validation/", metavar="X")
-    groups: str | None = option(
-        None, "column of the CSV: images of one patient, slide or video are on one side of the split", metavar="COLUMN")
-    group_by: str | None = option(
-        None, "the same for folders CLASS/GROUP/IMAGE, and for the folders of a CSV's images",
-        choices=("parent-folder",))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import option
+from ..config import option, part
+from ..data.config import Splitting
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -45,4 +46,5 @@ class FinetuneConfig(EvaluationConfig):
     license: str | None = option(
         None, "licence of the weights, e.g. mit; weights that you start from keep their own", metavar="ID"
     )
+    split: Splitting = part(Splitting, "images")
     dry_run: bool = option(False, "check everything, print what would run, then stop")

@@ -10,7 +10,9 @@ from torch import nn
 
 from ..checkpoint.loading import model_name
 from ..data import Pixels
-from .folders import FolderReader, describe, is_folder, open_split, shown, split_folder
+from ..data.formats.files import TRAIN_FOLDERS
+from ..data.labelled import SPLIT_FILE, kept_rows, read_labelled
+from .folders import FolderReader, Open, RowReader, describe, is_folder, is_table, open_split, shown, split_folder
 from .images import Images, Kept, Reading, feed, probe, refuse_for_tensors
 from .model import check_weights_file, choose_pixels, create_fitted_model
 from .options import ScriptOptions, check_input_mode, resolve_options, with_device, with_model_name
@@ -32,7 +34,7 @@ def prepare_evaluation(
         raise ValueError("--data-dir is needed: the folder of the images.")
     options, device = with_device(options)
     check_input_mode(options)
-    class_to_idx, pixels, notes = None, Pixels(nodata), []
+    reader, pixels, notes = None, Pixels(nodata), []
     if not _names_several(options):
         loads = not options.checkpoint
         options, model, notes = create_fitted_model(options, need_weights=loads, check_weights=loads)
@@ -41,9 +43,9 @@ def prepare_evaluation(
         if options.checkpoint:
             check_weights_file("--checkpoint", options.checkpoint, model)
         pixels, read = choose_pixels(nodata, options.model, options.channels)
-        class_to_idx, listed = _check_images(options, model, kept is None, pixels)
+        reader, listed = _check_images(options, model, kept is None, pixels)
         notes += [*read, *listed]
-    feed(script, Reading(options.channels, pixels, kept), class_to_idx)
+    feed(script, Reading(options.channels, pixels, kept), {options.split: reader} if reader is not None else None)
     return [*words, *options.words_since(resolved)], [*device, *notes]
 
 
@@ -65,35 +67,62 @@ def _names_several(options: ScriptOptions) -> bool:
 
 def _check_images(
     options: ScriptOptions, model: nn.Module, labelled: bool, pixels: Pixels
-) -> tuple[dict[str, int] | None, list[str]]:
-    """The model's class index by folder name, if its config has the names of its classes; and notes on the folder."""
+) -> tuple[FolderReader | None, list[str]]:
+    """The images, numbered as the model's classes if its config has their names; and notes on them."""
     folder = options.data_folder
-    if not folder or not is_folder(options.dataset, folder):
+    if not folder or not is_folder(options.dataset, folder) and not (labelled and is_table(folder)):
         return None, []
     root = Path(folder)
-    if not root.is_dir():
+    if not root.exists():
         raise ValueError(f"--data-dir {root} does not exist.")
     open_folder = partial(FolderReader, class_map=options.class_map, input_key=getattr(options, "input_key", None))
-    class_to_idx = None
+    class_to_idx, notes = None, []
     if labelled:
-        reader = open_split(root, options.split, "--split", open_folder, root_too=True)
+        reader, notes = _open_labelled(options, root, open_folder)
         cfg: Any = model.pretrained_cfg
         names, num_classes = cfg.get("label_names"), int(model.num_classes)  # type: ignore[arg-type]
         if isinstance(names, list | tuple) and not options.class_map and not getattr(options, "valid_labels", ""):
             class_to_idx = _match(reader, [str(name) for name in names])
+            reader = reader.renumbered(class_to_idx)
         elif max(reader.class_to_idx.values()) >= num_classes:
             found = f"{reader.root} has {len(reader.classes)} classes"
             raise ValueError(f"{found} and --model {options.model} {num_classes}.")
     else:
         reader = open_folder(split_folder(root, options.split))
-    notes = describe(reader)
-    present = len(reader.class_to_idx)
+    notes += describe(reader)
+    present = sum(map(bool, reader.counts().values()))
     if class_to_idx is not None and present < len(class_to_idx):
         notes.append(f"{present} of the model's {len(class_to_idx)} classes are present; matched by name.")
     values = dict(options.values)
     kinds = probe(Images(reader, Reading(options.channels, pixels)))
     refuse_for_tensors(kinds, values, resolve_data_config(values, model=model)["crop_mode"])
-    return class_to_idx, notes
+    return reader, notes
+
+
+def _open_labelled(options: ScriptOptions, root: Path, open_folder: Open) -> tuple[FolderReader, list[str]]:
+    """The images of --split; of a folder or CSV without splits, those that the run of the model did not train on."""
+    train = options.split.partition("[")[0] in TRAIN_FOLDERS
+    rows, source = [], root
+    if is_table(root):
+        rows = read_labelled(root)[0]
+        reader = RowReader(str(root), rows, options.class_map)
+    else:
+        reader = open_split(root, options.split, "--split", open_folder, root_too=True)
+        if Path(reader.root) != root:
+            return reader, []
+    weights = Path(options.checkpoint or options.model.removeprefix("local-dir:")).parent / SPLIT_FILE
+    if not any(row.part for row in rows) and weights.is_file():
+        rows, source = kept_rows(weights, [path for path, _ in reader.samples]), weights
+        if not rows:
+            return reader, [f"None of the {len(reader)} images is in {source}: all are measured."]
+    if not any(row.part for row in rows):
+        return reader, []
+    chosen = [row for row in rows if (row.part in TRAIN_FOLDERS) == train]
+    if not chosen:
+        raise ValueError(f"{source} has no images of --split {options.split} in {root}.")
+    note = f"Measured: {len(chosen)} {'training' if train else 'validation'} images of {source}"
+    left = len(reader) - len(chosen)
+    return RowReader(str(root), chosen, options.class_map), [f"{note}; {left} other images of {root} are left out."]
 
 
 def _match(reader: FolderReader, names: list[str]) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """Folders of labelled images, one sub-folder per class: listed, checked and described."""
 
+import copy
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from timm.data.readers.class_map import load_class_map
@@ -11,7 +12,9 @@ from timm.utils.misc import natural_key
 
 from ..console import check_same_classes
 from ..data import image_extensions
-from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS
+from ..data.config import Splitting
+from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, printable
+from ..data.labelled import SEPARATOR, TEST_FOLDERS, Row, check_classes, divide, kept_rows, read_labelled
 from ..data.paths.walk import LeftOut, classes_in_several_folders, walk
 
 # The classes of these data sets are known only once they are open; everything else is a folder (or tar) of images.
@@ -74,6 +77,10 @@ class FolderReader(ReaderImageFolder):
                 f"0 images in {self.root}: {self.left or 'it has no files'} (hidden files and folders are skipped). "
                 f"Images are {input_key or 'all that Pillow opens, and .npy'}."
             )
+        self._number(found, class_map)
+
+    def _number(self, found: list[tuple[str, str]], class_map: str | Mapping[str, int]) -> None:
+        """Sets samples and classes from paths and the names of their classes."""
         names = sorted({label for _, label in found}, key=natural_key)
         self.class_to_idx: dict[str, int] = (
             _load_class_map(class_map, self.root) if class_map else {name: i for i, name in enumerate(names)}
@@ -91,10 +98,81 @@ class FolderReader(ReaderImageFolder):
         """Names in the order of the class index."""
         return sorted(self.class_to_idx, key=self.class_to_idx.__getitem__)
 
+    def renumbered(self, class_to_idx: Mapping[str, int]) -> "FolderReader":
+        """A copy whose classes, by name, have other numbers."""
+        new, names = copy.copy(self), {i: name for name, i in self.class_to_idx.items()}
+        new.class_to_idx = dict(class_to_idx)
+        new.samples = [(path, class_to_idx[names[target]]) for path, target in self.samples]
+        return new
+
     def counts(self) -> dict[str, int]:
         """Number of images by class name, in the order of the class index."""
         counted = Counter(target for _, target in self.samples)
         return {name: counted[self.class_to_idx[name]] for name in self.classes}
+
+
+class RowReader(FolderReader):
+    """The same for labelled rows, one label each; `root` says where they are from."""
+
+    def __init__(self, root: str, rows: Sequence[Row], class_map: str | Mapping[str, int] = "") -> None:
+        self.root, self.rows, self.left, self.imageless = root, rows, LeftOut(), []
+        if several := [row for row in rows if len(row.labels) > 1]:
+            what = f"{printable(several[0].path)} has the labels {SEPARATOR.join(several[0].labels)}"
+            raise ValueError(
+                f"{root}: {len(several)} images have several labels ({what}), and timm's train.py trains and measures "
+                "one class per image. `evaluate` measures frozen features on several labels; to finetune, give one "
+                "label per row, such as a CSV of yes and no for each label."
+            )
+        self._number([(row.path, row.labels[0]) for row in rows], class_map)
+
+
+def is_table(place: str | os.PathLike | None) -> bool:
+    """Whether --data-dir is a CSV of names and labels."""
+    return os.fspath(place or "").lower().endswith(".csv")
+
+
+def is_unsplit(root: Path) -> bool:
+    """Whether a folder holds folders of classes, and none of a split such as train/ or Test/."""
+    names = (
+        [entry.name.lower() for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."]
+        if root.is_dir()
+        else []
+    )
+    return bool(names) and not {*names} & {*TRAIN_FOLDERS, *TEST_FOLDERS, "testing"}
+
+
+def split_rows(
+    place: Path, how: Splitting, seed: int, kept: Path | None = None, class_map: str = "", input_key: str | None = None
+) -> tuple[list[FolderReader], list[str]]:
+    """Splits a folder of classes or a CSV into training and validation images; returns them, and notes.
+
+    `kept` is the split file of the run that is resumed, which is followed if it exists.
+    """
+    rows, notes = read_labelled(place, how.groups, how.group_by)
+    if input_key:
+        rows = [row for row in rows if row.path.lower().endswith(tuple(input_key.lower().split(";")))]
+    if any(row.part for row in rows):
+        notes.append(f"{place}: split by its column 'split'.")
+    else:
+        notes.append(f"{place} has no validation images of its own: --seed {seed} splits it, "
+                     f"--validation-share {how.validation_share:g} to validate on.")  # fmt: skip
+    if kept and kept.is_file():
+        total, rows = len(rows), kept_rows(kept, [row.path for row in rows])
+        if not rows:
+            raise ValueError(f"None of the {total} images of {place} is in {kept}, the split of the run to resume.")
+        left = f"; {total - len(rows)} other images are left out" if len(rows) < total else ""
+        notes[-1] = f"{place}: split as in {kept}{left}."
+    numbers = class_map or {name: i for i, name in enumerate(check_classes(rows, place))}
+    RowReader(str(place), rows)  # refuses several labels
+    parts = zip(("train", "validation"), divide(rows, place, how.validation_share, seed), strict=True)
+    train, validation = (RowReader(f"{place} [{name}]", part, numbers) for name, part in parts)
+    if few := [name for name, n in train.counts().items() if n + validation.counts()[name] == 1]:
+        has = f"has 1 image: {few[0]}" if len(few) == 1 else f"have 1 image each: {shown(few)}"
+        raise ValueError(
+            f"{place}: {len(few)} of {len(train.classes)} classes {has}. Each needs two or more, to train and to "
+            "validate on: add images, or leave the class out."
+        )
+    return [train, validation], notes
 
 
 def _load_class_map(class_map: str | Mapping[str, int], root: str) -> dict[str, int]:
@@ -112,7 +190,7 @@ def open_splits(data_dir: str | None, splits: Mapping[str, str], open_folder: Op
 
     `splits` has the name of each by the option that gave it, such as '--train-split'; an empty name is left out.
     """
-    layout = "a folder with train/ and validation/, each with a sub-folder per class"
+    layout = "a folder with train/ and validation/, each with a sub-folder per class, or without them, or a CSV"
     if not data_dir:
         raise ValueError(f"--data-dir is needed: {layout}.")
     root = Path(data_dir)
@@ -156,7 +234,7 @@ def describe(reader: FolderReader) -> list[str]:
     where = (os.path.relpath(path, reader.root) for path, _ in reader.samples)
     lines = [
         first,
-        classes_in_several_folders(where),
+        classes_in_several_folders(where) if not isinstance(reader, RowReader) else "",
         str(reader.left),
         f"no images in {shown(reader.imageless)}" if reader.imageless else "",
     ]

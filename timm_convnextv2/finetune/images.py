@@ -269,13 +269,15 @@ class CollateMixup(FastCollateMixup):
 
 def create_dataset(
     name: str = "", root: str | None = None, split: str = "validation", *, reading: Reading,
-    class_to_idx: Mapping[str, int] | None = None, **kwargs: Any
+    readers: Mapping[str, FolderReader] | None = None, **kwargs: Any
 ) -> Any:  # fmt: skip
     """timm's `create_dataset`; folders, tars, `hfds/` and `torch/` give `Images`, streams `ImageStream`.
 
-    `class_to_idx` has the class by the name of its folder, and replaces `class_map`.
+    `readers` has the splits that are open already, by name.
     """
-    class_map, input_key = class_to_idx or kwargs.get("class_map", ""), kwargs.get("input_key")
+    if readers and split in readers:
+        return Images(readers[split], reading)
+    class_map, input_key = kwargs.get("class_map", ""), kwargs.get("input_key")
     prefix = opaque_prefix(name)
     if root is not None and not prefix:
         if os.path.isdir(root):
@@ -350,7 +352,7 @@ def create_loader(dataset: Any, *args: Any, **kwargs: Any) -> Any:
     return loader if kept is None else _KeptOnly(loader, kept)
 
 
-def feed(script: ModuleType, reading: Reading, class_to_idx: Mapping[str, int] | None = None) -> None:
+def feed(script: ModuleType, reading: Reading, readers: Mapping[str, FolderReader] | None = None) -> None:
     """Lets an imported script of timm read its images by this package's decoder; see `create_dataset`."""
-    opened = partial(create_dataset, reading=reading, class_to_idx=class_to_idx)
+    opened = partial(create_dataset, reading=reading, readers=readers)
     vars(script).update(create_dataset=opened, create_loader=create_loader, FastCollateMixup=CollateMixup)

@@ -1,11 +1,12 @@
 """Running train.py by a plan, and what follows: the export, and the commands that evaluate and publish the result."""
 
+import contextlib
 import csv
 import json
-import os
 import shlex
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import yaml
 from timm.utils.distributed import world_info_from_env
@@ -13,11 +14,15 @@ from timm.utils.distributed import world_info_from_env
 from ..checkpoint import export_finetuned
 from ..checkpoint.finetuned import LABEL_NAMES
 from ..console import invocation
-from ..report.next_steps import publish_preview
+from ..data.labelled import SPLIT_FILE, write_split
+from ..report.kinds import verdict
+from ..report.next_steps import near, publish_preview
+from ..report.run import read_run
 from .checkpoints import after_failure
+from .folders import RowReader
 from .images import Reading, feed
 from .plan import Plan
-from .scripts import run_script, script_path
+from .scripts import find_script, run_script, script_path
 
 # validate.py must get the same values of these as train.py did
 EVALUATION_OPTIONS = ("dataset", "class_map", "input_img_mode", "input_key", "target_key", "device")
@@ -25,8 +30,9 @@ EVALUATION_OPTIONS = ("dataset", "class_map", "input_img_mode", "input_key", "ta
 
 def run_plan(plan: Plan) -> None:
     """Runs train.py in this process, with our images; its errors pass through."""
-    _keep_label_names(plan)
-    feed(plan.script, Reading(plan.options.channels, plan.pixels))
+    _keep_labels(plan)
+    names = (plan.options.train_split, plan.options.val_split)
+    feed(plan.script, Reading(plan.options.channels, plan.pixels), dict(zip(names, plan.splits, strict=False)))
     with tempfile.TemporaryDirectory() as folder:
         config = plan.recipe.path
         if yaml.safe_load(config.read_text(encoding="utf-8")) != plan.recipe.values:  # --from-scratch
@@ -35,11 +41,17 @@ def run_plan(plan: Plan) -> None:
         run_script(plan.script, ["--config", str(config), *plan.words])
 
 
-def _keep_label_names(plan: Plan) -> None:
-    """Writes the names of the classes into the run's folder: the data may be gone when the model is exported again."""
+def _keep_labels(plan: Plan) -> None:
+    """Writes a split that was made here, and the names of the classes, into the run's folder.
+
+    The data may be gone when the model is exported again.
+    """
     if not plan.splits or world_info_from_env()[1] != 0:
         return
-    reader = plan.splits[0]
+    reader, file = plan.splits[0], plan.folder / SPLIT_FILE
+    if isinstance(reader, RowReader) and not (plan.options.resume and file.is_file()):
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        write_split(file, *(split.rows for split in plan.splits if isinstance(split, RowReader)))
     if sorted(reader.class_to_idx.values()) == list(range(plan.options.num_classes)):  # a class map may leave gaps
         plan.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(reader.classes, ensure_ascii=False, indent=0)
@@ -73,12 +85,33 @@ def epochs_done(folder: Path) -> int | None:
         return None
 
 
+def result(plan: Plan) -> list[str]:
+    """Sentences on the accuracy of the run and on its files; fewer if it measured or wrote nothing."""
+    lines = []
+    with contextlib.suppress(ValueError):
+        lines.append(verdict(read_run(plan.folder)).text)
+    if lines and len(plan.splits) == 2:
+        train, validation = (split.counts() for split in plan.splits)
+        most = max(train, key=train.__getitem__)
+        share = 100 * validation.get(most, 0) / max(1, len(plan.splits[1]))
+        lines[0] += f" Chance, always the most frequent class, is {share:.1f} %."
+    written = [name for name in ("summary.csv", SPLIT_FILE, LABEL_NAMES) if (plan.folder / name).is_file()]
+    return [*lines, *([f"Written to {near(plan.folder)}: model/, {', '.join(written)}"] if written else [])]
+
+
+def _needs_path(script: ModuleType) -> bool:
+    """Whether train.py is found by --timm-train alone."""
+    with contextlib.suppress(ValueError):
+        return find_script("train.py").resolve() != script_path(script).resolve()
+    return True
+
+
 def next_commands(plan: Plan, model: Path) -> list[str]:
-    """Commands that evaluate the exported model and show what publishing would send."""
-    options, commands = plan.options, []
+    """Commands that show the run, evaluate the exported model and show what publishing would send."""
+    options, commands = plan.options, [shlex.join([*invocation("report"), str(near(plan.folder))])]
     if options.val_split:
-        words = [*invocation("validate"), "--model", f"local-dir:{model}"]
-        words += [] if os.environ.get("TIMM_TRAIN") else ["--timm-train", str(script_path(plan.script))]
+        words = [*invocation("validate"), "--model", f"local-dir:{near(model)}"]
+        words += ["--timm-train", str(near(script_path(plan.script)))] if _needs_path(plan.script) else []
         words += ["--data-dir", options.data_folder] if options.data_folder else []
         words += ["--split", options.val_split] if options.val_split != "validation" else []
         for name in EVALUATION_OPTIONS:

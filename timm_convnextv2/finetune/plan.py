@@ -21,17 +21,32 @@ from timm.utils.distributed import world_info_from_env
 from ..checkpoint.finetuned import origin_of_run
 from ..checkpoint.provenance import resolve_license
 from ..data import Pixels
+from ..data.config import Splitting
+from ..data.labelled import SPLIT_FILE
 from ..data.measure.duplicates import shared_note
 from ..models import ConvNeXtV2
 from ..recipes import Recipe
+from ..report.next_steps import near
 from .checkpoints import check_new_folder, check_resume
-from .folders import FolderReader, describe, imbalance, is_folder, open_splits, shown
+from .folders import (
+    FolderReader,
+    describe,
+    imbalance,
+    is_folder,
+    is_table,
+    is_unsplit,
+    opaque_prefix,
+    open_splits,
+    shown,
+    split_rows,
+)
 from .images import Images, Reading, probe, refuse_for_tensors
 from .model import check_weights_file, choose_pixels, create_fitted_model
 from .options import PLUGIN, ScriptOptions, check_input_mode, with_device
 from .scripts import allow_processes_on_cpu, matching_script, script_path, script_version
 
 SMALL_SCALE = 1e-3  # a layer whose rate is a thousandth of the head's hardly changes
+SPLITTING = Splitting()  # the defaults
 START_FILES = ("resume", "initial_checkpoint", "pretrained_path")
 
 
@@ -83,8 +98,9 @@ class Plan:
 
 
 def make_plan(
-    script: ModuleType, recipe: Recipe, options: ScriptOptions, words: list[str], global_batch_size: int | None = None
-) -> Plan:
+    script: ModuleType, recipe: Recipe, options: ScriptOptions, words: list[str],
+    global_batch_size: int | None = None, splitting: Splitting = SPLITTING,
+) -> Plan:  # fmt: skip
     """Checks data, batch, model and folder, and derives the options of train.py that follow from them.
 
     `words` are the user's options; `global_batch_size` is images per update over all processes.
@@ -94,11 +110,7 @@ def make_plan(
     if options.device == "cpu" and world_size > 1:
         allow_processes_on_cpu(script)
     check_input_mode(options)
-    splits = []
-    if is_folder(options.dataset, options.data_folder):
-        names = {"--train-split": options.train_split, "--val-split": options.val_split}
-        reader = partial(FolderReader, class_map=options.class_map, input_key=options.input_key)
-        splits = open_splits(options.data_folder, names, reader)
+    splits, divided = _open_splits(options, splitting)
     options, notes = _with_classes(options, splits)
     options = _with_batch(options, world_size, global_batch_size)
     if splits:
@@ -110,6 +122,7 @@ def make_plan(
     start = dict(drop_path_rate=options.drop_path, global_pool=options.gp)
     options, model, fitted = create_fitted_model(options, need_weights=options.pretrained, check_weights=loads, **start)
     options, folder = _with_folder(options, model)
+    divided += [f"The split is kept in {near(folder / SPLIT_FILE)}."] if divided else []
     for name in START_FILES:
         if getattr(options, name) and (options.pretrained or name != "pretrained_path"):
             check_weights_file(f"--{name.replace('_', '-')}", getattr(options, name), model)
@@ -121,8 +134,26 @@ def make_plan(
     kinds = ", ".join(dict.fromkeys(filter(None, map(probe, opened))))
     values = dict(options.values)
     refuse_for_tensors(kinds, values, resolve_data_config(values, model=model)["crop_mode"])
-    words, notes = [*words, *options.words_since(resolved)], [*device, *notes, *fitted, *read]
+    words, notes = [*words, *options.words_since(resolved)], [*device, *divided, *notes, *fitted, *read]
     return Plan(script, recipe, options, words, splits, model, folder, kinds, notes, world_size)
+
+
+def _open_splits(options: ScriptOptions, splitting: Splitting) -> tuple[list[FolderReader], list[str]]:
+    """The training and validation images, and notes on how they were split; neither if train.py opens the data."""
+    place, how = options.data_folder, {"class_map": options.class_map, "input_key": options.input_key}
+    named = {"train_split", "val_split"} & {*options.given, *options.changed()}
+    if place and not opaque_prefix(options.dataset) and (is_table(place) or not named and is_unsplit(Path(place))):
+        kept = Path(options.resume).parent / SPLIT_FILE if options.resume else None
+        return split_rows(Path(place), splitting, options.seed, kept, **how)
+    if splitting != SPLITTING:
+        raise ValueError(
+            "--validation-share, --groups and --group-by split a folder of classes or a CSV; the data has a split of "
+            f"its own: {options.dataset or place}. Leave them out."
+        )
+    if not is_folder(options.dataset, place):
+        return [], []
+    names = {"--train-split": options.train_split, "--val-split": options.val_split}
+    return open_splits(place, names, partial(FolderReader, **how)), []
 
 
 def _with_classes(options: ScriptOptions, splits: list[FolderReader]) -> tuple[ScriptOptions, list[str]]:

@@ -49,7 +49,7 @@ def find_script(name: str, option: str | None = None) -> Path:
             path = path.with_name(name)
         if path.is_file():
             return path.resolve()
-        remedy = f"Save {_url(name)} there, or give the folder of a clone of timm."
+        remedy = f"Fetch it (curl -fL --create-dirs -o {shlex.quote(str(path))} {_url(name)}), or give a clone of timm."
         raise ValueError(f"{source} is {value}, but there is no {name} there. {remedy}")
     kept = kept_script(name)
     for place in (Path(timm.__file__).resolve().parents[1] / name, kept):

@@ -1,0 +1,231 @@
+"""Labelled images without a split of their own: class folders and a CSV are split once, for every command."""
+
+import csv
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from folders import CLASSES, write_images
+from helpers import run_python
+from test_evaluation import write_model
+
+from timm_convnextv2.commands import validate
+from timm_convnextv2.commands.finetune import main
+from timm_convnextv2.data.labelled import SPLIT_FILE, write_split
+from timm_convnextv2.features import open_labelled
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """CLASS/0.png to 7.png in the working folder of the commands."""
+    write_images(tmp_path / "flat")
+    return Path("flat")
+
+
+def split_of(folder):
+    """The lines of a run's split file: image (its real path), label, part."""
+    with open(folder / SPLIT_FILE, newline="") as file:
+        return [(os.path.realpath(folder / r["name"]), r["label"], r["split"]) for r in csv.DictReader(file)]
+
+
+def write_table(path, rows, columns="name,label"):
+    path.write_text("\n".join([columns, *rows]) + "\n")
+    return path
+
+
+def labels(flat, more=lambda label, i: ""):
+    return [f"{flat}/{label}/{i}.png,{label}{more(label, i)}" for label in CLASSES for i in range(8)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "csv with split"])
+def test_data_without_validation_images_is_split(run, flat, tmp_path, capsys, kind):
+    place = flat
+    if kind == "csv":
+        place = write_table(tmp_path / "labels.csv", labels(flat))
+    elif kind == "csv with split":
+        rows = labels(flat, lambda label, i: f",{'val' if i < 2 else 'train'}")
+        place = write_table(tmp_path / "labels.csv", rows, "name,label,split")
+    assert run(data=place, experiment="x")["args"]["num_classes"] == 3
+    out = capsys.readouterr().out
+    assert f"{place} [train]: 18 images of 3 classes: a 6, b 6, c 6" in out
+    assert f"{place} [validation]: 6 images of 3 classes: a 2, b 2, c 2" in out
+    assert "The split is kept in out/x/split.csv." in out
+    assert "Written to out/x: model/, split.csv, label_names.json" in out
+    assert ("--seed 42 splits it" in out) == (kind != "csv with split")
+    found = split_of(tmp_path / "out" / "x")
+    assert len(found) == 24 and all(label == Path(path).parent.name for path, label, _ in found)
+    if kind == "csv with split":
+        assert {path for path, _, part in found if part == "validation"} == {
+            str(tmp_path / flat / label / f"{i}.png") for label in CLASSES for i in range(2)
+        }
+    # the script gets exactly these images
+    for name in ("train", "validation"):
+        script = sys.modules["timm_train_script"]
+        samples = script.create_dataset("", root=str(place), split=name, class_map="").reader.samples  # type: ignore
+        assert [(os.path.realpath(p), CLASSES[i], name) for p, i in samples] == [r for r in found if r[2] == name]
+    # `evaluate` makes the same split, and follows the file
+    for other in (open_labelled(place, seed=42), open_labelled(tmp_path / "out" / "x" / SPLIT_FILE, seed=7)):
+        for name, part in (("train", other.train), ("validation", other.test)):
+            assert {os.path.realpath(p) for p in part.source.paths} == {path for path, _, side in found if side == name}
+
+
+def test_the_split_follows_seed_and_share(run, flat, tmp_path):
+    for name, words in {"x": (), "same": (), "other": ("--seed", "1"), "half": ("--validation-share", "0.5")}.items():
+        run(*words, data=flat, experiment=name)
+    x, same, other, half = (split_of(tmp_path / "out" / name) for name in ("x", "same", "other", "half"))
+    assert x == same != other and len(other) == 24
+    assert [part for *_, part in half].count("validation") == 12
+
+
+def test_groups_stay_together(run, tmp_path):
+    for label in CLASSES:
+        write_images(tmp_path / "data" / label, classes=[f"{label}{i}" for i in range(4)], n=3)
+    run("--group-by", "parent-folder", data=Path("data"))
+    found = split_of(tmp_path / "out" / "x")
+    assert {label for _, label, _ in found} == {*CLASSES}
+    groups = {side: {Path(p).parent.name for p, _, part in found if part == side} for side in ("train", "validation")}
+    assert len(groups["train"]) == 9 and len(groups["validation"]) == 3 and not groups["train"] & groups["validation"]
+
+
+def resumable(folder, encoder):
+    """Gives the stand-in's checkpoint the weights of a model, so that it can be resumed."""
+    content = torch.load(folder / "last.pth.tar", weights_only=False)
+    content["state_dict"] = timm.create_model(f"local-dir:{encoder}", num_classes=3).state_dict()
+    torch.save(content, folder / "last.pth.tar")
+    shutil.rmtree(folder / "model")
+    return ["--resume", str(folder / "last.pth.tar"), "--license", "mit"]
+
+
+def test_a_resumed_run_keeps_its_split(run, refused, flat, tmp_path, encoder, capsys):
+    run(data=flat)
+    folder = tmp_path / "out" / "x"
+    before = split_of(folder)
+    words = resumable(folder, encoder)
+    write_images(tmp_path / "new", n=1)
+    for label in CLASSES:
+        shutil.copy(tmp_path / "new" / label / "0.png", tmp_path / flat / label / "new.png")
+    run(*words, "--seed", "1", data=flat)
+    out = capsys.readouterr().out
+    assert f"split as in {folder / SPLIT_FILE}; 3 other images are left out" in out and "[train]: 18 images" in out
+    assert split_of(folder) == before
+    assert f"None of the 3 images of new is in {folder / SPLIT_FILE}" in refused(*words, data=Path("new"))
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """The model folder of a run in out/x; validate.py is in TIMM_TRAIN."""
+    (tmp_path / "timm").mkdir()
+    shutil.copy(Path(__file__).with_name("stand_in_validate.py"), tmp_path / "timm" / "validate.py")
+    monkeypatch.setenv("TIMM_TRAIN", str(tmp_path / "timm"))
+    monkeypatch.chdir(tmp_path)
+    return write_model(tmp_path / "out" / "x" / "model")
+
+
+@pytest.mark.parametrize(
+    "place, words, targets, said",
+    [
+        ("flat", (), [0, 0, 1, 1, 2, 2], "Measured: 6 validation images of {run}/split.csv; 18 other images of flat"),
+        ("flat", ("--split", "train"), [0] * 6 + [1] * 6 + [2] * 6, "Measured: 18 training images of {run}/split.csv"),
+        ("labels.csv", (), [0, 0, 1, 1, 2, 2], "Measured: 6 validation images of {run}/split.csv; 18 other images"),
+        ("out/x/split.csv", (), [0, 0, 1, 1, 2, 2], "Measured: 6 validation images of out/x/split.csv"),
+        ("other", (), [0, 1, 2], "None of the 3 images is in {run}/split.csv: all are measured."),
+    ],
+)
+def test_validate_measures_the_validation_images_of_the_run(model, flat, capsys, place, words, targets, said):
+    data = open_labelled(flat)
+    sides = ([r for r in rows_of(flat) if r.path in part.source.paths] for part in (data.train, data.test))
+    write_split(model.parent / SPLIT_FILE, *sides)
+    write_table(Path("labels.csv"), labels(flat))
+    write_images(Path("other"), n=1)
+    assert validate.main([str(model), "--data-dir", place, "--device", "cpu", *words]) == 0
+    assert json.loads(Path("seen.json").read_text())["targets"] == targets
+    assert said.format(run=model.parent) in capsys.readouterr().out
+
+
+def rows_of(flat):
+    from timm_convnextv2.data.labelled import read_labelled
+
+    return read_labelled(flat)[0]
+
+
+def one_image(flat):
+    for i in range(1, 8):
+        (flat / "b" / f"{i}.png").unlink()
+    return flat
+
+
+def halves(flat):
+    for name in ("train", "validation"):
+        shutil.copytree(flat, Path("halves") / name)
+    return Path("halves")
+
+
+BAD = {
+    "1 of 3 classes has 1 image: b. Each needs two or more": one_image,
+    "1 images have several labels (flat/a/0.png has the labels a;b)": lambda flat: write_table(
+        Path("l.csv"), ["flat/a/0.png,a;b", "flat/a/1.png,a", "flat/b/1.png,b"]
+    ),
+    "'l.csv' line 3: split is 'tst', expected train or validation": lambda flat: write_table(
+        Path("l.csv"), ["flat/a/0.png,a,train", "flat/b/0.png,b,tst"], "name,label,split"
+    ),
+    "only 'l.csv/train' has a; only 'l.csv/val' has b": lambda flat: write_table(
+        Path("l.csv"), ["flat/a/0.png,a,train", "flat/b/0.png,b,val"], "name,label,split"
+    ),
+    "has two splits for 'flat/a/0.png': 'train' and 'val'": lambda flat: write_table(
+        Path("l.csv"), ["flat/a/0.png,a,train", "flat/a/0.png,a,val"], "name,label,split"
+    ),
+    "has two labels for 'flat/a/0.png'": lambda flat: write_table(
+        Path("l.csv"), ["flat/a/0.png,a", "flat/a/0.png,b"]
+    ),
+    "'l.csv' has the columns ['file', 'label'], expected name and label": lambda flat: write_table(
+        Path("l.csv"), ["flat/a/0.png,a"], "file,label"
+    ),
+    "'no.csv' do not exist; expected a folder or a CSV": lambda flat: Path("no.csv"),
+    "has one class, a; expected at least two": lambda flat: shutil.rmtree("flat/b") or shutil.rmtree("flat/c") or flat,
+    "flat has no --train-split 'train'; it has Test, a, b, c": lambda flat: (flat / "Test").mkdir() or flat,
+    "split a folder of classes or a CSV; the data has a split of its own: halves": lambda flat: (
+        halves(flat),
+        "--validation-share",
+        "0.5",
+    ),
+    "validation_share is 1.0, expected a fraction above 0": lambda flat: (flat, "--validation-share", "1"),
+    "flat has no --train-split 'mine'": lambda flat: (flat, "--train-split", "mine"),
+    "--groups patient is a column of a CSV": lambda flat: (flat, "--groups", "patient"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_is_refused(refused, flat, message):
+    place = BAD[message](flat)
+    place, *words = place if isinstance(place, tuple) else (place,)
+    assert message in refused(*words, data=place)
+
+
+def test_other_processes_write_no_split(command, flat, monkeypatch, tmp_path):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert main(command(data=flat)) == 0 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.timm_train
+def test_real_run_on_class_folders(encoder, flat, tmp_path):
+    if not os.environ.get("TIMM_TRAIN"):
+        pytest.skip("TIMM_TRAIN=/path/to/timm's/train.py is not set")
+    words = ["--recipe", "smoke", "--model", f"local-dir:{encoder}", "--output", "out", "--experiment", "x"]
+    words += ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+    result = run_python("-m", "timm_convnextv2", "finetune", *words, "--data-dir", "flat", cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Chance, always the most frequent class, is 33.3 %." in result.stdout
+    with open(tmp_path / "out/x/summary.csv", newline="") as file:
+        best = max(float(row["eval_top1"]) for row in csv.DictReader(file))
+    words = ["out/x/model", "--data-dir", "flat", "--device", "cpu", "--workers", "0", "--results-file", "r.json"]
+    result = run_python("-m", "timm_convnextv2", "validate", *words, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Measured: 6 validation images of out/x/split.csv" in result.stdout
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found[0] if isinstance(found, list) else found)["top1"] == pytest.approx(best, abs=0.01)
