@@ -198,7 +198,7 @@ def test_real_run(tuned):
     assert len(summary(folder)) == 3
     publish = result.stdout.splitlines()[-1].split()
     assert publish[0] in ("python", sys.executable)
-    assert publish[1:] == [str(SCRIPT.with_name("publish.py")), str(folder), "USER/NAME", "--dry-run"]
+    assert publish[1:] == [str(SCRIPT.with_name("publish.py")), "run", "USER/NAME", "--dry-run"]
     args = yaml.safe_load((folder / "args.yaml").read_text())
     assert args["num_classes"] == 3 and args["device_modules"] == ["timm_convnextv2"]
     # the rate in the description is the one that train.py computes

@@ -173,7 +173,7 @@ BAD = {
     "'l.csv' line 3: split is 'tst', expected train or validation": lambda flat: write_table(
         Path("l.csv"), ["flat/a/0.png,a,train", "flat/b/0.png,b,tst"], "name,label,split"
     ),
-    "only 'l.csv/train' has a; only 'l.csv/val' has b": lambda flat: write_table(
+    "only 'l.csv/train' has a (1); only 'l.csv/val' has b (1)": lambda flat: write_table(
         Path("l.csv"), ["flat/a/0.png,a,train", "flat/b/0.png,b,val"], "name,label,split"
     ),
     "has two splits for 'flat/a/0.png': 'train' and 'val'": lambda flat: write_table(
@@ -223,9 +223,8 @@ def test_real_run_on_class_folders(encoder, flat, tmp_path):
     assert "Chance, always the most frequent class, is 33.3 %." in result.stdout
     with open(tmp_path / "out/x/summary.csv", newline="") as file:
         best = max(float(row["eval_top1"]) for row in csv.DictReader(file))
-    words = ["out/x/model", "--data-dir", "flat", "--device", "cpu", "--workers", "0", "--results-file", "r.json"]
+    words = ["out/x/model", "--data-dir", "flat", "--device", "cpu", "--workers", "0"]
     result = run_python("-m", "timm_convnextv2", "validate", *words, cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Measured: 6 validation images of out/x/split.csv" in result.stdout
-    found = json.loads((tmp_path / "r.json").read_text())
-    assert (found[0] if isinstance(found, list) else found)["top1"] == pytest.approx(best, abs=0.01)
+    assert json.loads(result.stdout.partition("--result\n")[2])["top1"] == pytest.approx(best, abs=0.01)
