@@ -134,9 +134,9 @@ def test_compare_starts_what_the_command_starts(tmp_path, monkeypatch):
         Path(config.output, "compare.json").write_text(json.dumps({"n": len(started)}))
 
     monkeypatch.setattr(command, "start", start)
-    words = "compare --data-dir d --encoder e --also a b --budget 9 --seeds 0 3 --batch-size 8 --output"
+    words = "compare --data-dir d --encoder e --also a b --epochs 9 --seeds 0 3 --batch-size 8 --output"
     call(words, tmp_path)
-    options = dict(encoder=Path("e"), also=["a", "b"], budget=9, seeds=(0, 3), output=tmp_path)
+    options = dict(encoder=Path("e"), also=["a", "b"], epochs=9, seeds=(0, 3), output=tmp_path)
     assert tcx.compare("d", **options, finetune=["--batch-size", "8"]) == {"n": 2}
     assert started[0] == started[1]
     assert tcx.compare("d", **options, dry_run=True) == {}

@@ -433,7 +433,7 @@ READERS = {
     "finetune": lambda data, out: [
         *MODEL, "--recipe", "smoke", "--data-dir", data / "classes", "--output", out, *TRAIN],
     "compare": lambda data, out: [
-        "--encoder", f"hf-hub:{REPO}", "--data-dir", data / "classes", "--budget", 2, "--seeds", 0, "--output", out,
+        "--encoder", f"hf-hub:{REPO}", "--data-dir", data / "classes", "--epochs", 2, "--seeds", 0, "--output", out,
         *TRAIN],
 }  # fmt: skip
 

@@ -73,7 +73,7 @@ def words(tmp_path, *more):
 
 
 def test_each_candidate_is_tuned_alike_and_runs_once_per_seed(tmp_path, calls, encoder, capsys):
-    options = ["--encoder", str(encoder.parent), "--also", "resnet18", "--budget", "30", "--seeds", "0", "3"]
+    options = ["--encoder", str(encoder.parent), "--also", "resnet18", "--epochs", "30", "--seeds", "0", "3"]
     assert command.main(words(tmp_path, *options, "--workers", "0")) == 0
     checks, runs = [c for c in calls if c[0] == "check"], [c for c in calls if c[0] == "finetune"]
     assert len(checks) == 3 and calls[:3] == checks and len(runs) == 9 + 6
@@ -110,7 +110,7 @@ def test_each_candidate_is_tuned_alike_and_runs_once_per_seed(tmp_path, calls, e
 
 
 def test_parts_are_nested_and_tuning_never_sees_the_validation_images(tmp_path, calls, encoder, capsys):
-    options = ["--encoder", str(encoder), "--label-budgets", "0.5", "1", "--seeds", "0", "--budget", "8"]
+    options = ["--encoder", str(encoder), "--label-budgets", "0.5", "1", "--seeds", "0", "--epochs", "8"]
     assert command.main(words(tmp_path, *options)) == 0
     seen = {}
     for name in ("10-tune", "10", "20-tune", "20"):
@@ -151,7 +151,7 @@ def test_verdict(own, scratch, said):
 
 def test_resume_keeps_what_is_finished(tmp_path, calls, encoder, capsys):
     """A finetuning that was stopped starts again, also if its export was written; it used to be refused for ever."""
-    options = words(tmp_path, "--encoder", str(encoder), "--seeds", "0", "1", "--budget", "6")
+    options = words(tmp_path, "--encoder", str(encoder), "--seeds", "0", "1", "--epochs", "6")
     assert command.main(options) == 0
     before = [c for c in calls if c[0] == "finetune"]
     run = tmp_path / "out/finetune-1-20-images-seed-1"
@@ -216,7 +216,7 @@ def test_pretrains_first_and_checks_with_the_untrained_encoder(tmp_path, calls, 
         ([], "Give --encoder MODEL, or --unlabelled DIR"),
         (["--encoder", "convnextv2_atto", "--unlabelled", "y"], "--encoder is pretrained already"),
         (["--encoder", "convnextv2_atto", "--seeds", "1", "1"], "--seeds takes different numbers, got '1 1'"),
-        (["--encoder", "convnextv2_atto", "--budget", "0"], "--budget must be at least 1"),
+        (["--encoder", "convnextv2_atto", "--epochs", "0"], "--epochs must be at least 1"),
         (["--encoder", "convnextv2_atto", "--also", "resnet18", "resnet18"], "--also names resnet18 twice"),
         (
             ["--encoder", "convnextv2_atto", "--also", "resnet81"],
@@ -256,7 +256,7 @@ def test_a_folder_that_is_used_is_refused(tmp_path, calls, encoder, capsys):
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path, calls, encoder, capsys):
-    options = ["--encoder", str(encoder), "--label-budgets", "0.5", "1", "--budget", "8", "--batch-size=2"]
+    options = ["--encoder", str(encoder), "--label-budgets", "0.5", "1", "--epochs", "8", "--batch-size=2"]
     assert command.main(words(tmp_path, *options, "--dry-run")) == 0
     # (8 of 10 images in 11 epochs and 16 of 20 in 8) for 3 rates of 2 candidates, then all images for 3 seeds
     updates = 6 * (11 * 4 + 8 * 8) + 6 * (11 * 5 + 8 * 10)
@@ -306,7 +306,7 @@ def test_with_timm(tmp_path, capsys):
     small = "--img-size 32 --patch-size 1 --decoder-dim 8 --model-kwargs depths=[1,1,1,1] dims=[8,8,8,8] -b 4 -j 0"
     options = ["--unlabelled", str(tmp_path / "labelled/train"), "--pretrain", f"{small} --epochs 1 --device cpu"]
     options += [
-        "--budget",
+        "--epochs",
         "2",
         "--seeds",
         "0",

@@ -73,7 +73,7 @@ TABLE: dict[str, Callable[[Place, Path], list]] = {
     "check": lambda p, out: [p.images, "--workers", 0, "--index", out / "index", "--output", out / "c.json"],
     "report": lambda p, out: [p.run, "--output", out / "r.html"],
     "publish": lambda p, out: [p.run, "me/it", "--license", "mit", "--dry-run", "--output", out],
-    "compare": lambda p, out: ["--data-dir", p.labelled, "--encoder", p.model, "--budget", 2, "--seeds", 0,
+    "compare": lambda p, out: ["--data-dir", p.labelled, "--encoder", p.model, "--epochs", 2, "--seeds", 0,
                                "--output", out],
 }  # fmt: skip
 FOUND = {"check": 1}  # exit status: there are findings

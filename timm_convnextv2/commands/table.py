@@ -98,7 +98,7 @@ COMMANDS = {
     "compare": Command(
         "finetune from scratch, from your encoder and from other models",
         CompareConfig,
-        "data_dir encoder unlabelled pretrain also budget seeds label_budgets output",
+        "data_dir encoder unlabelled pretrain also epochs seeds label_budgets output",
         "--data-dir LABELLED --encoder runs/mine --output compared\n"
         "--data-dir LABELLED --unlabelled IMAGES --also resnet18 --label-budgets 0.1 1 --output compared",
         "Should I pretrain? Each candidate is finetuned with timm's train.py and a recipe that suits it: pretrained\n"

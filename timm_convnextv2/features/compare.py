@@ -164,9 +164,9 @@ def _link(row: Row, index: int, folder: Path) -> None:
         place.symlink_to(os.path.realpath(row.path))
 
 
-def epochs_of(budget: int, images: int, total: int) -> int:
+def epochs_of(epochs: int, images: int, total: int) -> int:
     """Epochs for fewer images: in proportion to the square root, so that they get more epochs and fewer updates."""
-    return round(budget * math.sqrt(total / images))
+    return round(epochs * math.sqrt(total / images))
 
 
 def cells_of(
@@ -175,7 +175,7 @@ def cells_of(
     """The finetunings that choose learning rates, and the final ones, without a rate yet (NaN); see `part_folders`."""
     output, tuning, final = Path(config.output), [], []
     for images, (tune, train, digest) in parts.items():
-        epochs = epochs_of(config.budget, images, total)
+        epochs = epochs_of(config.epochs, images, total)
         for number, candidate in enumerate(candidates):
             for rate in candidate.rates:
                 folder = output / f"tune-{number}-{images}-images-{rate:g}"
@@ -355,7 +355,7 @@ def write_results(
     write_csv(output / "compare.csv", ("candidate", "images", "seed", "epoch", "top1"), rows)
     last = last_of(curves)
     found: dict[str, Any] = {
-        "budget": config.budget, "data_dir": config.data_dir, "lr_grid": list(config.lr_grid),
+        "epochs": config.epochs, "data_dir": config.data_dir, "lr_grid": list(config.lr_grid),
         "candidates": {c.name: {"model": c.model, "recipe": c.recipe} for c in candidates}, "top1": last,
         "lr_base": {f"{c.name}, {c.images} images": c.rate for c in curves}, "verdict": verdict(last),
         "pretraining": pretraining_cost(candidates[1].model),

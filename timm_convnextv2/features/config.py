@@ -132,7 +132,7 @@ class CompareConfig:
     also: tuple[str, ...] = option(
         (), "more candidates: timm's names, with published weights if the name has a tag (resnet50.a1_in1k) and random "
         "ones if not (resnet18); local-dir:, hf-hub:", metavar="NAME")
-    budget: int = option(60, "epochs of a finetuning on all images, a tenth of them warmup", metavar="N", at_least=1)
+    epochs: int = option(60, "epochs of a finetuning on all images, a tenth of them warmup", metavar="N", at_least=1)
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds; each candidate is finetuned once per seed", metavar="N")
     label_budgets: tuple[float, ...] = option(
         (1.0,), "shares of the training images up to 1, or numbers of images", metavar="X", above=0)
