@@ -17,7 +17,7 @@ for package in ("build", "setuptools"):
         pytest.skip(f"the package {package} is not installed: pip install -e '.[test]'", allow_module_level=True)
 
 # Several commands in one process: what takes long is to import torch.
-REST = """
+COMMANDS = """
 import sys
 from pathlib import Path
 import timm_convnextv2
@@ -25,7 +25,9 @@ from timm_convnextv2.commands.main import main
 
 installed = Path(sys.prefix).resolve()
 assert installed in Path(timm_convnextv2.__file__).resolve().parents, timm_convnextv2.__file__
+sys.argv[0] = str(installed / "bin" / "timm-convnextv2")
 for words in (
+    sys.argv[1:],
     ["finetune", "--list-recipes"],
     ["report", "runs/first", "--output", "report.html"],
     ["publish", "runs/first", "USER/NAME", "--license", "mit", "--dry-run"],
@@ -71,13 +73,13 @@ def installed(tmp_path_factory):
 
 def test_the_commands_work_without_a_clone(installed, tmp_path):
     """From pretraining to a dry run of publishing, in an empty folder."""
-    command = installed / "timm-convnextv2"
+    assert run(installed / "timm-convnextv2", "--version", cwd=tmp_path).strip()
     options = "--epochs 1 --num-images 8 --batch-size 4 --img-size 32 --patch-size 1 --decoder-dim 8".split()
     options += ["--workers", "0", "--device", "cpu", "--output", "runs", "--experiment", "first"]
-    out = run(command, "pretrain", "--model", "fcmae_convnextv2_atto", *options, cwd=tmp_path)
+    words = ["pretrain", "--model", "fcmae_convnextv2_atto", *options]
+    out = run(installed / "python", "-c", COMMANDS, *words, cwd=tmp_path)
     assert "timm-convnextv2 publish" in out and "train_scripts" not in out  # the next steps are ones that exist here
     assert (tmp_path / "runs" / "first" / "encoder" / "model.safetensors").is_file()
-    out = run(installed / "python", "-c", REST, cwd=tmp_path)
     assert all(path.stem in out for path in RECIPES.glob("*.yaml"))
     assert "Dry run, nothing was sent." in out and "rows.npy: 9 rows; 0 images skipped" in out
     card = (tmp_path / "runs" / "first-publish" / "README.md").read_text()
