@@ -149,6 +149,40 @@ def test_verdict(own, scratch, said):
     assert re.search(said, line) and line.startswith("With 100 labelled images, ")
 
 
+@pytest.mark.parametrize("kind", ["folder", "CSV"])
+def test_data_without_a_split_is_split_once(tmp_path, calls, encoder, capsys, kind):
+    words(tmp_path)
+    place = tmp_path / "labelled/train"
+    if kind == "CSV":
+        place = tmp_path / "labels.csv"
+        rows = [
+            f"{path.relative_to(tmp_path)},{path.parent.name}" for path in (tmp_path / "labelled/train").glob("*/*")
+        ]
+        place.write_text("\n".join(["name,label", *rows]))
+    options = ["--data-dir", str(place), "--encoder", str(encoder), "--validation-share", "0.2"]
+    assert command.main([*options, "--output", str(tmp_path / "out"), "--seeds", "1"]) == 0
+    assert "is split: 16 images to train on, 4 to validate on" in capsys.readouterr().out
+    parts = {
+        part: {os.path.realpath(p) for p in (tmp_path / "out/data/16" / part).glob("*/*")}
+        for part in ("train", "validation")
+    }
+    assert [len(paths) for paths in parts.values()] == [16, 4] and not parts["train"] & parts["validation"]
+    assert command.main([*options, "--output", str(tmp_path / "again"), "--seeds", "2"]) == 0
+    assert {os.path.realpath(p) for p in (tmp_path / "again/data/validation").glob("*/*")} == parts["validation"]
+
+
+def test_several_labels_are_refused(tmp_path, calls, encoder, capsys):
+    words(tmp_path)
+    (tmp_path / "labels.csv").write_text("name,label\nlabelled/train/a/0.png,a;b\nlabelled/train/b/1.png,b\n")
+    assert (
+        command.main(
+            ["--data-dir", str(tmp_path / "labels.csv"), "--encoder", str(encoder), "--output", str(tmp_path / "o")]
+        )
+        == 2
+    )
+    assert "has several labels" in capsys.readouterr().err and not calls
+
+
 def test_resume_keeps_what_is_finished(tmp_path, calls, encoder, capsys):
     """A finetuning that was stopped starts again, also if its export was written; it used to be refused for ever."""
     options = words(tmp_path, "--encoder", str(encoder), "--seeds", "0", "1", "--epochs", "6")

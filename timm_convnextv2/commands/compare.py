@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from ..checkpoint.loading import model_name
 from ..config import build, evolve
 from ..console import PROGRAM, ended_by_signals, refused, say
-from ..data.labelled import Row, rows_of_folder, split_folders
+from ..data.labelled import Row, check_classes, divide, read_labelled
 from ..features import compare as comparison
 from ..features import verdict as results
 from ..features.compare import candidates_of, pretrain_options, tail
@@ -61,8 +61,7 @@ def _run(config: CompareConfig, rest: list[str]) -> None:
     output = Path(config.output)
     encoder = model_name(config.encoder) if config.encoder else _untrained(config, output)
     candidates = candidates_of(encoder, config, lambda name: load_recipe(name, RECIPES).values)
-    rows, validation = _training_rows(config.data_dir)
-    parts = comparison.part_folders(rows, config.label_budgets, validation, output / "data")
+    rows, parts = _open_data(config, output / "data")
     tuning, final = comparison.cells_of(candidates, config, len(rows), parts)
     # user errors must appear before hours of work
     for cell in {(cell.candidate.name, cell.images): cell for cell in (*tuning, *final)}.values():
@@ -87,13 +86,17 @@ def _run(config: CompareConfig, rest: list[str]) -> None:
     say(f"Written: {output}/compare.csv, compare.json, compare.png")
 
 
-def _training_rows(data_dir: str) -> tuple[list[Row], Path]:
-    """The training images, and the folder to validate on."""
-    root = Path(data_dir)
-    parts = split_folders(root) if root.is_dir() else None
-    if parts is None:
-        raise ValueError(f"--data-dir {data_dir} has no train/ and validation/ folders of classes.")
-    return rows_of_folder(parts[0], []), parts[1]
+def _open_data(config: CompareConfig, folder: Path) -> tuple[list[Row], dict[int, comparison.Part]]:
+    """The training images, and folders of links to the images of each budget."""
+    place, how = config.data_dir, config.split
+    rows, notes = read_labelled(place, how.groups, how.group_by)
+    check_classes(rows, place)
+    train, validation = divide(rows, place, how.validation_share, comparison.SPLIT_SEED)
+    for note in notes:
+        say(note)
+    if not any(row.part for row in rows):
+        say(f"{place} is split: {len(train)} images to train on, {len(validation)} to validate on, for all seeds")
+    return train, comparison.part_folders(train, config.label_budgets, validation, folder)
 
 
 def _check_finetuning(words: Sequence[str], log: Path) -> None:

@@ -105,9 +105,9 @@ COMMANDS = {
         "weights with --recipe, random ones, which have the architecture of your encoder, with --scratch-recipe.\n"
         "A fifth of the training images chooses the learning rate out of --lr-grid; then each candidate is trained\n"
         "once per seed on all of them. The validation images are only measured, at the end. --label-budgets repeats\n"
-        "this with fewer training images. LABELLED has train/ and validation/. Prints a table and a verdict; writes\n"
-        "compare.csv, compare.json and compare.png. Options that are not listed here go to `finetune`. A stopped\n"
-        "comparison continues with --resume.",
+        "this with fewer training images. Data without a split is split once, for all seeds. Prints a table\n"
+        "and a verdict; writes compare.csv, compare.json and compare.png. Options that are not listed here go to\n"
+        "`finetune`. A stopped comparison continues with --resume.",
         passes_on=True,
     ),
     "embed": Command(

@@ -19,6 +19,7 @@ import torch
 
 from ..config import read_json
 from ..console import PACKAGE, closest, duration, ended_by_signals
+from ..data.formats.files import printable
 from ..data.labelled import Row
 from ..files import claim_folder, write_csv, write_json
 from .budgets import budget_sizes, nested_subsets
@@ -26,6 +27,7 @@ from .config import CompareConfig
 from .linear import HELD_OUT
 from .verdict import OWN, SCRATCH, Curve, draw, last_of, pretraining_cost, verdict
 
+SPLIT_SEED = 0  # of data without a split: more --seeds keep it
 MADE_WITH = "compare.json"  # in the folder of a finished finetuning
 
 
@@ -124,13 +126,18 @@ def candidates_of(encoder: str, config: CompareConfig, values_of: Callable[[str]
 
 
 def part_folders(
-    rows: Sequence[Row], budgets: Sequence[float], validation: Path, folder: Path
+    rows: Sequence[Row], budgets: Sequence[float], validation: Sequence[Row], folder: Path
 ) -> dict[int, Part]:  # fmt: skip
     """Folders of links to the training images `rows`, by number of images; links that are there are kept.
 
-    The validation/ to tune on is a fifth of the training images of each class; the other one is `validation`. Refuses
-    budgets with less than two images of a class.
+    The validation/ to tune on is a fifth of the training images of each class; the other one has `validation`. Refuses
+    budgets with less than two images of a class, and labels that cannot be the name of a folder.
     """
+    for row in (*rows, *validation):
+        if len(row.labels) > 1:
+            raise ValueError(f"'{printable(row.path)}' has several labels; finetuning takes one class per image.")
+        if os.sep in row.labels[0] or row.labels[0] in (".", ".."):
+            raise ValueError(f"The label '{printable(row.labels[0])}' cannot be the name of a folder: rename it.")
     names = sorted({row.labels[0] for row in rows})
     labels = torch.tensor([names.index(row.labels[0]) for row in rows])
     subsets = nested_subsets(labels, budget_sizes(budgets, labels))
@@ -142,6 +149,8 @@ def part_folders(
                 "class, one of them to choose the learning rate with."
             )
     found: dict[int, Part] = {}
+    for index, row in enumerate(validation):
+        _link(row, index, folder / "validation")
     for size, chosen in subsets.items():
         own = labels[chosen]
         held = {*nested_subsets(own, [max(len(names), round(HELD_OUT * size))], seed=1).popitem()[1].tolist()}
@@ -152,7 +161,7 @@ def part_folders(
             _link(rows[index], index, train / "train")
             sha.update(os.path.realpath(rows[index].path).encode(errors="surrogateescape") + b"\0")
         if not os.path.lexists(train / "validation"):
-            (train / "validation").symlink_to(validation.resolve(), target_is_directory=True)
+            (train / "validation").symlink_to((folder / "validation").resolve(), target_is_directory=True)
         found[size] = Part(tune, train, sha.hexdigest())
     return found
 

@@ -8,6 +8,11 @@ from ..data.config import DataSet, ImagePaths, Splitting
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
+LABELLED = (
+    "folder with train/ and validation/ of class folders; a folder of class folders, which is split; or a CSV with "
+    "name and label"
+)
+
 
 # fmt: off
 @dataclass(frozen=True)
@@ -81,9 +86,7 @@ class EvaluateConfig:
     """The options of `evaluate`."""
 
     models: tuple[str, ...] = option(..., MODEL, positional=True, metavar="MODEL")
-    data_dir: str = option(
-        ..., "folder with train/ and validation/ of class folders; a folder of class folders, which is split; or a CSV "
-        "with name and label", metavar="LABELLED")
+    data_dir: str = option(..., LABELLED, metavar="LABELLED")
     split: Splitting = part(Splitting, "images")
     extraction: Extraction = part(Extraction, "features")
     scoring: Scoring = part(Scoring, "measures")
@@ -124,7 +127,8 @@ class CollapseConfig:
 class CompareConfig:
     """The options of `compare`; the others go to `finetune`."""
 
-    data_dir: str = option(..., "labelled images, train/ and validation/", metavar="DIR")
+    data_dir: str = option(..., LABELLED, metavar="LABELLED")
+    split: Splitting = part(Splitting, "images")
     encoder: str | None = option(
         None, f"your encoder: {MODEL}", metavar="MODEL")
     unlabelled: str | None = option(None, "images to pretrain an encoder on, instead of --encoder", metavar="DIR")
