@@ -445,14 +445,20 @@ def labelled(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("fault", READING)
-@pytest.mark.parametrize("reader", READERS)
+def cases():
+    """Every reader and fault; those that differ little from another are slow."""
+    for reader, fault in itertools.product(READERS, READING):
+        if reader in ("finetune", "compare") and ("storage" in fault or "weights" in fault):
+            continue  # timm's script downloads the weights itself
+        quick = reader == "embed" or fault in ("500", "cut weights", "full disk")
+        yield pytest.param(reader, fault, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("reader, fault", cases())
 def test_commands_say_in_one_message_what_went_wrong(
     hub, exported, labelled, capsys, monkeypatch, tmp_path, reader, fault
 ):
     """Exit status 2, no output, and nothing in the cache that is later taken for a whole file."""
-    if reader in ("finetune", "compare") and ("storage" in fault or "weights" in fault):
-        pytest.skip("timm's script downloads the weights itself")
     hub.add(REPO, exported["encoder"])
     hub.repos[REPO].private = fault != "gated"
     arrange, said = READING[fault]

@@ -149,6 +149,10 @@ def npy(x):
     return lambda folder: np.save(folder / "x.npy", x)
 
 
+def raw(data):
+    return lambda folder: (folder / "x.png").write_bytes(data)
+
+
 def sub_ifd(first, second):
     """A second image in a sub-IFD of the first."""
 
@@ -380,6 +384,9 @@ KINDS = {
     "npy complex": Kind(npy(np.zeros((S, S), complex)), 1, "complex128"),
     "npy beyond float32": Kind(npy(np.full((S, S), 1e300)), 1, "infinite"),
     "npy empty": Kind(npy(np.zeros((0, S), np.uint8)), 1, "empty"),
+    "postscript named png": Kind(
+        raw(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\nshowpage\n"), 3, "of no format that Pillow reads"),
+    "hdf5 named png": Kind(raw(b"\x89HDF\r\n\x1a\n" + bytes(500)), 3, "of no format that Pillow reads"),
     "npy of objects": Kind(npy(np.array([{}, None], object)), 1, "allow_pickle"),
     "npy grey for colours": Kind(npy(GREY8), 3, r"\(16, 16\).*expected 3 channels"),
 }  # fmt: skip

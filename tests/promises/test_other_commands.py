@@ -24,12 +24,14 @@ from encoders import make_encoder
 from PIL import Image
 from runs import snapshot
 from safetensors.torch import load_file
+from tiny import SIZES, tiny_detector
 
 from timm_convnextv2.commands import compare as compare_command
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.data import DemoSource
 from timm_convnextv2.features import compare
 from timm_convnextv2.runs.lock import LOCK
+from timm_convnextv2.transfer import build_segmenter, create_backbone, export_detector, export_segmenter
 
 # file names: bytes that are not UTF-8, a line break, a formula, an option, markup
 HOSTILE = [os.fsdecode(b"caf\xe9.png"), "a\nb.png", "=1+1.png", "-x.png", "@SUM(A1).png", "<b>&amp;'\".png"]
@@ -43,6 +45,10 @@ class Place:
         self.run, self.encoder = run, root / "encoder"
         self.images, self.labelled, source = root / "images", root / "labelled", DemoSource(12, 32)
         make_encoder(self.encoder)
+        self.detector = export_detector(tiny_detector(2), root / "detector", classes=["a", "b"])
+        backbone = create_backbone("convnextv2_atto", pretrained=False, **SIZES)
+        segmenter = build_segmenter(backbone, 2, classes=["a", "b"], channels=8, auxiliary_channels=0)
+        self.segmenter = export_segmenter(segmenter, root / "segmenter")
         for folder in [self.images, *(self.labelled / split / c for split in ("train", "validation") for c in "ab")]:
             folder.mkdir(parents=True)
             for i, name in enumerate([*HOSTILE, "plain.png"]):
@@ -73,13 +79,16 @@ TABLE: dict[str, Callable[[Place, Path], list]] = {
     "check": lambda p, out: [p.images, "--workers", 0, "--index", out / "index", "--output", out / "c.json"],
     "report": lambda p, out: [p.run, "--output", out / "r.html"],
     "publish": lambda p, out: [p.run, "me/it", "--license", "mit", "--dry-run", "--output", out],
+    "detect predict": lambda p, out: [
+        "--model", p.detector, "--data-dir", p.images, "--output", out / "d.json", *FAST],
+    "segment predict": lambda p, out: ["--model", p.segmenter, "--data-dir", p.images, "--output", out, *FAST],
     "compare": lambda p, out: ["--data-dir", p.labelled, "--encoder", p.model, "--epochs", 2, "--seeds", 0,
                                "--output", out],
 }  # fmt: skip
 FOUND = {"check": 1}  # exit status: there are findings
 AGAIN = {"compare": ["--resume"], "report": [], "publish": []}  # words with which the output is written once more
 LOCKED = ("embed", "compare")
-WORKERS = ("embed", "evaluate", "stats", "check")
+WORKERS = ("embed", "evaluate", "stats", "check", "detect predict", "segment predict")
 
 
 def fork(words: list, fault: Callable[[], object] = lambda: None, seconds: int = 60) -> tuple[int, str]:
@@ -179,7 +188,7 @@ class Command:
         assert self.contents and not hidden(whole)
 
     def words(self, out: Path, *more) -> list:
-        return [self.name, *TABLE[self.name](self.place, out), *more]
+        return [*self.name.split(), *TABLE[self.name](self.place, out), *more]
 
     @property
     def again(self) -> list[str]:
@@ -326,7 +335,7 @@ def test_killed_worker(place, out, name):
 
     words = [word if word != 0 else 1 for word in TABLE[name](place, out)]
     words = [*words, "--workers", "1"] if "--workers" in words else words
-    status, text = fork([name, *words, "--workers", "1"], kill_workers)
+    status, text = fork([*name.split(), *words, "--workers", "1"], kill_workers)
     assert status == 2
     assert_one_message(name, text, "lower --workers")
     assert not visible(out) or name == "check"  # the index is whole before

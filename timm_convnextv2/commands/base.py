@@ -103,14 +103,18 @@ def _named(error: Exception) -> Exception:
 
 
 def run(name: str, act: Callable[[Any], int | None], words: Sequence[str] | None) -> int:
-    """Calls `act` with the config from `words` (None: those of the process), and returns its exit status (None: 0).
+    """Calls `act` with the config from `words` (None: those of the process); see `ended`."""
+    return ended(name, lambda: act(build(COMMANDS[name].config, own_options(name, words)[0])))
+
+
+def ended(name: str, act: Callable[[], int | None]) -> int:
+    """Calls `act`, and returns its exit status (None: 0).
 
     A user error is one message and exit status 2; Ctrl-C is exit status 130, SIGTERM 143, SIGHUP 129.
     """
     try:
-        config = build(COMMANDS[name].config, own_options(name, words)[0])
         with ended_by_signals():
-            return act(config) or 0
+            return act() or 0
     except (ValueError, RuntimeError, OSError) as e:
         return refused(name, e if isinstance(e, ValueError) else _named(e))
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from ..files import claim_folder, write_json
 from ..recipes import Recipe, list_recipes, load_recipe
 from ..runs.end import run_command, start_command
 from ..transfer.task import Task, set_up
-from .base import command_of, own_options
+from .base import command_of, ended, own_options
 from .table import COMMANDS
 
 
@@ -56,12 +56,7 @@ class Dense:
         if action == "train":
             begin = partial(set_up, self.task, config, recipe, line=start_command(self.name, words))
             return run_command(f"{self.name} train", config.compute.device, begin)
-        try:
-            return self.predict(config) if action == "predict" else self.evaluate(config)
-        except (ValueError, OSError, RuntimeError) as e:
-            return refused(f"{self.name} {action}", e)
-        except KeyboardInterrupt:
-            return 130
+        return ended(f"{self.name} {action}", lambda: (self.predict if action == "predict" else self.evaluate)(config))
 
     def evaluate(self, config: Any) -> int:
         """Evaluates an exported model; prints the metrics, and writes them with what was found if there is --output."""

@@ -251,7 +251,7 @@ def _data(path: str, _changed: int, _size: int) -> tuple[str, int, int]:
     from PIL import Image, features
 
     content = Path(path).read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         pixels = image.convert("RGB")
     kind, packed = "webp" if features.check("webp") else "jpeg", io.BytesIO()
     pixels.save(packed, kind.upper(), quality=82)

@@ -17,13 +17,12 @@ from .dicom import DICOM_EXTENSIONS, dicom_header, dicom_pages, dicom_size, is_d
 from .errors import ImageError, MissingPackageError, installed
 from .files import Header, Scene, WholeScene, open_image_file, printable
 from .npy import NpyScene, is_npy, npy_header
-from .pillow import Choose, load_pillow, pillow_header, pillow_pages, pillow_size
+from .pillow import Choose, load_pillow, pillow_formats, pillow_header, pillow_pages, pillow_size
 from .pixels import PLAIN, Pixels
 from .tiff import TiffScene, is_tiff, load_tiff, tiff_header, tiff_pages
 from .values import noting
 from .zarr import ZarrScene, is_zarr, zarr_header, zarr_pages
 
-_NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # Pillow also opens documents, videos and records
 _SLIDES = (".btf", ".ndpi", ".qptiff", ".scn", ".svs")  # TIFF by other names
 _NAMED = 5
 
@@ -73,9 +72,8 @@ def image_extensions() -> tuple[str, ...]:
 
     Optional packages add slides (`.svs` and others; tifffile), `.dcm` and `.dicom` (pydicom), and `.zarr` (zarr).
     """
-    Image.init()
-    registered = Image.registered_extensions().items()
-    found = {ext for ext, fmt in registered if fmt in Image.OPEN and fmt not in _NOT_IMAGES}
+    formats = pillow_formats()
+    found = {ext for ext, fmt in Image.registered_extensions().items() if fmt in formats}
     optional = {"tifffile": _SLIDES, "pydicom": DICOM_EXTENSIONS, "zarr": (".zarr",)}
     found |= {".npy", *(ext for package, kinds in optional.items() if installed(package) for ext in kinds)}
     return tuple(sorted(found))

@@ -13,6 +13,7 @@ from .files import Header
 from .pixels import PLAIN, Pixels
 from .values import fill_nodata, gaps_stay, note_clear, noting, scaled
 
+_NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # documents, videos, records, programs
 _GREY = ("1", "L", "LA", "La", "I", "F")
 
 
@@ -30,6 +31,17 @@ class Reduced(NamedTuple):
 Choose = Callable[[tuple[int, int]], int]
 
 
+def pillow_formats() -> list[str]:
+    """The formats that are images, of all that Pillow opens."""
+    Image.init()
+    return [name for name in Image.ID if name not in _NOT_IMAGES]
+
+
+def open_pillow(file: BinaryIO) -> Image.Image:
+    """Opens an image by its content: PostScript by the name x.png would be run by Ghostscript."""
+    return Image.open(file, formats=pillow_formats())
+
+
 def load_pillow(
     file: BinaryIO,
     in_chans: int,
@@ -38,7 +50,7 @@ def load_pillow(
     convert: Callable[[Image.Image, int], Any] | None = None,
 ) -> Any:
     """The image as a tensor, as `Reduced`, or as the result of `convert`; see `decode.decode`."""
-    with Image.open(file) as image:
+    with open_pillow(file) as image:
         if pixels.page is not None and refuse_page(pixels.page, getattr(image, "n_frames", 1)):
             image.seek(int(pixels.page))
         # a reduced pixel is a mean, which would hide nodata
@@ -80,7 +92,7 @@ def _reduce(image: Image.Image, choose: Choose) -> tuple[tuple[int, int], tuple[
 
 def pillow_header(file: BinaryIO, page: Any) -> Header:
     """See `decode.read_header`."""
-    with Image.open(file) as image:
+    with open_pillow(file) as image:
         wide = image.mode.startswith("I")
         channels = 1 if image.mode in _GREY or wide else 3
         kind = "float32" if image.mode == "F" else "uint16" if wide else "uint8"
@@ -89,13 +101,13 @@ def pillow_header(file: BinaryIO, page: Any) -> Header:
 
 def pillow_pages(file: BinaryIO) -> int:
     """Frames of a GIF or WebP; 1 for others."""
-    with Image.open(file) as image:
+    with open_pillow(file) as image:
         return getattr(image, "n_frames", 1)
 
 
 def pillow_size(file: BinaryIO) -> tuple[int, int]:
     """Height and width, upright."""
-    with Image.open(file) as image:
+    with open_pillow(file) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
 

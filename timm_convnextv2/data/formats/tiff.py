@@ -19,7 +19,7 @@ from .axes import Layout, Page, choose_axes, count_pages
 from .errors import ImageError, MissingPackageError, installed, refuse_page, wrong_channels
 from .files import Header, Scene, check_size
 from .npy import read_box
-from .pillow import convert_image, is_8_bit, pillow_header
+from .pillow import convert_image, is_8_bit, open_pillow, pillow_header
 from .pixels import Pixels
 from .values import largest_value, parse_tag, scaled
 
@@ -463,7 +463,7 @@ def _decode_segments(tif: Any, frame: Any, page: Any, rows: slice, columns: slic
         # its argument `indices` fails for a single segment before tifffile 2026
         for data, k in tif.filehandle.read_segments(offsets, counts, flat=True):
             if data and page.compression in _IMAGES:  # which may be larger than its tile
-                with suppress(UnidentifiedImageError), Image.open(io.BytesIO(data)) as image:
+                with suppress(UnidentifiedImageError), open_pillow(io.BytesIO(data)) as image:
                     check_size(image.height, image.width, "tile")
             part, (plane, _, top, left, _), shape = page.decode(data, indices[k], **options)
             if part is not None:  # else a tile that was never written

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -20,6 +19,7 @@ from ...data import FolderSource, Pixels, check_readable
 from ...data.formats.decode import open_scene
 from ...data.formats.errors import naming
 from ...data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, check_size, open_image_file, printable
+from ...data.formats.pillow import open_pillow
 from ...data.formats.pixels import PLAIN
 from ...data.formats.tiff import sparse_values
 from ...data.paths.lists import open_text
@@ -87,7 +87,7 @@ def load_mask(path: str | os.PathLike, colours: bool = False) -> np.ndarray:
     """
     name = printable(path)
     try:
-        with open_image_file(os.fspath(path)) as file, Image.open(file) as image:
+        with open_image_file(os.fspath(path)) as file, open_pillow(file) as image:
             check_size(image.height, image.width)
             if (values := sparse_values(file)) is not None:
                 return values.astype(np.int64)
