@@ -33,6 +33,7 @@ Choose = Callable[[tuple[int, int]], int]
 
 def pillow_formats() -> list[str]:
     """The formats that are images, of all that Pillow opens."""
+    Image.preinit()  # the usual formats come first
     Image.init()
     return [name for name in Image.ID if name not in _NOT_IMAGES]
 
