@@ -441,7 +441,7 @@ READERS = {
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     root = write_folder(tmp_path_factory.mktemp("labelled"), size=32, train=8, validation=8, coco=True)
-    write_folder(root / "classes", size=32, train=8, validation=8)
+    write_folder(root / "classes", size=32, train=32, validation=8)
     return root
 
 
@@ -454,7 +454,7 @@ def cases():
         yield pytest.param(reader, fault, marks=[] if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("reader, fault", cases())
+@pytest.mark.parametrize("reader, fault", [*cases()])
 def test_commands_say_in_one_message_what_went_wrong(
     hub, exported, labelled, capsys, monkeypatch, tmp_path, reader, fault
 ):

@@ -73,8 +73,9 @@ def load_model(name: str, **kwargs: Any) -> nn.Module:
         raise
     except (*HUB_ERRORS, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as e:
         if isinstance(e, HUB_ERRORS) and not name.startswith("local-dir:"):
-            hub_id = name.removeprefix("hf-hub:") if stored_apart else timm.get_pretrained_cfg(name).hf_hub_id
-            raise hub_error(e, hub_id or name, "weights", "give local-dir:FOLDER") from e
+            published = None if stored_apart else timm.get_pretrained_cfg(name)
+            hub_id = (published and published.hf_hub_id) or name.removeprefix("hf-hub:")
+            raise hub_error(e, hub_id, "weights", "give local-dir:FOLDER") from e
         raise ValueError(f"The model '{name}' cannot be loaded ({type(e).__name__}: {e}).") from e
     if isinstance(model, FCMAE):
         raise ValueError(f"The model '{name}' is an FCMAE, expected a backbone; give its encoder.")
