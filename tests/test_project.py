@@ -20,6 +20,7 @@ import timm_convnextv2
 from timm_convnextv2.commands.main import NAMES, main
 from timm_convnextv2.console import CommandParser
 from timm_convnextv2.registry import VARIANTS
+from tools import mutate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -345,3 +346,8 @@ def test_version_and_licence():
     licence = (ROOT / "LICENSE").read_text()
     assert "Apache License" in licence and "CC-BY-NC 4.0" in licence
     assert (ROOT / "timm_convnextv2/py.typed").exists()
+
+
+def test_mutations_fit_the_code():
+    for mutation in mutate.load():  # refuses a text that is gone
+        assert all((ROOT / path).is_file() for path in mutation["tests"].split()), mutation["name"]
