@@ -165,7 +165,7 @@ def _table(path: Path, notes: list[str], groups: str | None, group_by: str | Non
     return [row for _, row in rows.values()]
 
 
-def classes_of(rows: list[Row]) -> list[str]:
+def classes_of(rows: Sequence[Row]) -> list[str]:
     return sorted({name for row in rows for name in row.labels}, key=natural_key)
 
 

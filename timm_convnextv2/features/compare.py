@@ -134,10 +134,11 @@ def part_folders(
     budgets with less than two images of a class, and labels that cannot be the name of a folder.
     """
     for row in (*rows, *validation):
-        if len(row.labels) > 1:
+        label, *more = row.labels
+        if more:
             raise ValueError(f"'{printable(row.path)}' has several labels; finetuning takes one class per image.")
-        if os.sep in row.labels[0] or row.labels[0] in (".", ".."):
-            raise ValueError(f"The label '{printable(row.labels[0])}' cannot be the name of a folder: rename it.")
+        if os.sep in label or label in (".", ".."):
+            raise ValueError(f"The label '{printable(label)}' cannot be the name of a folder: rename it.")
     names = sorted({row.labels[0] for row in rows})
     labels = torch.tensor([names.index(row.labels[0]) for row in rows])
     subsets = nested_subsets(labels, budget_sizes(budgets, labels))

@@ -5,7 +5,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 from .errors import ImageError, refuse_page, wrong_channels
@@ -38,7 +38,7 @@ def pillow_formats() -> list[str]:
     return [name for name in Image.ID if name not in _NOT_IMAGES]
 
 
-def open_pillow(file: BinaryIO) -> Image.Image:
+def open_pillow(file: BinaryIO) -> ImageFile.ImageFile:
     """Opens an image by its content: PostScript by the name x.png would be run by Ghostscript."""
     return Image.open(file, formats=pillow_formats())
 
