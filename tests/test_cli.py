@@ -16,8 +16,8 @@ from timm_convnextv2 import console as command
 from timm_convnextv2.commands import main as cli
 from timm_convnextv2.commands.table import COMMANDS
 
-NAMES = ("pretrain", "finetune", "validate", "predict", "report", "publish", "compare", "embed", "evaluate", "collapse")
-NAMES += ("stats", "check", "detect", "segment", "demo")
+NAMES = ("pretrain", "finetune", "validate", "predict", "report", "publish", "export", "compare", "embed")
+NAMES += ("evaluate", "collapse", "stats", "check", "detect", "segment", "demo")
 
 
 def test_help_names_every_command(capsys):

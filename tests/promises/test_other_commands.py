@@ -82,6 +82,7 @@ TABLE: dict[str, Callable[[Place, Path], list]] = {
     "detect predict": lambda p, out: [
         "--model", p.detector, "--data-dir", p.images, "--output", out / "d.json", *FAST],
     "segment predict": lambda p, out: ["--model", p.segmenter, "--data-dir", p.images, "--output", out, *FAST],
+    "export": lambda p, out: [p.model, "--format", "torch", "--output", out / "m.pt2"],
     "compare": lambda p, out: ["--data-dir", p.labelled, "--encoder", p.model, "--epochs", 2, "--seeds", 0,
                                "--output", out],
 }  # fmt: skip

@@ -3,6 +3,7 @@
 The file holds the weights, mean and std, and JSON under `METADATA`, which says what to feed and what comes out.
 """
 
+import io
 import json
 import statistics
 import time
@@ -107,13 +108,13 @@ def write_program(
             "dynamic": [*dynamic],
         }
         try:
-            write = make(model, traced, dims, what.outputs, json.dumps(content))
+            saved = make(model, traced, dims, what.outputs, json.dumps(content))
         except Exception as e:  # exporters raise anything
             how = f" with --dynamic {' '.join(dynamic)}" if dynamic else ""
             reason = str(e).strip().partition("\n")[0]
             raise RuntimeError(f"The model cannot be exported{how} ({type(e).__name__}: {reason}).") from e
         with whole_file(path) as part:
-            write(part)
+            part.write_bytes(saved)
             run = load(part)
             worst = max(_difference(run(images), wanted) for images, wanted in expected.values())
             if not worst <= TOLERANCE:  # `not`: NaN is refused as well
@@ -148,36 +149,23 @@ def _seconds(runs: Sequence[Callable[[Tensor], Any]], images: Tensor) -> list[fl
     return [statistics.median(own[1:]) for own in times]
 
 
-def _make_torch(
-    model: nn.Module, images: Tensor, dims: dict[int, Any], names: Sequence[str], text: str
-) -> Callable[[Path], None]:
+def _make_torch(model: nn.Module, images: Tensor, dims: dict[int, Any], names: Sequence[str], text: str) -> bytes:
     program = torch.export.export(model, (images,), dynamic_shapes=(dims,), strict=False)
-
-    def write(part: Path) -> None:
-        with open(part, "wb") as file:  # a file reports the system's error, and its name is not in the archive
-            torch.export.save(program, file, extra_files={METADATA: text})  # pyright: ignore[reportArgumentType]
-
-    return write
+    buffer = io.BytesIO()  # in memory: PyTorch aborts the process if a disk is full
+    torch.export.save(program, buffer, extra_files={METADATA: text})
+    return buffer.getvalue()
 
 
 def _load_torch(path: Path) -> Run:
-    with open(path, "rb") as file:
-        module = torch.export.load(file).module()  # pyright: ignore[reportArgumentType]
+    module = torch.export.load(io.BytesIO(path.read_bytes())).module()
     return lambda images: _outputs(module(images))
 
 
-def _make_onnx(
-    model: nn.Module, images: Tensor, dims: dict[int, Any], names: Sequence[str], text: str
-) -> Callable[[Path], None]:
+def _make_onnx(model: nn.Module, images: Tensor, dims: dict[int, Any], names: Sequence[str], text: str) -> bytes:
     how: Any = dict(dynamo=True, verbose=False, input_names=["images"], output_names=[*names])
     program: Any = torch.onnx.export(model, (images,), dynamic_shapes=(dims,), **how)
     program.model.metadata_props[METADATA] = text
-    content = program.model_proto.SerializeToString()
-
-    def write(part: Path) -> None:
-        part.write_bytes(content)
-
-    return write
+    return program.model_proto.SerializeToString()
 
 
 def _load_onnx(path: Path) -> Run:
@@ -189,7 +177,7 @@ def _load_onnx(path: Path) -> Run:
     return lambda images: [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
 
 
-_FORMS: dict[str, tuple[Callable[..., Callable[[Path], None]], Callable[[Path], Run]]] = {
+_FORMS: dict[str, tuple[Callable[..., bytes], Callable[[Path], Run]]] = {
     "torch": (_make_torch, _load_torch),
     "onnx": (_make_onnx, _load_onnx),
 }
