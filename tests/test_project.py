@@ -32,7 +32,7 @@ PAGES = {
 FOREIGN_OPTIONS = {
     *("--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint"),  # torchrun's
     *("--signal", "--nodes", "--gpus-per-node", "--cpus-per-task", "--time"),  # SLURM's
-    "--shutdown-timeout",  # torchrun's
+    *("--shutdown-timeout", "--max-restarts"),  # torchrun's
     *("--no-binary", "--no-deps", "--no-build-isolation", "--cpu", "--blas", "--force"),  # pip's, MinkowskiEngine's
     # timm's train.py, validate.py and inference.py
     *("--num-classes", "--device-modules", "--warmup-prefix", "--crop-mode", "--include-index", "--results-file"),
