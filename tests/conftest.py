@@ -24,7 +24,7 @@ draw = DemoSource._draw
 _drawn = functools.lru_cache(256)(
     lambda seed, size, objects, i: draw(DemoSource(i + 1, size, 3, seed, objects=objects), i)
 )
-DemoSource._draw = lambda self, i: _drawn(self.seed, self.size, self.objects, i)
+DemoSource._draw = functools.wraps(draw)(lambda self, i: _drawn(self.seed, self.size, self.objects, i))
 
 
 @pytest.fixture(autouse=True)

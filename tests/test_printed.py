@@ -68,8 +68,7 @@ def test_the_last_line_is_what_the_probe_found(pretrained):
 @pytest.mark.parametrize("task, kind", [("segment", "segmentation"), ("detect", "detection")])
 def test_after_a_training(request, run, task, kind):
     folder, printed = request.getfixturevalue(f"{task}ed")
-    steps = KINDS[kind].next_steps(read_run(folder).settings, folder)
-    printed += "".join(f"\n  {step.command}" for step in steps)
+    assert all(step.command in printed for step in KINDS[kind].next_steps(read_run(folder).settings, folder))
     assert {task, "publish"} <= {*run(printed, folder.parent / "images" / "validation" / "images")}
 
 

@@ -23,6 +23,12 @@ SMALL = dict(size=16, train=16, validation=24)
 SPLITS = ("train", "validation")
 
 
+@pytest.fixture(autouse=True)
+def _drawn_anew(monkeypatch):
+    """Without the cache of conftest.py."""
+    monkeypatch.setattr(DemoSource, "_draw", DemoSource._draw.__wrapped__)
+
+
 # ---- images
 
 

@@ -114,7 +114,7 @@ def holed(tmp_path):
 def test_nodata_reaches_the_data_set_and_the_record(run, refused, holed, monkeypatch):
     assert "--nodata=-9999" in refused(data=holed)
     fed = []
-    monkeypatch.setattr(launch, "feed", lambda script, reading: fed.append(reading))
+    monkeypatch.setattr(launch, "feed", lambda script, reading, readers: fed.append(reading))
     assert run("--nodata=-9999", data=holed)["args"]["pixels"] == {"nodata": -9999}
     assert fed[0].pixels == Pixels(nodata=-9999)
     data = images.create_dataset("", root=str(holed), split="train", reading=fed[0])

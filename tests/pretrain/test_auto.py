@@ -77,7 +77,7 @@ def test_a_resumed_run_keeps_what_was_measured(bands, made, monkeypatch, capsys,
         out = capsys.readouterr().out
         assert ("as measured when the run began" in out) == (words is not repeat)
         for name in ("mean", "std", "clip_low", "clip_high"):
-            assert yaml.safe_dump({name: load(made)["args"][name]}) in out
+            assert yaml.safe_dump({name: load(made)["args"][name]}, default_flow_style=None) in out
 
 
 def test_pretraining_that_continues_takes_them(made):

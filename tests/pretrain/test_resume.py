@@ -154,7 +154,8 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "Stopped by SIGINT " in out and not err
+    assert "Traceback" not in err and "Error" not in err  # triton tells of its own leaks at the end
+    assert "Stopped by SIGINT " in out and "arning" not in out  # no word of a report
     progress = load(tmp_path / "r")["progress"]
     inside = f"in epoch {progress['epoch'] + 1} of 999, update {progress['update']} of 4"
     assert (inside if progress["update"] else f"after epoch {progress['epoch']} of 999") in out

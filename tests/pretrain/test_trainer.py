@@ -146,7 +146,7 @@ def test_no_weight_decay_on_vectors(tmp_path, no_images, updates):
         (["--amp", "--amp-dtype", "float16"], True),
         (["--torchcompile", "aot_eager"], None),
         (["--grad-checkpointing"], False),
-        (["--clip-grad", "0.01", "--opt", "sgd"], True),
+        (["--clip-grad", "1e-4", *SGD], True),
         (["--no-norm-pix-loss"], True),
         (["--model-kwargs", "depths=[1,1,2,1]", "dims=[8,8,16,16]", "drop_path_rate=0.5"], True),
     ],
@@ -156,7 +156,7 @@ def test_options_of_the_update(tmp_path, no_images, updates, plain, options, cha
     trainer = updates[0][1]
     assert trainer.model.encoder.stages[0].grad_checkpointing == ("--grad-checkpointing" in options)
     assert isinstance(trainer.task.trainable_module, timm_convnextv2.FCMAE) != ("aot_eager" in options)
-    reference = load(plain if "sgd" not in options else run(tmp_path / "sgd", "--opt", "sgd"))["state_dict"]
+    reference = load(plain if "sgd" not in options else run(tmp_path / "sgd", *SGD))["state_dict"]
     weights = load(out)["state_dict"]
     if changes is None:
         assert_same(weights, reference, atol=1e-4)

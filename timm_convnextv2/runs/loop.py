@@ -235,7 +235,7 @@ def _write(run: Run, milestone: bool) -> None:
     failed = run.export()
     run.folder.save(checkpoint, milestone)
     start, over = time.monotonic(), bool(run.stop) or run.ended
-    if over or start >= run.next_report:
+    if run.folder.summary.exists() and (over or start >= run.next_report):  # an epoch is complete
         # ValueError: somebody may have changed the folder's files
         attempt("the report", run.report, run.bar.note, (OSError, ValueError))
         run.next_report = time.monotonic() + REPORT_PAUSE * (time.monotonic() - start)
