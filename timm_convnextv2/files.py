@@ -87,7 +87,7 @@ _LONGEST_NAME = 255  # bytes, of most file systems
 _PART = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)-(?P<start>[^.]*)\.\w+\.part")
 
 
-_FORMULA = re.compile(r"[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
+_FORMULA = re.compile(r"'*[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
 
 
 class WriteError(OSError):
@@ -151,14 +151,24 @@ def write_json(path: str | os.PathLike, content: Any, indent: int | None = None)
         part.write_text(json.dumps(content, indent=indent) + ("" if indent is None else "\n"), encoding="utf-8")
 
 
-def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Writes a CSV file with `whole_file`; text that looks like a formula gets an apostrophe in front."""
-    # file names may contain bytes that are not UTF-8
-    how: Any = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+def write_csv(
+    path: str | os.PathLike, header: Sequence[str], rows: Iterable[Iterable[object]], errors: str = "backslashreplace"
+) -> None:
+    """Writes a CSV file with `whole_file`; text that looks like a formula gets an apostrophe in front.
+
+    `errors` is for file names with bytes that are not UTF-8: 'surrogateescape' keeps them, but no other program may
+    be able to read the file.
+    """
+    how: Any = {"encoding": "utf-8", "errors": errors, "newline": ""}
     with whole_file(path) as part, open(part, "w", **how) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows([f"'{v}" if isinstance(v, str) and _FORMULA.match(v) else v for v in row] for row in rows)
+
+
+def read_cell(text: str) -> str:
+    """The text that `write_csv` wrote."""
+    return text[1:] if text[:1] == "'" and _FORMULA.match(text[1:]) else text
 
 
 def save_torch(content: Any, path: str | os.PathLike) -> None:

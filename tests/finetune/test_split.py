@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from test_evaluation import write_model
 
 from timm_convnextv2.commands import validate
 from timm_convnextv2.commands.finetune import main
-from timm_convnextv2.data.labelled import SPLIT_FILE, write_split
+from timm_convnextv2.data.labelled import SPLIT_FILE, Row, kept_rows, write_split
 from timm_convnextv2.features import open_labelled
 
 
@@ -40,6 +41,20 @@ def write_table(path, rows, columns="name,label"):
 
 def labels(flat, more=lambda label, i: ""):
     return [f"{flat}/{label}/{i}.png,{label}{more(label, i)}" for label in CLASSES for i in range(8)]
+
+
+def test_a_split_is_read_as_it_was_written(tmp_path):
+    """Labels and names that look like formulas, and names of any bytes."""
+    names = ["=1+1", "-x", "-1", "'=a", os.fsdecode(b"caf\xe9")]
+    rows = [Row(str(tmp_path / f"{name}.png"), (f"{name[:-1]}y",)) for name in names]
+    for row in rows:
+        Path(row.path).touch()
+    write_split(tmp_path / SPLIT_FILE, rows[:3], rows[3:])
+    text = (tmp_path / SPLIT_FILE).read_text(errors="surrogateescape")
+    assert not re.search(r"(^|,)[=+@-](?![\d.]+,)", text, flags=re.M)  # a spreadsheet runs nothing
+    found = kept_rows(tmp_path / SPLIT_FILE, [row.path for row in rows])
+    assert [row[:2] for row in found] == [row[:2] for row in rows]
+    assert [row.part for row in found] == ["train"] * 3 + ["validation"] * 2
 
 
 @pytest.mark.parametrize("kind", ["folder", "csv", "csv with split"])

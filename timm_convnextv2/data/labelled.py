@@ -5,13 +5,13 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from timm.utils.misc import natural_key
 
 from ..console import check_same_classes
-from ..files import whole_file
+from ..files import read_cell, write_csv
 from .formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, printable
 from .paths.lists import open_text
 from .paths.walk import classes_in_several_folders
@@ -65,13 +65,12 @@ def check_classes(rows: Sequence[Row], place: str | os.PathLike) -> list[str]:
 def write_split(file: Path, train: Sequence[Row], test: Sequence[Row]) -> None:
     """Writes a CSV that `read_labelled` takes: each image by its path relative to the CSV, its label and its part."""
     start = os.path.realpath(file.parent)
-    # names of files may be any bytes
-    how: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    with whole_file(file) as part, open(part, "w", **how) as out:
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for name, rows in (("train", train), ("validation", test)):
-            writer.writerows((os.path.relpath(row.path, start), SEPARATOR.join(row.labels), name) for row in rows)
+    lines = (
+        (os.path.relpath(row.path, start), SEPARATOR.join(row.labels), name)
+        for name, rows in (("train", train), ("validation", test))
+        for row in rows
+    )
+    write_csv(file, COLUMNS, lines, errors="surrogateescape")
 
 
 def kept_rows(file: Path, paths: Sequence[str]) -> list[Row]:
@@ -86,7 +85,8 @@ def _lines(path: Path, needed: Sequence[str] = COLUMNS[:2]) -> tuple[list[str], 
     try:
         with open_text(path, newline="", errors="surrogateescape" if needed == COLUMNS else "strict") as file:
             reader = csv.DictReader(file)
-            columns, lines = list(reader.fieldnames or ()), list(reader)
+            columns = list(reader.fieldnames or ())
+            lines = [{key: read_cell(x) if isinstance(x, str) else x for key, x in line.items()} for line in reader]
     except (OSError, UnicodeError, csv.Error) as e:
         raise ValueError(f"'{printable(path)}' cannot be read as CSV: {e}") from e
     if not set(needed) <= set(columns):
