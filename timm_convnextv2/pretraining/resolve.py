@@ -23,7 +23,7 @@ from .config import AUTO, Crops, PretrainConfig
 from .plan import PAPER_EPOCHS, usual_epochs
 from .start import Start, open_start, open_weights
 
-# Without --data-dir and --dataset: a run of about two minutes on two CPU cores.
+# Without --data-dir and --dataset: a run of two to five minutes on two CPU cores.
 DEMO_DEFAULTS = dict(
     dataset="demo", num_images=768, img_size=56, patch_size=1, batch_size=32, epochs=16,
     scale=(0.7, 1.0), workers=0, experiment="demo",
