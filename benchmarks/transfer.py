@@ -20,7 +20,7 @@ import torch
 from benchmarks.measure import conditions, run_logged, write_csv
 from benchmarks.plots import draw_seeds
 from timm_convnextv2.data.demo import write_folder
-from timm_convnextv2.runs.summary import read_rows
+from timm_convnextv2.files import read_rows
 
 ROOT = Path(__file__).parents[1]
 # a small ConvNeXt V2 on small images, 3 x 3 patches of 32 px: what one CPU core trains in minutes

@@ -460,7 +460,7 @@ _ROUTES: list[tuple[str, str, str, Callable]] = [
     ("hub", "POST", f"{_LFS}/verify", HubServer.lfs_verify),
     ("hub", "HEAD GET", rf"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", HubServer.resolve),
     ("storage", "PUT", "/storage/(?P<oid>[0-9a-f]{64})", HubServer.store),
-    ("storage", "GET", "/storage/(?P<oid>[0-9a-f]{64})", HubServer.load),
+    ("storage", "HEAD GET", "/storage/(?P<oid>[0-9a-f]{64})", HubServer.load),
 ]
 
 

@@ -51,6 +51,7 @@ def run(*command, cwd, timeout=120):
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The folder of the commands of a fresh environment with the wheel; other packages are those of this one."""
+    pytest.importorskip("pip", reason="pip is not installed here")  # as in an environment of uv
     root = tmp_path_factory.mktemp("wheel")
     source = root / "source"  # building leaves folders behind
     shutil.copytree(ROOT / "timm_convnextv2", source / "timm_convnextv2", ignore=shutil.ignore_patterns("__pycache__"))
@@ -60,8 +61,8 @@ def installed(tmp_path_factory):
     (wheel,) = root.glob("*.whl")
     venv.create(root / "venv", symlinks=True)
     scripts = root / "venv" / "bin"
-    paths = {"base": str(root / "venv"), "platbase": str(root / "venv")}
-    packages = Path(sysconfig.get_path("purelib", "venv", paths))
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(run(scripts / "python", "-c", ask, cwd=root).strip())
     # a line of a .pth is a path to search after the environment's own; .pth files in it, of the clone, are not read
     (packages / "others.pth").write_text(
         "".join(f"{path}\n" for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})

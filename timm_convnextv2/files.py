@@ -171,6 +171,25 @@ def read_cell(text: str) -> str:
     return text[1:] if text[:1] == "'" and _FORMULA.match(text[1:]) else text
 
 
+def read_rows(path: Path) -> tuple[list[dict[str, object]], list[str]]:
+    """The rows of a table whose first column is `epoch`, and its corrupt lines; both empty if there is no file."""
+    if not path.exists():
+        return [], []
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "\ufffd")  # csv of Python 3.10 raises
+    lines = text.splitlines(keepends=True)
+    rows, damaged = [], []
+    header = next(csv.reader(lines[:1]), [])
+    for line in lines[1:]:
+        cells = next(csv.reader([line]), []) if len(line) < csv.field_size_limit() else []  # else csv raises
+        if cells == header:  # timm's train.py repeats it in a resumed run
+            continue
+        if line.endswith("\n") and len(cells) == len(header) and header[:1] == ["epoch"] and cells[0].isdecimal():
+            rows.append(dict(zip(header, cells, strict=True)))
+        elif line.strip():
+            damaged.append(line.strip())
+    return rows, damaged
+
+
 def save_torch(content: Any, path: str | os.PathLike) -> None:
     """`torch.save` with `whole_file`."""
     # a Python file object reports the system's error; torch's own file only reports 'unexpected pos'

@@ -24,7 +24,7 @@ def no_sleep(monkeypatch):
     if find_spec("datasets"):
         import datasets
 
-        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 # an image whose corners differ, so that a rotation or a swapped axis shows

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from dicom_files import draw
 from PIL import Image
+from zarr_files import new_array
 
 from timm_convnextv2.data import ImageError, Pixels, load_image
 from timm_convnextv2.data.formats.decode import faults_named, open_scene
@@ -75,10 +76,8 @@ def numcodec(codec):
 
 
 def sharded(path):
-    zarr = pytest.importorskip("zarr", reason="the package zarr is not installed")
-    options = dict(shape=(16, 16), chunks=(8, 8), shards=(16, 16), dtype="u1", zarr_format=3)
-    array = zarr.create_array(str(path / "x.zarr"), **options, compressors=zarr.codecs.GzipCodec())
-    array[...] = np.eye(16)
+    options = dict(shape=(16, 16), chunks=(8, 8), shards=(16, 16), dtype="u1")
+    new_array(path / "x.zarr", 3, **options, compressors={"name": "gzip", "configuration": {}})[...] = np.eye(16)
     file, bomb = path / "x.zarr/c/0/0", gzip.compress(bytes(MEGABYTES * 2**20))
     index = file.read_bytes()[-16 * 4 - 4 :]
     file.write_bytes(bomb + np.array([0, len(bomb)], "<u8").tobytes() + index[16:])
@@ -152,8 +151,8 @@ def test_nothing_inflates_beyond_the_limit(tmp_path, monkeypatch, kind, windows)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", LIMIT)
     tracemalloc.start()
     try:
-        # libtiff has an error of its own
-        with pytest.raises(ImageError, match=r"x\..*(limit|bomb|decoder error)"), faults_named(str(path)):
+        # libtiff has an error of its own, which older Pillow names by its number
+        with pytest.raises(ImageError, match=r"x\..*(limit|bomb|decoder error|OSError: -2)"), faults_named(str(path)):
             open_scene(str(path), in_chans, Pixels()).read(0, 0, 8, 8) if windows else load_image(path, in_chans)
         assert tracemalloc.get_traced_memory()[1] < MEGABYTES * 2**20 / 2
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from zarr_files import add_array, new_array, new_group
 
 from timm_convnextv2.data import FolderSource, ImageError, Pixels, load_image
 from timm_convnextv2.data.formats.decode import open_scene
@@ -21,8 +22,8 @@ FIELDS = {"A/1": ["0", "1"], "B/2": ["0"]}
 
 def image(path, value, version=2):
     """An OME-Zarr image of one value."""
-    group = zarr.open_group(str(path), mode="w", zarr_format=version)
-    group.create_array("0", shape=(8, 9), chunks=(4, 4), dtype="u1")[...] = value
+    group = new_group(path, version)
+    add_array(group, "0", shape=(8, 9), chunks=(4, 4), dtype="u1")[...] = value
     describe(group, {"multiscales": [{"version": "0.4", "axes": [*"yx"], "datasets": [{"path": "0"}]}]}, version)
 
 
@@ -31,17 +32,17 @@ def describe(group, attributes, version):
 
 
 def series(path, version):
-    describe(zarr.open_group(str(path), mode="w", zarr_format=version), {"bioformats2raw.layout": 3}, version)
+    describe(new_group(path, version), {"bioformats2raw.layout": 3}, version)
     for i in range(4):
         image(path / str(i), i, version)
     return [str(i) for i in range(4)]
 
 
 def plate(path, version):
-    group = zarr.open_group(str(path), mode="w", zarr_format=version)
+    group = new_group(path, version)
     describe(group, {"plate": {"wells": [{"path": well} for well in FIELDS]}}, version)
     for i, (well, fields) in enumerate(FIELDS.items()):
-        described = zarr.open_group(str(path / well), mode="w", zarr_format=version)
+        described = new_group(path / well, version)
         describe(described, {"well": {"images": [{"path": field} for field in fields]}}, version)
         for field in fields:
             image(path / well / field, 10 * i + int(field), version)
@@ -71,7 +72,7 @@ def test_a_store_is_an_image_and_not_its_chunks(tmp_path):
 
 def test_paths_out_of_the_store_are_never_followed(tmp_path):
     image(tmp_path / "secret.zarr", 5)
-    group = zarr.open_group(str(tmp_path / "data" / "x.zarr"), mode="w", zarr_format=2)
+    group = new_group(tmp_path / "data" / "x.zarr")
     group.attrs.update({"plate": {"wells": [{"path": "../.."}]}, "well": {"images": [{"path": "secret.zarr"}]}})
     (tmp_path / ".zattrs").write_text(json.dumps({"well": {"images": [{"path": "secret.zarr"}]}}))
     source = FolderSource(tmp_path / "data", 1)
@@ -99,7 +100,7 @@ def test_codecs_that_run_code_are_refused(tmp_path, monkeypatch, key, codec):
     monkeypatch.setattr(pickles, "ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)  # as versions before 0.16 do
     monkeypatch.setenv("HARMED", str(tmp_path / "harmed"))
     monkeypatch.setitem(numcodecs.registry.codec_registry, "runs", Runs)
-    zarr.create_array(str(tmp_path / "x.zarr"), shape=(8, 8), chunks=(8, 8), dtype="u1", zarr_format=2)
+    new_array(tmp_path / "x.zarr", shape=(8, 8), chunks=(8, 8), dtype="u1")
     about = json.loads((tmp_path / "x.zarr/.zarray").read_text())
     about |= {"compressor": None, "filters": None} | {key: {"id": codec} if key == "compressor" else [{"id": codec}]}
     (tmp_path / "x.zarr/.zarray").write_text(json.dumps(about))

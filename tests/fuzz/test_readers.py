@@ -23,6 +23,7 @@ from helpers import RECIPES, assert_same, write_tar
 from mutations import ODD, damage_bytes, damage_content, within
 from PIL import Image
 from safetensors.torch import save_file
+from zarr_files import new_array
 
 from timm_convnextv2.checkpoint import CheckpointError, load_checkpoint
 from timm_convnextv2.config import build, read_yaml
@@ -75,9 +76,7 @@ def tiff(name: str, **how: Any) -> Reader:
 
 def zarr(version: int) -> Reader:
     def write(path: Path) -> None:
-        array = pytest.importorskip("zarr", reason="needs zarr")
-        how: Any = dict(shape=PIXELS.shape, chunks=(16, 16, 3), dtype="u1", zarr_format=version)
-        array.create_array(str(path), **how)[...] = PIXELS
+        new_array(path, version, shape=PIXELS.shape, chunks=(16, 16, 3), dtype="u1")[...] = PIXELS
 
     return image("x.zarr", write, 50, "x.zarr/**/*")
 

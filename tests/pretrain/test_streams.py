@@ -24,7 +24,7 @@ def _no_sleep(monkeypatch):
     if find_spec("datasets"):
         import datasets
 
-        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 NUM_IMAGES, BATCH, IN_EPOCH = 24, 2, 12

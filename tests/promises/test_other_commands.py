@@ -266,7 +266,7 @@ def test_output_that_cannot_be_written(command, out, how):
     if how == "full disk":
 
         def fault():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (90, 90))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))
     elif how == "removed":
         fault = at_rename(lambda: shutil.rmtree(out), 0)
     else:

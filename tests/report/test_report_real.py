@@ -11,9 +11,9 @@ from test_html import Page
 
 from timm_convnextv2.checkpoint import export_finetuned
 from timm_convnextv2.commands.report import main
+from timm_convnextv2.files import read_rows
 from timm_convnextv2.report.kinds import verdict
 from timm_convnextv2.report.run import read_run
-from timm_convnextv2.runs.summary import read_rows
 
 
 def test_report_of_a_pretraining(pretrained, tmp_path):

@@ -24,8 +24,8 @@ from timm_convnextv2.config import flat
 from timm_convnextv2.data import load_image
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.data.formats.errors import ImageError, MissingPackageError, UnreadableError, naming
+from timm_convnextv2.files import read_rows
 from timm_convnextv2.recipes import load_recipe, recipe_names
-from timm_convnextv2.runs.summary import read_rows
 from timm_convnextv2.runs.trainer import Trainer
 from timm_convnextv2.transfer import export_detector, find_classes, open_segmenter
 from timm_convnextv2.transfer.config import Averaging

@@ -1,7 +1,6 @@
 """Export of a classifier trained by timm's train.py as a timm folder with its settings, metrics and provenance."""
 
 import argparse
-import csv
 import math
 import os
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 
 from ..config import read_json
-from ..files import load_checkpoint
+from ..files import load_checkpoint, read_rows
 from ..hub_errors import HUB_ERRORS, hub_error
 from ..models import ConvNeXtV2
 from ..models.weights import check_weights
@@ -132,12 +131,11 @@ def _metrics(summary: Path, checkpoint: dict[str, Any], args: dict[str, Any], em
     evaluated_ema = "state_dict_ema" in checkpoint and not args.get("model_ema_force_cpu")
     if ema != evaluated_ema or not summary.is_file():
         return None
-    with open(summary, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("epoch") == str(checkpoint.get("epoch"))]
+    rows = [row for row in read_rows(summary)[0] if row["epoch"] == str(checkpoint.get("epoch"))]
     found = {}
     for key in ("top1", "top5", "loss"):
-        try:  # the last row of a repeated epoch; a resumed run repeats the header as well
-            value = float(rows[-1].get(f"eval_{key}") or "nan") if rows else math.nan
+        try:  # the last row of a repeated epoch
+            value = float(str(rows[-1].get(f"eval_{key}") or "nan")) if rows else math.nan
         except ValueError:
             value = math.nan
         if math.isfinite(value):

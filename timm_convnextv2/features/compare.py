@@ -1,7 +1,6 @@
 """Which weights to start from: finetuning from several candidates, each at its own learning rate, once per seed."""
 
 import contextlib
-import csv
 import hashlib
 import math
 import os
@@ -21,7 +20,7 @@ from ..config import read_json
 from ..console import PACKAGE, closest, duration, ended_by_signals
 from ..data.formats.files import printable
 from ..data.labelled import Row
-from ..files import claim_folder, write_csv, write_json
+from ..files import claim_folder, read_rows, write_csv, write_json
 from .budgets import budget_sizes, nested_subsets
 from .config import CompareConfig
 from .linear import HELD_OUT
@@ -353,8 +352,7 @@ def tail(path: Path, lines: int) -> str:
 
 def _accuracies(run: Path) -> list[float]:
     """Validation accuracy in % after each epoch, from train.py's summary.csv."""
-    with open(run / "summary.csv", newline="", encoding="utf-8") as file:
-        return [float(row["eval_top1"]) for row in csv.DictReader(file) if row.get("eval_top1")]
+    return [float(str(row["eval_top1"])) for row in read_rows(run / "summary.csv")[0] if row.get("eval_top1")]
 
 
 def write_results(

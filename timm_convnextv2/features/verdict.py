@@ -1,6 +1,5 @@
 """What finetunings tell: a table, a verdict with an interval over seeds, and a picture."""
 
-import csv
 import math
 import re
 import statistics
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 from ..config import read_json
 from ..console import duration
+from ..files import read_rows
 from ..report.images import save_figure
 
 SCRATCH, OWN = "from scratch", "own encoder"
@@ -109,8 +109,8 @@ def pretraining_cost(encoder: str) -> str:
     """Epochs, updates and duration of the pretraining of an encoder in its run's folder; '' for others."""
     folder = Path(encoder.removeprefix("local-dir:"))
     try:
-        with open(folder.parent / "summary.csv", newline="", encoding="utf-8") as file:
-            epochs = [(float(row["train_seconds"]), float(row["train_images_per_s"])) for row in csv.DictReader(file)]
+        rows = read_rows(folder.parent / "summary.csv")[0]
+        epochs = [(float(str(row["train_seconds"])), float(str(row["train_images_per_s"]))) for row in rows]
         card = read_json(folder / "config.json")["training"]["table"]["Optimizer"]
         batch = int(re.search(r"for (\d+) images per update", card)[1])  # pyright: ignore[reportOptionalSubscript]
     except (OSError, KeyError, TypeError, ValueError):

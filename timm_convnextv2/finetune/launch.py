@@ -1,7 +1,6 @@
 """Running train.py by a plan, and what follows: the export, and the commands that evaluate and publish the result."""
 
 import contextlib
-import csv
 import json
 import shlex
 import tempfile
@@ -15,6 +14,7 @@ from ..checkpoint import export_finetuned
 from ..checkpoint.finetuned import LABEL_NAMES
 from ..console import invocation
 from ..data.labelled import SPLIT_FILE, write_split
+from ..files import read_rows
 from ..report.kinds import verdict
 from ..report.next_steps import near, publish_preview
 from ..report.run import read_run
@@ -79,9 +79,8 @@ def export(plan: Plan) -> Path:
 def epochs_done(folder: Path) -> int | None:
     """Finished epochs by the run's summary.csv; None if it has none."""
     try:
-        with open(folder / "summary.csv", newline="", encoding="utf-8") as file:
-            return int(list(csv.DictReader(file))[-1]["epoch"]) + 1
-    except (OSError, IndexError, KeyError, ValueError):
+        return int(str(read_rows(folder / "summary.csv")[0][-1]["epoch"])) + 1
+    except (OSError, IndexError):
         return None
 
 

@@ -19,8 +19,7 @@ from ..checkpoint.provenance import WEIGHTS, origin_of_config, read_config, reso
 from ..checkpoint.task_folder import TASKS, is_task, read_folder_config, render_folder_card
 from ..console import say
 from ..data import Pixels
-from ..files import load_checkpoint
-from ..runs.summary import read_rows
+from ..files import load_checkpoint, read_rows
 from .upload import check_folder
 
 

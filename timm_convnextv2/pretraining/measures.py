@@ -16,11 +16,10 @@ import torch
 
 from ..data import collate
 from ..features import collapse
-from ..files import whole_file
+from ..files import read_rows, whole_file
 from ..models import FCMAE, ConvNeXtV2
 from ..report.images import save_reconstructions
 from ..runs.errors import attempt
-from ..runs.summary import read_rows
 from .config import KEEP_BEST
 
 Run = Callable[[int, ConvNeXtV2], dict[str, float]]

@@ -21,6 +21,7 @@ from ..data.paths.listing import Listing, base_of
 from ..data.samples.batches import preprocessing
 from ..data.sources.open import pages_and_windows
 from ..features import open_labelled
+from ..files import read_rows
 from ..models import FCMAE
 from ..runs.device import check_device
 from ..runs.folder import VERSIONS, RunFolder, experiment_name
@@ -28,7 +29,6 @@ from ..runs.group import Processes
 from ..runs.loop import Limits
 from ..runs.plan import Plan
 from ..runs.progress import with_progress
-from ..runs.summary import read_rows
 from ..runs.trainer import Learning, Trainer, seconds_per_update
 from ..runs.world import World
 from .batches import Batches, Sampling, open_batches, transform_of

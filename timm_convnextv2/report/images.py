@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from ..data.display import display_of
-from ..files import whole_file
+from ..files import read_rows, whole_file
 from ..models.fcmae import FCMAE, normalize_target, patchify, unpatchify
-from ..runs.summary import read_rows
 
 if TYPE_CHECKING:
     from ..data.measure.pixel_statistics import PixelStatistics

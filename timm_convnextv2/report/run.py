@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..config import parse_yaml, read_json
-from ..runs.summary import read_rows
+from ..files import read_rows
 
 Row = dict[str, float]
 _TEXT_COLUMNS = ("block",)  # of collapse.csv: the module's name

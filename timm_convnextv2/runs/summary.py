@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from ..files import whole_file
+from ..files import read_rows, whole_file
 
 _Row = dict[str, object]
 
@@ -50,21 +50,3 @@ def _write(path: Path, rows: list[_Row]) -> None:
         if rows:
             writer.writeheader()
             writer.writerows(rows)
-
-
-def read_rows(path: Path) -> tuple[list[dict[str, object]], list[str]]:
-    """The rows of a table whose first column is `epoch`, and its corrupt lines; both empty if there is no file."""
-    if not path.exists():
-        return [], []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    rows, damaged = [], []
-    header = next(csv.reader(lines[:1]), [])
-    for line in lines[1:]:
-        cells = next(csv.reader([line]), []) if len(line) < csv.field_size_limit() else []  # else csv raises
-        if cells == header:  # timm's train.py repeats it in a resumed run
-            continue
-        if line.endswith("\n") and len(cells) == len(header) and header[:1] == ["epoch"] and cells[0].isdecimal():
-            rows.append(dict(zip(header, cells, strict=True)))
-        elif line.strip():
-            damaged.append(line.strip())
-    return rows, damaged

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any, BinaryIO
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
@@ -27,7 +28,9 @@ _NODATA_TAG = 42113  # GDAL_NODATA
 _ORIENTATION, _DESCRIPTION, _SUBFILE_TYPE, _SUB_IFDS = 274, 270, 254, 330
 _OFFSETS = (273, 324)  # of strips, and of tiles
 _MASK = 4  # in the tag of the subfile type
-_WEBP = 50001  # Pillow opens it, but most builds of its libtiff do not decode it
+_ZSTD, _WEBP = 50000, 50001
+# Pillow opens these, but the libtiff of most builds does not decode them
+_NOT_DECODED = (_WEBP,) if int(PIL.__version__.split(".")[0]) >= 12 else (_ZSTD, _WEBP)
 _IMAGES = (7, 33003, 33005, 34712, _WEBP)  # compressions: JPEG, JPEG 2000 and WebP
 # LSM, MetaMorph (STK), FluoView, Micro-Manager: only tifffile knows their axes
 _MICROSCOPES = (34412, 33628, 33629, 34361, 34362, 51123)
@@ -232,7 +235,7 @@ def _pillow_keeps_all(image: Any, in_chans: int, pixels: Pixels) -> bool:
     # masks first: Pillow opens no file of which it counts such pages
     if _is_sparse(tags) or any(kind & _MASK for kind in _subfile_types(image)):
         return False
-    if _names_axes(image) or _SUB_IFDS in tags or tags.get(_SUBFILE_TYPE, 0) & 1 or tags.get(259) == _WEBP:
+    if _names_axes(image) or _SUB_IFDS in tags or tags.get(_SUBFILE_TYPE, 0) & 1 or tags.get(259) in _NOT_DECODED:
         return False
     bits, samples, photometric = tags.get(258, (1,)), tags.get(277, 1), tags.get(262, _MIN_IS_WHITE)
     if in_chans == 4:
