@@ -75,7 +75,7 @@ def test_every_texture_has_the_same_shares_of_its_two_colours(monkeypatch):
 def test_demo_is_the_same_everywhere():
     # mean colours of one image, to half a grey level: guards the stream of random numbers and the drawing
     means = DemoSource()[5].float().mean((1, 2))
-    assert torch.allclose(means, torch.tensor([74.91, 73.48, 66.75]), atol=0.5)
+    assert torch.allclose(means, torch.tensor([69.77, 68.45, 62.26]), atol=0.5)
 
 
 def test_demo_grey_and_errors():

@@ -78,7 +78,7 @@ def _demo_defaults(named: Collection[str]) -> dict[str, Any]:
     if not {"model", "weights", "model_kwargs", "decoder_dim"} & {*named}:
         defaults |= DEMO_NETWORK
     if not {"lr", "lr_base"} & {*named}:
-        defaults["lr"] = 4e-3
+        defaults["lr"] = 8e-3
     if not {"mean", "std"} & {*named}:
         defaults["standardize"] = "channel"
     if not {"dataset", "num_images"} & {*named}:  # the first command

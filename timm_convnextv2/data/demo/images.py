@@ -110,8 +110,8 @@ _SHAPES = (_disc, _square, _triangle, _flower)
 class DemoSource(Source):
     """The demo data set: textures that fill the image, or, with `objects`, one object of a texture in each image.
 
-    The eight classes are the textures, and `label(i) = i % 8`. Scale, turn, position, proportions, both colours and so
-    contrast and polarity, light, noise, and an object's shape, place and background vary. Other seeds give other images
+    The eight classes are the textures, and `label(i) = i % 8`. Scale, turn (up to 23 degrees), position, proportions,
+    both colours and so contrast and polarity, light, noise, and an object's shape, place and background vary. Other seeds give other images
     of the same kind, for example a validation set.
     """
 
@@ -165,8 +165,9 @@ def draw(texture: Texture, dice: _Dice, size: int, objects: bool) -> tuple[np.nd
     x, y = axis[None, :], axis[:, None]
     pixels = size / 2  # per unit of length: distance times this, cut to [0, 1], is an antialiased edge
 
-    cos, sin = _direction(dice)
-    period = dice.uniform(0.24, 0.36)
+    turn = dice.uniform(-0.4, 0.4)  # a full turn would rule the features: masked prediction has to know directions
+    cos, sin = math.cos(turn), math.sin(turn)
+    period = dice.uniform(0.2, 0.32)
     u = (x * cos + y * sin) / period + dice.uniform(0, 32)
     v = (y * cos - x * sin) / period + dice.uniform(0, 32)
     first, second = _two_colours(dice)
@@ -186,7 +187,7 @@ def draw(texture: Texture, dice: _Dice, size: int, objects: bool) -> tuple[np.nd
         edge = shape((x - cx) * cos + (y - cy) * sin, (y - cy) * cos - (x - cx) * sin) * radius
         behind = dice.colour() * _gradient(dice, x, y, 0.4)
         image = behind + (image - behind) * np.clip(0.5 - edge * pixels, 0, 1)
-    image = image * _gradient(dice, x, y, 0.5)
+    image = image * _gradient(dice, x, y, 0.8)
     image += (dice.random(image.shape) - 0.5).astype(np.float32) * dice.uniform(0.02, 0.1)
     return np.clip(image, 0, 1, out=image), edge
 
