@@ -1,12 +1,18 @@
 """The examples: other tools on exported weights, with this package imported and with stock timm alone."""
 
+import json
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from encoders import make_encoder, maps_of
+
+from timm_convnextv2.commands.main import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as when one of them is started
@@ -129,3 +135,40 @@ def test_a_wrong_model_is_one_message(script, monkeypatch, capsys):
     assert start(script) == 2
     start_of = "error: The model 'local-dir:absent' cannot be loaded (ValueError: 'absent' is not the folder of a model"
     assert capsys.readouterr().err.startswith(start_of)
+
+
+SMALLER = {
+    "--train 800 --validation 400": "--train 16 --validation 16", "epochs=16": "epochs=2", "[40, 1.0]": "[8, 1.0]",
+    "batch_size=32": "batch_size=8", "decoder_dim=128": "decoder_dim=16", "[24, 48, 96, 192]": "[8, 16, 24, 32]",
+}  # fmt: skip
+
+
+def test_the_notebook(tmp_path, monkeypatch, capsys):
+    """Its cells in order, with less data; as in Jupyter, a line that begins with ! is a command."""
+    cells = json.loads((EXAMPLES / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for words, fewer in SMALLER.items():
+        assert words in text
+        text = text.replace(words, fewer)
+    shown = []
+    notebook = SimpleNamespace(Image=lambda path: path.read_bytes(), display=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook)
+    monkeypatch.chdir(tmp_path)
+    done = {}
+    text = re.sub(r"^!timm-convnextv2 (.*)$", lambda line: f"command({line[1]!r})", text, flags=re.MULTILINE)
+    exec(text, {"command": lambda line: done.update({line: main(shlex.split(line))})})
+    assert len(done) == 4 and not any(done.values())
+    assert shown[0].startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "shuffled labels" in out and "Dry run, nothing was sent." in out
+
+
+def test_the_notebook_is_the_tutorial():
+    """Every setting of the tutorial's run stands in the notebook, with the same value."""
+    notebook = (EXAMPLES / "tutorial.ipynb").read_text(encoding="utf-8")
+    page = (EXAMPLES.parent / "docs/tutorial.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"timm-convnextv2 pretrain --data-dir (.*?)```", page, flags=re.DOTALL)
+    options = re.findall(r"--([a-z-]+) ([\d.e-]+)", command)
+    assert len(options) >= 6
+    for name, value in options:
+        assert re.search(rf"{name.replace('-', '_')}=\(?{re.escape(value)}[,)]", notebook), name

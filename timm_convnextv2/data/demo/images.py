@@ -111,8 +111,8 @@ class DemoSource(Source):
     """The demo data set: textures that fill the image, or, with `objects`, one object of a texture in each image.
 
     The eight classes are the textures, and `label(i) = i % 8`. Scale, turn (up to 23 degrees), position, proportions,
-    both colours and so contrast and polarity, light, noise, and an object's shape, place and background vary. Other seeds give other images
-    of the same kind, for example a validation set.
+    both colours and so contrast and polarity, light, noise, and an object's shape, place and background vary. Other
+    seeds give other images of the same kind, for example a validation set.
     """
 
     classes = tuple(_TEXTURES)
