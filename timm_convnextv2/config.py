@@ -30,7 +30,7 @@ from operator import ge, gt, le
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .console import CommandParser, closest
+from .console import CommandParser, Faults, closest
 
 C = TypeVar("C")
 MODEL = "atto to huge, a name of timm, the folder of a run or model, local-dir:FOLDER or hf-hub:USER/NAME"
@@ -348,16 +348,22 @@ def check_limits(config: Any) -> None:
 
 def check_values(cls: type, values: Mapping[str, Any]) -> None:
     """`check_limits` of some values of a config class."""
+    faults = Faults()
     for name, value in values.items():
-        entry = entries(cls)[name]
-        spec = entry.option
-        limits = (("at least", spec.at_least, ge), ("above", spec.above, gt), ("at most", spec.at_most, le))
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, bool) or not isinstance(one, int | float):
-                continue
-            for words, limit, holds in limits:
-                if limit is not None and not holds(one, limit):  # `not`: NaN is refused as well
-                    raise ValueError(f"{entry.flag} must be {words} {limit:g}, got {one:g}.")
+        with faults.next():
+            _check_value(entries(cls)[name], value)
+    faults.refuse()
+
+
+def _check_value(entry: Entry, value: Any) -> None:
+    spec = entry.option
+    limits = (("at least", spec.at_least, ge), ("above", spec.above, gt), ("at most", spec.at_most, le))
+    for one in value if isinstance(value, tuple | list) else (value,):
+        if isinstance(one, bool) or not isinstance(one, int | float):
+            continue
+        for words, limit, holds in limits:
+            if limit is not None and not holds(one, limit):  # `not`: NaN is refused as well
+                raise ValueError(f"{entry.flag} must be {words} {limit:g}, got {one:g}.")
 
 
 def evolve(config: C, **values: Any) -> C:

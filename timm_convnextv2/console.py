@@ -164,6 +164,28 @@ def refused(command: str, error: Exception) -> int:
     return 2
 
 
+class Faults:
+    """The mistakes that independent checks find, refused together: `with faults.next(): check()`, `faults.refuse()`."""
+
+    def __init__(self) -> None:
+        self.found: list[ValueError] = []
+
+    @contextlib.contextmanager
+    def next(self) -> Iterator[None]:
+        """Within it, a `ValueError` is kept for later."""
+        try:
+            yield
+        except ValueError as e:
+            self.found.append(e)
+
+    def refuse(self) -> None:
+        """Raises the only mistake as it was, or several in one message, a line each."""
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise ValueError("\n  - ".join([f"{len(self.found)} mistakes:", *map(str, self.found)]))
+
+
 def closest(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """' Did you mean ...?' if known words begin so, or one is similar; else ''."""
     known = list(known)

@@ -146,6 +146,16 @@ def test_dry_run(tmp_path, capsys, options):
         (["--lr", "-1"], "--lr"),
         (["--show-bands", "4", "3", "2"], ["--show-bands 4 3 2", "1 to 3"]),
         (["--scale", "0", "2"], "scale"),
+        # all at once
+        (["--batch-size", "0", "--workers", "-1"], ["2 mistakes:", "- --batch-size must be", "- --workers must be"]),
+        (
+            ["--model", "resnet50", "--experiment", "../x", "--torchcompile", "nope", "--probe-dir", "nowhere"],
+            ["4 mistakes:", "not an FCMAE model", "--experiment ../x", "--torchcompile nope", "--probe-dir nowhere"],
+        ),
+        (
+            ["--mask-ratio", "0", "--dataset", "", "--data-dir", "gone", "gone too"],
+            ["2 mistakes:", "mask", "--data-dir gone does not exist"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
 )

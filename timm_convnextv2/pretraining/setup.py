@@ -4,6 +4,7 @@
 cheap refusals come before a folder of millions of files is listed, and the folder is claimed last.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 import yaml
 
 from ..config import build, evolve, flat, from_mapping
-from ..console import say
+from ..console import Faults, say
 from ..data import Pixels, StreamOrder, create_source
 from ..data.config import as_list
+from ..data.formats.files import printable
 from ..data.paths.find import find_files
-from ..data.paths.listing import Listing, base_of
+from ..data.paths.listing import Listing, base_of, origins_of
 from ..data.samples.batches import preprocessing
 from ..data.sources.open import pages_and_windows
 from ..features import open_labelled
@@ -55,15 +57,26 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     if schedule.global_batch_size is not None:
         batch_size, steps = split_batch(schedule.global_batch_size, schedule.batch_size, world.size)
         config = evolve(config, batch_size=batch_size, grad_accum_steps=steps)
-    # The model, which seeds the random numbers, and the folder first: their refusals take no time.
-    where = config.destination
-    model = create_model(config.network, config.crops, seed=config.seed, start=start, license=where.license)
+    # First what takes no time: all of its mistakes are refused together.
+    where, faults = config.destination, Faults()
+    made: list[Any] = []
+    with faults.next():  # seeds the random numbers
+        made.append(create_model(config.network, config.crops, seed=config.seed, start=start, license=where.license))
     if not where.experiment:
         if where.resume == "auto":
             raise ValueError("--resume auto needs --experiment, the folder of the run that is to resume.")
         size = "x".join(map(str, config.crops.size))
         config = evolve(config, experiment=experiment_name(world, short_name(config.network.model), size))
-    folder = open_folder(config, start)
+    with faults.next():
+        made.append(open_folder(config, start))
+    with faults.next():
+        config.logs.check()
+    with faults.next():
+        check_compile_backend(config.compute.torchcompile)
+    if faults.found:  # else they are looked for below, with all that is in them
+        look_for_images(config, faults)
+    faults.refuse()
+    model, folder = made
     before = folder.checkpoint.settings if folder.checkpoint else {}
     if config.average.model_ema_warmup is None:  # a resumed run keeps what it began with
         config = evolve(config, model_ema_warmup=before.get("model_ema_warmup") is not False)
@@ -82,8 +95,6 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     settings = flat(config)
     progress = resume_progress(folder, settings, batches, world.size)
     world.agree({"the number of images": batches.num_images, "the package versions": VERSIONS, **shared(settings)})
-    config.logs.check()
-    check_compile_backend(config.compute.torchcompile)
 
     about = [about_run(config.network.model, model, plan, batches.num_images, world)]
     if batches.held_out is not None:
@@ -125,6 +136,17 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     if config.measures.keep_best and world.primary:
         run.best = Best(config.measures.keep_best, read_rows(folder.summary)[0])
     return run
+
+
+def look_for_images(config: PretrainConfig, faults: Faults) -> None:
+    """Whether the named images are there at all, without looking into folders, which `find_files` does."""
+    probe = config.measures.probe_dir
+    with faults.next():
+        if not config.data_set.dataset and not config.paths.index:
+            origins_of(config.paths.data_dir, config.paths.data_list)
+    with faults.next():
+        if probe and probe != "demo" and not os.path.exists(probe):
+            raise ValueError(f"--probe-dir {printable(probe)} does not exist.")
 
 
 def open_folder(config: PretrainConfig, start: Start | None) -> RunFolder:
