@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.finetune_gain import call
-from benchmarks.measure import conditions, write_csv
+from benchmarks.measure import call, conditions, write_csv
 from timm_convnextv2.checkpoint import load_model
 from timm_convnextv2.features import extract_features, knn
 

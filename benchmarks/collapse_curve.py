@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from timm.data import resolve_model_data_config
 
-from benchmarks.finetune_gain import call
-from benchmarks.measure import conditions, write_csv
+from benchmarks.measure import call, conditions, write_csv
 from benchmarks.plots import draw_seeds
 from timm_convnextv2.checkpoint import load_model
 from timm_convnextv2.data import FolderSource

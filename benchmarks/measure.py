@@ -16,9 +16,6 @@ from pathlib import Path
 import timm
 import torch
 
-__all__ = ["Candidates", "add_machine_options", "conditions", "device_kind", "ratio", "run_logged", "time_in_turn"]
-__all__ += ["write_csv"]
-
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -85,6 +82,12 @@ def run_logged(command: list[str], log: Path) -> float:
     if done.returncode:
         sys.exit(f"{' '.join(command[:5])} ... failed:\n{log.read_text()[-3000:]}")
     return time.perf_counter() - start
+
+
+def call(script: str, words: list, log: Path) -> float:
+    """Runs a script of `train_scripts/`; returns the seconds it took."""
+    folder = Path(__file__).parents[1] / "train_scripts"
+    return run_logged([sys.executable, str(folder / script), *map(str, words)], log)
 
 
 def ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.finetune_gain import call
-from benchmarks.measure import conditions, write_csv
+from benchmarks.measure import call, conditions, write_csv
 
 ROOT = Path(__file__).parents[1]
 MEASURES = ("knn", "ridge")
