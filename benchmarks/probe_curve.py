@@ -35,13 +35,15 @@ def plot(rows: list[dict], path: Path) -> None:
             values = [row[name] for row in rows if row["start"] == base]
             axes.axhline(sum(values) / len(values), color=colour, linestyle=style, linewidth=1.5)
         title = {"knn": "20 nearest neighbours", "ridge": "ridge regression"}[name]
-        axes.set(xlabel="epoch of pretraining", title=title, ylim=(0, None))
+        axes.set(xlabel="epoch of pretraining", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+    figure.axes[0].set_ylim(0, 1.05 * max(row[name] for row in rows for name in MEASURES))
     figure.axes[0].set(ylabel="test accuracy, %")
-    figure.axes[1].plot([], [], color="C0", marker=".", label="encoder, one line per seed")
+    figure.axes[0].plot([], [], color="C0", marker=".", label="encoder, one line per seed")
     for base, (colour, style) in zip(["random", *baselines], LINES, strict=False):
-        figure.axes[1].plot([], [], color=colour, linestyle=style, label=f"{base}{' weights' * (base == 'random')}")
-    figure.axes[1].legend(fontsize=8)
+        figure.axes[0].plot([], [], color=colour, linestyle=style, label=f"{base}{' weights' * (base == 'random')}")
+    figure.axes[0].legend(fontsize=8, loc="upper left")
     figure.savefig(path)
 
 

@@ -43,7 +43,7 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture
 def train(stand_in, tmp_path, monkeypatch):
-    """The stand-in given as TIMM_TRAIN, and an export that only notes its call."""
+    """The stand-in given as TIMM_TRAIN, and an export that only notes its call; no report."""
     path = tmp_path / "timm" / "train.py"
     path.parent.mkdir()
     path.write_text(stand_in)
@@ -57,6 +57,8 @@ def train(stand_in, tmp_path, monkeypatch):
         return folder
 
     monkeypatch.setattr(launch, "export_finetuned", export_finetuned)
+    monkeypatch.setattr(launch, "describe_classes", lambda *_: None)  # which runs the exported model
+    monkeypatch.setattr(launch, "write_report", lambda *_: None)
     monkeypatch.setattr(ImageOps, "posterize", lambda image, bits: image)  # as Pillow before 13, for any bits
     monkeypatch.chdir(tmp_path)
     return path

@@ -35,11 +35,15 @@ from timm_convnextv2.features.compare import MADE_WITH, _finished
 from timm_convnextv2.finetune.config import RECIPES as FOLDER
 from timm_convnextv2.pretraining.config import PretrainConfig
 from timm_convnextv2.recipes import load_recipe
+from timm_convnextv2.report.classes import FILE as CLASSES
+from timm_convnextv2.report.classes import ClassResult, ClassResults, write_classes
+from timm_convnextv2.report.classes import read_classes as read_results
 from timm_convnextv2.report.html import write_report
 from timm_convnextv2.runs.group import Processes
 from timm_convnextv2.transfer.detection.coco import DetectionImages, open_coco
 from timm_convnextv2.transfer.segmentation.masks import load_mask, read_classes
 
+RESULTS = ClassResults("IoU", "pixels", [ClassResult("a", 3, 0.5, "b (10 %)"), ClassResult("b", 0, None)])
 IMAGE_ERRORS = (ImageError, MissingPackageError)
 PIXELS = DemoSource(1, 32)[0].permute(1, 2, 0).numpy()
 
@@ -212,6 +216,8 @@ READERS: dict[str, Callable[[], Reader]] = {
         count=50),
     "config": lambda: Reader(config_of, lambda f: build(PretrainConfig, read_yaml(PretrainConfig, f / "x.yaml"))),
     "compare.json": lambda: Reader(made_with, read_made_with, (), damaged=MADE_WITH, structured=True),
+    "classes.json": lambda: Reader(
+        lambda f: write_classes(f, RESULTS), read_results, damaged=CLASSES, structured=True, count=100),
 }  # fmt: skip
 
 
@@ -282,7 +288,7 @@ def test_damaged_runs_are_reported_or_refused(tmp_path, pretrained, damaged, tim
 
 
 @pytest.mark.parametrize("hostile", ["[" * 100_000, "9" * 5000, '{"a":' * 100_000, "\0", "x" * 200_000, "{" * 5000])
-@pytest.mark.parametrize("name", ["coco", "list in csv", "config", "recipe", "compare.json", "classes"])
+@pytest.mark.parametrize("name", ["coco", "list in csv", "config", "recipe", "compare.json", "classes.json", "classes"])
 def test_hostile_text(tmp_path, name, hostile):
     """Brackets without end, numbers without end, no text at all."""
     reader = READERS[name]()

@@ -1,6 +1,7 @@
 """Readers of files that other parts write, on folders that real commands wrote."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,19 @@ def test_report_of_a_segmentation(segmented):
     assert run.notes == [] and run.task == "segmentation" and "eval_miou" in run.rows[0]
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
     assert text.startswith(" Segmentation of run") and "Left out" not in text and "mIoU was highest" in text
+    names, counts = zip(*((of.name, of.count) for of in run.classes.classes), strict=True)
+    assert [*names] == run.settings["classes"] and sum(counts) > 0 and " taken for" in text
+
+
+def test_corrupt_results_per_class_are_noted(segmented, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(segmented[0], folder)
+    wrong = '{"measure": "IoU", "unit": "pixels", "classes": [{"name": "a", "count": 1, "value": "x"}]}'
+    for content in ("{", "[]", wrong):
+        (folder / "classes.json").write_text(content)
+        assert main([str(folder)]) == 0
+        text = Page((folder / "report.html").read_text(encoding="utf-8")).text
+        assert "classes.json cannot be read" in text and "taken for" not in text
 
 
 def test_report_of_a_finetuning(tmp_path, capsys):

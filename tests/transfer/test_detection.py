@@ -103,7 +103,16 @@ def test_average_precision_is_that_of_pycocotools(tmp_path):
             theirs = dict(zip((f"{name}_{metric}" for metric in METRICS), evaluator.stats, strict=True))
             assert {key: ours[key] for key in theirs} == pytest.approx(theirs, abs=1e-9)
             assert 0.05 < theirs[f"{name}_ap"] < 0.9 and len(set(theirs.values())) > 9
-    assert len(ours) == 24
+    # by class, of boxes
+    boxes = COCOeval(
+        truth, truth.loadRes([{k: v for k, v in r.items() if k != "segmentation"} for r in results]), "bbox"
+    )
+    for number, category in enumerate((2, 5, 11)):
+        boxes.params.catIds = [category]
+        with contextlib.redirect_stdout(io.StringIO()):
+            boxes.evaluate(), boxes.accumulate(), boxes.summarize()
+        assert ours["class_ap"][number] == pytest.approx(boxes.stats[0], abs=1e-9)
+    assert len(ours) == 25
 
 
 def test_nothing_found_is_zero(coco):
@@ -136,7 +145,7 @@ def test_a_detector_trains_and_its_export_is_the_same(coco, boxes_only, tmp_path
 def test_what_is_found_is_evaluated_and_drawn(coco, tmp_path):
     detector = tiny_detector(box_score_thresh=0.0)
     metrics, results = evaluate_detector(detector, DetectionImages(coco), batch_size=3)
-    assert len(metrics) == 24 and len(results) == 8 * 2
+    assert len(metrics) == 25 and len(results) == 8 * 2
     for result in results:
         assert result["category_id"] in range(1, 9) and result["segmentation"]["size"] == [64, 64]
     save_found(tmp_path / "a/b.png", DetectionImages(coco), results, [1, 3], min_score=0.0)

@@ -58,7 +58,10 @@ found = segmenter.predict(["IMAGE"])[0].classes  # [H, W], indices of segmenter.
 # the types of the keys that are read here, in the words of `provenance`
 _TYPES = {"classes": "a list of strings", "dataset": "a string without a line break"}
 _TYPES |= {"metrics pretrained_cfg training": "a table"}
-_METRICS = {"box_ap mask_ap miou accuracy mean_accuracy": "a number", "iou": "a list of numbers or null, one per class"}
+_METRICS = {
+    "box_ap mask_ap miou accuracy mean_accuracy": "a number",
+    "iou class_ap": "a list of numbers or null, one per class",
+}
 _BACKBONE = {"architecture license base_model": "a string without a line break", "model_args pixels": "a table"}
 _PIPELINES = {"detection": "object-detection", "segmentation": "image-segmentation"}
 
@@ -199,9 +202,10 @@ def _render(config: dict[str, Any], images: Sequence[str]) -> str:
         parts.append(pixels_text(training["pixels"], "`load_image` above and the commands of `timm_convnextv2` do it."))
     parts += ["## How it was made", table("", training["table"])]
     numbers = {name: f"{v:.4f}" for name, v in metrics.items() if isinstance(v, float) and v >= 0}
-    if isinstance(metrics.get("iou"), list) and len(classes) <= 50:
-        of_class = zip(classes, metrics["iou"], strict=True)
-        numbers |= {f"IoU of {name}": f"{v:.4f}" for name, v in of_class if v is not None}
+    for key, measure in (("iou", "IoU"), ("class_ap", "box AP")):
+        if isinstance(metrics.get(key), list) and len(classes) <= 50:
+            of_class = zip(classes, metrics[key], strict=True)
+            numbers |= {f"{measure} of {name}": f"{v:.4f}" for name, v in of_class if v is not None}
     if numbers:
         where = f"validation images of {config['dataset']}" if config.get("dataset") else "validation images"
         parts += ["## Results", table(where, numbers)]

@@ -64,7 +64,7 @@ class Dense:
         for note in task.check():
             say(note)
         output = config.output and claim_folder(config.output, overwrite=config.overwrite)
-        metrics, found = task.evaluate(task.model)
+        metrics, found, _ = task.evaluate(task.model)
         say(task.table(metrics))
         if output:
             by_class = {k: dict(zip(task.classes, v, strict=True)) for k, v in metrics.items() if isinstance(v, list)}

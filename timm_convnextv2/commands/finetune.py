@@ -5,7 +5,7 @@ from timm.utils.distributed import world_info_from_env
 from ..config import build
 from ..console import refused, say
 from ..finetune.config import RECIPES, FinetuneConfig
-from ..finetune.launch import epochs_done, export, failure, next_commands, result, run_plan
+from ..finetune.launch import describe, epochs_done, export, failure, next_commands, result, run_plan
 from ..finetune.options import ScriptOptions, resolve_options, with_model_name
 from ..finetune.plan import Plan, check_augmentation, count, describe_plan, make_plan, warnings
 from ..finetune.scripts import load_script
@@ -77,9 +77,10 @@ def finish(plan: Plan) -> int:
         say(f"The model so far is in {near(model)}")
     else:
         say(f"Done: the finetuned model is in {near(model)}")
+    describe(plan, model)
     for line in result(plan):
         say(line)
-    say("Look at the run, evaluate the model, and see what would be published:")
+    say("Evaluate the model, and see what would be published:")
     for command in next_commands(plan, model):
         say(f"  {command}")
     return 0

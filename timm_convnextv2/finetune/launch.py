@@ -12,13 +12,15 @@ from timm.utils.distributed import world_info_from_env
 
 from ..checkpoint import export_finetuned
 from ..checkpoint.finetuned import LABEL_NAMES
-from ..console import invocation
+from ..console import invocation, say
 from ..data.labelled import SPLIT_FILE, write_split
 from ..files import read_rows
+from ..report.html import write_report
 from ..report.kinds import verdict
 from ..report.next_steps import near, publish_preview
 from ..report.run import read_run
 from .checkpoints import after_failure
+from .classes import describe_classes
 from .folders import RowReader
 from .images import Reading, feed
 from .plan import Plan
@@ -84,6 +86,15 @@ def epochs_done(folder: Path) -> int | None:
         return None
 
 
+def describe(plan: Plan, model: Path) -> None:
+    """Writes results per class and the report; a failure is a warning, because the model is there already."""
+    try:
+        describe_classes(plan, model, epochs_done(plan.folder) or 0)
+        write_report([plan.folder], plan.folder / "report.html")
+    except (OSError, ValueError, RuntimeError) as e:
+        say(f"warning: results per class and the report could not be written: {e}", error=True)
+
+
 def result(plan: Plan) -> list[str]:
     """Sentences on the accuracy of the run and on its files; fewer if it measured or wrote nothing."""
     lines = []
@@ -94,7 +105,9 @@ def result(plan: Plan) -> list[str]:
         most = max(train, key=train.__getitem__)
         share = 100 * validation.get(most, 0) / max(1, len(plan.splits[1]))
         lines[0] += f" Chance, always the most frequent class, is {share:.1f} %."
-    written = [name for name in ("summary.csv", SPLIT_FILE, LABEL_NAMES) if (plan.folder / name).is_file()]
+    written = [
+        name for name in ("report.html", "summary.csv", SPLIT_FILE, LABEL_NAMES) if (plan.folder / name).is_file()
+    ]
     return [*lines, *([f"Written to {near(plan.folder)}: model/, {', '.join(written)}"] if written else [])]
 
 
@@ -106,8 +119,8 @@ def _needs_path(script: ModuleType) -> bool:
 
 
 def next_commands(plan: Plan, model: Path) -> list[str]:
-    """Commands that show the run, evaluate the exported model and show what publishing would send."""
-    options, commands = plan.options, [shlex.join([*invocation("report"), str(near(plan.folder))])]
+    """Commands that evaluate the exported model and show what publishing would send."""
+    options, commands = plan.options, []
     if options.val_split:
         words = [*invocation("validate"), "--model", f"local-dir:{near(model)}"]
         words += ["--timm-train", str(near(script_path(plan.script)))] if _needs_path(plan.script) else []

@@ -18,6 +18,7 @@ GENERATOR = "timm_convnextv2 report"  # the command overwrites only files with t
 MAX_IMAGES = 20  # epochs with an image: keeps the file at a few MB
 MAX_CURVES = 12  # epochs of a collapse figure
 MAX_ROWS = 30  # epochs of the table of numbers
+MAX_CLASSES = 30  # the worst ones
 
 
 def write_report(runs: Sequence[str | Path], path: str | Path) -> list[str]:
@@ -183,6 +184,7 @@ def _view(run: RunRecord, number: int, max_images: int) -> dict[str, Any]:
         "left_out": len(run.predictions) - len(predictions),
         "collapse": _collapse(run, number),
         "neighbours": neighbours,
+        "classes": _classes(run),
         "rows": _rows(run),
         "bad_images": list(bad.values())[:100] if isinstance(bad, dict) else [],
         "next_steps": kind.next_steps(run.settings, run.path)
@@ -190,6 +192,18 @@ def _view(run: RunRecord, number: int, max_images: int) -> dict[str, Any]:
         else [],
         "notes": run.notes,
     }
+
+
+def _classes(run: RunRecord) -> dict[str, Any]:
+    """The table of classes, the worst first."""
+    if run.classes is None:
+        return {}
+    known = sorted((c for c in run.classes.classes if c.value is not None), key=lambda c: c.value or 0.0)
+    rows = [(c.name, as_text(c.value or 0.0, "{:.1%}"), f"{c.count:,}", c.mistake) for c in known[:MAX_CLASSES]]
+    return {
+        "measure": run.classes.measure, "unit": run.classes.unit, "rows": rows, "all": len(known),
+        "mistakes": any(c.mistake for c in known),
+    }  # fmt: skip
 
 
 def _collapse(run: RunRecord, number: int) -> dict[str, Any]:

@@ -350,8 +350,8 @@ KINDS = {
     "finetuning": Kind(
         title="Finetuning",
         model="model",
-        predictions="",
-        alt="",
+        predictions="Validation images of the exported model, with their class and the probability of the prediction.",
+        alt="The surest mistakes above, the surest hits below",
         measures=_LOSS | {"eval_loss": ("Validation loss", "{:.4f}")} | _TOP,
         facts=_facts_of_finetuning,
         charts=(

@@ -13,6 +13,8 @@ import torch
 
 from ..config import parse_yaml, read_json
 from ..files import read_rows
+from .classes import FILE as CLASSES
+from .classes import ClassResults, read_classes
 
 Row = dict[str, float]
 _TEXT_COLUMNS = ("block",)  # of collapse.csv: the module's name
@@ -54,6 +56,7 @@ class RunRecord:
     predictions: dict[int, Path] = field(default_factory=dict)
     neighbours: dict[int, Path] = field(default_factory=dict)  # PNG of nearest neighbours by epoch
     progress: dict[str, Any] = field(default_factory=dict)  # progress in the last checkpoint
+    classes: ClassResults | None = None  # content of classes.json
     notes: list[str] = field(default_factory=list)  # files and lines that were left out, with the reason
 
     def column(self, name: str) -> dict[int, float]:
@@ -81,6 +84,10 @@ def read_run(folder: Path, label: str = "") -> RunRecord:
         # COCO's evaluators return -1 for empty categories, such as large objects in a data set without any
         run.rows = {epoch: {k: v for k, v in row.items() if v >= 0} for epoch, row in run.rows.items()}
         run.predictions = _epochs_of(folder / "predictions")
+        try:
+            run.classes = read_classes(folder)
+        except (OSError, ValueError) as e:
+            run.notes.append(f"{CLASSES} cannot be read ({e}).")
         return run
     for row in _read_table(run, "collapse.csv", needed=("depth", "distance")):
         run.collapse.setdefault(int(row["epoch"]), []).append(row)

@@ -14,6 +14,7 @@ from ..config import flat
 from ..data.formats.files import printable
 from ..data.measure.duplicates import shared_note
 from ..recipes import Recipe
+from ..report.classes import ClassResults, write_classes
 from ..runs.folder import RunFolder, experiment_name
 from ..runs.logs import Logs
 from ..runs.loop import Limits
@@ -58,8 +59,10 @@ class Task(ABC):
         """Checks the data before work starts, on rank 0; returns notes for the user, a `ValueError` names faults."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, world: World | None = None, shown: int = 0) -> tuple[dict[str, Any], Any]:
-        """Metrics by name, and what `model` found in the validation images; all processes share the work."""
+    def evaluate(
+        self, model: nn.Module, world: World | None = None, shown: int = 0
+    ) -> tuple[dict[str, Any], Any, ClassResults]:
+        """Metrics by name, what `model` found in validation images, and results per class; processes share the work."""
 
     @abstractmethod
     def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
@@ -161,13 +164,14 @@ def evaluate_epoch(
 ) -> dict[str, float]:  # fmt: skip
     """Evaluates a model after an epoch, draws what it finds, and exports it."""
     share_buffers(model, world)
-    metrics, found = task.evaluate(model, world, shown)
+    metrics, found, classes = task.evaluate(model, world, shown)
     if world.primary:
         predictions, (name, key) = folder / "predictions", task.main_metric
         if shown:
             title = f"epoch {epoch}, {name} {metrics[key]:.3f}"
             task.draw(predictions / f"epoch-{epoch:04d}.png", found, title, shown)
         task.export(model, folder / "model", metrics=metrics, **about)
+        write_classes(folder, classes)
         if last:
             task.write_found(predictions / "validation.json", found)
             world.print(task.table(metrics))

@@ -59,8 +59,10 @@ def _results(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int
 
 def average_precision(
     coco: Coco, results: list[Result], *, masks: bool, max_objects: int = MAX_OBJECTS
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """COCO's twelve numbers, for boxes as `box_*` and for masks as `mask_*`, in 0..1; -1 if no object counts.
+
+    `class_ap` is the list of box AP by category, None for those without objects.
 
     Computed by faster-coco-eval from results on all images of `coco`, of which the best `max_objects` per image count.
     With another number than COCO's 100, `ar100` is the average recall with that number.
@@ -70,7 +72,7 @@ def average_precision(
 
     kinds: Any = {"box": "bbox", "mask": "segm"} if masks else {"box": "bbox"}
     truth = COCO(coco.content())
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for name, kind in kinds.items():
         # loadRes derives areas and boxes from masks, so that results for boxes must not have any
         own = [{k: v for k, v in r.items() if kind == "segm" or k != "segmentation"} for r in results]
@@ -78,13 +80,19 @@ def average_precision(
         evaluator.params.maxDets = [1, 10, max_objects]
         evaluator.run()
         found |= {f"{name}_{metric}": float(v) for metric, v in zip(METRICS, evaluator.stats[:12], strict=True)}
+        if name == "box":  # [threshold, recall, category, area, limit], -1 where nothing counts
+            precision = evaluator.eval["precision"][:, :, :, 0, -1]
+            means = [
+                float(part[part > -1].mean()) if (part > -1).any() else None for part in precision.transpose(2, 0, 1)
+            ]
+            found["class_ap"] = means
     return found
 
 
 def evaluate_detector(
     detector: Any, data: DetectionImages, *, batch_size: int = 1, workers: int = 0,
     amp_dtype: torch.dtype | None = None, world: World | None = None, max_objects: int = MAX_OBJECTS
-) -> tuple[dict[str, float], list[Result]]:  # fmt: skip
+) -> tuple[dict[str, Any], list[Result]]:  # fmt: skip
     """Average precision on images, and the results, the same on all processes, which share the images."""
     detector.eval()
     coco, results = data.coco, []

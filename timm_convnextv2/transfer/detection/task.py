@@ -1,10 +1,12 @@
 """Detection as a task of `transfer.task`."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ...console import check_same_classes
 from ...files import write_json
+from ...report.classes import ClassResult, ClassResults
 from ...runs.device import check_device
 from ...runs.world import World
 from ..backbone import Backbone
@@ -107,8 +109,14 @@ class DetectionTask(Task):
         what = f"note: {lost:.0%} of {total} objects tried do not reach the loss: they lie outside of the crop, or are"
         return [f"{what} smaller than a pixel in it (--scale, --img-size)."] if lost > 0.01 else []
 
-    def evaluate(self, model: Any, world: World | None = None, shown: int = 0) -> tuple[dict[str, float], list[Result]]:
-        return evaluate_detector(model, self.validation, world=world, **self._how)
+    def evaluate(
+        self, model: Any, world: World | None = None, shown: int = 0
+    ) -> tuple[dict[str, Any], list[Result], ClassResults]:
+        metrics, found = evaluate_detector(model, self.validation, world=world, **self._how)
+        coco = self.validation.coco
+        objects = Counter(a["category_id"] for a in coco.annotations if not a["iscrowd"])
+        rows = zip(coco.classes, (objects[i] for i in coco.category_ids), metrics["class_ap"], strict=True)
+        return metrics, found, ClassResults("box AP", "objects", [ClassResult(*row) for row in rows])
 
     def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
         images = self.validation.coco.images

@@ -114,8 +114,8 @@ def find_classes(
 def evaluate_segmenter(
     model: Segmenter, data: MaskedImages, how: Averaging = WHOLE, *, amp_dtype: torch.dtype | None = None,
     workers: int = 0, world: World | None = None, keep: int = 0
-) -> tuple[dict[str, Any], dict[int, Tensor]]:  # fmt: skip
-    """`Confusion.measures` of a segmenter in eval mode, and the classes `[H, W]` found in some images, by image index.
+) -> tuple[Confusion, dict[int, Tensor]]:  # fmt: skip
+    """Counts of a segmenter in eval mode, and the classes `[H, W]` found in some images, by image index.
 
     The processes of `world` share the images, and each of them calls this. `keep` is the number of images, spread over
     the data, whose classes are returned.
@@ -131,7 +131,7 @@ def evaluate_segmenter(
     if world is not None:
         confusion.counts = torch.stack(world.gather([confusion.counts])).sum(0)
         found = {i: classes for others in world.gather([found]) for i, classes in others.items()}
-    return confusion.measures(), found
+    return confusion, found
 
 
 def table(measures: dict[str, Any], classes: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...console import check_same_classes
+from ...report.classes import ClassResults, of_confusion
 from ...runs.device import check_device
 from ...runs.world import World
 from ..config import SegmentConfig, SegmentEvalConfig
@@ -104,9 +105,12 @@ class SegmentationTask(Task):
 
     def evaluate(
         self, model: Any, world: World | None = None, shown: int = 0
-    ) -> tuple[dict[str, Any], dict[int, Tensor]]:
+    ) -> tuple[dict[str, Any], dict[int, Tensor], ClassResults]:
         how: Any = dict(amp_dtype=self._compute.autocast, workers=self._compute.workers)
-        return evaluate_segmenter(model, self.validation, self._how, **how, world=world, keep=shown)
+        confusion, found = evaluate_segmenter(model, self.validation, self._how, **how, world=world, keep=shown)
+        metrics = confusion.measures()
+        of_classes = of_confusion(confusion.counts, self.classes, metrics["iou"])
+        return metrics, found, ClassResults("IoU", "pixels", of_classes)
 
     def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
         save_segmentations(path, self.validation, found, title)

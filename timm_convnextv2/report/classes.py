@@ -1,0 +1,68 @@
+"""Results per class, kept as `classes.json` in a run's folder: which classes the model knows, and its mistakes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..config import read_json
+from ..files import write_json
+
+FILE = "classes.json"
+
+
+class ClassResult(NamedTuple):
+    """A class on the validation images."""
+
+    name: str
+    count: int  # of its images, objects or pixels
+    value: float | None  # the measure, 0 to 1; None if nothing was to be found
+    mistake: str = ""  # the class that most of the others were taken for, with their share
+
+
+class ClassResults(NamedTuple):
+    """All classes; `measure` and `unit` (of the counts) are words for a table."""
+
+    measure: str
+    unit: str
+    classes: list[ClassResult]
+
+
+def of_confusion(counts: Tensor, names: Sequence[str], values: Sequence[float | None]) -> list[ClassResult]:
+    """Classes with their most frequent mistake, from counts `[true class, predicted class]`."""
+    found = []
+    for i, (name, row, value) in enumerate(zip(names, counts.tolist(), values, strict=True)):
+        total, wrong = sum(row), [*row[:i], 0, *row[i + 1 :]]
+        most = max(range(len(wrong)), key=wrong.__getitem__)
+        mistake = f"{names[most]} ({100 * wrong[most] / total:.0f} %)" if wrong[most] else ""
+        found.append(ClassResult(name, total, value, mistake))
+    return found
+
+
+def write_classes(folder: Path, results: ClassResults) -> None:
+    """Writes them as JSON."""
+    rows = [result._asdict() for result in results.classes]
+    write_json(folder / FILE, {"measure": results.measure, "unit": results.unit, "classes": rows}, indent=1)
+
+
+def read_classes(folder: Path) -> ClassResults | None:
+    """What `write_classes` wrote; None if there is no file, and a `ValueError` if it holds something else."""
+    try:
+        content = read_json(folder / FILE)
+    except FileNotFoundError:
+        return None
+    try:
+        rows = [ClassResult(**row) for row in content["classes"]]
+        results = ClassResults(content["measure"], content["unit"], rows)
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"it does not hold results per class ({type(e).__name__})") from e
+    texts = (results.measure, results.unit, *(text for row in rows for text in (row.name, row.mistake)))
+    if not all(isinstance(text, str) for text in texts) or not all(map(_has_numbers, rows)):
+        raise ValueError("it does not hold results per class")
+    return results
+
+
+def _has_numbers(row: ClassResult) -> bool:
+    value: Any = row.value
+    return type(row.count) is int and (value is None or type(value) in (int, float) and 0 <= value <= 1)
