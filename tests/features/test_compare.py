@@ -100,7 +100,11 @@ def test_each_candidate_is_tuned_alike_and_runs_once_per_seed(tmp_path, calls, e
     )
     assert verdict in printed and "14 to go, about 21 s" in printed
     found = json.loads((tmp_path / "out/compare.json").read_text())
-    assert found["top1"]["20"]["own encoder"] == {"0": 60.0, "3": 66.0} and found["verdict"] == [verdict]
+    edge = "warning: the best learning rate of {} with 20 images, {}, is the {} that was tried: it may do better with "
+    edges = [edge.format("own encoder", "0.00024", "smallest"), edge.format("resnet18", "0.024", "largest")]
+    edges = [f"{line}another. Widen --lr-grid." for line in edges]
+    assert all(line in printed for line in edges)
+    assert found["top1"]["20"]["own encoder"] == {"0": 60.0, "3": 66.0} and found["verdict"] == [verdict, *edges]
     with open(tmp_path / "out/compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 180

@@ -80,7 +80,8 @@ def _run(config: CompareConfig, rest: list[str]) -> None:
         curves.append(curve)
         comparison.write_results(curves, candidates, config, output)
     say(results.table(curves))
-    for line in [results.pretraining_cost(encoder), *results.verdict(results.last_of(curves))]:
+    edges = results.at_an_edge(curves, {candidate.name: candidate.rates for candidate in candidates})
+    for line in [results.pretraining_cost(encoder), *results.verdict(results.last_of(curves)), *edges]:
         if line:
             say(line)
     say(f"Written: {output}/compare.csv, compare.json, compare.png")

@@ -24,7 +24,7 @@ from ..files import claim_folder, read_rows, write_csv, write_json
 from .budgets import budget_sizes, nested_subsets
 from .config import CompareConfig
 from .linear import HELD_OUT
-from .verdict import OWN, SCRATCH, Curve, draw, last_of, pretraining_cost, verdict
+from .verdict import OWN, SCRATCH, Curve, at_an_edge, draw, last_of, pretraining_cost, verdict
 
 SPLIT_SEED = 0  # of data without a split: more --seeds keep it
 MADE_WITH = "compare.json"  # in the folder of a finished finetuning
@@ -365,7 +365,8 @@ def write_results(
     found: dict[str, Any] = {
         "epochs": config.epochs, "data_dir": config.data_dir, "lr_grid": list(config.lr_grid),
         "candidates": {c.name: {"model": c.model, "recipe": c.recipe} for c in candidates}, "top1": last,
-        "lr_base": {f"{c.name}, {c.images} images": c.rate for c in curves}, "verdict": verdict(last),
+        "lr_base": {f"{c.name}, {c.images} images": c.rate for c in curves},
+        "verdict": [*verdict(last), *at_an_edge(curves, {c.name: c.rates for c in candidates})],
         "pretraining": pretraining_cost(candidates[1].model),
         "seconds": {f"{c.name}, {c.images} images, seed {c.seed}": round(c.seconds, 1) for c in curves},
     }  # fmt: skip

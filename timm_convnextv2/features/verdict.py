@@ -105,6 +105,19 @@ def verdict(last: Last) -> list[str]:
     return lines
 
 
+def at_an_edge(curves: Sequence[Curve], rates: Mapping[str, Sequence[float]]) -> list[str]:
+    """Warnings on candidates whose best learning rate is the smallest or largest of those tried: a race is not fair."""
+    lines = []
+    for images, name, rate in dict.fromkeys((c.images, c.name, c.rate) for c in curves):
+        for end, word in ((min(rates[name]), "smallest"), (max(rates[name]), "largest")):
+            if rate == end:
+                lines.append(
+                    f"warning: the best learning rate of {name} with {images} images, {rate:g}, is the {word} that was "
+                    "tried: it may do better with another. Widen --lr-grid."
+                )
+    return lines
+
+
 def pretraining_cost(encoder: str) -> str:
     """Epochs, updates and duration of the pretraining of an encoder in its run's folder; '' for others."""
     folder = Path(encoder.removeprefix("local-dir:"))
