@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from timm_convnextv2.features import Scoring, accuracy_or_map, bootstrap, knn, knn_scores, measure_features, rankme
 from timm_convnextv2.features import linear as linear_module
+from timm_convnextv2.features.evaluate import over_shuffles, shuffles
 from timm_convnextv2.features.linear import difference, linear_probe, resampled, ridge
 from timm_convnextv2.features.neighbours import nearest
 
@@ -42,6 +43,16 @@ def test_shuffled_labels_give_chance():
                 inside[name].append(found.low <= 1 / CLASSES <= found.high)
                 assert found.low < found.value < found.high < 0.5
     assert sum(inside["knn_20"]) >= 10 and sum(inside["ridge"]) >= 10 and sum(inside["probe"]) >= 3, inside
+
+
+def test_the_control_of_clear_clusters_gives_chance():
+    """A whole cluster is right or wrong at once, which one shuffle with resampled test images does not show."""
+    (train, labels), (test, expected) = planted(120), planted(200, seed=1)
+    how = dict(num_classes=CLASSES, scoring=Scoring(k=(20,), draws=1, probe=False))
+    found = [over_shuffles((train, test, expected), shuffles(labels, seed), **how) for seed in range(40)]
+    for name in ("knn_20", "ridge"):
+        assert sum(of[name].low > 1 / CLASSES for of in found) <= 4  # one in forty is expected
+        assert abs(sum(of[name].value for of in found) / 40 - 1 / CLASSES) < 0.05
 
 
 def test_several_labels():

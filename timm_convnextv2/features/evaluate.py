@@ -1,10 +1,12 @@
 """Several models on the same labelled images, compared with baselines that need no model or no training."""
 
 import csv
+import math
 import os
+import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,11 @@ from .labelled import Labelled, open_labelled
 from .linear import Estimate, estimate, linear_probe, resampled, ridge
 from .neighbours import capped, knn_scores
 from .rank import rankme
+from .verdict import T_QUANTILES
 
 FILES = ("evaluation.json", "evaluation.png")
 BUDGET_FILES = ("budgets.csv", "budgets.png")
+SHUFFLES = 5  # of the control
 
 
 def resampled_features(
@@ -101,11 +105,11 @@ def evaluate_models(
     """Measures the frozen features of each model, see `open_encoder`, on the same images, see `open_labelled`.
 
     `baselines` adds those of `plain_baselines`, the mean over several seeds of the first model's architecture with
-    random weights, and as a control the first model with the labels of the training images shuffled. Returns JSON
-    values: `data`, `settings` and `results`, a list with `model`, `measures` (by name, `value`, `low` and `high`, see
-    `measure_features`), `budgets` if `scoring` has some (see `over_budgets`), and `preprocessing`. Baselines have
-    `baseline: true`; models have `images_per_second`, `against` (paired differences to the baselines, by measure, with
-    `value`, `low` and `high` in points) and `verdict`, sentences.
+    random weights, and as a control the first model with shuffled labels of the training images, see `over_shuffles`.
+    Returns JSON values: `data`, `settings` and `results`, a list with `model`, `measures` (by name, `value`, `low` and
+    `high`, see `measure_features`), `budgets` if `scoring` has some (see `over_budgets`), and `preprocessing`.
+    Baselines have `baseline: true`; models have `images_per_second`, `against` (paired differences to the baselines, by
+    measure, with `value`, `low` and `high` in points) and `verdict`, sentences.
     """
     if not models:
         raise ValueError("There are no models to evaluate.")
@@ -203,8 +207,13 @@ def evaluate_models(
         train, test, rate = extract(name, encoder, [encoder.model])
         rows = [(train[0], test[0])]
         if baselines and i == 0:  # the control takes the features of the first model
-            shuffled = data.train.labels[torch.randperm(len(train[0]), generator=seeded(scoring.seed))]
-            results.append(score(f"{name}, shuffled labels", rows, shuffled, encoder))
+            shuffled = shuffles(data.train.labels, scoring.seed)
+            control = score(f"{name}, shuffled labels", rows, shuffled[0], encoder)
+            how: dict[str, Any] = {"num_classes": len(data.classes), "scoring": replace(scoring, probe=False, draws=1)}
+            parts = (train[0], test[0], data.test.labels)
+            found = over_shuffles(parts, shuffled, **how, device=extraction.devices[0])
+            control["measures"] |= {key: value._asdict() for key, value in found.items()}
+            results.append(control)
         results.append(score(name, rows, data.train.labels, encoder) | {"images_per_second": round(rate, 1)})
     for one in results:
         if "images_per_second" not in one:
@@ -226,6 +235,29 @@ def evaluate_models(
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def shuffles(labels: Tensor, seed: int) -> list[Tensor]:
+    """The labels in several random orders."""
+    generator = seeded(seed)
+    return [labels[torch.randperm(len(labels), generator=generator)] for _ in range(SHUFFLES)]
+
+
+def over_shuffles(parts: tuple[Tensor, Tensor, Tensor], shuffled: Sequence[Tensor], **how: Any) -> dict[str, Estimate]:
+    """Mean of kNN and ridge over shuffled labels of the training images, with the 95 % interval of that mean.
+
+    `parts` are features of the training and of the test images, and the labels of these. One shuffle tells little: all
+    test images of a class that the features know get the same wrong label.
+    """
+    train, test, answers = parts
+    each = [resampled_features(train, labels, test, answers, **how) for labels in shuffled]
+    found = {}
+    for key in each[0]:
+        values = [float(one[key][0]) for one in each]
+        mean, n = statistics.fmean(values), len(values)
+        half = T_QUANTILES[n - 2] * statistics.stdev(values) / math.sqrt(n)
+        found[key] = Estimate(mean, mean - half, mean + half)
+    return found
 
 
 def mean_curve(curves: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
