@@ -21,6 +21,7 @@ YAML file. tyro and simple-parsing prefix nested names, jsonargparse has a YAML 
 import argparse
 import ast
 import json
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,19 @@ def default_device() -> str:
 def device_option() -> Any:
     """The option --device, whose default is looked up when a config is made."""
     return option(default_device, "where the model runs (default: cuda if there is one, else cpu)", metavar="NAME")
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers_option(help: str) -> Any:
+    """The option --workers, with a default of 4 but at most one process per core."""
+    return option(
+        lambda: min(4, usable_cores()), f"{help} (default: 4, but at most one per core)", short="-j", metavar="N",
+        at_least=0,
+    )  # fmt: skip
 
 
 def part(cls: type, title: str = "") -> Any:

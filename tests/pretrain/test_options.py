@@ -9,7 +9,7 @@ import yaml
 from runs import command, config, refused
 
 from timm_convnextv2.commands.pretrain import main, parse_options
-from timm_convnextv2.config import flat
+from timm_convnextv2.config import flat, usable_cores
 
 
 def options_of(argv):
@@ -82,7 +82,7 @@ def test_demo_defaults_give_way():
     args = options_of(["--dataset", "demo", "--mean", *"123", "--std", *"123", "--decoder-dim", "16"])
     assert args.standardize is args.probe_dir is None and args.mean == [1, 2, 3] and args.model_kwargs == {}
     args = options_of(["--data-dir", "x"])
-    assert (args.dataset, args.epochs, args.img_size, args.workers) == ("", None, 224, 4)
+    assert (args.dataset, args.epochs, args.img_size, args.workers) == ("", None, 224, min(4, usable_cores()))
 
 
 @pytest.mark.parametrize("options", [[], ["--amp"], ["--model-ema"], ["--grad-checkpointing"]])

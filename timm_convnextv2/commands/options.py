@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..config import MODEL, option, part
+from ..config import MODEL, option, part, workers_option
 from ..data.config import ERROR, DataSet, DemoOptions, ImagePaths, PixelOptions, WindowOptions, page_word
 
 
@@ -22,7 +22,7 @@ class CheckConfig:
     show_bands: tuple[int, ...] | None = option(
         None, "channels to draw as red, green and blue, or one (default: 1 2 3; 1 below three)", metavar="N", at_least=1
     )
-    workers: int = option(4, "processes that read and decode", short="-j", metavar="N", at_least=0)
+    workers: int = workers_option("processes that read and decode")
     output: str = option("check.json", "JSON to write; the images have its name and .png", metavar="FILE")
     overwrite: bool = option(False, "replace --output and its images")
 
@@ -41,7 +41,7 @@ class StatsConfig:
     )
     max_images: int = option(2000, "largest number of images to read", metavar="N")
     seed: int = option(42, "seed of the sample; that of pretraining gives the same numbers", metavar="N")
-    workers: int = option(4, "processes that decode images", short="-j", metavar="N", at_least=0)
+    workers: int = workers_option("processes that decode images")
     output: str = option("stats.json", "JSON to write; the figure has its name and .png", metavar="FILE")
     overwrite: bool = option(False, "replace --output and its figure")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..config import MODEL, device_option, option, part
+from ..config import MODEL, device_option, option, part, workers_option
 from ..data.config import DataSet, ImagePaths, Splitting
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -38,9 +38,7 @@ class Extraction(Computation):
     """How images become rows of features."""
 
     batch_size: int = option(64, "images per batch", short="-b", metavar="N", at_least=1)
-    workers: int = option(
-        4, "processes (for a stream: threads) that decode images; 0: the main process", short="-j", metavar="N",
-        at_least=0)
+    workers: int = workers_option("processes (for a stream: threads) that decode images; 0: the main process")
 
 
 @dataclass(frozen=True)

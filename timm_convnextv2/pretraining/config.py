@@ -7,7 +7,7 @@ one of these parts, or plain values, never the whole config.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config import device_option, option, part
+from ..config import device_option, option, part, workers_option
 from ..data.config import DataSet, ImagePaths, PixelOptions, WindowOptions
 from ..runs.logs import Logs
 
@@ -166,7 +166,7 @@ class Compute:
 class Loading:
     """Data workers."""
 
-    workers: int = option(4, "data processes per training process", short="-j", metavar="N", at_least=0)
+    workers: int = workers_option("data processes per training process")
     pin_mem: bool = option(False, "faster copies to the GPU, for more memory")
 
 

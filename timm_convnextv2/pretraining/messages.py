@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..config import read_json
+from ..config import read_json, usable_cores
 from ..console import duration
 from ..data.config import as_list
 from ..data.formats.files import printable
@@ -92,7 +92,7 @@ def learning_warnings(plan: Plan, started: bool) -> list[str]:
 def worker_warnings(workers: int, world_size: int) -> list[str]:
     """A warning if data workers and training share too few cores; `workers` are those of each process."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     if workers * here <= cores:
         return []
     return [

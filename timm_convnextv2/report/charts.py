@@ -79,7 +79,8 @@ def line_chart(
     low, high = axis.get_ylim()
     near: list[tuple[float, list[str]]] = []  # labels on top of each other would be read as neither
     for text, value in sorted(baselines.items(), key=lambda item: item[1]):
-        if near and value - near[-1][0] < LABEL * (high - low):
+        lines_above = -(-len(near[-1][1]) // 2) if near else 0  # of the label below, two names each
+        if near and value - near[-1][0] < LABEL * lines_above * (high - low):
             near[-1] = value, [*near[-1][1], text]
         else:
             near.append((value, [text]))

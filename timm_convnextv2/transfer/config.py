@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config import MODEL, device_option, option, part
+from ..config import MODEL, device_option, option, part, workers_option
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ class Compute:
     device: str = device_option()
     amp: bool = option(False, "mixed precision", negatable=True)
     amp_dtype: str = option("bfloat16", "type of mixed precision", choices=("bfloat16", "float16"))
-    workers: int = option(4, "data loading processes per process", short="-j", metavar="N", at_least=0)
+    workers: int = workers_option("data processes per training process")
 
     @property
     def autocast(self) -> "torch.dtype | None":
