@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from timm_convnextv2.commands import check
 from timm_convnextv2.commands import main as cli
 from timm_convnextv2.data import DemoSource
 
@@ -60,6 +61,25 @@ def test_each_fault_is_found_and_nothing_else(folder, capsys, fault):
     assert content["found"][kind] == 1 and content["files"] == 7
     assert re.search(f"{kind}: .*x.*{words}", printed.out), printed.out
     assert Image.open(folder.parent / "c.png").size[0] > 300
+
+
+def test_rare_findings_are_shown_among_many(folder, capsys, monkeypatch):
+    """Sixty small images hide neither the corrupt one nor the duplicate, which stands beside its partner."""
+    for i in range(60):
+        Image.new("L", (20, 20), i).resize((20, 21)).save(folder / f"small{i}.png")
+    (folder / "z.png").write_text("no image")
+    shutil.copy(folder / "1.png", folder / "zz.png")
+    drawn = []
+    monkeypatch.setattr(check, "save_contact_sheet", lambda sheet, path, title: drawn.extend([*sheet, title]))
+    content, printed = run(folder, capsys, 1)
+    kinds = [line.partition(": ")[0] for line in printed.out.splitlines()]
+    assert kinds.count("unreadable") == kinds.count("duplicate") == 1
+    assert f"and {len(content['findings']) - 10} more" in printed.out
+    labels = [text.split("\n") for _, text in drawn[:-1]]
+    at = labels.index(["duplicate", "zz.png"])
+    assert labels[at + 1] == ["the same as", "1.png"] and np.array_equal(drawn[at][0], drawn[at + 1][0])
+    assert ["unreadable", "z.png"] in labels and len(labels) == 48 + 1
+    assert drawn[-1].startswith(f"48 of {len(content['findings'])} findings")
 
 
 def test_a_sound_folder_has_no_findings(folder, capsys):

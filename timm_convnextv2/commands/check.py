@@ -18,6 +18,7 @@ from ..data.measure.inspection import (
     inspect_folder,
     load_part,
     perceptual_hash,
+    some_of_each,
     thumbnail,
 )
 from ..data.paths.find import find_files
@@ -62,29 +63,35 @@ def check(config: CheckConfig) -> int:
     if found:
         headers = {one.name: one.header.channels for one in files if one.header}
         root = source.folders()[0] if len(source.folders()) == 1 else ""
-        sheet = [(shown(f, headers.get(f.name), pixels, config), label(f, root)) for f in found[:_SHOWN]]
+        sheet = []
+        for of in some_of_each(found, _SHOWN):
+            sheet.append((shown(of.name, headers.get(of.name), pixels, config), label(of.kind, of.name, root)))
+            if of.partner:
+                image = shown(of.partner, headers.get(of.partner), pixels, config)
+                sheet.append((image, label("the same as", of.partner, root)))
         which = "channels " + " ".join(map(str, config.show_bands or ("1", "to", "3, or 1")))
-        save_contact_sheet(sheet, figure, f"{len(sheet)} of {len(found)} findings; {which}, percentiles 2 to 98")
+        shares = f"{min(len(found), _SHOWN)} of {len(found)} findings"
+        save_contact_sheet(sheet, figure, f"{shares}; {which}, percentiles 2 to 98")
     for line in lines(content, found, output):
         say(line)
     say(f"Found: {counts(content['found'])}. Written: {output}" + f", {figure}" * bool(found))
     return int(bool(found))
 
 
-def shown(finding: Finding, channels: int | None, pixels: Pixels, config: CheckConfig) -> np.ndarray | None:
-    """The image of a finding, None if it cannot be decoded."""
+def shown(name: str, channels: int | None, pixels: Pixels, config: CheckConfig) -> np.ndarray | None:
+    """The image of a file, None if it cannot be decoded."""
     if channels is None:
         return None
     try:
-        return thumbnail(load_part(finding.name, channels, pixels, config.window_size), config.show_bands)
+        return thumbnail(load_part(name, channels, pixels, config.window_size), config.show_bands)
     except (ImageError, OSError):
         return None
 
 
-def label(finding: Finding, root: str) -> str:
-    """Its kind and the end of its path, in two short lines."""
-    name = finding.name.removeprefix(f"{root}/")
-    return f"{finding.kind}\n{name if len(name) <= 24 else '...' + name[-21:]}"
+def label(kind: str, name: str, root: str) -> str:
+    """The kind of a finding and the end of a path, in two short lines."""
+    name = name.removeprefix(f"{root}/")
+    return f"{kind}\n{name if len(name) <= 24 else '...' + name[-21:]}"
 
 
 def summary(source: Any, files: list[Inspected], found: list[Finding]) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def lines(content: dict[str, Any], found: list[Finding], output: Path) -> list[s
         f"{content['files']} files: {counts(content['formats'])}; types: {counts(content['types'])}",
         f"channels: {', '.join(f'{n} files with {c}' for c, n in content['channels'].items()) or 'none'}",
         f"height {h0} to {h2}, median {h1:g}; width {w0} to {w2}, median {w1:g}",
-        *(f"{finding.kind}: {finding.name}: {finding.why}" for finding in found[:_LINES]),
+        *(f"{finding.kind}: {finding.name}: {finding.why}" for finding in some_of_each(found, _LINES)),
         *([f"and {more} more, see {output}"] if more > 0 else []),
     ]
 

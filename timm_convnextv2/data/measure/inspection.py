@@ -41,6 +41,7 @@ class Finding(NamedTuple):
     name: str  # path of the file
     kind: str  # 'unreadable', 'differs', 'flat', 'small', 'duplicate' or 'near duplicate'
     why: str  # reason, in words
+    partner: str = ""  # path of the file that it is a duplicate of
 
 
 def inspect_folder(
@@ -112,24 +113,38 @@ def findings(files: list[Inspected], img_size: int) -> list[Finding]:
     kinds: Counter[Any] = Counter((x.header.channels, x.header.kind) for x in files if x.header and not x.error)
     usual = kinds.most_common(1)[0][0] if kinds else None
     first: dict[Any, str] = {}  # name of the first file with these bytes, or with this perceptual hash
-    return [Finding(x.name, kind, why) for x in files for kind, why in _problems(x, usual, first, img_size)]
+    return [finding for x in files for finding in _problems(x, usual, first, img_size)]
 
 
-def _problems(x: Inspected, usual: Any, first: dict[Any, str], img_size: int) -> Iterator[tuple[str, str]]:
-    header: Any = x.header
+def some_of_each(found: Sequence[Finding], most: int) -> list[Finding]:
+    """At most `most` findings, as many of each kind as there is room for, the rarest kind first."""
+    kinds: dict[str, list[Finding]] = {}
+    for finding in found:
+        kinds.setdefault(finding.kind, []).append(finding)
+    chosen: list[Finding] = []
+    rarest = sorted(kinds.values(), key=len)
+    for i, of_kind in enumerate(rarest):
+        chosen += of_kind[: (most - len(chosen)) // (len(rarest) - i)]
+    return chosen
+
+
+def _problems(x: Inspected, usual: Any, first: dict[Any, str], img_size: int) -> Iterator[Finding]:
+    finding, header = partial(Finding, x.name), x.header
     if x.error:
-        yield "unreadable", x.error
+        yield finding("unreadable", x.error)
         return
+    assert header is not None  # it was decoded
     if (header.channels, header.kind) != usual:
-        yield "differs", f"{header.channels} channels of {header.kind}, most files have {usual[0]} of {usual[1]}"
+        why = f"{header.channels} channels of {header.kind}, most files have {usual[0]} of {usual[1]}"
+        yield finding("differs", why)
     if x.flat:
-        yield "flat", "every pixel has the same value"
+        yield finding("flat", "every pixel has the same value")
     if min(header.height, header.width) < img_size:
-        yield "small", f"{header.height} x {header.width} pixels, crops are {img_size}"
+        yield finding("small", f"{header.height} x {header.width} pixels, crops are {img_size}")
     if x.digest in first:
-        yield "duplicate", f"the same bytes as {first[x.digest]}"
+        yield finding("duplicate", f"the same bytes as {first[x.digest]}", first[x.digest])
         return
     if x.near in first:
-        yield "near duplicate", f"looks like {first[x.near]}"
+        yield finding("near duplicate", f"looks like {first[x.near]}", first[x.near])
     for key in filter(None, (x.digest, x.near)):
         first.setdefault(key, x.name)
