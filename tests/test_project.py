@@ -301,6 +301,13 @@ def test_triton_kernels_spill_nothing():
     assert all(r["bytes x loads"].startswith("16x") for r in rows)
 
 
+def test_pages_stay_short():
+    """At most 15,000 words without the references: what reads longer is not read."""
+    guides = {name: text for name, text in PAGES.items() if name == "README.md" or name.startswith("docs/")}
+    words = {name: len(text.split()) for name, text in guides.items()}
+    assert sum(words.values()) - words["docs/python.md"] - words["docs/images.md"] <= 15_000, words
+
+
 def test_pages_quote_the_first_command():
     rows = results("probe_curve.csv")
     last = {(r["seed"], r["start"]): r for r in rows}  # the last epoch of each

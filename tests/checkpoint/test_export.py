@@ -512,6 +512,17 @@ def test_a_licence_is_not_lost_with_a_file(key, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["tmp.pth.tar", "checkpoint-0.pth.tar"])
+def test_a_run_that_resumed_itself_from_a_file_that_train_script_replaced(name, tmp_path):
+    """tmp.pth.tar of a killed run is overwritten by the resumed one, older checkpoints are removed."""
+    start = export_encoder(timm.create_model("fcmae_convnextv2_atto", **FCMAE), tmp_path / "start", license="mit")
+    run, _ = make_run(tmp_path / "run", f"local-dir:{start}", pretrained=True, model_kwargs={}, epochs=1)
+    set_args(run / "last.pth.tar", resume=str(run / name))
+    (run / name).unlink(missing_ok=True)
+    folder = export_finetuned(run / "last.pth.tar", tmp_path / "out")
+    assert config_of(folder)["pretrained_cfg"]["license"] == "mit"
+
+
 def test_a_start_folder_that_moved(tmp_path, monkeypatch):
     """Refused with what to do; a copy of its config.json in the run is enough."""
     start = export_encoder(timm.create_model("fcmae_convnextv2_atto", **FCMAE), tmp_path / "start", license="mit")

@@ -411,7 +411,10 @@ def test_compiles_for_cuda_without_spilling_registers(dtype, arch, C, monkeypatc
         "layer_norm", "layer_norm_backward", "gelu_square_sum", "gelu_scale", "gelu_reductions", "gelu_backward",
         "depthwise", "depthwise turned", "depthwise_weight_grad",
     }  # fmt: skip
-    assert {name: kernel["spilled bytes"] for name, kernel in found.items()} == dict.fromkeys(found, 0)
+    spilled = {name: kernel["spilled bytes"] for name, kernel in found.items()}
+    if VERSION >= (3, 9) and arch == 90:  # with 384 channels
+        assert spilled.pop("gelu_backward") <= 16
+    assert not any(spilled.values()), spilled
     assert all(16 <= kernel["registers"] <= 255 and kernel["occupancy"] >= 0.1 for kernel in found.values())
     for name, kernel in found.items():  # the widest loads there are
         if C % 8 == 0:

@@ -150,7 +150,7 @@ def test_finetuning_on_two_processes_under_kills(tmp_path):
     write_folder(data, size=32, train=24, validation=16)
     make_encoder(tmp_path / "encoder")
     words = ["finetune", "--recipe", "smoke", "--model", f"local-dir:{tmp_path / 'encoder'}", "--data-dir", data]
-    words += ["--output", tmp_path, "--experiment", "r", "--timm-train", script, "--epochs", 5, "--warmup-epochs", 0]
+    words += ["--output", tmp_path, "--experiment", "r", "--timm-train", script, "--epochs", 12, "--warmup-epochs", 0]
     words += ["--batch-size", 4, "--workers", 0, "--device", "cpu"]
     while kills < 3:
         before = newest_whole(tmp_path / "r")
@@ -169,5 +169,5 @@ def test_finetuning_on_two_processes_under_kills(tmp_path):
     assert process.wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
     assert (tmp_path / "r/model/model.safetensors").stat().st_size
     epochs = {line.partition(",")[0] for line in (tmp_path / "r/summary.csv").read_text().splitlines()[1:]}
-    assert {str(i) for i in range(5)} <= epochs
-    print(f"\nfinetune on two processes: {kills} kills, all 5 epochs")
+    assert {str(i) for i in range(12)} <= epochs
+    print(f"\nfinetune on two processes: {kills} kills, all 12 epochs")

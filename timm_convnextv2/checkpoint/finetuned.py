@@ -92,8 +92,8 @@ def origin_of_run(
         path = Path(args[key])
         if not path.is_file() and (folder / path.name).is_file():  # the run was moved together with its files
             path = folder / path.name
-        if path.resolve() in followed:
-            continue  # the run resumed itself
+        if path.resolve() in followed or key == "resume" and not path.is_file() and path.resolve().parent == folder:
+            continue  # the run resumed itself; train.py has replaced the file since (tmp.pth.tar) or removed an old one
         if not path.is_file():
             raise ValueError(
                 f"Training continued from '{path}' (--{key.replace('_', '-')}), which is missing: the licence of the "

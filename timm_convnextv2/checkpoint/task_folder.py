@@ -124,6 +124,7 @@ def _checked(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     check_training(path, config)
     if not {"table", "made_with"} <= config["training"].keys():
         raise ValueError(f"'{path}' lacks the section training. Export the model again.")
+    check_types(path, config["training"], {"table made_with": "a table"}, "training.", "table made_with")
     return config
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import re
+import sys
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -179,7 +180,7 @@ def _read_probe(run: RunRecord) -> dict[str, Any]:
         run.notes.append("probe.json does not hold a probe and is left out.")
         return {}
     content["baselines"] = {
-        name: {k: float(v) for k, v in of.items() if isinstance(v, int | float) and math.isfinite(v)}
+        name: {k: float(v) for k, v in of.items() if isinstance(v, int | float) and abs(v) <= sys.float_info.max}
         for name, of in baselines.items()
     }
     try:

@@ -90,6 +90,9 @@ class Checkpoint:
         if not isinstance(settings, dict) or not isinstance(progress, dict):
             raise CheckpointError(f"{path} is not a checkpoint of a run: it has no training state to resume.")
         try:
+            for name in ("batch_size", "grad_accum_steps"):
+                if type(settings.get(name)) is not int:
+                    raise ValueError(f"'args' has {name} {settings.get(name)!r}, expected a whole number")
             _check_progress(progress)
             _check_optimizer(content.get("optimizer"), uniform=settings.get("opt") in _UNIFORM)
             for name in ("state_dict", *(["state_dict_ema"] if "state_dict_ema" in content else [])):
