@@ -26,9 +26,6 @@ from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.models import convnext
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
-from torchvision.models.segmentation import DeepLabV3
-from torchvision.models.segmentation.deeplabv3 import DeepLabHead
-from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
@@ -37,7 +34,7 @@ from benchmarks.decode import photograph
 from benchmarks.measure import conditions, ratio, run_logged, time_in_turn, write_csv
 from timm_convnextv2.checkpoint import export_encoder
 from timm_convnextv2.finetune import images as finetune_images
-from timm_convnextv2.transfer.backbone import create_backbone
+from timm_convnextv2.transfer.backbone import Backbone, create_backbone
 from timm_convnextv2.transfer.detection.detector import build_detector
 from timm_convnextv2.transfer.segmentation.segmenter import Segmenter
 
@@ -159,42 +156,24 @@ def detect(folder: Path) -> Sides:
     return {"ours": step_of(ours, loss), "other": step_of(theirs, loss)}
 
 
-class LastStage(StockStages):
-    """The maps of torchvision's DeepLabV3, stride 32 as in the classifier."""
-
-    def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
-        maps = super().forward(images)
-        return OrderedDict(out=maps["3"], aux=maps["2"])
-
-
 def segment(folder: Path) -> Sides:
-    """A step of `Segmenter` (UPerNet), and of torchvision's DeepLabV3 on stock timm's maps."""
+    """A step of `Segmenter` (UPerNet, which torchvision lacks) on our backbone, and with equal heads on stock timm's."""
     photos = torch.rand(4, 3, SEGMENTATION, SEGMENTATION)
     classes = torch.randint(0, CLASSES, (4, SEGMENTATION, SEGMENTATION))
-    stages = LastStage()
-    theirs = DeepLabV3(stages, DeepLabHead(stages.channels[3], CLASSES), FCNHead(stages.channels[2], CLASSES))
+    ours = create_backbone("atto", pretrained=False)
+    stock = Backbone(convnext.convnextv2_atto(features_only=True), {}, mean=ours.mean, std=ours.std, img_size=224)
+    ours, theirs = (Segmenter(b, CLASSES, channels=128, auxiliary_channels=64) for b in (ours, stock))
 
-    def deeplab_loss(model: nn.Module) -> Tensor:
-        found = model(photos)
-        return sum(w * nn.functional.cross_entropy(found[k], classes) for k, w in (("out", 1), ("aux", 0.4)))  # type: ignore
+    def loss(model: nn.Module) -> Tensor:
+        return sum(model(photos, classes).values())  # type: ignore[return-value]
 
-    ours = Segmenter(create_backbone("atto", pretrained=False), CLASSES)
-    return {"ours": step_of(ours, lambda m: sum(m(photos, classes).values())), "other": step_of(theirs, deeplab_loss)}
+    return {"ours": step_of(ours, loss), "other": step_of(theirs, loss)}
 
 
 def processes(folder: Path) -> Sides:
     """A whole short `pretrain` in two processes of one thread, and in one process of one thread."""
-    words = [
-        "pretrain",
-        "--data-dir",
-        str(folder / "train"),
-        "--model",
-        "atto",
-        "--img-size",
-        "128",
-        "--decoder-dim",
-        "128",
-    ]
+    words = ["pretrain", "--data-dir", str(folder / "train"), "--model", "atto", "--img-size", "128"]
+    words += ["--decoder-dim", "128"]
     words += ["--epochs", "4", "--warmup-epochs", "1", "--workers", "0", "--device", "cpu", "--recon-interval", "0"]
     words += ["--output", str(folder / "runs"), "--overwrite"]
     log = folder / "pretrain.log"
@@ -227,7 +206,7 @@ TASKS: dict[str, tuple[Callable[[Path], Sides], str]] = {
     "evaluate": (evaluate, "evaluate with all baselines; 4 networks by timm's loader, kNN alone"),
     "finetune": (finetune_loader, "an epoch of samples for train.py; timm's data set"),
     "detect": (detect, f"a step of Mask R-CNN, 2 images of {DETECTION} px; torchvision's on stock timm"),
-    "segment": (segment, f"a step of UPerNet, 4 images of {SEGMENTATION} px; torchvision's DeepLabV3 on stock timm"),
+    "segment": (segment, f"a step of UPerNet, 4 images of {SEGMENTATION} px; the same heads on stock timm"),
     "processes": (processes, "pretrain in 2 processes of one thread; in one process of one thread"),
     "import": (importing, "import timm_convnextv2; import timm"),
     "help": (show_help, "timm-convnextv2 pretrain --help; import timm"),
