@@ -157,7 +157,7 @@ def detect(folder: Path) -> Sides:
 
 
 def segment(folder: Path) -> Sides:
-    """A step of `Segmenter` (UPerNet, which torchvision lacks) on our backbone, and with equal heads on stock timm's."""
+    """A step of `Segmenter` (UPerNet, which torchvision lacks) and equal heads on stock timm's maps."""
     photos = torch.rand(4, 3, SEGMENTATION, SEGMENTATION)
     classes = torch.randint(0, CLASSES, (4, SEGMENTATION, SEGMENTATION))
     ours = create_backbone("atto", pretrained=False)
@@ -171,10 +171,10 @@ def segment(folder: Path) -> Sides:
 
 
 def processes(folder: Path) -> Sides:
-    """A whole short `pretrain` in two processes of one thread, and in one process of one thread."""
+    """A whole `pretrain` of 24 epochs in two processes of one thread, and in one process of one thread."""
     words = ["pretrain", "--data-dir", str(folder / "train"), "--model", "atto", "--img-size", "128"]
     words += ["--decoder-dim", "128"]
-    words += ["--epochs", "4", "--warmup-epochs", "1", "--workers", "0", "--device", "cpu", "--recon-interval", "0"]
+    words += ["--epochs", "24", "--warmup-epochs", "1", "--workers", "0", "--device", "cpu", "--recon-interval", "0"]
     words += ["--output", str(folder / "runs"), "--overwrite"]
     log = folder / "pretrain.log"
 
