@@ -13,8 +13,11 @@ from test_html import Page
 from timm_convnextv2.checkpoint import export_finetuned
 from timm_convnextv2.commands.report import main
 from timm_convnextv2.files import read_rows
+from timm_convnextv2.pretraining import loop
 from timm_convnextv2.report.kinds import verdict
 from timm_convnextv2.report.run import read_run
+from timm_convnextv2.runs.folder import WRITTEN
+from timm_convnextv2.transfer import loop as dense
 
 
 def test_report_of_a_pretraining(pretrained, tmp_path):
@@ -43,6 +46,14 @@ def test_report_of_a_segmentation(segmented):
     assert text.startswith(" Segmentation of run") and "Left out" not in text and "mIoU was highest" in text
     names, counts = zip(*((of.name, of.count) for of in run.classes.classes), strict=True)
     assert [*names] == run.settings["classes"] and sum(counts) > 0 and " taken for" in text
+
+
+def test_overwrite_knows_every_file_of_a_run(pretrained, segmented):
+    """What no pattern names would stay from the run before, and be taken for the new one's."""
+    for (folder, _), own in ((pretrained, loop.WRITTEN), (segmented, dense.WRITTEN)):
+        patterns = (*WRITTEN, *own)
+        unknown = [path.name for path in folder.iterdir() if not any(path.match(pattern) for pattern in patterns)]
+        assert not unknown
 
 
 def test_corrupt_results_per_class_are_noted(segmented, tmp_path):

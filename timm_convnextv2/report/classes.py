@@ -18,7 +18,7 @@ class ClassResult(NamedTuple):
     name: str
     count: int  # of its images, objects or pixels
     value: float | None  # the measure, 0 to 1; None if nothing was to be found
-    mistake: str = ""  # the class that most of the others were taken for, with their share
+    mistake: str = ""  # the most frequent wrong prediction, with its share
 
 
 class ClassResults(NamedTuple):

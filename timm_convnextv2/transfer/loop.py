@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..data import EpochBatchSampler
+from ..report.classes import FILE as CLASSES
 from ..report.html import write_report
 from ..report.kinds import verdict
 from ..report.next_steps import next_steps_of_transfer
@@ -25,7 +26,7 @@ from ..runs.world import World, leave_signals_to_parent
 from ..seeds import sample_seed, seeded
 
 # Entries of a run folder besides those in `folder.WRITTEN`
-WRITTEN = ("predictions", "model")
+WRITTEN = ("predictions", "model", CLASSES)
 
 
 class Samples(Dataset):
