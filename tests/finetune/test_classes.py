@@ -53,6 +53,15 @@ def test_counts_are_those_of_the_model(classifier, data, tmp_path, capsys):
     assert (results.measure, results.unit) == ("accuracy", "images")
     assert results.classes == of_confusion(counts, ["a", "b", "c"], [float(counts[i, i]) / 4 for i in range(3)])
     assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["epoch-0003.png"]
+    assert "cannot be decoded" not in capsys.readouterr().err
+    (tmp_path / "torn.png").write_bytes(b"no image")
+    split.samples.append((str(tmp_path / "torn.png"), 0))
+    try:
+        describe_classes(plan, tmp_path / "model", 3)
+    finally:
+        split.samples.pop()
+    assert "warning: 1 validation images cannot be decoded" in capsys.readouterr().err
+    assert read_classes(tmp_path) == results
 
 
 def test_the_most_frequent_mistake():

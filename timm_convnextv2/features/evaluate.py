@@ -1,9 +1,7 @@
 """Several models on the same labelled images, compared with baselines that need no model or no training."""
 
 import csv
-import math
 import os
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -32,7 +30,7 @@ from .labelled import Labelled, open_labelled
 from .linear import Estimate, estimate, linear_probe, resampled, ridge
 from .neighbours import capped, knn_scores
 from .rank import rankme
-from .verdict import T_QUANTILES
+from .verdict import mean_interval
 
 FILES = ("evaluation.json", "evaluation.png")
 BUDGET_FILES = ("budgets.csv", "budgets.png")
@@ -251,13 +249,7 @@ def over_shuffles(parts: tuple[Tensor, Tensor, Tensor], shuffled: Sequence[Tenso
     """
     train, test, answers = parts
     each = [resampled_features(train, labels, test, answers, **how) for labels in shuffled]
-    found = {}
-    for key in each[0]:
-        values = [float(one[key][0]) for one in each]
-        mean, n = statistics.fmean(values), len(values)
-        half = T_QUANTILES[n - 2] * statistics.stdev(values) / math.sqrt(n)
-        found[key] = Estimate(mean, mean - half, mean + half)
-    return found
+    return {key: Estimate(*mean_interval([float(one[key][0]) for one in each])) for key in each[0]}
 
 
 def mean_curve(curves: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:

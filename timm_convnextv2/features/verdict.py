@@ -72,16 +72,21 @@ class Gain(NamedTuple):
         return f"{self.mean:+.1f} points, 95 % interval over {self.seeds} seeds {self.low:+.1f} to {self.high:+.1f}"
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of two or more values, and its 95 % interval by Student's t."""
+    mean, n = statistics.fmean(values), len(values)
+    half = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * statistics.stdev(values) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
 def gain_of(values: Mapping[int, float], others: Mapping[int, float]) -> Gain | None:
     """The gain over other results of the same seeds; None if they have no seed in common."""
     gains = [value - others[seed] for seed, value in values.items() if seed in others]
     if not gains:
         return None
-    mean, n = statistics.fmean(gains), len(gains)
-    if n == 1:
-        return Gain(mean, math.nan, math.nan, 1)
-    half = T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * statistics.stdev(gains) / math.sqrt(n)
-    return Gain(mean, mean - half, mean + half, n)
+    if len(gains) == 1:
+        return Gain(gains[0], math.nan, math.nan, 1)
+    return Gain(*mean_interval(gains), len(gains))
 
 
 def verdict(last: Last) -> list[str]:

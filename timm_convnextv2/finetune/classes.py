@@ -8,6 +8,7 @@ import torch
 from timm.data import resolve_model_data_config
 
 from ..checkpoint.loading import load_model
+from ..console import say
 from ..data.display import display_of
 from ..data.samples.batches import map_batches, preprocessing
 from ..data.sources.files import ImageFiles
@@ -23,7 +24,7 @@ Seen = tuple[float, int, int, torch.Tensor]  # probability of the prediction, in
 def describe_classes(plan: Plan, model: Path, epoch: int) -> None:
     """Runs the exported model on the validation images; writes `classes.json` and `predictions/` to the run's folder.
 
-    Images that cannot be decoded are left out. Does nothing if train.py opened the data itself.
+    Images that cannot be decoded are left out and counted. Does nothing if train.py opened the data itself.
     """
     if len(plan.splits) < 2:
         return
@@ -49,6 +50,8 @@ def describe_classes(plan: Plan, model: Path, epoch: int) -> None:
             counts[label, found] += 1
             _keep(sides[label == found], (float(chance[found]), item.index, found, image))
     bar.close()
+    if left := len(source) - int(counts.sum()):
+        say(f"warning: {left} validation images cannot be decoded; the results per class lack them", error=True)
     of_class = [row[i].item() / total if (total := row.sum().item()) else None for i, row in enumerate(counts)]
     write_classes(plan.folder, ClassResults("accuracy", "images", of_confusion(counts, names, of_class)))
     if any(sides):
