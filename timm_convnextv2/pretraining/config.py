@@ -217,6 +217,9 @@ class PretrainConfig:
 
     config: str | None = option(
         None, "YAML file that sets any of the options", short="-c", metavar="FILE", recorded=False)
+    recipe: str | None = option(
+        None, "paper, small-images, or a .yaml file of options (default: small-images for images or crops of at most "
+        "96 px, unless options of the network are given)", metavar="NAME")
     dry_run: bool = option(
         False, "print changed settings, images, memory and time, then stop", recorded=False)
     replay: str | None = option(

@@ -21,6 +21,7 @@ from ..runs.group import Processes, on_primary
 from ..runs.progress import with_progress
 from .config import AUTO, Crops, PretrainConfig
 from .plan import PAPER_EPOCHS, usual_epochs
+from .recipe import recipe_values
 from .start import Start, open_start, open_weights
 
 # Without --data-dir and --dataset: a run of two to five minutes on two CPU cores.
@@ -33,7 +34,7 @@ USUAL = {1: ((0.5,), (0.25,)), 3: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}
 
 
 def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[PretrainConfig, Start | None]:
-    """The config of a run: command line over file over the start model's own settings over defaults.
+    """The config of a run: command line over file over the start model's own settings over recipe over defaults.
 
     Only `auto` is left to `measure`. Also returns the model to start from, None for random weights.
     """
@@ -55,7 +56,8 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
         defaults.pop("standardize", None)  # the record of pixels is the start model's
         defaults = defaults | start.defaults(sized="img_size" in {**file, **given}) | {"pretrained": True}
         file = {name: value for name, value in file.items() if name != "pretrained"}
-    config = build(PretrainConfig, defaults, file, given)
+    recipe = {} if start and config.recipe is None else recipe_values(config, {**file, **given}.keys())
+    config = build(PretrainConfig, recipe, defaults, file, given)
     if config.schedule.global_batch_size is not None and "grad_accum_steps" in given:
         raise ValueError("--grad-accum-steps follows from --global-batch-size and the processes: leave it out.")
     config = evolve(config, **_input_size(config.crops, given))

@@ -41,6 +41,7 @@ from .measures import Best, Measure, affordable, collapse_of_blocks, held_out_lo
 from .messages import about_run, ema_warnings, learning_warnings, memory_line, time_line, worker_warnings
 from .plan import make_plan, resume_progress, split_batch
 from .probe import Probe, Rows, random_encoder
+from .recipe import recipe_line
 from .replay import read_record
 from .resolve import length, measure
 from .start import Start, create_model, open_start, short_name
@@ -99,7 +100,7 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     about = [about_run(config.network.model, model, plan, batches.num_images, world)]
     if batches.held_out is not None:
         about.append(f"{len(batches.held_out)} more images are held out, for eval_loss")
-    about += [*batches.sampling(), *filter(None, [chosen, measured]), input_line(batches.inputs)]
+    about += [*batches.sampling(), *filter(None, [recipe_line(config), chosen, measured]), input_line(batches.inputs)]
     warnings = input_warnings(batches.inputs) + ema_warnings(config.average, plan.updates)
     warnings += learning_warnings(plan, config.network.pretrained)
     for warning in warnings + worker_warnings(config.loading.workers, world.size):

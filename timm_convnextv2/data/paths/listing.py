@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from ..config import Dirs, as_list
 from ..formats.decode import image_extensions, is_dicom_file
 from ..formats.files import printable
-from .lists import FileNames, Tick, read_list
+from .lists import FileNames, Tick, read_list, rows_of_list
 from .walk import LeftOut, walk
 
 Stamps = list[tuple[str, int]]  # folders or lists that were read, and the time of their last change, in ns
@@ -183,3 +184,17 @@ def list_files(origins: list[Origin], tick: Tick = lambda count: None, *, stamps
         each = zip(listing.names, weights, strict=True)
         listing.weights = np.concatenate([np.ones(len(n)) if w is None else w for n, w in each])
     return listing
+
+
+def first_files(origins: list[Origin], most: int) -> list[str]:
+    """Paths of the first images of folders and lists, without listing the rest; of patterns and tar files none."""
+    extensions, found = frozenset(image_extensions()), []
+    for origin in origins:
+        names: Iterator[str] = iter(())
+        if origin.kind == "folder":
+            folders = walk(origin.root, extensions, LeftOut())
+            names = (os.path.join(folder, name) for folder, images, _ in folders for name in images)
+        elif origin.kind == "list":
+            names = (name for name, *_ in rows_of_list(origin.given))
+        found += [os.path.join(origin.root, name) for name in islice(names, most - len(found))]
+    return found

@@ -48,6 +48,9 @@ class FileNames:
         return (self[i] for i in range(len(self)))
 
 
+Rows = Iterator[tuple]  # the name, and the weight if the list has weights
+
+
 def read_list(path: str, tick: Tick = lambda count: None) -> tuple[FileNames, np.ndarray | None]:
     """The names of image files in a list, in its order, and their float64 weights, None in a list without weights.
 
@@ -58,15 +61,10 @@ def read_list(path: str, tick: Tick = lambda count: None) -> tuple[FileNames, np
         ValueError: The list cannot be read, has no name or no column of names, or a weight is not above 0.
         MissingPackageError: (a ValueError) Parquet is not installed.
     """
-    readers = {".txt": _read_text, ".csv": _read_csv, ".parquet": _read_parquet}
-    shown = f"--data-list {printable(path)}"
-    reader = readers.get(os.path.splitext(path)[1].lower())
-    if reader is None:
-        raise ValueError(f"{shown}: expected a file that ends in {', '.join(readers)}.")
-    weights = array("d")
+    shown, weights = f"--data-list {printable(path)}", array("d")
 
     def checked() -> Iterator[bytes]:
-        for number, (name, *weight) in enumerate(reader(path, shown), 1):
+        for number, (name, *weight) in enumerate(rows_of_list(path), 1):
             if not name or "\0" in name:
                 wrong = "a NUL in its name (UTF-16? save the list as UTF-8)" if name else "no name"
                 raise ValueError(f"{shown}: image {number} has {wrong}.")
@@ -91,7 +89,14 @@ def open_text(path: str | os.PathLike, newline: str | None = None, errors: str =
     return open(path, newline=newline, **how)
 
 
-Rows = Iterator[tuple]  # the name, and the weight if the list has weights
+def rows_of_list(path: str) -> Rows:
+    """The rows of a list, read as they are needed."""
+    readers = {".txt": _read_text, ".csv": _read_csv, ".parquet": _read_parquet}
+    shown = f"--data-list {printable(path)}"
+    reader = readers.get(os.path.splitext(path)[1].lower())
+    if reader is None:
+        raise ValueError(f"{shown}: expected a file that ends in {', '.join(readers)}.")
+    return reader(path, shown)
 
 
 def _weight(value: Any, name: str, shown: str) -> float:

@@ -1,0 +1,98 @@
+"""What small images need in pretraining: each setting alone against the same base, on a set of `benchmarks.images`.
+
+    python -m benchmarks.pretrain_settings --data CLIPART-64 --output RUNS
+
+Pretrains a small ConvNeXt V2 on the training images and measures kNN and ridge on frozen features, from three quarters
+of the labelled training images to the rest: the validation images stay unseen. Writes
+`benchmarks/results/pretrain_settings.csv`, one row per run. `--output` keeps the runs, and they are not repeated.
+"""
+
+import argparse
+import csv
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import call, conditions, write_csv
+
+BASE = {
+    "--model": "atto",
+    "--model-kwargs": "depths=[1,1,3,1] dims=[24,48,96,192]",
+    "--patch-size": "1",
+    "--img-size": "32",
+    "--scale": "0.6 1",
+    "--batch-size": "64",
+    "--lr": "1.5e-3",
+    "--workers": "0",
+    "--device": "cpu",
+}
+SETTINGS: dict[str, dict[str, str]] = {
+    "base": {},
+    "lr 4e-3": {"--lr": "4e-3"},
+    "lr 3e-4": {"--lr": "3e-4"},
+    "scale 0.2 to 1": {"--scale": "0.2 1"},
+    "scale 0.35 to 1": {"--scale": "0.35 1"},
+    "mask ratio 0.4": {"--mask-ratio": "0.4"},
+    "mask ratio 0.75": {"--mask-ratio": "0.75"},
+    "decoder of 128 channels": {"--decoder-dim": "128"},
+    "decoder of 2 blocks": {"--decoder-depth": "2"},
+    "targets not normalised": {"--no-norm-pix-loss": ""},
+    "moving average": {"--model-ema": ""},
+    "standardize channel": {"--standardize": "channel"},
+    "standardize image": {"--standardize": "image"},
+    "half the batch, twice the updates": {"--batch-size": "32"},
+    "48 px": {"--img-size": "48"},
+    "64 px": {"--img-size": "64"},
+    "64 px, patch 2": {"--img-size": "64", "--patch-size": "2"},
+}
+
+
+def words(settings: dict[str, str]) -> list[str]:
+    """The options of a command line."""
+    return [word for name, value in settings.items() for word in (name, *value.split())]
+
+
+def measured(run: Path) -> tuple[dict[str, float], dict[str, dict]]:
+    """The last row of a run's table, and its baselines."""
+    with open(run / "summary.csv", newline="") as file:
+        last = [row for row in csv.DictReader(file) if row["eval_knn"]][-1]
+    columns = ("train_loss", "eval_knn", "eval_ridge", "eval_rank")
+    return {name: float(last[name]) for name in columns}, json.loads((run / "probe.json").read_text())["baselines"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a set of benchmarks.images")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
+    parser.add_argument("--epochs", type=int, default=13)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="keep the runs there")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    about = conditions(torch.device("cpu"), args.threads)
+    about["base"] = " ".join(words(BASE))
+    args.output.mkdir(parents=True, exist_ok=True)
+    images = args.data / "train"
+    rows: list[dict] = []
+    for name in args.settings:
+        for seed in args.seeds:
+            run = args.output / f"{name.replace(' ', '-').replace(',', '')}-seed-{seed}"
+            fixed = ["--data-dir", images, "--probe-dir", images, "--probe-interval", args.epochs]
+            fixed += ["--epochs", args.epochs, "--seed", seed, "--recon-interval", args.epochs]
+            place = ["--output", args.output, "--experiment", run.name, "--resume", "auto"]
+            seconds = call("pretrain.py", [*words(BASE | SETTINGS[name]), *fixed, *place], run.with_suffix(".log"))
+            found, baselines = measured(run)
+            rows.append(dict(setting=name, seed=seed, **found, minutes=round(seconds / 60, 1)))
+            for start in ("random", "histogram", "pixels"):
+                rows[-1][f"{start}_ridge"] = baselines[start]["ridge"]
+                rows[-1][f"{start}_knn"] = baselines[start]["knn"]
+            print(rows[-1], flush=True)
+            path = write_csv("pretrain_settings", rows, about)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
