@@ -2,10 +2,11 @@
 
     python -m benchmarks.transfer
 
-Pretrains once on demo images without labels, then for each seed, on other demo images with boxes and masks,
-`detect train --boxes-only` and `segment train` twice each: from that encoder, and with `--from-scratch`; everything
-else is equal. Writes box AP and mIoU over the updates with their conditions to `benchmarks/results/transfer.csv`, and a
-figure to `docs/`. A run that was stopped continues with the same `--output`.
+Pretrains once on demo images without labels, then trains `detect train --boxes-only` and `segment train` on other demo
+images with boxes and masks, from that encoder and with `--from-scratch`. Each start takes the best of three learning
+rates on a set of its own, then trains once per seed, on images drawn by the seed; everything else is equal. Writes box
+AP and mIoU over the updates with their conditions to `benchmarks/results/transfer.csv`, and a figure to `docs/`. A run
+that was stopped continues with the same `--output`.
 """
 
 import argparse
@@ -23,18 +24,20 @@ from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.files import read_rows
 
 ROOT = Path(__file__).parents[1]
-# a small ConvNeXt V2 on small images, 3 x 3 patches of 32 px: what one CPU core trains in minutes
-MODEL = ["--model-kwargs", "depths=(1,1,2,1)", "dims=(24,48,96,192)", "--patch-size", "2", "--decoder-dim", "128"]
+# a small ConvNeXt V2 on small images, 6 x 6 patches of 16 px: what one CPU core trains in minutes
+MODEL = ["--model-kwargs", "depths=[1,1,3,1]", "dims=[24,48,96,192]", "--patch-size", "2", "--decoder-dim", "128"]
+PRETRAIN = ["--lr", "4e-3", "--scale", "0.5", "1", "--standardize", "channel", "--batch-size", "32"]
 BATCH = 8
 STARTS = {"FCMAE": [], "random weights": ["--from-scratch"]}
-# name of the task: its command, its column of summary.csv, what of it is small for a CPU
+TUNE = 1000  # seed of the images that choose the learning rate
+# name of the task: its command, its column of summary.csv, the learning rates, what of it is small for a CPU
 TASKS = {
     "box AP": (
-        "detect", "eval_box_ap",
-        ["--boxes-only", "--lr", "1e-3", "--out-channels", "32", "--detector-kwargs", "rpn_post_nms_top_n_train=50",
+        "detect", "eval_box_ap", (1e-3, 3e-3, 1e-2),
+        ["--boxes-only", "--out-channels", "32", "--detector-kwargs", "rpn_post_nms_top_n_train=50",
          "rpn_post_nms_top_n_test=50", "box_batch_size_per_image=32", "box_detections_per_img=10"],
     ),
-    "mIoU": ("segment", "eval_miou", ["--lr", "2e-3", "--channels", "32", "--auxiliary-channels", "16"]),
+    "mIoU": ("segment", "eval_miou", (1e-3, 3e-3, 1e-2), ["--channels", "32", "--auxiliary-channels", "16"]),
 }  # fmt: skip
 
 
@@ -44,23 +47,27 @@ def call(words: list, log: Path) -> None:
     print(f"{log.stem}: {seconds:.0f} s", flush=True)
 
 
-def train(task: str, start: str, seed: int, encoder: Path, data: Path, output: Path, args: argparse.Namespace) -> list:
+def train(task: str, start: str, seed: int, lr: float, args: argparse.Namespace) -> list[dict]:
     """Trains, or finds it done; the rows of the curve."""
-    command, column, small = TASKS[task]
-    name = f"{command}-{seed}-{start.split()[0].lower()}"
+    command, column, _, small = TASKS[task]
+    output, data = args.output, args.output / f"data-{seed}"
+    name = f"{command}-{seed}-{start.split()[0].lower()}-{lr:g}"
+    if not data.exists():
+        sizes = dict(size=args.size, train=args.labelled, validation=args.validation)
+        write_folder(data, **sizes, seed=seed, coco=True, masks=True)
     updates = args.labelled // BATCH  # of an epoch
     epochs = max(1, getattr(args, f"{command}_updates") // updates)
     every = max(1, epochs // args.points)
     summary = output / name / "summary.csv"
     if len(read_rows(summary)[0]) < epochs:
-        words = [command, "train", "--model", f"local-dir:{encoder}", "--data-dir", data, "--recipe", "small-data"]
+        words = [command, "train", "--model", output / "pretrain", "--data-dir", data, "--recipe", "small-data"]
         words += ["--img-size", args.size, "--scale", 0.8, 1.2, "--batch-size", BATCH, "--epochs", epochs, "--no-amp"]
-        words += ["--warmup-updates", 20, "--seed", seed, "--eval-interval", every, "--device", "cpu"]
+        words += ["--warmup-updates", 20, "--seed", seed, "--eval-interval", every, "--device", "cpu", "--lr", lr]
         words += ["--workers", 0, "--shown-images", 2, "--output", output, "--experiment", name, "--resume", "auto"]
         call([*words, *small, *STARTS[start]], output / f"{name}.log")
     rows = [row for row in read_rows(summary)[0] if row[column] != ""]
     found = [((int(str(row["epoch"])) + 1) * updates, 100 * float(str(row[column]))) for row in rows]
-    return [dict(task=task, start=start, seed=seed, update=update, percent=value) for update, value in found]
+    return [dict(task=task, start=start, seed=seed, lr=lr, update=u, percent=round(value, 2)) for u, value in found]
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -98,47 +105,37 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        output = Path(args.output or temporary).resolve()
+        output = args.output = Path(args.output or temporary).resolve()
         output.mkdir(parents=True, exist_ok=True)
-        words = [
-            "pretrain",
-            "--dataset",
-            "demo",
-            "--num-images",
-            args.images,
-            "--epochs",
-            args.epochs,
-            *MODEL,
-        ]
-        words += [*MODEL, "--img-size", args.size, "--batch-size", 32, "--lr", 2e-3, "--scale", 0.5, 1, "--workers", 0]
-        words += ["--recon-interval", args.epochs, "--device", "cpu", "--output", output, "--experiment", "pretrain"]
+        words = ["pretrain", "--dataset", "demo", "--num-images", args.images, "--epochs", args.epochs]
+        words += [*MODEL, *PRETRAIN, "--img-size", args.size, "--workers", 0, "--device", "cpu"]
+        words += ["--recon-interval", args.epochs, "--output", output, "--experiment", "pretrain"]
         if len(read_rows(output / "pretrain" / "summary.csv")[0]) < args.epochs:
             call([*words, "--resume", "auto"], output / "pretrain.log")
         rows: list[dict] = []
-        for seed in args.seeds:
-            data = output / f"data-{seed}"
-            if not data.exists():
-                sizes = dict(size=args.size, train=args.labelled, validation=args.validation)
-                write_folder(data, **sizes, seed=seed, coco=True, masks=True)
-            for task in TASKS:
-                for start in STARTS:
-                    rows += train(task, start, seed, output / "pretrain" / "encoder", data, output, args)
-        print(f"\nin % after the last update of {BATCH} images")
         for task in TASKS:
             for start in STARTS:
-                last = [
-                    [r["percent"] for r in rows if (r["task"], r["start"], r["seed"]) == (task, start, seed)][-1]
-                    for seed in args.seeds
-                ]
+                tried = [train(task, start, TUNE, lr, args) for lr in TASKS[task][2]]
+                lr = max((curve[-1] for curve in tried), key=lambda row: row["percent"])["lr"]
+                print(task, start, *[f"lr {c[-1]['lr']:g}: {c[-1]['percent']:.1f}" for c in tried], flush=True)
+                rows += [row for curve in tried for row in curve]
+                rows += [row for seed in args.seeds for row in train(task, start, seed, lr, args)]
+        print(f"\nin % after the last update of {BATCH} images")
+        measured = [row for row in rows if row["seed"] != TUNE]
+        for task in TASKS:
+            for start in STARTS:
+                curves = {r["seed"]: r for r in measured if (r["task"], r["start"]) == (task, start)}
+                last = [row["percent"] for row in curves.values()]
                 values = "  ".join(f"{v:5.1f}" for v in last)
                 print(f"{task:8} {start:16} {values}   median {statistics.median(last):.1f}")
         about = conditions(torch.device("cpu"), args.threads)
         about["sets"] = (
-            f"one encoder for all seeds, pretrained for {args.epochs} epochs on {args.images} images of {args.size} px "
-            f"without labels; {args.labelled} others with labels and {args.validation} to validate, drawn by each seed"
+            f"one encoder, pretrained for {args.epochs} epochs on {args.images} images of {args.size} px; "
+            f"{args.labelled} with labels and {args.validation} to validate, drawn by each seed, "
+            f"and by seed {TUNE} to choose the learning rate of each start"
         )
-        print(write_csv("transfer", [dict(row, percent=round(row["percent"], 2)) for row in rows], about))
-        plot(rows, ROOT / "docs" / "transfer_gain.png")
+        print(write_csv("transfer", rows, about))
+        plot(measured, ROOT / "docs" / "transfer_gain.png")
 
 
 if __name__ == "__main__":
