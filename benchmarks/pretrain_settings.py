@@ -8,7 +8,6 @@ of the labelled training images to the rest: the validation images stay unseen. 
 """
 
 import argparse
-import csv
 import json
 import os
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import call, conditions, write_csv
+from timm_convnextv2.files import read_rows
 
 BASE = {
     "--model": "atto",
@@ -49,17 +49,23 @@ SETTINGS: dict[str, dict[str, str]] = {
 }
 
 
+SHORTCUTS = ("random", "pixels", "histogram", "border")
+
+
 def words(settings: dict[str, str]) -> list[str]:
     """The options of a command line."""
     return [word for name, value in settings.items() for word in (name, *value.split())]
 
 
-def measured(run: Path) -> tuple[dict[str, float], dict[str, dict]]:
-    """The last row of a run's table, and its baselines."""
-    with open(run / "summary.csv", newline="") as file:
-        last = [row for row in csv.DictReader(file) if row["eval_knn"]][-1]
-    columns = ("train_loss", "eval_knn", "eval_ridge", "eval_rank")
-    return {name: float(last[name]) for name in columns}, json.loads((run / "probe.json").read_text())["baselines"]
+def measured(run: Path, epochs: int) -> dict[str, float] | None:
+    """What a run of so many epochs has measured at its end, and its baselines; None before that."""
+    rows = read_rows(run / "summary.csv")[0]
+    if len(rows) < epochs:
+        return None
+    found = {name: float(str(rows[-1][name])) for name in ("train_loss", "eval_knn", "eval_ridge", "eval_rank")}
+    found["minutes"] = round(sum(float(str(row["train_seconds"])) for row in rows) / 60, 1)
+    baselines = json.loads((run / "probe.json").read_text())["baselines"]
+    return found | {f"{start}_{name}": baselines[start][name] for start in SHORTCUTS for name in ("knn", "ridge")}
 
 
 def main() -> None:
@@ -83,12 +89,9 @@ def main() -> None:
             fixed = ["--data-dir", images, "--probe-dir", images, "--probe-interval", args.epochs]
             fixed += ["--epochs", args.epochs, "--seed", seed, "--recon-interval", args.epochs]
             place = ["--output", args.output, "--experiment", run.name, "--resume", "auto"]
-            seconds = call("pretrain.py", [*words(BASE | SETTINGS[name]), *fixed, *place], run.with_suffix(".log"))
-            found, baselines = measured(run)
-            rows.append(dict(setting=name, seed=seed, **found, minutes=round(seconds / 60, 1)))
-            for start in ("random", "histogram", "pixels"):
-                rows[-1][f"{start}_ridge"] = baselines[start]["ridge"]
-                rows[-1][f"{start}_knn"] = baselines[start]["knn"]
+            if measured(run, args.epochs) is None:
+                call("pretrain.py", [*words(BASE | SETTINGS[name]), *fixed, *place], run.with_suffix(".log"))
+            rows.append(dict(setting=name, seed=seed) | (measured(run, args.epochs) or {}))
             print(rows[-1], flush=True)
             path = write_csv("pretrain_settings", rows, about)
     print(path)

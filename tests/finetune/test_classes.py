@@ -50,8 +50,9 @@ def test_counts_are_those_of_the_model(classifier, data, tmp_path, capsys):
             counts[label, classifier(transform(Image.open(path))[None]).argmax()] += 1
     assert (counts.sum(0) > 0).sum() > 1  # not one prediction for all
     results = read_classes(tmp_path)
-    assert (results.measure, results.unit) == ("accuracy", "images")
-    assert results.classes == of_confusion(counts, ["a", "b", "c"], [float(counts[i, i]) / 4 for i in range(3)])
+    own = [float(counts[i, i]) / 4 for i in range(3)]
+    assert results == of_confusion("accuracy", "images", counts, ["a", "b", "c"], own)
+    assert results.confusion == counts.tolist()
     assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["epoch-0003.png"]
     assert "cannot be decoded" not in capsys.readouterr().err
     (tmp_path / "torn.png").write_bytes(b"no image")
@@ -66,6 +67,9 @@ def test_counts_are_those_of_the_model(classifier, data, tmp_path, capsys):
 
 def test_the_most_frequent_mistake():
     counts = torch.tensor([[5, 0, 0], [1, 1, 2], [0, 0, 0]])
-    assert of_confusion(counts, ["x", "y", "z"], [1.0, 0.25, None]) == [
+    found = of_confusion("accuracy", "images", counts, ["x", "y", "z"], [1.0, 0.25, None])
+    assert found.classes == [
         ClassResult("x", 5, 1.0, ""), ClassResult("y", 4, 0.25, "z (50 %)"), ClassResult("z", 0, None, ""),
     ]  # fmt: skip
+    many = torch.eye(21, dtype=torch.int64)
+    assert of_confusion("accuracy", "images", many, list(map(str, range(21))), [1.0] * 21).confusion is None

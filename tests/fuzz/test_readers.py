@@ -43,7 +43,8 @@ from timm_convnextv2.runs.group import Processes
 from timm_convnextv2.transfer.detection.coco import DetectionImages, open_coco
 from timm_convnextv2.transfer.segmentation.masks import load_mask, read_classes
 
-RESULTS = ClassResults("IoU", "pixels", [ClassResult("a", 3, 0.5, "b (10 %)"), ClassResult("b", 0, None)])
+OF_CLASSES = [ClassResult("a", 3, 0.5, "b (10 %)", [1.0, 0.5]), ClassResult("b", 0, None)]
+RESULTS = ClassResults("IoU", "pixels", OF_CLASSES, [[2, 1], [0, 0]])
 IMAGE_ERRORS = (ImageError, MissingPackageError)
 PIXELS = DemoSource(1, 32)[0].permute(1, 2, 0).numpy()
 

@@ -44,6 +44,8 @@ def test_report_of_a_segmentation(segmented):
     assert run.notes == [] and run.task == "segmentation" and "eval_miou" in run.rows[0]
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
     assert text.startswith(" Segmentation of run") and "Left out" not in text and "mIoU was highest" in text
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert len(page.all("td")) > len(run.classes.classes) ** 2 and "Confusion" in text
     names, counts = zip(*((of.name, of.count) for of in run.classes.classes), strict=True)
     assert [*names] == run.settings["classes"] and sum(counts) > 0 and " taken for" in text
 
@@ -60,7 +62,8 @@ def test_corrupt_results_per_class_are_noted(segmented, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(segmented[0], folder)
     wrong = '{"measure": "IoU", "unit": "pixels", "classes": [{"name": "a", "count": 1, "value": "x"}]}'
-    for content in ("{", "[]", wrong):
+    other = wrong.replace('"x"}]', '1}], "confusion": [[1, 2]]')
+    for content in ("{", "[]", wrong, other):
         (folder / "classes.json").write_text(content)
         assert main([str(folder)]) == 0
         text = Page((folder / "report.html").read_text(encoding="utf-8")).text

@@ -112,7 +112,9 @@ def test_average_precision_is_that_of_pycocotools(tmp_path):
         with contextlib.redirect_stdout(io.StringIO()):
             boxes.evaluate(), boxes.accumulate(), boxes.summarize()
         assert ours["class_ap"][number] == pytest.approx(boxes.stats[0], abs=1e-9)
-    assert len(ours) == 25
+        precision = boxes.eval["precision"][0, :, 0, 0, -1]
+        assert ours["class_precision"][number] == pytest.approx(precision, abs=1e-4)
+    assert len(ours) == 26
 
 
 def test_nothing_found_is_zero(coco):

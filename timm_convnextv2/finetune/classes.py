@@ -12,7 +12,7 @@ from ..console import say
 from ..data.display import display_of
 from ..data.samples.batches import map_batches, preprocessing
 from ..data.sources.files import ImageFiles
-from ..report.classes import ClassResults, of_confusion, write_classes
+from ..report.classes import of_confusion, write_classes
 from ..report.images import save_rows
 from ..runs.progress import ImageProgress
 from .plan import Plan
@@ -53,7 +53,7 @@ def describe_classes(plan: Plan, model: Path, epoch: int) -> None:
     if left := len(source) - int(counts.sum()):
         say(f"warning: {left} validation images cannot be decoded; the results per class lack them", error=True)
     of_class = [row[i].item() / total if (total := row.sum().item()) else None for i, row in enumerate(counts)]
-    write_classes(plan.folder, ClassResults("accuracy", "images", of_confusion(counts, names, of_class)))
+    write_classes(plan.folder, of_confusion("accuracy", "images", counts, names, of_class))
     if any(sides):
         _draw(plan.folder / "predictions" / f"epoch-{epoch:04d}.png", sides, split.samples, names)
 

@@ -96,6 +96,17 @@ def line_chart(
     return _svg(figure, name, about)
 
 
+def precision_chart(name: str, curves: Sequence[Sequence[float]], about: str) -> str:
+    """Precision over recall as an SVG element; a curve holds the precision at equally spaced recalls from 0 to 1."""
+    figure, axis = _figure()
+    for i, curve in enumerate(curves):
+        recalls = [j / max(len(curve) - 1, 1) for j in range(len(curve))]
+        axis.plot(recalls, curve, color=f"#fe01{i % SERIES:02x}", linewidth=1.8)
+    axis.set(xlim=(0, 1.01), ylim=(0, 1.02))
+    axis.set_xlabel("recall")
+    return _svg(figure, name, about)
+
+
 def collapse_chart(
     name: str, curves: Mapping[int, Sequence[Mapping[str, float]]], column: str = "distance", about: str = ""
 ) -> str:

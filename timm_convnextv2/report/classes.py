@@ -10,6 +10,7 @@ from ..config import read_json
 from ..files import write_json
 
 FILE = "classes.json"
+MAX_CONFUSION = 20  # classes of a matrix that is kept
 
 
 class ClassResult(NamedTuple):
@@ -19,6 +20,7 @@ class ClassResult(NamedTuple):
     count: int  # of its images, objects or pixels
     value: float | None  # the measure, 0 to 1; None if nothing was to be found
     mistake: str = ""  # the most frequent wrong prediction, with its share
+    precision: list[float] | None = None  # at equally spaced recalls from 0 to 1, of a detector at IoU 0.5
 
 
 class ClassResults(NamedTuple):
@@ -27,9 +29,12 @@ class ClassResults(NamedTuple):
     measure: str
     unit: str
     classes: list[ClassResult]
+    confusion: list[list[int]] | None = None  # counts [true class][predicted class] of few classes
 
 
-def of_confusion(counts: Tensor, names: Sequence[str], values: Sequence[float | None]) -> list[ClassResult]:
+def of_confusion(
+    measure: str, unit: str, counts: Tensor, names: Sequence[str], values: Sequence[float | None]
+) -> ClassResults:
     """Classes with their most frequent mistake, from counts `[true class, predicted class]`."""
     found = []
     for i, (name, row, value) in enumerate(zip(names, counts.tolist(), values, strict=True)):
@@ -37,13 +42,13 @@ def of_confusion(counts: Tensor, names: Sequence[str], values: Sequence[float | 
         most = max(range(len(wrong)), key=wrong.__getitem__)
         mistake = f"{names[most]} ({100 * wrong[most] / total:.0f} %)" if wrong[most] else ""
         found.append(ClassResult(name, total, value, mistake))
-    return found
+    return ClassResults(measure, unit, found, counts.tolist() if len(found) <= MAX_CONFUSION else None)
 
 
 def write_classes(folder: Path, results: ClassResults) -> None:
     """Writes them as JSON."""
     rows = [result._asdict() for result in results.classes]
-    write_json(folder / FILE, {"measure": results.measure, "unit": results.unit, "classes": rows}, indent=1)
+    write_json(folder / FILE, results._asdict() | {"classes": rows})
 
 
 def read_classes(folder: Path) -> ClassResults | None:
@@ -54,15 +59,24 @@ def read_classes(folder: Path) -> ClassResults | None:
         return None
     try:
         rows = [ClassResult(**row) for row in content["classes"]]
-        results = ClassResults(content["measure"], content["unit"], rows)
+        results = ClassResults(content["measure"], content["unit"], rows, content["confusion"])
     except (KeyError, TypeError) as e:
         raise ValueError(f"it does not hold results per class ({type(e).__name__})") from e
     texts = (results.measure, results.unit, *(text for row in rows for text in (row.name, row.mistake)))
     if not all(isinstance(text, str) for text in texts) or not all(map(_has_numbers, rows)):
         raise ValueError("it does not hold results per class")
+    if (counts := results.confusion) is not None and not _square(counts, len(rows)):
+        raise ValueError("its confusion is not a square of counts")
     return results
 
 
+def _square(counts: Any, size: int) -> bool:
+    rows = [counts, *counts] if isinstance(counts, list) else [None]
+    whole = all(isinstance(row, list) and len(row) == size for row in rows)
+    return whole and all(type(n) is int and n >= 0 for row in counts for n in row)
+
+
 def _has_numbers(row: ClassResult) -> bool:
-    value: Any = row.value
-    return type(row.count) is int and (value is None or type(value) in (int, float) and 0 <= value <= 1)
+    curve: Any = [] if row.precision is None else row.precision
+    shares: Any = [row.value, *curve] if isinstance(curve, list) else ["no list"]
+    return type(row.count) is int and all(v is None or type(v) in (int, float) and 0 <= v <= 1 for v in shares)

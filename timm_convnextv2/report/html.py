@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import whole_file
-from .charts import Line, collapse_chart, epoch_colours, line_chart, spread
+from .charts import SERIES, Line, collapse_chart, epoch_colours, line_chart, precision_chart, spread
 from .kinds import BASELINES, COST, KINDS, as_text, charts_of, in_one_line, last_numbers, probe_rows, verdict
 from .run import RunRecord, read_run
 
@@ -184,7 +184,7 @@ def _view(run: RunRecord, number: int, max_images: int) -> dict[str, Any]:
         "left_out": len(run.predictions) - len(predictions),
         "collapse": _collapse(run, number),
         "neighbours": neighbours,
-        "classes": _classes(run),
+        "classes": _classes(run, number),
         "rows": _rows(run),
         "bad_images": list(bad.values())[:100] if isinstance(bad, dict) else [],
         "next_steps": kind.next_steps(run.settings, run.path)
@@ -194,15 +194,23 @@ def _view(run: RunRecord, number: int, max_images: int) -> dict[str, Any]:
     }
 
 
-def _classes(run: RunRecord) -> dict[str, Any]:
-    """The table of classes, the worst first."""
+def _classes(run: RunRecord, number: int) -> dict[str, Any]:
+    """The table of classes, the worst first; the confusion in % of each true class; curves of precision."""
+    from markupsafe import Markup
+
     if run.classes is None:
         return {}
     known = sorted((c for c in run.classes.classes if c.value is not None), key=lambda c: c.value or 0.0)
     rows = [(c.name, as_text(c.value or 0.0, "{:.1%}"), f"{c.count:,}", c.mistake) for c in known[:MAX_CLASSES]]
+    names = [c.name for c in run.classes.classes]
+    shares = [[round(100 * n / max(1, sum(counts))) for n in counts] for counts in run.classes.confusion or ()]
+    curves = {c.name: c.precision for c in known[:SERIES] if c.precision}
+    about = f"Precision over recall of {', '.join(curves)}."
     return {
         "measure": run.classes.measure, "unit": run.classes.unit, "rows": rows, "all": len(known),
-        "mistakes": any(c.mistake for c in known),
+        "mistakes": any(c.mistake for c in known), "confusion": list(zip(names, shares, strict=False)),
+        "precision": [*curves] and Markup(precision_chart(f"precision-{number}", [*curves.values()], about)),
+        "curves": [*curves],
     }  # fmt: skip
 
 

@@ -62,7 +62,8 @@ def average_precision(
 ) -> dict[str, Any]:
     """COCO's twelve numbers, for boxes as `box_*` and for masks as `mask_*`, in 0..1; -1 if no object counts.
 
-    `class_ap` is the list of box AP by category, None for those without objects.
+    `class_ap` is the list of box AP by category, `class_precision` that of the precision at IoU 0.5 at 101 recalls from
+    0 to 1; None for categories without objects.
 
     Computed by faster-coco-eval from results on all images of `coco`, of which the best `max_objects` per image count.
     With another number than COCO's 100, `ar100` is the average recall with that number.
@@ -82,10 +83,9 @@ def average_precision(
         found |= {f"{name}_{metric}": float(v) for metric, v in zip(METRICS, evaluator.stats[:12], strict=True)}
         if name == "box":  # [threshold, recall, category, area, limit], -1 where nothing counts
             precision = evaluator.eval["precision"][:, :, :, 0, -1]
-            means = [
-                float(part[part > -1].mean()) if (part > -1).any() else None for part in precision.transpose(2, 0, 1)
-            ]
-            found["class_ap"] = means
+            parts = [part if (part > -1).any() else None for part in precision.transpose(2, 0, 1)]
+            found["class_ap"] = [None if part is None else float(part[part > -1].mean()) for part in parts]
+            found["class_precision"] = [None if part is None else part[0].round(4).tolist() for part in parts]
     return found
 
 

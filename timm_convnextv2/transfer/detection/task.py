@@ -115,8 +115,10 @@ class DetectionTask(Task):
         metrics, found = evaluate_detector(model, self.validation, world=world, **self._how)
         coco = self.validation.coco
         objects = Counter(a["category_id"] for a in coco.annotations if not a["iscrowd"])
-        rows = zip(coco.classes, (objects[i] for i in coco.category_ids), metrics["class_ap"], strict=True)
-        return metrics, found, ClassResults("box AP", "objects", [ClassResult(*row) for row in rows])
+        curves = metrics.pop("class_precision")
+        rows = zip(coco.classes, (objects[i] for i in coco.category_ids), metrics["class_ap"], curves, strict=True)
+        found_of = [ClassResult(name, count, ap, precision=curve) for name, count, ap, curve in rows]
+        return metrics, found, ClassResults("box AP", "objects", found_of)
 
     def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
         images = self.validation.coco.images

@@ -109,8 +109,7 @@ class SegmentationTask(Task):
         how: Any = dict(amp_dtype=self._compute.autocast, workers=self._compute.workers)
         confusion, found = evaluate_segmenter(model, self.validation, self._how, **how, world=world, keep=shown)
         metrics = confusion.measures()
-        of_classes = of_confusion(confusion.counts, self.classes, metrics["iou"])
-        return metrics, found, ClassResults("IoU", "pixels", of_classes)
+        return metrics, found, of_confusion("IoU", "pixels", confusion.counts, self.classes, metrics["iou"])
 
     def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
         save_segmentations(path, self.validation, found, title)
