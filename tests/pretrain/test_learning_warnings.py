@@ -3,7 +3,7 @@
 import pytest
 
 from timm_convnextv2.pretraining import messages
-from timm_convnextv2.pretraining.messages import learning_warnings, worker_warnings
+from timm_convnextv2.pretraining.messages import few_images, learning_warnings, worker_warnings
 from timm_convnextv2.runs.plan import Plan
 
 
@@ -32,3 +32,9 @@ def test_workers_above_the_cores(monkeypatch, workers, cores, said):
     monkeypatch.setattr(messages.os, "sched_getaffinity", lambda _: {*range(cores)}, raising=False)
     found = worker_warnings(workers, 1)
     assert [line.endswith(f"--workers {said}.") for line in found] == [True] * (said is not None)
+
+
+@pytest.mark.parametrize("case", [(999, False, False), (1000, False, False), (10, True, False), (10, False, True)])
+def test_few_images(case):
+    found = few_images(*case)
+    assert found.startswith("999 images are few: --probe-dir") if case[0] == 999 else found == ""

@@ -22,6 +22,7 @@ from .start import short_name
 
 FEW_UPDATES = 150  # a run on drawn images learned in 192
 LOW_RATE = 1e-5  # 192 updates of 16 drawn images: loss 0.77 at 9.4e-6, 0.38 at 1e-4, 0.35 at 1e-3
+FEW_IMAGES = 1000
 MOSTLY_START = 0.05  # a larger share of the start in a moving average is warned about
 
 
@@ -87,6 +88,16 @@ def learning_warnings(plan: Plan, started: bool) -> list[str]:
             f"update is --lr {usual:.1e}."
         )
     return found
+
+
+def few_images(count: int, probed: bool, started: bool) -> str:
+    """A line about a small set of images that starts from random weights and that no probe measures, or ''."""
+    if count >= FEW_IMAGES or probed or started:
+        return ""
+    return (
+        f"{count} images are few: --probe-dir LABELLED shows whether the features beat those of random weights, and "
+        "--pretrained starts from published weights"
+    )
 
 
 def worker_warnings(workers: int, world_size: int) -> list[str]:

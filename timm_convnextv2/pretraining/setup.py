@@ -38,7 +38,7 @@ from .config import PretrainConfig
 from .inputs import check_input, input_line, input_warnings
 from .loop import WRITTEN, PretrainRun
 from .measures import Best, Measure, affordable, collapse_of_blocks, held_out_loss, reconstructions
-from .messages import about_run, ema_warnings, learning_warnings, memory_line, time_line, worker_warnings
+from .messages import about_run, ema_warnings, few_images, learning_warnings, memory_line, time_line, worker_warnings
 from .plan import make_plan, resume_progress, split_batch
 from .probe import Probe, Rows, random_encoder
 from .recipe import recipe_line
@@ -100,7 +100,9 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     about = [about_run(config.network.model, model, plan, batches.num_images, world)]
     if batches.held_out is not None:
         about.append(f"{len(batches.held_out)} more images are held out, for eval_loss")
-    about += [*batches.sampling(), *filter(None, [recipe_line(config), chosen, measured]), input_line(batches.inputs)]
+    few = few_images(batches.num_images, bool(config.measures.probe_dir), config.network.pretrained)
+    lines = [*batches.sampling(), recipe_line(config), chosen, few, measured, input_line(batches.inputs)]
+    about += filter(None, lines)
     warnings = input_warnings(batches.inputs) + ema_warnings(config.average, plan.updates)
     warnings += learning_warnings(plan, config.network.pretrained)
     for warning in warnings + worker_warnings(config.loading.workers, world.size):
