@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "mask ratio 0.4": {"--mask-ratio": "0.4"},
     "mask ratio 0.75": {"--mask-ratio": "0.75"},
     "decoder of 128 channels": {"--decoder-dim": "128"},
-    "decoder of 2 blocks": {"--decoder-depth": "2"},
+    "decoder of two blocks": {"--decoder-depth": "2"},
     "targets not normalised": {"--no-norm-pix-loss": ""},
     "moving average": {"--model-ema": ""},
     "standardize channel": {"--standardize": "channel"},
@@ -45,7 +45,6 @@ SETTINGS: dict[str, dict[str, str]] = {
     "half the batch, twice the updates": {"--batch-size": "32"},
     "48 px": {"--img-size": "48"},
     "64 px": {"--img-size": "64"},
-    "64 px, patch 2": {"--img-size": "64", "--patch-size": "2"},
 }
 
 
