@@ -32,7 +32,7 @@ from timm_convnextv2.pretraining import measures
 from timm_convnextv2.runs import lock
 from timm_convnextv2.runs.checkpoints import Checkpoint
 from timm_convnextv2.runs.folder import RunFolder
-from timm_convnextv2.runs.lock import Lock
+from timm_convnextv2.runs.lock import LOCK, Lock
 from timm_convnextv2.runs.trainer import Trainer
 from timm_convnextv2.transfer import loop as transfer_loop
 
@@ -236,6 +236,26 @@ def test_a_finished_run_resumed_into_a_new_folder_exports_there(training, finish
     assert all(Path(path).exists() for path in re.findall(r"^  (/\S+)$", printed, flags=re.M))
     assert_same(training.weights(out), training.weights(finished))
     assert_same(load(out)["state_dict"], load(finished)["state_dict"])
+
+
+def test_a_resumed_run_says_which_settings_are_others(training, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        at_update(patch, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        training(tmp_path / "r")
+    capsys.readouterr()
+    training(tmp_path / "r", "--resume", "auto", "--lr", "3e-5", "--workers", "1")
+    said = "the run was resumed with other settings: lr: "
+    assert f"warning: {said}" in (printed := capsys.readouterr().out) and "3e-05 here" in printed
+    assert "workers:" not in printed and said in (tmp_path / "r" / "args.yaml").read_text()
+    # what has finished stays as it is
+    before = snapshot(tmp_path / "r")
+    training(tmp_path / "r", "--resume", "auto", "--lr", "4e-5")
+    printed = capsys.readouterr().out
+    assert "has finished its 2 epochs. Nothing is trained with other settings: lr: 3e-05 there, 4e-05 here" in printed
+    after = snapshot(tmp_path / "r")
+    assert {k: v for k, v in after.items() if LOCK not in k.name} == {
+        k: v for k, v in before.items() if LOCK not in k.name
+    }
 
 
 def test_names_may_be_any_bytes(training, tmp_path):

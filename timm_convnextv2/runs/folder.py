@@ -28,6 +28,14 @@ VERSIONS = f"timm_convnextv2 {__version__}, timm {timm.__version__}, torch {torc
 WRITTEN = ("args.yaml", "summary.csv", "*.pth.tar", "report.html", "events.out.tfevents.*", "wandb")
 
 
+# Settings that change no weight: a run may resume with others without a word.
+FREE = set(
+    "output experiment device workers pin_mem log_interval log_wandb wandb_project log_tensorboard torchcompile "
+    "license checkpoint_interval recovery_interval checkpoint_minutes milestone_interval recon_interval show_bands "
+    "probe_interval index recipe eval_interval shown_images".split()
+)
+
+
 class RunFolder:
     """The folder of a run. Opening it writes nothing; `claim` does.
 
@@ -64,8 +72,9 @@ class RunFolder:
         if resume and (resume != "auto" or source.exists()):
             self._load(source, fall_back=resume == "auto")
         here = resume == "auto" or bool(resume) and source.resolve().parent == self.path.resolve()
+        self.continues = here and self.checkpoint is not None  # that of this folder
         # a run that resumes here keeps its folder
-        self._empties = overwrite and not (self.checkpoint is not None and here)
+        self._empties = overwrite and not self.continues
         # a run that was killed before it wrote anything leaves its lock
         used = self.path.is_dir() and any(not p.name.startswith(LOCK) for p in self.path.iterdir())
         other = self._other_task(task) if used else ""
@@ -151,8 +160,10 @@ class RunFolder:
         trainer.load(self.checkpoint.state, self.checkpoint.progress.sums, self.checkpoint.progress.skipped)
         self.checkpoint = None
 
-    def claim(self, settings: dict[str, Any], epoch: int, command: str = "", warnings: Sequence[str] = ()) -> None:
-        """Makes and locks the folder, removes what a killed process left, and writes args.yaml.
+    def claim(
+        self, settings: dict[str, Any] | None, epoch: int, command: str = "", warnings: Sequence[str] = ()
+    ) -> None:
+        """Makes and locks the folder, removes what a killed process left, and writes args.yaml if there are `settings`.
 
         Its head has the `command` and the `warnings` about the run, for the report.
         Rows of the summary after `epoch`, the complete epochs, are removed.
@@ -166,8 +177,10 @@ class RunFolder:
                 shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             remove_leftovers(self.path, (*self.written, LOCK), alone=True)
             remove_leftovers(self.path / "reconstructions", ("*.png",), alone=True)
-            with whole_file(self.path / "args.yaml") as part:
-                part.write_text(head_comment(VERSIONS, command, warnings) + yaml.safe_dump(settings, sort_keys=False))
+            if settings is not None:
+                head = head_comment(VERSIONS, command, warnings)
+                with whole_file(self.path / "args.yaml") as part:
+                    part.write_text(head + yaml.safe_dump(settings, sort_keys=False))
             self.notes += summary.trim(self.summary, epoch)
         except BaseException as e:
             if self._lock is not None:

@@ -12,7 +12,7 @@ from typing import Any
 from ..models.memory import peak_memory
 from .checkpoints import Checkpoint, Progress
 from .errors import DataError, NotFiniteError, NotSavedError, attempt, reading
-from .folder import RunFolder
+from .folder import FREE, RunFolder, differences
 from .logs import Log, Logs
 from .plan import Plan
 from .progress import ProgressBar, Stopwatch
@@ -73,14 +73,22 @@ class Run:
 
         `command` and `warnings` are for args.yaml; `compile_backend` is that of torch.compile, None does not compile.
         """
-        resumed = ""
+        resumed, finished = "", self.ended and self.folder.continues and self.exported
         if self.folder.checkpoint is not None:
             where = f"epoch {self.progress.epoch + 1}, update {self.progress.update + 1}"
             resumed = f"Resumed from {self.folder.checkpoint.path}: {where}"
+            names = [name for name in self.settings if name not in FREE]
+            if changed := differences(self.folder.checkpoint.settings, self.settings, names):
+                text = f"the run was resumed with other settings: {'; '.join(changed)}"
+                warnings = [*warnings, text]
+                resumed += f"\nwarning: {text}"
+            if finished:
+                ignored = f" Nothing is trained with other settings: {'; '.join(changed)}." if changed else ""
+                resumed = f"The run in {self.folder.path} has finished its {self.progress.epoch} epochs.{ignored}"
             self.folder.restore(self.trainer, self.plan.updates_per_epoch)
         self.world.wait()  # no process may find the folder already claimed
         if self.world.primary:
-            self.folder.claim(self.settings, self.progress.epoch, command, warnings)
+            self.folder.claim(None if finished else self.settings, self.progress.epoch, command, warnings)
             self.logs = logs.open(self.folder.path, self.settings)
         self.world.wait()  # nor train if rank 0 could not claim it
         self.trainer.wrap(compile_backend)
