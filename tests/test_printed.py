@@ -36,7 +36,8 @@ def run(tmp_path, monkeypatch, demo):
     monkeypatch.setenv("TIMM_TRAIN", os.environ.get("TIMM_TRAIN") or str(STAND_IN))
 
     def run(printed: str, data: Path = demo) -> list[str]:
-        commands = commands_in(printed, {"DATA": str(data), "IMAGES": str(data), "USER/NAME": "me/x", "ID": "mit"})
+        places = dict.fromkeys(("DATA", "IMAGES", "LABELLED"), str(data))
+        commands = commands_in(printed, {**places, "USER/NAME": "me/x", "ID": "mit"})
         for name, *words in commands:
             if name == "-c":
                 exec(words[0], {})
@@ -51,9 +52,12 @@ def run(tmp_path, monkeypatch, demo):
 
 def test_after_pretraining(pretrained, run):
     folder, printed = pretrained
-    assert run(printed) == ["-c", "finetune", "publish"]
-    steps = KINDS["pretraining"].next_steps(read_run(folder).settings, folder)
+    assert run(printed) == ["evaluate", "-c", "finetune", "embed", "publish"]
+    settings = read_run(folder).settings
+    steps = KINDS["pretraining"].next_steps(settings, folder)
     assert all(step.command in printed for step in steps)  # the report's are the same
+    own = [step.command for step in KINDS["pretraining"].next_steps(settings | {"divide": 4095.0}, folder)]
+    assert sum("tcx.open_encoder" in command for command in own) == 1 and not any("timm.create" in c for c in own)
 
 
 def test_the_last_line_is_what_the_probe_found(pretrained):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ..checkpoint.provenance import read_object
 from ..console import interpreter, invocation
+from ..data.formats.pixels import PLAIN, Pixels
 
 
 class Step(NamedTuple):
@@ -46,19 +47,34 @@ def _device(settings: dict[str, Any]) -> list[str]:
 
 
 def next_steps(settings: dict[str, Any], folder: Path) -> list[Step]:
-    """Commands to load, finetune and publish the `encoder/` in the folder of a run with these settings."""
+    """Commands to judge, load, finetune and publish the `encoder/` in the folder of a run with these settings."""
+    run = str(near(folder))
     encoder, (chans, height, width) = near(folder) / "encoder", settings["input_size"]
     size = f"--img-size {height}" if chans == 3 and height == width else f"--input-size {chans} {height} {width}"
     own_images = settings["data_dir"] or settings.get("data_list") or settings["dataset"] not in ("", "demo")
     recipe = "small-data" if own_images else "smoke"
     finetune = shlex.join([*invocation("finetune"), "--recipe", recipe, *_device(settings)])
     python = shlex.quote(interpreter())
-    load = f"import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
+    why, load = (
+        "Load it in Python, with timm alone",
+        f"import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))",
+    )
+    if Pixels.from_record(settings) != PLAIN:
+        load = f"import timm_convnextv2 as tcx; print(tcx.open_encoder({run!r}).embed('IMAGES'))"
+        why = "Load it in Python, which converts stored values as in training"
     return [
-        Step("Load it in Python, with timm alone", f'{python} -c "{load}"'),
+        Step(
+            "Judge its features on labelled images, beside baselines",
+            shlex.join([*invocation("evaluate"), run, "--data-dir", "LABELLED"]),
+        ),
+        Step(why, f'{python} -c "{load}"'),
         Step(
             "Finetune it with timm's train.py and a recipe, on a folder with train/ and validation/",
             f'{finetune} --model "local-dir:{encoder}" {size} --data-dir DATA',
+        ),
+        Step(
+            "Compute a row of features per image",
+            shlex.join([*invocation("embed"), "IMAGES", "--model", run, "--output", "features.npy"]),
         ),
         Step("Preview a publication", publish_preview(folder, encoder)),
     ]
