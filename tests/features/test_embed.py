@@ -541,7 +541,8 @@ def test_embed_from_the_shell(small, partly_bad, tmp_path, capsys):
     command += ["--device", "cpu", "--max-bad-images", "0.5"]
     assert main(command) == 0
     out, err = capsys.readouterr()
-    assert re.fullmatch(re.escape(f"{output}: 4 rows; 2 images skipped; ") + r"[\d.]+ images/s\n", out)
+    assert re.fullmatch(re.escape(f"{output}: 4 rows; 2 images skipped; ") + r"[\d.]+ images/s\n.*\n", out)
+    assert out.endswith(f"skipped: {output}.csv, {output}.skipped.csv\n")
     assert err.startswith(f"1 other file ignored: 1 .txt\nskipped: {partly_bad}/b.png: cannot be decoded (")
     assert main(command) == 2
     out, err = capsys.readouterr()

@@ -91,8 +91,9 @@ def test_dry_run(tmp_path, capsys, options):
     printed = capsys.readouterr().out
     head, _, tail = printed.partition("fcmae_convnextv2_atto: ")
     settings = yaml.safe_load(head)
-    assert settings["input_size"] == [3, 64, 64] and settings["epochs"] == 1
-    assert not {"dry_run", "seed", "mask_ratio"} & settings.keys()  # the defaults are left out
+    assert settings["img_size"] == 64 and settings["epochs"] == 1
+    # the defaults are left out, and what follows from others
+    assert not {"dry_run", "seed", "mask_ratio", "input_size", "recon_interval"} & settings.keys()
     assert "32 images of 3 x 64 x 64 in 2 x 2 patches of 32 px; 4 updates of 8 images" in tail
     assert re.search(r"Memory per process: about [\d.]+ GiB", tail)
     assert re.search(r"Time: about \d+ s for 4 updates \([\d.e-]+ s each, measured\)", tail)
@@ -125,7 +126,7 @@ def test_dry_run(tmp_path, capsys, options):
         (["--divide", "0"], ["divide must be a number above 0"]),
         (["--in-chans", "0"], "--in-chans must be at least 1"),
         (["--mean", "0.5", "0.5", "--std", "1", "1", "1"], "--mean has 2 values for 3 channels"),
-        (["--mean", "0.5", "0.5", "0.5"], "--std has 0 values"),
+        (["--mean", "0.5", "0.5", "0.5"], "--std is missing"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--epochs", "x"], "invalid int value: 'x'"),
         (["--warmup-epochs", "1"], ["--warmup-epochs 1", "--epochs 1"]),

@@ -1,10 +1,12 @@
 """`timm-convnextv2 embed`: one row of features per image."""
 
 import time
+from pathlib import Path
 
 from ..console import say
 from ..features.config import EmbedConfig
 from ..features.embed import embed
+from ..features.rows import paths_beside
 from .base import run
 
 
@@ -26,4 +28,6 @@ def write(config: EmbedConfig) -> int:
         say(f"skipped: {reason}", error=True)
     rate = rows / (time.perf_counter() - start)
     say(f"{config.output}: {rows} rows; {len(skipped)} images skipped; {rate:.1f} images/s")
+    if beside := [str(path) for path in paths_beside(Path(config.output)) if path and path.exists()]:
+        say(f"Their names, and what was skipped: {', '.join(beside)}")
     return 0

@@ -97,7 +97,7 @@ def export(config: ExportConfig) -> None:
     free = f"; may change: {', '.join(config.dynamic)}" if config.dynamic else ""
     say(f"{path}: {done.size / 2**20:.1f} MiB; difference from the model {done.difference:.1e} of its largest output")
     say(f"input images: float32 {content['input']['shape']}{free}; mean and std are applied inside")
-    say(f"  pixels in 0..1 before normalisation{f', read with {pixels}' if pixels else ''}; their size is not changed")
+    say(f"  pixels in 0..1 before normalisation{f' ({pixels})' if pixels else ''}; their size is not changed")
     for name, shape in content["outputs"].items():
         say(f"output {name}: float32 {shape}")
     ratio = done.eager / done.exported

@@ -141,7 +141,7 @@ def _checksum(rows: np.ndarray, metadata: dict[str, str]) -> str:
     return sha.hexdigest()
 
 
-def _beside(output: Path) -> tuple[Path | None, Path]:
+def paths_beside(output: Path) -> tuple[Path | None, Path]:
     """Paths of the table of names (None for Parquet, which contains them) and of the skipped images."""
     names = None if output.suffix == ".parquet" else output.with_name(f"{output.name}.csv")
     return names, output.with_name(f"{output.name}.skipped.csv")
@@ -154,7 +154,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"The output is '{output}', expected a file whose name ends in {endings}.")
     if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise MissingPackageError("Writing .parquet needs the package pyarrow: run `pip install pyarrow`.")
-    for file in filter(None, (output, _beside(output)[0])):
+    for file in filter(None, (output, paths_beside(output)[0])):
         check_free(file, overwrite=overwrite)
 
 
@@ -163,7 +163,7 @@ def write_output(output: Path, parts: Parts, numbers: Sequence[int]) -> tuple[in
 
     Returns the number of rows, and the reasons of the skipped images by index.
     """
-    names, table = _beside(output)
+    names, table = paths_beside(output)
     skipped = [entry for number in numbers for entry in parts.read(number).skipped]
     shapes = [parts.read(number).rows.shape for number in numbers]
     shape = sum(rows for rows, _ in shapes), max(features for _, features in shapes)

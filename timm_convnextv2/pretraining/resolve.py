@@ -129,6 +129,8 @@ def _normalization(config: PretrainConfig, start: Start | None) -> dict[str, Any
         if AUTO in values and len(values) > 1:
             words = " ".join(map(str, values))
             raise ValueError(f"--{name} takes {AUTO} alone, or one number per channel; got {words}.")
+        if not values:
+            raise ValueError(f"--{name} is missing: give --mean and --std both, or {AUTO} for what is to be measured.")
         if values != (AUTO,) and len(values) != crops.in_chans:
             raise ValueError(f"--{name} has {len(values)} values for {crops.in_chans} channels.")
     return found
@@ -151,9 +153,9 @@ def length(config: PretrainConfig, before: Mapping[str, Any], updates_per_epoch:
         return config, ""
     epochs = before.get("epochs") or usual_epochs(updates_per_epoch)
     config = evolve(config, epochs=epochs)
-    line = f"--epochs {epochs}: {epochs * updates_per_epoch} updates"
+    line = f"--epochs {epochs}, by the number of images: {epochs * updates_per_epoch:,} updates"
     if epochs != PAPER_EPOCHS:
-        line += f"; the paper's {PAPER_EPOCHS} epochs would be {PAPER_EPOCHS * updates_per_epoch}"
+        line += f" (the paper's {PAPER_EPOCHS} epochs would be {PAPER_EPOCHS * updates_per_epoch:,})"
     return evolve(config, **intervals(config)), line
 
 

@@ -47,6 +47,10 @@ from .resolve import length, measure
 from .start import Start, create_model, open_start, short_name
 from .trainer import check_compile_backend, create_trainer
 
+# settings that follow from others, which --dry-run leaves out
+FOLLOW = {"input_size", "experiment", "warmup_epochs", "model_ema_warmup"}
+FOLLOW |= {"milestone_interval", "recon_interval", "probe_interval"}
+
 
 def set_up(config: PretrainConfig, start: Start | None, world: World, command: str = "") -> PretrainRun | None:
     """Opens and checks everything; only then writes.
@@ -116,11 +120,12 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     trainer = create_trainer(model, plan, world, optimizer, learning, config.network.channel_dropout)
     if config.dry_run:
         usual, ema, amp = flat(PretrainConfig()), average.model_ema, config.compute.amp
-        changed = {name: value for name, value in settings.items() if value != usual[name]}
+        changed = {name: value for name, value in settings.items() if value != usual[name] and name not in FOLLOW}
         memory = memory_line(model, config.schedule.batch_size, ema=ema, amp=amp, device=world.device)
         world.print(yaml.safe_dump(changed, sort_keys=False, default_flow_style=None) + "\n".join([*about, memory]))
         trainer.wrap(config.compute.torchcompile)
         tries = range(min(4, plan.updates_per_epoch))
+        world.print("Timing an update ...")
         world.print(time_line(seconds_per_update(trainer, batches.iterate(0, 0), tries), plan.updates))
         return None
 
