@@ -13,8 +13,13 @@ import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.measure import call, conditions, write_csv
+from timm_convnextv2 import open_encoder
+from timm_convnextv2.features import measure_features, open_labelled
+from timm_convnextv2.features.config import Scoring
+from timm_convnextv2.features.extract import EPS, image_batches
 from timm_convnextv2.files import read_rows
 
 BASE = {
@@ -67,6 +72,26 @@ def measured(run: Path, epochs: int) -> dict[str, float] | None:
     return found | {f"{start}_{name}": baselines[start][name] for start in SHORTCUTS for name in ("knn", "ridge")}
 
 
+def of_stage(run: Path, images: Path, seed: int, stage: int) -> dict[str, float]:
+    """kNN and ridge as the probe of a run has them, on the mean of another stage's map; stages count from 1."""
+    encoder = open_encoder(run, device="cpu")
+    labelled = open_labelled(str(images), in_chans=encoder.in_chans, seed=seed)
+    rows = []
+    for split in (labelled.train, labelled.test):
+        part = []
+        for batch in image_batches(split.source, encoder.transform):
+            with torch.inference_mode():
+                maps = encoder.model.forward_intermediates(batch, indices=4, intermediates_only=True)  # pyright: ignore
+            row = maps[stage - 1].float().mean((2, 3))
+            part.append(F.layer_norm(row, row.shape[1:], eps=EPS))
+        rows.append(torch.cat(part))
+    found = measure_features(
+        rows[0], labelled.train.labels, rows[1], labelled.test.labels, num_classes=len(labelled.classes),
+        scoring=Scoring(k=(20,), probe=False),
+    )  # fmt: skip
+    return {f"eval_{name}": round(100 * found[key].value, 2) for name, key in (("knn", "knn_20"), ("ridge", "ridge"))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a set of benchmarks.images")
@@ -92,6 +117,8 @@ def main() -> None:
                 call("pretrain.py", [*words(BASE | SETTINGS[name]), *fixed, *place], run.with_suffix(".log"))
             rows.append(dict(setting=name, seed=seed) | (measured(run, args.epochs) or {}))
             print(rows[-1], flush=True)
+            if name == "base":
+                rows.append(dict(setting="base, features of stage 3", seed=seed) | of_stage(run, images, seed, 3))
             path = write_csv("pretrain_settings", rows, about)
     print(path)
 
