@@ -56,8 +56,8 @@ def test_after_pretraining(pretrained, run):
     settings = read_run(folder).settings
     steps = KINDS["pretraining"].next_steps(settings, folder)
     assert all(step.command in printed for step in steps)  # the report's are the same
-    own = [step.command for step in KINDS["pretraining"].next_steps(settings | {"divide": 4095.0}, folder)]
-    assert sum("tcx.open_encoder" in command for command in own) == 1 and not any("timm.create" in c for c in own)
+    own = [step.why for step in KINDS["pretraining"].next_steps(settings | {"divide": 4095.0}, folder)]
+    assert sum("convert stored values" in why for why in own) == 1
 
 
 def test_the_last_line_is_what_the_probe_found(pretrained):

@@ -51,7 +51,7 @@ def test_resume_auto(tmp_path, no_images, capsys):
     for epochs in (1, 1):
         run(out, "--resume", "auto", epochs=epochs)
         printed = capsys.readouterr().out
-        assert "Resumed from" in printed and "Done: the encoder is in" in printed and "step" not in printed
+        assert "has finished (epoch 1)." in printed and "Done: the encoder is in" in printed and "step" not in printed
     assert_same(load(out), before)
     assert len(rows(out)) == 1
 

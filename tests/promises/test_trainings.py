@@ -251,7 +251,7 @@ def test_a_resumed_run_says_which_settings_are_others(training, tmp_path, capsys
     before = snapshot(tmp_path / "r")
     training(tmp_path / "r", "--resume", "auto", "--lr", "4e-5")
     printed = capsys.readouterr().out
-    assert "has finished its 2 epochs. Nothing is trained with other settings: lr: 3e-05 there, 4e-05 here" in printed
+    assert "has finished (epoch 2). Nothing is trained with other settings: lr: 3e-05 there, 4e-05 here" in printed
     after = snapshot(tmp_path / "r")
     assert {k: v for k, v in after.items() if LOCK not in k.name} == {
         k: v for k, v in before.items() if LOCK not in k.name

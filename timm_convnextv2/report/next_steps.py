@@ -55,13 +55,10 @@ def next_steps(settings: dict[str, Any], folder: Path) -> list[Step]:
     recipe = "small-data" if own_images else "smoke"
     finetune = shlex.join([*invocation("finetune"), "--recipe", recipe, *_device(settings)])
     python = shlex.quote(interpreter())
-    why, load = (
-        "Load it in Python, with timm alone",
-        f"import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))",
-    )
+    load = f"import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
+    why = "Load it in Python, with timm alone"
     if Pixels.from_record(settings) != PLAIN:
-        load = f"import timm_convnextv2 as tcx; print(tcx.open_encoder({run!r}).embed('IMAGES'))"
-        why = "Load it in Python, which converts stored values as in training"
+        why += " (convert stored values as its README says; tcx.open_encoder does)"
     return [
         Step(
             "Judge its features on labelled images, beside baselines",

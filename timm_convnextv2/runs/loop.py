@@ -84,7 +84,7 @@ class Run:
                 resumed += f"\nwarning: {text}"
             if finished:
                 ignored = f" Nothing is trained with other settings: {'; '.join(changed)}." if changed else ""
-                resumed = f"The run in {self.folder.path} has finished its {self.progress.epoch} epochs.{ignored}"
+                resumed = f"The run in {self.folder.path} has finished (epoch {self.progress.epoch}).{ignored}"
             self.folder.restore(self.trainer, self.plan.updates_per_epoch)
         self.world.wait()  # no process may find the folder already claimed
         if self.world.primary:
