@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from dicom_files import draw
 from PIL import Image
 
 from timm_convnextv2.commands import main as cli
@@ -203,10 +204,49 @@ def test_command(tmp_path, capsys):
     assert found["mean"] == pytest.approx(values.mean(1).tolist(), rel=1e-5)
     assert found["std"] == pytest.approx(values.std(1).tolist(), rel=1e-4)
     assert found["pixels"] == {"nodata": 0, "divide": 10000} and found["channels"][0]["missing"] > 0
-    assert "--in-chans 5 --nodata=0 --divide 10000 --mean 0." in out
+    assert "--in-chans 5 --nodata 0 --divide 10000 --mean 0." in out
     assert Image.open(tmp_path / "out.png").size[0] > 500
     _, err, _ = run(tmp_path, capsys, str(tmp_path / "data"), status=2)
     assert "exists" in err and "--overwrite" in err
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "largest", "suggested", "said"),
+    [
+        (np.uint16, 5, 4087, ["--nodata 0", "--divide 10000"], "reflectances"),
+        (np.uint16, 12, 900, ["--nodata 0", "--divide 10000"], "--divide 1023: 10 bits"),
+        (np.uint16, 12, 250, ["--nodata 0", "--divide 255"], "8 bits"),
+        (np.uint16, 4, 4087, ["--nodata 0", "--divide 4095"], "12 bits"),
+        (np.uint16, 1, 4087, ["--nodata 0", "--divide 4095"], "12 bits"),
+        (np.float32, 2, 900, ["--nodata 0"], ""),
+        (np.uint8, 5, 250, ["--nodata 0"], ""),
+        (np.uint8, 3, 250, [], "of the pixels are 0 in all 3 channels"),
+        (np.uint8, 1, 250, [], ""),
+    ],
+)
+def test_suggestions_follow_the_kind_of_the_images(tmp_path, capsys, kind, channels, largest, suggested, said):
+    """A tenth of the pixels is 0: nodata in a raster, a black border in a photograph."""
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        x = np.random.default_rng(i).integers(1, largest, (channels, 40, 44)).astype(kind)
+        x[:, 5, 5], x[:, :4] = largest, 0
+        np.save(tmp_path / f"data/{i}.npy", x)
+    for more in ([], ["--clip-percentiles", "20", "90"]):  # limits hide neither zeros nor the largest value
+        out, _, found = run(tmp_path, capsys, str(tmp_path / "data"), "--overwrite", *more)
+        assert [*found["suggested"]] == suggested
+        assert said in out and ("Crop it" in out) == (kind is np.uint8 and channels == 3)
+
+
+@pytest.mark.parametrize("window", [[], ["--dicom-window", "2000", "4000"]])
+def test_black_in_dicom_is_not_taken_for_nodata(tmp_path, capsys, window):
+    pytest.importorskip("pydicom", reason="needs the package pydicom")
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        x = np.random.default_rng(i).integers(1, 4095, (40, 44), np.uint16)
+        x[:4] = 4095
+        draw(tmp_path / f"data/{i}.dcm", x, "MONOCHROME1")
+    _, _, found = run(tmp_path, capsys, str(tmp_path / "data"), *window)
+    assert found["channels"][0]["zeros"] > 0.09 and found["suggested"] == {}
 
 
 @pytest.mark.parametrize("given", ["", "--nodata 0", "--divide 10000", "--nodata 0 --divide 10000"])

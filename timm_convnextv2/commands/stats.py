@@ -1,12 +1,13 @@
 """`timm-convnextv2 stats`: measures the pixels of a data set per channel."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..config import entries, flat, words_of
 from ..console import say
 from ..data import (
     Pixels,
@@ -16,9 +17,16 @@ from ..data import (
     create_source,
     pages_and_windows,
 )
-from ..data.config import Dirs, as_list
+from ..data.config import Dirs, as_list, check_limits
 from ..data.measure.pixel_statistics import PixelStatistics
-from ..data.measure.sample import Measured, find_channels, measure_pixels, measured_options, suggestions
+from ..data.measure.sample import (
+    Measured,
+    blank_note,
+    find_channels,
+    measure_pixels,
+    measured_options,
+    suggestions,
+)
 from ..data.paths.find import find_files
 from ..data.paths.listing import base_of
 from ..files import check_free, write_json
@@ -40,16 +48,21 @@ def measure_images(config: StatsConfig) -> tuple[Measured, Pixels]:
     def open_source(pixels: Pixels) -> Source | TimmStream:
         order = StreamOrder(seed=config.seed)
         in_chans = opened[0].in_chans if opened else config.in_chans or 3
-        source = create_source(paths, config.data_set, in_chans, pixels, order=order, listing=listing)
+        unknown = not opened and config.in_chans is None and not config.data_set.dataset
+        # limits per channel suit the channels of the files, which are not known yet
+        first = pixels._replace(clip_low=None, clip_high=None) if unknown else pixels
+        source = create_source(paths, config.data_set, in_chans, first, order=order, listing=listing)
         if opened:  # a stream is read again
             return source
-        if config.in_chans is None and isinstance(source, Source) and source.has_files:
+        if config.in_chans is None and isinstance(source, Source):
             page = config.pixels.pages[0] if config.pixels.pages else None
-            source = source.reading(find_channels(source, config.seed, page), pixels)
+            channels = find_channels(source, config.seed, page) if source.has_files else source.in_chans
+            source = source.reading(channels, pixels)
         opened.append(with_progress(partial(pages_and_windows, source, config.pixels, config.windows)))
         return opened[0]
 
     pixels = config.pixels.to_pixels()
+    check_limits(config.pixels)
     check_output(Path(config.output), paths.data_dir, config.overwrite)
     listing = find_files(paths, config.data_set.dataset, 1.0, Processes())
     options = dict(seed=config.seed, error=config.error, max_images=config.max_images, workers=config.workers)
@@ -73,13 +86,13 @@ def check_output(output: Path, data_dir: Dirs, overwrite: bool) -> None:
         raise ValueError(f"'{figure}' would lie among the images and be one of them. Choose another --output.")
 
 
-def report(found: Measured, pixels: Pixels, seed: int) -> dict[str, Any]:
+def report(found: Measured, pixels: Pixels, config: StatsConfig) -> dict[str, Any]:
     """The content of the JSON file; values are in the units of mean and std."""
     mean, std = measured_options(found.pixels)
     return {
         "images": found.pixels.images,
         "of": found.total,
-        "seed": seed,
+        "seed": config.seed,
         "standard_error": found.error,
         "standard_error_wanted": found.wanted,
         "type": found.kind,
@@ -88,7 +101,7 @@ def report(found: Measured, pixels: Pixels, seed: int) -> dict[str, Any]:
         "pixels": pixels.record(),
         "mean": mean,
         "std": std,
-        "suggested": suggestions(found, pixels),
+        "suggested": suggestions(found, config.pixels.to_pixels()),
         "channels": [found.pixels.channel(c) for c in range(found.pixels.channels)],
         "left_out": len(found.bad),
         "left_out_because": found.bad[:100],
@@ -104,30 +117,49 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def option_lines(found: Measured, pixels: Pixels, suggested: dict[str, str]) -> list[str]:
-    """The options of pretraining, to paste, and the reason of each."""
+def option_lines(found: Measured, pixels: Pixels, config: StatsConfig, suggested: dict[str, str]) -> list[str]:
+    """The options of pretraining, to paste, and the reason of each.
+
+    They contain every option that changed the pixels. Suggestions change them once more: nothing that was measured
+    without them is then pasted as a number.
+    """
     mean, std = measured_options(found.pixels)
     reasons = {f"--in-chans {found.pixels.channels}": "channels of the images"}
-    if pixels.nodata is not None:
-        reasons[f"--nodata={pixels.nodata:g}"] = "as given"
-    if pixels.divide is not None:
-        reasons[f"--divide {pixels.divide:g}"] = "as given"
-    for name, values in (("clip-low", pixels.clip_low), ("clip-high", pixels.clip_high)):
-        if values is not None:
-            reasons[f"--{name} {' '.join(f'{v:g}' for v in values)}"] = "limits of the pixels"
-    standardize = f"--standardize {pixels.standardize}"
-    if pixels.standardize is not None:
-        reasons[standardize] = "as given; mean and std are then 0 and 1"
+    percentiles = config.pixels.clip_percentiles
+    for name, value in _given(config):
+        if name == "clip_percentiles" and not suggested:
+            why = "percentiles {:g} and {:g} of the pixels".format(*value)
+            reasons |= {_words("clip_low", pixels.clip_low): why, _words("clip_high", pixels.clip_high): why}
+        else:
+            reasons[_words(name, value)] = "as given; measured at the start" if value is percentiles else "as given"
+    reasons |= suggested
     numbers = " ".join(["--mean", *(f"{v:g}" for v in mean), "--std", *(f"{v:g}" for v in std)])
-    # measured without the suggestions, which change the pixels
-    measured = {"--mean auto --std auto": "measured at the start"} if suggested else {numbers: found.source}
-    reasons |= {**suggested, **({} if standardize in reasons else measured)}
+    if pixels.standardize is not None:
+        reasons[_words("standardize", pixels.standardize)] = "as given; mean and std are then 0 and 1"
+    elif suggested:
+        reasons["--mean auto --std auto"] = "measured at the start"
+    else:
+        reasons[numbers] = found.source
     longest = min(24, max(map(len, reasons)))
     lines = [
         f"  {option:{longest}}  {reason}" if len(option) <= 24 else f"  {option}\n  {'':{longest}}  {reason}"
         for option, reason in reasons.items()
     ]
     return ["Options of pretraining, and why:", *lines, "In one line, to paste:", f"  {' '.join(reasons)}"]
+
+
+def _given(config: StatsConfig) -> Iterator[tuple[str, Any]]:
+    """The options that change the pixels, as far as they are set."""
+    for part in (config.pixels, config.windows):
+        for name, value in flat(part, recorded_only=False).items():
+            if value != entries(type(part))[name].default:
+                yield name, value
+
+
+def _words(name: str, value: Any) -> str:
+    """An option as it is typed, with all digits of its numbers."""
+    flag, *values = (word.removesuffix(".0") for word in words_of(StatsConfig, {name: value}))
+    return f"{flag}={values[0]}" if len(values) == 1 and values[0].startswith("-") else " ".join([flag, *values])
 
 
 def spread_note(found: PixelStatistics, pixels: Pixels) -> str:
@@ -146,13 +178,14 @@ def spread_note(found: PixelStatistics, pixels: Pixels) -> str:
 def stats(config: StatsConfig) -> None:
     """Measures, writes and prints."""
     found, pixels = measure_images(config)
-    content, output = report(found, pixels, config.seed), Path(config.output)
+    content, output = report(found, pixels, config), Path(config.output)
     write_json(output, content, indent=2)
     figure, (low, high) = output.with_suffix(".png"), found.stored
     save_histograms(
         found.pixels, figure, f"{found.pixels.images} images, {found.kind}; pixels divided by {found.unit:g}"
     )
-    say(f"{found.kind}, stored values {low:g} to {high:g}, divided by {found.unit:g}; {found.source}")
+    values = "stored values" if config.pixels.clip_low is None else "values, clipped,"
+    say(f"{found.kind}, {values} {low:g} to {high:g}, divided by {found.unit:g}; {found.source}")
     if found.bad:
         say(f"{len(found.bad)} images left out, for example: {found.bad[0]}")
     if found.error > config.error:
@@ -162,9 +195,9 @@ def stats(config: StatsConfig) -> None:
         say(f"Up to {missing:.2%} of a channel's pixels are nodata, NaN or infinite{hint}.")
     say(table(content))
     say(f"Written: {output}, {figure}")
-    if note := spread_note(found.pixels, pixels):
+    for note in filter(None, (spread_note(found.pixels, pixels), blank_note(found, pixels))):
         say(note)
-    say("\n".join(option_lines(found, pixels, content["suggested"])))
+    say("\n".join(option_lines(found, pixels, config, content["suggested"])))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

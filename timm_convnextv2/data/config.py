@@ -114,6 +114,12 @@ class PixelOptions:
         return pixels if in_chans is None else pixels.check(in_chans)
 
 
+def check_limits(pixels: PixelOptions) -> None:
+    """Refuses limits that are measured and named."""
+    if pixels.clip_percentiles is not None and (pixels.clip_low is not None or pixels.clip_high is not None):
+        raise ValueError("--clip-percentiles measures the limits that --clip-low and --clip-high name: choose one.")
+
+
 def check_pages(pages: Sequence[int | str] | None) -> Sequence[int | str] | None:
     """Returns the words of --pages; refuses words beside numbers, and negative numbers."""
     numbers = [page for page in pages or () if isinstance(page, int)]

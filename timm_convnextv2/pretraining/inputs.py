@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 import torch
 
-from ..data import InputStatistics
+from ..data import InputStatistics, Pixels
+from ..data.formats.pixels import PLAIN
 
 # Pixels in [0, 1] with ImageNet's mean and std have at most |mean| 2.7 and std 2.3; dark microscopy has std 0.2.
 LARGEST_MEAN = 3.0
 SMALLEST_STD, LARGEST_STD = 0.1, 4.0
-SCALED = "Pixels are divided first: 8-bit by 255, 16-bit by 65535, floats not at all."
 NOTHING_LEFT = 0.01  # standard deviation; a patch then has a variance near the 1e-6 that the loss adds
 
 
@@ -27,24 +27,45 @@ def input_line(found: InputStatistics) -> str:
     )
 
 
-def check_input(found: InputStatistics) -> None:
+def check_input(found: InputStatistics, pixels: Pixels = PLAIN) -> None:
     """Refuses images or a normalisation from which the model cannot learn; names the mean and std that fit."""
     tried = f"in all {found.images} images tried"
     if len(found.constant) == len(found.mean):
         raise ValueError(
             f"All pixels are identical {tried} ({_values(found.mean)} after normalisation); the model has nothing to "
-            f"learn. Remove blank images, or check --mean and --std. {SCALED}"
+            f"learn. Remove blank images, or check {_options_to_check(pixels)}. {_scale(pixels)}"
         )
     if (found.std < NOTHING_LEFT).all():
         raise ValueError(
             f"--mean and --std do not fit: after normalisation, pixels have mean {_values(found.mean)} and standard "
-            f"deviation {_values(found.std)} {tried}, expected about 0 and 1. {_remedy(found)}"
+            f"deviation {_values(found.std)} {tried}, expected about 0 and 1. {_remedy(found, pixels)}"
         )
     if (found.flat == 1).all():
-        raise ValueError(f"Each patch has one value {tried}; the model has nothing to learn. Remove blank images.")
+        limits = "" if pixels.clip_low is None else ", or check --clip-low and --clip-high"
+        raise ValueError(
+            f"Each patch has one value {tried}; the model has nothing to learn. Remove blank images{limits}."
+        )
 
 
-def input_warnings(found: InputStatistics) -> list[str]:
+def _options_to_check(pixels: Pixels) -> str:
+    """The options that can make all pixels equal."""
+    options = ["--mean", "--std"]
+    named = (("--divide", pixels.divide), ("--clip-low", pixels.clip_low), ("--clip-high", pixels.clip_high))
+    for name, value in named:
+        values = value if isinstance(value, tuple) else (value,)
+        options += [] if value is None else [" ".join([name, *(f"{v:g}" for v in values)])]
+    options += ["--dicom-window"] * (pixels.dicom_window is not None)
+    return f"{', '.join(options[:-1])} and {options[-1]}" + " (after the division)" * (pixels.clip_low is not None)
+
+
+def _scale(pixels: Pixels) -> str:
+    """The first thing that happens to stored values."""
+    if pixels.divide is not None:
+        return f"Pixels are divided by {pixels.divide:g} first."
+    return "Pixels are divided first: 8-bit by 255, 16-bit by 65535, floats not at all."
+
+
+def input_warnings(found: InputStatistics, pixels: Pixels = PLAIN) -> list[str]:
     """Warnings about an unusual input; none for most images."""
     warnings, constant = [], found.constant
     usual = (found.mean.abs() <= LARGEST_MEAN) & (found.std >= SMALLEST_STD) & (found.std <= LARGEST_STD)
@@ -52,7 +73,7 @@ def input_warnings(found: InputStatistics) -> list[str]:
         warnings.append(
             f"--mean and --std do not fit the images: after normalisation {_channels(wrong, found)} mean "
             f"{_values(found.mean[wrong])} and std {_values(found.std[wrong])}, expected about 0 and 1. "
-            f"{_remedy(found)}"
+            f"{_remedy(found, pixels)}"
         )
     if constant:
         warnings.append(f"{_channels(constant, found)} one value in all {found.images} images tried.".capitalize())
@@ -86,17 +107,19 @@ def _channels(which: list[int], found: InputStatistics) -> str:
     return f"channel{'s' * (len(which) > 1)} {_list(c + 1 for c in which)} {'have' if len(which) > 1 else 'has'}"
 
 
-def _remedy(found: InputStatistics) -> str:
+def _remedy(found: InputStatistics, pixels: Pixels) -> str:
     """The measured options that fit; a constant channel keeps the given ones."""
     mean, std = found.stored_mean, found.stored_std
     mean[found.constant], std[found.constant] = found.given_mean[found.constant], found.given_std[found.constant]
     low, high = float(_stored(found, found.low).min()), float(_stored(found, found.high).max())
     if not (mean.isfinite().all() and std.isfinite().all()):
-        return f"{SCALED} They range from {low:.3g} to {high:.3g} here."
+        return f"{_scale(pixels)} They range from {low:.3g} to {high:.3g} here."
     pairs = [*zip(mean.tolist(), std.tolist(), strict=True)]
     means = " ".join(f"{m:.{max(0, 2 - math.floor(math.log10(s)))}f}" for m, s in pairs)
     stds = " ".join(f"{float(f'{s:.3g}'):g}" for _, s in pairs)
-    return f"{SCALED} They range from {low:.3g} to {high:.3g} here and are measured as --mean {means} --std {stds}"
+    return (
+        f"{_scale(pixels)} They range from {low:.3g} to {high:.3g} here and are measured as --mean {means} --std {stds}"
+    )
 
 
 def _stored(found: InputStatistics, values: torch.Tensor) -> torch.Tensor:

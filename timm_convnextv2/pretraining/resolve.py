@@ -11,9 +11,9 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..checkpoint.loading import model_name
-from ..config import build, evolve, flat
+from ..config import build, entries, evolve, flat
 from ..data import Pixels
-from ..data.config import PixelOptions
+from ..data.config import PixelOptions, check_limits
 from ..data.display import check_bands
 from ..data.measure.sample import measure_pixels, measured_options
 from ..models.masking import random_channels
@@ -100,8 +100,7 @@ def _input_size(crops: Crops, given: Mapping[str, Any]) -> dict[str, Any]:
 def _pixels(pixels: PixelOptions, start: Start | None, given: Mapping[str, Any]) -> PixelOptions:
     """The options on stored values: as given, or those that the start model was trained with."""
     if "clip_percentiles" in given:
-        if given.keys() & {"clip_low", "clip_high"}:
-            raise ValueError("--clip-percentiles measures the limits that --clip-low and --clip-high name: choose one.")
+        check_limits(build(PixelOptions, {name: given[name] for name in given.keys() & entries(PixelOptions).keys()}))
         return replace(pixels, clip_low=None, clip_high=None)  # a file's
     return PixelOptions.of(start.pixels) if start and pixels == PixelOptions() else pixels
 

@@ -90,7 +90,8 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     listing = find_files(config.paths, config.data_set.dataset, config.selection.max_bad_images, world)
     config, measured = measure(config, before, partial(open_source, config, listing, world.primary), world)
     batches = open_data(config, model, listing, world)
-    check_input(batches.inputs)
+    pixels = config.pixels.to_pixels()
+    check_input(batches.inputs, pixels)
     config, chosen = length(config, before, batches.per_epoch // config.schedule.grad_accum_steps)
     labelled = config.measures.probe_dir if world.primary else None
     probe = open_probe(config, labelled, world.device) if labelled else None
@@ -107,7 +108,7 @@ def set_up(config: PretrainConfig, start: Start | None, world: World, command: s
     few = few_images(batches.num_images, bool(config.measures.probe_dir), config.network.pretrained)
     lines = [*batches.sampling(), recipe_line(config), chosen, few, measured, input_line(batches.inputs)]
     about += filter(None, lines)
-    warnings = input_warnings(batches.inputs) + ema_warnings(config.average, plan.updates)
+    warnings = input_warnings(batches.inputs, pixels) + ema_warnings(config.average, plan.updates)
     warnings += learning_warnings(plan, config.network.pretrained)
     for warning in warnings + worker_warnings(config.loading.workers, world.size):
         say(f"warning: {warning}", error=True)

@@ -26,7 +26,9 @@ _CHUNK = 8
 _HEADERS = 64  # files whose headers are compared
 _NAMED = 3
 _BLANK = 0.01  # share of pixels that are 0 in all channels, from which they may have no data
+_COLOURS = 4  # most channels of photographs; files with more are rasters
 _SCALES = {255: "8 bits", 1023: "10 bits", 4095: "12 bits", 10000: "reflectances times 10000", 16383: "14 bits"}
+_REFLECTANCE = 10000
 
 
 class Measured(NamedTuple):
@@ -39,7 +41,8 @@ class Measured(NamedTuple):
     error: float  # standard error of the mean that was reached, in standard deviations, largest of all channels
     wanted: float  # requested standard error
     bad: list[str]  # reasons why images were left out
-    stored: tuple[float, float]  # smallest and largest stored value, before any clipping
+    stored: tuple[float, float]  # smallest and largest stored value, before measured limits clip
+    blank: float  # fraction of pixels that are 0 in all channels, before measured limits clip
 
     @property
     def source(self) -> str:
@@ -137,7 +140,8 @@ def measure(
         )
     (kind,), reached = kinds, float(found.standard_error(total).max())
     stored = float(found.low.min()) * unit, float(found.high.max()) * unit
-    return Measured(found, kind, unit, total, reached, error, bad, stored)
+    blank = found.blank / max(1, int(found.count[0] + found.missing[0]))
+    return Measured(found, kind, unit, total, reached, error, bad, stored, blank)
 
 
 def _none_readable(bad: list[str]) -> ValueError:
@@ -153,7 +157,7 @@ def find_channels(source: Source, seed: int = 0, page: int | str | None = None) 
         try:
             headers.append((source.name(i), read_header(source.path(i), page)))
         except (ImageError, OSError) as error:
-            bad.append(f"{source.name(i)}: {error}")
+            bad.append(source.reason(i, error))
     if not headers:
         raise _none_readable(bad)
     channels = {header.channels for _, header in headers}
@@ -166,17 +170,38 @@ def find_channels(source: Source, seed: int = 0, page: int | str | None = None) 
 
 
 def suggestions(found: Measured, pixels: Pixels) -> dict[str, str]:
-    """Options that the values suggest, each with its reason; empty if the user has set them."""
-    measured, (_, high), options = found.pixels, found.stored, {}
-    share = measured.blank / max(1, int(measured.count[0] + measured.missing[0]))
-    if pixels.nodata is None and share >= _BLANK and (measured.channels > 1 or found.kind != "uint8"):
-        every = "the channel" if measured.channels == 1 else f"all {measured.channels} channels"
-        options["--nodata 0"] = f"{share:.1%} of the pixels are exactly 0 in {every}: probably no data"
+    """Options that the values suggest, each with its reason; empty if the user has set them.
+
+    `pixels` are the user's, without measured limits. If the user names limits, they are in units of the present
+    divisor, and hide the stored values: nothing is suggested.
+    """
+    channels, (_, high), options = found.pixels.channels, found.stored, {}
+    if pixels.clip_low is not None:
+        return options
+    if pixels.nodata is None and found.blank >= _BLANK and not _is_photo(found) and not found.kind.startswith("DICOM"):
+        every = "the channel" if channels == 1 else f"all {channels} channels"
+        options["--nodata 0"] = f"{found.blank:.1%} of the pixels are exactly 0 in {every}: probably no data"
     scale = next((scale for scale in _SCALES if scale >= high), None)
     if scale and pixels.divide is None and found.kind.startswith("uint") and 4 * scale <= found.unit:
-        usual = f"{high:g} of {found.unit:g} is the largest value: {_SCALES[scale]} are usual"
-        options[f"--divide {scale}"] = usual
+        usual = f"{_SCALES[scale]} are usual"
+        if channels > _COLOURS and scale > 255 and scale != _REFLECTANCE:
+            usual = f"{_SCALES[_REFLECTANCE]} are usual in so many bands (or --divide {scale}: {_SCALES[scale]})"
+            scale = _REFLECTANCE
+        options[f"--divide {scale}"] = f"{high:g} of {found.unit:g} is the largest value: {usual}"
     return options
+
+
+def _is_photo(found: Measured) -> bool:
+    """Whether 0 is black: 8 bits, as lossy formats have them, and no more channels than a photograph."""
+    return found.kind.startswith(("uint8", "bool")) and found.pixels.channels <= _COLOURS
+
+
+def blank_note(found: Measured, pixels: Pixels) -> str:
+    """Advice if many pixels of colour images are black; else ''."""
+    if pixels.nodata is not None or found.blank < _BLANK or not _is_photo(found) or found.pixels.channels == 1:
+        return ""
+    every = f"all {found.pixels.channels} channels"
+    return f"{found.blank:.1%} of the pixels are 0 in {every}. A burnt-in strip or a black border? Crop it."
 
 
 def measured_options(found: PixelStatistics) -> tuple[list[float], list[float]]:
@@ -213,7 +238,7 @@ def measure_pixels(
     plain = plain._replace(clip_low=low, clip_high=high)
     # an indexed source is not listed or scanned again
     source = open_source(plain) if isinstance(source, TimmStream) else source.reading(source.in_chans, plain)
-    found = measure(source, **options)._replace(stored=found.stored)
+    found = measure(source, **options)._replace(stored=found.stored, blank=found.blank)
     return found, plain._replace(standardize=pixels.standardize)
 
 
