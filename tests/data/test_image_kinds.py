@@ -16,6 +16,7 @@ import torch
 from drawn import RGB, UPRIGHT, hwc, noise
 from PIL import Image, TiffImagePlugin
 
+from timm_convnextv2.commands import main as cli
 from timm_convnextv2.data import (
     FolderSource,
     ImageError,
@@ -453,3 +454,40 @@ def test_missing_tifffile_names_the_remedy_and_stops_the_run(tmp_path, monkeypat
         load_image(tmp_path / "x.tif", 2)
     with pytest.raises(MissingPackageError, match="pip install tifffile"):
         check_readable(FolderSource(tmp_path, in_chans=2))
+
+
+BANDS = np.random.default_rng(0).integers(0, 4000, (20, 24, 12), np.uint16)
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["tifffile", "no tifffile"])
+def test_many_bands_are_read_in_silence_or_name_the_remedy(tmp_path, monkeypatch, caplog, capfd, missing):
+    """Pillow logs an error about 12 bands whenever it opens such a file, which Python prints to stderr."""
+    (tmp_path / "d").mkdir()
+    for name in "ab":
+        tifffile.imwrite(tmp_path / f"d/{name}.tif", BANDS, photometric="minisblack", planarconfig="contig")
+    if missing:
+        monkeypatch.setitem(sys.modules, "tifffile", None)
+    tiny = ["--img-size", "32", "--patch-size", "1", "--batch-size", "2", "--workers", "0", "--device", "cpu"]
+    for command, *words in (
+        ["check", "-j", "0", "--img-size", "8", "--output", str(tmp_path / "c.json")],
+        ["stats", "-j", "0", "--output", str(tmp_path / "s.json")],
+        ["pretrain", *tiny, "--in-chans", "12", "--output", str(tmp_path / "o"), "--dry-run", "--model", "atto"],
+    ):
+        status = cli.main([command, str(tmp_path / "d"), *words])
+        err = capfd.readouterr().err
+        if missing:
+            assert status == 2 and "pip install tifffile imagecodecs" in err
+            assert max(err.count("a.tif"), err.count("b.tif")) == 1
+        else:
+            assert status in (0, 1)
+    assert not [record for record in caplog.records if record.name.startswith("PIL")]
+    with pytest.raises(OSError):
+        Image.open(tmp_path / "d/a.tif")  # by another program: Pillow speaks as ever
+    assert [record.name for record in caplog.records if record.levelname == "ERROR"] == ["PIL.TiffImagePlugin"]
+
+
+def test_stats_names_an_unreadable_file_once(tmp_path, capsys):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/x.png").write_text("no image")
+    assert cli.main(["stats", str(tmp_path / "d"), "-j", "0", "--output", str(tmp_path / "s.json")]) == 2
+    assert capsys.readouterr().err.count("x.png") == 1

@@ -1,6 +1,9 @@
 """Reads images with Pillow, JPEGs also at reduced size, and converts between Pillow's modes."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -31,6 +34,21 @@ class Reduced(NamedTuple):
 Choose = Callable[[tuple[int, int]], int]
 
 
+_OPENING: ContextVar[bool] = ContextVar("opening", default=False)
+# on its own logger: other messages, and those of other programs that use Pillow, stay
+logging.getLogger("PIL.TiffImagePlugin").addFilter(lambda record: not _OPENING.get())
+
+
+@contextmanager
+def no_pillow_messages() -> Iterator[None]:
+    """Within it, Pillow logs nothing about TIFFs it cannot read: tifffile reads them, or an error is raised."""
+    token = _OPENING.set(True)
+    try:
+        yield
+    finally:
+        _OPENING.reset(token)
+
+
 def pillow_formats() -> list[str]:
     """The formats that are images, of all that Pillow opens."""
     Image.preinit()  # the usual formats come first
@@ -40,7 +58,8 @@ def pillow_formats() -> list[str]:
 
 def open_pillow(file: BinaryIO) -> ImageFile.ImageFile:
     """Opens an image by its content: PostScript by the name x.png would be run by Ghostscript."""
-    return Image.open(file, formats=pillow_formats())
+    with no_pillow_messages():
+        return Image.open(file, formats=pillow_formats())
 
 
 def load_pillow(

@@ -20,7 +20,7 @@ from .axes import Layout, Page, choose_axes, count_pages
 from .errors import ImageError, MissingPackageError, installed, refuse_page, wrong_channels
 from .files import Header, Scene, check_size
 from .npy import read_box
-from .pillow import convert_image, is_8_bit, open_pillow, pillow_header
+from .pillow import convert_image, is_8_bit, no_pillow_messages, open_pillow, pillow_header
 from .pixels import Pixels
 from .values import largest_value, parse_tag, scaled
 
@@ -61,7 +61,8 @@ def load_tiff(file: BinaryIO, in_chans: int, pixels: Pixels) -> torch.Tensor:
 def _pillow_image(file: BinaryIO) -> Any:
     """The image as Pillow opens it, of any size; None if the layout or compression is unknown to Pillow, or corrupt."""
     try:
-        return TiffImagePlugin.TiffImageFile(file)
+        with no_pillow_messages():
+            return TiffImagePlugin.TiffImageFile(file)
     except Exception:  # as varied as the faults; tifffile names them
         return None
     finally:
@@ -85,7 +86,10 @@ def _nodata_tag(image: Image.Image) -> float | None:
 def tiff_header(file: BinaryIO, page: Page) -> Header:
     """See `decode.read_header`; by Pillow if tifffile is not installed."""
     if not installed("tifffile"):
-        return pillow_header(file, page)
+        try:
+            return pillow_header(file, page)
+        except UnidentifiedImageError:
+            file.seek(0)  # `_open_tif` names the missing package
     with _open_tif(file) as tif:
         series, frame = tif.series[0], tif.series[0].keyframe
         sizes = dict(zip(series.axes, series.shape, strict=False))
@@ -147,7 +151,8 @@ class TiffScene(Scene):
         self.by_pillow = plain and is_8_bit(self.image) or _needs_pillow(frame, self.layout, in_chans)
         if self.by_pillow and self.image is not None and isinstance(pixels.page, int):
             page: Any = self.series.pages[number]
-            self.image.seek(page.index)
+            with no_pillow_messages():
+                self.image.seek(page.index)
         self.convert = self._converter(self.image) if self.by_pillow and self.image is not None else None
         self.whole = not self.parts or self.by_pillow and self.convert is None
 
