@@ -80,10 +80,27 @@ def test_they_are_those_of_all_pixels_at_once_and_merge_in_any_order():
         for p in PERCENTILES:
             exact = np.percentile(values, p, method="inverted_cdf")
             assert abs(found[f"p{p}"] - exact) <= found["resolution"], (c, p)
+            assert found[f"p{p}"] in values
         spread = values.max() - values.min()
         assert found["resolution"] <= max(spread / 2048, abs(values).max() * 2**-39)
         edges, counts = whole.histogram(c)
         assert counts.sum() == values.size and len(edges) == len(counts) + 1 and edges[0] <= values.min()
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_percentiles_of_stored_values_occur_and_are_exact_where_bins_suffice(bits):
+    """With 7 % zeros, as of nodata, merged from images of other ranges."""
+    rng, found, images = np.random.default_rng(bits), PixelStatistics(1), []
+    for i in range(5):
+        x = rng.integers(1, 2 ** (bits - i % 3), (1, 40, 50)) / np.float32(255 if bits == 8 else 65535)
+        x[:, :, :4] = 0
+        images.append(x)
+        found.add(x)
+    values = np.concatenate(images, 1)[0]
+    for p in (0, *PERCENTILES, 7.5, 8, 99.99, 100):
+        exact, measured = np.percentile(values, p, method="inverted_cdf"), found.percentile(p)[0]
+        assert measured in values and abs(measured - exact) <= found.resolution[0]
+        assert measured == exact or bits == 16 and 0 < p < 100 and exact > 0
 
 
 def test_the_standard_error_is_that_of_drawing_other_images():

@@ -16,7 +16,8 @@ class PixelStatistics:
     Count, mean and sum of squared deviations are merged by Chan's formulas. The bins of a channel's histogram have a
     power of two as width and multiples of it as edges: two histograms merge without loss at the coarser width, in any
     order. The width is the smallest at which at most 8192 bins hold all values; it is `resolution`, the largest error
-    of a percentile.
+    of a percentile. Each bin keeps its smallest value: a percentile is a value that occurs, and exact if a bin holds
+    one value, as with 8 and 12 bits, or if it is 0.
 
     Attributes (by channel, `[C]`, but for `blank`, the number of pixels that are 0 in all channels):
         count, missing: Pixels that have a value; those that have none (NaN, infinity, nodata).
@@ -29,7 +30,7 @@ class PixelStatistics:
         self.count, self.missing, self.zeros, self.saturated = (np.zeros(channels, np.int64) for _ in range(4))
         self.mean, self.squares = np.zeros(channels), np.zeros(channels)
         self.low, self.high = np.full(channels, np.inf), np.full(channels, -np.inf)
-        self._bins: list[_Bins] = [(0, 0, np.zeros(0, np.int64))] * channels
+        self._bins: list[_Bins] = [_NO_BINS] * channels
         self._of_images: list[np.ndarray] = []  # pixels and sum of each image, for the standard error of the mean
 
     def add(self, image: np.ndarray, largest: float | None = None) -> None:
@@ -89,7 +90,7 @@ class PixelStatistics:
     @property
     def resolution(self) -> np.ndarray:
         """Width of the histogram's bins, `[C]`."""
-        return np.array([math.ldexp(1.0, power) for power, _, _ in self._bins])
+        return np.array([math.ldexp(1.0, power) for power, *_ in self._bins])
 
     def standard_error(self, total: int | None = None) -> np.ndarray:
         """Standard error of the mean, in standard deviations of the pixels, `[C]`; 0 if all `total` images were seen.
@@ -113,21 +114,18 @@ class PixelStatistics:
         return np.array([self._percentile(c, percent) for c in range(self.channels)])
 
     def _percentile(self, c: int, percent: float) -> float:
-        power, first, counts = self._bins[c]
+        _, _, counts, lows = self._bins[c]
         if not counts.size:
             return math.nan
-        wanted, running = percent / 100 * self.count[c], np.cumsum(counts)
-        i = min(int(np.searchsorted(running, wanted)), len(counts) - 1)
-        before = running[i] - counts[i]
-        inside = (wanted - before) / counts[i] if counts[i] else 0.0
-        value = math.ldexp(first + i + inside, power)
-        return float(np.clip(value, self.low[c], self.high[c]))
+        if percent == 100:
+            return float(self.high[c])
+        return float(lows[np.searchsorted(np.cumsum(counts), percent * self.count[c] / 100)])
 
     def histogram(self, channel: int, bins: int = 128) -> tuple[np.ndarray, np.ndarray]:
         """Edges `[n + 1]` and counts `[n]` of a channel's histogram with at most `bins` bins."""
-        power, first, counts = self._bins[channel]
+        power, first, counts, lows = self._bins[channel]
         while counts.size > bins:
-            power, first, counts = _coarser(power, first, counts)
+            power, first, counts, lows = _coarser(power, first, counts, lows)
         return np.ldexp(np.arange(first, first + counts.size + 1, dtype=np.float64), power), counts
 
     def channel(self, c: int) -> dict[str, Any]:
@@ -143,7 +141,9 @@ class PixelStatistics:
         return {name: float(value) for name, value in values.items()} | {"pixels": count}
 
 
-_Bins = tuple[int, int, np.ndarray]  # width as a power of two, number of the first bin, pixels in each
+# width as a power of two, number of the first bin, pixels in each, smallest value in each
+_Bins = tuple[int, int, np.ndarray, np.ndarray]
+_NO_BINS: _Bins = (0, 0, np.zeros(0, np.int64), np.zeros(0))
 
 
 def _power(low: float, high: float) -> int:
@@ -162,13 +162,17 @@ def _histogram(values: np.ndarray) -> _Bins:
     power = _power(low, high)
     first = math.floor(math.ldexp(low, -power))
     numbers = np.floor(np.ldexp(values, -power)).astype(np.int64) - first
-    return power, first, np.bincount(numbers)
+    counts = np.bincount(numbers)
+    lows = np.full(counts.size, np.inf)
+    np.minimum.at(lows, numbers, values)
+    return power, first, counts, lows
 
 
-def _coarser(power: int, first: int, counts: np.ndarray) -> _Bins:
+def _coarser(power: int, first: int, counts: np.ndarray, lows: np.ndarray) -> _Bins:
     """Bins of twice the width."""
-    counts = np.pad(counts, (first % 2, (first + counts.size) % 2))
-    return power + 1, first // 2, counts.reshape(-1, 2).sum(1)
+    more = (first % 2, (first + counts.size) % 2)
+    counts, lows = np.pad(counts, more), np.pad(lows, more, constant_values=np.inf)
+    return power + 1, first // 2, counts.reshape(-1, 2).sum(1), lows.reshape(-1, 2).min(1)
 
 
 def _merged(a: _Bins, b: _Bins) -> _Bins:
@@ -177,7 +181,10 @@ def _merged(a: _Bins, b: _Bins) -> _Bins:
     while a[0] != b[0] or max(a[1] + a[2].size, b[1] + b[2].size) - min(a[1], b[1]) > _BINS:
         a, b = (_coarser(*a), b) if a[0] <= b[0] else (a, _coarser(*b))
     first = min(a[1], b[1])
-    counts = np.zeros(max(a[1] + a[2].size, b[1] + b[2].size) - first, np.int64)
-    for _, start, part in (a, b):
-        counts[start - first : start - first + part.size] += part
-    return a[0], first, counts
+    size = max(a[1] + a[2].size, b[1] + b[2].size) - first
+    counts, lows = np.zeros(size, np.int64), np.full(size, np.inf)
+    for _, start, part, smallest in (a, b):
+        here = slice(start - first, start - first + part.size)
+        counts[here] += part
+        lows[here] = np.minimum(lows[here], smallest)
+    return a[0], first, counts, lows
