@@ -213,8 +213,23 @@ def system_reason(error: BaseException) -> str | None:
     return None
 
 
+def has_mark(path: str | os.PathLike, marks: Sequence[str]) -> bool:
+    """Whether a file begins with the mark of a command's own output."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(2000)
+    except OSError:
+        return False
+    return any(mark.encode() in head for mark in marks)
+
+
 def claim_folder(
-    output: str | os.PathLike, names: Sequence[str] = (), *, overwrite: bool, flag: str = "--overwrite"
+    output: str | os.PathLike,
+    names: Sequence[str] = (),
+    *,
+    overwrite: bool,
+    flag: str = "--overwrite",
+    marks: Sequence[str] = (),
 ) -> Path:
     """Creates the folder of --output; a ValueError if it is a file, or holds files that must not be replaced.
 
@@ -224,12 +239,13 @@ def claim_folder(
         names: Files that will be written; if empty, any file in the folder is in the way.
         overwrite: Existing files may be replaced.
         flag: The option that allows it; '' if there is none.
+        marks: Files of `names` with one of these marks may be replaced, see `has_mark`.
     """
     folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output '{folder}' is a file, expected a folder.")
     remove_leftovers(folder, ["*"])
-    found = [name for name in names if (folder / name).exists()]
+    found = [name for name in names if (folder / name).exists() and not has_mark(folder / name, marks)]
     if not overwrite and (found or (not names and folder.is_dir() and any(folder.iterdir()))):
         what = f"already has {', '.join(found)}" if found else "is not empty"
         raise ValueError(
@@ -239,16 +255,18 @@ def claim_folder(
     return folder
 
 
-def check_free(path: str | os.PathLike, *, overwrite: bool, flag: str = "--overwrite") -> Path:
+def check_free(
+    path: str | os.PathLike, *, overwrite: bool, flag: str = "--overwrite", marks: Sequence[str] = ()
+) -> Path:
     """The path of a file to write; a ValueError if it is a folder, or exists and must not be replaced.
 
-    The folder is created; if it cannot be written, that is a `WriteError`. Part files that dead processes left of this
-    file are removed.
+    A file with one of the `marks` is replaced, see `has_mark`. The folder is created; if it cannot be written, that is
+    a `WriteError`. Part files that dead processes left of this file are removed.
     """
     path, remedy = Path(path), f"Pass {flag}, or choose" if flag else "Choose"
     if path.is_dir():
         raise ValueError(f"--output '{path}' is a folder, expected a file.")
-    if path.exists() and not overwrite:
+    if path.exists() and not overwrite and not has_mark(path, marks):
         raise ValueError(f"--output '{path}' exists. {remedy} another --output.")
     remove_leftovers(path.parent, [path.name])
     _try_to_write(path.parent)

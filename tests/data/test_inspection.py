@@ -99,7 +99,13 @@ def test_near_duplicates_where_imagehash_is_installed(folder, capsys, monkeypatc
     array = np.asarray(Image.open(folder / "2.png")).copy()
     array[0, 0] ^= 1
     Image.fromarray(array).save(folder / "x.png")
+    drawn = []
+    draw = check.save_contact_sheet
+    monkeypatch.setattr(check, "save_contact_sheet", lambda sheet, *rest: drawn.extend(sheet) or draw(sheet, *rest))
     content, printed = run(folder, capsys, 1)
+    assert [text.split("\n") for _, text in drawn] == [["near duplicate", "x.png"], ["looks like", "2.png"]]
+    (folder / "x.png").unlink()  # the figure of an earlier check does not stay
+    assert (folder.parent / "c.png").exists() and run(folder, capsys, 0) and not (folder.parent / "c.png").exists()
     assert content["found"] == {"near duplicate": 1} and "looks like" in content["findings"][0]["why"]
     assert "pip install" not in printed.out
 

@@ -311,5 +311,5 @@ def test_the_figure_does_not_become_an_image_of_the_data(tmp_path, capsys):
     scenes(tmp_path, 2)
     _, err, _ = run(tmp_path, capsys, str(tmp_path), status=2)
     assert "would lie among the images" in err
-    assert stats.StatsConfig().output == "stats.json"
+    assert stats.StatsConfig().output is None
     assert find_channels(FolderSource(tmp_path, CHANS)) == CHANS

@@ -221,7 +221,7 @@ EVALUATE = {
     "--label-budgets 25 is 25 of 24": ["{run}", "--data-dir", "{data}", "--label-budgets", "25"],
     "--label-budgets must be above 0": ["{run}", "--data-dir", "{data}", "--label-budgets", "0"],
     "--groups patient is a column of a CSV": ["{run}", "--data-dir", "{data}", "--groups", "patient"],
-    "is a file, expected a folder": ["{run}", "--data-dir", "x", "--output", __file__],
+    "is a file, expected a folder": ["{run}", "--data-dir", "{data}", "--output", __file__],
 }
 COLLAPSE = {
     "no image": ["{run}", "--data-dir", "{new}"],

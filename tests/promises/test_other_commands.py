@@ -4,6 +4,7 @@ Each command runs in a forked process, in which a fault happens when a file gets
 """
 
 import contextlib
+import copy
 import csv
 import json
 import os
@@ -366,3 +367,47 @@ def test_names_arrive(place, tmp_path):
     assert "'=1+1.png" in [row[0] for row in rows]
     found = json.loads((checked / "c.json").read_text())
     assert found["files"] == 7 and any("=1+1.png" in one["file"] for one in found["findings"])
+
+
+DEFAULTS = {
+    "check": ["check.json", "check.png"],
+    "stats": ["stats.json", "stats.png"],
+    "collapse": ["collapse/collapse.csv", "collapse/collapse.png", "collapse/channels.png"],
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_command_replaces_its_default_files_only(place, tmp_path, monkeypatch, name):
+    """A second run needs no --overwrite; files of others, and files that the user names, stay."""
+    monkeypatch.chdir(tmp_path)
+    words = [*map(str, [*name.split(), *TABLE[name](place, tmp_path)])]
+    at = words.index("--output")
+    words = [word for i, word in enumerate(words) if i not in (at, at + 1)]
+    files, done = DEFAULTS[name], FOUND.get(name, 0)
+    for _ in range(2):
+        status, said = fork(words)
+        assert status == done, said
+    for file in files:
+        os.utime(file, (0, 0))
+    assert fork(words)[0] == done and all(os.stat(file).st_mtime > 0 for file in files)
+    named = str(Path(files[0]).parent) if name == "collapse" else files[0]
+    status, said = fork([*words, "--output", named])
+    assert status == 2 and "--overwrite" in said
+    for file in files:
+        own = Path(file).read_bytes()
+        Path(file).write_bytes(b"mine")
+        status, said = fork(words)
+        assert status == 2 and Path(file).name in said and Path(file).read_bytes() == b"mine"
+        Path(file).write_bytes(own)
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if name not in ("report", "publish", "export", "compare")])
+def test_a_misspelt_folder_is_named_before_an_output_that_exists(place, tmp_path, name):
+    wrong = copy.copy(place)
+    wrong.images = wrong.labelled = tmp_path / "misspelt"
+    out = tmp_path / "out"
+    out.mkdir()
+    for file in ("e.npy", "s.json", "c.json", "d.json", "evaluation.json", "collapse.csv", "x.png"):
+        (out / file).write_text("before")
+    status, said = fork([*name.split(), *TABLE[name](wrong, out)])
+    assert status == 2 and "misspelt" in said and "--overwrite" not in said, said

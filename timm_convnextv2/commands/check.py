@@ -21,14 +21,14 @@ from ..data.measure.inspection import (
     some_of_each,
     thumbnail,
 )
-from ..data.paths.find import find_files
+from ..data.paths.find import check_places, find_files
 from ..files import write_json
 from ..report.images import save_contact_sheet
 from ..runs.group import Processes
 from ..runs.progress import ImageProgress
 from .base import run
 from .options import CheckConfig
-from .stats import check_output
+from .stats import check_output, made_by
 
 _SHOWN = 48
 _LINES = 10
@@ -40,8 +40,9 @@ def check(config: CheckConfig) -> int:
     if not paths.data_dir and not paths.data_list:
         raise ValueError("No images given. Name a folder: check IMAGES.")
     check_bands(config.show_bands, max(config.show_bands or (3,)))
-    output, figure = Path(config.output), Path(config.output).with_suffix(".png")
-    check_output(output, paths.data_dir, config.overwrite)
+    check_places(paths)
+    output = check_output("check", config.output, paths.data_dir, config.overwrite)
+    figure = output.with_suffix(".png")
     page = one_page(config.pages)
     pixels = Pixels(config.nodata, page=0 if config.pages and page is None else page)
     source = create_source(paths, pixels=pixels, listing=find_files(paths, "", 1.0, Processes()))
@@ -60,7 +61,9 @@ def check(config: CheckConfig) -> int:
     found = findings(files, config.window_size or config.img_size)
     content = summary(source, files, found)
     write_json(output, content, indent=2)
-    if found:
+    if not found:
+        figure.unlink(missing_ok=True)  # of an earlier check
+    else:
         headers = {one.name: one.header.channels for one in files if one.header}
         root = source.folders()[0] if len(source.folders()) == 1 else ""
         sheet = []
@@ -68,7 +71,9 @@ def check(config: CheckConfig) -> int:
             sheet.append((shown(of.name, headers.get(of.name), pixels, config), label(of.kind, of.name, root)))
             if of.partner:
                 image = shown(of.partner, headers.get(of.partner), pixels, config)
-                sheet.append((image, label("the same as", of.partner, root)))
+                sheet.append(
+                    (image, label("looks like" if of.kind == "near duplicate" else "the same as", of.partner, root))
+                )
         which = "channels " + " ".join(map(str, config.show_bands or ("1", "to", "3, or 1")))
         shares = f"{min(len(found), _SHOWN)} of {len(found)} findings"
         save_contact_sheet(sheet, figure, f"{shares}; {which}, percentiles 2 to 98")
@@ -103,6 +108,7 @@ def summary(source: Any, files: list[Inspected], found: list[Finding]) -> dict[s
 
     heights, widths = ([getattr(h, side) for h in headers] or [0] for side in ("height", "width"))
     return {
+        "made_by": made_by("check"),
         "files": len(files),
         "ignored": source.left.ignored,
         "not_opened": source.left.num_special,

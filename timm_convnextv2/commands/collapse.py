@@ -20,5 +20,5 @@ def measure(config: CollapseConfig) -> None:
             f"{name}: mean cosine distance {mean:.3f}, lowest {lowest.distance:.3f} in {lowest.block}; "
             f"{100 * dead:.2g} % of channels dead"
         )
-    if config.output:
-        say(f"Written: {', '.join(str(Path(config.output) / name) for name in FILES)}")
+    if config.folder:
+        say(f"Written: {', '.join(str(Path(config.folder) / name) for name in FILES)}")

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from ..data import FolderSource
+from ..data.config import ImagePaths
+from ..data.paths.find import check_places
 from ..files import check_free, write_json
 from ..transfer.config import DetectPredictConfig
 from ..transfer.detection.coco import Coco, CocoImage, DetectionImages, rle_codec, to_unit
@@ -16,6 +18,7 @@ from .dense import Dense
 
 def predict(config: DetectPredictConfig) -> int:
     """`detect predict`: the objects in all images of a folder, as a JSON file that `open_coco` reads."""
+    check_places(ImagePaths.of(config.data_dir))
     output, draw = check_free(config.output, overwrite=config.overwrite), config.draw
     detector, classes, backbone = open_exported(config.model, config.compute.device, config.compute.nodata)
     if config.soft_nms:

@@ -23,7 +23,9 @@ class CheckConfig:
         None, "channels to draw as red, green and blue, or one (default: 1 2 3; 1 below three)", metavar="N", at_least=1
     )
     workers: int = workers_option("processes that read and decode")
-    output: str = option("check.json", "JSON to write; the images have its name and .png", metavar="FILE")
+    output: str | None = option(
+        None, "JSON to write; the images have its name and .png (default: check.json, replaced)", metavar="FILE"
+    )
     overwrite: bool = option(False, "replace --output and its images")
 
 
@@ -42,7 +44,9 @@ class StatsConfig:
     max_images: int = option(2000, "largest number of images to read", metavar="N")
     seed: int = option(42, "seed of the sample; that of pretraining gives the same numbers", metavar="N")
     workers: int = workers_option("processes that decode images")
-    output: str = option("stats.json", "JSON to write; the figure has its name and .png", metavar="FILE")
+    output: str | None = option(
+        None, "JSON to write; the figure has its name and .png (default: stats.json, replaced)", metavar="FILE"
+    )
     overwrite: bool = option(False, "replace --output and its figure")
 
 

@@ -21,8 +21,7 @@ def report(config: ReportConfig) -> None:
     if duplicate:
         raise ValueError(f"'{duplicate[0]}' is named twice. Name each run once.")
     path = Path(output) if output else Path(folders[0] if len(folders) == 1 else ".") / "report.html"
-    head = path.read_text(encoding="utf-8", errors="replace")[:2000] if path.is_file() else ""
-    check_free(path, overwrite=GENERATOR in head, flag="")  # only a report is replaced
+    check_free(path, overwrite=False, flag="", marks=[GENERATOR])  # only a report is replaced
     for note in write_report(folders, path):
         say(note, error=True)
     say(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")

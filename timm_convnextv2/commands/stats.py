@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..config import entries, flat, words_of
-from ..console import say
+from ..console import PROGRAM, say
 from ..data import (
     Pixels,
     Source,
@@ -27,10 +27,10 @@ from ..data.measure.sample import (
     measured_options,
     suggestions,
 )
-from ..data.paths.find import find_files
+from ..data.paths.find import check_places, find_files
 from ..data.paths.listing import base_of
 from ..files import check_free, write_json
-from ..report.images import save_histograms
+from ..report.images import FIGURE_OF, save_histograms
 from ..runs.group import Processes
 from ..runs.progress import with_progress
 from .base import run
@@ -40,8 +40,8 @@ _COLUMNS = ("mean", "std", "min", "p1", "p5", "p50", "p95", "p99", "max", "zeros
 _SHARES = ("zeros", "saturated", "missing")
 
 
-def measure_images(config: StatsConfig) -> tuple[Measured, Pixels]:
-    """Measures the images of the options."""
+def measure_images(config: StatsConfig) -> tuple[Measured, Pixels, Path]:
+    """Measures the images of the options; the file to write is checked before."""
     paths = config.paths
     opened: list[Source | TimmStream] = []
 
@@ -63,7 +63,8 @@ def measure_images(config: StatsConfig) -> tuple[Measured, Pixels]:
 
     pixels = config.pixels.to_pixels()
     check_limits(config.pixels)
-    check_output(Path(config.output), paths.data_dir, config.overwrite)
+    check_places(paths, config.data_set.dataset)
+    output = check_output("stats", config.output, paths.data_dir, config.overwrite)
     listing = find_files(paths, config.data_set.dataset, 1.0, Processes())
     options = dict(seed=config.seed, error=config.error, max_images=config.max_images, workers=config.workers)
     found = with_progress(
@@ -71,25 +72,36 @@ def measure_images(config: StatsConfig) -> tuple[Measured, Pixels]:
     )
     if note := str(opened[0].left):
         say(note)
-    return found
+    return *found, output
 
 
-def check_output(output: Path, data_dir: Dirs, overwrite: bool) -> None:
-    """Refuses an output that exists, or a figure that would become an image of the data set."""
-    figure = output.with_suffix(".png")
+def made_by(command: str) -> str:
+    """What stands in the first line of a command's JSON file."""
+    return f"{PROGRAM} {command}"
+
+
+def check_output(command: str, named: str | None, data_dir: Dirs, overwrite: bool) -> Path:
+    """The JSON file to write; refuses one that exists, and a figure that would become an image of the data set.
+
+    What the command wrote to its default file is replaced, but no file that the user named.
+    """
+    output = Path(named or f"{command}.json")
+    figure, marks = output.with_suffix(".png"), () if named else (made_by(command), FIGURE_OF)
     if output.suffix != ".json":
         raise ValueError(f"--output {output} must end in .json.")
     for path in (output, figure):
-        check_free(path, overwrite=overwrite)
+        check_free(path, overwrite=overwrite, marks=marks)
     folders = [Path(base_of(path)) for path in as_list(data_dir) if path]
     if any(folder.is_dir() and folder.resolve() in figure.resolve().parents for folder in folders):
         raise ValueError(f"'{figure}' would lie among the images and be one of them. Choose another --output.")
+    return output
 
 
 def report(found: Measured, pixels: Pixels, config: StatsConfig) -> dict[str, Any]:
     """The content of the JSON file; values are in the units of mean and std."""
     mean, std = measured_options(found.pixels)
     return {
+        "made_by": made_by("stats"),
         "images": found.pixels.images,
         "of": found.total,
         "seed": config.seed,
@@ -177,8 +189,8 @@ def spread_note(found: PixelStatistics, pixels: Pixels) -> str:
 
 def stats(config: StatsConfig) -> None:
     """Measures, writes and prints."""
-    found, pixels = measure_images(config)
-    content, output = report(found, pixels, config), Path(config.output)
+    found, pixels, output = measure_images(config)
+    content = report(found, pixels, config)
     write_json(output, content, indent=2)
     figure, (low, high) = output.with_suffix(".png"), found.stored
     save_histograms(

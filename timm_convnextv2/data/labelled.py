@@ -33,6 +33,12 @@ class Row(NamedTuple):
     part: str | None = None  # one of `TRAIN_FOLDERS` or `TEST_FOLDERS`; None if the split is still to be made
 
 
+def check_place(place: str | os.PathLike) -> None:
+    """Refuses a folder or CSV that does not exist."""
+    if not os.path.exists(place):
+        raise ValueError(f"The labelled images '{printable(place)}' do not exist; expected a folder or a CSV.")
+
+
 def read_labelled(
     place: str | os.PathLike, groups: str | None = None, group_by: str | None = None
 ) -> tuple[list[Row], list[str]]:
@@ -40,8 +46,7 @@ def read_labelled(
     path, notes = Path(place), list[str]()
     if groups and group_by:
         raise ValueError("--groups and --group-by both name the groups: choose one.")
-    if not path.exists():
-        raise ValueError(f"The labelled images '{printable(path)}' do not exist; expected a folder or a CSV.")
+    check_place(path)
     if path.is_file():
         return _table(path, notes, groups, group_by), notes
     if groups:

@@ -11,8 +11,10 @@ from ..config import check_limits
 from ..console import say
 from ..data import DataSet, ImageError, ImagePaths, TimmStream, check_readable, create_source
 from ..data.display import display_of
+from ..data.paths.find import check_places
 from ..data.sources.source import Source
 from ..files import claim_folder, write_csv
+from ..report.images import FIGURE_OF
 from .channels import BlockCollapse, blocks_of, channel_maps, collapse
 from .config import CollapseConfig, Computation, DrawnImages
 from .encoder import open_encoder
@@ -20,20 +22,24 @@ from .extract import COMPUTATION
 from .figures import save_channels, save_distances
 
 FILES = ("collapse.csv", "collapse.png", "channels.png")
+COLUMNS = ["model", *BlockCollapse._fields]
 SHOWN = 3  # images in the figure of channels
 Maps = dict[str, tuple[str, Tensor]]
 
 
 def measure_collapse(config: CollapseConfig) -> dict[str, list[BlockCollapse]]:
     """The results of `collapse` by model, which also go to the folder --output unless it is ''."""
-    folder = claim_folder(config.output, FILES, overwrite=config.overwrite) if config.output else None
+    images = config.images
+    check_places(ImagePaths.of(images.data_dir, images.data_list), images.dataset)
+    marks = (",".join(COLUMNS[:3]), FIGURE_OF) if config.output is None else ()
+    folder = claim_folder(config.folder, FILES, overwrite=config.overwrite, marks=marks) if config.folder else None
     found, shown, maps = collapse_of_models(
         list(dict.fromkeys(config.models)), config.images, config.computation, layer=config.layer,
         batch_size=config.batch_size, progress=True,
     )  # fmt: skip
     if folder is not None:
         rows = ([name, *block] for name, blocks in found.items() for block in blocks)
-        write_csv(folder / FILES[0], ["model", *BlockCollapse._fields], rows)
+        write_csv(folder / FILES[0], COLUMNS, rows)
         save_distances(found, folder / FILES[1])
         save_channels(shown, maps, folder / FILES[2])
     return found

@@ -117,8 +117,14 @@ class CollapseConfig:
     batch_size: int = option(8, "images per batch", short="-b", metavar="N", at_least=1)
     layer: str | None = option(
         None, "block in the figure of channels (default: the last one of the last stage but one)", metavar="NAME")
-    output: str = option("collapse", "folder to write to; '': none", metavar="DIR")
+    output: str | None = option(
+        None, "folder to write to; '': none (default: collapse, its files replaced)", metavar="DIR")
     overwrite: bool = option(False, "replace the files in --output")
+
+    @property
+    def folder(self) -> str:
+        """The folder to write to, '' for none."""
+        return "collapse" if self.output is None else self.output
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ..config import check_limits
 from ..console import say
 from ..data import StreamOrder, TimmStream, check_readable, create_source
 from ..data.config import as_list
-from ..data.paths.find import find_files
+from ..data.paths.find import check_places, find_files
 from ..data.samples.batches import map_batches, stream_batches
 from ..data.sources.source import Source
 from ..runs.group import on_primary, processes
@@ -45,6 +45,7 @@ def embed(
     """
     output, parts, batch_size = Path(output), Parts(Path(output)), extraction.batch_size
     with processes() as group, closing(parts):
+        on_primary(group, lambda: check_places(images.paths, images.data_set.dataset))
         on_primary(group, lambda: check_output(output, overwrite=overwrite or resume and parts.joining()))
         check_limits(extraction)
         if not 0 <= max_bad_images <= 1:

@@ -16,6 +16,7 @@ from ..config import check_limits
 from ..console import say
 from ..data import Pixels
 from ..data.formats.files import printable
+from ..data.labelled import check_place
 from ..data.measure.inspection import perceptual_hash
 from ..files import claim_folder, write_json
 from ..runs.device import check_device
@@ -71,6 +72,8 @@ def measure_features(
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """The results of `evaluate_models`, which also go to the folder --output if there is one."""
     files = FILES + (BUDGET_FILES if config.scoring.label_budgets else ())
+    if config.data_dir != "demo":
+        check_place(config.data_dir)
     folder = None if config.output is None else claim_folder(config.output, files, overwrite=config.overwrite)
     found = evaluate_models(
         config.models, config.data_dir, config.extraction, config.scoring, split=config.split,

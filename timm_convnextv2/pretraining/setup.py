@@ -18,8 +18,8 @@ from ..console import Faults, say
 from ..data import Pixels, StreamOrder, create_source
 from ..data.config import as_list
 from ..data.formats.files import printable
-from ..data.paths.find import find_files
-from ..data.paths.listing import Listing, base_of, origins_of
+from ..data.paths.find import check_places, find_files
+from ..data.paths.listing import Listing, base_of
 from ..data.samples.batches import preprocessing
 from ..data.sources.open import pages_and_windows
 from ..features import open_labelled
@@ -151,8 +151,7 @@ def look_for_images(config: PretrainConfig, faults: Faults) -> None:
     """Whether the named images are there at all, without looking into folders, which `find_files` does."""
     probe = config.measures.probe_dir
     with faults.next():
-        if not config.data_set.dataset and not config.paths.index:
-            origins_of(config.paths.data_dir, config.paths.data_list)
+        check_places(config.paths, config.data_set.dataset)
     with faults.next():
         if probe and probe != "demo" and not os.path.exists(probe):
             raise ValueError(f"--probe-dir {printable(probe)} does not exist.")

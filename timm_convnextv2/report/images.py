@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..data.measure.pixel_statistics import PixelStatistics
 
 NEUTRAL = 0.5  # grey of patches that are not shown, on light and dark pages
+FIGURE_OF = "timm_convnextv2 figure"  # in the header of every figure: commands replace only files with a mark
 _COLUMNS = 8  # of a contact sheet
 _HISTOGRAM_COLUMNS = 4
 
@@ -96,7 +97,7 @@ def save_figure(figure, path: str | Path, title: str = "") -> None:
     if title:
         figure.suptitle(title, fontsize=9, parse_math=False)  # a name may contain $
     with whole_file(path) as part:
-        figure.savefig(part, format="png")
+        figure.savefig(part, format="png", metadata={"Software": FIGURE_OF})
 
 
 def save_loss_curve(summary: str | Path, path: str | Path) -> None:

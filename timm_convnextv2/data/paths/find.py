@@ -26,6 +26,12 @@ _BATCH = 64
 _NAMED = 5
 
 
+def check_places(paths: ImagePaths, dataset: str = "") -> None:
+    """Refuses folders and lists that do not exist, without looking into them: it takes no time."""
+    if not dataset:
+        origins_of(paths.data_dir, paths.data_list)
+
+
 def find_files(
     paths: ImagePaths,
     dataset: str,
