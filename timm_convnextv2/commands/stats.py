@@ -199,7 +199,7 @@ def stats(config: StatsConfig) -> None:
     values = "stored values" if config.pixels.clip_low is None else "values, clipped,"
     say(f"{found.kind}, {values} {low:g} to {high:g}, divided by {found.unit:g}; {found.source}")
     if found.bad:
-        say(f"{len(found.bad)} images left out, for example: {found.bad[0]}")
+        say(f"{len(found.bad)} image{'s' * (len(found.bad) != 1)} left out, for example: {found.bad[0]}")
     if found.error > config.error:
         say(f"warning: the standard error is above --error {config.error:g}: read more with --max-images.", error=True)
     if missing := max(channel["missing"] for channel in content["channels"]):
