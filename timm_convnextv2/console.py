@@ -255,6 +255,11 @@ def _nodes() -> list[str]:
     return ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-id", job, "--rdzv-endpoint", endpoint]
 
 
+def count(n: int, noun: str) -> str:
+    """'1 process', '2 processes', '3 steps'."""
+    return f"{n} {noun}{'' if n == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 def duration(seconds: float) -> str:
     """'40 s', '12 min' or '3.5 h'."""
     if seconds < 90:

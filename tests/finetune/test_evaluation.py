@@ -89,6 +89,34 @@ def test_predict_skips_and_names_corrupt_images(model, data, tmp_path, capsys):
     assert "5 of 12 images cannot be decoded, more than --max-bad-images 0.4 allows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_images_to_predict_have_no_classes(labelled, model, tmp_path, capsys):
+    """Folders by session within a class are a mistake for `validate` alone; so are folders without images."""
+    for label in "ab":
+        write_images(tmp_path / "sets" / "validation" / label, classes=("s1", "s2"), n=1)
+    write_images(tmp_path / "one" / "c", classes=("s1",), n=1)
+    (tmp_path / "sets" / "validation" / "notes").mkdir()
+    (tmp_path / "sets" / "validation" / "notes" / "x.txt").touch()
+    command = validate.main if labelled else predict.main
+    assert command([str(model), "--data-dir", "sets", "--device", "cpu"]) == (2 if labelled else 0)
+    out, err = capsys.readouterr()
+    if not labelled:
+        assert "validation: 4 images\n" in out and "classes" not in out and "no images in" not in out and not err
+        assert command([str(model), "--data-dir", "one/c/s1", "--device", "cpu"]) == 0
+        assert "one/c/s1: 1 image\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "cores", "processes", "expected"), [
+    ((), 1, 1, 1), ((), 3, 1, 3), ((), 64, 1, 4), ((), 8, 4, 2), ((), 1, 2, 1), (("--workers", "7"), 1, 1, 7),
+    (("-j", "4"), 2, 1, 4),
+])  # fmt: skip
+def test_data_workers_are_no_more_than_cores(model, data, monkeypatch, given, cores, processes, expected):
+    monkeypatch.setattr("timm_convnextv2.finetune.options.usable_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert validate.main([str(model), "--data-dir", str(data), "--device", "cpu", *given]) == 0
+    assert seen()["args"]["workers"] == expected
+
+
 MISTAKES = {
     "no model": ([], "--model is needed"),
     "no data": (["--model", "convnextv2_atto"], "--data-dir is needed"),

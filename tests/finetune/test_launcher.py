@@ -283,6 +283,11 @@ def test_16_bit_classes_are_learnt_validated_and_predicted(bright, timm_train):
     python("-m", "timm_convnextv2", "predict", *common, *words, cwd=out)
     rows = list(csv.DictReader((out / "p.csv").open()))
     assert len(rows) == 16 and all(row["filename"].startswith(row["label"] + "/") for row in rows)
+    for words, files in ((), ["predictions.csv"]), (("--results-dir", "d", "--results-format", "csv", "json"),
+                         ["d/predictions.csv", "d/predictions.json"]):  # fmt: skip
+        said = python("-m", "timm_convnextv2", "predict", *common, *words, cwd=out).stdout
+        assert said.splitlines()[-1] == f"Written: {', '.join(files)}" and len(said.splitlines()) < 10, said
+        assert all((out / file).is_file() for file in files)
 
 
 @pytest.mark.timm_train

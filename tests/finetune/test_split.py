@@ -89,6 +89,17 @@ def test_data_without_validation_images_is_split(run, flat, tmp_path, capsys, ki
             assert {os.path.realpath(p) for p in part.source.paths} == {path for path, _, side in found if side == name}
 
 
+def test_a_dry_run_keeps_no_split(command, flat, tmp_path, capsys):
+    assert main(command("--dry-run", data=flat)) == 0
+    assert "The split would be kept in out/x/split.csv." in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_recipes_do_not_start_more_workers_than_cores(run, flat, monkeypatch):
+    monkeypatch.setattr("timm_convnextv2.finetune.options.usable_cores", lambda: 2)
+    assert run(data=flat, recipe="small-data")["args"]["workers"] == 2
+    assert run("--workers", "3", data=flat, recipe="small-data", experiment="y")["args"]["workers"] == 3
+
+
 def test_the_split_follows_seed_and_share(run, flat, tmp_path):
     for name, words in {"x": (), "same": (), "other": ("--seed", "1"), "half": ("--validation-share", "0.5")}.items():
         run(*words, data=flat, experiment=name)

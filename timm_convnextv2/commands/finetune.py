@@ -3,11 +3,11 @@
 from timm.utils.distributed import world_info_from_env
 
 from ..config import build
-from ..console import refused, say
+from ..console import count, refused, say
 from ..finetune.config import RECIPES, FinetuneConfig
 from ..finetune.launch import describe, epochs_done, export, failure, next_commands, result, run_plan
 from ..finetune.options import ScriptOptions, resolve_options, with_model_name
-from ..finetune.plan import Plan, check_augmentation, count, describe_plan, make_plan, warnings
+from ..finetune.plan import Plan, check_augmentation, describe_plan, make_plan, warnings
 from ..finetune.scripts import load_script
 from ..hub_errors import HubError
 from ..recipes import list_recipes, load_recipe, recipe_names
@@ -40,7 +40,7 @@ def prepare(argv: list[str] | None) -> Plan | None:
     options = resolve_options(script, rest, recipe)
     _check_start(options, config.from_scratch)
     check_augmentation(options.aa)
-    plan = make_plan(script, recipe, options, rest, config.global_batch_size, config.split)
+    plan = make_plan(script, recipe, options, rest, config.global_batch_size, config.split, config.dry_run)
 
     for line in [*plan.notes, *describe_plan(plan)]:
         say(line)

@@ -3,7 +3,7 @@
 from ..config import build
 from ..console import refused, say
 from ..finetune.config import PredictConfig
-from ..finetune.evaluation import prepare_evaluation
+from ..finetune.evaluation import prepare_evaluation, results_files
 from ..finetune.images import Kept
 from ..finetune.scripts import load_script, run_script
 from ..hub_errors import HubError
@@ -38,6 +38,8 @@ def evaluate(command: str, argv: list[str] | None) -> int:
         run_script(script, words)
     except DataError as e:
         return refused(command, e)
+    if kept and (files := results_files(script, words)):
+        say(f"Written: {', '.join(map(str, files))}")
     reasons = kept.left_out() if kept else []
     for reason in reasons:
         say(f"skipped: {reason}", error=True)

@@ -15,7 +15,9 @@ from ..data.labelled import SPLIT_FILE, kept_rows, read_labelled
 from .folders import FolderReader, Open, RowReader, describe, is_folder, is_table, open_split, shown, split_folder
 from .images import Images, Kept, Reading, feed, probe, refuse_for_tensors
 from .model import check_weights_file, choose_pixels, create_fitted_model
-from .options import ScriptOptions, check_input_mode, resolve_options, with_device, with_model_name
+from .options import ScriptOptions, check_input_mode, for_this_machine, resolve_options, with_model_name
+
+RESULTS = "predictions"  # the file of inference.py, without its ending
 
 
 def prepare_evaluation(
@@ -32,7 +34,10 @@ def prepare_evaluation(
         raise ValueError("--model is needed: --model local-dir:FOLDER, the `model` folder of a finetuning, or a name.")
     if not options.data_folder and not options.dataset:
         raise ValueError("--data-dir is needed: the folder of the images.")
-    options, device = with_device(options)
+    if kept is not None:
+        words, options = _with_results(words, options)
+        resolved = options
+    options, device = for_this_machine(options)
     check_input_mode(options)
     reader, pixels, notes = None, Pixels(nodata), []
     if not _names_several(options):
@@ -57,6 +62,29 @@ def _with_model(words: list[str]) -> list[str]:
     if any(word in ("-m", "--model") or word.startswith("--model=") for word in rest):
         raise ValueError(f"'{name}' and --model both name a model; the folder of the images is --data-dir.")
     return ["--model", model_name(name), *rest]
+
+
+def _with_results(words: list[str], options: ScriptOptions) -> tuple[list[str], ScriptOptions]:
+    """Lets inference.py write a file that can be named, and print no results to the console.
+
+    Its own name for the file has that of the model, whose folder need not exist below the results.
+    """
+    if options.values.get("results_file", "") is None:
+        words, options = [*words, "--results-file", RESULTS], options.evolve(results_file=RESULTS)
+    if options.values.get("no_console_results") is False:
+        words, options = [*words, "--no-console-results"], options.evolve(no_console_results=True)
+    return words, options
+
+
+def results_files(script: ModuleType, words: list[str]) -> list[Path]:
+    """The files that inference.py wrote with this command line."""
+    options, endings = resolve_options(script, words), getattr(script, "_FMT_EXT", {})
+    path = Path(options.values.get("results_dir") or "") / (options.values.get("results_file") or RESULTS)
+    stem = path.with_suffix("") if path.suffix in endings.values() else path
+    names = (
+        stem.with_name(stem.name + endings.get(kind, ".csv")) for kind in options.values.get("results_format") or ()
+    )
+    return [file for file in dict.fromkeys(names) if file.is_file()]
 
 
 def _names_several(options: ScriptOptions) -> bool:
@@ -89,7 +117,7 @@ def _check_images(
             raise ValueError(f"{found} and --model {options.model} {num_classes}.")
     else:
         reader = open_folder(split_folder(root, options.split))
-    notes += describe(reader)
+    notes += describe(reader, labelled)
     present = sum(map(bool, reader.counts().values()))
     if class_to_idx is not None and present < len(class_to_idx):
         notes.append(f"{present} of the model's {len(class_to_idx)} classes are present; matched by name.")

@@ -10,7 +10,7 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
-from ..console import check_same_classes
+from ..console import check_same_classes, count
 from ..data import image_extensions
 from ..data.config import Splitting
 from ..data.formats.files import TRAIN_FOLDERS, VALIDATION_FOLDERS, printable
@@ -221,26 +221,27 @@ def open_split(root: Path, split: str, option: str, open_folder: Open, root_too:
     return reader
 
 
-def describe(reader: FolderReader) -> list[str]:
-    """Lines on the contents of a folder: images, classes, and the files that are left out."""
+def describe(reader: FolderReader, labelled: bool = True) -> list[str]:
+    """Lines on the contents of a folder: images, classes if they are `labelled`, and the files that are left out."""
     counts = reader.counts()
-    first = f"{len(reader)} images"
-    if set(counts) != {""}:
+    first = count(len(reader), "image")
+    if labelled and set(counts) != {""}:
         each = ", ".join(f"{name} {n}" for name, n in counts.items())
         if len(counts) > FEW_CLASSES:
             (least, low), (most, high) = (f(counts.items(), key=lambda item: item[1]) for f in (min, max))
             each = f"from {low} ({least}) to {high} ({most}) per class"
-        first += f" of {len(counts)} class{'es' * (len(counts) != 1)}: {each}"
+        first += f" of {count(len(counts), 'class')}: {each}"
     where = (os.path.relpath(path, reader.root) for path, _ in reader.samples)
     lines = [
         first,
-        classes_in_several_folders(where) if not isinstance(reader, RowReader) else "",
+        classes_in_several_folders(where) if labelled and not isinstance(reader, RowReader) else "",
         str(reader.left),
-        f"no images in {shown(reader.imageless)}" if reader.imageless else "",
+        f"no images in {shown(reader.imageless)}" if labelled and reader.imageless else "",
     ]
     if reader.unlabelled:
         names = ", ".join(list(reader.unlabelled)[:SHOWN])
-        lines.append(f"left out {reader.unlabelled.total()} images whose folder is not in the class map: {names}")
+        left = count(reader.unlabelled.total(), "image")
+        lines.append(f"left out {left} whose folder is not in the class map: {names}")
     return [f"{reader.root}: {line}" for line in lines if line]
 
 

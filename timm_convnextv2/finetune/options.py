@@ -1,6 +1,7 @@
 """Options of timm's scripts, resolved by the scripts' own parsers, and changed only by making a second value."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MethodType, ModuleType, SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..checkpoint.loading import model_name
+from ..config import usable_cores
 from ..console import CommandParser, closest
 from ..recipes import Recipe
 from ..runs.device import check_device
@@ -130,8 +132,14 @@ def fit_channels(options: ScriptOptions, model: torch.nn.Module) -> tuple[Script
     return options, notes
 
 
-def with_device(options: ScriptOptions) -> tuple[ScriptOptions, list[str]]:
-    """The options with a device that this machine has, and a note if that is not timm's default."""
+def for_this_machine(options: ScriptOptions) -> tuple[ScriptOptions, list[str]]:
+    """The options with a device that this machine has, and a note if that is not timm's default.
+
+    Data workers are at most as many as the cores of the process, unless the user gave a number.
+    """
+    cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if "workers" not in options.given and getattr(options, "workers", 0) > cores:
+        options = options.evolve(workers=cores)
     if options.device == "cuda" and "device" not in options.given and not torch.cuda.is_available():
         note = "--device cpu: PyTorch sees no CUDA GPU here."
         return options.evolve(device="cpu"), [note]

@@ -20,6 +20,7 @@ from timm.utils.distributed import world_info_from_env
 
 from ..checkpoint.finetuned import origin_of_run
 from ..checkpoint.provenance import resolve_license
+from ..console import count
 from ..data import Pixels
 from ..data.config import Splitting
 from ..data.labelled import SPLIT_FILE
@@ -42,17 +43,12 @@ from .folders import (
 )
 from .images import Images, Reading, probe, refuse_for_tensors
 from .model import check_weights_file, choose_pixels, create_fitted_model
-from .options import PLUGIN, ScriptOptions, check_input_mode, with_device
+from .options import PLUGIN, ScriptOptions, check_input_mode, for_this_machine
 from .scripts import allow_processes_on_cpu, matching_script, script_path, script_version
 
 SMALL_SCALE = 1e-3  # a layer whose rate is a thousandth of the head's hardly changes
 SPLITTING = Splitting()  # the defaults
 START_FILES = ("resume", "initial_checkpoint", "pretrained_path")
-
-
-def count(n: int, noun: str) -> str:
-    """'1 process', '2 processes', '3 steps'."""
-    return f"{n} {noun}{'' if n == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 @dataclass(frozen=True)
@@ -99,14 +95,15 @@ class Plan:
 
 def make_plan(
     script: ModuleType, recipe: Recipe, options: ScriptOptions, words: list[str],
-    global_batch_size: int | None = None, splitting: Splitting = SPLITTING,
+    global_batch_size: int | None = None, splitting: Splitting = SPLITTING, dry_run: bool = False,
 ) -> Plan:  # fmt: skip
     """Checks data, batch, model and folder, and derives the options of train.py that follow from them.
 
-    `words` are the user's options; `global_batch_size` is images per update over all processes.
+    `words` are the user's options; `global_batch_size` is images per update over all processes; nothing follows a
+    `dry_run`.
     """
     resolved, world_size = options, world_info_from_env()[2]
-    options, device = with_device(options)
+    options, device = for_this_machine(options)
     if options.device == "cpu" and world_size > 1:
         allow_processes_on_cpu(script)
     check_input_mode(options)
@@ -122,7 +119,8 @@ def make_plan(
     start = dict(drop_path_rate=options.drop_path, global_pool=options.gp)
     options, model, fitted = create_fitted_model(options, need_weights=options.pretrained, check_weights=loads, **start)
     options, folder = _with_folder(options, model)
-    divided += [f"The split is kept in {near(folder / SPLIT_FILE)}."] if divided else []
+    kept = "would be" if dry_run else "is"
+    divided += [f"The split {kept} kept in {near(folder / SPLIT_FILE)}."] if divided else []
     for name in START_FILES:
         if getattr(options, name) and (options.pretrained or name != "pretrained_path"):
             check_weights_file(f"--{name.replace('_', '-')}", getattr(options, name), model)
