@@ -93,6 +93,7 @@ def refused(command, tmp_path, capsys):
 
     def refused(*more, **kwargs):
         before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()  # warnings of earlier runs
         assert main(command(*more, **kwargs)) == 2
         out, err = capsys.readouterr()
         assert err.startswith("timm-convnextv2 finetune: error: ") and err.count("\n") == 1 and "Traceback" not in err

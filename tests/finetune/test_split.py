@@ -243,12 +243,18 @@ def test_real_run_on_class_folders(encoder, flat, tmp_path):
     if not os.environ.get("TIMM_TRAIN"):
         pytest.skip("TIMM_TRAIN=/path/to/timm's/train.py is not set")
     words = ["--recipe", "smoke", "--model", f"local-dir:{encoder}", "--output", "out", "--experiment", "x"]
-    words += ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+    words += ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
     result = run_python("-m", "timm_convnextv2", "finetune", *words, "--data-dir", "flat", cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "Chance, always the most frequent class, is 33.3 %." in result.stdout
     with open(tmp_path / "out/x/summary.csv", newline="") as file:
-        best = max(float(row["eval_top1"]) for row in csv.DictReader(file))
+        measured = [float(row["eval_top1"]) for row in csv.DictReader(file)]
+    best, page = max(measured), (tmp_path / "out/x/report.html").read_text(encoding="utf-8")
+    epoch = f"the best epoch, {measured.index(best) + 1} of 3, with {best:.1f} % top-1 on the validation images\n"
+    assert f"Done: the finetuned model is in out/x/model: {epoch}" in result.stdout
+    assert "flat: 18 images, 6 to validate; 3 of 3 epochs" in page
+    assert "Chance, always the most frequent class, is 33.3 %." in page
+    assert "warning: 12 updates may be too few to learn: raise --epochs (150 updates are --epochs 37)" in result.stderr
     words = ["out/x/model", "--data-dir", "flat", "--device", "cpu", "--workers", "0"]
     result = run_python("-m", "timm_convnextv2", "validate", *words, cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]

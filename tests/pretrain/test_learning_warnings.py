@@ -1,10 +1,12 @@
 """A run that cannot learn is told before it starts, with values to paste."""
 
+import re
+
 import pytest
 
 from timm_convnextv2.pretraining import messages
 from timm_convnextv2.pretraining.messages import few_images, learning_warnings, worker_warnings
-from timm_convnextv2.runs.plan import Plan
+from timm_convnextv2.runs.plan import Plan, few_updates
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,12 @@ def test_workers_above_the_cores(monkeypatch, workers, cores, said):
 def test_few_images(case):
     found = few_images(*case)
     assert found.startswith("999 images are few: --probe-dir") if case[0] == 999 else found == ""
+
+
+@pytest.mark.parametrize(
+    ("updates", "per_epoch", "more", "expected"),
+    [(28, 2, 10, "28 updates may.*--epochs 65"), (1, 1, 0, "1 update may.*--epochs 150"),
+     (149, 160, 3, "--epochs 1\\)"), (150, 2, 10, "^$")],
+)  # fmt: skip
+def test_few_updates_of_other_trainings(updates, per_epoch, more, expected):
+    assert re.search(expected, few_updates(updates, per_epoch, more))

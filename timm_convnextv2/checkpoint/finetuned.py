@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,18 @@ def _metrics(summary: Path, checkpoint: dict[str, Any], args: dict[str, Any], em
     return {**found, "dataset": _dataset(args), "split": args.get("val_split") or None} if found else None
 
 
+def added_epochs(args: Mapping[str, Any]) -> dict[str, int]:
+    """Epochs that train.py adds to --epochs: the warmup, if --warmup-prefix is set, and the cooldown."""
+    added = {"warmup": args.get("warmup_epochs") if args.get("warmup_prefix") else 0}
+    added["cooldown"] = args.get("cooldown_epochs")
+    return {name: n if isinstance(n, int) else 0 for name, n in added.items()}  # a report reads any args.yaml
+
+
+def all_epochs(args: Mapping[str, Any]) -> int:
+    """The epochs of a run of train.py, warmup and cooldown included."""
+    return (args.get("epochs") or 0) + sum(added_epochs(args).values())
+
+
 def _dataset(args: dict[str, Any]) -> str | None:
     folder = args.get("data_dir") or args.get("data")
     return args.get("dataset") or (Path(folder).resolve().name if folder else None)
@@ -157,8 +169,7 @@ def _describe(args: dict[str, Any], checkpoint: dict[str, Any], ema: bool) -> di
     get, epoch, name = args.get, checkpoint.get("epoch"), args["model"]
     images = (get("batch_size") or 0) * (get("grad_accum_steps") or 1) * (get("world_size") or 1)
     lr = f"{get('lr'):.2e}" if isinstance(get("lr"), float) else str(get("lr"))
-    warmup = get("warmup_epochs") or 0
-    epochs = (get("epochs") or 0) + (warmup if get("warmup_prefix") else 0) + (get("cooldown_epochs") or 0)
+    warmup, epochs = get("warmup_epochs") or 0, all_epochs(args)
     optimizer = f"{get('opt')}, lr {lr} for {images} images per update, weight decay {get('weight_decay')}"
     optimizer += f", betas {tuple(args['opt_betas'])}" if get("opt_betas") else ""
     optimizer += f", layer decay {get('layer_decay')}" if get("layer_decay") else ""

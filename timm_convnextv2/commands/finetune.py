@@ -5,7 +5,7 @@ from timm.utils.distributed import world_info_from_env
 from ..config import build
 from ..console import count, refused, say
 from ..finetune.config import RECIPES, FinetuneConfig
-from ..finetune.launch import describe, epochs_done, export, failure, next_commands, result, run_plan
+from ..finetune.launch import describe, epochs_done, export, exported, failure, next_commands, result, run_plan
 from ..finetune.options import ScriptOptions, resolve_options, with_model_name
 from ..finetune.plan import Plan, check_augmentation, describe_plan, make_plan, warnings
 from ..finetune.scripts import load_script
@@ -74,9 +74,9 @@ def finish(plan: Plan) -> int:
     if done is not None and done < plan.epochs:  # train.py ends quietly on Ctrl-C
         resume = f"--experiment {plan.options.experiment} --resume {near(plan.folder / 'last.pth.tar')}"
         say(f"Stopped after {count(done, 'epoch')} of {plan.epochs}; repeat the command with {resume} to resume.")
-        say(f"The model so far is in {near(model)}")
+        say(f"The model so far is in {near(model)}{exported(plan, model)}")
     else:
-        say(f"Done: the finetuned model is in {near(model)}")
+        say(f"Done: the finetuned model is in {near(model)}{exported(plan, model)}")
     describe(plan, model)
     for line in result(plan):
         say(line)

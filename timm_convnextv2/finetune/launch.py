@@ -11,7 +11,8 @@ import yaml
 from timm.utils.distributed import world_info_from_env
 
 from ..checkpoint import export_finetuned
-from ..checkpoint.finetuned import LABEL_NAMES
+from ..checkpoint.finetuned import BEST, LABEL_NAMES
+from ..checkpoint.provenance import read_object
 from ..console import invocation, say
 from ..data.labelled import SPLIT_FILE, write_split
 from ..files import read_rows
@@ -86,6 +87,18 @@ def epochs_done(folder: Path) -> int | None:
         return None
 
 
+def exported(plan: Plan, model: Path) -> str:
+    """': the best epoch, 3 of 10, with 57.1 % top-1', of the exported model; '' if it does not say."""
+    try:
+        training = read_object(model / "config.json")["training"]
+        epoch = training["table"]["Epochs"].partition(",")[0]
+    except (ValueError, KeyError):
+        return ""
+    top1 = (training.get("metrics") or {}).get("top1")
+    measured = "" if top1 is None else f", with {top1:.1f} % top-1 on the validation images"
+    return f": the {'best' if (plan.folder / BEST[0]).is_file() else 'last'} epoch, {epoch}{measured}"
+
+
 def describe(plan: Plan, model: Path) -> None:
     """Writes results per class and the report; a failure is a warning, because the model is there already."""
     try:
@@ -100,11 +113,6 @@ def result(plan: Plan) -> list[str]:
     lines = []
     with contextlib.suppress(ValueError):
         lines.append(verdict(read_run(plan.folder)).text)
-    if lines and len(plan.splits) == 2:
-        train, validation = (split.counts() for split in plan.splits)
-        most = max(train, key=train.__getitem__)
-        share = 100 * validation.get(most, 0) / max(1, len(plan.splits[1]))
-        lines[0] += f" Chance, always the most frequent class, is {share:.1f} %."
     written = [
         name for name in ("report.html", "summary.csv", SPLIT_FILE, LABEL_NAMES) if (plan.folder / name).is_file()
     ]

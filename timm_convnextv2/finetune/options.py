@@ -19,8 +19,9 @@ from .scripts import matching_script, script_path, script_version
 
 PLUGIN = "timm_convnextv2"  # for train.py's --device-modules
 # Options of ours that train.py's parser takes too: so they are in its args.yaml and checkpoints, and recipes may set
-# them. `pixels` is not typed: the launcher derives it from the model and --nodata.
+# them. Those after `license` are not typed: the launcher derives them from the model, --nodata and the images.
 ADDED_OPTIONS = {"nodata": float, "license": str, "pixels": json.loads}
+ADDED_OPTIONS |= {"num_images": int, "num_validation": int, "chance": float}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def resolve_options(script: ModuleType, words: list[str], recipe: Recipe | None 
     parser = script.parser
     parser.error = MethodType(CommandParser.error, parser)  # raises; argparse would print a usage of 150 options first
     for name, kind in ADDED_OPTIONS.items() if recipe else ():
-        parser.add_argument(f"--{name}", type=kind)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
     defaults = vars(parser.parse_args([]))
     if recipe:
         _check_recipe(script, recipe, defaults)

@@ -18,7 +18,7 @@ from timm.models import safe_model_name
 from timm.optim import param_groups_layer_decay
 from timm.utils.distributed import world_info_from_env
 
-from ..checkpoint.finetuned import origin_of_run
+from ..checkpoint.finetuned import added_epochs, origin_of_run
 from ..checkpoint.provenance import resolve_license
 from ..console import count
 from ..data import Pixels
@@ -28,6 +28,7 @@ from ..data.measure.duplicates import shared_note
 from ..models import ConvNeXtV2
 from ..recipes import Recipe
 from ..report.next_steps import near
+from ..runs.plan import few_updates
 from .checkpoints import check_new_folder, check_resume
 from .folders import (
     FolderReader,
@@ -79,8 +80,7 @@ class Plan:
     @property
     def extra_epochs(self) -> dict[str, int]:
         """Epochs that train.py adds to --epochs: the warmup, if --warmup-prefix is set, and the cooldown."""
-        options = self.options
-        return {"warmup": options.warmup_epochs * bool(options.warmup_prefix), "cooldown": options.cooldown_epochs}
+        return added_epochs(self.options.values)
 
     @property
     def epochs(self) -> int:
@@ -127,7 +127,7 @@ def make_plan(
     options = _with_license(options, model, folder)
     options = options.evolve(device_modules=list(dict.fromkeys([*(options.device_modules or []), PLUGIN])))
     pixels, read = choose_pixels(options.nodata, options.model, options.channels, options.pixels)
-    options = options.evolve(pixels=pixels.record() or None)
+    options = options.evolve(pixels=pixels.record() or None, **_facts(splits))
     opened = (Images(split, Reading(options.channels, pixels)) for split in splits)
     kinds = ", ".join(dict.fromkeys(filter(None, map(probe, opened))))
     values = dict(options.values)
@@ -196,6 +196,16 @@ def _with_batch(options: ScriptOptions, world_size: int, wanted: int | None) -> 
             "Leave one of them out."
         )
     return options.evolve(grad_accum_steps=steps)
+
+
+def _facts(splits: list[FolderReader]) -> dict[str, int | float]:
+    """Numbers of images, and the accuracy in % of always the most frequent class: args.yaml keeps them for reports."""
+    if len(splits) < 2:
+        return {}
+    train, validation = (split.counts() for split in splits)
+    images, most = len(splits[1]), max(train, key=train.__getitem__)
+    chance = round(100 * validation.get(most, 0) / max(1, images), 2)
+    return {"num_images": len(splits[0]), "num_validation": images, "chance": chance}
 
 
 def _updates_per_epoch(options: ScriptOptions, train: FolderReader, world_size: int) -> int:
@@ -316,10 +326,15 @@ def warnings(plan: Plan, from_scratch: bool = False) -> list[str]:
     unequal = imbalance(plan.splits[0].counts()) if plan.splits else ""
     files = [[path for path, _ in split.samples] for split in plan.splits]
     shared = shared_note(files[0], files[1], "validation") if len(files) == 2 else ""
+    few = ""
+    if plan.splits:
+        per_epoch = _updates_per_epoch(options, plan.splits[0], plan.world_size)
+        few = few_updates(plan.epochs * per_epoch, per_epoch, sum(plan.extra_epochs.values()))
     unloaded = options.model.startswith("local-dir:") and not plan.pretrained and not from_scratch
     found = [
         (plan.kinds, f"there are images {plan.kinds}: their augmentation is crop, scale, ratio, flips, random erasing, "
          "mixup and cutmix; --aa, --color-jitter and --grayscale-prob are for 8-bit RGB or grey and are left out."),
+        (few, few),
         (unequal, unequal),
         (shared, shared),
         (decay is not None and not isinstance(plan.model, ConvNeXtV2),

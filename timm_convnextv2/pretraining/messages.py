@@ -14,13 +14,12 @@ from ..report.kinds import BASELINES
 from ..runs import summary
 from ..runs.checkpoints import Progress
 from ..runs.folder import VERSIONS
-from ..runs.plan import Plan
+from ..runs.plan import FEW_UPDATES, Plan
 from ..runs.world import World
 from .config import Average, Schedule
 from .plan import MIN_UPDATES, scaled_rate, usual_epochs
 from .start import short_name
 
-FEW_UPDATES = 150  # a run on drawn images learned in 192
 LOW_RATE = 1e-5  # 192 updates of 16 drawn images: loss 0.77 at 9.4e-6, 0.38 at 1e-4, 0.35 at 1e-3
 FEW_IMAGES = 1000
 MOSTLY_START = 0.05  # a larger share of the start in a moving average is warned about

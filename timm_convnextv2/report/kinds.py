@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from ..checkpoint.finetuned import all_epochs
 from .next_steps import Step, near, next_steps, next_steps_of_finetuning, next_steps_of_transfer
 from .run import RunRecord
 
@@ -122,7 +123,8 @@ def last_numbers(run: RunRecord, measures: dict[str, tuple[str, str]]) -> dict[s
 
 def in_one_line(facts: dict[str, str]) -> str:
     """The run in one line."""
-    return f"{facts['Model']} on {facts['Data']}: {facts['Images'] or 'images'}; {facts['Epochs']} epochs"
+    images = f"{facts['Images']}; " if facts["Images"] else ""
+    return f"{facts['Model']} on {facts['Data']}: {images}{facts['Epochs']} epochs"
 
 
 def _facts(run: RunRecord, own: dict[str, str], processes: int) -> dict[str, str]:
@@ -139,6 +141,12 @@ def _facts(run: RunRecord, own: dict[str, str], processes: int) -> dict[str, str
         "Folder": str(near(run.path)),
         "Command": run.command,
     }
+
+
+def _images(settings: dict[str, Any]) -> str:
+    """The numbers of images; '' if timm's train.py opened the data itself."""
+    numbers = settings.get("num_images"), settings.get("num_validation")
+    return "{:,} images, {:,} to validate".format(*numbers) if all(isinstance(n, int) for n in numbers) else ""
 
 
 def _best(run: RunRecord, name: str, column: str, form: str = "{:.1%}", best: Callable[..., int] = max) -> list[str]:
@@ -253,11 +261,11 @@ def _facts_of_finetuning(run: RunRecord) -> dict[str, str]:
         "Model": of["model"],
         "Started from": "pretrained or given weights" if started else "random weights",
         "Data": " ".join(str(word) for word in (get("dataset"), place) if word),
-        "Images": "",
+        "Images": _images(of),
         "Classes": str(get("num_classes") or ""),
         "Input": str(get("input_size") or get("img_size") or ""),
         "Recipe": Path(str(get("config") or "")).name,
-        "Epochs": f"{len(run.rows) and max(run.rows) + 1} of {of['epochs']}",
+        "Epochs": f"{len(run.rows) and max(run.rows) + 1} of {all_epochs(of)}",
         "Optimizer": f"{of['opt']}, weight decay {get('weight_decay')}, layer decay {get('layer_decay')}",
     }
     return _facts(run, own, get("world_size", 1))
@@ -275,7 +283,7 @@ def _facts_of_transfer(run: RunRecord) -> dict[str, str]:
         "Model": f"{kind} on {of['model']}",
         "Backbone started from": f"{start}{', frozen' if of.get('frozen') else ''}",
         "Data": str(near(Path(of["data_dir"]))),
-        "Images": f"{of['num_images']:,} images, {of['num_validation']:,} to validate",
+        "Images": _images(of),
         "Classes": f"{len(names)}: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}",
         "Input": f"{of['in_chans']} channels, crops of {of['img_size']} x {of['img_size']}",
         "Stored values": ", ".join(f"{name} {value}" for name, value in (of.get("pixels") or {}).items()),
@@ -297,7 +305,9 @@ def _findings_of_transfer(run: RunRecord) -> list[str]:
     named = _BOXES | _CLASSES | _TOP
     found = [text for column in main[run.task] for text in _best(run, named[column][0], column, named[column][1])]
     weights = "" if run.task == "finetuning" else ", with the weights that are exported"
-    return [*found, f"It was measured on the validation images{weights}."] if found else []
+    chance = run.settings.get("chance") if run.task == "finetuning" else None
+    told = [f"Chance, always the most frequent class, is {chance:.1f} %."] if isinstance(chance, int | float) else []
+    return [*found, f"It was measured on the validation images{weights}.", *told] if found else []
 
 
 _LOSS = {"train_loss": ("Loss", "{:.4f}")}

@@ -18,7 +18,7 @@ from ..report.classes import ClassResults, write_classes
 from ..runs.folder import RunFolder, experiment_name
 from ..runs.logs import Logs
 from ..runs.loop import Limits
-from ..runs.plan import Plan
+from ..runs.plan import Plan, few_updates
 from ..runs.trainer import Learning, LossesTask, Trainer
 from ..runs.world import World
 from .backbone import Backbone, create_backbone, parameter_groups
@@ -209,6 +209,8 @@ def describe(
         )
     if prepared := str(task.backbone.pixels):
         lines.append(f"stored values are prepared like those the model was trained on: {prepared}")
+    if few := few_updates(plan.updates, plan.updates_per_epoch):
+        lines.append(f"note: {few}")
     if plan.warmup_updates > plan.updates // 2:
         warmup = f"the warmup of {plan.warmup_updates} updates takes more than half of the run"
         lines.append(f"note: {warmup}; lower --warmup-updates.")
