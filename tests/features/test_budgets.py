@@ -1,6 +1,7 @@
 """Measures over the number of labels."""
 
 import csv
+import json
 
 import pytest
 import torch
@@ -54,9 +55,19 @@ def test_command_writes_curve_and_table(tmp_path, capsys):
         main([*words, "--label-budgets", "4", "1", "-j", "0", "--no-probe", "--random-seeds", "2", "--device", "cpu"])
         == 0
     )
-    assert "budgets.csv" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "budgets.csv" in out
     with (tmp_path / "out" / "budgets.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 * 2 * 2 and {row["images"] for row in rows} == {"4", "18"}
     assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows)
+    results = json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]
+    lines = [line for line in out.splitlines() if " / " in line]
+    assert lines[0].split("  ")[0] == "labelled images (knn / ridge)" and lines[0].split()[-2:] == ["4", "18"]
+    for result, line in zip(results, lines[1:], strict=True):
+        cells = [[100 * of["value"] for of in budget["measures"].values()] for budget in result["budgets"]]
+        assert line.startswith(result["model"])
+        assert line.endswith("  ".join(" / ".join(f"{value:.1f}" for value in of) for of in cells))
+        # all labels are the same measurement as in the table, shuffled ones as well
+        assert cells[1] == pytest.approx([100 * result["measures"][key]["value"] for key in ("knn_10", "ridge")])
     assert Image.open(tmp_path / "out" / "budgets.png").size[0] > 500

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 import sys
 import types
 
@@ -16,10 +18,11 @@ from timm_convnextv2.checkpoint.loading import model_name
 from timm_convnextv2.commands import collapse as collapse_command
 from timm_convnextv2.commands.evaluate import main
 from timm_convnextv2.data import DemoSource, create_source
-from timm_convnextv2.features import collapse, evaluate_models
+from timm_convnextv2.features import Estimate, collapse, evaluate_models
 from timm_convnextv2.features.collapse_models import draw_images
 from timm_convnextv2.features.config import Extraction, Scoring
 from timm_convnextv2.features.encoder import open_encoder
+from timm_convnextv2.features.evaluate import warnings_of
 
 BASELINES = ["8x8 pixels", "histogram of each channel", "border only", "convnextv2_atto, random weights"]
 
@@ -65,7 +68,7 @@ def test_models_beside_baselines(run, labelled, tmp_path, capsys):
     lines = out.splitlines()
     assert lines[0].split() == ["model", "kNN", "3", "kNN", "24", "ridge", "probe", "rank", "images/s"]
     assert [line.split("  ")[0] for line in lines[1:8]] == list(results)
-    assert "bootstrap over 16 test images); chance is 50.0" in lines[-2]
+    assert "bootstrap over 16 test images); chance: always the most frequent class gives 50.0 %." in lines[-2]
     random = results[BASELINES[-1]]
     assert any(len({*seeds}) > 1 for seeds in random["seeds"].values())
     assert all(
@@ -78,13 +81,70 @@ def test_models_beside_baselines(run, labelled, tmp_path, capsys):
             (line,) = [line for line in lines if line.startswith(f"{model}, {key}: ")]
             assert all(base in line for base in BASELINES)
     # colour is the label, and a histogram tells it
-    assert f"a shortcut is as good as {models[0]}: histogram of each channel alone has" in out
-    assert "24 images to train on and 16 to test on, 2 classes (even, odd); chance is 50.0 %" in err
+    assert re.search(rf"a shortcut is [a-z ]*as good as {models[0]}: histogram of each channel alone has", out)
+    easy = [name for name, of in results.items() if any(of["measures"][k]["value"] == 1 for k in ("knn_3", "ridge"))]
+    assert "8x8 pixels" in easy
+    assert f"16 test images are too few or too easy to tell models apart: {', '.join(easy)} have all of them" in out
+    assert "24 images to train on and 16 to test on, 2 classes (even, odd); chance: always the most" in err
     assert "at most 24 neighbours, as many as there are training images (asked for 50)" in err
     assert Image.open(tmp_path / "out" / "evaluation.png").size[0] > 500
 
     assert main(words) == 2
     assert "already has evaluation.json, evaluation.png" in capsys.readouterr().err
+
+
+def test_intervals_are_of_groups(run, labelled, tmp_path, capsys):
+    """Three copies of each test image, of one patient, give the interval of one copy."""
+    images = [(path, path.parts[-3]) for path in sorted(labelled.rglob("*.png"))]
+    found, lines = [], []
+    for name, copies, words in ("one", 1, ()), ("groups", 3, ("--groups", "patient")), ("images", 3, ()):
+        rows = ["name,label,split,patient"]
+        for i, (path, part) in enumerate(images):
+            for copy in range(copies if part == "validation" else 1):
+                other = tmp_path / name / f"{i}-{copy}.png"
+                other.parent.mkdir(exist_ok=True)
+                shutil.copy(path, other)
+                rows.append(f"{name}/{other.name},{'ab'[i % 3 == 0]},{part},p{i}")
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows) + "\n")
+        scoring = ["-k", "3", "-j", "0", "--no-probe", "--random-seeds", "1", "--device", "cpu", "--output"]
+        assert (
+            main([str(run), "--data-dir", str(tmp_path / f"{name}.csv"), *words, *scoring, str(tmp_path / name)]) == 0
+        )
+        found.append(json.loads((tmp_path / name / "evaluation.json").read_text())["results"])
+        lines.append(capsys.readouterr().out.splitlines()[-2])
+    assert "(bootstrap over 16 groups of test images)" in lines[1] and "over 48 test images)" in lines[2]
+    narrower = []
+    one, groups, images = ([(r["measures"], r.get("against")) for r in results] for results in found)
+    for (measures, against), (same, paired), (narrow, _) in zip(one, groups, images, strict=True):
+        assert {k: measures[k] for k in ("knn_3", "ridge")} == {k: same[k] for k in ("knn_3", "ridge")}
+        assert against == paired
+        width, other = (of["ridge"]["high"] - of["ridge"]["low"] for of in (measures, narrow))
+        narrower.append(other < 0.8 * width)
+    assert sum(narrower) >= 3
+
+
+def test_one_group_gives_no_interval(run, tmp_path, capsys):
+    for part, patients in (("train", "pq"), ("validation", "r")):
+        for i in range(4):
+            random = np.random.default_rng(i)
+            save(tmp_path / part / "ab"[i % 2] / patients[i // 2 % len(patients)] / f"{i}.png",
+                 random.integers(0, 256, (32, 32, 3)))  # fmt: skip
+    words = [str(run), "--data-dir", str(tmp_path), "-j", "0", "--group-by", "parent-folder", "--device", "cpu"]
+    assert main(words) == 2 and "The test images are of one group" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("low", "high", "said"), [
+    (-9.0, -2.0, "better than"), (-3.0, 2.0, "as good as"), (None, None, "at least as good as")])  # fmt: skip
+def test_shortcuts_that_are_better(low, high, said):
+    """By the paired intervals of kNN and ridge; None: one of either kind."""
+    lows, highs = ((-9.0, -3.0), (-2.0, 2.0)) if low is None else ((low, low), (high, high))
+    gains = {
+        base: {key: Estimate(sum(ends) / 2, *ends) for key, *ends in zip(("knn_10", "ridge"), lows, highs, strict=True)}
+        for base in ("histogram of each channel", "border only")
+    }
+    measures = {key: {"value": 0.8, "low": 0.7, "high": 0.9} for key in ("knn_10", "ridge")}
+    lines = warnings_of("mine", gains, [{"model": base, "measures": measures} for base in gains], 0.25)
+    assert len(lines) == 2 and all(f"a shortcut is {said} mine: " in line for line in lines)
 
 
 def save(path, array):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm_convnextv2.features import Scoring, accuracy_or_map, bootstrap, knn, knn_scores, measure_features, rankme
 from timm_convnextv2.features import linear as linear_module
 from timm_convnextv2.features.evaluate import over_shuffles, shuffles
-from timm_convnextv2.features.linear import difference, linear_probe, resampled, ridge
+from timm_convnextv2.features.linear import difference, estimate, linear_probe, resampled, ridge
 from timm_convnextv2.features.neighbours import nearest
 
 CLASSES = 4
@@ -204,6 +204,32 @@ def test_no_difference_without_its_paired_interval():
     assert difference(shifted, seventeen).startswith("+5.4 (-") and difference(shifted, seventeen).endswith("shown")
     assert difference(forty, seventeen).endswith(": above") and difference(seventeen, forty).endswith(": below")
     assert difference(twenty, twenty) == "+0.0 (+0.0 to +0.0): no difference shown"
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("copies", [1, 9])
+def test_copies_within_groups_do_not_narrow_intervals(copies, several):
+    """Nine copies of each image are no more evidence than one; as images they would give a third of the interval."""
+    labels = (torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) < 0.4).long()
+    one, two = (labels + 0.8 * torch.randn(60, 2, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    labels = labels if several else labels[:, 0]
+    groups = torch.arange(60).repeat_interleave(copies)
+    images, clusters, plain = (
+        [resampled(scores[index], labels[index], draws=2000, groups=by) for scores in (one, two)]
+        for index, by in ((torch.arange(60), None), (groups, groups), (groups, None))
+    )
+    for values in (lambda pair: pair[0], lambda pair: pair[0] - pair[1]):  # a measure, and a paired difference
+        width, of_groups, too_narrow = (
+            (lambda e: e.high - e.low)(estimate(values(pair))) for pair in (images, clusters, plain)
+        )
+        assert of_groups == pytest.approx(width, rel=0.1)
+        assert too_narrow == pytest.approx(width / copies**0.5, rel=0.25)
+
+
+def test_groups_of_unequal_size_weigh_their_images():
+    right, groups = torch.tensor([1, 1, 1, 0]), torch.tensor([0, 0, 0, 1])
+    found = resampled(F.one_hot(right, 2).float(), torch.ones(4, dtype=torch.long), groups=groups)
+    assert found[0] == 0.75 and {*found[1:].tolist()} == {0, 0.75, 1}
 
 
 NAN = torch.full((4, 3), torch.nan)

@@ -23,7 +23,7 @@ from ..runs.device import check_device
 from ..runs.progress import ImageProgress
 from .baselines import SHORTCUTS, hashes, near_duplicates, plain_baselines
 from .budgets import budget_sizes, over_budgets
-from .config import EvaluateConfig, Extraction, Scoring, Splitting
+from .config import NEIGHBOURS, EvaluateConfig, Extraction, Scoring, Splitting
 from .encoder import Encoder, open_encoder
 from .extract import EXTRACTION, SCORING, extract_many, image_batches
 from .figures import save_budgets, save_measures
@@ -40,11 +40,12 @@ SHUFFLES = 5  # of the control
 
 def resampled_features(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, num_classes: int,
-    scoring: Scoring = SCORING, device: str | torch.device = "cpu",
+    scoring: Scoring = SCORING, device: str | torch.device = "cpu", groups: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The measures of `measure_features` except the rank, as values on all test images and on resamples.
 
-    See `resampled`: values of several models on the same images give paired differences.
+    See `resampled`, also for the `groups` of the test images: values of several models on the same images give paired
+    differences.
     """
     options: dict[str, Any] = {"num_classes": num_classes, "seed": scoring.seed}
     near = train.to(device), train_labels, test.to(device), scoring.k, scoring.temperature
@@ -52,7 +53,7 @@ def resampled_features(
     scores["ridge"] = ridge(train, train_labels, test, **options)
     if scoring.probe:
         scores["probe"] = linear_probe(train, train_labels, test, device=device, **options)
-    draws: dict[str, Any] = {"draws": scoring.draws, "seed": scoring.seed}
+    draws: dict[str, Any] = {"draws": scoring.draws, "seed": scoring.seed, "groups": groups}
     return {name: resampled(value, test_labels, **draws) for name, value in scores.items()}
 
 
@@ -107,10 +108,10 @@ def evaluate_models(
 
     `baselines` adds those of `plain_baselines`, the mean over several seeds of the first model's architecture with
     random weights, and as a control the first model with shuffled labels of the training images, see `over_shuffles`.
-    Returns JSON values: `data`, `settings` and `results`, a list with `model`, `measures` (by name, `value`, `low` and
-    `high`, see `measure_features`), `budgets` if `scoring` has some (see `over_budgets`), and `preprocessing`.
-    Baselines have `baseline: true`; models have `images_per_second`, `against` (paired differences to the baselines, by
-    measure, with `value`, `low` and `high` in points) and `verdict`, sentences.
+    Returns JSON values: `data`, `settings`, `notes` (sentences) and `results`, a list with `model`, `measures` (by
+    name, `value`, `low` and `high`, see `measure_features`), `budgets` if `scoring` has some (see `over_budgets`), and
+    `preprocessing`. Baselines have `baseline: true`; models have `images_per_second`, `against` (paired differences to
+    the baselines, by measure, with `value`, `low` and `high` in points) and `verdict`, sentences.
     """
     if not models:
         raise ValueError("There are no models to evaluate.")
@@ -128,12 +129,19 @@ def evaluate_models(
 
     encoders = [open_encoder(name, extraction.img_size, extraction.nodata, "cpu") for name in models]
     data = [labelled(encoder.in_chans, encoder.pixels) for encoder in encoders][0]
+    groups = None if data.test.groups is None else int(data.test.groups.max()) + 1
+    if groups == 1:
+        raise ValueError(
+            "The test images are of one group, which gives no interval; expected two groups or more. Raise "
+            "--validation-share, or change --seed."
+        )
     sizes = budget_sizes(scoring.label_budgets, data.train.labels)
     for line in data.describe(data_dir):
         note(line)
     k = capped(scoring.k, len(data.train.labels))
     if max(scoring.k) > k[-1]:
-        note(f"kNN: at most {k[-1]} neighbours, as many as there are training images (asked for {max(scoring.k)})")
+        asked = f" (asked for {max(scoring.k)})" if tuple(scoring.k) != NEIGHBOURS else ""
+        note(f"kNN: at most {k[-1]} neighbours, as many as there are training images{asked}")
     values: dict[str, dict[str, Tensor]] = {}  # resampled measures by model
 
     def extract(name: str, encoder: Encoder, columns: Sequence[Any]) -> tuple[list[Tensor], list[Tensor], float]:
@@ -156,17 +164,29 @@ def evaluate_models(
             bar.close()
         return train, test, total / (time.perf_counter() - start)
 
-    def score(name: str, rows: Sequence[tuple[Tensor, Tensor]], labels: Tensor, encoder: Encoder) -> dict[str, Any]:
-        """The entry of a model in `results`; measures are means over `rows`, features of one or of several seeds."""
+    def score(
+        name: str, rows: Sequence[tuple[Tensor, Tensor]], labels: Tensor, encoder: Encoder, more: Sequence[Tensor] = ()
+    ) -> dict[str, Any]:
+        """The entry of a model in `results`; measures are means over `rows`, features of one or of several seeds.
+
+        Its budgets are means over `labels` and `more` orders of them, for which no probe is trained.
+        """
         how: dict[str, Any] = {
             "num_classes": len(data.classes), "scoring": scoring, "device": extraction.devices[0],
         }  # fmt: skip
         try:
-            each = [resampled_features(train, labels, test, data.test.labels, **how) for train, test in rows]
+            each = [
+                resampled_features(train, labels, test, data.test.labels, groups=data.test.groups, **how)
+                for train, test in rows
+            ]
             rank = sum(rankme(test) for _, test in rows) / len(rows)
             curves = [
-                over_budgets(train, labels, test, data.test.labels, sizes, draws=scoring.budget_draws, **how)
+                over_budgets(train, order, test, data.test.labels, sizes, draws=scoring.budget_draws, **how | only)
                 for train, test in rows
+                for order, only in [
+                    (labels, {}),
+                    *((order, {"scoring": replace(scoring, probe=False)}) for order in more),
+                ]
             ]
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from e
@@ -209,7 +229,7 @@ def evaluate_models(
         rows = [(train[0], test[0])]
         if baselines and i == 0:  # the control takes the features of the first model
             shuffled = shuffles(data.train.labels, scoring.seed)
-            control = score(f"{name}, shuffled labels", rows, shuffled[0], encoder)
+            control = score(f"{name}, shuffled labels", rows, shuffled[0], encoder, shuffled[1:])
             how: dict[str, Any] = {"num_classes": len(data.classes), "scoring": replace(scoring, probe=False, draws=1)}
             parts = (train[0], test[0], data.test.labels)
             found = over_shuffles(parts, shuffled, **how, device=extraction.devices[0])
@@ -228,10 +248,11 @@ def evaluate_models(
             one["verdict"] = [*verdict(name, gains), *warnings_of(name, gains, results, data.chance)]
     about = {
         "place": os.fspath(data_dir), "classes": data.classes, "train_images": len(data.train.labels),
-        "test_images": len(data.test.labels), "several_labels": data.several, "chance": data.chance,
+        "test_images": len(data.test.labels), "test_groups": groups, "several_labels": data.several,
+        "chance": data.chance,
     }  # fmt: skip
     settings = asdict(scoring) | {"k": k, "device": extraction.devices[0], "amp": extraction.amp} | asdict(split)
-    return {"data": about, "settings": settings, "results": results}
+    return {"data": about, "settings": settings, "results": results, "notes": too_easy(results, about["test_images"])}
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -259,7 +280,9 @@ def mean_curve(curves: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The mean of several results of `over_budgets`, and their lowest and highest values."""
     found = []
     for budgets in zip(*curves, strict=True):
-        bands = {key: [one["measures"][key] for one in budgets] for key in budgets[0]["measures"]}
+        bands = {
+            key: [one["measures"][key] for one in budgets if key in one["measures"]] for key in budgets[0]["measures"]
+        }
         measures = {
             key: {
                 "value": sum(band["value"] for band in of) / len(of), "low": min(band["low"] for band in of),
@@ -269,6 +292,16 @@ def mean_curve(curves: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         }  # fmt: skip
         found.append({"images": budgets[0]["images"], "measures": measures})
     return found
+
+
+def too_easy(results: Sequence[Mapping[str, Any]], images: int) -> list[str]:
+    """A sentence if a model or baseline has all test images right."""
+    names = [one["model"] for one in results if any(of["value"] == 1 for key, of in one["measures"].items()
+             if key != "rank")]  # fmt: skip
+    if not names:
+        return []
+    few = f"{images} test image{'s are' if images != 1 else ' is'} too few or too easy to tell models apart"
+    return [f"{few}: {', '.join(names)} {'have' if len(names) > 1 else 'has'} all of them right."]
 
 
 def headline(keys: Sequence[str]) -> list[str]:
@@ -303,8 +336,10 @@ def warnings_of(
             shown = " and ".join(
                 f"{key.replace('knn_', 'kNN ')} {100 * measures[base][key]['value']:.1f} %" for key in keys
             )
+            better = [key for key in keys if gains[base][key].high < 0]
+            word = "as good as" if not better else "better than" if better == keys else "at least as good as"
             lines.append(
-                f"warning: a shortcut is as good as {name}: {base} alone has {shown} (chance {100 * chance:.1f} %). "
+                f"warning: a shortcut is {word} {name}: {base} alone has {shown} (chance {100 * chance:.1f} %). "
                 "The classes may differ in colour, exposure or background rather than in what they show."
             )
     control = measures.get(f"{name}, shuffled labels", {})

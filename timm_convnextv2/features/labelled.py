@@ -9,7 +9,7 @@ from torch import Tensor
 from ..data import DemoSource, Pixels, Source, check_readable
 from ..data.formats.files import printable
 from ..data.formats.pixels import PLAIN
-from ..data.labelled import NAMED, check_classes, divide, read_labelled
+from ..data.labelled import NAMED, Row, check_classes, divide, read_labelled
 from ..data.measure.duplicates import shared_note
 from ..data.sources.files import ImageFiles
 from .extract import refuse_bad
@@ -22,6 +22,7 @@ class Split(NamedTuple):
 
     source: Source
     labels: Tensor
+    groups: Tensor | None = None  # number of the patient, slide, video, ... of each image, from 0; int64 [N]
 
 
 class Labelled(NamedTuple):
@@ -49,9 +50,15 @@ class Labelled(NamedTuple):
         named = ", ".join([*self.classes[:NAMED], *["..."] * (len(self.classes) > NAMED)])
         kind = "labels, several per image" if self.several else "classes"
         images = f"{len(self.train.labels)} images to train on and {len(self.test.labels)} to test on"
-        chance = f"chance is {100 * self.chance:.1f} %"
-        line = f"{printable(place)}: {images}, {len(self.classes)} {kind} ({named}); {chance}"
+        line = f"{printable(place)}: {images}, {len(self.classes)} {kind} ({named}); "
+        line += chance_words(self.chance, self.several)
         return [line, *(f"warning: {note}" for note in self.notes)]
+
+
+def chance_words(chance: float, several: bool) -> str:
+    """What `Labelled.chance` is, with its value."""
+    what = "constant scores give" if several else "always the most frequent class gives"
+    return f"chance: {what} {100 * chance:.1f} %"
 
 
 def open_labelled(
@@ -90,10 +97,16 @@ def open_labelled(
     paths = [[row.path for row in part] for part in (train, test)]
     for part, names in zip((train, test), paths, strict=True):
         source = ImageFiles(names, in_chans, pixels)
-        splits.append(Split(source, _numbers([row.labels for row in part], classes, several)))
+        splits.append(Split(source, _numbers([row.labels for row in part], classes, several), _groups(part)))
         refuse_bad([message for _, message in check_readable(source)])
     shared = shared_note(paths[0], paths[1], "test")
     return Labelled(classes, splits[0], splits[1], (*notes, *([shared] if shared else [])))
+
+
+def _groups(rows: list[Row]) -> Tensor | None:
+    """The number of each row's group; None without groups."""
+    number = {name: i for i, name in enumerate(dict.fromkeys(row.group for row in rows))}
+    return None if None in number else torch.tensor([number[row.group] for row in rows])
 
 
 def _numbers(labels: list[tuple[str, ...]], classes: list[str], several: bool) -> Tensor:

@@ -11,7 +11,7 @@ from .extract import check_features
 
 
 class Estimate(NamedTuple):
-    """A measure and its 95 % interval from a bootstrap over test images; without one, all three are equal."""
+    """A measure and its 95 % interval from a bootstrap, see `resampled`; without one, all three are equal."""
 
     value: float
     low: float
@@ -34,30 +34,37 @@ def accuracy_or_map(scores: Tensor, labels: Tensor) -> float:
     return float(average[positives > 0].mean())
 
 
-def resampled(scores: Tensor, labels: Tensor, *, draws: int = 1000, seed: int = 0) -> Tensor:
+def resampled(
+    scores: Tensor, labels: Tensor, *, draws: int = 1000, seed: int = 0, groups: Tensor | None = None
+) -> Tensor:
     """`accuracy_or_map` of all test images, and of `draws` resamples with replacement: float64 `[1 + draws]`.
 
-    Calls with one `seed` and as many images draw the same resamples, so that the values of two models can be
-    subtracted. Several labels take longer and get a tenth of `draws`.
+    Resamples are of images, or of whole groups (numbers from 0, int64 `[M]`), because images of one patient or video
+    are not independent. Calls with one `seed` and as many images or groups draw the same resamples, so that the values
+    of two models can be subtracted. Several labels take longer and get a tenth of `draws`.
     """
     scores, labels = scores.cpu(), labels.cpu()
-    generator, n = torch.Generator().manual_seed(seed), len(labels)
+    generator, n = torch.Generator().manual_seed(seed), len(labels) if groups is None else int(groups.max()) + 1
     picks = (
         torch.randint(n, (n,), generator=generator) for _ in range(draws if labels.ndim == 1 else draws // 10 or 1)
     )
     if labels.ndim == 1:
         right = (scores.argmax(1) == labels).double()
-        found = [float(right[pick].mean()) for pick in picks]
+        sizes = torch.ones(n).double() if groups is None else groups.bincount(minlength=n).double()
+        right = right if groups is None else torch.zeros(n).double().index_add(0, groups, right)
+        found = [float(right[pick].sum() / sizes[pick].sum()) for pick in picks]
     else:
-        found = [accuracy_or_map(scores[pick], labels[pick]) for pick in picks]
+        members = [*torch.arange(n)[:, None]] if groups is None else [(groups == i).nonzero()[:, 0] for i in range(n)]
+        chosen = (torch.cat([members[i] for i in pick.tolist()]) for pick in picks)
+        found = [accuracy_or_map(scores[images], labels[images]) for images in chosen]
     return torch.tensor([accuracy_or_map(scores, labels), *found], dtype=torch.float64)
 
 
 def estimate(values: Tensor) -> Estimate:
     """The first of the values with the 95 % interval of the others, see `resampled`.
 
-    It covers the choice of test images, not the variation between trainings. The difference of two models' values gives
-    the paired interval.
+    It covers the choice of test images or groups, not the variation between trainings. The difference of two models'
+    values gives the paired interval.
     """
     low, high = values[1:].nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
     return Estimate(float(values[0]), low, high)
