@@ -16,6 +16,7 @@ from PIL import Image
 
 from timm_convnextv2.checkpoint.loading import model_name
 from timm_convnextv2.commands import collapse as collapse_command
+from timm_convnextv2.commands import main as program
 from timm_convnextv2.commands.evaluate import main
 from timm_convnextv2.data import DemoSource, create_source
 from timm_convnextv2.features import Estimate, collapse, evaluate_models
@@ -221,8 +222,42 @@ def test_names_of_models(run, tmp_path):
     assert model_name(str(run)) == model_name(str(run / "encoder")) == f"local-dir:{run / 'encoder'}"
     assert model_name("convnextv2_atto.fcmae") == "convnextv2_atto.fcmae"
     assert model_name("atto") == "convnextv2_atto" and model_name("atto", "fcmae_convnextv2") == "fcmae_convnextv2_atto"
+    assert model_name("timm/resnet18.a1_in1k") == "timm/resnet18.a1_in1k" and model_name("a/*.pth") == "a/*.pth"
     with pytest.raises(ValueError, match="no config.json in it, nor in encoder/ or model/"):
         model_name(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["runs/nothing", "local-dir:runs/nothing"])
+@pytest.mark.parametrize("words", [
+    "evaluate MODEL --data-dir DATA", "embed DATA --model MODEL --output x.npy", "collapse MODEL --data-dir DATA",
+    "pretrain DATA --model MODEL", "export MODEL --output x.onnx", "segment predict DATA --model MODEL --output x",
+    "compare --data-dir DATA --encoder MODEL", "report MODEL",
+])  # fmt: skip
+def test_a_model_that_is_not_there(name, words, labelled, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = words.replace("MODEL", name).replace("DATA", str(labelled)).split()
+    assert program.main(given) == 2
+    err = capsys.readouterr().err
+    assert re.search("nothing.* (does not exist|no such folder)", err) and err.count("error:") == 1, err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words", [
+    "evaluate RUN --data-dir BANDS", "embed BANDS --model RUN --output x.npy", "collapse RUN --data-dir BANDS",
+    "pretrain BANDS --img-size 32 --dry-run", "pretrain GOOD --probe-dir BANDS --img-size 32 -b 4 --dry-run",
+])  # fmt: skip
+def test_other_channels_have_one_remedy(words, run, labelled, tmp_path, capsys, monkeypatch):
+    """It is true of commands that train, and of those that do not; --probe-dir is named if its images are meant."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(8):
+        (tmp_path / "bands" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "bands" / "ab"[i % 2] / f"{i}.npy", np.full((12, 40, 40 + i), i, np.uint8))
+    places = {"RUN": run, "BANDS": tmp_path / "bands", "GOOD": labelled}
+    assert program.main([str(places.get(word, word)) for word in words.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.count("which pretrain and finetune make with --in-chans 12") == 1
+    assert err.count("expected 3 channels") == 3 and "train with" not in err
+    assert (f"--probe-dir {tmp_path}/bands: " in err) == ("--probe-dir" in words)
 
 
 def test_distances_and_channels(run, labelled, tmp_path, capsys):

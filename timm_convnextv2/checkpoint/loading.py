@@ -26,12 +26,15 @@ _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order
 def model_name(name: str, family: str = "convnextv2") -> str:
     """The name for timm: of a size such as atto (`convnextv2_atto`), and of the folder of a run or model.
 
-    Other names are returned unchanged.
+    Other names are returned unchanged, but a path that does not exist is a `ValueError`.
     """
     if name in VARIANTS:
         return f"{family}_{name}"
     folder = Path(name)
     if not name or not folder.is_dir():
+        if "/" in name and not any(mark in name for mark in ":*?[") and not name.startswith("timm/"):
+            if not folder.exists():
+                raise ValueError(f"The model '{name}' does not exist. Give a folder that does, or {_EXPECTED}.")
         return name
     for candidate in (folder, *(folder / part for part in _FOLDERS_OF_A_RUN)):
         if (candidate / "config.json").is_file():
@@ -91,7 +94,7 @@ def _check_name(name: str) -> None:
     """Accepts only timm models that have pretrained weights."""
     if "/" in name or ":" in name or not timm.is_model(name):
         near = closest(name, timm.list_models()) if name else ""
-        raise ValueError(f"The model is '{name}', expected {_EXPECTED}.{near}")
+        raise ValueError(f"The model is '{name}', expected a folder that exists, {_EXPECTED}.{near}")
     if not timm.models.is_model_pretrained(name):
         tagged = timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
         remedy = f"Give one of {', '.join(tagged)}." if tagged else f"Give {_EXPECTED} with pretrained weights."

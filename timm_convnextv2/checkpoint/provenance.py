@@ -206,7 +206,8 @@ def training_of(config: dict[str, Any]) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The object in the `config.json` of a folder of a model; a ValueError without one."""
     if not path.is_file():
-        raise ValueError(f"'{path.parent}' is not the folder of a model: it has no {path.name}.")
+        missing = f"it has no {path.name}" if path.parent.is_dir() else "it does not exist"
+        raise ValueError(f"'{path.parent}' is not the folder of a model: {missing}.")
     try:
         config = read_json(path)
     except (OSError, ValueError, RecursionError) as e:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import MissingPackageError
+from ..data.formats.errors import listed
 from ..data.samples.batches import Batch, map_batches
 from ..data.sources.source import Source
 from ..models import FCMAE
@@ -60,7 +61,7 @@ def refuse_bad(reasons: Sequence[str]) -> None:
     """Raises a `ValueError` that lists the first labelled images that cannot be decoded, if there are any."""
     if reasons:
         remedy = "Images cannot be decoded. Fix or remove them, with their labels:"
-        raise ValueError("\n".join([remedy, *reasons[:BAD_NAMED]]))
+        raise ValueError(f"{remedy}\n{listed(reasons, BAD_NAMED)}")
 
 
 def extract_features(
@@ -151,7 +152,7 @@ class Limit(NamedTuple):
             return
         if bad > self.share * total or bad == total:
             what = f"{bad} of {total} images cannot be decoded, more than --max-bad-images {self.share} allows"
-            raise ValueError("\n".join([f"{what}; nothing was written:", *reasons[:10]]))
+            raise ValueError(f"{what}; nothing was written:\n{listed(reasons, 10)}")
 
 
 def embed_batches(

@@ -32,6 +32,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from ..console import say
 from ..data import ImageError, Pixels, image_extensions
+from ..data.formats.errors import listed
 from ..data.formats.files import printable
 from ..data.formats.pillow import from_pil, is_8_bit, to_mode
 from ..data.formats.pixels import PLAIN
@@ -70,7 +71,7 @@ class Kept:
         total, bad = len(self.dataset), len(self.dataset) - len(self.numbers)
         if bad > self.max_bad * total or bad == total:
             what = f"{bad} of {total} images cannot be decoded, more than --max-bad-images {self.max_bad:g} allows"
-            raise DataError("\n".join([f"{what}; nothing was written:", *self.left_out()[:10]]))
+            raise DataError(f"{what}; nothing was written:\n{listed(self.left_out(), 10)}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ The baselines, random weights of the same model and those of `plain_baselines`, 
 `probe.json` in the run's folder keeps them for a resumed run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import read_json
+from ..data.formats.files import printable
 from ..features import Labelled, Scoring, image_batches, rankme
 from ..features.baselines import plain_baselines
 from ..features.evaluate import resampled_features
@@ -39,6 +41,15 @@ class Rows(NamedTuple):
     amp: bool = False
 
 
+@contextmanager
+def naming_probe(place: str) -> Iterator[None]:
+    """Lets errors of the labelled images at `place` name --probe-dir, because a run has other images too."""
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"--probe-dir {printable(place)}: {e}") from e
+
+
 def random_encoder(encoder: Any, seed: int) -> nn.Module:
     """An encoder of the same architecture with random weights."""
     with torch.random.fork_rng(devices=[]):  # leaves the run's random numbers unchanged
@@ -63,10 +74,11 @@ class Probe:
     def features(self, *models: nn.Module | Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Features of the training and of the test images, float32 `[N, D]` and `[M, D]`, per model or function."""
         how: dict[str, Any] = {"devices": (self.rows.device,), "amp": self.rows.amp}
-        train, test = (
-            extract_many(models, image_batches(split.source, *self.rows[:3]), **how)
-            for split in (self.labelled.train, self.labelled.test)
-        )
+        with naming_probe(self.place):
+            train, test = (
+                extract_many(models, image_batches(split.source, *self.rows[:3]), **how)
+                for split in (self.labelled.train, self.labelled.test)
+            )
         return [*zip(train, test, strict=True)]
 
     def score(self, train: Tensor, test: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:

@@ -40,7 +40,7 @@ from .loop import WRITTEN, PretrainRun
 from .measures import Best, Measure, affordable, collapse_of_blocks, held_out_loss, reconstructions
 from .messages import about_run, ema_warnings, few_images, learning_warnings, memory_line, time_line, worker_warnings
 from .plan import make_plan, resume_progress, split_batch
-from .probe import Probe, Rows, random_encoder
+from .probe import Probe, Rows, naming_probe, random_encoder
 from .recipe import recipe_line
 from .replay import read_record
 from .resolve import length, measure
@@ -215,7 +215,8 @@ def create_measures(
 def open_probe(config: PretrainConfig, place: str, device: torch.device) -> Probe:
     """The labelled images of --probe-dir, with the evaluation transform of the run's size."""
     crops, (mean, std) = config.crops, config.crops.normalization
-    labelled = open_labelled(place, in_chans=crops.in_chans, seed=config.seed, pixels=config.pixels.to_pixels())
+    with naming_probe(place):
+        labelled = open_labelled(place, in_chans=crops.in_chans, seed=config.seed, pixels=config.pixels.to_pixels())
     for line in labelled.describe(f"--probe-dir {place}"):
         say(line)
     cfg = dict(interpolation="bicubic", crop_pct=0.875, crop_mode="center", mean=mean, std=std)

@@ -1,6 +1,5 @@
 """The model that a run starts from: a variant with random weights, a timm folder or repository, or a local file."""
 
-import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..checkpoint import convert_official, load_checkpoint
 from ..checkpoint.loading import weights_in
 from ..checkpoint.provenance import WEIGHTS, config_beside, origin_of_file, read_config, resolve_license, training_of
+from ..console import closest
 from ..data import Pixels
 from ..models import FCMAE
 from ..registry import VARIANTS
@@ -89,9 +89,9 @@ def create_model(
     name, known = network.model, timm.list_models("fcmae_*")
     model_name = start.architecture if start else name
     if model_name.split(".")[0] not in known:
-        near = f"fcmae_{name}" if f"fcmae_{name.split('.')[0]}" in known else ""
-        near = near or next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.3)), known[0])
-        raise ValueError(f"--model {name} is not an FCMAE model; did you mean {near}? There are: {', '.join(known)}.")
+        backbone = f"fcmae_{name.partition('.')[0]}" in known
+        near = f" Did you mean 'fcmae_{name}'?" if backbone else closest(name, [*known, *VARIANTS])
+        raise ValueError(f"--model {name} is not an FCMAE model.{near} There are: {', '.join(known)}.")
     options: dict[str, Any] = {name: getattr(network, name) for name in OPTIONS}
     options |= {"img_size": crops.size, "in_chans": crops.in_chans}
     if start:

@@ -61,7 +61,7 @@ def choose_axes(axes: str, shape: tuple[int, ...], in_chans: int, page: Page = N
     if page == CHANNELS:
         channels = math.prod(size for axis, size in sizes.items() if axis not in "YX")
         if channels != in_chans:
-            raise wrong_channels(f"{channels} pages and channels (axes {axes})", in_chans)
+            raise wrong_channels(f"{channels} pages and channels (axes {axes})", in_chans, channels)
         return Layout(axes, shape, axes, {})
     index = {axis: 0 for axis in axes if axis not in kept}
     if page is not None:
@@ -78,7 +78,7 @@ def _check_colours(axes: str, sizes: dict[str, int], in_chans: int) -> None:
     if "S" in axes and "C" in axes:
         raise ImageError(f"has axes {axes}, colours in each of {sizes['C']} channels; save it as .npy with one axis")
     if "C" in axes and sizes["C"] != in_chans:
-        raise wrong_channels(f"{sizes['C']} channels (axes {axes})", in_chans)
+        raise wrong_channels(f"{sizes['C']} channels (axes {axes})", in_chans, sizes["C"])
 
 
 def _unpaged(axes: str, sizes: dict[str, int], in_chans: int) -> str:
@@ -108,5 +108,5 @@ def _unpaged(axes: str, sizes: dict[str, int], in_chans: int) -> str:
             )
         return axes
     if "Q" in unnamed:
-        raise wrong_channels(f"axes {axes} of {tuple(sizes.values())}, the first without a name", in_chans)
+        raise wrong_channels(f"axes {axes} of {tuple(sizes.values())}, the first without a name", in_chans, sizes["Q"])
     return "YX"

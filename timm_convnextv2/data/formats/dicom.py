@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...console import count
 from .errors import ImageError, MissingPackageError, refuse_page, wrong_channels
 from .files import Header, check_inflated, check_size
 from .pillow import from_pil
@@ -93,7 +94,7 @@ def load_dicom(file: BinaryIO, in_chans: int, pixels: Pixels) -> torch.Tensor:
     if found.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
         raise ImageError(f"has the photometric interpretation {found.PhotometricInterpretation}, expected grey or RGB")
     if len(frames) not in (1, in_chans) or len(frames) == 1 and in_chans not in (1, 3):
-        raise wrong_channels(f"{len(frames)} channel{'s' * (len(frames) != 1)}", in_chans)
+        raise wrong_channels(count(len(frames), "channel"), in_chans, len(frames))
     x = _stored(found, index)
     return pixels.clip(_grey(found, x.reshape(-1, *x.shape[-2:]), frames, pixels).expand(in_chans, -1, -1).contiguous())
 

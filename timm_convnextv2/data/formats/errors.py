@@ -1,8 +1,12 @@
 """Errors of images, and of the packages that read them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+
+from ...console import count
+
+REMEDY = 60  # characters of a text that is worth giving once
 
 
 class ImageError(ValueError):
@@ -45,12 +49,31 @@ def installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def wrong_channels(found: str, in_chans: int) -> ImageError:
-    """The error for an image that does not have the requested channels."""
-    return ImageError(
-        f"has {found}, expected {in_chans} channel{'s' * (in_chans != 1)}, as the model takes: train with --in-chans "
-        "set to those of the images, or convert them (more than 3 channels: multi-band TIFF or .npy)"
+def wrong_channels(found: str, in_chans: int, channels: int | None) -> ImageError:
+    """The error for an image, described as `found`, without the requested channels; None: how many is not known."""
+    of = count(channels or 0, "channel")
+    model = (
+        f"give a model of {of}, which pretrain and finetune make with --in-chans {channels}, or " if channels else ""
     )
+    return ImageError(
+        f"has {found}, expected {count(in_chans, 'channel')}, as the model takes: {model}convert the images (more than "
+        "3 channels are multi-band TIFF or .npy)"
+    )
+
+
+def channels_of(shape: tuple[int, ...]) -> int | None:
+    """The channels of an array without named axes; None if it is no image."""
+    return {2: 1, 3: min(shape, default=0)}.get(len(shape))
+
+
+def listed(messages: Sequence[str], most: int) -> str:
+    """The first messages about images, a line each; a remedy, after the last colon, is given once."""
+    lines, seen = [], set[str]()
+    for message in messages[:most]:
+        text, _, end = message.rpartition(": ")
+        lines.append(text if end in seen else message)
+        seen |= {end} if len(end) > REMEDY else set()
+    return "\n".join(lines)
 
 
 def refuse_page(page: int | str | None, total: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import torch
 
-from .errors import ImageError, refuse_page, wrong_channels
+from .errors import ImageError, channels_of, refuse_page, wrong_channels
 from .files import Header, Scene
 from .pixels import Pixels
 from .values import check_dtype, scaled
@@ -62,7 +62,7 @@ class NpyScene(Scene):
         self.channels_last = len(shape) == 3 and shape[2] == in_chans
         channels_first = len(shape) == 3 and shape[0] == in_chans or len(shape) == 2 and in_chans == 1
         if not self.channels_last and not channels_first:
-            raise wrong_channels(f"shape {shape}", in_chans)
+            raise wrong_channels(f"shape {shape}", in_chans, channels_of(shape))
         check_dtype(dtype, pixels.divide)
         if 0 in shape:
             raise ImageError(f"is empty, shape {shape}")

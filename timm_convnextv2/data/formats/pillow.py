@@ -147,7 +147,7 @@ def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)  # a copy would add a tenth to the time of decoding
     mode = image.mode
     if in_chans not in (1, 3) and (in_chans, mode) != (4, "RGBA"):
-        raise wrong_channels(f"{len(image.getbands())} channels (mode {mode})", in_chans)
+        raise wrong_channels(f"{len(image.getbands())} channels (mode {mode})", in_chans, len(image.getbands()))
     if not is_8_bit(image):
         return image
     if mode == "P" and "transparency" in image.info:

@@ -16,6 +16,7 @@ import PIL
 import torch
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
+from ...console import count
 from .axes import Layout, Page, choose_axes, count_pages
 from .errors import ImageError, MissingPackageError, installed, refuse_page, wrong_channels
 from .files import Header, Scene, check_size
@@ -389,7 +390,7 @@ def _to_channels(x: np.ndarray, page: Any, in_chans: int, pixels: Pixels, masked
     elif len(image) == 3 and in_chans == 1 and page.photometric == _RGB:
         image = (image.float() / white * _LUMA).sum(0, keepdim=True)
     if len(image) != in_chans:
-        raise wrong_channels(f"{len(image)} channels", in_chans)
+        raise wrong_channels(count(len(image), "channel"), in_chans, len(image))
     return image
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ...config import read_json
 from .axes import Layout, Page, choose_axes, count_pages
-from .errors import ImageError, MissingPackageError, wrong_channels
+from .errors import ImageError, MissingPackageError, channels_of, wrong_channels
 from .files import Header, Scene, check_inflated, check_size
 from .pixels import Pixels
 from .values import check_dtype, scaled
@@ -124,13 +124,13 @@ class ZarrScene(Scene):
             elif len(shape) == 3 and in_chans in (shape[2], shape[0]):
                 axes = "YXC" if shape[2] == in_chans else "CYX"
             else:
-                raise wrong_channels(f"shape {shape}", in_chans)
+                raise wrong_channels(f"shape {shape}", in_chans, channels_of(shape))
         sizes = dict(zip(axes, shape, strict=True))
         single = [axis for axis, size in sizes.items() if size == 1 and axis not in "YX"]  # such axes do not count
         rest = [axis for axis in axes if axis not in single]
         layout = choose_axes("".join(rest), tuple(sizes[axis] for axis in rest), in_chans, pixels.page)
         if "C" not in layout.kept and not set(layout.kept) - set("YX") and in_chans != 1:
-            raise wrong_channels(f"1 channel (axes {axes})", in_chans)
+            raise wrong_channels(f"1 channel (axes {axes})", in_chans, 1)
         self.layout = Layout(axes, shape, layout.kept, {**layout.index, **dict.fromkeys(single, 0)})
         self.size = sizes["Y"], sizes["X"]
         chunk = dict(zip(axes, self.array.chunks, strict=True))

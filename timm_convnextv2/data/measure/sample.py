@@ -11,7 +11,7 @@ import torch
 
 from ..config import ERROR
 from ..formats.decode import groups_of, read_header
-from ..formats.errors import ImageError
+from ..formats.errors import ImageError, listed
 from ..formats.files import Header
 from ..formats.pixels import Pixels
 from ..formats.values import noting_stored
@@ -145,8 +145,7 @@ def measure(
 
 
 def _none_readable(bad: list[str]) -> ValueError:
-    reasons = "\n".join(bad[:_NAMED])
-    return ValueError(f"None of {len(bad)} images tried can be read, for example:\n{reasons}")
+    return ValueError(f"None of {len(bad)} images tried can be read, for example:\n{listed(bad, _NAMED)}")
 
 
 def find_channels(source: Source, seed: int = 0, page: int | str | None = None) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from ...console import say
 from ..config import DataSet, Dirs, ImagePaths, PixelOptions, WindowOptions
-from ..formats.errors import ImageError
+from ..formats.errors import ImageError, listed
 from ..formats.files import printable
 from ..formats.pixels import PLAIN, Pixels, one_page
 from ..formats.values import noting_stored
@@ -162,6 +162,6 @@ def check_readable(source: Source, tries: int = 32, visit: Callable[[torch.Tenso
             error=True,
         )
     if len(bad) == count:
-        reasons = "\n".join(message for _, message in bad[:3])
+        reasons = listed([message for _, message in bad], 3)
         raise ValueError(f"None of {count} images tried (of {len(source)}) can be read, for example:\n{reasons}")
     return bad
