@@ -161,3 +161,11 @@ def test_printed_commands_name_this_interpreter(alone, monkeypatch, tmp_path):
     monkeypatch.setattr(command.shutil, "which", {"python": "/usr/bin/python"}.get)
     monkeypatch.chdir(tmp_path)  # from below it too: the printed line is for any folder
     assert command.invocation("publish")[0] == str(tmp_path / ".venv" / "bin" / "python")
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [(0, "image", "0 images"), (1, "image", "1 image"), (2, "process", "2 processes"), (1, "class", "1 class")],
+)
+def test_counts_agree_with_their_nouns(number, noun, text):
+    assert command.count(number, noun) == text

@@ -64,7 +64,7 @@ def test_each_page_is_an_image(kind, tmp_path):
     write(tmp_path / name)
     path = str(tmp_path / name)
     source = PageSource(FolderSource(tmp_path, in_chans))
-    assert count_pages(path) == len(source) == len(pages) and f"{len(pages)} pages of 1 files" in source.left
+    assert count_pages(path) == len(source) == len(pages) and f"{len(pages)} pages of 1 file" in source.left
     for i, page in enumerate(pages):
         image = source[i]
         image = image.float() / 255 if image.dtype == torch.uint8 else image

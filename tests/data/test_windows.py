@@ -189,7 +189,7 @@ def test_images_count_by_their_area(tmp_path):
     fewer = open_windows(tmp_path, 16, windows_per_image=25.9)
     assert len(fewer) == 104 and counts(fewer) == [1, 100, 2, 1]
     assert "104 windows of 16 x 16 pixels per epoch, from 4 images" in fewer.left and "too small" not in fewer.left
-    assert "3 images are too small" in open_windows(tmp_path, 16, windows_per_image=2).left
+    assert "3 images too small" in open_windows(tmp_path, 16, windows_per_image=2).left
 
 
 def test_a_window_follows_from_seed_epoch_and_index_alone(tmp_path):

@@ -292,7 +292,7 @@ def test_images_that_cannot_be_decoded_are_replaced(labelled, tmp_path):
         (tmp_path / f"{i}.png").write_bytes(path.read_bytes() if i % 3 else b"no image")
     said = []
     images = draw_images(create_source(tmp_path), 4, lambda image: image[:, :32, :32], 0, said.append)
-    assert len(images) == 4 and "2 images that cannot be decoded are left out" in said[0]
+    assert len(images) == 4 and "left out 2 images that cannot be decoded" in said[0]
     assert len(draw_images(create_source(tmp_path), 9, lambda x: x, 0, said.append)) == 4
     assert "4 images" in said[-1] and "9" in said[-1]
 

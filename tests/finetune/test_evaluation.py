@@ -123,7 +123,7 @@ MISTAKES = {
     "two models": (["x", "--model", "y"], "both name a model"),
     "unknown option": (["--no-such"], "unrecognized arguments: --no-such"),
     "encoder": (["ENCODER", "--data-dir", "DATA"], "no classifier"),
-    "other classes": (["MODEL", "--data-dir", "OTHER"], "1 classes that the model does not have: z. The model's: a, b"),
+    "other classes": (["MODEL", "--data-dir", "OTHER"], "1 class that the model does not have: z. The model's: a, b"),
     "wrong channels": (["MODEL", "--data-dir", "DATA", "--in-chans", "5"], "has 3 channels"),
     "mode": (["MODEL", "--data-dir", "DATA", "--input-img-mode", "L"], "--input-img-mode L"),
     "checkpoint": (["MODEL", "--data-dir", "DATA", "--checkpoint", "gone.pth"], "'gone.pth' does not exist"),

@@ -271,7 +271,7 @@ def bright(timm_train, encoder, tmp_path_factory):
 def test_16_bit_classes_are_learnt_validated_and_predicted(bright, timm_train):
     out, result = bright
     assert max(float(row["eval_top1"]) for row in summary(out / "run")) == 100
-    assert "not 8-bit with 1 channels" in result.stderr and "--mean 0.4: the average" in result.stdout
+    assert "not 8-bit with 1 channel" in result.stderr and "--mean 0.4: the average" in result.stdout
     config = json.loads((out / "run" / "model" / "config.json").read_text())
     assert config["label_names"] == ["bright", "dark"] and "num_classes" not in config.get("model_args", {})
     common = [out / "run" / "model", "--device", "cpu", "--workers", "1", "--batch-size", "8"]

@@ -137,7 +137,7 @@ def test_a_resumed_run_keeps_its_split(run, refused, flat, tmp_path, encoder, ca
         shutil.copy(tmp_path / "new" / label / "0.png", tmp_path / flat / label / "new.png")
     run(*words, "--seed", "1", data=flat)
     out = capsys.readouterr().out
-    assert f"split as in {folder / SPLIT_FILE}; 3 other images are left out" in out and "[train]: 18 images" in out
+    assert f"split as in {folder / SPLIT_FILE}; 3 other images left out" in out and "[train]: 18 images" in out
     assert split_of(folder) == before
     assert f"None of the 3 images of new is in {folder / SPLIT_FILE}" in refused(*words, data=Path("new"))
 
@@ -193,7 +193,7 @@ def halves(flat):
 
 BAD = {
     "1 of 3 classes has 1 image: b. Each needs two or more": one_image,
-    "1 images have several labels (flat/a/0.png has the labels a;b)": lambda flat: write_table(
+    "1 image with several labels (flat/a/0.png has the labels a;b)": lambda flat: write_table(
         Path("l.csv"), ["flat/a/0.png,a;b", "flat/a/1.png,a", "flat/b/1.png,b"]
     ),
     "'l.csv' line 3: split is 'tst', expected train or validation": lambda flat: write_table(

@@ -144,9 +144,9 @@ def test_pixels_are_those_of_the_encoder_by_default(run, holed, with_nodata, cap
 )
 def test_what_is_for_8_bit_images_is_refused_before_the_start(options, crop_mode, word):
     images.refuse_for_tensors("", options, crop_mode)
-    images.refuse_for_tensors("not 8-bit with 1 channels", {"mixup_mode": "half"}, "center")
+    images.refuse_for_tensors("not 8-bit with 1 channel", {"mixup_mode": "half"}, "center")
     with pytest.raises(ValueError, match=f"{word} is for 8-bit RGB or grey, and there are images not 8-bit with 1"):
-        images.refuse_for_tensors("not 8-bit with 1 channels", options, crop_mode)
+        images.refuse_for_tensors("not 8-bit with 1 channel", options, crop_mode)
 
 
 def test_border_crop_of_the_model_is_refused_before_the_start(refused, holed, encoder, tmp_path):

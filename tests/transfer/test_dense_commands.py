@@ -142,7 +142,7 @@ def test_predict_skips_what_it_cannot_read(run, data, tmp_path, capsys):
     output, draw = tmp_path / "found", tmp_path / "drawn"
     assert main([*words, "--output", str(output), "--draw", str(draw)]) == 1
     out, err = capsys.readouterr()
-    assert "1 images skipped" in out and err.startswith("skipped: ") and "torn.png: cannot be decoded" in err
+    assert "; 1 image skipped" in out and err.startswith("skipped: ") and "torn.png: cannot be decoded" in err
     assert err.count("\n") == 1
     assert sorted(str(path.relative_to(draw)) for path in draw.rglob("*.png")) == ["a/0.png.png", "b/0.png.png"]
     if run.task == "detect":

@@ -61,10 +61,10 @@ def test_masks_are_drawn_from_polygons(tmp_path):
 @pytest.mark.parametrize(
     "labels, more, said",
     [
-        (["2 0.5 0.5 0.5 0.5"], {}, "1 labels cannot be used: .*0.txt line 1: 2 0.5"),
-        (["0 5 5 20 20"], {}, "1 labels cannot be used"),
-        (["0 0.1 0.2 0.3 0.4 0.5"], {}, "1 labels cannot be used"),
-        (["cat 0.5 0.5 0.5 0.5"], {}, "1 labels cannot be used"),
+        (["2 0.5 0.5 0.5 0.5"], {}, "1 label cannot be used: .*0.txt line 1: 2 0.5"),
+        (["0 5 5 20 20"], {}, "1 label cannot be used"),
+        (["0 0.1 0.2 0.3 0.4 0.5"], {}, "1 label cannot be used"),
+        (["cat 0.5 0.5 0.5 0.5"], {}, "1 label cannot be used"),
         ([None], {}, "None of 1 images of 'train' has labels"),
         ([BOX], {"names": None}, "cannot be read as YOLO's data.yaml"),
         ([BOX], {"train": "nowhere"}, "nowhere"),

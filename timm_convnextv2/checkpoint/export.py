@@ -17,6 +17,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..config import read_json
+from ..console import count
 from ..data import Pixels
 from ..files import new_part, remove_leftovers, sync, write_errors
 from ..models import FCMAE
@@ -62,7 +63,7 @@ def write_folder(
         cfg["license"] = license
     chans, height, width = cfg["input_size"]
     rows = {
-        "Image size": f"{height} x {width}, {chans} channels",
+        "Image size": f"{height} x {width}, {count(chans, 'channel')}",
         "Mean, standard deviation": f"{cfg['mean']}, {cfg['std']}",
         **(training.get("table") or {}),
     }
@@ -152,7 +153,9 @@ def _description(
     for key, value in (("mean", mean), ("std", std)):
         if value is not None:
             if len(value) not in (1, model.in_chans):
-                raise ValueError(f"{key} has {len(value)} values, but the model has {model.in_chans} channels.")
+                raise ValueError(
+                    f"{key} has {count(len(value), 'value')}, but the model has {count(model.in_chans, 'channel')}."
+                )
             data[key] = tuple(float(v) for v in value)
     training = {"table": info, "base_model": model.base_model, "inherited_license": inherited}
     if record := pixels.check(model.in_chans).record() if pixels else {}:

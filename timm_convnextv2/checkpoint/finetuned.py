@@ -12,6 +12,7 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict
 
 from ..config import read_json
+from ..console import count
 from ..files import load_checkpoint, read_rows
 from ..hub_errors import HUB_ERRORS, hub_error
 from ..models import ConvNeXtV2
@@ -203,7 +204,7 @@ def _label_names(path: Path, given: Sequence[str] | None, num_classes: int) -> l
     if not isinstance(names, Sequence) or isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{source} must be a list of strings, the names of the classes.")
     if len(names) != num_classes:
-        raise ValueError(f"{source} has {len(names)} names, but the model has {num_classes} classes.")
+        raise ValueError(f"{source} has {count(len(names), 'name')}, but the model has {count(num_classes, 'class')}.")
     return list(names)
 
 

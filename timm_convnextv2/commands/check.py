@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..console import say
+from ..console import count, say
 from ..data import ImageError, Pixels, Source, create_source
 from ..data.display import check_bands
 from ..data.formats.pixels import one_page
@@ -131,9 +131,10 @@ def lines(content: dict[str, Any], found: list[Finding], output: Path) -> list[s
     """The files in numbers, and the first findings."""
     (h0, h1, h2), (w0, w1, w2) = content["height"], content["width"]
     more = len(found) - _LINES
+    channels = [f"{count(n, 'file')} with {c}" for c, n in content["channels"].items()]
     return [
-        f"{content['files']} files: {counts(content['formats'])}; types: {counts(content['types'])}",
-        f"channels: {', '.join(f'{n} files with {c}' for c, n in content['channels'].items()) or 'none'}",
+        f"{count(content['files'], 'file')}: {counts(content['formats'])}; types: {counts(content['types'])}",
+        f"channels: {', '.join(channels) or 'none'}",
         f"height {h0} to {h2}, median {h1:g}; width {w0} to {w2}, median {w1:g}",
         *(f"{finding.kind}: {finding.name}: {finding.why}" for finding in some_of_each(found, _LINES)),
         *([f"and {more} more, see {output}"] if more > 0 else []),

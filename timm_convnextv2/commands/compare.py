@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from ..checkpoint.loading import model_name
 from ..config import build, evolve
-from ..console import PROGRAM, ended_by_signals, refused, say
+from ..console import PROGRAM, count, ended_by_signals, refused, say
 from ..data.labelled import Row, check_classes, divide, read_labelled
 from ..features import compare as comparison
 from ..features import verdict as results
@@ -96,7 +96,8 @@ def _open_data(config: CompareConfig, folder: Path) -> tuple[list[Row], dict[int
     for note in notes:
         say(note)
     if not any(row.part for row in rows):
-        say(f"{place} is split: {len(train)} images to train on, {len(validation)} to validate on, for all seeds")
+        parts = f"{count(len(train), 'image')} to train on, {len(validation)} to validate on"
+        say(f"{place} is split: {parts}, for all seeds")
     return train, comparison.part_folders(train, config.label_budgets, validation, folder)
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..console import count
 from ..data import FolderSource
 from ..data.config import ImagePaths
 from ..data.paths.find import check_places
@@ -43,7 +44,7 @@ def predict(config: DetectPredictConfig) -> int:
         for i, result in enumerate(content["annotations"], 1)
     ]
     write_json(output, content)
-    return source.end(f"{len(content['annotations'])} objects in {len(coco.images)} images: {output}")
+    return source.end(f"{count(len(content['annotations']), 'object')} in {count(len(coco.images), 'image')}: {output}")
 
 
 COMMAND = Dense(

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from ..console import say
+from ..console import count, say
 from ..features.config import EmbedConfig
 from ..features.embed import embed
 from ..features.rows import paths_beside
@@ -27,7 +27,7 @@ def write(config: EmbedConfig) -> int:
     for reason in skipped.values():
         say(f"skipped: {reason}", error=True)
     rate = rows / (time.perf_counter() - start)
-    say(f"{config.output}: {rows} rows; {len(skipped)} images skipped; {rate:.1f} images/s")
+    say(f"{config.output}: {count(rows, 'row')}; {count(len(skipped), 'image')} skipped; {rate:.1f} images/s")
     if beside := [str(path) for path in paths_beside(Path(config.output)) if path and path.exists()]:
         say(f"Their names, and what was skipped: {', '.join(beside)}")
     return 0

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..console import say
+from ..console import count, say
 from ..features.config import EvaluateConfig
 from ..features.evaluate import BUDGET_FILES, FILES, evaluate
 from ..features.labelled import chance_words
@@ -37,7 +37,9 @@ def table(found: dict[str, Any]) -> str:
     data = found["data"]
     what = "mean average precision" if data["several_labels"] else "accuracy"
     over = (
-        f"{data['test_groups']} groups of test images" if data["test_groups"] else f"{data['test_images']} test images"
+        f"{data['test_groups']} groups of test images"
+        if data["test_groups"]
+        else count(data["test_images"], "test image")
     )
     lines += [
         *found["notes"],

@@ -11,7 +11,7 @@ from ..checkpoint.loading import model_name
 from ..checkpoint.program import METADATA, Deployable, Normalized, check_form, write_program
 from ..checkpoint.provenance import read_object
 from ..checkpoint.task_folder import TASKS, find_folder, is_task
-from ..console import say
+from ..console import count, say
 from ..data import Pixels
 from ..features.encoder import open_frozen
 from ..files import check_free
@@ -102,8 +102,8 @@ def export(config: ExportConfig) -> None:
         say(f"output {name}: float32 {shape}")
     ratio = done.eager / done.exported
     say(
-        f"CPU, {torch.get_num_threads()} threads, batch {config.batch_size}: model {1e3 * done.eager:.1f} ms, exported "
-        f"{1e3 * done.exported:.1f} ms ({ratio:.2f} times as fast)"
+        f"CPU, {count(torch.get_num_threads(), 'thread')}, batch {config.batch_size}: model {1e3 * done.eager:.1f} ms, "
+        f"exported {1e3 * done.exported:.1f} ms ({ratio:.2f} times as fast)"
     )
     say(f"The file states this and the class names as JSON: '{METADATA}'.")
 

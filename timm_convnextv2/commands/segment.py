@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from ..console import count
 from ..data import FolderSource
 from ..data.formats.files import printable
 from ..files import claim_folder, whole_file
@@ -39,7 +40,7 @@ def predict(config: SegmentPredictConfig) -> int:
     with whole_file(output / "classes.txt") as part:
         part.write_text("".join(f"{name}\n" for name in model.classes), encoding="utf-8")
     return source.end(
-        f"{written} masks with the indices of {len(model.classes)} classes: {printable(os.fspath(output))}"
+        f"{count(written, 'mask')} with the indices of {len(model.classes)} classes: {printable(os.fspath(output))}"
     )
 
 

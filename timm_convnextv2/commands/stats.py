@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..config import entries, flat, words_of
-from ..console import PROGRAM, say
+from ..console import PROGRAM, count, say
 from ..data import (
     Pixels,
     Source,
@@ -194,12 +194,12 @@ def stats(config: StatsConfig) -> None:
     write_json(output, content, indent=2)
     figure, (low, high) = output.with_suffix(".png"), found.stored
     save_histograms(
-        found.pixels, figure, f"{found.pixels.images} images, {found.kind}; pixels divided by {found.unit:g}"
+        found.pixels, figure, f"{count(found.pixels.images, 'image')}, {found.kind}; pixels divided by {found.unit:g}"
     )
     values = "stored values" if config.pixels.clip_low is None else "values, clipped,"
     say(f"{found.kind}, {values} {low:g} to {high:g}, divided by {found.unit:g}; {found.source}")
     if found.bad:
-        say(f"{len(found.bad)} image{'s' * (len(found.bad) != 1)} left out, for example: {found.bad[0]}")
+        say(f"{count(len(found.bad), 'image')} left out, for example: {found.bad[0]}")
     if found.error > config.error:
         say(f"warning: the standard error is above --error {config.error:g}: read more with --max-images.", error=True)
     if missing := max(channel["missing"] for channel in content["channels"]):

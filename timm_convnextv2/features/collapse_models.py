@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..config import check_limits
-from ..console import say
+from ..console import count, say
+from ..console import count as plural
 from ..data import DataSet, ImageError, ImagePaths, TimmStream, check_readable, create_source
 from ..data.display import display_of
 from ..data.paths.find import check_places
@@ -72,7 +73,7 @@ def collapse_of_models(
             raise ValueError(f"--dataset {images.dataset} is a stream, and images cannot be drawn. Give a folder.")
         once = note if not found else lambda line: None
         drawn = draw_images(source, images.num_images, encoder.transform, images.seed, once)
-        note(f"{name}: {len(drawn)} images of {drawn.shape[2]} x {drawn.shape[3]}")
+        note(f"{name}: {count(len(drawn), 'image')} of {drawn.shape[2]} x {drawn.shape[3]}")
         found[name] = collapse(encoder.model, drawn, batch_size=batch_size, amp=computation.amp)
         if not shown:
             shown = list(display_of([*drawn[:SHOWN]]).rgb(drawn[:SHOWN]))
@@ -94,7 +95,7 @@ def draw_images(source: Source, count: int, transform: Callable, seed: int, note
     if left := str(source.left):
         note(left)
     if bad:
-        note(f"{len(bad)} images that cannot be decoded are left out, for example: {bad[0]}")
+        note(f"left out {plural(len(bad), 'image')} that cannot be decoded, for example: {bad[0]}")
     if len(images) < count:
-        note(f"Found {len(images)} images, fewer than the {count} requested.")
+        note(f"Found {plural(len(images), 'image')}, fewer than the {count} requested.")
     return torch.stack(images)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import check_limits
-from ..console import say
+from ..console import count, say
 from ..data import Pixels
 from ..data.formats.files import printable
 from ..data.labelled import check_place
@@ -300,7 +300,7 @@ def too_easy(results: Sequence[Mapping[str, Any]], images: int) -> list[str]:
              if key != "rank")]  # fmt: skip
     if not names:
         return []
-    few = f"{images} test image{'s are' if images != 1 else ' is'} too few or too easy to tell models apart"
+    few = f"{count(images, 'test image')} {'is' if images == 1 else 'are'} too few or too easy to tell models apart"
     return [f"{few}: {', '.join(names)} {'have' if len(names) > 1 else 'has'} all of them right."]
 
 

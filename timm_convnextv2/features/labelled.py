@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..console import count
 from ..data import DemoSource, Pixels, Source, check_readable
 from ..data.formats.files import printable
 from ..data.formats.pixels import PLAIN
@@ -49,7 +50,7 @@ class Labelled(NamedTuple):
         """Lines on the data: images, classes and chance; then the notes."""
         named = ", ".join([*self.classes[:NAMED], *["..."] * (len(self.classes) > NAMED)])
         kind = "labels, several per image" if self.several else "classes"
-        images = f"{len(self.train.labels)} images to train on and {len(self.test.labels)} to test on"
+        images = f"{count(len(self.train.labels), 'image')} to train on and {len(self.test.labels)} to test on"
         line = f"{printable(place)}: {images}, {len(self.classes)} {kind} ({named}); "
         line += chance_words(self.chance, self.several)
         return [line, *(f"warning: {note}" for note in self.notes)]

@@ -9,6 +9,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from ..checkpoint.loading import model_name
+from ..console import count
 from ..data import Pixels
 from ..data.formats.files import TRAIN_FOLDERS
 from ..data.labelled import SPLIT_FILE, kept_rows, read_labelled
@@ -113,7 +114,7 @@ def _check_images(
             class_to_idx = _match(reader, [str(name) for name in names])
             reader = reader.renumbered(class_to_idx)
         elif max(reader.class_to_idx.values()) >= num_classes:
-            found = f"{reader.root} has {len(reader.classes)} classes"
+            found = f"{reader.root} has {count(len(reader.classes), 'class')}"
             raise ValueError(f"{found} and --model {options.model} {num_classes}.")
     else:
         reader = open_folder(split_folder(root, options.split))
@@ -148,9 +149,11 @@ def _open_labelled(options: ScriptOptions, root: Path, open_folder: Open) -> tup
     chosen = [row for row in rows if (row.part in TRAIN_FOLDERS) == train]
     if not chosen:
         raise ValueError(f"{source} has no images of --split {options.split} in {root}.")
-    note = f"Measured: {len(chosen)} {'training' if train else 'validation'} images of {source}"
+    note = f"Measured: {count(len(chosen), 'training image' if train else 'validation image')} of {source}"
     left = len(reader) - len(chosen)
-    return RowReader(str(root), chosen, options.class_map), [f"{note}; {left} other images of {root} are left out."]
+    return RowReader(str(root), chosen, options.class_map), [
+        f"{note}; {count(left, 'other image')} of {root} left out."
+    ]
 
 
 def _match(reader: FolderReader, names: list[str]) -> dict[str, int]:
@@ -158,7 +161,7 @@ def _match(reader: FolderReader, names: list[str]) -> dict[str, int]:
     class_to_idx = {name: i for i, name in enumerate(names)}
     if unknown := [name for name in reader.classes if name not in class_to_idx]:
         raise ValueError(
-            f"{reader.root} has {len(unknown)} classes that the model does not have: {shown(unknown)}. The model's: "
-            f"{shown(names)}. Rename the folders, or give their order with --class-map FILE."
+            f"{reader.root} has {count(len(unknown), 'class')} that the model does not have: {shown(unknown)}. The "
+            f"model's: {shown(names)}. Rename the folders, or give their order with --class-map FILE."
         )
     return class_to_idx

@@ -119,9 +119,9 @@ class RowReader(FolderReader):
         if several := [row for row in rows if len(row.labels) > 1]:
             what = f"{printable(several[0].path)} has the labels {SEPARATOR.join(several[0].labels)}"
             raise ValueError(
-                f"{root}: {len(several)} images have several labels ({what}), and timm's train.py trains and measures "
-                "one class per image. `evaluate` measures frozen features on several labels; to finetune, give one "
-                "label per row, such as a CSV of yes and no for each label."
+                f"{root}: {count(len(several), 'image')} with several labels ({what}), and timm's train.py trains "
+                "and measures one class per image. `evaluate` measures frozen features on several labels; to finetune, "
+                "give one label per row, such as a CSV of yes and no for each label."
             )
         self._number([(row.path, row.labels[0]) for row in rows], class_map)
 
@@ -160,7 +160,7 @@ def split_rows(
         total, rows = len(rows), kept_rows(kept, [row.path for row in rows])
         if not rows:
             raise ValueError(f"None of the {total} images of {place} is in {kept}, the split of the run to resume.")
-        left = f"; {total - len(rows)} other images are left out" if len(rows) < total else ""
+        left = f"; {count(total - len(rows), 'other image')} left out" if len(rows) < total else ""
         notes[-1] = f"{place}: split as in {kept}{left}."
     numbers = class_map or {name: i for i, name in enumerate(check_classes(rows, place))}
     RowReader(str(place), rows)  # refuses several labels

@@ -30,7 +30,7 @@ from torch.utils.data import default_collate, get_worker_info
 from torchvision.transforms import ColorJitter, Compose, RandomApply, RandomGrayscale, v2
 from torchvision.transforms.v2.functional import to_pil_image
 
-from ..console import say
+from ..console import count, say
 from ..data import ImageError, Pixels, image_extensions
 from ..data.formats.errors import listed
 from ..data.formats.files import printable
@@ -184,7 +184,9 @@ def probe(dataset: Images, tries: int = 32) -> str:
             bad.append(str(e))
             continue
         if isinstance(image, torch.Tensor):
-            kinds[f"{'8-bit' if image.dtype == torch.uint8 else 'not 8-bit'} with {len(image)} channels"] = None
+            kinds[f"{'8-bit' if image.dtype == torch.uint8 else 'not 8-bit'} with {count(len(image), 'channel')}"] = (
+                None
+            )
     if len(bad) == n:
         raise ValueError(f"None of {n} images tried (of {len(dataset)}) can be read, for example: {bad[0]}")
     return ", ".join(kinds)

@@ -164,9 +164,9 @@ def _with_classes(options: ScriptOptions, splits: list[FolderReader]) -> tuple[S
         return options, []
     train, found = splits[0], len(splits[0].classes)
     if "num_classes" in options.given and given != found:
-        has = f"{train.root} has {found} classes ({shown(train.classes)})"
+        has = f"{train.root} has {count(found, 'class')} ({shown(train.classes)})"
         raise ValueError(f"--num-classes {given}, but {has}. Leave --num-classes out, or correct one.")
-    replaced = [f"{found} classes, counted in {train.root}, replace the recipe's {given}."]
+    replaced = [f"{count(found, 'class')}, counted in {train.root}, replace the recipe's {given}."]
     return options.evolve(num_classes=found), replaced if given not in (None, found) else []
 
 
@@ -214,8 +214,8 @@ def _updates_per_epoch(options: ScriptOptions, train: FolderReader, world_size: 
     batches = share // options.batch_size
     if not batches:
         raise ValueError(
-            f"{train.root} has {len(train)} images, {share} for each of {count(world_size, 'process')}: less than one "
-            f"batch. Use --batch-size {share} or less."
+            f"{train.root} has {count(len(train), 'image')}, {share} for each of {count(world_size, 'process')}: less "
+            f"than one batch. Use --batch-size {share} or less."
         )
     return -(-batches // max(1, options.grad_accum_steps))
 
@@ -272,14 +272,15 @@ def describe_plan(plan: Plan) -> list[str]:
         length += f" of {count(_updates_per_epoch(options, plan.splits[0], plan.world_size), 'update')}"
     batch, wanted = plan.global_batch, plan.recipe.global_batch
     lr, how = _learning_rate(options, batch)
-    made = f"{options.batch_size} images x {count(plan.world_size, 'process')}"
+    made = f"{count(options.batch_size, 'image')} x {count(plan.world_size, 'process')}"
     made += f" x {count(max(1, options.grad_accum_steps), 'step')}; lr {lr:.4g} ({how})"
     if wanted and wanted != batch:
         made += f"; the recipe's is {wanted}, lr {_learning_rate(options, wanted)[0]:.4g}"
     return [
         f"{path} ({f'timm {version}' if version else 'version unknown'}; timm {timm.__version__} is installed)",
         f"recipe {plan.recipe.name}: {plan.recipe.description}",
-        f"{options.model}, {'pretrained' if plan.pretrained else 'from random weights'}, {options.num_classes} classes",
+        f"{options.model}, {'pretrained' if plan.pretrained else 'from random weights'}, "
+        f"{count(options.num_classes, 'class')}",
         *(line for split in plan.splits for line in describe(split)),
         f"global batch {batch} = {made}",
         length,

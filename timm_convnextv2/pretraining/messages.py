@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import read_json, usable_cores
-from ..console import duration
+from ..console import count, duration
 from ..data.config import as_list
 from ..data.formats.files import printable
 from ..models import FCMAE
@@ -32,8 +32,8 @@ def about_run(name: str, model: FCMAE, plan: Plan, num_images: int, world: World
     whole, encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.encoder))
     return (
         f"{name}: {whole:.1f}M parameters, {encoder:.1f}M of them the encoder; "
-        f"{num_images} images of {chans} x {height} x {width} in {h} x {w} patches of {model.stride} px; "
-        f"{plan.updates} updates of {plan.images_per_update} images, lr {plan.lr:.2e}, "
+        f"{count(num_images, 'image')} of {chans} x {height} x {width} in {h} x {w} patches of {model.stride} px; "
+        f"{count(plan.updates, 'update')} of {count(plan.images_per_update, 'image')}, lr {plan.lr:.2e}, "
         f"on {world.size} x {world.device.type}"
     )
 
@@ -43,7 +43,7 @@ def memory_line(model: FCMAE, batch_size: int, **options: Any) -> str:
     fixed, step = memory_estimate(model, batch_size, **options)
     return (
         f"Memory per process: about {fixed + step:.2f} GiB, {fixed:.2f} for weights, gradients and AdamW, {step:.2f} "
-        f"for a step of {batch_size} images; data workers take their own."
+        f"for a step of {count(batch_size, 'image')}; data workers take their own."
     )
 
 
@@ -77,7 +77,8 @@ def learning_warnings(plan: Plan, started: bool) -> list[str]:
     if plan.updates < FEW_UPDATES:
         epochs = usual_epochs(plan.updates_per_epoch)
         found.append(
-            f"{plan.updates} updates are too few to learn features: a run of {MIN_UPDATES:,} is --epochs {epochs}."
+            f"{count(plan.updates, 'update')} {'is' if plan.updates == 1 else 'are'} too few to learn features: a run "
+            f"of {MIN_UPDATES:,} is --epochs {epochs}."
             + (" A smaller --batch-size makes more updates of an epoch." if images > 16 else "")
         )
     if plan.lr < LOW_RATE:
@@ -89,12 +90,13 @@ def learning_warnings(plan: Plan, started: bool) -> list[str]:
     return found
 
 
-def few_images(count: int, probed: bool, started: bool) -> str:
+def few_images(images: int, probed: bool, started: bool) -> str:
     """A line about a small set of images that starts from random weights and that no probe measures, or ''."""
-    if count >= FEW_IMAGES or probed or started:
+    if images >= FEW_IMAGES or probed or started:
         return ""
     return (
-        f"{count} images are few: --probe-dir LABELLED shows whether the features beat those of random weights, and "
+        f"{count(images, 'image')} {'is' if images == 1 else 'are'} few: --probe-dir LABELLED shows whether the "
+        "features beat those of random weights, and "
         "--pretrained starts from published weights"
     )
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, replace
 from typing import Any
 
+from ..console import count
 from ..runs.checkpoints import Progress
 from ..runs.folder import RunFolder, differences
 from ..runs.plan import Plan
@@ -33,8 +34,9 @@ def make_plan(schedule: Schedule, batches_per_epoch: int, num_images: int, world
     images, updates = batch * steps * world_size, batches_per_epoch // steps
     if not updates:
         raise ValueError(
-            f"An update takes {images} images ({batch} x {steps} steps x {world_size} processes), but the data set "
-            f"has {num_images}. Lower --grad-accum-steps or --batch-size."
+            f"An update takes {count(images, 'image')} ({batch} x {count(steps, 'step')} x "
+            f"{count(world_size, 'process')}), but the data set has {num_images}. Lower --grad-accum-steps or "
+            "--batch-size."
         )
     lr = schedule.lr if schedule.lr is not None else scaled_rate(schedule, images)
     return Plan(schedule.epochs * updates, updates, images, lr, round((schedule.warmup_epochs or 0) * updates))

@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..checkpoint.loading import model_name
 from ..config import build, entries, evolve, flat
+from ..console import count
 from ..data import Pixels
 from ..data.config import PixelOptions, check_limits
 from ..data.display import check_bands
@@ -131,7 +132,7 @@ def _normalization(config: PretrainConfig, start: Start | None) -> dict[str, Any
         if not values:
             raise ValueError(f"--{name} is missing: give --mean and --std both, or {AUTO} for what is to be measured.")
         if values != (AUTO,) and len(values) != crops.in_chans:
-            raise ValueError(f"--{name} has {len(values)} values for {crops.in_chans} channels.")
+            raise ValueError(f"--{name} has {count(len(values), 'value')} for {count(crops.in_chans, 'channel')}.")
     return found
 
 

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from ..checkpoint.finetuned import all_epochs
+from ..console import count
 from .next_steps import Step, near, next_steps, next_steps_of_finetuning, next_steps_of_transfer
 from .run import RunRecord
 
@@ -285,7 +286,7 @@ def _facts_of_transfer(run: RunRecord) -> dict[str, str]:
         "Data": str(near(Path(of["data_dir"]))),
         "Images": _images(of),
         "Classes": f"{len(names)}: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}",
-        "Input": f"{of['in_chans']} channels, crops of {of['img_size']} x {of['img_size']}",
+        "Input": f"{count(of['in_chans'], 'channel')}, crops of {of['img_size']} x {of['img_size']}",
         "Stored values": ", ".join(f"{name} {value}" for name, value in (of.get("pixels") or {}).items()),
         "Recipe": str(of.get("recipe") or ""),
         "Epochs": str(len(run.rows) and max(run.rows) + 1),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import build, from_keywords
-from ..console import say
+from ..console import count, say
 from ..data import MissingPackageError, Source, check_readable
 from ..data.samples.batches import map_batches
 from ..data.sources.open import open_images
@@ -51,7 +51,7 @@ class ReadableImages:
 
     def end(self, what: str) -> int:
         """Prints what was done; returns the exit status, 1 if images were left out."""
-        say(what + (f"; {self.bad} images skipped" if self.bad else ""))
+        say(what + (f"; {count(self.bad, 'image')} skipped" if self.bad else ""))
         return int(bool(self.bad))
 
 

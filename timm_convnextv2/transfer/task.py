@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from ..config import flat
+from ..console import count
 from ..data.formats.files import printable
 from ..data.measure.duplicates import shared_note
 from ..recipes import Recipe
@@ -199,7 +200,7 @@ def describe(
     batch = learning.batch_size * learning.grad_accum_steps * world.size
     lines = [
         f"{config.backbone.model}: {sum(p.numel() for p in task.model.parameters()) / 1e6:.1f}M parameters; "
-        f"{task.data}, {len(task.validation)} to validate; {plan.updates} updates of {batch} images, "
+        f"{task.data}, {len(task.validation)} to validate; {count(plan.updates, 'update')} of {count(batch, 'image')}, "
         f"lr {learning.lr:.2e}, on {world.size} x {world.device.type}"
     ]
     if recipe is not None and recipe.global_batch not in (None, batch):
@@ -224,8 +225,8 @@ def how_made(of: dict[str, Any]) -> dict[str, Any]:
     start = "random weights" if of["from_scratch"] else of["model"].rpartition("/")[2].rpartition(":")[2]
     return {
         "Backbone started from": start,
-        "Data": f"{place}: {of['num_images']} images, {of['num_validation']} to validate",
-        "Length": f"{of['total_updates']} updates of {batch} images",
+        "Data": f"{place}: {count(of['num_images'], 'image')}, {of['num_validation']} to validate",
+        "Length": f"{count(of['total_updates'], 'update')} of {count(batch, 'image')}",
         "Training crops": f"{of['img_size']} x {of['img_size']} pixels",
         "Optimizer": f"{of['opt']}, learning rate {of['lr']:g}, weight decay {of['weight_decay']:g}, layer decay "
         f"{of['layer_decay']:g}",

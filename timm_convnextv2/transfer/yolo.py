@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..config import parse_yaml
+from ..console import count
 from ..data import FolderSource, ImageError
 from ..data.formats.decode import open_scene, read_header
 from ..data.formats.files import printable
@@ -60,7 +61,7 @@ def read_yolo(file: Path, split: str) -> tuple[list[str], list[YoloImage]]:
     faults: list[str] = []
     images = [_read(path, label, len(names), faults) for path, label in zip(paths, labels, strict=True)]
     if faults:
-        raise ValueError(f"{len(faults)} labels cannot be used: {first(faults)}. Expected {_EXPECTED}.")
+        raise ValueError(f"{count(len(faults), 'label')} cannot be used: {first(faults)}. Expected {_EXPECTED}.")
     return [str(name) for name in names], images
 
 

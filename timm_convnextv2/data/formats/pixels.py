@@ -3,6 +3,8 @@
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...console import count
+
 if TYPE_CHECKING:  # options are read without torch
     from torch import Tensor
 
@@ -51,7 +53,10 @@ class Pixels(NamedTuple):
             raise ValueError("clip limits come in pairs: give both low and high ones (--clip-low, --clip-high).")
         for name, values in zip(("clip_low", "clip_high"), limits, strict=True):
             if values is not None and len(values) not in (1, in_chans):
-                raise ValueError(f"{name} has {len(values)} values for {in_chans} channels, expected 1 or {in_chans}.")
+                raise ValueError(
+                    f"{name} has {count(len(values), 'value')} for {count(in_chans, 'channel')}, expected 1 or "
+                    f"{in_chans}."
+                )
         low, high = ((values or ()) * (in_chans // len(values or (0,))) for values in limits)
         for c, (a, b) in enumerate(zip(low, high, strict=True), 1):
             if not a < b:

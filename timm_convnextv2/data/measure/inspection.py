@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...console import count
 from ..display import display_of
 from ..formats.decode import faults_named, load_image, open_scene, read_header
 from ..formats.errors import ImageError
@@ -135,7 +136,7 @@ def _problems(x: Inspected, usual: Any, first: dict[Any, str], img_size: int) ->
         return
     assert header is not None  # it was decoded
     if (header.channels, header.kind) != usual:
-        why = f"{header.channels} channels of {header.kind}, most files have {usual[0]} of {usual[1]}"
+        why = f"{count(header.channels, 'channel')} of {header.kind}, most files have {usual[0]} of {usual[1]}"
         yield finding("differs", why)
     if x.flat:
         yield finding("flat", "every pixel has the same value")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ...console import count
 from ..config import ERROR
 from ..formats.decode import groups_of, read_header
 from ..formats.errors import ImageError, listed
@@ -49,8 +50,8 @@ class Measured(NamedTuple):
         """The sample and its precision, in words."""
         of = "the first of a stream" if self.total is None else f"of {self.total}"
         return (
-            f"measured on {self.pixels.images} images ({of}), standard error of the mean {self.error:.2g} standard "
-            "deviations"
+            f"measured on {count(self.pixels.images, 'image')} ({of}), standard error of the mean {self.error:.2g} "
+            "standard deviations"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...console import say
+from ...console import count, say
 from ...runs.group import Processes, on_primary
 from ...runs.progress import ImageProgress
 from ..config import ImagePaths
@@ -100,7 +100,7 @@ def _find(origins: list[Origin], index: str | None, share: float, tick: Tick, no
         notify(missing)
     if index and not os.path.lexists(index):
         write_index(index, listing, sizes)
-        notify(f"Written: {index}, an index of {listing.count} images.")
+        notify(f"Written: {index}, an index of {count(listing.count, 'image')}.")
     return listing
 
 

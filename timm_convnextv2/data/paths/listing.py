@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...console import count
 from ..config import Dirs, as_list
 from ..formats.decode import image_extensions, is_dicom_file
 from ..formats.files import printable
@@ -151,7 +152,7 @@ def _list_pattern(origin: Origin, tick: Tick, stamps: Stamps | None) -> tuple[Fi
             for below, names, _ in walk(os.path.join(origin.root, folder), extensions, left, stamps):
                 files.update(os.path.join(folder, below, name) for name in names)
     if not files:
-        found = left or f"{len(folders)} folders matched"
+        found = left or f"{count(len(folders), 'folder')} matched"
         raise _no_image(f"--data-dir {printable(origin.given)} matches no image: {found}")
     if stamps is not None:
         around = {""}

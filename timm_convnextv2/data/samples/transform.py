@@ -9,6 +9,7 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms import InterpolationMode, v2
 
+from ...console import count
 from ..formats.pillow import Reduced
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 if its crop keeps at least this many times the output's pixels per side. PSNR
@@ -105,7 +106,8 @@ class PretrainTransform:
         if channels != len(self.mean):
             given = len(self.mean)
             raise ValueError(
-                f"The image has {channels} channels, --mean and --std have {given} numbers: give one each."
+                f"The image has {count(channels, 'channel')}, --mean and --std have {count(given, 'number')}: give one "
+                "each."
             )
         cropped = self._crop_reduced(image) if isinstance(image, Reduced) else self.crop(image)
         return self.steps(cropped).contiguous()

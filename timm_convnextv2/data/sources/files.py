@@ -6,6 +6,7 @@ from itertools import accumulate
 
 import torch
 
+from ...console import count
 from ..formats.decode import check_index, count_pages, decode
 from ..formats.files import printable
 from ..formats.pillow import Choose, Reduced
@@ -86,7 +87,9 @@ class PageSource(ImageFiles):
             source, lambda i: count_pages(source.path(i)) if pages is None else len(pages), default=1, tick=tick
         )
         self.ends = [*accumulate(counts)]
-        self.left = "; ".join(filter(None, [f"{len(self)} pages of {len(source)} files", str(source.left)]))
+        self.left = "; ".join(
+            filter(None, [f"{count(len(self), 'page')} of {count(len(source), 'file')}", str(source.left)])
+        )
 
     def __len__(self) -> int:
         return self.ends[-1]

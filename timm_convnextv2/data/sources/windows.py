@@ -10,6 +10,7 @@ from itertools import accumulate, count
 import torch
 
 from ...config import check_limits
+from ...console import count as plural
 from ...seeds import sample_seed
 from ..config import WindowOptions
 from ..formats.decode import Scene, faults_named, finished, open_scene
@@ -87,12 +88,13 @@ class WindowSource(Source):
         self.ends = [(end * windows + total // 2) // total for end in accumulate(areas)]
         none = sum(end == before for end, before in zip(self.ends, [0, *self.ends], strict=False))
         whole = self.num_whole and (
-            f"{self.num_whole} images must be decoded whole for each window, because of their format (tiled TIFF or "
-            ".npy is faster)"
+            f"{plural(self.num_whole, 'image')} must be decoded whole for each window, because of their format "
+            "(tiled TIFF or .npy is faster)"
         )
         notes = (
-            f"{len(self)} windows of {self.side} x {self.side} pixels per epoch, from {len(files)} images",
-            none and f"{none} images are too small to get a window (raise --windows-per-image)",
+            f"{plural(len(self), 'window')} of {self.side} x {self.side} pixels per epoch, from "
+            f"{plural(len(files), 'image')}",
+            none and f"{plural(none, 'image')} too small to get a window (raise --windows-per-image)",
             whole,
             str(self.source.left),
         )

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ...console import check_same_classes
+from ...console import check_same_classes, count
 from ...files import write_json
 from ...report.classes import ClassResult, ClassResults
 from ...runs.device import check_device
@@ -73,7 +73,8 @@ class DetectionTask(Task):
         )  # fmt: skip
         jitter = large_scale_jitter(crops.img_size, crops.scale, hflip=crops.hflip, vflip=crops.vflip)
         self.samples, self.classes = Samples(train, jitter, learning.seed), coco.classes
-        self.data = f"{len(coco.images)} images with {len(coco.annotations)} objects of {len(coco.classes)} classes"
+        objects = f"{count(len(coco.annotations), 'object')} of {count(len(coco.classes), 'class')}"
+        self.data = f"{count(len(coco.images), 'image')} with {objects}"
 
     def _open(self, config: Any, split: str, masks: bool) -> Coco:
         data, root = config.data, Path(config.data.data_dir)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...console import check_same_classes
+from ...console import check_same_classes, count
 from ...report.classes import ClassResults, of_confusion
 from ...runs.device import check_device
 from ...runs.world import World
@@ -69,7 +69,7 @@ class SegmentationTask(Task):
             hflip=crops.hflip, vflip=crops.vflip, colours=colours, ignore_index=ignored,
         )  # fmt: skip
         self.samples = Samples(train, transform, config.learning.seed)
-        self.data = f"{len(train)} images of {len(self.classes)} classes"
+        self.data = f"{count(len(train), 'image')} of {count(len(self.classes), 'class')}"
 
     def _open(self, split: str) -> MaskedImages:
         """The images and masks of a split, without the checks that read them."""
@@ -91,7 +91,7 @@ class SegmentationTask(Task):
             if absent and name == "train" and not self._data.allow_absent:
                 raise ValueError(f"{what}. Check the class file and the masks, or pass --allow-absent.")
             found = [what] if absent else []
-            found += [f"{len(part.unused)} masks in {name} have no image and are not used"] if part.unused else []
+            found += [f"left out {count(len(part.unused), 'mask')} without an image in {name}"] if part.unused else []
             if counts.ignored:
                 found.append(f"{counts.ignored:.1%} of the pixels in {name} are ignored (no class)")
             notes += [f"note: {text}." for text in (*found, *(f"{name}: {note}" for note in counts.notes))]
