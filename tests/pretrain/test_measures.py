@@ -147,7 +147,7 @@ def test_labelled_images_that_go_are_a_warning(labelled, tmp_path, no_images, ca
     at_update(monkeypatch, 0, lambda: next((folder / "train").rglob("*.png")).write_bytes(b"no image"))
     out = run(tmp_path / "r", "--probe-dir", str(folder), epochs=2)
     printed = capsys.readouterr().out
-    assert "Warning: a measure failed (Images cannot be decoded" in printed and "Done" in printed
+    assert f"Warning: a measure failed (--probe-dir {folder}: Images cannot be decoded" in printed and "Done" in printed
     assert [row["eval_knn"] for row in rows(out)] == ["", ""] and float(rows(out)[1]["eval_distance"]) > 0
 
 
