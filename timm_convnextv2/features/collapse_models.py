@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..config import check_limits
-from ..console import count, say
 from ..console import count as plural
+from ..console import say
 from ..data import DataSet, ImageError, ImagePaths, TimmStream, check_readable, create_source
 from ..data.display import display_of
 from ..data.paths.find import check_places
@@ -73,7 +73,7 @@ def collapse_of_models(
             raise ValueError(f"--dataset {images.dataset} is a stream, and images cannot be drawn. Give a folder.")
         once = note if not found else lambda line: None
         drawn = draw_images(source, images.num_images, encoder.transform, images.seed, once)
-        note(f"{name}: {count(len(drawn), 'image')} of {drawn.shape[2]} x {drawn.shape[3]}")
+        note(f"{name}: {plural(len(drawn), 'image')} of {drawn.shape[2]} x {drawn.shape[3]}")
         found[name] = collapse(encoder.model, drawn, batch_size=batch_size, amp=computation.amp)
         if not shown:
             shown = list(display_of([*drawn[:SHOWN]]).rgb(drawn[:SHOWN]))
