@@ -218,7 +218,7 @@ REFUSED = [
     ("argument --keep-best: invalid choice: 'x'", lambda d: tcx.pretrain(d, keep_best="x"), "pretrain --keep-best x"),
     ("use the command: timm-convnextv2 pretrain --replay", lambda d: tcx.pretrain(replay="bad-step-1.json"), ""),
     ("is not the folder of a run: it has no args.yaml", tcx.open_run, ""),
-    ("has no model: there is no config.json in it", tcx.open_encoder, "embed --output x.npy --data-dir y --model {d}"),
+    ("has no model: there is no config.json in it", tcx.open_encoder, "embed {d} --output x.npy --model {d}"),
     ("'{d}'", tcx.open_detector, ""),
     ("'{d}'", tcx.open_segmenter, ""),
     ("Nothing to compare. Give --encoder MODEL", lambda d: tcx.compare(d), "compare --data-dir {d}"),

@@ -207,7 +207,7 @@ def test_channels_and_transforms_of_reduced_images(tmp_path):
     assert shapes == [(3, 300, 400)]  # a transform without `reduction` gets the whole image
     with pytest.raises(ImageError, match="x.jpg.*3 channels.*expected 4"):
         FolderSource(tmp_path, 4).read(0, lambda size: 2)
-    with pytest.raises(ValueError, match="3 channels.*--mean.* 1 numbers"):
+    with pytest.raises(ValueError, match="3 channels.*--mean.* 1 number:"):
         PretrainTransform(32, mean=(0,), std=(1,))(FolderSource(tmp_path).read(0, lambda size: 2))
 
 

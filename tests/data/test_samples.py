@@ -75,7 +75,7 @@ def test_transform_errors(options, words):
 
 
 def test_transform_needs_one_mean_per_channel():
-    with pytest.raises(ValueError, match="1 channels.*--mean.* 3 numbers"):
+    with pytest.raises(ValueError, match="1 channel,.*--mean.* 3 numbers"):
         PretrainTransform(32)(torch.zeros(1, 40, 40))
 
 

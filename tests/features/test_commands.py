@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,6 +236,7 @@ def test_names_of_models(run, tmp_path):
 ])  # fmt: skip
 def test_a_model_that_is_not_there(name, words, labelled, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TIMM_TRAIN", str(Path(__file__).parents[1] / "finetune" / "stand_in_train.py"))
     given = words.replace("MODEL", name).replace("DATA", str(labelled)).split()
     assert program.main(given) == 2
     err = capsys.readouterr().err

@@ -147,7 +147,7 @@ def test_a_detector_trains_and_its_export_is_the_same(coco, boxes_only, tmp_path
 def test_what_is_found_is_evaluated_and_drawn(coco, tmp_path):
     detector = tiny_detector(box_score_thresh=0.0)
     metrics, results = evaluate_detector(detector, DetectionImages(coco), batch_size=3)
-    assert len(metrics) == 25 and len(results) == 8 * 2
+    assert len(metrics) == 26 and len(results) == 8 * 2
     for result in results:
         assert result["category_id"] in range(1, 9) and result["segmentation"]["size"] == [64, 64]
     save_found(tmp_path / "a/b.png", DetectionImages(coco), results, [1, 3], min_score=0.0)
