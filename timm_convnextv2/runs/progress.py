@@ -16,7 +16,7 @@ def draws_bars() -> bool:
 class ImageProgress:
     """A bar on a terminal or in a notebook, elsewhere a line every `interval` seconds; `total` is None if unknown."""
 
-    def __init__(self, total: int | None, enabled: bool = True, interval: float = 10.0) -> None:
+    def __init__(self, total: int | None, enabled: bool = True, interval: float = 5.0) -> None:
         self.total, self.enabled, self.interval = total, enabled, interval
         self.done, self.start = 0, time.perf_counter()
         self.shown_at = self.start
