@@ -12,6 +12,7 @@ from runs import SMALL, refused, rows, run
 
 from timm_convnextv2.checkpoint.loading import model_pixels
 from timm_convnextv2.commands import check
+from timm_convnextv2.commands.main import main as program
 from timm_convnextv2.commands.pretrain import main, parse_options
 from timm_convnextv2.data import Pixels
 
@@ -38,6 +39,20 @@ def test_a_run_on_windows(tmp_path, capsys):
     assert "images are held out" in printed and np.isfinite(float(rows(tmp_path / "a")[0]["eval_loss"]))
     pixels = model_pixels(f"local-dir:{tmp_path}/a/encoder", 2)
     assert (pixels.nodata, pixels.divide, pixels.page) == (0, 3000, None) and len(pixels.clip_high or ()) == 2
+    # features of whole scenes would show everything smaller than in training
+    for size, said in ((40, False), (100, True)):
+        for i in range(8):
+            x = np.random.default_rng(i).integers(0, 3000, (2, size, size), np.uint16)
+            (label := tmp_path / f"{size}" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+            tifffile.imwrite(label / f"{i}.tif", x, photometric="minisblack", planarconfig="separate")
+        place = ["--data-dir", str(tmp_path / f"{size}"), "--device", "cpu", "--workers", "0", "--output"]
+        for words in (["embed", "--model"], ["evaluate"]):
+            capsys.readouterr()
+            output = str(tmp_path / f"{size}-{words[0]}") + (".npy" if words[0] == "embed" else "")
+            assert program([*words, str(tmp_path / "a"), *place, output]) == 0
+            err = capsys.readouterr().err
+            text = "was trained on windows of 40 px, and these images have 100 px: what they show is 2.5 times smaller"
+            assert (text in err) == said, err
 
 
 @pytest.mark.parametrize(

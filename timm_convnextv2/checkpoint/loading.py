@@ -20,6 +20,7 @@ from .provenance import WEIGHTS, config_beside, read_config, training_of
 
 _EXPECTED = "a timm model, local-dir:FOLDER or hf-hub:USER/NAME"
 _FOLDERS_OF_A_RUN = ("encoder", "model")  # written by pretraining and by finetuning
+WINDOWS = "Windows"  # row of a card: side of the windows that pretraining read
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order: the EMA first
 
 
@@ -106,16 +107,26 @@ def model_pixels(name: str, in_chans: int, nodata: float | None = None) -> Pixel
 
     `in_chans`, the channels of the images, must fit the record; `nodata` replaces the recorded value of missing pixels.
     """
-    source, _, place = name.partition(":")
-    config = None
-    if source in ("local-dir", "hf-hub", "hf_hub"):
-        config = config_beside({"file": place} if source == "local-dir" else {"hf_hub_id": place})
-    pixels = Pixels.from_record(training_of(config or {}).get("pixels"))
+    pixels = Pixels.from_record(_training(name).get("pixels"))
     try:
         pixels.check(in_chans)
     except ValueError as e:
         raise ValueError(f"The model '{name}' was trained on pixels with other channels: {e}") from e
     return pixels if nodata is None else pixels._replace(nodata=nodata)
+
+
+def model_window(name: str) -> int | None:
+    """The side in pixels of the windows that a model was trained on; None if it was trained on whole images."""
+    size = str((_training(name).get("table") or {}).get(WINDOWS, "")).removesuffix(" px")
+    return int(size) if size.isdecimal() else None
+
+
+def _training(name: str) -> dict[str, Any]:
+    """The section `training` of a folder's or repository's config.json; {} for other models."""
+    source, _, place = name.partition(":")
+    if source not in ("local-dir", "hf-hub", "hf_hub"):
+        return {}
+    return training_of(config_beside({"file": place} if source == "local-dir" else {"hf_hub_id": place}) or {})
 
 
 def weights_in(content: dict[str, Any]) -> dict[str, Tensor]:

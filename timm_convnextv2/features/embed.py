@@ -67,6 +67,8 @@ def embed(
         def claim() -> tuple[set[int], int]:
             if isinstance(source, Source):
                 check_readable(source)
+                if progress and (warning := encoder.scale_warning(source)):
+                    say(warning, error=True)
             run = _record(model, encoder, images, source, extraction)
             parts.claim(run, resume=resume, overwrite=overwrite)
             if (corrupt := parts.drop_corrupt()) and progress:

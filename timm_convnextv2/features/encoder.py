@@ -3,8 +3,10 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,18 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from ..checkpoint.loading import load_model, model_name, model_pixels
+from ..checkpoint.loading import load_model, model_name, model_pixels, model_window
 from ..config import check_limits
-from ..data import Pixels, check_readable, load_image
+from ..console import say
+from ..data import ImageError, Pixels, check_readable, load_image
 from ..data.samples.batches import map_batches, preprocessing
 from ..data.sources.open import open_images
+from ..data.sources.source import Source
 from ..runs.device import check_device
 from ..runs.progress import ImageProgress
 from .extract import EXTRACTION, Embedded, Limit, embed_batches
 
+SIZES_TRIED = 8
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
@@ -40,6 +45,7 @@ class Encoder:
     model: nn.Module
     config: dict[str, Any]
     pixels: Pixels
+    window: int | None = None  # side in pixels of the windows that it was trained on; None: whole images
 
     @property
     def in_chans(self) -> int:
@@ -67,6 +73,8 @@ class Encoder:
         check_limits(replace(EXTRACTION, batch_size=batch_size, workers=workers))
         source = open_images(images, self.in_chans, self.pixels)
         check_readable(source)
+        if progress and (warning := self.scale_warning(source)):
+            say(warning, error=True)
         numbers = range(-(-len(source) // batch_size))
         batches = map_batches(source, self.transform, batch_size, numbers, min(workers, len(numbers) - 1))
         bar = ImageProgress(len(source), enabled=progress)
@@ -77,6 +85,20 @@ class Encoder:
             bar.close()
         rows, names, skipped = zip(*parts, strict=True)
         return Embedded(np.concatenate([part for part in rows if len(part)]), [*chain(*names)], [*chain(*skipped)])
+
+    def scale_warning(self, source: Source) -> str:
+        """A warning if the model knows windows and the first images are at least twice as large; else ''."""
+        sides = []
+        for i in range(min(SIZES_TRIED, len(source)) if self.window else 0):
+            with suppress(ImageError, OSError):  # reported when all images are read
+                sides.append(min(source[i].shape[-2:]))
+        side = median(sides) if sides else 0
+        if not self.window or side < 2 * self.window:
+            return ""
+        return (
+            f"warning: {self.name} was trained on windows of {self.window} px, and these images have {side:g} px: what "
+            f"they show is {side / self.window:.1f} times smaller than in training. Give tiles of {self.window} px."
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -127,4 +149,4 @@ def open_frozen(
         raise ValueError(f"--img-size {img_size} is smaller than the model's stride, {stride} pixels.")
     own_device = check_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
     pixels = model_pixels(name, config["input_size"][0], nodata)
-    return Encoder(name, network.to(own_device), config, pixels)
+    return Encoder(name, network.to(own_device), config, pixels, model_window(name))

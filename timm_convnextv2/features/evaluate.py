@@ -136,7 +136,8 @@ def evaluate_models(
             "--validation-share, or change --seed."
         )
     sizes = budget_sizes(scoring.label_budgets, data.train.labels)
-    for line in data.describe(data_dir):
+    warned = [encoder.scale_warning(labelled(encoder.in_chans, encoder.pixels).train.source) for encoder in encoders]
+    for line in [*data.describe(data_dir), *filter(None, warned)]:
         note(line)
     k = capped(scoring.k, len(data.train.labels))
     if max(scoring.k) > k[-1]:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.loading import WINDOWS
 from ..config import read_json, usable_cores
 from ..console import count, duration
 from ..data.config import as_list
@@ -129,6 +130,7 @@ def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[s
         + (f"; channels removed with probability {fewer:g}" if fewer else ""),
         **(started if settings["pretrained"] else {}),
         "Data": f"{data or names_of_places(settings)}, {progress.num_images} images",
+        **({WINDOWS: f"{settings['window_size']} px"} if settings.get("window_size") else {}),
         "Epochs": f"{progress.epoch} of {plan.epochs}" + (" and a part of the next" if progress.update else ""),
         "Optimizer": f"{settings['opt']}, lr {plan.lr:.2e} for {plan.images_per_update} images per update, weight "
         f"decay {settings['weight_decay']}, betas {tuple(settings['opt_betas'])}",
