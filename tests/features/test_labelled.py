@@ -236,3 +236,12 @@ def test_the_demo_images_are_labelled():
         wanted = DemoSource(16, seed=seed, pixels=Pixels(standardize="channel"))
         assert torch.equal(split.source[9], wanted[9]) and int(split.labels[9]) == wanted.label(9)
     assert found.chance == 1 / 8
+
+
+@pytest.mark.parametrize("classes, images, warned", [(10, 4, True), (10, 5, False), (9, 3, False)])
+def test_patients_may_have_been_taken_for_classes(tmp_path, classes, images, warned):
+    for i in range(classes * images):
+        (folder := tmp_path / f"PAT{i % classes:02d}").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (i, i, i)).save(folder / f"{i}.png")
+    found = [line for line in open_labelled(tmp_path).describe(tmp_path) if "patients or sessions" in line]
+    assert len(found) == warned and all(f"10 classes of {images}.0 images on average" in line for line in found)

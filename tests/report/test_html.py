@@ -205,6 +205,12 @@ def test_verdicts(tmp_path, loss, knn, against, good, text):
     assert text in found.text and found.good is good and found.text.endswith("\nwarning: no good")
 
 
+def test_verdict_of_one_epoch(tmp_path):
+    run = RunRecord(tmp_path, "r", {"norm_pix_loss": True})
+    run.rows = {0: {"train_loss": 0.3}}
+    assert verdict(run).text.startswith("The loss is 0.300 after 1 epoch, which does not show")
+
+
 def test_axes_begin_where_they_should():
     chart = line_chart("x", [Line({1: 0.1})], {}, "", top=0.5)
     assert ">0.5</text>" in chart and ">0.0</text>" in chart

@@ -26,7 +26,10 @@ def prepare(argv: list[str] | None) -> Plan | None:
         say(list_recipes(RECIPES))
         return None
     if not config.recipe:
-        raise ValueError(f"--recipe is needed: {', '.join(recipe_names(RECIPES))}, or the path of a .yaml file.")
+        raise ValueError(
+            "--recipe is needed: small-data for your own 500 to 50,000 images, scratch-small for random weights, the "
+            f"path of a .yaml file, or one of {', '.join(recipe_names(RECIPES))}."
+        )
     if any(word in ("-c", "--config") or word.startswith("--config=") for word in rest):
         raise ValueError("The launcher sets train.py's --config: give your file as --recipe FILE.")
     # train.py's parser knows these two as well, so that they are in its args.yaml

@@ -26,6 +26,9 @@ class Split(NamedTuple):
     groups: Tensor | None = None  # number of the patient, slide, video, ... of each image, from 0; int64 [N]
 
 
+MANY_CLASSES, FEW_IMAGES = 10, 4  # more classes, of fewer images on average, may be patients or sessions
+
+
 class Labelled(NamedTuple):
     """A labelled data set: `train` to learn from, `test` to measure on, `classes` in the order of the labels."""
 
@@ -53,7 +56,15 @@ class Labelled(NamedTuple):
         images = f"{count(len(self.train.labels), 'image')} to train on and {len(self.test.labels)} to test on"
         line = f"{printable(place)}: {images}, {len(self.classes)} {kind} ({named}); "
         line += chance_words(self.chance, self.several)
-        return [line, *(f"warning: {note}" for note in self.notes)]
+        return [line, *(f"warning: {note}" for note in (*self.notes, *self._tiny_classes()))]
+
+    def _tiny_classes(self) -> list[str]:
+        """A note if there are many classes of so few images that they may be something else."""
+        images = len(self.train.labels) + len(self.test.labels)
+        if self.several or len(self.classes) < MANY_CLASSES or images > FEW_IMAGES * len(self.classes):
+            return []
+        each = f"{len(self.classes)} classes of {images / len(self.classes):.1f} images on average"
+        return [f"{each}: are the folders patients or sessions? Give classes, and these as --groups."]
 
 
 def chance_words(chance: float, several: bool) -> str:

@@ -220,11 +220,10 @@ def _verdict_of_pretraining(run: RunRecord) -> Verdict:
     if not rows:
         if little:
             return Verdict(f"The encoder has learned little. {little}", False)
-        epochs = f"{len(losses)} epoch{'s' * (len(losses) > 1)}"
-        text = (
-            f"The loss went from {first:.3f} to {last:.3f} in {epochs}, which does not show how good the features are"
-        )
-        return Verdict(f"{text}; --probe-dir measures that.")
+        change = f"went from {first:.3f} to {last:.3f} in {len(losses)} epochs"
+        if len(losses) == 1:
+            change = f"is {last:.3f} after 1 epoch"
+        return Verdict(f"The loss {change}, which does not show how good the features are; --probe-dir measures that.")
     (_, own), *bases = rows
     texts, ahead = [], []
     for i, name in enumerate(_PROBED.values()):
