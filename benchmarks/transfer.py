@@ -75,7 +75,8 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 3.8), dpi=120, layout="constrained")
-    for axes, task in zip(figure.subplots(1, 2), TASKS, strict=True):
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for start, colour in zip(STARTS, ("tab:blue", "tab:orange"), strict=True):
             seeds = sorted({row["seed"] for row in rows})
             curves = [[r for r in rows if (r["task"], r["start"], r["seed"]) == (task, start, seed)] for seed in seeds]
@@ -92,6 +93,7 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     parser.add_argument("--size", type=int, default=64, help="of all images, in pixels")
     parser.add_argument("--images", type=int, default=2048, help="images without labels")
     parser.add_argument("--epochs", type=int, default=12, help="of pretraining")
@@ -113,7 +115,7 @@ def main() -> None:
         if len(read_rows(output / "pretrain" / "summary.csv")[0]) < args.epochs:
             call([*words, "--resume", "auto"], output / "pretrain.log")
         rows: list[dict] = []
-        for task in TASKS:
+        for task in args.tasks:
             for start in STARTS:
                 tried = [train(task, start, TUNE, lr, args) for lr in TASKS[task][2]]
                 lr = max((curve[-1] for curve in tried), key=lambda row: row["percent"])["lr"]
@@ -122,7 +124,7 @@ def main() -> None:
                 rows += [row for seed in args.seeds for row in train(task, start, seed, lr, args)]
         print(f"\nin % after the last update of {BATCH} images")
         measured = [row for row in rows if row["seed"] != TUNE]
-        for task in TASKS:
+        for task in args.tasks:
             for start in STARTS:
                 curves = {r["seed"]: r for r in measured if (r["task"], r["start"]) == (task, start)}
                 last = [row["percent"] for row in curves.values()]
