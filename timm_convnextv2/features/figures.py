@@ -98,13 +98,20 @@ def save_budgets(found: Mapping[str, Any], path: str | Path) -> None:
             axis.fill_between(images, low, high, color=colour, alpha=0.15, linewidth=0)
     for axis, key in zip(axes, keys, strict=True):
         axis.axhline(chance, color="#bbbbbb", linewidth=1, linestyle=":", zorder=0)
-        axis.set_xscale("log")
+        label_counts(axis, [budget["images"] for budget in results[0]["budgets"]])
         axis.set_title({"knn": "kNN", "ridge": "ridge", "probe": "linear probe"}[key], fontsize=10)
         axis.set_xlabel("labelled training images")
         axis.grid(axis="y", alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("mean average precision (%)" if found["data"]["several_labels"] else "accuracy (%)")
     _save(figure, path, columns=1 if len(results) < 4 else 2)
+
+
+def label_counts(axis: Any, sizes: Sequence[int]) -> None:
+    """Makes the x axis logarithmic, with these numbers of images as its only ticks."""
+    axis.set_xscale("log")
+    axis.minorticks_off()
+    axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
 
 
 def save_distances(found: Mapping[str, Sequence[BlockCollapse]], path: str | Path) -> None:

@@ -11,6 +11,7 @@ from ..config import read_json
 from ..console import duration
 from ..files import read_rows
 from ..report.images import save_figure
+from .figures import label_counts
 
 SCRATCH, OWN = "from scratch", "own encoder"
 T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 %, 1 to 9 degrees of freedom
@@ -162,7 +163,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         )
         axes.fill_between(x, [*map(min, values)], [*map(max, values)], color=f"C{i}", alpha=0.2, linewidth=0)
     if len(last) > 1:
-        axes.set_xscale("log")
+        label_counts(axes, [*last])
     xlabel = "labelled training images" if len(last) > 1 else "epoch of finetuning"
     title = "Finetuning from different weights, each at its own learning rate"
     axes.set(xlabel=xlabel, ylabel="validation top-1, %", ylim=(0, None), title=title)
