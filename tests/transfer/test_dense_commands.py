@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import re
+import shlex
 import shutil
 import sys
 import types
@@ -21,6 +22,7 @@ from tiny import BACKBONE, SHORT, TASKS, tiny_detector, train
 from timm_convnextv2.commands import detect, segment
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.config import flat
+from timm_convnextv2.console import invocation
 from timm_convnextv2.data import load_image
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.data.formats.errors import ImageError, MissingPackageError, UnreadableError, naming
@@ -74,7 +76,8 @@ def test_a_run_writes_its_results(run):
     assert all((run.path / name).stat().st_size for name in FILES | more)
     assert not list(run.path.glob(".*"))  # the lock is given back
     assert re.search(r"^(Box AP|mIoU) was highest after epoch [12] \(", run.printed, flags=re.M | re.I)
-    assert f"timm_convnextv2 {run.task} predict --model {run.path / 'model'}" in run.printed
+    predict = shlex.join([*invocation(run.task), "predict", "--model", str(run.path / "model")])
+    assert predict in run.printed
     page = (run.path / "report.html").read_text()
     assert page.count('data-epoch="') == 2 and f"{run.task} eval --model" in page
     assert main(["report", str(run.path)]) == 0
