@@ -327,6 +327,17 @@ def test_pretraining_page_quotes_channel_dropout():
             assert cell == ", ".join(own), column
 
 
+def test_pretraining_page_quotes_the_settings_of_small_images():
+    rows = results("pretrain_settings.csv")
+    text = PAGES["docs/pretraining.md"].partition("### Settings for small images")[2]
+    table = table_rows(text, ["kNN, %", "ridge, %"])
+    expected = [(r["setting"], r["eval_knn"], r["eval_ridge"]) for r in rows]
+    expected.append(("random weights", rows[0]["random_knn"], rows[0]["random_ridge"]))
+    assert [(name, *cells.values()) for name, cells in table.items()] == [
+        (name, f"{float(knn):.1f}", f"{float(ridge):.1f}") for name, knn, ridge in expected
+    ]
+
+
 def test_data_page_quotes_the_index():
     opened = results("file_index.csv")[0]
     text = " ".join(PAGES["docs/data.md"].split())
