@@ -33,7 +33,7 @@ COMMANDS = {
     "pretrain": Command(
         "pretrain a backbone on unlabelled images with FCMAE",
         PretrainConfig,
-        "data_dir model img_size epochs batch_size output experiment resume dry_run",
+        "data_dir model recipe img_size epochs batch_size output experiment dry_run",
         "IMAGES --model atto --output runs --experiment mine",
         "Without images it trains on the demo data, two to five minutes on two CPU cores. The result is\n"
         "OUTPUT/EXPERIMENT/encoder, a timm folder that stock timm opens, and report.html beside it.",
