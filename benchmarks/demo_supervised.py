@@ -2,7 +2,7 @@
 
     python -m benchmarks.demo_supervised
 
-Shows that the classes can be told apart. Writes `benchmarks/results/demo_supervised.csv`.
+Measures how well the classes can be told apart. Writes `benchmarks/results/demo_supervised.csv`.
 """
 
 import argparse

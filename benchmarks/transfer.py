@@ -21,6 +21,7 @@ import torch
 from benchmarks.measure import conditions, run_logged, write_csv
 from benchmarks.plots import draw_seeds
 from timm_convnextv2.data.demo import write_folder
+from timm_convnextv2.features.verdict import mean_interval
 from timm_convnextv2.files import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -125,11 +126,15 @@ def main() -> None:
         print(f"\nin % after the last update of {BATCH} images")
         measured = [row for row in rows if row["seed"] != TUNE]
         for task in args.tasks:
+            ends: dict[str, list[float]] = {}
             for start in STARTS:
                 curves = {r["seed"]: r for r in measured if (r["task"], r["start"]) == (task, start)}
                 last = [row["percent"] for row in curves.values()]
                 values = "  ".join(f"{v:5.1f}" for v in last)
                 print(f"{task:8} {start:16} {values}   median {statistics.median(last):.1f}")
+                ends[start] = last
+            gain = mean_interval([x - y for x, y in zip(*ends.values(), strict=True)])
+            print(f"{task:8} difference {gain[0]:+.1f}, 95 % interval {gain[1]:.1f} to {gain[2]:.1f}")
         about = conditions(torch.device("cpu"), args.threads)
         about["sets"] = (
             f"one encoder, pretrained for {args.epochs} epochs on {args.images} images of {args.size} px; "

@@ -32,7 +32,7 @@ WRITTEN = ("args.yaml", "summary.csv", "*.pth.tar", "report.html", "events.out.t
 FREE = set(
     "output experiment device workers pin_mem log_interval log_wandb wandb_project log_tensorboard torchcompile "
     "license checkpoint_interval recovery_interval checkpoint_minutes milestone_interval recon_interval show_bands "
-    "probe_interval index recipe eval_interval shown_images".split()
+    "probe_dir probe_interval keep_best index recipe eval_interval shown_images".split()
 )
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ..console import count
 
-FEW_UPDATES = 150  # a pretraining on drawn images learned in 192; a finetuning on them hardly did
+FEW_UPDATES = 150  # a pretraining on drawn images learned in 192
 
 
 class Plan(NamedTuple):
