@@ -213,7 +213,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The options of a run. Defaults follow the paper's settings for ImageNet-1K but for docs/pretraining.md#recipes."""
+    """The options of a run. Defaults follow the paper, except for what docs/pretraining.md#recipes names."""
 
     config: str | None = option(
         None, "YAML file that sets any of the options", short="-c", metavar="FILE", recorded=False)
