@@ -58,7 +58,7 @@ def next_steps(settings: dict[str, Any], folder: Path) -> list[Step]:
     load = f"import timm; print(timm.create_model('local-dir:{encoder}', pretrained=True, num_classes=10))"
     why = "Load it in Python, with timm alone"
     if Pixels.from_record(settings) != PLAIN:
-        why += " (convert stored values as its README says; tcx.open_encoder does)"
+        why += " (convert stored values as its README says; timm_convnextv2.open_encoder does)"
     return [
         Step(
             "Judge its features on labelled images, beside baselines",
