@@ -45,8 +45,12 @@ def calls(monkeypatch):
             (first, last), more = TOP1[name], int(option["--seed"]) * (1 + (name == verdict.OWN))
             rate = float(words[words.index("--lr-base") + 1])
             more -= 5 * (rate != BEST[name])  # as if another learning rate were worse
-            values = [first + more] * (epochs - 1 - made.count("cut")) + [last + more]
-            (run / "summary.csv").write_text("epoch,eval_top1\n" + "".join(f"{i},{v}\n" for i, v in enumerate(values)))
+            values = dict.fromkeys(range(epochs), first + more) | {epochs - 1: last + more}
+            if "cut" in made:
+                del values[epochs - 1]
+            every = int(words[words.index("--val-interval") + 1])
+            kept = [(i, v) for i, v in values.items() if (i + 1) % every == 0 or i + 1 == epochs]
+            (run / "summary.csv").write_text("epoch,eval_top1\n" + "".join(f"{i},{v}\n" for i, v in kept))
         return 1.5
 
     monkeypatch.setattr(compare, "call", call)
@@ -80,14 +84,14 @@ def test_each_candidate_is_tuned_alike_and_runs_once_per_seed(tmp_path, calls, e
     starts = [["--model", f"local-dir:{encoder}", "--from-scratch", "--recipe", "scratch-small"]]
     starts += [["--model", f"local-dir:{encoder}", "--recipe", "small-data"]]
     starts += [["--model", "resnet18", "--from-scratch", "--recipe", "scratch-small"]]
-    budget = ["--epochs", "27", "--warmup-epochs", "3", "--warmup-prefix", "--workers", "0"]
+    budget = ["--epochs", "27", "--warmup-epochs", "3", "--warmup-prefix", "--val-interval", "{}", "--workers", "0"]
     rates = [[2.4e-3, 8e-3, 2.4e-2], [2.4e-4, 8e-4, 2.4e-3], [2.4e-3, 8e-3, 2.4e-2]]
     data = tmp_path / "out/data"
     for i, run in enumerate(runs):
         number, tunes = (i // 3, True) if i < 9 else ((i - 9) % 3, False)
         start, seed = starts[number], "0" if tunes else str([0, 3][(i - 9) // 3])
         assert run[1 : 1 + len(start)] == start and run[run.index("--seed") + 1] == seed
-        assert run[1 + len(start) :][: len(budget)] == budget
+        assert run[1 + len(start) :][: len(budget)] == [word.format(30 if tunes else 3) for word in budget]
         assert run[run.index("--data-dir") + 1] == str(data / ("20-tune" if tunes else "20"))
         assert run[run.index("--batch-size") + 1] == "16"  # of 16 images to tune on
         rate = rates[number][i % 3] if tunes else list(BEST.values())[number]
@@ -107,8 +111,8 @@ def test_each_candidate_is_tuned_alike_and_runs_once_per_seed(tmp_path, calls, e
     assert found["top1"]["20"]["own encoder"] == {"0": 60.0, "3": 66.0} and found["verdict"] == [verdict, *edges]
     with open(tmp_path / "out/compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 180
-    assert rows[29] == dict(candidate="from scratch", images="20", seed="0", epoch="30", top1="40.0")
+    assert len(rows) == 60 and [row["epoch"] for row in rows[:3]] == ["3", "6", "9"]
+    assert rows[9] == dict(candidate="from scratch", images="20", seed="0", epoch="30", top1="40.0")
     with Image.open(tmp_path / "out/compare.png") as image:
         assert image.width > 600
 

@@ -28,6 +28,7 @@ from .verdict import OWN, SCRATCH, Curve, at_an_edge, draw, last_of, pretraining
 
 SPLIT_SEED = 0  # of data without a split: more --seeds keep it
 MADE_WITH = "compare.json"  # in the folder of a finished finetuning
+VALIDATIONS = 12  # per finetuning at most: with few labels they would take longer than the training
 
 
 class Candidate(NamedTuple):
@@ -51,7 +52,7 @@ class Candidate(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A finetuning to run: on `data`, a folder with train/ and validation/; without a seed it tunes `rate`."""
+    """A finetuning to run: on `data`, a folder with train/ and validation/."""
 
     candidate: Candidate
     images: int
@@ -61,6 +62,7 @@ class Cell(NamedTuple):
     data: Path
     digest: str  # of the names of its images
     folder: Path
+    tunes: bool  # chooses the learning rate; the others are given the chosen one
 
 
 class Part(NamedTuple):
@@ -188,10 +190,10 @@ def cells_of(
         for number, candidate in enumerate(candidates):
             for rate in candidate.rates:
                 folder = output / f"tune-{number}-{images}-images-{rate:g}"
-                tuning.append(Cell(candidate, images, epochs, config.seeds[0], rate, tune, digest, folder))
+                tuning.append(Cell(candidate, images, epochs, config.seeds[0], rate, tune, digest, folder, True))
             for seed in config.seeds:
                 folder = output / f"finetune-{number}-{images}-images-seed-{seed}"
-                final.append(Cell(candidate, images, epochs, seed, math.nan, train, digest, folder))
+                final.append(Cell(candidate, images, epochs, seed, math.nan, train, digest, folder, False))
     return tuning, sorted(final, key=lambda cell: (cell.images, config.seeds.index(cell.seed)))
 
 
@@ -200,7 +202,9 @@ def words_of_cell(cell: Cell, more: Sequence[str]) -> list[str]:
     warmup = cell.epochs // 10
     # with --warmup-prefix, train.py adds the warmup to --epochs
     length = ["--epochs", str(cell.epochs - warmup), "--warmup-epochs", str(warmup), "--warmup-prefix"]
-    words = [*cell.candidate.start, *length, *more, "--seed", str(cell.seed)]
+    # the last epoch is always validated, and nothing else counts in tuning
+    interval = math.ceil(cell.epochs / VALIDATIONS) if not cell.tunes else cell.epochs
+    words = [*cell.candidate.start, *length, "--val-interval", str(interval), *more, "--seed", str(cell.seed)]
     most = int((1 - HELD_OUT) * cell.images)
     if most < cell.candidate.batch and not batch_given(more):  # train.py drops a batch that is not full
         words += ["--batch-size", str(2 ** int(math.log2(most)))]
@@ -219,7 +223,7 @@ def batch_given(words: Sequence[str]) -> str:
 
 def updates_of(cell: Cell, more: Sequence[str]) -> int:
     """About how many updates a finetuning has: train.py drops the last batch of an epoch if it is not full."""
-    images = cell.images if math.isnan(cell.rate) else round((1 - HELD_OUT) * cell.images)
+    images = round((1 - HELD_OUT) * cell.images) if cell.tunes else cell.images
     return cell.epochs * max(1, images // int(batch_given(words_of_cell(cell, more)) or cell.candidate.batch))
 
 
@@ -258,8 +262,7 @@ def compare(
         _refuse_other(cell.folder, before[cell.folder], made_with(cell))
     for cell in (*tuning, *final):
         key = cell.candidate.name, cell.images
-        tunes = not math.isnan(cell.rate)
-        if not tunes:
+        if not cell.tunes:
             cell = cell._replace(rate=max(scores[key], key=lambda rate: scores[key][rate]))
             _refuse_other(cell.folder, before[cell.folder], made_with(cell))
         seconds = 0.0
@@ -267,13 +270,14 @@ def compare(
             seconds = _finetune(cell, made_with(cell))
             spent, done = spent + seconds, done + updates.pop(cell.folder)
         accuracy = _accuracies(cell.folder)
+        last = [*accuracy.values()][-1]
         took = f"{seconds:.0f} s" if seconds else "finished before"
         to_go = spent * sum(updates.values()) / max(1, done)
         rest = f"; {len(updates)} to go, about {duration(to_go)}" if updates and done else ""
-        what = f"learning rate {cell.rate:g}" if tunes else f"seed {cell.seed}"
-        note(f"{cell.images} images, {cell.candidate.name}, {what}: {accuracy[-1]:.1f} % ({took}{rest})")
-        if tunes:
-            scores.setdefault(key, {})[cell.rate] = accuracy[-1]
+        what = f"learning rate {cell.rate:g}" if cell.tunes else f"seed {cell.seed}"
+        note(f"{cell.images} images, {cell.candidate.name}, {what}: {last:.1f} % ({took}{rest})")
+        if cell.tunes:
+            scores.setdefault(key, {})[cell.rate] = last
         else:
             yield Curve(cell.candidate.name, cell.images, cell.seed, accuracy, cell.rate, seconds)
 
@@ -294,7 +298,7 @@ def _finetune(cell: Cell, made_with: dict[str, Any]) -> float:
         run.with_name(f"{run.name}.log"),
     )
     seconds = call("finetune", [*made_with["options"], *place], log)
-    if len(_accuracies(run)) != cell.epochs:  # train.py ends quietly on Ctrl-C
+    if cell.epochs not in _accuracies(run):  # train.py ends quietly on Ctrl-C
         raise subprocess.CalledProcessError(1, ["finetune", str(log)])
     write_json(run / MADE_WITH, made_with, indent=1)
     return seconds
@@ -350,16 +354,17 @@ def tail(path: Path, lines: int) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:])
 
 
-def _accuracies(run: Path) -> list[float]:
-    """Validation accuracy in % after each epoch, from train.py's summary.csv."""
-    return [float(str(row["eval_top1"])) for row in read_rows(run / "summary.csv")[0] if row.get("eval_top1")]
+def _accuracies(run: Path) -> dict[int, float]:
+    """Validation accuracy in % by the number of epochs before it, from train.py's summary.csv."""
+    rows = read_rows(run / "summary.csv")[0]
+    return {int(str(row["epoch"])) + 1: float(str(row["eval_top1"])) for row in rows if row.get("eval_top1")}
 
 
 def write_results(
     curves: Sequence[Curve], candidates: Sequence[Candidate], config: CompareConfig, output: Path
 ) -> None:
     """Writes the curves so far: compare.csv, compare.json and compare.png."""
-    rows = ((c.name, c.images, c.seed, i, a) for c in curves for i, a in enumerate(c.accuracy, 1))
+    rows = ((c.name, c.images, c.seed, *point) for c in curves for point in c.accuracy.items())
     write_csv(output / "compare.csv", ("candidate", "images", "seed", "epoch", "top1"), rows)
     last = last_of(curves)
     found: dict[str, Any] = {

@@ -18,7 +18,7 @@ T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student
 
 
 class Curve(NamedTuple):
-    """One finetuning of a candidate: top-1 in % on the validation images after each epoch.
+    """One finetuning of a candidate: top-1 in % on the validation images, by the number of epochs before it.
 
     `images` is the number of training images, `seed` that of the order of images, augmentation and new weights, `rate`
     the --lr-base that was chosen; `seconds` is 0 if the run had finished before.
@@ -27,7 +27,7 @@ class Curve(NamedTuple):
     name: str
     images: int
     seed: int
-    accuracy: list[float]
+    accuracy: dict[int, float]
     rate: float
     seconds: float
 
@@ -39,7 +39,7 @@ def last_of(curves: Sequence[Curve]) -> Last:
     """Accuracy after the last epoch, by number of images, candidate and seed."""
     found: Last = {}
     for curve in curves:
-        found.setdefault(curve.images, {}).setdefault(curve.name, {})[curve.seed] = curve.accuracy[-1]
+        found.setdefault(curve.images, {}).setdefault(curve.name, {})[curve.seed] = [*curve.accuracy.values()][-1]
     return dict(sorted(found.items()))
 
 
@@ -156,7 +156,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
             points = [(images, [*of[name].values()]) for images, of in last.items() if name in of]
         else:
             own = [c.accuracy for c in curves if c.name == name]
-            points = [*enumerate(zip(*own, strict=False), 1)]
+            points = [(epoch, [of[epoch] for of in own]) for epoch in own[0] if all(epoch in of for of in own)]
         x, values = [point[0] for point in points], [point[1] for point in points]
         axes.plot(
             x, [*map(statistics.fmean, values)], "o-" if len(x) < 12 else "-", color=f"C{i}", linewidth=2, label=name
