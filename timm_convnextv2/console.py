@@ -86,16 +86,12 @@ class CommandParser(argparse.ArgumentParser):
         return True
 
 
-def _number_of_process(*names: str) -> int:
-    """The first of these environment variables that is set; 0 for a single process."""
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
-
-
 def say(text: str, error: bool = False) -> None:
     """Prints on rank 0 only; errors on the first process of each node, because nodes may have folders of their own."""
     local = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")  # as timm reads them
     of_all = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    if _number_of_process(*(local if error else of_all)) == 0:
+    ranks = [int(os.environ[name]) for name in (local if error else of_all) if name in os.environ]
+    if not ranks or ranks[0] == 0:
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
@@ -158,7 +154,7 @@ def unbroken_output(errors: type[OSError]) -> Iterator[None]:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def refused(command: str, error: Exception) -> int:
+def refused(command: str, error: Exception | str) -> int:
     """Prints a user error as one message and returns exit status 2."""
     say(f"{PROGRAM} {command}: error: {error}", error=True)
     return 2

@@ -85,8 +85,6 @@ def _start(pid: int) -> tuple[str, bool]:
 
 _LONGEST_NAME = 255  # bytes, of most file systems
 _PART = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)-(?P<start>[^.]*)\.\w+\.part", re.DOTALL)
-
-
 _FORMULA = re.compile(r"'*[=+@\t\r-](?![\d.]+(e[+-]?\d+)?$)", re.I)
 
 

@@ -15,16 +15,12 @@ class _Help(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         name, main = self.const
-        say(_parser(name, COMMANDS[name].main.split() if main else None).format_help().rstrip())
+        say(parser_of(name, COMMANDS[name].main.split() if main else None).format_help().rstrip())
         parser.exit()
 
 
-def parser_of(name: str) -> CommandParser:
-    """The parser of a command with all of its options."""
-    return _parser(name, None)
-
-
-def _parser(name: str, names: Sequence[str] | None) -> CommandParser:
+def parser_of(name: str, names: Sequence[str] | None = None) -> CommandParser:
+    """The parser of a command with the options `names`, by default with all of them."""
     command = COMMANDS[name]
     words = " ".join(_usage(entry) for entry in entries(command.config).values() if _usage(entry))
     examples = "\n".join(f"    {PROGRAM} {name} {line}" for line in command.example.splitlines())
@@ -94,14 +90,6 @@ def own_options(name: str, words: Sequence[str] | None) -> tuple[dict[str, Any],
     return given, rest
 
 
-def _named(error: Exception) -> Exception:
-    """The error, or one that says which data worker died."""
-    from ..runs.errors import worker_died  # imports torch, which a mistake in options does not need
-
-    reason = worker_died(error)
-    return RuntimeError(reason) if reason else error
-
-
 def run(name: str, act: Callable[[Any], int | None], words: Sequence[str] | None) -> int:
     """Calls `act` with the config from `words` (None: those of the process); see `ended`."""
     return ended(name, lambda: act(build(COMMANDS[name].config, own_options(name, words)[0])))
@@ -115,8 +103,12 @@ def ended(name: str, act: Callable[[], int | None]) -> int:
     try:
         with ended_by_signals():
             return act() or 0
-    except (ValueError, RuntimeError, OSError) as e:
-        return refused(name, e if isinstance(e, ValueError) else _named(e))
+    except ValueError as e:
+        return refused(name, e)
+    except (RuntimeError, OSError) as e:
+        from ..runs.errors import worker_died  # imports torch, which a mistake in options does not need
+
+        return refused(name, worker_died(e) or e)
     except KeyboardInterrupt:
         say("Stopped. Files that were not complete were not written.", error=True)
         return 130

@@ -28,17 +28,14 @@ def usage() -> str:
     )
 
 
+@unbroken_output(BrokenPipeError)  # as behind `| head`
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status.
 
     Args:
         argv: The words after the program's name; by default those of the process.
     """
-    with unbroken_output(BrokenPipeError):  # as behind `| head`
-        return _main(sys.argv[1:] if argv is None else argv)
-
-
-def _main(words: list[str]) -> int:
+    words = sys.argv[1:] if argv is None else argv
     if not words:
         say(usage(), error=True)
         return 2

@@ -71,12 +71,7 @@ COMMANDS = {
         "IMAGES. Options that are not listed here go to inference.py, which needs pandas.",
         passes_on=True,
     ),
-    "report": Command(
-        "show runs on one page",
-        ReportConfig,
-        "runs output",
-        "runs/mine",
-    ),
+    "report": Command("show runs on one page", ReportConfig, "runs output", "runs/mine"),
     "publish": Command(
         "publish weights and a model card on the Hugging Face Hub",
         PublishConfig,

@@ -25,6 +25,7 @@ from ..data.samples.shards import shard_note
 from ..runs.group import Processes
 from ..runs.trainer import Bad
 from ..runs.world import leave_signals_to_parent
+from ..seeds import seeded
 from .config import Crops, Loading
 
 SHOWN_IMAGES = 6
@@ -158,8 +159,7 @@ def open_batches(
         )  # fmt: skip
 
     def add(image: torch.Tensor) -> None:
-        with torch.random.fork_rng(devices=[]):  # leaves the run's random numbers unchanged
-            torch.default_generator.manual_seed(inputs.images)
+        with seeded(inputs.images):  # leaves the run's random numbers unchanged
             inputs.add(transform(image))
 
     check_readable(source, visit=add if world.primary else None)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ..console import count
 from ..data import InputStatistics, Pixels
 from ..data.formats.pixels import PLAIN
 
@@ -19,10 +20,9 @@ NOTHING_LEFT = 0.01  # standard deviation; a patch then has a variance near the 
 
 def input_line(found: InputStatistics) -> str:
     """Mean, std, range and flat patches after normalisation, in one line."""
-    images = f"{found.images} image{'s' * (found.images != 1)}"
     return (
-        f"Input after normalisation, {images}: mean {_values(found.mean)}, std {_values(found.std)}, range "
-        f"{float(found.low.min()):.3g} to {float(found.high.max()):.3g}, flat patches "
+        f"Input after normalisation, {count(found.images, 'image')}: mean {_values(found.mean)}, std "
+        f"{_values(found.std)}, range {float(found.low.min()):.3g} to {float(found.high.max()):.3g}, flat patches "
         f"{_values(100 * found.flat, '.0f')} %, median variance of a patch {found.patch_variance:.2g}"
     )
 
@@ -55,7 +55,7 @@ def _options_to_check(pixels: Pixels) -> str:
         values = value if isinstance(value, tuple) else (value,)
         options += [] if value is None else [" ".join([name, *(f"{v:g}" for v in values)])]
     options += ["--dicom-window"] * (pixels.dicom_window is not None)
-    return f"{', '.join(options[:-1])} and {options[-1]}" + " (after the division)" * (pixels.clip_low is not None)
+    return _list(options) + " (after the division)" * (pixels.clip_low is not None)
 
 
 def _scale(pixels: Pixels) -> str:
@@ -93,8 +93,8 @@ def _values(values: torch.Tensor, form: str = ".2g") -> str:
     return (" " if len(values) <= 4 else " to ").join(texts)
 
 
-def _list(numbers: Iterable[int]) -> str:
-    *most, last = map(str, numbers)
+def _list(items: Iterable[object]) -> str:
+    *most, last = map(str, items)
     return f"{', '.join(most)} and {last}" if most else last
 
 

@@ -5,7 +5,6 @@ A measure is a callable `(epoch, encoder) -> dict` of numbers that rank 0 runs a
 columns `eval_*` of summary.csv; they are named beforehand, because they stay empty in epochs without the measure.
 """
 
-import csv
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ import torch
 
 from ..data import collate
 from ..features import collapse
-from ..files import read_rows, whole_file
+from ..files import read_rows
 from ..models import FCMAE, ConvNeXtV2
 from ..report.images import save_reconstructions
 from ..runs.errors import attempt
+from ..runs.summary import write_rows
 from .config import KEEP_BEST
 
 Run = Callable[[int, ConvNeXtV2], dict[str, float]]
@@ -117,19 +117,16 @@ def held_out_loss(model: Callable[[], FCMAE], batches: Iterable, amp_dtype: torc
 
 def collapse_of_blocks(path: Path, watched: list) -> Run:
     """The measures `distance` and `dead`: the similarity of channels, the mean over blocks; `path` gets each block."""
-    columns = ("epoch", "block", "depth", "distance", "dead")
 
     def measure(epoch: int, encoder: ConvNeXtV2) -> dict[str, float]:
         batch: Any = collate(watched)
         found = collapse(encoder, batch[0])
         rows, _ = read_rows(path)
-        before = [row for row in rows if int(str(row["epoch"])) < epoch]  # a resumed run measures an epoch again
-        with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows([row[name] for name in columns] for row in before)
-            writer.writerows((epoch, b.block, round(b.depth, 4), f"{b.distance:.6g}", f"{b.dead:.6g}") for b in found)
-        count = len(found)
-        return {"distance": sum(b.distance for b in found) / count, "dead": sum(b.dead for b in found) / count}
+        rows = [row for row in rows if int(str(row["epoch"])) < epoch]  # a resumed run measures an epoch again
+        for b in found:
+            numbers = {"depth": round(b.depth, 4), "distance": f"{b.distance:.6g}", "dead": f"{b.dead:.6g}"}
+            rows.append({"epoch": epoch, "block": b.block, **numbers})
+        write_rows(path, rows)
+        return {name: sum(getattr(b, name) for b in found) / len(found) for name in ("distance", "dead")}
 
     return measure

@@ -24,6 +24,7 @@ from ..features.neighbours import nearest
 from ..files import write_json
 from ..models import ConvNeXtV2
 from ..report.images import save_neighbours
+from ..seeds import seeded
 from .measures import Run
 
 NEIGHBOURS = 20
@@ -52,8 +53,7 @@ def naming_probe(place: str) -> Iterator[None]:
 
 def random_encoder(encoder: Any, seed: int) -> nn.Module:
     """An encoder of the same architecture with random weights."""
-    with torch.random.fork_rng(devices=[]):  # leaves the run's random numbers unchanged
-        torch.manual_seed(seed)
+    with seeded(seed):  # leaves the run's random numbers unchanged
         return timm.create_model(encoder.pretrained_cfg["architecture"], num_classes=0, **encoder._model_args)
 
 

@@ -18,17 +18,13 @@ from .loop import Run, train
 from .world import World, leave
 
 
+@unbroken_output(OSError)  # output that cannot be written is no reason to stop training
 def run_command(name: str, device: str, set_up: Callable[[World], Run | None]) -> int:
     """Sets a run up and trains. A mistake in settings or data is one message.
 
     `set_up` opens and checks everything; it returns None if there is nothing to train (--dry-run). Returns exit status
     0, 1 if the run could not finish, 2 for a mistake, 130 after Ctrl-C.
     """
-    with unbroken_output(OSError):  # output that cannot be written is no reason to stop training
-        return _run_command(name, device, set_up)
-
-
-def _run_command(name: str, device: str, set_up: Callable[[World], Run | None]) -> int:
     world, run, others = None, None, {*multiprocessing.active_children()}
     try:
         world = World(device, name)

@@ -14,7 +14,7 @@ def add_row(path: Path, epoch: int, metrics: dict[str, float], measured: dict[st
     train = {f"train_{name}": value for name, value in metrics.items()}
     row: _Row = {"epoch": epoch, **train, **{f"eval_{name}": value for name, value in measured.items()}, "lr": lr}
     rows, damaged = read_rows(path)
-    _write(path, [*rows, row])
+    write_rows(path, [*rows, row])
     return _notes(path, damaged)
 
 
@@ -23,7 +23,7 @@ def trim(path: Path, epoch: int) -> list[str]:
     rows, damaged = read_rows(path)
     keep = [row for row in rows if int(str(row["epoch"])) < epoch]
     if len(keep) < len(rows) or damaged:
-        _write(path, keep)
+        write_rows(path, keep)
     return _notes(path, damaged)
 
 
@@ -41,7 +41,8 @@ def latest(path: Path) -> dict[str, tuple[int, float]]:
     return found
 
 
-def _write(path: Path, rows: list[_Row]) -> None:
+def write_rows(path: Path, rows: list[_Row]) -> None:
+    """Writes a table with a column for each name, `epoch` first."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     groups = ("epoch", "train_", "eval_")
     names.sort(key=lambda name: next((i for i, group in enumerate(groups) if name.startswith(group)), len(groups)))
