@@ -1,14 +1,13 @@
 """Help, completion and mistakes in options: at once, without torch, and complete."""
 
-import os
 import subprocess
 import sys
 
 import pytest
-from helpers import run_python
+from helpers import environment, run_python
 
 from timm_convnextv2.commands import main as cli
-from timm_convnextv2.commands.base import own_options
+from timm_convnextv2.commands.base import own_options, parser_of
 from timm_convnextv2.commands.table import COMMANDS
 from timm_convnextv2.config import entries
 
@@ -29,12 +28,17 @@ heavy = {"torch", "timm", "torchvision", "numpy", "matplotlib", "PIL", "yaml"} &
 assert not heavy, heavy
 import timm_convnextv2
 assert timm_convnextv2.FCMAE.__name__ == "FCMAE"
+assert timm_convnextv2.checkpoint.load_model and timm_convnextv2.data.DemoSource(1)[0].any()
+optional = {"matplotlib", "pyarrow", "datasets", "tifffile", "webdataset"} & {*sys.modules}
+assert not optional, optional
+try: timm_convnextv2.nothing
+except AttributeError as e: assert str(e) == "module 'timm_convnextv2' has no attribute 'nothing'"
+else: raise AssertionError
 """
 
 
-def test_options_are_read_without_torch():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", LIGHT], env=environment, capture_output=True, text=True)
+def test_options_are_read_without_torch_and_the_package_without_optional_parts():
+    run = subprocess.run([sys.executable, "-c", LIGHT], env=environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 
@@ -92,3 +96,20 @@ def test_a_script_of_the_user_gets_the_models(folder, tmp_path):
     script.write_text("import timm, timm_convnextv2\nprint(timm.is_model('fcmae_convnextv2_atto'))\n")
     run = run_python(script)
     assert run.stdout.strip() == "True", run.stderr
+
+
+@pytest.mark.parametrize(
+    "word, number",
+    [
+        ("-1.7e-2", -0.017), ("-1e-05", -1e-5), ("-1E5", -1e5), ("-.5e+1", -5), ("-3.", -3), ("-2", -2), ("-0.5", -0.5),
+    ],
+)  # fmt: skip
+def test_negative_numbers_are_values(word, number):
+    args = parser_of("pretrain").parse_args(["--mean", word, "0.5", word, "-b", "4", "--std", "1", "2", "3"])
+    assert args.mean == [number, 0.5, number] and args.batch_size == 4 and args.std == [1, 2, 3]
+
+
+@pytest.mark.parametrize("word", ["-x", "-e5", "-1e", "-1.2.3", "--5"])
+def test_other_words_are_still_options(word):
+    with pytest.raises(ValueError):
+        parser_of("pretrain").parse_args(["--mean", word])

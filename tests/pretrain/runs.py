@@ -23,6 +23,8 @@ ERROR = "timm-convnextv2 pretrain: error: "
 SMALL = ["--decoder-dim", "16", "--model-kwargs", "depths=[1,1,2,1]", "dims=[8,8,16,16]"]
 DATA = ["--num-images", "32", "--img-size", "64", "--patch-size", "4", "--batch-size", "8", "--workers", "0"]
 DATA += ["--device", "cpu"]
+# the options of a tiny run on images of the test
+TINY = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu", *SMALL]
 BANDS = ["--mean", *["0.5"] * 5, "--std", *["0.3"] * 5]
 # AdamW turns rounding of gradients near zero into whole steps; SGD keeps it rounding
 SGD = ["--opt", "sgd", "--lr-base", "1.6", "--lr-base-scale", "linear"]

@@ -10,7 +10,7 @@ import tifffile
 import torch
 import yaml
 from encoders import embed
-from runs import SMALL, load, refused, run
+from runs import TINY, load, refused, run
 
 from timm_convnextv2.checkpoint.provenance import ConfigError, read_config
 from timm_convnextv2.commands.pretrain import main, parse_options
@@ -28,7 +28,6 @@ from timm_convnextv2.pretraining.config import PretrainConfig
 from timm_convnextv2.pretraining.setup import open_probe
 
 CHANS = 5
-TINY = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu", *SMALL]
 PIXELS = ["--nodata", "0", "--divide", "10000", "--clip-percentiles", "2", "98"]
 
 

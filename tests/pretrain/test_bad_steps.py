@@ -69,7 +69,8 @@ def test_one_too_many(tmp_path, capsys, no_images, spoil_loss, limit):
     out = run(tmp_path / "r", "--max-bad-steps", limit, epochs=2, status=1)
     message = capsys.readouterr().err
     update = 4 if limit == "1" else 2
-    assert "The loss is nan" in message and f"--replay {out / f'bad-step-1-{update}.json'}" in message
+    assert all(words in message for words in ("The loss is nan", "--amp-dtype bfloat16", "--clip-grad", "--lr-base"))
+    assert f"--replay {out / f'bad-step-1-{update}.json'}" in message
     assert ("More than --max-bad-steps 1" in message) == (limit == "1")
     assert (out / f"bad-step-1-{update}.pt").exists()
 

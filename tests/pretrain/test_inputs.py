@@ -1,11 +1,11 @@
 """What reaches the network is measured before the start: printed, warned about where it is far off, or refused."""
 
 import re
-import tarfile
 
 import numpy as np
 import pytest
 import torch
+from helpers import write_tar
 from PIL import Image
 from runs import ERROR, SMALL, command, image_folder, run, spoil
 
@@ -205,10 +205,8 @@ def test_images_that_cannot_be_read_do_not_count(tmp_path, monkeypatch, capsys):
 def test_stream_is_looked_at(tmp_path, capsys):
     """A stream has no index: the few images that are shown count."""
     pytest.importorskip("webdataset", reason="needs the package webdataset")
-    source = image_folder(tmp_path / "images", n=16)
-    with tarfile.open(tmp_path / "shard-0000.tar", "w") as tar:
-        for path in sorted(source.iterdir()):
-            tar.add(path, path.name)
+    images = sorted(image_folder(tmp_path / "images", n=16).iterdir())
+    write_tar(tmp_path / "shard-0000.tar", {path.name: path.read_bytes() for path in images})
     line = ["--dataset", "wds/", "--data-dir", str(tmp_path), "--split", "shard-{0000..0000}.tar"]
     line += ["--num-images", "16"]
     assert main([*RGB, *line]) == 0

@@ -52,7 +52,7 @@ def test_second_run_is_refused_and_a_dead_one_is_not(tmp_path, no_images, capsys
     assert snapshot(tmp_path) == before
     other.send_signal(signal.SIGKILL)
     time.sleep(0.2)  # not waited for: a zombie is dead
-    run(out)
+    run(out)  # only its lock is there: that is an empty folder
     assert not (out / LOCK).exists() and len(rows(out)) == 1
 
 
@@ -70,8 +70,10 @@ def test_holder_that_cannot_be_asked_is_dead_after_five_minutes(tmp_path, change
     holder = {**this_process()._asdict(), "token": "x", "command": "c", "since": "s"}
     path.write_text("{" if change is None else json.dumps(holder | change))
     os.utime(path, (time.time() - lock.STALE + 30,) * 2)
-    with pytest.raises(ValueError, match="is in use by"):
+    with pytest.raises(ValueError, match="is in use by") as refusal:
         Lock(tmp_path)
+    far = change is None or "host" in change  # it may be on another machine, which the message says how to free
+    assert bool(re.search(r"free again 5 minutes after .*, \d+ seconds ago", str(refusal.value))) == far
     # a time in the future: the clock of the file system was set back
     os.utime(path, (time.time() + side * (lock.STALE + 30),) * 2)
     Lock(tmp_path).release()
@@ -113,13 +115,6 @@ def test_lock_is_given_back_after_errors(tmp_path, no_images, monkeypatch, error
     with pytest.raises(error):
         main(command(tmp_path / "r"))
     assert not (tmp_path / "r" / LOCK).exists()
-
-
-def test_run_that_was_killed_before_it_wrote_anything(tmp_path, no_images, other):
-    """Only its lock is there: that is an empty folder."""
-    other.kill()
-    other.wait()
-    run(tmp_path / "r")
 
 
 def _race(folder, start, won):
@@ -166,10 +161,3 @@ def test_forked_copy_does_not_give_it_back(tmp_path):
     held.check()
     release_locks()
     assert not list(tmp_path.iterdir())
-
-
-def test_message_about_another_machine_says_when_it_is_free(tmp_path):
-    (tmp_path / LOCK).write_text(json.dumps({"host": "far", "system": "", "pid": 1, "start": "", "token": "x"}))
-    with pytest.raises(ValueError) as refusal:
-        Lock(tmp_path)
-    assert re.search(r"free again 5 minutes after .*, \d+ seconds ago", str(refusal.value))

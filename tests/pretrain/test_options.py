@@ -51,11 +51,8 @@ def test_command_line_wins_over_input_size_of_a_config(tmp_path, line, expected)
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(epoch=3), ["'epoch'", "'epochs'?"]),
         (dict(config="x"), "'config'"),
-        (dict(epochs="many"), ["epochs", "int", "'many'"]),
         (dict(norm_pix_loss="no"), ["norm_pix_loss", "true or false", "'no'"]),
-        (dict(scale=[0.1]), ["scale", "2 arguments"]),
         (dict(amp_dtype="int8"), ["amp_dtype", "'int8'"]),
     ],
 )

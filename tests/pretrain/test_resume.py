@@ -136,10 +136,6 @@ def test_resume_command(monkeypatch, argv, expected, started):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     words = script if clone else "-m timm_convnextv2 pretrain"
     assert end.resume_command("pretrain", "x") == f"torchrun --nproc-per-node 2 {words} {expected}"
-    for name, value in dict(GROUP_WORLD_SIZE="3", MASTER_ADDR="node0", TORCHELASTIC_RUN_ID="7").items():
-        monkeypatch.setenv(name, value)
-    nodes = "--nnodes 3 --rdzv-backend c10d --rdzv-id 7 --rdzv-endpoint node0:29500"
-    assert end.resume_command("pretrain", "x") == f"torchrun {nodes} --nproc-per-node 2 {words} {expected}"
 
 
 def test_ctrl_c_in_a_terminal(tmp_path):

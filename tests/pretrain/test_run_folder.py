@@ -11,7 +11,6 @@ from helpers import Runs, assert_same
 from runs import DATA, SMALL, image_folder, load, refused, rows, run, snapshot, stop
 
 from timm_convnextv2.commands.pretrain import main
-from timm_convnextv2.data import EpochBatchSampler
 
 
 def test_folder_that_is_not_empty(tmp_path, no_images, capsys):
@@ -96,11 +95,6 @@ def test_folder_that_cannot_be_written(tmp_path, capsys):
         run(tmp_path / "file", *options, status=2)
         assert "is a file" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "precious"
-
-
-def test_more_processes_than_images():
-    with pytest.raises(ValueError, match="5 processes cannot share 4 images"):
-        EpochBatchSampler(4, 1, world_size=5)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import tifffile
 from dicom_files import draw
 from PIL import Image
-from runs import SMALL
+from runs import TINY
 
 from timm_convnextv2.commands import main as cli
 from timm_convnextv2.commands.pretrain import main, parse_options
@@ -124,21 +124,9 @@ def test_limits_are_measured_or_named(tmp_path, capsys):
 def test_limits_in_another_unit_are_named_in_the_refusal(tmp_path, capsys):
     write(tmp_path / "data", "12 bits")
     options = "--in-chans 2 --mean 0 0 --std 1 1 --divide 4095 --clip-low 0.001 --clip-high 0.0015".split()
-    tiny = [
-        "--img-size",
-        "32",
-        "--patch-size",
-        "1",
-        "--batch-size",
-        "4",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-        "--dry-run",
-        *SMALL,
-    ]
-    assert main(["--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "o"), *tiny, *options]) == 2
+    assert (
+        main(["--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "o"), "--dry-run", *TINY, *options]) == 2
+    )
     said = capsys.readouterr().err
     assert "All pixels are identical" in said and "65535" not in said
     for word in ("--divide 4095", "--clip-low 0.001", "--clip-high 0.0015"):

@@ -2,12 +2,11 @@
 
 import io
 import signal
-import tarfile
 from importlib.util import find_spec
 
 import pytest
 import torch
-from helpers import assert_same
+from helpers import assert_same, write_tar
 from PIL import Image
 from runs import SMALL, at_update, load, steady
 
@@ -42,11 +41,7 @@ def shards(folder, kind):
     if kind == "wds":
         pytest.importorskip("webdataset", reason="the package webdataset is not installed")
         for shard in range(2):
-            with tarfile.open(folder / f"s-{shard}.tar", "w") as tar:
-                for i in range(shard, NUM_IMAGES, 2):
-                    info = tarfile.TarInfo(f"{i:02d}.png")
-                    info.size = len(contents[i])
-                    tar.addfile(info, io.BytesIO(contents[i]))
+            write_tar(folder / f"s-{shard}.tar", {f"{i:02d}.png": contents[i] for i in range(shard, NUM_IMAGES, 2)})
         return "wds/"
     pytest.importorskip("datasets", reason="the package datasets is not installed")
     import pyarrow

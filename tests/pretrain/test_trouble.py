@@ -8,7 +8,6 @@ import torch
 from helpers import assert_same, run_python
 from runs import assert_same_end, command, load, patched, rows, run, spoil, stop
 
-import timm_convnextv2
 from timm_convnextv2.data import DemoSource
 from timm_convnextv2.runs.trainer import Trainer
 
@@ -84,33 +83,6 @@ def test_an_update_does_not_wait_for_the_gpu(tmp_path, no_images, monkeypatch):
 
     monkeypatch.setattr(Trainer, "update", wrapped)
     run(tmp_path / "r", "--device", "cuda", "--clip-grad", "1", "--amp", epochs=2)
-
-
-def test_loss_that_is_not_finite(tmp_path, capsys, no_images, monkeypatch, whole):
-    expected, options = whole("plain")
-    with monkeypatch.context() as patch:
-        forward, count = timm_convnextv2.FCMAETask.forward, iter(range(100))
-
-        def spoiled(self, *args):
-            output = forward(self, *args)
-            return {**output, "loss": output["loss"] * math.inf} if next(count) == 5 else output
-
-        patch.setattr(timm_convnextv2.FCMAETask, "forward", spoiled)
-        out = run(tmp_path / "r", *options, epochs=2, status=1)
-    message = capsys.readouterr().err
-    assert all(words in message for words in ("loss is", "--amp-dtype bfloat16", "--clip-grad", "--lr-base"))
-    assert load(out)["progress"]["epoch"] == 1
-    run(out, *options, "--resume", "auto", epochs=2)
-    assert_same_end(out, expected)
-
-
-def test_errors_of_training_are_not_hidden(tmp_path, no_images, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(Trainer, "update", broken)
-    with pytest.raises(RuntimeError, match="a bug"):
-        run(tmp_path / "r")
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,13 @@ import tifffile
 import torch
 from dicom_files import draw
 from encoders import embed
-from runs import SMALL, refused, rows, run
+from runs import TINY, refused, rows, run
 
 from timm_convnextv2.checkpoint.loading import model_pixels
 from timm_convnextv2.commands import check
 from timm_convnextv2.commands.main import main as program
 from timm_convnextv2.commands.pretrain import main, parse_options
 from timm_convnextv2.data import Pixels
-
-TINY = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu", *SMALL]
 
 
 def scenes(folder):
