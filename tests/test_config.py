@@ -46,9 +46,10 @@ def parse(*words: str, yaml: str = "", tmp_path: Any = None) -> Config:
 
 def test_defaults_file_and_command_line(tmp_path):
     assert parse() == Config()
-    file = "epochs: 10\nlr: 1e-3\nmean: [0.1, auto]\namp: true\nflip: false\ncompile: true\nmodel-kwargs: {a: 1}\n"
+    file = "epochs: 10\nlr: 1e-3\nmean: [0.1, auto]\namp: true\nflip: false\ncompile: true\n"
+    file += "model-kwargs: {a: 1}\nshare: null\n"
     got = parse("--epochs", "20", "--flip", yaml=file, tmp_path=tmp_path)
-    assert (got.schedule.epochs, got.schedule.lr, got.mean) == (20, 1e-3, (0.1, "auto"))
+    assert (got.schedule.epochs, got.schedule.lr, got.schedule.share, got.mean) == (20, 1e-3, 0.5, (0.1, "auto"))
     assert (got.amp, got.flip, got.compile, got.model_kwargs) == (True, True, "inductor", {"a": 1})
 
 
@@ -88,6 +89,7 @@ def test_refused_on_the_command_line(words, parts):
         ("epochs: 0", ["--epochs", "at least 1"]),
         ("amp: 3", ["'amp'", "true or false", "3"]),
         ("model_kwargs: 3", ["'model_kwargs'", "mapping"]),
+        ("dtype: int8", ["'dtype'", "'int8'"]),
         ("betas: [1]", ["'betas'", "2"]),
         ("- a", ["list"]),
         ("a: [", ["cannot be read"]),

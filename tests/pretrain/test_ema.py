@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from helpers import assert_same
-from runs import at_update, differs, load, run
+from runs import at_update, load, run
 from safetensors.torch import load_file
 
 from timm_convnextv2.pretraining import messages
@@ -74,12 +73,3 @@ def test_resumed_run_keeps_its_setting(tmp_path, no_images, said, expected):
     out = run(tmp_path / "r", *EMA, "--no-model-ema-warmup")
     run(out, *EMA, *said, "--resume", "auto", epochs=2)
     assert yaml.safe_load((out / "args.yaml").read_text())["model_ema_warmup"] is expected
-
-
-def test_average_is_exported(tmp_path, no_images):
-    out = run(tmp_path / "r", "--model-ema", "--model-ema-decay", "0.5", "--lr", "1e-2")
-    state, exported = load(out), load_file(out / "encoder/model.safetensors")
-    average = {k: state["state_dict_ema"][f"encoder.{k}"] for k in exported}
-    assert_same(exported, average)
-    assert differs(average, {k: state["state_dict"][f"encoder.{k}"] for k in exported})
-    assert "moving average (0.5)" in (out / "encoder/README.md").read_text()

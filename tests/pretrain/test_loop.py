@@ -1,7 +1,6 @@
 """What a run leaves behind, and the kinds of data it takes."""
 
 import math
-import os
 import re
 import shlex
 import sys
@@ -15,7 +14,6 @@ import yaml
 from helpers import assert_same, shell
 from PIL import Image
 from runs import BANDS, DATA, TIMES, at_update, command, image_folder, load, rows, run, steady
-from safetensors.torch import load_file
 
 from timm_convnextv2.commands.pretrain import main
 from timm_convnextv2.pretraining import loop, measures
@@ -47,14 +45,10 @@ def test_files_of_a_run(atto):
         assert (checkpoint["epoch"], checkpoint["arch"], checkpoint["version"]) == (0, "fcmae_convnextv2_atto", 2)
         assert checkpoint["args"] == settings
     assert_same(load(out), load(out, "milestone-1"))
-
-
-@pytest.mark.parametrize("name, width, height", [("loss.png", 800, 400), ("reconstructions/epoch-0001.png", 900, 1200)])
-def test_images_are_not_blank(atto, name, width, height):
-    image = Image.open(atto[0] / name)
-    image.load()
-    assert image.format == "PNG" and image.width >= width and image.height >= height
-    assert len(np.unique(np.asarray(image.convert("L")))) > 30
+    for name, width, height in (("loss.png", 800, 400), ("reconstructions/epoch-0001.png", 900, 1200)):
+        image = Image.open(out / name)
+        assert image.width >= width and image.height >= height
+        assert len(np.unique(np.asarray(image.convert("L")))) > 30  # not blank
 
 
 def test_printed_command_loads_the_encoder_in_stock_timm(atto, tmp_path):
@@ -73,26 +67,6 @@ assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 10)
     result = shell(shlex.join([program, "-c", code, str(atto[0] / "last.pth.tar")]), tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("ConvNeXt(") and "out_features=10" in result.stdout
-
-
-@pytest.mark.timm_train
-def test_timm_finetunes_the_encoder(atto, tmp_path):
-    if not os.environ.get("TIMM_TRAIN"):
-        pytest.skip("TIMM_TRAIN=/path/to/timm's/train.py is not set")
-    for split in ("train", "validation"):
-        for label in ("a", "b"):
-            image_folder(tmp_path / "data" / split / label, 4)
-    line = re.search(r"  \S+ (.*finetune.py .*) --data-dir DATA", atto[1])[1]
-    result = shell(
-        f"python {line} --data-dir data --epochs 1 -b 4 --workers 1 --output tuned --experiment x --warmup-epochs 0 "
-        "--lr-base 1e-6",
-        tmp_path,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    tuned = torch.load(tmp_path / "tuned/x/last.pth.tar", weights_only=False, map_location="cpu")["state_dict"]
-    start = load_file(atto[0] / "encoder/model.safetensors")
-    assert tuned["head.fc.weight"].shape[0] == 2
-    assert (tuned["stem.0.weight"] - start["stem.0.weight"]).abs().max() < 0.1 * start["stem.0.weight"].std()
 
 
 def test_args_yaml_repeats_the_run(tmp_path, no_images):

@@ -126,7 +126,7 @@ def test_measures_change_nothing_of_the_training(options, tmp_path, no_images):
 
 
 def test_the_moving_average_is_what_is_measured(tmp_path, no_images, monkeypatch):
-    """It is what is exported; the last weights are others."""
+    """It is what is kept and exported; the last weights are others."""
     seen, collapse = [], measures.collapse
 
     def noted(encoder, images):
@@ -137,8 +137,10 @@ def test_the_moving_average_is_what_is_measured(tmp_path, no_images, monkeypatch
     out = run(tmp_path / "r", "--lr", "0.1", "--model-ema", "--model-ema-decay", "0.9", "--no-model-ema-warmup")
     (weights,), exported = seen, load_file(out / "encoder/model.safetensors")
     assert all(torch.equal(v, exported[k]) for k, v in weights.items() if not k.startswith("head."))
-    last = load(out)["state_dict"]
-    assert not torch.equal(weights["stem.0.weight"], last["encoder.stem.0.weight"])
+    state = load(out)
+    assert_same(exported, {k: state["state_dict_ema"][f"encoder.{k}"] for k in exported})
+    assert not torch.equal(weights["stem.0.weight"], state["state_dict"]["encoder.stem.0.weight"])
+    assert "moving average (0.9)" in (out / "encoder/README.md").read_text()
 
 
 def test_labelled_images_that_go_are_a_warning(labelled, tmp_path, no_images, capsys, monkeypatch):

@@ -19,21 +19,6 @@ def options_of(argv):
     return SimpleNamespace(**flat(config))
 
 
-def test_config_sets_options_and_the_command_line_wins(tmp_path):
-    path = config(
-        tmp_path, epochs=5, norm_pix_loss=False, model_ema=True, amp=False, lr_base="3e-3", clip_grad=None,
-        model="fcmae_convnextv2_nano", model_kwargs=dict(depths=[1, 1, 1, 1], drop_path_rate=0.1),
-        scale=[0.5, 0.9], torchcompile=True, **{"img-size": 96},
-    )  # fmt: skip
-    args = options_of(["--model", "fcmae_convnextv2_pico", "--config", path])
-    assert (args.epochs, args.img_size, args.lr_base, args.clip_grad) == (5, 96, 3e-3, None)
-    assert (args.norm_pix_loss, args.model_ema, args.amp, args.torchcompile) == (False, True, False, "inductor")
-    assert args.model_kwargs == dict(depths=[1, 1, 1, 1], drop_path_rate=0.1) and args.scale == [0.5, 0.9]
-    assert args.model == "fcmae_convnextv2_pico" and args.lr_base_size == 256
-    args = options_of(["--config", path, "--norm-pix-loss", "--img-size", "64", "--clip-grad", "1"])
-    assert args.norm_pix_loss is True and args.input_size == [3, 64, 64] and args.clip_grad == 1
-
-
 @pytest.mark.parametrize(
     "line, expected",
     [
@@ -48,16 +33,8 @@ def test_command_line_wins_over_input_size_of_a_config(tmp_path, line, expected)
     assert args.input_size == expected and args.in_chans == expected[0]
 
 
-@pytest.mark.parametrize(
-    "settings, words",
-    [
-        (dict(config="x"), "'config'"),
-        (dict(norm_pix_loss="no"), ["norm_pix_loss", "true or false", "'no'"]),
-        (dict(amp_dtype="int8"), ["amp_dtype", "'int8'"]),
-    ],
-)
-def test_config_errors(tmp_path, capsys, settings, words):
-    refused(tmp_path / "r", capsys, words, "--config", config(tmp_path, **settings))
+def test_a_config_does_not_name_another(tmp_path, capsys):
+    refused(tmp_path / "r", capsys, "'config'", "--config", config(tmp_path, config="x"))
 
 
 @pytest.mark.parametrize(

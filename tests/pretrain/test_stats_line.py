@@ -124,9 +124,8 @@ def test_limits_are_measured_or_named(tmp_path, capsys):
 def test_limits_in_another_unit_are_named_in_the_refusal(tmp_path, capsys):
     write(tmp_path / "data", "12 bits")
     options = "--in-chans 2 --mean 0 0 --std 1 1 --divide 4095 --clip-low 0.001 --clip-high 0.0015".split()
-    assert (
-        main(["--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "o"), "--dry-run", *TINY, *options]) == 2
-    )
+    places = ["--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "o")]
+    assert main([*places, "--dry-run", *TINY, *options]) == 2
     said = capsys.readouterr().err
     assert "All pixels are identical" in said and "65535" not in said
     for word in ("--divide 4095", "--clip-low 0.001", "--clip-high 0.0015"):

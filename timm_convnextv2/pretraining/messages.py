@@ -116,8 +116,9 @@ def worker_warnings(workers: int, world_size: int) -> list[str]:
 
 def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[str, str]:
     """How the weights were made, for the README of the export."""
-    dataset = settings["dataset"]
-    data = dataset if dataset != "demo" else "the demo data of timm_convnextv2"
+    places = as_list(settings["data_list"]) or as_list(settings["data_dir"])
+    names = ", ".join(printable(Path(place).resolve().name) for place in places)  # without the folders above
+    data = "the demo data of timm_convnextv2" if settings["dataset"] == "demo" else settings["dataset"] or names
     pixels = "pixels normalised per patch" if settings["norm_pix_loss"] else "plain pixels"
     name, grn = settings["model"], settings["model_kwargs"].get("use_grn", True)
     fewer = settings.get("channel_dropout")
@@ -129,7 +130,7 @@ def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[s
         + ("" if grn else "; blocks without GRN")
         + (f"; channels removed with probability {fewer:g}" if fewer else ""),
         **(started if settings["pretrained"] else {}),
-        "Data": f"{data or names_of_places(settings)}, {progress.num_images} images",
+        "Data": f"{data}, {progress.num_images} images",
         **({WINDOWS: f"{settings['window_size']} px"} if settings.get("window_size") else {}),
         "Epochs": f"{progress.epoch} of {plan.epochs}" + (" and a part of the next" if progress.update else ""),
         "Optimizer": f"{settings['opt']}, lr {plan.lr:.2e} for {plan.images_per_update} images per update, weight "
@@ -138,12 +139,6 @@ def how_made(settings: dict[str, Any], progress: Progress, plan: Plan) -> dict[s
         "Seed": str(settings["seed"]),
         "Made with": VERSIONS,
     }
-
-
-def names_of_places(settings: dict[str, Any]) -> str:
-    """What the folders or lists of the images are called, without where they are."""
-    places = as_list(settings["data_list"]) or as_list(settings["data_dir"])
-    return ", ".join(printable(Path(place).resolve().name) for place in places)
 
 
 def outcome(folder: Path) -> str:

@@ -190,18 +190,12 @@ def measure(
     if not names:
         return config, ""
     options = ", ".join([f"--{name} {AUTO}" for name in config.crops.unmeasured] + ["--clip-percentiles"] * limits)
-    if _same_measurement(config, before, names, limits):
+    now, same = flat(config), ["in_chans", *["clip_percentiles"] * limits]
+    if all(before.get(key) == now[key] for key in same) and all(isinstance(before.get(n), list) for n in names):
         kept = {name: tuple(before[name]) for name in names}
         return evolve(config, **kept), f"{options}: as measured when the run began"
     values, source = on_primary(world, partial(_measure, config, open_source, limits))
     return evolve(config, **{name: values[name] for name in names}), f"{options}: {source}"
-
-
-def _same_measurement(config: PretrainConfig, before: Mapping[str, Any], names: list[str], limits: bool) -> bool:
-    """True if the run to resume measured the same numbers on the same channels."""
-    now = flat(config)
-    same = ("in_chans", "clip_percentiles") if limits else ("in_chans",)
-    return all(before.get(key) == now[key] for key in same) and all(isinstance(before.get(n), list) for n in names)
 
 
 def _measure(config: PretrainConfig, open_source: Callable[[Pixels], Any], limits: bool) -> tuple[dict[str, Any], str]:

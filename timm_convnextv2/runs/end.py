@@ -86,8 +86,13 @@ def ended_by(name: str, error: Exception, world: World | None, run: Run | None) 
     if run is None and isinstance(error, ValueError | RuntimeError):
         world.report(f"{PROGRAM} {name}: error: {error}")
         return 2
-    if run is not None and isinstance(error, NotFiniteError):
-        return end_not_finite(name, error, run, world)
+    if run is not None and isinstance(error, NotFiniteError):  # all processes found it at once
+        if world.primary:
+            world.report(f"{PROGRAM} {name}: error: {not_finite(error, run)}")
+        else:
+            with contextlib.suppress(RuntimeError):
+                world.wait()  # or torchrun would end rank 0 while it writes
+        return 1
     reason = worker_died(error) or (str(error) if isinstance(error, DataError | NotSavedError) else "")
     if not reason and world.distributed:  # before torchrun ends this process, which it does once another one ends
         world.report(f"Process {world.rank} of {world.size} failed:\n{''.join(traceback.format_exception(error))}")
@@ -97,16 +102,6 @@ def ended_by(name: str, error: Exception, world: World | None, run: Run | None) 
     whole = "" if isinstance(error, NotSavedError) else f" {run.folder.last_whole}"  # NotSavedError names it already
     resume = resume_command(name, run.folder.path.name)
     world.report(f"{PROGRAM} {name}: error: {reason}{whole} Resume with\n  {resume}")
-    return 1
-
-
-def end_not_finite(name: str, error: NotFiniteError, run: Run, world: World) -> int:
-    """Reports a loss that is not finite, which all processes found at once, and records how to repeat it."""
-    if world.primary:
-        world.report(f"{PROGRAM} {name}: error: {not_finite(error, run)}")
-    else:
-        with contextlib.suppress(RuntimeError):
-            world.wait()  # or torchrun would end rank 0 while it writes
     return 1
 
 
