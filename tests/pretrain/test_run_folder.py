@@ -1,7 +1,5 @@
 """The folder of a run: whose it is, what resumes there, and what is refused."""
 
-import io
-import pickle
 import re
 import shutil
 
@@ -140,31 +138,14 @@ def test_resume_in_mid_epoch_with_another_order(tmp_path, capsys, stopped, optio
     refused(tmp_path / "r", capsys, ["middle of an epoch", words], *resume)
 
 
-def content(kind, plain, canary):
-    """A file that is no checkpoint of a run."""
-    whole, state, buffer = (plain / "last.pth.tar").read_bytes(), load(plain), io.BytesIO()
-    tables = {
-        "evil": {**state, "extra": Runs(canary)},
-        "timm": {key: value for key, value in state.items() if key != "progress"},
-        "list": [1],
-    }
-    if kind in tables:
-        torch.save(tables[kind], buffer)
-        return buffer.getvalue()
-    evil = pickle.dumps({"args": {}, "progress": Runs(canary)})
-    return {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello", "evil pickle": evil}[kind]
-
-
-@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "evil", "evil pickle", "timm", "list"])
-def test_resume_from_a_file_that_is_none(tmp_path, capsys, plain, kind):
-    path, canary = tmp_path / "x.pth.tar", tmp_path / "canary"
-    path.write_bytes(content(kind, plain, canary))
-    words = {"evil": "not executed", "timm": "not a checkpoint of a run"}.get(kind, "")
-    refused(tmp_path / "r", capsys, ["x.pth.tar", words], "--resume", str(path))
+def test_resume_from_a_file_that_is_none(tmp_path, capsys, plain):
+    """Of a file that cannot be read: test_damage.py, checkpoint/test_official.py."""
+    state, path, canary = load(plain), tmp_path / "x.pth.tar", tmp_path / "canary"
+    timm = {key: value for key, value in state.items() if key != "progress"}
+    for content, words in (({**state, "extra": Runs(canary)}, "not executed"), (timm, "not a checkpoint of a run")):
+        torch.save(content, path)
+        refused(tmp_path / "r", capsys, ["x.pth.tar", words], "--resume", str(path))
     assert not canary.exists()
-
-
-def test_resume_from_safetensors(tmp_path, capsys, plain):
     path = str(plain / "encoder/model.safetensors")
     refused(tmp_path / "r", capsys, "model.safetensors is not a checkpoint of a run", "--resume", path)
 

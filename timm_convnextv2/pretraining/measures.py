@@ -8,6 +8,7 @@ columns `eval_*` of summary.csv; they are named beforehand, because they stay em
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,9 @@ def measure_epoch(
     """The columns of all measures after an epoch, '' if not due; `note` prints a warning if files cannot be used."""
     numbers: dict[str, float | str] = {}
     for measure in measures:
-        numbers |= dict.fromkeys(measure.columns, "")
+        numbers.update(dict.fromkeys(measure.columns, ""))
         if measure.due(epoch, epochs):
-
-            def act(measure: Measure = measure, numbers: dict = numbers) -> None:
-                numbers |= measure.run(epoch, encoder)
-
+            act = partial(lambda run: numbers.update(run(epoch, encoder)), measure.run)
             attempt("a measure", act, note, (OSError, ValueError))
     return numbers
 

@@ -71,7 +71,10 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
     config.pixels.to_pixels(config.crops.in_chans)  # refuses contradictions now
     check_bands(config.measures.show_bands, config.crops.in_chans)
     config = evolve(config, **_normalization(config, start))
-    check_measures(config)
+    best = config.measures.keep_best
+    if best and not (config.selection.holdout if best == "loss" else config.measures.probe_dir):
+        needed = "--holdout X" if best == "loss" else "--probe-dir DIR"
+        raise ValueError(f"--keep-best {best} needs {needed}, which measures it.")
     return (evolve(config, **intervals(config)) if config.schedule.epochs else config), start
 
 
@@ -134,14 +137,6 @@ def _normalization(config: PretrainConfig, start: Start | None) -> dict[str, Any
         if values != (AUTO,) and len(values) != crops.in_chans:
             raise ValueError(f"--{name} has {count(len(values), 'value')} for {count(crops.in_chans, 'channel')}.")
     return found
-
-
-def check_measures(config: PretrainConfig) -> None:
-    """Refuses --keep-best without the option that measures it."""
-    best = config.measures.keep_best
-    if best and not (config.selection.holdout if best == "loss" else config.measures.probe_dir):
-        needed = "--holdout X" if best == "loss" else "--probe-dir DIR"
-        raise ValueError(f"--keep-best {best} needs {needed}, which measures it.")
 
 
 def length(config: PretrainConfig, before: Mapping[str, Any], updates_per_epoch: int) -> tuple[PretrainConfig, str]:

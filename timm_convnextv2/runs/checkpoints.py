@@ -72,14 +72,13 @@ class Checkpoint:
 
     def content(self) -> dict[str, Any]:
         """The file's content, in timm's format."""
-        state = {f.name: getattr(self.state, f.name) for f in fields(self.state)}
         return {
             "epoch": self.progress.epoch - 1,  # timm: the last complete one
             "arch": self.settings.get("model", ""),
             "version": 2,
             "args": self.settings,
             "progress": asdict(self.progress),
-            **{name: value for name, value in state.items() if value is not None},
+            **{name: value for name, value in vars(self.state).items() if value is not None},
         }
 
     @classmethod
