@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import ERROR, assert_same_end, image_folder, load, run, stop
+from runs import ERROR, TINY, assert_same_end, image_folder, load, run, stop
 
 from timm_convnextv2.data.config import ImagePaths
 from timm_convnextv2.data.paths import find, listing
 from timm_convnextv2.runs.group import Processes
-
-OPTIONS = ["--img-size", "32", "--patch-size", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -21,7 +19,7 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image_folder(tmp_path / "a", 13)
     image_folder(tmp_path / "b", 3)
-    return OPTIONS + ["--data-dir", "a", "b"]
+    return TINY + ["--data-dir", "a", "b"]
 
 
 def test_weights_and_a_stop_in_mid_epoch(folders, tmp_path, no_images, capsys):
@@ -44,7 +42,7 @@ def test_weights_and_a_stop_in_mid_epoch(folders, tmp_path, no_images, capsys):
 def test_a_list_with_missing_files_and_an_index(folders, tmp_path, no_images, capsys):
     names = [f"a/{i:03d}.png" for i in range(13)] + ["a/gone.png", "b/000.png"]
     Path("l.txt").write_text("\n".join(names))
-    data = [*OPTIONS, "--data-list", "l.txt", "--index", "o/i"]
+    data = [*TINY, "--data-list", "l.txt", "--index", "o/i"]
     Path("o").mkdir()
     run(tmp_path / "o/r", data=data, status=2)
     error = capsys.readouterr().err
@@ -55,10 +53,10 @@ def test_a_list_with_missing_files_and_an_index(folders, tmp_path, no_images, ca
     assert "Data | l.txt, 15 images" in (out / "encoder/README.md").read_text()
     assert {*load(out)["progress"]["bad_images"]} <= {"a/gone.png"}
     Path("b").rename("c")
-    other = [*OPTIONS, "--data-dir", "a", "--index", "o/i"]
+    other = [*TINY, "--data-dir", "a", "--index", "o/i"]
     run(tmp_path / "o/r", "--dry-run", "--resume", "auto", data=other, status=2)
     assert f"o/i is an index of {tmp_path}/l.txt, not of {tmp_path}/a" in capsys.readouterr().err
-    run(tmp_path / "o/s", data=[*OPTIONS, "--dataset", "demo", "--index", "o/i"], status=2)
+    run(tmp_path / "o/s", data=[*TINY, "--dataset", "demo", "--index", "o/i"], status=2)
     error = capsys.readouterr().err
     assert "--index" in error and "--dataset demo" in error
 
@@ -67,7 +65,7 @@ def test_names_that_are_not_utf8(tmp_path):
     """A run on such a folder, in such a folder, ends and can be resumed."""
     name = os.fsdecode(b"im\xffages")
     image_folder(tmp_path / name, 4)
-    data = [*OPTIONS, "--data-dir", str(tmp_path / name), "--holdout", "0.25", "--batch-size", "2"]
+    data = [*TINY, "--data-dir", str(tmp_path / name), "--holdout", "0.25", "--batch-size", "2"]
     out = run(tmp_path / os.fsdecode(b"o\xff/r\xff"), data=data)
     assert yaml.safe_load((out / "args.yaml").read_text())["data_dir"] == [str(tmp_path / name)]
     assert load(out)["progress"] and "im" in (out / "encoder/README.md").read_text()

@@ -26,7 +26,7 @@ from ..runs.group import Processes
 from ..runs.trainer import Bad
 from ..runs.world import leave_signals_to_parent
 from ..seeds import seeded
-from .config import Crops, Loading
+from .config import Loading
 
 SHOWN_IMAGES = 6
 WATCHED_IMAGES = 64
@@ -42,13 +42,6 @@ class Sampling(NamedTuple):
     grid: tuple[int, int]  # size of the crop in patches, (h, w)
     mask_ratio: float  # fraction of the patches to remove
     seed: int  # of order, crops and masks
-
-
-def transform_of(crops: Crops) -> PretrainTransform:
-    """The augmentation that the options describe."""
-    return PretrainTransform(
-        crops.size, crops.scale, crops.ratio, crops.hflip, crops.vflip, crops.train_interpolation, *crops.normalization
-    )
 
 
 class Batches(NamedTuple):

@@ -15,7 +15,7 @@ import yaml
 
 from ..config import build, evolve, flat, from_mapping
 from ..console import Faults, say
-from ..data import Pixels, StreamOrder, create_source
+from ..data import Pixels, PretrainTransform, StreamOrder, create_source
 from ..data.config import as_list
 from ..data.formats.files import printable
 from ..data.paths.find import check_places, find_files
@@ -33,7 +33,7 @@ from ..runs.plan import Plan
 from ..runs.progress import with_progress
 from ..runs.trainer import Learning, Trainer, seconds_per_update
 from ..runs.world import World
-from .batches import Batches, Sampling, open_batches, transform_of
+from .batches import Batches, Sampling, open_batches
 from .config import PretrainConfig
 from .inputs import check_input, input_line, input_warnings
 from .loop import WRITTEN, PretrainRun
@@ -186,7 +186,10 @@ def open_data(config: PretrainConfig, model: FCMAE, listing: Listing | None, wor
     """The images of the run in batches, without `auto` options."""
     crops = config.crops
     source = partial(open_source, config, listing, world.primary, config.pixels.to_pixels())
-    sampling = Sampling(transform_of(crops), model.grid(*crops.size), config.network.mask_ratio, config.seed)
+    transform = PretrainTransform(
+        crops.size, crops.scale, crops.ratio, crops.hflip, crops.vflip, crops.train_interpolation, *crops.normalization
+    )
+    sampling = Sampling(transform, model.grid(*crops.size), config.network.mask_ratio, config.seed)
     return open_batches(
         source, sampling, batch_size=config.schedule.batch_size, loading=config.loading, world=world,
         holdout=config.selection.holdout,
