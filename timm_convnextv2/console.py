@@ -90,8 +90,8 @@ def say(text: str, error: bool = False) -> None:
     """Prints on rank 0 only; errors on the first process of each node, because nodes may have folders of their own."""
     local = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")  # as timm reads them
     of_all = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    ranks = [int(os.environ[name]) for name in (local if error else of_all) if name in os.environ]
-    if not ranks or ranks[0] == 0:
+    rank = next((os.environ[name] for name in (local if error else of_all) if name in os.environ), "0")
+    if int(rank) == 0:
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
