@@ -19,14 +19,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Config:
-    data_dir: tuple[str, ...] = option((), "folders", nargs="+")
+    data_dir: tuple[str, ...] = option((), "folders")
     mean: tuple[float | str, ...] | None = option(
         None, "per channel, or auto", parse=lambda w: w if w == "auto" else float(w)
     )
     flip: bool = option(True, "flip half of the images")
     amp: bool = option(False, "mixed precision", negatable=True)
     warmup: bool | None = option(None, "shorter average at first")
-    compile: str | None = option(None, "backend", nargs="?", const="inductor")
+    compile: str | None = option(None, "backend", const="inductor")
     dtype: str = option("bfloat16", "of AMP", choices=("bfloat16", "float16"))
     model_kwargs: dict[str, Any] = option({}, "more of create_model's")
     resume: str = option("", "resume", recorded=False)

@@ -49,8 +49,7 @@ class Option:
     at_most: float | None = None
     above: float | None = None  # exclusive lower limit
     parse: Callable[[str], Any] | None = None  # converts a word; by default the field's type
-    nargs: str | int | None = None  # as in argparse; by default it follows from the type
-    const: Any = None  # value of the option without a word (nargs '?')
+    const: Any = None  # value of the option without a word, which makes the word optional
     positional: bool = False
     words: str = ""  # metavar of the option's values as words after the command, without its flag
     negatable: bool = False  # a switch that is off by default also has --no-x, to undo what a file sets
@@ -203,12 +202,11 @@ def _keywords(entry: Entry) -> dict[str, Any]:
     words |= {"metavar": spec.metavar, "choices": spec.choices}
     if count == "map":
         return words | {"action": _KeyValues, "nargs": "*", "metavar": spec.metavar or "K=V"}
+    words["type"] = spec.parse or kind
     if spec.const is not None:
-        words["const"] = spec.const
-    nargs = spec.nargs or {"one": None, "many": "+"}.get(count, int(count) if count.isdigit() else None)
-    if spec.positional and count == "many" and entry.default is not MISSING:
-        nargs = "*"
-    return words | {"type": spec.parse or kind, "nargs": nargs}
+        return words | {"nargs": "?", "const": spec.const}
+    many = "*" if spec.positional and entry.default is not MISSING else "+"
+    return words | {"nargs": int(count) if count.isdigit() else {"one": None, "many": many}[count]}
 
 
 def _help(entry: Entry) -> str:

@@ -152,7 +152,7 @@ class Compute:
     device: str = device_option()
     amp: bool = option(False, "mixed precision")
     amp_dtype: str = option("bfloat16", "type of mixed precision", choices=("bfloat16", "float16"))
-    torchcompile: str | None = option(None, "compile the model", nargs="?", const="inductor", metavar="BACKEND")
+    torchcompile: str | None = option(None, "compile the model", const="inductor", metavar="BACKEND")
 
     @property
     def dtype(self) -> "torch.dtype | None":
