@@ -265,9 +265,9 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_yaml(cls: type, path: str | Path, option_name: str = "--config") -> dict[str, Any]:
+def read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
     """The values that a YAML file of `option: value` lines sets, converted as on the command line, or a ValueError."""
-    where = f"{option_name} {path}"
+    where = f"--config {path}"
     try:
         content = parse_yaml(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, ValueError) as e:

@@ -231,13 +231,9 @@ def claim_folder(
 ) -> Path:
     """Creates the folder of --output; a ValueError if it is a file, or holds files that must not be replaced.
 
-    A folder that cannot be written is a `WriteError`. Part files that dead processes left there are removed.
-
-    Args:
-        names: Files that will be written; if empty, any file in the folder is in the way.
-        overwrite: Existing files may be replaced.
-        flag: The option that allows it; '' if there is none.
-        marks: Files of `names` with one of these marks may be replaced, see `has_mark`.
+    A folder that cannot be written is a `WriteError`. Part files that dead processes left there are removed. `names`
+    are the files that will be written; if empty, any file in the folder is in the way. A file is replaced with
+    `overwrite`, which the option `flag` sets ('' if there is none), or if it has one of the `marks`, see `has_mark`.
     """
     folder = Path(output)
     if folder.exists() and not folder.is_dir():

@@ -30,11 +30,7 @@ def usage() -> str:
 
 @unbroken_output(BrokenPipeError)  # as behind `| head`
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit status.
-
-    Args:
-        argv: The words after the program's name; by default those of the process.
-    """
+    """Runs a command, by default that of this process, from the words after the program's name; returns its status."""
     words = sys.argv[1:] if argv is None else argv
     if not words:
         say(usage(), error=True)

@@ -97,8 +97,7 @@ def few_images(images: int, probed: bool, started: bool) -> str:
         return ""
     return (
         f"{count(images, 'image')} {'is' if images == 1 else 'are'} few: --probe-dir LABELLED shows whether the "
-        "features beat those of random weights, and "
-        "--pretrained starts from published weights"
+        "features beat those of random weights, and --pretrained starts from published weights"
     )
 
 

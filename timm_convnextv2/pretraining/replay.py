@@ -30,13 +30,8 @@ def write_record(
 ) -> Path:  # fmt: skip
     """Writes `bad-step-EPOCH-UPDATE.json`, and the weights before the update beside it as `.pt` if there is a `model`.
 
-    Args:
-        folder: The folder of the run.
-        error: The update and its loss.
-        settings: Settings of the run; crops, masks and drop path follow from the seed.
-        place: Epoch and update within it, from 0.
-        images: For each process the indices and names of its images, in order; None for a stream.
-        model: With the weights before the update; None writes none.
+    `place` is the epoch and the update within it, from 0; `images` has for each process the indices and names of its
+    images, in order, None for a stream. Crops, masks and drop path follow from the seed in `settings`.
     """
     epoch, update = place
     path, ranks = folder / f"bad-step-{epoch + 1}-{update + 1}.json", range(len(images))

@@ -158,10 +158,8 @@ class World(Processes):
                 f"SLURM_NTASKS={size} is set, but srun did not start this process with MASTER_ADDR. For one process: "
                 "unset SLURM_NTASKS. For several: torchrun, as in launch/slurm.sh."
             )
-        if (
-            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-        ):
+        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # https://github.com/pytorch/pytorch/issues/135712
             raise ValueError(
                 "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: without it, "
