@@ -1,7 +1,6 @@
 """`explain(model)` prints which layers use the fused operations on a device, and why the others do not."""
 
 import platform
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +23,7 @@ KINDS = (
     "norm, stem and downsampling",
 )  # fmt: skip
 
-Found = tuple[str, str, str]  # kind, name of the module, why it runs eagerly ('' = fused)
+Found = tuple[str, nn.Module, str]  # kind, module, why it runs eagerly ('' = fused)
 
 
 def explain(model: nn.Module, device: torch.device | str | None = None) -> None:
@@ -75,15 +74,16 @@ def _on_device(model: nn.Module, device: torch.device, dtype: torch.dtype) -> li
         hint = "; timm.create_model('convnextv2_...') after `import timm_convnextv2` makes one of ours" if stock else ""
         return [f"on {device}: no layer of this model is one of timm_convnextv2, so PyTorch runs it as it is{hint}"]
     lines = [f"on {device}: backend '{name}' ({ENV} or ops.set_backend forces another)"]
+    names = {module: path for path, module in model.named_modules()}
     for kind in KINDS:
-        reasons = Counter(why for what, _, why in found if what == kind)
-        for why, count in sorted(reasons.items(), key=lambda item: bool(item[0])):
-            first = next(module for what, module, reason in found if (what, reason) == (kind, why))
-            # MinkowskiEngine only replaces the packed convolution
-            fused = "fused" if name == "minkowski" and kind != KINDS[2] else name
-            runs = fused if not why else f"eager: {why}"
-            where = f" ({first})" if why and len(reasons) > 1 else ""
-            lines.append(f"  {kind:29} {count:3}  {runs}{where}")
+        reasons: dict[str, list[nn.Module]] = {}
+        for _, module, why in (layer for layer in found if layer[0] == kind):
+            reasons.setdefault(why, []).append(module)
+        # MinkowskiEngine only replaces the packed convolution
+        fused = "fused" if name == "minkowski" and kind != KINDS[2] else name
+        for why, modules in sorted(reasons.items(), key=lambda item: bool(item[0])):
+            where = f" ({names[modules[0]]})" if why and len(reasons) > 1 else ""
+            lines.append(f"  {kind:29} {len(modules):3}  {f'eager: {why}' if why else fused}{where}")
         if not reasons:
             lines.append(f"  {kind:29}   0")
     return lines
@@ -111,59 +111,53 @@ class _Inputs:
 def _layers(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[Found]:
     """Every layer of these kinds, for an image of the model's size."""
     packed: set[nn.Module] = set()
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, FCMAE):
             packed.add(module.encoder)
             grid = module.grid(*module.img_size)
             layout = PackedLayout(random_mask(1, grid, module.mask_ratio), num_visible(grid, module.mask_ratio))
             inputs = _Inputs(module.img_size, layout, device, dtype)
-            yield from _of_encoder(module.encoder, _join(name, "encoder"), inputs)
-            for path, block in module.decoder.named_modules():
+            yield from _of_encoder(module.encoder, inputs)
+            for block in module.decoder.modules():
                 if isinstance(block, ConvNeXtV2Block):
-                    yield from _of_block(
-                        block, _join(name, "decoder", path), replace(inputs, layout=None), module.stride
-                    )
+                    yield from _of_block(block, replace(inputs, layout=None), module.stride)
         elif isinstance(module, ConvNeXtV2) and module not in packed:
             size = (module.pretrained_cfg or {}).get("input_size", (3, 224, 224))[-2:]
-            yield from _of_encoder(module, name, _Inputs(size, None, device, dtype))
+            yield from _of_encoder(module, _Inputs(size, None, device, dtype))
 
 
-def _of_encoder(encoder: ConvNeXtV2, name: str, inputs: _Inputs) -> Iterator[Found]:
+def _of_encoder(encoder: ConvNeXtV2, inputs: _Inputs) -> Iterator[Found]:
     """The layers of all stages."""
     reduction = encoder.feature_info[0]["reduction"]
-    yield from _norms(encoder.stem, _join(name, "stem"), inputs.at(encoder.feature_info[0]["num_chs"], reduction))
-    for i, (stage, info) in enumerate(zip(encoder.stages, encoder.feature_info, strict=True)):
-        for path, conv in stage.downsample.named_modules():
+    yield from _norms(encoder.stem, inputs.at(encoder.feature_info[0]["num_chs"], reduction))
+    for stage, info in zip(encoder.stages, encoder.feature_info, strict=True):
+        for conv in stage.downsample.modules():
             if isinstance(conv, nn.Conv2d):
                 x = inputs.at(conv.in_channels, reduction)
-                yield from _norms(stage.downsample, _join(name, f"stages.{i}.downsample"), x)
+                yield from _norms(stage.downsample, x)
                 why = conv.why_eager(x) if isinstance(conv, PatchConv2d) else "its patches overlap or have gaps"
-                yield "downsampling", _join(name, f"stages.{i}.downsample", path), why
+                yield "downsampling", conv, why
         reduction = info["reduction"]
-        for j, block in enumerate(stage.blocks):
-            yield from _of_block(block, _join(name, f"stages.{i}.blocks.{j}"), inputs, reduction)
+        for block in stage.blocks:
+            yield from _of_block(block, inputs, reduction)
 
 
-def _norms(parts: nn.Module, name: str, x: torch.Tensor) -> Iterator[Found]:
+def _norms(parts: nn.Module, x: torch.Tensor) -> Iterator[Found]:
     """The norm among `parts`, for an input like `x`."""
-    for path, norm in parts.named_children():
+    for norm in parts.children():
         if isinstance(norm, LayerNorm2d):
-            yield KINDS[4], _join(name, path), norm.why_eager(x)
+            yield KINDS[4], norm, norm.why_eager(x)
         elif not isinstance(norm, nn.Conv2d) and any(True for _ in norm.parameters()):
-            yield KINDS[4], _join(name, path), "it is not a LayerNorm with weight and bias, or it is timm's fast one"
+            yield KINDS[4], norm, "it is not a LayerNorm with weight and bias, or it is timm's fast one"
 
 
-def _of_block(block: ConvNeXtV2Block, name: str, inputs: _Inputs, reduction: int) -> Iterator[Found]:
+def _of_block(block: ConvNeXtV2Block, inputs: _Inputs, reduction: int) -> Iterator[Found]:
     """Mixer and token MLP of a block."""
     conv = block.conv_dw
     x = inputs.at(conv.in_channels, reduction)
     if inputs.layout is not None:
-        yield KINDS[2], f"{name}.conv_dw", inputs.layout.why_eager(x, conv)
+        yield KINDS[2], conv, inputs.layout.why_eager(x, conv)
     else:
         adopted = isinstance(conv, DepthwiseConv2d)
-        yield KINDS[1], f"{name}.conv_dw", conv.why_eager(x) if adopted else "it is not a plain depthwise convolution"
-    yield KINDS[0], f"{name}.mlp", block.why_eager(inputs.at(conv.out_channels, reduction))
-
-
-def _join(*names: str) -> str:
-    return ".".join(name for name in names if name)
+        yield KINDS[1], conv, conv.why_eager(x) if adopted else "it is not a plain depthwise convolution"
+    yield KINDS[0], block.mlp, block.why_eager(inputs.at(conv.out_channels, reduction))
