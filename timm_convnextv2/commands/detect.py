@@ -10,10 +10,9 @@ from ..files import check_free, write_json
 from ..transfer.config import DetectPredictConfig
 from ..transfer.detection.coco import Coco, CocoImage, DetectionImages, rle_codec, to_unit
 from ..transfer.detection.metrics import draw_objects, find_objects
-from ..transfer.detection.soft_nms import use_soft_nms
-from ..transfer.detection.task import DetectionTask, open_exported
+from ..transfer.detection.task import DetectionTask
 from ..transfer.figures import save_image
-from ..transfer.predict import ReadableImages
+from ..transfer.predict import ReadableImages, open_for_objects
 from .dense import Dense
 
 
@@ -21,13 +20,11 @@ def predict(config: DetectPredictConfig) -> int:
     """`detect predict`: the objects in all images of a folder, as a JSON file that `open_coco` reads."""
     check_places(ImagePaths.of(config.data_dir))
     output, draw = check_free(config.output, overwrite=config.overwrite), config.draw
-    detector, classes, backbone = open_exported(config.model, config.compute.device, config.compute.nodata)
-    if config.soft_nms:
-        use_soft_nms(detector, config.soft_nms)
-    masks = not detector.made_of["boxes_only"]
-    rle_codec()
-    coco = Coco(output, [], classes, list(range(1, len(classes) + 1)))
-    data = DetectionImages(coco, masks=masks)
+    opened = open_for_objects(config.model, config.compute.device, config.compute.nodata, config.soft_nms)
+    detector, backbone = opened.model, opened.model.backbone.body
+    rle_codec()  # for its error message
+    coco = Coco(output, [], opened.classes, list(range(1, len(opened.classes) + 1)))
+    data = DetectionImages(coco, masks=not detector.made_of["boxes_only"])
     source = ReadableImages(FolderSource(config.data_dir, backbone.in_chans, backbone.pixels), config.max_bad_images)
     for items in source.batches(to_unit, config.batch_size, config.compute.workers):
         ids = range(len(coco.images) + 1, len(coco.images) + len(items) + 1)
@@ -47,6 +44,5 @@ def predict(config: DetectPredictConfig) -> int:
     return source.end(f"{count(len(content['annotations']), 'object')} in {count(len(coco.images), 'image')}: {output}")
 
 
-COMMAND = Dense(
-    "detect", DetectionTask, predict)  # fmt: skip
+COMMAND = Dense("detect", DetectionTask, predict)
 main = COMMAND.main

@@ -7,33 +7,29 @@ from ..console import count
 from ..data import FolderSource
 from ..data.formats.files import printable
 from ..files import claim_folder, whole_file
-from ..runs.device import check_device
 from ..transfer.backbone import as_float
 from ..transfer.config import SegmentPredictConfig
 from ..transfer.figures import save_image
-from ..transfer.predict import ReadableImages
+from ..transfer.predict import ReadableImages, open_for_pixels
 from ..transfer.segmentation.masks import paths_by_stem
 from ..transfer.segmentation.metrics import find_classes, overlay, save_mask
-from ..transfer.segmentation.segmenter import open_segmenter
 from ..transfer.segmentation.task import SegmentationTask
 from .dense import Dense
 
 
 def predict(config: SegmentPredictConfig) -> int:
     """`segment predict`: an index PNG for each image of a folder, under its relative path with the extension .png."""
-    model = open_segmenter(config.model, check_device(config.compute.device))
+    model = open_for_pixels(config.model, config.compute.device, config.compute.nodata).model
     paths_by_stem(config.data_dir)  # refuses images whose masks would have one name
     if Path(config.output).resolve() == Path(config.data_dir).resolve():
         raise ValueError("--output is the folder of the images, which the masks would replace. Choose another folder.")
     output, written = claim_folder(config.output, overwrite=config.overwrite), 0
-    backbone = model.backbone.read_with(config.compute.nodata)
-    source = ReadableImages(FolderSource(config.data_dir, backbone.in_chans, backbone.pixels), config.max_bad_images)
+    images = FolderSource(config.data_dir, model.backbone.in_chans, model.backbone.pixels)
+    source = ReadableImages(images, config.max_bad_images)
     for items in source.batches(as_float, 1, config.compute.workers):
         for name, image in items:
-            path = output / Path(name).with_suffix(".png")
-            path.parent.mkdir(parents=True, exist_ok=True)
             found = find_classes(model, image, config.averaging, config.compute.autocast)
-            save_mask(found, path, len(model.classes))
+            save_mask(found, output / Path(name).with_suffix(".png"), len(model.classes))
             if config.draw:
                 save_image(Path(config.draw) / f"{name}.png", overlay(image, found, len(model.classes)))
             written += 1
@@ -44,6 +40,5 @@ def predict(config: SegmentPredictConfig) -> int:
     )
 
 
-COMMAND = Dense(
-    "segment", SegmentationTask, predict)  # fmt: skip
+COMMAND = Dense("segment", SegmentationTask, predict)
 main = COMMAND.main

@@ -11,10 +11,11 @@ from ..files import whole_file
 
 
 def save_image(path: str | Path, image: Any) -> None:
-    """Writes uint8 `[H, W, 3]` as a PNG; makes its folder."""
+    """Writes uint8 `[H, W, 3]`, or an image of Pillow, as a PNG; makes its folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     with whole_file(path) as part:
-        Image.fromarray(image).save(part, format="png")
+        image.save(part, format="png")
 
 
 def first(names: Iterable[Any], limit: int = 3) -> str:

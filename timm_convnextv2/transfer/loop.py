@@ -4,8 +4,9 @@ A model that is trained here returns a dict of losses in train mode, `model(imag
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.scheduler import create_scheduler_v2
@@ -13,8 +14,11 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..console import count
 from ..data import EpochBatchSampler
+from ..data.formats.files import printable
 from ..report.classes import FILE as CLASSES
+from ..report.classes import write_classes
 from ..report.html import write_report
 from ..report.kinds import verdict
 from ..report.next_steps import next_steps_of_transfer
@@ -24,6 +28,9 @@ from ..runs.loop import Run
 from ..runs.plan import Plan
 from ..runs.world import World, leave_signals_to_parent
 from ..seeds import sample_seed, seeded
+
+if TYPE_CHECKING:
+    from .task import Task
 
 # Entries of a run folder besides those in `folder.WRITTEN`
 WRITTEN = ("predictions", "model", CLASSES)
@@ -103,19 +110,43 @@ def create_schedule(
     return found[0]
 
 
+@torch.no_grad()
+def share_buffers(model: nn.Module, world: World) -> None:
+    """Gives all processes the batch statistics of rank 0, whose model is exported.
+
+    Without synchronised batch normalisation (on CPU) each process has those of its own images. DDP shares them only at
+    the next update, so until then the processes would evaluate different models.
+    """
+    if world.distributed:
+        first = world.share({name: value.cpu() for name, value in model.named_buffers()})
+        for name, value in model.named_buffers():
+            value.copy_(first[name])
+
+
+def how_made(of: dict[str, Any]) -> dict[str, Any]:
+    """Rows of the model card's table, from the settings of a run. Paths of this machine stay out."""
+    batch = of["batch_size"] * of["grad_accum_steps"] * of["world_size"]
+    place = printable(Path(of["data_dir"]).resolve().name)
+    start = "random weights" if of["from_scratch"] else of["model"].rpartition("/")[2].rpartition(":")[2]
+    return {
+        "Backbone started from": start,
+        "Data": f"{place}: {count(of['num_images'], 'image')}, {of['num_validation']} to validate",
+        "Length": f"{count(of['total_updates'], 'update')} of {count(batch, 'image')}",
+        "Training crops": f"{of['img_size']} x {of['img_size']} pixels",
+        "Optimizer": f"{of['opt']}, learning rate {of['lr']:g}, weight decay {of['weight_decay']:g}, layer decay "
+        f"{of['layer_decay']:g}",
+    }
+
+
 @dataclass(kw_only=True)
 class TransferRun(Run):
-    """A run of detection or segmentation.
+    """A run of detection or segmentation, which evaluates after every `--eval-interval` epochs and the last one.
 
-    All processes call `evaluate(complete epochs, model in eval mode, whether the run ends)` after every `eval_interval`
-    epochs and the last one; rank 0's numbers become the columns `eval_*` of summary.csv. `measured` is the last
-    evaluation.
+    Rank 0's numbers become the columns `eval_*` of summary.csv.
     """
 
     loader: DataLoader
-    evaluate: Callable[[int, nn.Module, bool], dict[str, float]]
-    eval_interval: int = 1
-    measured: dict[str, float] = field(default_factory=dict)
+    task: "Task"
 
     shown_measures = 2
 
@@ -133,15 +164,33 @@ class TransferRun(Run):
 
     def measure(self, epoch: int) -> dict[str, Any]:
         """Evaluates the model if that is due; a `DataError` if an image has become unreadable."""
-        if not self.ended and epoch % self.eval_interval:
+        if not self.ended and epoch % self.settings["eval_interval"]:
             return {}
         try:
             with torch.no_grad():
-                self.measured = self.evaluate(epoch, self.trainer.averaged.eval(), self.ended)
+                measured = self._evaluate(epoch, self.trainer.averaged.eval())
         except ValueError as e:
             raise DataError(original_message(e)) from e
         self.trainer.task.train()
-        return self.measured
+        return measured
+
+    def _evaluate(self, epoch: int, model: nn.Module) -> dict[str, float]:
+        """Evaluates a model after an epoch, draws what it finds, and exports it."""
+        task, folder, settings, shown = self.task, self.folder.path, self.settings, self.settings["shown_images"]
+        share_buffers(model, self.world)
+        metrics, found, classes = task.evaluate(model, self.world, shown)
+        if self.world.primary:
+            predictions, (name, key) = folder / "predictions", task.main_metric
+            if shown:
+                title = f"epoch {epoch}, {name} {metrics[key]:.3f}"
+                task.draw(predictions / f"epoch-{epoch:04d}.png", found, title, shown)
+            dataset = printable(Path(settings["data_dir"]).resolve().name)
+            task.export(model, folder / "model", metrics=metrics, dataset=dataset, info=how_made(settings))
+            write_classes(folder, classes)
+            if self.ended:
+                task.write_found(predictions / "validation.json", found)
+                self.world.print(task.table(metrics))
+        return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
     def report(self) -> None:
         write_report([self.folder.path], self.folder.path / "report.html")

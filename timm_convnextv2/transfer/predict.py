@@ -17,8 +17,8 @@ from ..runs.device import check_device
 from .backbone import as_float
 from .config import Averaging, Compute
 from .detection.coco import to_unit
+from .detection.detector import open_exported
 from .detection.soft_nms import use_soft_nms
-from .detection.task import open_exported
 from .segmentation.metrics import find_classes
 from .segmentation.segmenter import Segmenter, open_segmenter
 
@@ -130,7 +130,7 @@ def open_for_objects(
     name: str | os.PathLike, device: str = COMPUTE.device, nodata: float | None = None, soft_nms: str | None = None
 ) -> Detector:
     """Opens a detector that `detect train` or `export_detector` wrote: RUN, RUN/model or `hf-hub:USER/NAME`."""
-    model, classes, _ = open_exported(os.fspath(name), device, nodata)
+    model, classes = open_exported(os.fspath(name), device, nodata)
     if soft_nms:
         use_soft_nms(model, soft_nms)
     return Detector(model, classes)

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,10 +11,9 @@ from torch import nn
 
 from ..config import flat
 from ..console import count
-from ..data.formats.files import printable
 from ..data.measure.duplicates import shared_note
 from ..recipes import Recipe
-from ..report.classes import ClassResults, write_classes
+from ..report.classes import ClassResults
 from ..runs.folder import RunFolder, experiment_name
 from ..runs.logs import Logs
 from ..runs.loop import Limits
@@ -125,15 +123,9 @@ def set_up(
     world.print("\n".join([*describe(task, config, plan, world, recipe), *notes]))
     if options.dry_run:
         return None
-    evaluate = partial(
-        evaluate_epoch, task=task, folder=folder.path, world=world, shown=options.shown_images,
-        about=dict(dataset=printable(Path(settings["data_dir"]).resolve().name), info=how_made(settings)),
-    )  # fmt: skip
     limits = Limits(options.log_interval, milestone_interval=max(1, plan.epochs // 4))
-    run = TransferRun(
-        trainer, plan, folder, settings, folder.progress(world.size, num_images), limits, world, loader=loader,
-        evaluate=evaluate, eval_interval=options.eval_interval,
-    )  # fmt: skip
+    progress = folder.progress(world.size, num_images)
+    run = TransferRun(trainer, plan, folder, settings, progress, limits, world, loader=loader, task=task)
     run.begin(line, logs)
     return run
 
@@ -157,39 +149,6 @@ def create_trainer(task: Task, config: DetectConfig | SegmentConfig, plan: Plan,
         learning.model_ema_decay if learning.model_ema else None, ema_warmup=True,
     )  # fmt: skip
     return Trainer(losses, optimizer, schedule, world, how)
-
-
-def evaluate_epoch(
-    epoch: int, model: nn.Module, last: bool, *, task: Task, folder: Path, world: World, shown: int,
-    about: dict[str, Any],
-) -> dict[str, float]:  # fmt: skip
-    """Evaluates a model after an epoch, draws what it finds, and exports it."""
-    share_buffers(model, world)
-    metrics, found, classes = task.evaluate(model, world, shown)
-    if world.primary:
-        predictions, (name, key) = folder / "predictions", task.main_metric
-        if shown:
-            title = f"epoch {epoch}, {name} {metrics[key]:.3f}"
-            task.draw(predictions / f"epoch-{epoch:04d}.png", found, title, shown)
-        task.export(model, folder / "model", metrics=metrics, **about)
-        write_classes(folder, classes)
-        if last:
-            task.write_found(predictions / "validation.json", found)
-            world.print(task.table(metrics))
-    return {name: value for name, value in metrics.items() if isinstance(value, float)}
-
-
-@torch.no_grad()
-def share_buffers(model: nn.Module, world: World) -> None:
-    """Gives all processes the batch statistics of rank 0, whose model is exported.
-
-    Without synchronised batch normalisation (on CPU) each process has those of its own images. DDP shares them only at
-    the next update, so until then the processes would evaluate different models.
-    """
-    if world.distributed:
-        first = world.share({name: value.cpu() for name, value in model.named_buffers()})
-        for name, value in model.named_buffers():
-            value.copy_(first[name])
 
 
 def describe(
@@ -216,18 +175,3 @@ def describe(
         warmup = f"the warmup of {plan.warmup_updates} updates takes more than half of the run"
         lines.append(f"note: {warmup}; lower --warmup-updates.")
     return lines
-
-
-def how_made(of: dict[str, Any]) -> dict[str, Any]:
-    """Rows of the model card's table, from the settings of a run. Paths of this machine stay out."""
-    batch = of["batch_size"] * of["grad_accum_steps"] * of["world_size"]
-    place = printable(Path(of["data_dir"]).resolve().name)
-    start = "random weights" if of["from_scratch"] else of["model"].rpartition("/")[2].rpartition(":")[2]
-    return {
-        "Backbone started from": start,
-        "Data": f"{place}: {count(of['num_images'], 'image')}, {of['num_validation']} to validate",
-        "Length": f"{count(of['total_updates'], 'update')} of {count(batch, 'image')}",
-        "Training crops": f"{of['img_size']} x {of['img_size']} pixels",
-        "Optimizer": f"{of['opt']}, learning rate {of['lr']:g}, weight decay {of['weight_decay']:g}, layer decay "
-        f"{of['layer_decay']:g}",
-    }

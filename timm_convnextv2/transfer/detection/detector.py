@@ -20,6 +20,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ...checkpoint.task_folder import open_task, write_task
 from ...console import closest
+from ...runs.device import check_device
 from ..backbone import Backbone, create_backbone, open_backbone
 
 
@@ -113,3 +114,11 @@ def open_with_classes(folder: str | os.PathLike) -> tuple[Any, list[str]]:
         return build_detector(open_backbone(config["backbone"]), **made_of, **options)
 
     return open_task(folder, "detection", build)
+
+
+def open_exported(name: str, device: str, nodata: float | None) -> tuple[Any, list[str]]:
+    """The same on a device; `nodata` replaces the value that its backbone records unless it is None."""
+    where = check_device(device)
+    detector, classes = open_with_classes(name)
+    detector.backbone.body.read_with(nodata)
+    return detector.to(where), classes

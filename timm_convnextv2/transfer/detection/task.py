@@ -7,15 +7,13 @@ from typing import Any
 from ...console import check_same_classes, count
 from ...files import write_json
 from ...report.classes import ClassResult, ClassResults
-from ...runs.device import check_device
 from ...runs.world import World
-from ..backbone import Backbone
 from ..config import DetectConfig, DetectEvalConfig
 from ..loop import Samples, sampled
 from ..task import Task, new_backbone
 from ..yolo import find_yolo
 from .coco import Coco, DetectionImages, collate, large_scale_jitter, open_coco
-from .detector import build_detector, export_detector, open_with_classes
+from .detector import build_detector, export_detector, open_exported
 from .metrics import MAX_OBJECTS, Result, evaluate_detector, save_found, table
 from .soft_nms import use_soft_nms
 
@@ -28,16 +26,14 @@ class DetectionTask(Task):
     name, command = "detection", "detect"
     main_metric = ("box AP", "box_ap")
     fixed = ("boxes_only", "out_channels")
-    collate = staticmethod(collate)
+    collate, table = staticmethod(collate), staticmethod(table)
     model: Any
 
     def __init__(self, config: DetectConfig | DetectEvalConfig) -> None:
         self._how: Any = dict(workers=config.compute.workers, amp_dtype=config.compute.autocast)
         if isinstance(config, DetectEvalConfig):
-            self.model, self.classes, self.backbone = open_exported(
-                config.model, config.compute.device, config.compute.nodata
-            )
-            masks = not self.model.made_of["boxes_only"]
+            self.model, self.classes = open_exported(config.model, config.compute.device, config.compute.nodata)
+            self.backbone, masks = self.model.backbone.body, not self.model.made_of["boxes_only"]
             coco = self._open(config, "val", masks)
             where = (f"'{coco.file}'", f"the model '{config.model}'")
             check_same_classes(coco.classes, self.classes, where, remedy=_DIFFER)
@@ -128,9 +124,6 @@ class DetectionTask(Task):
     def export(self, model: Any, folder: Path, **about: Any) -> None:
         export_detector(model, folder, classes=self.classes, **about)
 
-    def table(self, metrics: dict[str, Any]) -> str:
-        return table(metrics)
-
     def write_found(self, path: Path, found: Any) -> None:
         write_json(path, found)
 
@@ -138,10 +131,3 @@ class DetectionTask(Task):
 def most_objects(config: DetectConfig | DetectEvalConfig, *parts: Coco) -> int:
     """The number of objects per image that are found and evaluated: the most in the data, unless the user says it."""
     return config.data.max_objects or max(MAX_OBJECTS, *(coco.most_objects for coco in parts))
-
-
-def open_exported(name: str, device: str, nodata: float | None) -> tuple[Any, list[str], Backbone]:
-    """The detector of `eval` and `predict`, its classes, and how it reads images."""
-    where = check_device(device)
-    detector, classes = open_with_classes(name)
-    return detector.to(where), classes, detector.backbone.body.read_with(nodata)

@@ -1,7 +1,7 @@
 """Images and masks of pixel classes: two folders, their checks, and the transform of training."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -331,8 +331,3 @@ class TrainTransform:
             if len(counts) > 1 and counts.max() < 0.75 * counts.sum():
                 return crop
         return self.crop(x, y)
-
-
-def collate(samples: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    images, targets = zip(*samples, strict=True)
-    return torch.stack(images), torch.stack(targets)

@@ -12,11 +12,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
 from ...data.display import display_of
-from ...files import whole_file
 from ...report.images import save_rows
 from ...runs.world import World
 from ..backbone import as_float
 from ..config import Averaging
+from ..figures import save_image
 from ..loop import shared_loader
 from .heads import resize
 from .masks import MaskedImages
@@ -149,8 +149,7 @@ def save_mask(classes: Tensor, path: str | Path, num_classes: int) -> None:
     image = Image.fromarray(classes.numpy().astype(np.uint8 if num_classes <= 256 else np.uint16))
     if num_classes <= 256:
         image.putpalette(palette(num_classes).flatten().tolist())
-    with whole_file(path) as part:
-        image.save(part, format="png")
+    save_image(path, image)
 
 
 def palette(num_classes: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from ...console import check_same_classes, count
 from ...report.classes import ClassResults, of_confusion
@@ -15,7 +16,7 @@ from ..figures import first
 from ..loop import Samples, sampled
 from ..task import Task, new_backbone
 from ..yolo import find_yolo, read_yolo
-from .masks import MaskCodes, MaskedImages, Pairs, TrainTransform, collate, open_split, read_classes, read_colours
+from .masks import MaskCodes, MaskedImages, Pairs, TrainTransform, open_split, read_classes, read_colours
 from .metrics import evaluate_segmenter, save_segmentations, table
 from .segmenter import build_segmenter, export_segmenter, open_segmenter
 
@@ -26,7 +27,7 @@ class SegmentationTask(Task):
     name, command = "segmentation", "segment"
     fixed = ("channels", "auxiliary_channels")
     main_metric = ("mIoU", "miou")
-    collate = staticmethod(collate)
+    collate, export = staticmethod(default_collate), staticmethod(export_segmenter)
     model: Any
 
     def __init__(self, config: SegmentConfig | SegmentEvalConfig) -> None:
@@ -113,9 +114,6 @@ class SegmentationTask(Task):
 
     def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
         save_segmentations(path, self.validation, found, title)
-
-    def export(self, model: Any, folder: Path, **about: Any) -> None:
-        export_segmenter(model, folder, **about)
 
     def table(self, metrics: dict[str, Any]) -> str:
         return table(metrics, self.classes)
