@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from timm.models import convnext as stock_module
 from torch import nn
 
-import timm_convnextv2
 from timm_convnextv2 import ConvNeXtV2
 from timm_convnextv2.checkpoint import to_official
 from timm_convnextv2.models import ConvNeXtV2Block
@@ -180,34 +179,9 @@ def test_same_names_shapes_and_strict_loading(name):
     theirs.load_state_dict(ours_state, strict=True, assign=True)
 
 
-def full_pair(name: str, **kwargs) -> tuple[nn.Module, nn.Module]:
-    """Both at true size with shared random weights, each loaded strictly from the other."""
-    ours = randomize(timm.create_model(name, device="meta", **kwargs).to_empty(device="cpu"))
-    theirs = stock(name, device="meta", **kwargs)
-    theirs.load_state_dict(ours.state_dict(), strict=True, assign=True)
-    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
-    return ours, theirs
-
-
-@pytest.mark.parametrize("name", ["convnextv2_atto", "convnextv2_base"])
-def test_same_numbers_as_stock(name):
-    """At true width with one block per stage: both kinds of token MLP; other tests are narrow."""
-    ours, theirs = full_pair(name, depths=(1, 1, 1, 1))
-    x = torch.randn(1, 3, 32, 64).contiguous(memory_format=torch.channels_last)
-    assert_same_features(ours, theirs, x)
-    assert_same_gradients(ours, theirs, x)
-
-
-LAYOUTS = [(torch.contiguous_format, False), (torch.channels_last, True)]
-CROSSED = [(torch.contiguous_format, True), (torch.channels_last, False)]
-SHALLOW, *DEEPER = {shape["depths"]: size for size, shape in VARIANTS.items()}.values()
-
-
-@pytest.mark.parametrize(
-    "size, memory_format, train",
-    [*((SHALLOW, *how) for how in LAYOUTS + CROSSED), *((size, *how) for size in DEEPER for how in LAYOUTS)],
-)
-def test_same_numbers_as_stock_narrow(size, memory_format, train):
+@pytest.mark.parametrize("size", {shape["depths"]: size for size, shape in VARIANTS.items()}.values())
+@pytest.mark.parametrize("memory_format, train", [(torch.contiguous_format, False), (torch.channels_last, True)])
+def test_same_numbers_as_stock(size, memory_format, train):
     """Each true depth, narrow: every level and gradient, in both modes and both memory layouts."""
     ours, theirs = small_pair(f"convnextv2_{size}", depths=VARIANTS[size]["depths"], dims=(8, 16, 24, 32))
     ours.train(train), theirs.train(train)
@@ -284,19 +258,6 @@ def test_features_only(level, feature_cls):
         assert error(level, level_stock) < FORWARD_TOL
 
 
-@pytest.mark.parametrize("num_classes,pool", [(0, None), (3, None), (0, "max"), (3, "max"), (0, "")])
-def test_reset_classifier(num_classes, pool):
-    models = small_pair()
-    for model in models:
-        torch.manual_seed(5)
-        model.reset_classifier(num_classes, pool)
-    x = torch.randn(2, 3, 64, 64)
-    assert models[0].num_classes == num_classes
-    assert error(models[0](x), models[1](x)) < FORWARD_TOL
-    assert models[0](x).shape == ((2, num_classes) if num_classes else (2, 32, 2, 2) if pool == "" else (2, 32))
-    assert type(models[0].get_classifier()) is type(models[1].get_classifier())
-
-
 @pytest.mark.parametrize("name", [CONV, LINEAR])
 def test_grad_checkpointing(name):
     ours, theirs = small_pair(name)
@@ -311,19 +272,6 @@ def test_grad_checkpointing(name):
     assert len(calls) == 3, "checkpointing did not recompute the block"
     assert_same_gradients(ours, theirs, x)
     assert len(calls) == 4, "the fused token MLP recomputes within"
-
-
-@pytest.mark.parametrize("indices,prune_head", [((0, 1), True), (1, True), ((1, 3), False), ((2,), False)])
-def test_prune_intermediate_layers(indices, prune_head):
-    ours, theirs = small_pair()
-    kept = ours.prune_intermediate_layers(indices, prune_head=prune_head)
-    assert kept == theirs.prune_intermediate_layers(indices, prune_head=prune_head)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    x = torch.randn(2, 3, 32, 32)
-    levels = (m.forward_intermediates(x, indices=kept, intermediates_only=True) for m in (ours, theirs))
-    for a, b in zip(*levels, strict=True):
-        assert error(a, b) < FORWARD_TOL
-    assert error(ours(x), theirs(x)) < FORWARD_TOL
 
 
 @pytest.mark.parametrize("name", [CONV, LINEAR])
@@ -348,16 +296,8 @@ def test_compile_without_graph_break(name, backend, monkeypatch):
     monkeypatch.setenv("TIMM_CONVNEXTV2_BACKEND", backend)
     torch.compiler.reset()
     model, theirs = small_pair(name, depths=(1, 1, 1, 1), drop_path_rate=0.0)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = torch.randn(2, 3, 32, 32)
-    assert_same_features(model, theirs, x)
-    out = compiled(x)
-    out.square().sum().backward()
-    grads = {k: p.grad for k, p in model.named_parameters()}
-    theirs(x).square().sum().backward()
-    assert error(out, theirs(x)) < FORWARD_TOL
-    for key, p in theirs.named_parameters():
-        assert error(grads[key], p.grad) < GRAD_TOL, key
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert_same_gradients(model, theirs, torch.randn(2, 3, 32, 32))
 
 
 def exported(model, x, folder):
@@ -555,7 +495,3 @@ def test_weights_that_leave_a_part_random_are_refused(change, num_classes, tmp_p
     overlay = dict(file=str(tmp_path / "model.safetensors"), num_classes=-1)  # as train.py's --pretrained-path does it
     with pytest.raises(ValueError, match=r"ConvNeXt V2.* \d+ of .*\d+ tensors"):
         timm.create_model(CONV, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **BODY)
-
-
-def test_package_names():
-    assert set(timm_convnextv2.__all__) >= {"ConvNeXtV2", "FCMAE", "FCMAEOutput", "random_mask", "__version__"}

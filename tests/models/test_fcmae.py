@@ -14,7 +14,6 @@ from torch import nn
 import timm_convnextv2
 from timm_convnextv2 import FCMAE, FCMAETask, random_mask
 from timm_convnextv2.models.fcmae import normalize_target, patchify, unpatchify
-from timm_convnextv2.models.packing import PackedLayout
 from timm_convnextv2.models.reference import reference_forward
 from timm_convnextv2.registry import VARIANTS
 
@@ -113,19 +112,6 @@ def test_ratios_equal_the_reference(ratio):
     assert_equals_reference(model, images, drawn)
 
 
-def test_drawn_masks_follow_the_seed_and_the_sizes():
-    model = toy(mask_ratio=0.5)
-    images = torch.randn(2, 3, 96, 128, dtype=torch.float64)  # not img_size
-    torch.manual_seed(1)
-    first = model(images)
-    torch.manual_seed(1)
-    again = model(images)
-    assert first.mask.shape == (2, 3, 4)
-    assert torch.equal(first.mask, again.mask) and torch.equal(first.loss, again.loss)
-    assert not torch.equal(first.mask, model(images).mask)
-    assert torch.equal(first.loss, model(images, first.mask).loss)
-
-
 def test_gradient_checkpointing_changes_nothing():
     images, mask = torch.randn(2, 3, 64, 64, dtype=torch.float64), random_mask(2, (2, 2), 0.5)
     results = []
@@ -201,21 +187,6 @@ def test_loss_by_hand(norm):
     torch.testing.assert_close(reference_forward(model, images, mask).loss, expected)
 
 
-def test_grn_sums_over_the_visible_tokens_of_one_image():
-    """GRN's input and output inside the packed encoder, against the formula on each image's own tokens."""
-    model = toy(in_chans=1)
-    images = torch.randn(2, 1, 64, 64, dtype=torch.float64)
-    mask = torch.tensor([[[0, 1], [1, 1]], [[1, 1], [0, 1]]]).bool()
-    grn, seen = model.encoder.stages[3].blocks[0].mlp.grn, {}
-    grn.register_forward_hook(lambda module, args, out: seen.update(x=args[0].detach(), out=out.detach()))
-    model(images, mask)
-    assert seen["x"].shape == (2, 1, 1, 80)  # one visible patch per image, one token per patch, 4 x 20 channels
-    for x, out in zip(seen["x"].view(2, 80), seen["out"].view(2, 80), strict=True):
-        norms = x.abs()
-        expected = x + grn.weight * x * norms / (norms.sum() / 80 + 1e-6) + grn.bias
-        torch.testing.assert_close(out, expected.detach(), rtol=1e-10, atol=0)
-
-
 @pytest.mark.parametrize("kwargs", [{}, dict(patch_size=1), dict(patch_size=2), dict(conv_mlp=False, kernel_sizes=5)])
 @pytest.mark.parametrize("grid", [(2, 2), (1, 3)])
 def test_nothing_masked_is_the_dense_model(kwargs, grid):
@@ -268,16 +239,8 @@ def test_a_loss_needs_a_visible_and_a_masked_patch():
         with pytest.raises(ValueError, match="at least one visible and one masked patch"):
             model(images, mask)
     model.mask_ratio = 0.9
-    with pytest.raises(ValueError, match="mask_ratio=0.9 leaves 0 of 4") as error:
+    with pytest.raises(ValueError, match="mask_ratio=0.9 leaves 0 of 4"):
         model(images)
-    model.mask_ratio = float(re.search(r"up to ([\d.]+) can", str(error.value))[1])
-    assert (~model(images).mask).sum() == 2
-    model.mask_ratio += 1e-3
-    with pytest.raises(ValueError):
-        model(images)
-    for ratio in (0, 1, -1, 2):
-        with pytest.raises(ValueError, match="mask_ratio"):
-            toy(mask_ratio=ratio)
 
 
 def test_given_masks_and_images_are_checked():
@@ -405,38 +368,15 @@ def test_task_compiles():
         assert state.keys() == plain.trainable_module.state_dict().keys()
 
 
-@pytest.mark.parametrize("ratio", [0.3, 0.6, 0.9])
-def test_mixer_by_windows_equals_mixer_on_the_map(monkeypatch, ratio):
-    """Both ways of the packed mixer, values and gradients, whatever the rule would choose."""
-    model = toy(img_size=128)
-    images = torch.randn(2, 3, 128, 96, dtype=torch.float64)
-    mask = timm_convnextv2.random_mask(2, (4, 3), ratio)
-    found = []
-    for windows in (True, False):
-        monkeypatch.setattr(PackedLayout, "why_eager", lambda *_, why="" if windows else "a test": why)
-        loss = model(images, mask).loss
-        found.append((loss, *torch.autograd.grad(loss, [p for n, p in model.named_parameters() if ".head." not in n])))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("size", ["atto", "tiny"])
 @pytest.mark.parametrize("name", ["convnextv2", "fcmae_convnextv2"])
 def test_constructors_have_the_defaults_of_create_model(name, size):
-    """Whoever builds the exported classes gets the paper's network: GRN in every block, no layer scale."""
-    options = VARIANTS[size]
+    """Whoever builds the exported classes gets the paper's network, tiny without arguments; version 1 is by asking."""
+    build = FCMAE if name == "fcmae_convnextv2" else timm_convnextv2.ConvNeXtV2
     with torch.device("meta"):
-        model = timm_convnextv2.ConvNeXtV2(**options) if name == "convnextv2" else FCMAE(**options)
-        created = timm.create_model(f"{name}_{size}")
+        model, created = build(**(VARIANTS[size] if size == "atto" else {})), timm.create_model(f"{name}_{size}")
+        first = build(use_grn=False, ls_init_value=1e-6).state_dict()
     assert str(model) == str(created)
     plain = {k: v for k, v in vars(model).items() if not k.startswith("_") and isinstance(v, int | float | str | tuple)}
     assert plain == {k: v for k, v in vars(created).items() if k in plain}
-
-
-def test_without_arguments_it_is_tiny_and_version_1_is_by_asking():
-    for build, name in ((timm_convnextv2.ConvNeXtV2, "convnextv2_tiny"), (FCMAE, "fcmae_convnextv2_tiny")):
-        with torch.device("meta"):
-            first, second, model = build(use_grn=False, ls_init_value=1e-6), build(), timm.create_model(name)
-        assert second.state_dict().keys() == model.state_dict().keys()
-        assert not any("grn" in key for key in first.state_dict())
-        assert any(key.endswith(".gamma") for key in first.state_dict())
+    assert any(key.endswith(".gamma") for key in first) and not any("grn" in key for key in first)

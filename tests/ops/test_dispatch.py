@@ -110,17 +110,6 @@ def test_why_eager_of_who_looks_on():
     assert "torch.func" in seen[0]
 
 
-def test_a_parameter_that_is_no_plain_tensor_takes_the_modules():
-    """As torchao's quantised weights are."""
-    model = timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)).eval()
-    block, x = model.stages[0].blocks[0], torch.randn(1, 8, 8, 8)
-    want = block(x)
-    assert not block.why_eager(x)
-    block.mlp.fc2.weight = nn.Parameter(block.mlp.fc2.weight.detach().as_subclass(Subclass))
-    assert "Subclass" in block.why_eager(x)
-    torch.testing.assert_close(block(x).as_subclass(torch.Tensor), want)
-
-
 def test_layers_add_reasons_of_their_own():
     model = timm.create_model("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
     block, x = model.stages[0].blocks[0], torch.randn(1, 8, 16, 16)

@@ -170,24 +170,6 @@ def test_what_is_said_of_it(me):
     assert all("minkowski" not in line for line in text.splitlines() if "MLP" in line or "dense" in line)
 
 
-def test_kernel_is_column_major():
-    """The engine's first axis, the row, runs fastest, as official checkpoints have it."""
-    weight = torch.arange(9.0).view(1, 1, 3, 3)
-    assert minkowski.kernel_rows(weight).flatten().tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8]
-
-
-def test_coordinates_find_the_pixels():
-    """Of maps that are not square, in every stage."""
-    mask = random_mask(2, (2, 3), 0.5)
-    layout = PackedLayout(mask, 3)
-    for p in (1, 2, 4):
-        image = torch.randn(2, 5, 2 * p, 3 * p)
-        b, y, x = layout.coordinates(p).long().unbind(1)
-        tokens = layout.pack(image, p).permute(0, 2, 3, 1).reshape(-1, 5)
-        torch.testing.assert_close(image[b, :, y, x], tokens, rtol=0, atol=0)
-        assert layout.coordinates(p) is layout.coordinates(p)
-
-
 def test_without_the_engine(monkeypatch):
     clear()
     monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)

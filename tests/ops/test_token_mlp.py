@@ -156,8 +156,6 @@ def recomputing(*args):
 def test_recomputing_changes_nothing(T, C, chunks):
     keep = torch.tensor([1.25, 0, 1.25, 1.25, 0], dtype=torch.float64)
     assert_same(*both(make(5, T, C), keep, forms=(recomputing, fused_token_mlp)), 1e-14)
-    tensors = make(2, 9, 2)
-    assert torch.autograd.gradcheck(lambda x, s, *p: recomputing(x, s, keep[:2], *p), tensors)
     assert torch.autograd.gradgradcheck(lambda x, s, *p: recomputing(x, s, None, *p), make(1, 3, 2))
 
 

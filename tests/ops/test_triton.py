@@ -308,20 +308,6 @@ def test_twins_have_the_same_functions(kernels):
     assert kernels.gelu(torch.zeros(1, 1, 1)) is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_twins_have_the_same_types(kernels, dtype):
-    """Sums are float32; what has the size of the input has its type."""
-    _, x, grad, weight, bias, index = packed(kernels, 2, 5, 6, (2, 3), dtype)
-    for name, *args in (
-        ("window_conv", x, weight, bias, index), ("window_conv_input_grad", grad, weight, index),
-        ("window_conv_weight_grad", x, grad, index, 5), ("layer_norm", x, bias, bias, 1e-6, dtype),
-        ("layer_norm_backward", grad, x, *(normal(kernels, *x.shape[:3], 1) for _ in range(2)), bias, True, True),
-    ):  # fmt: skip
-        ours, theirs = (getattr(k, name)(*args) for k in (kernels, torch_kernels))
-        pairs = zip(*(t if isinstance(t, tuple) else (t,) for t in (ours, theirs)), strict=True)
-        assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in pairs), name
-
-
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -339,18 +325,6 @@ def test_fused_token_mlp(as_backend, B, T, C, dtype, path):
     exact = both([t.detach().double().requires_grad_() for t in tensors], keep, grad.double(), [plain])[0]
     assert_same(ours, exact, tol)
     assert_same(again, exact, tol)
-
-
-@pytest.mark.parametrize("patch", [1, 3])
-def test_window_depthwise(as_backend, patch):
-    visible, x, grad, weight, bias, index = packed(as_backend, patch, 7, 40, (3, 4), torch.float32)
-    given = [t.requires_grad_() for t in (x, weight, bias)]
-    exact = dense_depthwise(visible, *given)
-    out = ops.window_depthwise(*given, index)
-    torch.testing.assert_close(out, exact)
-    ours, theirs = (torch.autograd.grad(o, given, grad) for o in (out, exact))
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("amp", [False, True])

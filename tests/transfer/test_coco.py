@@ -231,11 +231,6 @@ def test_mutated_annotations_are_refused_or_usable(opened):
             opened(hostile)
 
 
-def test_masks_are_not_asked_for_where_only_boxes_count(opened):
-    coco = opened(changed(mask=None), masks=False)
-    assert set(DetectionImages(coco, masks=False)[0][1]) == {"boxes", "labels"}
-
-
 def test_images_of_another_size_or_corrupt_are_found_before_training(opened):
     Image.fromarray(np.zeros((10, 8, 3), np.uint8)).save(opened.folder / "b.png")
     with pytest.raises(ValueError, match="1 of 2 images tried .*\n.*b.png .* has 8 x 10 pixels, annotated as 10 x 8"):

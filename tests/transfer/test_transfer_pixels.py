@@ -12,8 +12,6 @@ from timm_convnextv2.commands.main import main
 from timm_convnextv2.data import Pixels, load_image
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.transfer import create_backbone, open_detector, open_segmenter
-from timm_convnextv2.transfer.detection.coco import DetectionImages, collate, open_coco
-from timm_convnextv2.transfer.segmentation.masks import MaskedImages, open_split, read_classes
 
 RECORD = dict(divide=1000.0, clip_low=[0.1], clip_high=[2.5], nodata=-1.0)
 
@@ -82,11 +80,3 @@ def test_training_evaluation_and_prediction_read_alike(encoder, data, tmp_path, 
     seen.clear()
     assert main([task, "predict", "--model", str(model), *images, *common, "--overwrite", "--nodata", "-2"]) == 0
     assert {pixels.nodata for pixels in seen} == {-2.0}
-
-
-def test_samples_hold_prepared_values(encoder, data):
-    pixels = create_backbone(encoder, pretrained=False).pixels
-    coco = open_coco(data / "train.json", data / "train/images")
-    image = collate([DetectionImages(coco, pixels=pixels)[0]])[0][0]
-    masked = MaskedImages(open_split(data, "train"), read_classes(data / "classes.txt"), pixels=pixels)
-    assert torch.equal(image, masked[0][0]) and image.min() >= 0.1 and image.max() == 2.5
