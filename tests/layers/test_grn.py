@@ -84,21 +84,3 @@ def test_statistics_are_float32_in_half_precision(autocast, magnitude, dtype, to
     ours = run(grn, x, grad)
     assert ours[0].dtype == ours[1].dtype == dtype and ours[2].dtype == grn.weight.dtype
     assert_close(ours, run(exact, x.double(), grad.double()), tol)
-
-
-def test_grn_under_function_transforms():
-    """`torch.func` and forward-mode differentiation work as with timm's modules."""
-    stock, ours = TimmGlobalResponseNorm(6), GlobalResponseNorm(6)
-    torch.nn.init.normal_(stock.weight)
-    ours.load_state_dict(stock.state_dict())
-    x, v = torch.randn(3, 1, 4, 5, 6), torch.randn(3, 1, 4, 5, 6)
-    for grn in (stock, ours):
-        grn.results = [
-            torch.func.vmap(torch.func.grad(lambda t, grn=grn: grn(t).square().sum()))(x),
-            torch.func.jvp(grn, (x[0],), (v[0],))[1],
-        ]
-        with torch.autograd.forward_ad.dual_level():
-            dual = grn(torch.autograd.forward_ad.make_dual(x[1], v[1]))
-            grn.results.append(torch.autograd.forward_ad.unpack_dual(dual).tangent)
-    for a, b in zip(stock.results, ours.results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -248,6 +248,8 @@ def test_given_masks_and_images_are_checked():
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with pytest.raises(ValueError, match="torch.bool"):  # other masks: test_masking.py
         model(images, torch.zeros(2, 2, 2))
+    with pytest.raises(ValueError, match="no images"):
+        model(images[:0])
     for bad in (images[:, :1], images[0], (images * 255).to(torch.uint8)):
         with pytest.raises(ValueError, match=r"float \[B, 3, H, W\].*in_chans"):
             model(bad)

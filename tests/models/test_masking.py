@@ -13,7 +13,7 @@ from timm_convnextv2.models.packing import PackedLayout
 
 @pytest.mark.parametrize("grid", [(7, 7), (1, 2), (2, 5), (14, 14)])
 @pytest.mark.parametrize("ratio", [0.05, 0.25, 0.6, 0.9, 0.95])
-def test_count_is_exact_or_the_error_names_a_ratio_that_works(grid, ratio):
+def test_count_is_exact(grid, ratio):
     total = grid[0] * grid[1]
     keep = int(total * (1 - ratio))
     if 1 <= keep < total:
@@ -21,8 +21,6 @@ def test_count_is_exact_or_the_error_names_a_ratio_that_works(grid, ratio):
         mask = random_mask(5, grid, ratio)
         assert mask.shape == (5, *grid) and mask.dtype == torch.bool
         assert ((~mask).flatten(1).sum(1) == keep).all()
-    else:
-        assert num_visible(grid, largest_ratio(grid, ratio)) >= 1
 
 
 def largest_ratio(grid, ratio: float) -> float:

@@ -9,9 +9,13 @@ from timm_convnextv2.ops import use_backend
 
 
 @pytest.fixture
-def loss():
+def model():
+    return FCMAE(img_size=32, patch_size=1, depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), decoder_dim=8).double()
+
+
+@pytest.fixture
+def loss(model):
     """The loss as a function of the parameters, and the parameters."""
-    model = FCMAE(img_size=32, patch_size=1, depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), decoder_dim=8).double()
     model.encoder.head.requires_grad_(False)
     images, mask = torch.randn(2, 3, 32, 32, dtype=torch.float64), random_mask(2, (4, 4), 0.8)
     parameters = {k: v for k, v in model.named_parameters() if v.requires_grad}
@@ -40,15 +44,8 @@ def test_gradients_of_gradients(loss, backend):
         torch.testing.assert_close(twice, value, msg=name)
 
 
-def test_no_images():
-    model = FCMAE(img_size=32, patch_size=1, depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), decoder_dim=8)
-    with pytest.raises(ValueError, match="no images"):
-        model(torch.zeros(0, 3, 32, 32))
-
-
-def test_forward_mode_and_vmap():
+def test_forward_mode_and_vmap(model):
     """`jvp` is the derivative along a direction, and `vmap` with one mask a loop over the images."""
-    model = FCMAE(img_size=32, patch_size=1, depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), decoder_dim=8).double()
     images, mask = torch.randn(3, 3, 32, 32, dtype=torch.float64), random_mask(1, (4, 4), 0.5)
 
     def loss(image):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.transfer.loop import Samples
 from timm_convnextv2.transfer.segmentation.masks import (
     MaskCodes,
@@ -53,17 +52,6 @@ def root(tmp_path):
     for stem in ("a", "b"):
         write(tmp_path, stem, image(), indices())
     return tmp_path
-
-
-def test_the_demo_data(tmp_path):
-    folder = write_folder(tmp_path / "data", size=24, train=8, validation=8, masks=True)
-    classes = read_classes(folder / "classes.txt")
-    data = MaskedImages(open_split(folder, "validation"), classes)
-    counts, ignored, notes = data.check()
-    assert ignored == 0 and not notes
-    assert len(data) == 8 and len(classes) == 9 and (counts > 0).all() and counts.sum() == 8 * 24 * 24
-    image, target = data[0]
-    assert image.shape == (3, 24, 24) and target.shape == (24, 24) and set(target.unique().tolist()) == {0, 1}
 
 
 def test_layouts(tmp_path):

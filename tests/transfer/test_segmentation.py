@@ -33,11 +33,6 @@ def test_published_number_of_parameters(size, published):
         assert round(sum(p.numel() for n, p in model.named_parameters() if "auxiliary" not in n) / 1e6) == 59
 
 
-@pytest.mark.parametrize("size", [(64, 64), (37, 50), (1, 33)], ids=str)
-def test_logits_have_the_size_of_the_image(size):
-    assert tiny(5).eval()(torch.rand(1, 3, *size)).shape == (1, 5, *size)
-
-
 def test_it_normalises_sees_the_last_pixels_and_pads_only_where_needed(exported):
     name, encoder, first = exported
     model = build_segmenter(name, 3, channels=8).eval()

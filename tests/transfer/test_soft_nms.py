@@ -51,16 +51,6 @@ def test_against_the_definition(method, n):
     assert torch.equal(short[0], kept[:7]) and torch.equal(short[1], decayed[:7])
 
 
-def test_boxes_of_other_classes_and_far_ones_keep_their_scores():
-    box = [0.0, 0.0, 10.0, 10.0]
-    boxes = torch.tensor([box, box, [100.0, 100.0, 110.0, 110.0], box])
-    scores, labels = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 2, 1, 1])
-    kept, decayed = soft_nms(boxes, scores, labels, "linear")
-    assert kept.tolist() == [0, 1, 2]  # the fourth is at 0
-    kept, decayed = soft_nms(boxes, scores, labels, "gaussian")
-    assert kept.tolist() == [0, 1, 2, 3] and decayed.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6 * math.exp(-2)])
-
-
 def test_a_detector_takes_it():
     """What NMS keeps is kept; other boxes come with lower scores; the limit on their number holds."""
     options = dict(boxes_only=True, box_score_thresh=0.0, rpn_post_nms_top_n_test=30)

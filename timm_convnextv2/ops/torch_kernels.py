@@ -110,7 +110,8 @@ def gelu_backward(h: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None, pu
 
 def window_conv(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
     """Submanifold depthwise convolution of packed patches, `[N, p, p, C]`."""
-    return F.conv2d(_windows(x, index), weight, bias, groups=len(weight)).permute(0, 2, 3, 1).contiguous()
+    windows = _gather(_with_zero(x), index)
+    return F.conv2d(windows, weight, bias, groups=len(weight)).permute(0, 2, 3, 1).contiguous()
 
 
 def window_conv_input_grad(grad: Tensor, weight: Tensor, index: Tensor) -> Tensor:
@@ -128,11 +129,6 @@ def window_conv_weight_grad(x: Tensor, grad: Tensor, index: Tensor, k: int) -> t
     return weight_grad(maps, k, part), bias_grad(maps)
 
 
-def _windows(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens `[N, p, p, C]` at `index` `[N, q, q]` (zeros for `N * p * p`) as channels-last maps; scratch on CPU."""
-    return _gather(_with_zero(x), index)
-
-
 def _with_zero(x: Tensor) -> Tensor:
     """`[N, p, p, C]` as tokens `[N * p * p + 1, C]`, the last of them zero."""
     C = x.shape[-1]
@@ -141,7 +137,7 @@ def _with_zero(x: Tensor) -> Tensor:
 
 
 def _gather(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens at `index` `[n, h, w]` as channels-last `[n, C, h, w]`."""
+    """Tokens at `index` `[n, h, w]` as channels-last `[n, C, h, w]`; scratch memory on CPU."""
     windows = scratch("windows", (index.numel(), tokens.shape[1]), tokens.dtype, tokens.device)
     torch.index_select(tokens, 0, index.flatten(), out=windows)
     return windows.view(*index.shape, -1).permute(0, 3, 1, 2)

@@ -240,7 +240,6 @@ class Averaging:
         None, "evaluate in sliding windows of N pixels (default: whole images)", metavar="N", at_least=1)
     stride: int | None = option(
         None, "pixels between windows (default: two thirds of --window)", metavar="N", at_least=1)
-
     scales: tuple[float, ...] = option(
         (1.0,), "relative image sizes whose probabilities are averaged", metavar="X", above=0)
     flip: bool = option(False, "average with the mirrored image")

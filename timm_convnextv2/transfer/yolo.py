@@ -117,10 +117,9 @@ def to_coco(names: list[str], images: list[YoloImage]) -> tuple[dict[str, Any], 
             outline = {} if len(points) == 2 else {"segmentation": [points.ravel().tolist()]}
             box = [left, top, right - left, bottom - top]
             annotations.append(dict(id=len(annotations), image_id=number, category_id=cls, bbox=box, **outline))
-    names_of = [Path(image.path).relative_to(root).as_posix() for image in images]
     entries = [
-        dict(id=i, file_name=name, height=e.height, width=e.width)
-        for i, (name, e) in enumerate(zip(names_of, images, strict=True))
+        dict(id=i, file_name=Path(image.path).relative_to(root).as_posix(), height=image.height, width=image.width)
+        for i, image in enumerate(images)
     ]
     categories = [dict(id=i, name=name) for i, name in enumerate(names)]
     return dict(images=entries, annotations=annotations, categories=categories), root

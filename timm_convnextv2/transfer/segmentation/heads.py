@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
+BINS = (1, 2, 3, 6)  # grid sizes of the pooling
+DROPOUT = 0.1  # fraction of channels dropped before the classifier
+
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Resizes `[B, C, h, w]` bilinearly; corners are not aligned."""
@@ -20,24 +23,20 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 class UPerHead(nn.Module):
     """Pyramid pooling on the coarsest map, a feature pyramid over all maps, their fusion at the finest.
 
-    `in_channels` are those of the maps, finest first; `bins` the grid sizes of the pooling; `dropout` the fraction of
-    channels dropped before the classifier.
+    `in_channels` are those of the maps, finest first.
     """
 
-    def __init__(
-        self, in_channels: Sequence[int], num_classes: int, channels: int = 512, bins: Sequence[int] = (1, 2, 3, 6),
-        dropout: float = 0.1
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: Sequence[int], num_classes: int, channels: int) -> None:
         super().__init__()
         *finer, coarsest = in_channels
         self.pooled = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(n), Conv2dNormActivation(coarsest, channels, 1)) for n in bins
+            nn.Sequential(nn.AdaptiveAvgPool2d(n), Conv2dNormActivation(coarsest, channels, 1)) for n in BINS
         )
-        self.bottleneck = Conv2dNormActivation(coarsest + len(bins) * channels, channels, 3)
+        self.bottleneck = Conv2dNormActivation(coarsest + len(BINS) * channels, channels, 3)
         self.laterals = nn.ModuleList(Conv2dNormActivation(n, channels, 1) for n in finer)
         self.smooth = nn.ModuleList(Conv2dNormActivation(channels, channels, 3) for _ in finer)
         self.fuse = Conv2dNormActivation(len(in_channels) * channels, channels, 3)
-        self.classifier = _classifier(channels, num_classes, dropout)
+        self.classifier = _classifier(channels, num_classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Logits `[B, num_classes, h, w]` at the size of the finest of the maps `[B, in_channels[i], h_i, w_i]`."""
@@ -55,12 +54,12 @@ class UPerHead(nn.Module):
 class FCNHead(nn.Sequential):
     """One convolution and a classifier on one map `[B, in_channels, h, w]`: logits `[B, num_classes, h, w]`."""
 
-    def __init__(self, in_channels: int, num_classes: int, channels: int = 256, dropout: float = 0.1) -> None:
-        super().__init__(Conv2dNormActivation(in_channels, channels, 3), *_classifier(channels, num_classes, dropout))
+    def __init__(self, in_channels: int, num_classes: int, channels: int) -> None:
+        super().__init__(Conv2dNormActivation(in_channels, channels, 3), *_classifier(channels, num_classes))
 
 
-def _classifier(channels: int, num_classes: int, dropout: float) -> nn.Sequential:
+def _classifier(channels: int, num_classes: int) -> nn.Sequential:
     last = nn.Conv2d(channels, num_classes, 1)
     nn.init.normal_(last.weight, std=0.01)
     nn.init.zeros_(last.bias)  # pyright: ignore[reportArgumentType]
-    return nn.Sequential(nn.Dropout2d(dropout), last)
+    return nn.Sequential(nn.Dropout2d(DROPOUT), last)

@@ -32,16 +32,15 @@ class SegmentationTask(Task):
 
     def __init__(self, config: SegmentConfig | SegmentEvalConfig) -> None:
         self._data, self._how, self._compute = config.data, config.averaging, config.compute
-        root = Path(config.data.data_dir)
-        file, colours = Path(config.data.classes or root / "classes.txt"), ()
-        self._yolo = None if config.data.classes else find_yolo(file, root)
+        data, root, colours = config.data, Path(config.data.data_dir), ()
+        file = Path(data.classes or root / "classes.txt")
+        self._yolo = None if data.classes else find_yolo(file, root)
         if self._yolo:
             self.classes = ["background", *read_yolo(self._yolo, "val")[0]]
         else:
             self.classes = read_classes(file)
-            if config.data.mask_colors:
+            if data.mask_colors:
                 self.classes, colours = read_colours(self.classes)
-        data = config.data
         self._codes = MaskCodes(data.ignore_index, data.reduce_zero_label, data.mask_values, colours)
         if isinstance(config, SegmentEvalConfig):
             self.model = open_segmenter(config.model, check_device(config.compute.device))
