@@ -10,11 +10,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
 
 import timm_convnextv2
 from timm_convnextv2 import FCMAE, FCMAETask, random_mask
 from timm_convnextv2.models.fcmae import normalize_target, patchify, unpatchify
 from timm_convnextv2.models.reference import reference_forward
+from timm_convnextv2.ops import use_backend
 from timm_convnextv2.registry import VARIANTS
 
 TOY = dict(depths=(1, 2, 1, 1), dims=(8, 12, 16, 20), decoder_dim=16)
@@ -382,3 +384,44 @@ def test_constructors_have_the_defaults_of_create_model(name, size):
     plain = {k: v for k, v in vars(model).items() if not k.startswith("_") and isinstance(v, int | float | str | tuple)}
     assert plain == {k: v for k, v in vars(created).items() if k in plain}
     assert any(key.endswith(".gamma") for key in first) and not any("grn" in key for key in first)
+
+
+# --- transforms of torch.func, and gradients of gradients
+
+SMALL = dict(img_size=32, patch_size=1, depths=(1, 1, 1, 1), decoder_dim=8)
+
+
+@pytest.mark.parametrize("backend", ["eager", "fused"])
+def test_gradients_of_gradients(backend):
+    model, images, mask = toy(**SMALL), torch.randn(2, 3, 32, 32, dtype=torch.float64), random_mask(2, (4, 4), 0.8)
+    model.encoder.head.requires_grad_(False)
+    parameters = {k: v for k, v in model.named_parameters() if v.requires_grad}
+
+    def loss(values):
+        return functional_call(model, values, (images, mask), {"return_pred": False}).loss
+
+    def squares(gradients):
+        return sum((g**2).sum() for g in gradients)
+
+    values = {k: v.detach() for k, v in parameters.items()}
+    once, expected = grad(loss)(values), grad(lambda p: squares(grad(loss)(p).values()))(values)
+    with use_backend(backend):
+        first = torch.autograd.grad(loss(parameters), [*parameters.values()], create_graph=True)
+        found = torch.autograd.grad(squares(first), [*parameters.values()])
+    for (name, value), here, twice in zip(expected.items(), first, found, strict=True):
+        torch.testing.assert_close(here, once[name])
+        torch.testing.assert_close(twice, value, msg=name)
+
+
+def test_forward_mode_and_vmap():
+    """`jvp` is the derivative along a direction, and `vmap` with one mask a loop over the images."""
+    model, images, mask = toy(**SMALL), torch.randn(3, 3, 32, 32, dtype=torch.float64), random_mask(1, (4, 4), 0.5)
+
+    def loss(image):
+        return model(image[None], mask, return_pred=False).loss
+
+    direction = torch.randn_like(images[0])
+    gradient = grad(loss)(images[0])
+    torch.testing.assert_close(jvp(loss, (images[0],), (direction,))[1], (gradient * direction).sum())
+    torch.testing.assert_close(vmap(loss)(images), torch.stack([loss(image) for image in images]))
+    torch.testing.assert_close(vmap(grad(loss))(images)[0], gradient)

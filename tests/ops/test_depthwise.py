@@ -39,16 +39,3 @@ def test_windows_by_columns(k, p, dtype, tol, chunk, monkeypatch):
         found.append((w.grad.double(), b.grad.double()))
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).abs().max() <= tol * theirs.abs().max()
-
-
-@pytest.mark.parametrize("k, p, border", [(3, 2, 1), (7, 1, 3), (5, 4, 2)])
-def test_window_depthwise(k, p, border):
-    """Against a dense convolution of a map in which patches without a neighbour lie apart; and its gradients."""
-    x = torch.randn(3, p, p, 2, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(2, 1, k, k, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    inside = torch.arange(3 * p * p).view(3, p, p)
-    index = torch.nn.functional.pad(inside, (border,) * 4, value=3 * p * p)  # no neighbours at all
-    dense = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=border, groups=2)
-    torch.testing.assert_close(window_depthwise(x, weight, bias, index), dense.permute(0, 2, 3, 1))
-    assert torch.autograd.gradcheck(lambda *t: window_depthwise(*t, index), (x, weight, bias))

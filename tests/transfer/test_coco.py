@@ -1,12 +1,10 @@
 """Annotations in COCO's format: what they become, and what is refused before anything is trained."""
 
 import json
-import random
 
 import numpy as np
 import pytest
 import torch
-from mutations import ODD, damage_bytes, damage_content
 from PIL import Image
 
 from timm_convnextv2.transfer.detection.coco import (
@@ -17,7 +15,6 @@ from timm_convnextv2.transfer.detection.coco import (
     rle_codec,
     rle_runs,
 )
-from timm_convnextv2.transfer.detection.metrics import average_precision
 from timm_convnextv2.transfer.loop import Samples
 
 pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval")
@@ -206,29 +203,6 @@ def test_compressed_masks_are_read_as_the_codec_reads_them():
         flat = np.repeat(np.arange(len(runs)) % 2, runs)
         assert np.array_equal(flat, mask.ravel(order="F"))
     assert rle_runs("") is rle_runs("P") is rle_runs("\x7f") is rle_runs([1, -1]) is None
-
-
-def test_mutated_annotations_are_refused_or_usable(opened):
-    """200 mutations of a small file: no error but ValueError, and what is accepted makes a target."""
-    rng, accepted = random.Random(0), 0
-    several = content([annotation(1), annotation(2, mask=RUNS), annotation(3, image=9, box=(2, 1, 2, 3.5), area=7)])
-    odd = (*ODD, 10**400, "../a.png", "/etc/passwd", "a.png\0")
-    for i in range(200):
-        broken = json.dumps(damage_content(several, rng, odd)[0] if i % 4 else several)
-        broken = broken if i % 4 else damage_bytes(broken.encode(), rng).decode("utf-8", "replace")
-        try:
-            coco = opened(broken, drop_wrong=rng.random() < 0.5)
-        except ValueError:
-            continue
-        accepted += 1
-        for image in coco.images:
-            target = DetectionImages(coco).target(image)
-            assert len(target["masks"]) == len(target["labels"]) and torch.isfinite(target["boxes"]).all()
-        average_precision(coco, [], masks=True)
-    assert 20 < accepted < 180
-    for hostile in ("[" * 100_000, "9" * 5000, json.dumps(dict(several, images=[dict(id=1, file_name="x" * 9999)]))):
-        with pytest.raises(ValueError):
-            opened(hostile)
 
 
 def test_images_of_another_size_or_corrupt_are_found_before_training(opened):

@@ -95,6 +95,12 @@ def test_eval_repeats_the_metrics_of_the_run(run, data, tmp_path, capsys):
     assert main(words) == 2 and "is not empty. Pass --overwrite" in capsys.readouterr().err
     assert main([*words, "--overwrite", "--device", "tpu9"]) == 2
     assert capsys.readouterr().err.startswith(f"timm-convnextv2 {run.task} eval: error: ")
+    if run.task == "segment":
+        names = read_classes(data / "classes.txt")
+        (tmp_path / "other.txt").write_text("\n".join([names[0], names[2], names[1], *names[3:]]))
+        assert main([*words, "--overwrite", "--classes", str(tmp_path / "other.txt")]) == 2
+        err = capsys.readouterr().err
+        assert f"order differs at 2 indices: 1 ('{names[2]}' and '{names[1]}')" in err and "(9)" in err
 
 
 def test_predict(run, data, tmp_path, capsys):
@@ -294,17 +300,6 @@ def test_mistakes_are_one_message_before_anything_is_written(
     err = capsys.readouterr().err
     assert message in err and err.count("error:") == 1 and "Traceback" not in err
     assert not (tmp_path / "output").exists()
-
-
-def test_another_list_of_classes_than_the_models(run, data, tmp_path, capsys):
-    if run.task == "detect":
-        pytest.skip("a list of classes is segmentation's")
-    names = read_classes(data / "classes.txt")
-    (tmp_path / "other.txt").write_text("\n".join([names[0], names[2], names[1], *names[3:]]))
-    words = ["segment", "eval", "--model", str(run.path), "--data-dir", str(data), *CPU]
-    assert main([*words, "--classes", str(tmp_path / "other.txt")]) == 2
-    err = capsys.readouterr().err
-    assert f"order differs at 2 indices: 1 ('{names[2]}' and '{names[1]}')" in err and "(9)" in err
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,6 @@ def check_mask(mask: Tensor, batch_size: int, grid: tuple[int, int]) -> int:
         )
     if tuple(mask.shape) != shape:
         raise ValueError(f"mask must have shape [B, h, w] = {list(shape)} for these images, got {list(mask.shape)}.")
-    if not batch_size:
-        raise ValueError("There are no images in this batch.")
     counts = (~mask).flatten(1).sum(1)
     least, most = int(counts.min()), int(counts.max())  # in older PyTorch tolist() fails under torch.func
     if least < most:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config import MODEL, device_option, option, part, workers_option
+from ..runs.logs import Logs
 
 if TYPE_CHECKING:
     import torch
@@ -92,9 +93,6 @@ class RunOptions:
     eval_interval: int = option(1, "epochs between evaluations", metavar="N", at_least=1)
     shown_images: int = option(4, "images drawn at each evaluation", metavar="N", at_least=0)
     log_interval: int = option(20, "updates between progress lines", metavar="N", at_least=1)
-    log_wandb: bool = option(False, "log to Weights & Biases")
-    wandb_project: str | None = option(None, "project in Weights & Biases", metavar="NAME")
-    log_tensorboard: bool = option(False, "log to TensorBoard")
     dry_run: bool = option(False, "check everything and exit before training", recorded=False)
 
 
@@ -106,6 +104,7 @@ class TrainConfig:
     list_recipes: bool = option(False, "list the recipes and exit", recorded=False)
     compute: Compute = part(Compute)
     run: RunOptions = part(RunOptions, "run")
+    logs: Logs = part(Logs, "run")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from ..data.measure.duplicates import shared_note
 from ..recipes import Recipe
 from ..report.classes import ClassResults
 from ..runs.folder import RunFolder, experiment_name
-from ..runs.logs import Logs
 from ..runs.loop import Limits
 from ..runs.plan import Plan, few_updates
 from ..runs.trainer import Learning, LossesTask, Trainer
@@ -100,8 +99,7 @@ def set_up(
         raise ValueError("--data-dir is required: the root of the data set.")
     if options.resume == "auto" and not name:
         raise ValueError("--resume auto needs --experiment, the folder of the run to continue.")
-    logs = Logs(options.log_wandb, options.wandb_project, options.log_tensorboard)
-    logs.check()
+    config.logs.check()
     task = task_of(config)
     name = name or experiment_name(world, task.command, Path(config.backbone.model.rpartition(":")[2]).name)
     where = (options.output, name, options.resume, options.overwrite)
@@ -126,7 +124,7 @@ def set_up(
     limits = Limits(options.log_interval, milestone_interval=max(1, plan.epochs // 4))
     progress = folder.progress(world.size, num_images)
     run = TransferRun(trainer, plan, folder, settings, progress, limits, world, loader=loader, task=task)
-    run.begin(line, logs)
+    run.begin(line, config.logs)
     return run
 
 
