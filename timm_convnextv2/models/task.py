@@ -1,5 +1,7 @@
 """`FCMAETask`: FCMAE as a task of timm."""
 
+from typing import Any
+
 import torch
 from timm.task import ClassificationTask, TrainingTask
 from torch import Tensor
@@ -18,7 +20,8 @@ class FCMAETask(TrainingTask):
         self.trainable_module = model
         self._layout = model.visible  # the unwrapped model's method: DDP and compile wrappers hide it
 
-    prepare_distributed, compile = ClassificationTask.prepare_distributed, ClassificationTask.compile
+    prepare_distributed: Any = ClassificationTask.prepare_distributed
+    compile: Any = ClassificationTask.compile
 
     def forward(self, input: Tensor, target: Tensor | None = None, channels: Tensor | None = None) -> dict[str, Tensor]:
         """'loss' (scalar) and 'mask' of images `[B, C, H, W]`.

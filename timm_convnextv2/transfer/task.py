@@ -1,4 +1,4 @@
-"""The set-up and evaluation that detection and segmentation share, and the interface of each task."""
+"""The set-up that detection and segmentation share, and the interface of each task."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
