@@ -119,12 +119,11 @@ def table(metrics: dict[str, float]) -> str:
 
 
 def save_found(
-    path: str | Path, data: DetectionImages, results: Sequence[Result], image_ids: Sequence[int],
-    min_score: float = SURE,
-) -> None:  # fmt: skip
+    path: str | Path, data: DetectionImages, results: Sequence[Result], indices: Sequence[int], min_score: float = SURE
+) -> None:
     """Draws the truth (left) and the objects found (right) of some images as one PNG."""
-    index, rows = {image.id: i for i, image in enumerate(data.coco.images)}, []
-    for i in (index[image_id] for image_id in image_ids):
+    rows = []
+    for i in indices:
         (loaded,), _ = collate([data[i]])
         image = data.coco.images[i]
         sure = [r for r in results if r["image_id"] == image.id and r["score"] >= min_score]

@@ -118,8 +118,8 @@ class DetectionTask(Task):
         return metrics, found, ClassResults("box AP", "objects", found_of)
 
     def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
-        images = self.validation.coco.images
-        save_found(path, self.validation, found, [i.id for i in images if i.annotations][:shown] or [images[0].id])
+        annotated = [i for i, image in enumerate(self.validation.coco.images) if image.annotations]
+        save_found(path, self.validation, found, annotated[:shown] or [0])
 
     def export(self, model: Any, folder: Path, **about: Any) -> None:
         export_detector(model, folder, classes=self.classes, **about)
