@@ -1,7 +1,7 @@
 """The figures of `evaluate` and `collapse`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..report.images import save_figure
+from ..report.images import new_figure, save_figure
 from .channels import BlockCollapse
 
 GREYS = ("#c4c4c4", "#a6a6a6", "#888888", "#5f5f5f", "#303030")  # baselines
@@ -17,15 +17,15 @@ MARKERS = "s^vDx"
 NAME_LENGTH = 40
 
 
-def _axis(width: float, height: float, ylabel: str) -> tuple[Any, Any]:
-    """A figure, and its axis."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    axis = figure.add_subplot(ylabel=ylabel)
-    axis.grid(axis="y", alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure, axis
+def _axes(size: tuple[float, float], ylabel: str, count: int = 1) -> tuple[Any, Any]:
+    """A figure, and its axes in a row, which share the vertical scale."""
+    figure = new_figure(size)
+    axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(axis="y", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(ylabel)
+    return figure, axes
 
 
 def _line(axis: Any, y: float, label: str) -> None:
@@ -35,6 +35,18 @@ def _line(axis: Any, y: float, label: str) -> None:
 def _save(figure: Any, path: str | Path, columns: int = 1) -> None:
     figure.legend(loc="outside lower center", fontsize=8, frameon=False, ncols=columns)
     save_figure(figure, path)
+
+
+def _styled(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Any, str]]:
+    """Each result with its colour and marker: greys for baselines."""
+    greys = zip(GREYS, MARKERS, strict=True)
+    colours = iter(_colours(sum("baseline" not in result for result in results)))
+    for result in results:
+        yield result, *(next(greys) if "baseline" in result else (next(colours), "o"))
+
+
+def _unit(found: Mapping[str, Any]) -> str:
+    return "mean average precision (%)" if found["data"]["several_labels"] else "accuracy (%)"
 
 
 def _colours(count: int) -> list[Any]:
@@ -53,19 +65,15 @@ def save_measures(found: Mapping[str, Any], path: str | Path) -> None:
     """Draws the measures of `evaluate_models` with their 95 % intervals, except the rank, as a PNG."""
     results = found["results"]
     keys = [key for key in results[0]["measures"] if key != "rank"]
-    baselines = ["baseline" in result for result in results]
-    colours, greys = iter(_colours(baselines.count(False))), iter(GREYS)
-    ylabel = "mean average precision (%)" if found["data"]["several_labels"] else "accuracy (%)"
-    figure, axis = _axis(1.6 + 1.3 * len(keys), 3.6 + 0.22 * len(results), ylabel)
-    for i, (result, plain) in enumerate(zip(results, baselines, strict=True)):
+    figure, (axis,) = _axes((1.6 + 1.3 * len(keys), 3.6 + 0.22 * len(results)), _unit(found))
+    for i, (result, colour, marker) in enumerate(_styled(results)):
         shift = 0.7 * ((i + 0.5) / len(results) - 0.5)
         value, low, high = ([100 * result["measures"][key][end] for key in keys] for end in ("value", "low", "high"))
         below = [max(v - end, 0) for v, end in zip(value, low, strict=True)]
         above = [max(end - v, 0) for v, end in zip(value, high, strict=True)]
         axis.errorbar(
-            [x + shift for x in range(len(keys))], value, yerr=[below, above], fmt="s" if plain else "o",
-            markersize=5, linewidth=1.3, capsize=2, color=next(greys) if plain else next(colours),
-            label=short(result["model"]),
+            [x + shift for x in range(len(keys))], value, yerr=[below, above], fmt="o" if marker == "o" else "s",
+            markersize=5, linewidth=1.3, capsize=2, color=colour, label=short(result["model"]),
         )  # fmt: skip
     chance = 100 * found["data"]["chance"]
     _line(axis, chance, f"chance, {chance:.1f} %")
@@ -75,17 +83,11 @@ def save_measures(found: Mapping[str, Any], path: str | Path) -> None:
 
 def save_budgets(found: Mapping[str, Any], path: str | Path) -> None:
     """Draws the measures of `evaluate_models` over the number of labelled images, with their bands, as a PNG."""
-    from matplotlib.figure import Figure
-
     results = [result for result in found["results"] if "budgets" in result]
     keys = [*results[0]["budgets"][0]["measures"]]
-    figure = Figure(figsize=(1 + 3.6 * len(keys), 3.8 + 0.2 * len(results)), dpi=120, layout="constrained")
-    axes = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
-    baselines = ["baseline" in result for result in results]
-    colours, greys = iter(_colours(baselines.count(False))), iter(zip(GREYS, MARKERS, strict=True))
+    figure, axes = _axes((1 + 3.6 * len(keys), 3.8 + 0.2 * len(results)), _unit(found), len(keys))
     chance = 100 * found["data"]["chance"]
-    for result, plain in zip(results, baselines, strict=True):
-        colour, marker = next(greys) if plain else (next(colours), "o")
+    for result, colour, marker in _styled(results):
         images = [budget["images"] for budget in result["budgets"]]
         for axis, key in zip(axes, keys, strict=True):
             bands = [budget["measures"][key] for budget in result["budgets"]]
@@ -93,7 +95,7 @@ def save_budgets(found: Mapping[str, Any], path: str | Path) -> None:
             label = short(result["model"]) if key == keys[0] else None
             axis.plot(
                 images, value, color=colour, marker=marker, markersize=5, label=label,
-                linestyle="--" if plain else "-",
+                linestyle="-" if marker == "o" else "--",
             )  # fmt: skip
             axis.fill_between(images, low, high, color=colour, alpha=0.15, linewidth=0)
     for axis, key in zip(axes, keys, strict=True):
@@ -101,9 +103,6 @@ def save_budgets(found: Mapping[str, Any], path: str | Path) -> None:
         label_counts(axis, [budget["images"] for budget in results[0]["budgets"]])
         axis.set_title({"knn": "kNN", "ridge": "ridge", "probe": "linear probe"}[key], fontsize=10)
         axis.set_xlabel("labelled training images")
-        axis.grid(axis="y", alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("mean average precision (%)" if found["data"]["several_labels"] else "accuracy (%)")
     _save(figure, path, columns=1 if len(results) < 4 else 2)
 
 
@@ -116,7 +115,7 @@ def label_counts(axis: Any, sizes: Sequence[int]) -> None:
 
 def save_distances(found: Mapping[str, Sequence[BlockCollapse]], path: str | Path) -> None:
     """Draws the mean cosine distance of channels over depth, one line per model, as a PNG (the paper's figure 4)."""
-    figure, axis = _axis(6.5, 4 + 0.2 * len(found), "mean cosine distance of channels")
+    figure, (axis,) = _axes((6.5, 4 + 0.2 * len(found)), "mean cosine distance of channels")
     for colour, (name, blocks) in zip(_colours(len(found)), found.items(), strict=True):
         dead = 100 * sum(block.dead for block in blocks) / len(blocks)
         label = short(name) + (f" ({dead:.2g} % of channels dead)" if dead else "")
@@ -134,9 +133,7 @@ def save_channels(shown: Sequence[Tensor], maps: Mapping[str, tuple[str, Tensor]
     Each square is scaled to its own range, which hides its strength. A square of one colour is a constant channel.
     `shown` has images `[h, w, 3]` in 0..1, `maps` the results of `channel_maps` by model.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.6 + 2.6 * len(maps), 0.5 + 2.5 * len(shown)), dpi=150, layout="constrained")
+    figure = new_figure((1.6 + 2.6 * len(maps), 0.5 + 2.5 * len(shown)), 150)
     widths = [1.4, *[2.6] * len(maps)]
     axes = figure.subplots(len(shown), 1 + len(maps), squeeze=False, gridspec_kw={"width_ratios": widths})
     for i, image in enumerate(shown):

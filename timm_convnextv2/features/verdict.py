@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..config import read_json
 from ..console import duration
 from ..files import read_rows
-from ..report.images import save_figure
+from ..report.images import new_figure, save_figure
 from .figures import label_counts
 
 SCRATCH, OWN = "from scratch", "own encoder"
@@ -147,10 +147,8 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
 
     Lines are means over seeds, bands their range.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), dpi=120, layout="constrained")
-    axes, last = figure.subplots(), last_of(curves)
+    figure, last = new_figure((6.4, 4)), last_of(curves)
+    axes = figure.subplots()
     for i, name in enumerate(dict.fromkeys(c.name for c in curves)):
         if len(last) > 1:
             points = [(images, [*of[name].values()]) for images, of in last.items() if name in of]

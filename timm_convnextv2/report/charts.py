@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 # Marker colours: in the SVG they become variables of the page, which has a light and a dark theme.
@@ -132,10 +133,8 @@ def _figure() -> tuple[Any, Any]:
     axis.patch.set_visible(False)
     axis.grid(color=_GRID, linewidth=0.8)
     axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color(_GRID)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(_GRID)
     axis.tick_params(colors=_MUTED, labelcolor=_INK, labelsize=9.5, length=3)
     axis.ticklabel_format(scilimits=(-3, 5))
     axis.yaxis.offsetText.set(color=_MUTED, fontsize=8.5)
@@ -145,8 +144,6 @@ def _figure() -> tuple[Any, Any]:
 
 def _svg(figure: Any, name: str, about: str) -> str:
     """The figure as an SVG element with unique ids; text stays text, colours become variables of the page."""
-    from html import escape
-
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 

@@ -37,7 +37,7 @@ def save_rows(
 
     Images are `[H, W, 3]` in [0, 1]; None is a crossed-out field, '' a blank one.
     """
-    figure = _figure(size, 120)
+    figure = new_figure(size)
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for axis, (image, text) in zip(axes.flat, chain(*rows), strict=True):
         axis.axis("off")
@@ -59,7 +59,7 @@ def save_histograms(found: "PixelStatistics", path: str | Path, title: str = "")
 
     columns = min(_HISTOGRAM_COLUMNS, found.channels)
     rows = -(-found.channels // columns)
-    figure = _figure((max(4.5, 3 * columns), 0.5 + 2.2 * rows), 110)
+    figure = new_figure((max(4.5, 3 * columns), 0.5 + 2.2 * rows), 110)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     low, high = found.percentile(1), found.percentile(99)
     for c, axis in enumerate(axes):
@@ -75,15 +75,15 @@ def save_histograms(found: "PixelStatistics", path: str | Path, title: str = "")
             axis.axvline(value, color="#c0392b", linewidth=1, linestyle="--", label=label)
         axis.set_title(f"channel {c + 1}", fontsize=9)
         axis.tick_params(labelsize=7)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(fontsize=7, frameon=False)
     for axis in axes[np.arange(len(axes)) % columns == 0]:
         axis.set_ylabel("share of pixels", fontsize=8)
     save_figure(figure, path, title)
 
 
-def _figure(size: tuple[float, float], dpi: int) -> Any:
+def new_figure(size: tuple[float, float], dpi: int = 120) -> Any:
+    """A figure of `size` inches, without pyplot's state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, dpi=dpi, layout="constrained")
@@ -105,7 +105,7 @@ def save_loss_curve(summary: str | Path, path: str | Path) -> None:
     rows, _ = read_rows(Path(summary))
     epochs, losses, rates = ([float(str(r[name])) for r in rows] for name in ("epoch", "train_loss", "lr"))
     epochs = [epoch + 1 for epoch in epochs]
-    figure = _figure((7, 4), 120)
+    figure = new_figure((7, 4))
     axis = figure.add_subplot()
     axis.plot(epochs, losses, color="#1f5fa8", marker="o" if len(rows) < 40 else None, markersize=3)
     axis.set(xlabel="epoch", ylabel="loss on masked patches")
