@@ -98,12 +98,8 @@ def pretrain(images: Places = (), *, dry_run: bool = False, **options: Any) -> R
     config, start = configure(given, below)
     words = words_of(PretrainConfig, given) + ([] if file is None else ["--config", str(file)])
     command = shlex.join([*invocation("pretrain", distributed=True), *words])
-    run = call_run("pretrain", config.compute.device, partial(_set_up, config, start, command))
+    run = call_run("pretrain", config.compute.device, partial(set_up, config, start, command=command))
     return None if run is None else Run(run.folder.path)
-
-
-def _set_up(config: PretrainConfig, start: Any, command: str, world: Any) -> Any:
-    return set_up(config, start, world, command)
 
 
 def evaluate(models: Places | Run, data_dir: Place, **options: Any) -> dict[str, Any]:

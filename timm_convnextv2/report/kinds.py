@@ -17,8 +17,6 @@ BASELINES = {
     "histogram": "histogram of each channel",
     "border": "border only",
 }
-
-
 PLAIN_LOSS = 1.0  # of a prediction of each patch's mean, whose target is normalised
 LITTLE = 0.95  # a loss above it says that little was learned
 
@@ -49,14 +47,14 @@ class Kind:
     """The differences between tasks."""
 
     title: str  # title of the page, before " of RUN"
-    model: str  # subfolder with the exported model
+    model: str = "model"  # subfolder with the exported model
     predictions: str  # explains the images of predictions
     alt: str  # text alternative of such an image, before ", after epoch N"
     measures: dict[str, tuple[str, str]]  # columns of summary.csv with name and format, in the order of the tables
     facts: Callable[[RunRecord], dict[str, str]]  # rows about model, data and training
     charts: tuple[Chart, ...]  # candidates besides terms of the loss and the cost; those without values are left out
     verdict: Callable[[RunRecord], Verdict]
-    findings: Callable[[RunRecord], Iterable[str]]  # sentences about the numbers
+    findings: Callable[[RunRecord], Iterable[str]] = lambda run: ()  # sentences about the numbers
     next_steps: Callable[[dict[str, Any], Path], list[Step]]  # commands for the exported model
 
 
@@ -246,10 +244,6 @@ def _above(value: str, base: str, difference: str) -> bool:
     return float(value.removesuffix(" %")) > float(base.removesuffix(" %"))
 
 
-def _findings_of_pretraining(run: RunRecord) -> list[str]:
-    return _best(run, "The held-out loss", "eval_loss", "{:.4f}", min)
-
-
 # -------------------------------------------------------------------------------------------------------- finetuning
 
 
@@ -354,12 +348,11 @@ KINDS = {
             Chart("Dead channels, %", {"eval_dead": False}, "Channels whose norm is almost zero.", 100),
         ),
         verdict=_verdict_of_pretraining,
-        findings=_findings_of_pretraining,
+        findings=lambda run: _best(run, "The held-out loss", "eval_loss", "{:.4f}", min),
         next_steps=next_steps,
     ),
     "finetuning": Kind(
         title="Finetuning",
-        model="model",
         predictions="Validation images of the exported model, with their class and the probability of the prediction.",
         alt="The surest mistakes above, the surest hits below",
         measures=_LOSS | {"eval_loss": ("Validation loss", "{:.4f}")} | _TOP,
@@ -371,12 +364,10 @@ KINDS = {
                   dashed="validation", solid="On the training images."),
         ),
         verdict=_verdict_of_transfer,
-        findings=lambda run: [],
         next_steps=next_steps_of_finetuning,
     ),
     "detection": Kind(
         title="Detection",
-        model="model",
         predictions="Validation images: ground truth on the left, detections with a score of at least 0.5 on the "
         "right.",
         alt="Ground truth on the left and detections on the right, one row per image",
@@ -390,12 +381,10 @@ KINDS = {
             _LOSS_CHART,
         ),
         verdict=_verdict_of_transfer,
-        findings=lambda run: [],
         next_steps=next_steps_of_transfer,
     ),
     "segmentation": Kind(
         title="Segmentation",
-        model="model",
         predictions="Validation images: the image, its mask, and the prediction.",
         alt="Image, mask and prediction, one row per image",
         measures=_LOSS | _CLASSES,
@@ -408,7 +397,6 @@ KINDS = {
             _LOSS_CHART,
         ),
         verdict=_verdict_of_transfer,
-        findings=lambda run: [],
         next_steps=next_steps_of_transfer,
     ),
 }  # fmt: skip

@@ -25,14 +25,8 @@ def publish_preview(folder: Path, model: Path) -> str:
         licensed = read_object(model / "config.json").get("pretrained_cfg", {}).get("license")
     except (ValueError, AttributeError):
         licensed = None
-    words = [
-        *invocation("publish"),
-        str(near(folder)),
-        "USER/NAME",
-        *([] if licensed else ["--license", "ID"]),
-        "--dry-run",
-    ]
-    return shlex.join(words)
+    license = [] if licensed else ["--license", "ID"]
+    return shlex.join([*invocation("publish"), str(near(folder)), "USER/NAME", *license, "--dry-run"])
 
 
 def near(path: Path) -> Path:
