@@ -34,9 +34,8 @@ def test_more_labels_are_worth_more_and_all_are_one_draw():
     means = torch.randn(4, 32, generator=generator)
     labels = torch.arange(400) % 4
     rows = means[labels] + 2.5 * torch.randn(400, 32, generator=generator)
-    found = over_budgets(
-        rows[:200], labels[:200], rows[200:], labels[200:], [8, 200], num_classes=4, draws=4, scoring=Scoring(k=(10,))
-    )
+    scoring = Scoring(k=(10,), budget_draws=4)
+    found = over_budgets(rows[:200], labels[:200], rows[200:], labels[200:], [8, 200], num_classes=4, scoring=scoring)
     few, many = (budget["measures"] for budget in found)
     assert list(few) == ["knn", "ridge", "probe"]
     for key in few:

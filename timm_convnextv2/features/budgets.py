@@ -54,15 +54,15 @@ def nested_subsets(labels: Tensor, sizes: Sequence[int], seed: int = 0) -> dict[
 
 def over_budgets(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, sizes: Sequence[int], *, num_classes: int,
-    draws: int = 3, scoring: Scoring = SCORING, device: str | torch.device = "cpu",
+    scoring: Scoring = SCORING, device: str | torch.device = "cpu",
 ) -> list[dict[str, Any]]:  # fmt: skip
     """kNN (the smallest `k`), ridge and linear probe by number of training images, on all test images.
 
     Returns `{"images": n, "measures": {"knn": {"value", "low", "high"}, ...}}` per size: mean, minimum and maximum
-    over `draws` subsets. All images are one subset.
+    over `scoring.budget_draws` subsets. All images are one subset.
     """
     found: dict[int, dict[str, list[float]]] = {size: {} for size in sizes}
-    for seed in range(scoring.seed, scoring.seed + draws):
+    for seed in range(scoring.seed, scoring.seed + scoring.budget_draws):
         for size, chosen in nested_subsets(train_labels, sizes, seed).items():
             if size == len(train) and found[size]:
                 continue

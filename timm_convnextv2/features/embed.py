@@ -87,22 +87,20 @@ def embed(
         else:
             wanted = [n for n in range(-(-len(source) // batch_size)) if share.wants(n)]
             batches = map_batches(source, numbers=wanted, **how)
-        bar = ImageProgress(share.images(total, batch_size), enabled=progress and group.primary)
-        try:
-            seen = 0
-            for number, count, part in embed_batches(
-                batches, encoder.model, limit, amp=extraction.amp, per_part=per_part, bad=bad, progress=bar.update
-            ):
-                seen += count
-                if part.names or part.skipped:
-                    parts.write(number, part)
-        except (ValueError, OSError) as e:
-            group.print_error(e)
-            if group.size == 1 and not parts.finished():  # nothing to resume from
-                parts.remove()
-            raise
-        finally:
-            bar.close()
+        seen = 0
+        with closing(ImageProgress(share.images(total, batch_size), enabled=progress and group.primary)) as bar:
+            try:
+                for number, count, part in embed_batches(
+                    batches, encoder.model, limit, amp=extraction.amp, per_part=per_part, bad=bad, progress=bar.update
+                ):
+                    seen += count
+                    if part.names or part.skipped:
+                        parts.write(number, part)
+            except (ValueError, OSError) as e:
+                group.print_error(e)
+                if group.size == 1 and not parts.finished():  # nothing to resume from
+                    parts.remove()
+                raise
         stated = source.reader.num_samples if isinstance(source, TimmStream) else None
         if stated and seen != stated:  # the reader skips corrupt shards and only logs them
             raise ValueError(

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from statistics import median
@@ -77,12 +77,9 @@ class Encoder:
             say(warning, error=True)
         numbers = range(-(-len(source) // batch_size))
         batches = map_batches(source, self.transform, batch_size, numbers, min(workers, len(numbers) - 1))
-        bar = ImageProgress(len(source), enabled=progress)
-        try:
-            limit = Limit(max_bad_images, len(source))
+        limit = Limit(max_bad_images, len(source))
+        with closing(ImageProgress(len(source), enabled=progress)) as bar:
             parts = [part for _, _, part in embed_batches(batches, self.model, limit, amp=amp, progress=bar.update)]
-        finally:
-            bar.close()
         rows, names, skipped = zip(*parts, strict=True)
         return Embedded(np.concatenate([part for part in rows if len(part)]), [*chain(*names)], [*chain(*skipped)])
 

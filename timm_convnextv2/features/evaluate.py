@@ -3,7 +3,8 @@
 import csv
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -150,19 +151,15 @@ def evaluate_models(
         parts = labelled(encoder.in_chans, encoder.pixels)[1:3]
         total = sum(len(part.labels) for part in parts)
         note(f"{name}: features of {total} images")
-        bar, start = ImageProgress(total, enabled=progress), time.perf_counter()
-        how: dict[str, Any] = {"devices": extraction.devices, "amp": extraction.amp, "progress": bar.update}
-        try:
+        start, how = time.perf_counter(), (encoder.transform, extraction.batch_size, extraction.workers)
+        with closing(ImageProgress(total, enabled=progress)) as bar:
             train, test = (
                 extract_many(
-                    columns,
-                    image_batches(part.source, encoder.transform, extraction.batch_size, extraction.workers),
-                    **how,
+                    columns, image_batches(part.source, *how), devices=extraction.devices, amp=extraction.amp,
+                    progress=bar.update,
                 )
                 for part in parts
-            )
-        finally:
-            bar.close()
+            )  # fmt: skip
         return train, test, total / (time.perf_counter() - start)
 
     def score(
@@ -181,13 +178,11 @@ def evaluate_models(
                 for train, test in rows
             ]
             rank = sum(rankme(test) for _, test in rows) / len(rows)
+            orders = [(labels, scoring), *((order, replace(scoring, probe=False)) for order in more)]
             curves = [
-                over_budgets(train, order, test, data.test.labels, sizes, draws=scoring.budget_draws, **how | only)
+                over_budgets(train, order, test, data.test.labels, sizes, **how | {"scoring": by})
                 for train, test in rows
-                for order, only in [
-                    (labels, {}),
-                    *((order, {"scoring": replace(scoring, probe=False)}) for order in more),
-                ]
+                for order, by in orders
             ]
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from e
@@ -256,13 +251,9 @@ def evaluate_models(
     return {"data": about, "settings": settings, "results": results, "notes": too_easy(results, about["test_images"])}
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def shuffles(labels: Tensor, seed: int) -> list[Tensor]:
     """The labels in several random orders."""
-    generator = seeded(seed)
+    generator = torch.Generator().manual_seed(seed)
     return [labels[torch.randperm(len(labels), generator=generator)] for _ in range(SHUFFLES)]
 
 
@@ -305,7 +296,7 @@ def too_easy(results: Sequence[Mapping[str, Any]], images: int) -> list[str]:
     return [f"{few}: {', '.join(names)} {'have' if len(names) > 1 else 'has'} all of them right."]
 
 
-def headline(keys: Sequence[str]) -> list[str]:
+def headline(keys: Iterable[str]) -> list[str]:
     """The measures that verdicts name: kNN with the fewest neighbours, and ridge."""
     return [next(key for key in keys if key.startswith("knn_")), "ridge"]
 
@@ -313,7 +304,7 @@ def headline(keys: Sequence[str]) -> list[str]:
 def verdict(name: str, gains: Mapping[str, Mapping[str, Estimate]]) -> list[str]:
     """One sentence per headline measure: which baselines the model is above, with paired 95 % intervals in points."""
     lines = []
-    for key in headline([*next(iter(gains.values()))]):
+    for key in headline(next(iter(gains.values()))):
         groups: dict[str, list[str]] = {"above": [], "below": [], "no difference shown to": []}
         for base, of in gains.items():
             gain = of[key]
@@ -329,10 +320,9 @@ def warnings_of(
 ) -> list[str]:
     """Warnings about shortcuts that do as well as the model, and about shuffled labels that are above chance."""
     measures, lines = {one["model"]: one["measures"] for one in results}, []
+    named = headline(next(iter(gains.values())))
     for base in SHORTCUTS:
-        keys = [
-            key for key in headline([*gains[base]]) if gains[base][key].low <= 0 and measures[base][key]["low"] > chance
-        ]
+        keys = [key for key in named if gains[base][key].low <= 0 and measures[base][key]["low"] > chance]
         if keys:
             shown = " and ".join(
                 f"{key.replace('knn_', 'kNN ')} {100 * measures[base][key]['value']:.1f} %" for key in keys
@@ -344,7 +334,7 @@ def warnings_of(
                 "The classes may differ in colour, exposure or background rather than in what they show."
             )
     control = measures.get(f"{name}, shuffled labels", {})
-    for key in [key for key in headline([*next(iter(gains.values()))]) if control and control[key]["low"] > chance]:
+    for key in [key for key in named if control and control[key]["low"] > chance]:
         lines.append(
             f"warning: {name} with shuffled training labels has {100 * control[key]['value']:.1f} % "
             f"({key.replace('knn_', 'kNN ')}), above chance ({100 * chance:.1f} %): the split is not sound."

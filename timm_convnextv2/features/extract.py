@@ -101,13 +101,9 @@ def extract_many(
                     column[-len(devices)] = column[-len(devices)].cpu()
             if progress is not None:
                 progress(len(images))
-    return [_joined([row.cpu() for row in column]) for column in columns]
-
-
-def _joined(rows: list[Tensor]) -> Tensor:
-    if not rows:
+    if not all(columns):
         raise ValueError("There are no images to compute features of.")
-    return torch.cat(rows)
+    return [torch.cat([row.cpu() for row in column]) for column in columns]
 
 
 def _on(network: Any, device: torch.device) -> Any:
