@@ -306,14 +306,9 @@ EVALUATE = {
     "--k must be at least 1": ["{run}", "--data-dir", "{data}", "-k", "0"],
     "--device nowhere cannot be used": ["{run}", "--data-dir", "{data}", "--device", "cpu,nowhere"],
     "--batch-size must be at least 1": ["{run}", "--data-dir", "{data}", "-b", "0"],
-    "--label-budgets 0.05 is 1 of 24 training images; expected at least one per class, 2 or 0.083": [
-        "{run}",
-        "--data-dir",
-        "{data}",
-        "--label-budgets",
-        "0.05",
-        "1",
-    ],
+    "--label-budgets 0.05 is 1 of 24 training images; expected at least one per class, 2 or 0.083": (
+        "{run} --data-dir {data} --label-budgets 0.05 1".split()
+    ),
     "--label-budgets 2.5 is above 1": ["{run}", "--data-dir", "{data}", "--label-budgets", "2.5"],
     "--label-budgets 25 is 25 of 24": ["{run}", "--data-dir", "{data}", "--label-budgets", "25"],
     "--label-budgets must be above 0": ["{run}", "--data-dir", "{data}", "--label-budgets", "0"],

@@ -347,23 +347,7 @@ def test_with_timm(tmp_path, capsys):
     write_folder(tmp_path / "labelled", size=32, train=24, validation=16)
     small = "--img-size 32 --patch-size 1 --decoder-dim 8 --model-kwargs depths=[1,1,1,1] dims=[8,8,8,8] -b 4 -j 0"
     options = ["--unlabelled", str(tmp_path / "labelled/train"), "--pretrain", f"{small} --epochs 1 --device cpu"]
-    options += [
-        "--epochs",
-        "2",
-        "--seeds",
-        "0",
-        "--lr-grid",
-        "1",
-        "3",
-        "--recipe",
-        "smoke",
-        "--device",
-        "cpu",
-        "-b",
-        "4",
-        "--workers",
-        "0",
-    ]
+    options += "--epochs 2 --seeds 0 --lr-grid 1 3 --recipe smoke --device cpu -b 4 --workers 0".split()
     assert command.main(words(tmp_path, *options)) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "out/compare.json").read_text())["top1"]
     assert found["24"].keys() == {verdict.SCRATCH, verdict.OWN}
