@@ -39,34 +39,14 @@ def _off(x: np.ndarray) -> np.ndarray:
     return np.abs(x - np.rint(x))
 
 
-def _stripes(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
-    return _off(u)
-
-
-def _bands(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
-    return 2.5 * _off(0.4 * u)
-
-
 def _checks(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
     a, b = _off(0.6 * u) - 0.25, _off(0.6 * v) - 0.25
     return np.sign(a * b) * np.minimum(np.abs(a), np.abs(b))
 
 
-def _dots(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
-    return -np.hypot(_off(u), _off(v))
-
-
 def _rings(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
     around = (x[x.shape[0] // 2, x.shape[1] // 2] + dice.uniform(-2, 2) for x in (u, v))
     return _off(np.hypot(*(x - centre for x, centre in zip((u, v), around, strict=True))))
-
-
-def _bricks(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
-    return np.minimum(2 * _off(0.4 * u + 0.5 * np.floor(v)), _off(v))
-
-
-def _grid(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
-    return np.minimum(_off(u), _off(v))
 
 
 def _clouds(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
@@ -80,15 +60,16 @@ def _clouds(u: np.ndarray, v: np.ndarray, dice: _Dice) -> np.ndarray:
     return upper + (lower - upper) * b
 
 
-_ALL = (_stripes, _bands, _checks, _dots, _rings, _bricks, _grid, _clouds)
-_TEXTURES: dict[str, Texture] = {texture.__name__[1:]: texture for texture in _ALL}
-
-
-# Shapes: signed distance, negative inside, of an object of radius about 1.
-
-
-def _disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.hypot(x, y) - 0.9
+_TEXTURES: dict[str, Texture] = {
+    "stripes": lambda u, v, dice: _off(u),
+    "bands": lambda u, v, dice: 2.5 * _off(0.4 * u),
+    "checks": _checks,
+    "dots": lambda u, v, dice: -np.hypot(_off(u), _off(v)),
+    "rings": _rings,
+    "bricks": lambda u, v, dice: np.minimum(2 * _off(0.4 * u + 0.5 * np.floor(v)), _off(v)),
+    "grid": lambda u, v, dice: np.minimum(_off(u), _off(v)),
+    "clouds": _clouds,
+}
 
 
 def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -96,15 +77,13 @@ def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.hypot(np.maximum(x, 0), np.maximum(y, 0)) + np.minimum(np.maximum(x, y), 0) - 0.15
 
 
-def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(math.sqrt(0.75) * np.abs(x) + 0.5 * y, -y) - 0.55
-
-
-def _flower(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return 0.75 * (np.hypot(x, y) - 0.8 - 0.14 * np.cos(5 * np.arctan2(y, x)))
-
-
-_SHAPES = (_disc, _square, _triangle, _flower)
+# Shapes: signed distance, negative inside, of an object of radius about 1.
+_SHAPES: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], ...] = (
+    lambda x, y: np.hypot(x, y) - 0.9,  # disc
+    _square,
+    lambda x, y: np.maximum(math.sqrt(0.75) * np.abs(x) + 0.5 * y, -y) - 0.55,  # triangle
+    lambda x, y: 0.75 * (np.hypot(x, y) - 0.8 - 0.14 * np.cos(5 * np.arctan2(y, x))),  # flower
+)
 
 
 class DemoSource(Source):
