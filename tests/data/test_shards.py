@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from timm_convnextv2.data import DataSet, PretrainStream, StreamOrder, collate, create_source
-from timm_convnextv2.data.samples.shards import shard_note, shards_of
+from timm_convnextv2.data.sources.stream import shard_note, shards_of
 
 PER_SHARD, BATCH = 4, 2
 

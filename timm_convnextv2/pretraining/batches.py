@@ -21,7 +21,7 @@ from ..data import (
     hold_out,
 )
 from ..data.measure.duplicates import files_of, shared_note
-from ..data.samples.shards import shard_note
+from ..data.sources.stream import shard_note
 from ..runs.group import Processes
 from ..runs.trainer import Bad
 from ..runs.world import leave_signals_to_parent

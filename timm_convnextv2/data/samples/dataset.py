@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -160,15 +161,11 @@ class PretrainStream(_Samples, IterableDataset):
 def _skip(numbered: Iterator[tuple[int, tuple[str, Callable]]], count: int) -> Callable | None:
     """Skips images of a stream; returns the last one that can be decoded, as a replacement for bad ones."""
     recent = deque((load for _, (_, load) in islice(numbered, count)), maxlen=_KEPT_OF_SKIPPED)
-    return next((load for load in reversed(recent) if _decodes(load)), None)
-
-
-def _decodes(load: Callable) -> bool:
-    try:
-        load()
-    except ImageError:
-        return False
-    return True
+    for load in reversed(recent):
+        with suppress(ImageError):
+            load()
+            return load
+    return None
 
 
 def collate(

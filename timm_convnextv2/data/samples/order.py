@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ...console import count
 from ...seeds import mix
 from ..sources.groups import Groups
 
@@ -28,11 +29,11 @@ class EpochBatchSampler:
                 f"world_size {world_size}."
             )
         if world_size > num_samples:
-            images = f"{num_samples} image{'s' * (num_samples != 1)}"
+            images = count(num_samples, "image")
             raise ValueError(f"{world_size} processes cannot share {images}; start at most {num_samples}.")
         if batch_size * world_size > num_samples:
             raise ValueError(
-                f"--batch-size {batch_size} on {world_size} process{'es' * (world_size != 1)} needs "
+                f"--batch-size {batch_size} on {count(world_size, 'process')} needs "
                 f"{batch_size * world_size} images, the data set has {num_samples}; the largest --batch-size that "
                 f"works is {num_samples // world_size}."
             )
