@@ -9,6 +9,7 @@ from .errors import ImageError, refuse_page, wrong_channels
 from .pixels import CHANNELS
 
 Page = int | str | None
+_NO_PAGES = "YXSC"  # rows, columns, samples of a pixel, channels; entries of other axes are pages
 _NAMES = {"Z": "depth", "T": "time"}
 
 
@@ -34,14 +35,9 @@ class Layout(NamedTuple):
         return x.reshape(-1, *x.shape[-2:])
 
 
-def is_page_axis(axis: str) -> bool:
-    """Whether entries of this axis are pages: not rows, columns, channels, or samples of a pixel."""
-    return axis not in "YXSC"
-
-
 def count_pages(axes: str, shape: tuple[int, ...]) -> int:
     """Pages of an array with these axes."""
-    return math.prod(size for axis, size in zip(axes, shape, strict=True) if is_page_axis(axis))
+    return math.prod(size for axis, size in zip(axes, shape, strict=True) if axis not in _NO_PAGES)
 
 
 def choose_axes(axes: str, shape: tuple[int, ...], in_chans: int, page: Page = None) -> Layout:
@@ -57,7 +53,7 @@ def choose_axes(axes: str, shape: tuple[int, ...], in_chans: int, page: Page = N
     sizes = dict(zip(axes, shape, strict=True))
     if not {"Y", "X"} <= set(axes) or len(sizes) != len(axes):
         raise ImageError(f"has axes {axes}, expected images with axes Y and X")
-    kept = _unpaged(axes, sizes, in_chans) if page is None else "".join(axis for axis in axes if axis in "YXSC")
+    kept = _unpaged(axes, sizes, in_chans) if page is None else "".join(axis for axis in axes if axis in _NO_PAGES)
     if page == CHANNELS:
         channels = math.prod(size for axis, size in sizes.items() if axis not in "YX")
         if channels != in_chans:
@@ -66,7 +62,7 @@ def choose_axes(axes: str, shape: tuple[int, ...], in_chans: int, page: Page = N
     index = {axis: 0 for axis in axes if axis not in kept}
     if page is not None:
         _check_colours(axes, sizes, in_chans)
-        pages = [axis for axis in axes if is_page_axis(axis)]
+        pages = [axis for axis in axes if axis not in _NO_PAGES]
         total = math.prod(sizes[axis] for axis in pages)
         refuse_page(page, total)
         found = np.unravel_index(int(page), [sizes[axis] for axis in pages]) if pages else ()
@@ -97,7 +93,7 @@ def _unpaged(axes: str, sizes: dict[str, int], in_chans: int) -> str:
         )
     _check_colours(axes, sizes, in_chans)
     if "S" in axes or "C" in axes:
-        return "".join(axis for axis in axes if axis in "YXSC")
+        return "".join(axis for axis in axes if axis in _NO_PAGES)
     unnamed = [axis for axis in axes if axis in "IQ"]
     if len(unnamed) == 1 and sizes[unnamed[0]] == in_chans:
         if unnamed == ["I"] and in_chans == 3:

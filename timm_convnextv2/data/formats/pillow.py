@@ -132,11 +132,6 @@ def pillow_size(file: BinaryIO) -> tuple[int, int]:
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def from_pil(image: Image.Image, in_chans: int, pixels: Pixels = PLAIN) -> torch.Tensor:
-    """A Pillow image, upright, with the requested channels, see `load_image`."""
-    return pixels.clip(convert_image(image, in_chans, pixels))
-
-
 def is_8_bit(image: Image.Image) -> bool:
     """Whether a Pillow image has at most 8 bits per channel."""
     return image.mode != "F" and not image.mode.startswith("I")
@@ -156,15 +151,18 @@ def to_mode(image: Image.Image, in_chans: int) -> Image.Image:
     return image if image.mode == target else image.convert(target)
 
 
-def convert_image(
+def from_pil(
     image: Image.Image,
     in_chans: int,
-    pixels: Pixels,
+    pixels: Pixels = PLAIN,
     tag: float | None = None,
     masked: np.ndarray | None = None,
     scene: bool = False,
 ) -> torch.Tensor:
-    """As `from_pil`, before clipping; nodata are `masked`, bool `[H, W]`, and in a scene pixels with alpha 0."""
+    """A Pillow image, upright, with the requested channels, see `load_image`.
+
+    Pixels that are `masked`, bool `[H, W]`, or in a scene have alpha 0, are nodata.
+    """
     ImageOps.exif_transpose(image, in_place=True)  # a copy would add a tenth to the time of decoding
     if in_chans != 4 and image.mode in ("RGBA", "LA", "PA"):
         if scene:
@@ -186,8 +184,8 @@ def convert_image(
             if x.min() < 0 or x.max() > 65535:
                 raise ImageError(f"has values {x.min()}..{x.max()}, expected 16 bits; save as 16-bit or float32")
             x = x.astype(np.uint16)
-        return scaled(x[None], pixels, tag, masked=masked).repeat(in_chans, 1, 1)
+        return pixels.clip(scaled(x[None], pixels, tag, masked=masked).repeat(in_chans, 1, 1))
     x = np.array(image)
     x = x[None] if in_chans == 1 else x.transpose(2, 0, 1)
     plain = not named and masked is None and pixels.divide is None and not noting()
-    return torch.from_numpy(x) if plain else scaled(x, pixels, tag, masked=masked)
+    return pixels.clip(torch.from_numpy(x) if plain else scaled(x, pixels, tag, masked=masked))

@@ -21,7 +21,7 @@ from .axes import Layout, Page, choose_axes, count_pages
 from .errors import ImageError, MissingPackageError, installed, refuse_page, wrong_channels
 from .files import Header, Scene, check_size
 from .npy import read_box
-from .pillow import convert_image, is_8_bit, no_pillow_messages, open_pillow, pillow_header
+from .pillow import from_pil, is_8_bit, no_pillow_messages, open_pillow, pillow_header
 from .pixels import Pixels
 from .values import largest_value, parse_tag, scaled
 
@@ -73,7 +73,7 @@ def _pillow_image(file: BinaryIO) -> Any:
 def _load_by_pillow(image: Any, in_chans: int, pixels: Pixels, masked: np.ndarray | None = None) -> torch.Tensor:
     if image is None:
         raise ImageError("has colours or a compression that Pillow does not read; convert it to RGB")
-    return pixels.clip(convert_image(image, in_chans, pixels, _nodata_tag(image), masked, scene=True))
+    return from_pil(image, in_chans, pixels, _nodata_tag(image), masked, scene=True)
 
 
 def _nodata_tag(image: Image.Image) -> float | None:
@@ -184,7 +184,7 @@ class TiffScene(Scene):
             raise _codec_missing(self.frame, error) or error from None
         masked = self._masked(rows, columns)
         if self.convert:
-            return self.pixels.clip(self.convert(x, masked))
+            return self.convert(x, masked)
         return self.pixels.clip(_to_channels(x, self.frame, self.in_chans, self.pixels, masked))
 
     def _masked(self, rows: slice, columns: slice) -> np.ndarray | None:
@@ -211,7 +211,7 @@ class TiffScene(Scene):
             piece = Image.frombytes(mode, (x.shape[1], x.shape[0]), x.tobytes(), "raw", rawmode)
             if palette is not None:
                 piece.putpalette(palette[1], palette[0])
-            return convert_image(piece, self.in_chans, self.pixels, tag, masked, scene=True)
+            return from_pil(piece, self.in_chans, self.pixels, tag, masked, scene=True)
 
         return convert
 
