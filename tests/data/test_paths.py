@@ -19,7 +19,6 @@ from timm_convnextv2.data.paths.find import file_sizes, find_files
 from timm_convnextv2.data.paths.index import Index
 from timm_convnextv2.data.paths.listing import list_files, origins_of
 from timm_convnextv2.data.paths.lists import read_list
-from timm_convnextv2.data.paths.walk import LeftOut
 from timm_convnextv2.files import WriteError
 from timm_convnextv2.runs.group import Processes
 
@@ -124,15 +123,6 @@ def test_options_that_do_not_fit():
     for paths, weights in ((ImagePaths.of(None, "x"), None), (None, [1]), (["a", "b"], None)):
         with pytest.raises(ValueError, match="demo"):
             create_source(paths, DataSet("demo"), source_weights=weights)
-
-
-def test_left_out_is_merged():
-    left, other = LeftOut(), LeftOut()
-    left.ignored[".txt"], other.ignored[".txt"] = 2, 3
-    other.add_special("x", "FIFO")
-    left.merge(other)
-    assert str(left) == "5 other files ignored: 5 .txt; 1 not opened, no regular file: x (FIFO)"
-    assert left.num_special == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- lists

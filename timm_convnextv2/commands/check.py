@@ -21,7 +21,7 @@ from ..data.measure.inspection import (
     some_of_each,
     thumbnail,
 )
-from ..data.paths.find import check_places, find_files
+from ..data.paths.find import find_files
 from ..files import write_json
 from ..report.images import save_contact_sheet
 from ..runs.group import Processes
@@ -40,7 +40,6 @@ def check(config: CheckConfig) -> int:
     if not paths.data_dir and not paths.data_list:
         raise ValueError("No images given. Name a folder: check IMAGES.")
     check_bands(config.show_bands, max(config.show_bands or (3,)))
-    check_places(paths)
     output = check_output("check", config.output, paths.data_dir, config.overwrite)
     figure = output.with_suffix(".png")
     page = one_page(config.pages)
@@ -66,14 +65,13 @@ def check(config: CheckConfig) -> int:
     else:
         headers = {one.name: one.header.channels for one in files if one.header}
         root = source.folders()[0] if len(source.folders()) == 1 else ""
-        sheet = []
-        for of in some_of_each(found, _SHOWN):
-            sheet.append((shown(of.name, headers.get(of.name), pixels, config), label(of.kind, of.name, root)))
-            if of.partner:
-                image = shown(of.partner, headers.get(of.partner), pixels, config)
-                sheet.append(
-                    (image, label("looks like" if of.kind == "near duplicate" else "the same as", of.partner, root))
-                )
+        like = {"duplicate": "the same as", "near duplicate": "looks like"}
+        sheet = [
+            (shown(name, headers.get(name), pixels, config), label(kind, name, root))
+            for of in some_of_each(found, _SHOWN)
+            for kind, name in ((of.kind, of.name), (like.get(of.kind, ""), of.partner))
+            if name
+        ]
         which = "channels " + " ".join(map(str, config.show_bands or ("1", "to", "3, or 1")))
         shares = f"{min(len(found), _SHOWN)} of {len(found)} findings"
         save_contact_sheet(sheet, figure, f"{shares}; {which}, percentiles 2 to 98")

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,14 +75,10 @@ def load_part(
     """An image as `load_image` gives it; with a window, only its middle of at most `window` pixels per side."""
     if window is None:
         return load_image(path, in_chans, pixels)
-    scene = open_scene(os.fspath(path), in_chans, pixels)
-    try:
+    with closing(open_scene(os.fspath(path), in_chans, pixels)) as scene, faults_named(printable(path)):
         sides = [min(window, n) for n in scene.size]
         top, left = ((n - side) // 2 for n, side in zip(scene.size, sides, strict=True))
-        with faults_named(printable(path)):
-            return scene.read(top, left, *sides)
-    finally:
-        scene.close()
+        return scene.read(top, left, *sides)
 
 
 def digest_of(path: str | os.PathLike) -> bytes:

@@ -40,7 +40,6 @@ class Measured(NamedTuple):
     unit: float  # their divisor
     total: int | None  # images of the data set; None for a stream
     error: float  # standard error of the mean that was reached, in standard deviations, largest of all channels
-    wanted: float  # requested standard error
     bad: list[str]  # reasons why images were left out
     stored: tuple[float, float]  # smallest and largest stored value, before measured limits clip
     blank: float  # fraction of pixels that are 0 in all channels, before measured limits clip
@@ -142,7 +141,7 @@ def measure(
     (kind,), reached = kinds, float(found.standard_error(total).max())
     stored = float(found.low.min()) * unit, float(found.high.max()) * unit
     blank = found.blank / max(1, int(found.count[0] + found.missing[0]))
-    return Measured(found, kind, unit, total, reached, error, bad, stored, blank)
+    return Measured(found, kind, unit, total, reached, bad, stored, blank)
 
 
 def _none_readable(bad: list[str]) -> ValueError:

@@ -31,10 +31,6 @@ class LeftOut:
     special: dict[str, str] = field(default_factory=dict)
     num_special: int = 0  # number of all of these
 
-    def add_special(self, path: str, kind: str) -> None:
-        """Counts a file that is not regular."""
-        self.merge(LeftOut(Counter(), {printable(path): kind}, 1))
-
     def merge(self, other: "LeftOut") -> None:
         """Adds the files that were left out elsewhere."""
         self.ignored += other.ignored
@@ -102,7 +98,7 @@ def walk(
                     if kind == "folder" and not zarr:
                         below.append(entry.name)
                     elif kind not in ("", "folder"):
-                        left.add_special(entry.path, kind)
+                        left.merge(LeftOut(special={printable(entry.path): kind}, num_special=1))
                     elif zarr and extension in extensions:
                         images += [os.path.normpath(os.path.join(entry.name, x)) for x in zarr_images(entry.path)]
                     elif extension in extensions or is_dicom_file(entry.path):
