@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+from dicom_files import draw
 from PIL import Image
 
 from timm_convnextv2.commands import main as cli
@@ -83,24 +84,11 @@ def draw_slides() -> None:
 
 def draw_x_rays() -> None:
     pytest.importorskip("pydicom")
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
-
     Path("x-rays").mkdir()
     for i in range(16):
         stored = (4095 * waves(i, 1, 80, 72)[0].clip(0, 1)).astype(np.uint16)
-        image = Dataset()
-        image.file_meta = FileMetaDataset()
-        image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        image.SOPClassUID = DigitalXRayImageStorageForPresentation
-        image.SOPInstanceUID = generate_uid()
-        image.Modality, image.SamplesPerPixel, image.PixelRepresentation = "DX", 1, 0
-        image.PhotometricInterpretation = "MONOCHROME1" if i % 2 else "MONOCHROME2"
-        image.Rows, image.Columns = stored.shape
-        image.BitsAllocated, image.BitsStored, image.HighBit = 16, 12, 11
-        image.WindowCenter, image.WindowWidth = 2000, 3600
-        image.PixelData = (4095 - stored if i % 2 else stored).tobytes()
-        image.save_as(f"x-rays/{i:02d}.dcm", enforce_file_format=True)
+        inverted = dict(x=4095 - stored, photometric="MONOCHROME1") if i % 2 else dict(x=stored)
+        draw(Path(f"x-rays/{i:02d}.dcm"), **inverted, WindowCenter=2000, WindowWidth=3600)
 
 
 def draw_frames() -> None:
@@ -139,9 +127,8 @@ def test_every_guide_is_run():
 def test_the_commands_of_a_guide_lead_to_an_encoder(guide, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(loop, "save_loss_curve", lambda *_: None)  # drawing takes longer than the runs
-    monkeypatch.setattr(loop, "write_report", lambda *_: None)
-    monkeypatch.setattr(measures, "save_reconstructions", lambda *_: None)
+    for module, name in ((loop, "save_loss_curve"), (loop, "write_report"), (measures, "save_reconstructions")):
+        monkeypatch.setattr(module, name, lambda *_: None)  # drawing takes longer than the runs
     DRAWN[guide]()
     found = commands(GUIDES[guide])
     assert [words[0] for words in found] in (["check", "stats", "pretrain", "embed"], ["check", "pretrain", "embed"])
@@ -162,22 +149,3 @@ def test_the_table_of_the_readme_holds_whole_commands():
     assert len(rows) == 8
     for words in rows:
         parse_options(words)
-
-
-def test_cameras_with_a_list_an_index_and_weights(tmp_path, monkeypatch, capsys):
-    """As docs/data.md says of these options."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "save_loss_curve", lambda *_: None)
-    monkeypatch.setattr(loop, "write_report", lambda *_: None)
-    monkeypatch.setattr(measures, "save_reconstructions", lambda *_: None)
-    draw_frames()
-    used = [path for path in sorted(Path("frames").glob("*/*.jpg")) if not path.stem.endswith("7")]
-    Path("frames/used.txt").write_text("\n".join(path.relative_to("frames").as_posix() for path in used))
-    listed = shlex.split("pretrain --data-list frames/used.txt --index frames.index --experiment listed")
-    assert cli.main([*listed, *SMALLER["pretrain"]]) == 0
-    weighted = shlex.split("pretrain --data-dir frames/gate frames/yard --source-weights 2 1 --experiment weighted")
-    assert cli.main([*weighted, *SMALLER["pretrain"]]) == 0
-    printed = capsys.readouterr()
-    assert f"Written: frames.index, an index of {len(used)} images." in printed.err
-    assert f"; {len(used)} images of 3 x 32 x 32" in printed.out
-    assert "frames/yard: 8 images, 33.3% of an epoch" in printed.out
