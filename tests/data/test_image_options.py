@@ -1,11 +1,14 @@
 """Options on images: the record of pixels that they make, and what they refuse."""
 
+import json
+import math
+
 import pytest
 
 from timm_convnextv2.commands.base import own_options
 from timm_convnextv2.config import add_options, build, words_given
 from timm_convnextv2.console import CommandParser
-from timm_convnextv2.data import PixelOptions, Pixels
+from timm_convnextv2.data import PixelOptions, Pixels, create_source
 
 
 def parse(text):
@@ -31,6 +34,32 @@ def test_options_make_the_record_and_back(text, pixels):
     assert parse(text).to_pixels(3) == pixels == PixelOptions.of(pixels).to_pixels(3)
 
 
+@pytest.mark.parametrize(
+    "pixels, text",
+    [
+        *((Pixels(nodata, 2.0, (0.0, 1.0), (1.0, 2.0)), "clipped") for nodata in (None, -9999.0, math.nan, -math.inf)),
+        (Pixels(dicom_window="file", page=3), "DICOM in the window"),
+        (Pixels(dicom_window=(40.0, 400.0), page="channels"), "DICOM in the window"),
+        (Pixels(standardize="image"), "each image to mean 0"),
+    ],
+)
+def test_the_record_comes_back_from_json(pixels, text):
+    again = Pixels.from_record(json.loads(json.dumps(pixels.record(), allow_nan=False)))
+    assert repr(again) == repr(pixels) and text in str(pixels) and pixels.plain == (pixels.dicom_window is not None)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (Pixels(dicom_window=(40.0,)), "a centre and a width above 0"),
+        (Pixels(standardize="pixel"), "'channel' or 'image', got 'pixel'"),
+    ],
+)
+def test_a_record_that_no_option_makes_is_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        create_source("absent", pixels=wrong)
+
+
 @pytest.mark.parametrize("text", ["--pages all", "--pages 0 2"])
 def test_several_pages_are_no_part_of_the_record(text):
     assert parse(text).to_pixels() == Pixels()
@@ -46,6 +75,11 @@ def test_several_pages_are_no_part_of_the_record(text):
         ("--pages 0 all", "--pages .* 0 all"),
         ("--pages -2", "--pages .* -2"),
         ("--clip-low 0 --clip-high 1 2", "clip_high has 2 values for 3 channels"),
+        ("--clip-low 0", "come in pairs"),
+        ("--clip-low 0 --clip-high 0", "out of order in channel 1"),
+        ("--divide -1", "above 0, got -1"),
+        ("--dicom-window 40 -1", "above 0"),
+        ("--dicom-window file --divide 2", "0 to 1"),
     ],
 )
 def test_wrong_words_are_refused(text, words):

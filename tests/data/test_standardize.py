@@ -179,8 +179,6 @@ def test_contradictions_are_refused(words, message, capsys, tmp_path):
 
 
 def test_the_record_of_a_folder_is_checked():
-    with pytest.raises(ValueError, match="'channel' or 'image', got 'pixel'"):
-        Pixels(standardize="pixel").check(3)
     with pytest.raises(ValueError, match=r"training.pixels.standardize = 'pixel' .*expected 'channel' or 'image'"):
         check_training("x", {"training": {"made_with": {"timm_convnextv2": "1"}, "pixels": {"standardize": "pixel"}}})
 
