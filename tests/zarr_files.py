@@ -28,3 +28,12 @@ def new_array(path: Any, version: int = 2, **how: Any) -> Any:
 
 def add_array(group: Any, name: str, **how: Any) -> Any:
     return getattr(group, "create_array", group.create_dataset)(name, **how)
+
+
+def save_zarr(path: Any, x: Any, axes: str, side: int, ome: float = 0.5) -> None:
+    """OME-Zarr with chunks of `side` x 16."""
+    group = new_group(path, 3 if ome == 0.5 else 2)
+    chunks = (*[1] * (x.ndim - 2), side, 16)
+    add_array(group, "0", shape=x.shape, chunks=chunks, dtype=x.dtype)[...] = x
+    scales = [{"version": str(ome), "axes": [{"name": a} for a in axes], "datasets": [{"path": "0"}]}]
+    group.attrs.update({"ome": {"version": "0.5", "multiscales": scales}} if ome == 0.5 else {"multiscales": scales})

@@ -14,6 +14,7 @@ from timm_convnextv2.data import (
     EpochBatchSampler,
     PretrainDataset,
     PretrainTransform,
+    Source,
     collate,
 )
 
@@ -25,6 +26,23 @@ def no_sleep(monkeypatch):
         import datasets
 
         monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
+class Numbers(Source):
+    """A source whose image is its number."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def read(self, i, choose=None, seed=None):
+        return i
+
+    def name(self, i):
+        return f"image {i}"
 
 
 # an image whose corners differ, so that a rotation or a swapped axis shows

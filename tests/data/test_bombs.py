@@ -9,6 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from dicom_files import draw
 from PIL import Image
 from zarr_files import new_array
@@ -42,7 +43,6 @@ def png(path):
 
 def tiff(**options):
     def write(path):
-        tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
         shape = (5000, 5000, 2) if "planarconfig" in options else (5000, 5000)
         tifffile.imwrite(path / "x.tif", np.zeros(shape, np.uint8), **options, **TIFF)
         return path / "x.tif"
@@ -50,21 +50,16 @@ def tiff(**options):
     return write
 
 
-def zarr_folder(path, codec, data=b"", chunks=(16, 16), name="0.0"):
-    path.mkdir()
-    about = dict(zarr_format=2, shape=[16, 16], chunks=chunks, dtype="|u1", fill_value=0, order="C", filters=None)
-    (path / ".zarray").write_text(json.dumps(about | {"compressor": codec and {"id": codec}}))
-    if data:
-        (path / name).write_bytes(data)
-    return path
+def inflating(codec, compress, size=MEGABYTES * 2**20, side=16):
+    def write(path):
+        (path / "x.zarr").mkdir()
+        about = dict(zarr_format=2, shape=[16, 16], chunks=(side, side), dtype="|u1", fill_value=0, order="C")
+        about |= {"filters": None, "compressor": {"id": codec}}
+        (path / "x.zarr/.zarray").write_text(json.dumps(about))
+        (path / "x.zarr/0.0").write_bytes(compress(bytes(size)))
+        return path / "x.zarr"
 
-
-def big_chunk(path):
-    return zarr_folder(path / "x.zarr", "zlib", zlib.compress(bytes(5000**2)), chunks=(5000, 5000))
-
-
-def inflating(codec, compress):
-    return lambda path: zarr_folder(path / "x.zarr", codec, compress(bytes(MEGABYTES * 2**20)))
+    return write
 
 
 def numcodec(codec):
@@ -85,7 +80,6 @@ def sharded(path):
 
 
 def large_plain_tile(path):
-    tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
     tifffile.imwrite(path / "x.tif", np.ones((16, 16), np.uint8), tile=(4000, 4000), compression="zlib")
     return path / "x.tif"
 
@@ -102,7 +96,6 @@ def deflated_dicom(path):
 
 def large_tile(compression):
     def write(path):
-        tifffile = pytest.importorskip("tifffile", reason="the package tifffile is not installed")
         pytest.importorskip("imagecodecs", reason="the package imagecodecs is not installed")
         x = np.zeros((4000, 4000), np.uint8)
         options = dict(photometric="minisblack", compression=compression, rowsperstrip=4000, metadata=None)
@@ -123,7 +116,7 @@ BOMBS = {
     "TIFF by Pillow": tiff(rowsperstrip=100),
     "TIFF by tifffile": tiff(planarconfig="contig", rowsperstrip=100),
     "TIFF, tiles of bands": tiff(planarconfig="contig", tile=(512, 512)),
-    "Zarr, large chunk": big_chunk,
+    "Zarr, large chunk": inflating("zlib", zlib.compress, 5000**2, 5000),
     "Zarr, zlib": inflating("zlib", zlib.compress),
     "Zarr, gzip": inflating("gzip", gzip.compress),
     "Zarr, bz2": inflating("bz2", bz2.compress),

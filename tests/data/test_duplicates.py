@@ -1,10 +1,7 @@
 """Images with the same bytes on both sides of a split are counted and told, by every command that splits."""
 
-import shutil
-
-import numpy as np
 import pytest
-from PIL import Image
+from drawn import noise
 
 from timm_convnextv2.commands.pretrain import main as pretrain
 from timm_convnextv2.data import FolderSource, WindowOptions, hold_out
@@ -17,9 +14,7 @@ def images(tmp_path):
     """Eight images, of which the last two have the bytes of the first."""
     (tmp_path / "images").mkdir()
     for i in range(8):
-        path = tmp_path / f"images/{i}.png"
-        array = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
-        shutil.copy(tmp_path / "images/0.png", path) if i > 5 else Image.fromarray(array).save(path)
+        noise(0 if i > 5 else i, (32, 32)).save(tmp_path / f"images/{i}.png")
     return tmp_path / "images"
 
 

@@ -4,26 +4,10 @@ import pickle
 
 import pytest
 import torch
+from drawn import Numbers
 
-from timm_convnextv2.data import Source, hold_out
+from timm_convnextv2.data import hold_out
 from timm_convnextv2.data.sources.picked import MOST_HELD_OUT
-
-
-class Numbers(Source):
-    """A source whose image is its number."""
-
-    def __init__(self, count):
-        super().__init__()
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def read(self, i, choose=None, seed=None):
-        return i
-
-    def name(self, i):
-        return f"image {i}"
 
 
 def everything(part):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from zarr_files import add_array, new_group
+from zarr_files import save_zarr
 
 from timm_convnextv2.data import FolderSource, ImageError, Pixels, WindowOptions, load_image
 from timm_convnextv2.data.formats.decode import count_pages, open_scene, read_header
@@ -95,10 +95,7 @@ def test_all_pages_are_the_channels(kind, tmp_path):
         load_image(path, len(truth) + 1, pixels)
 
 
-def test_without_pages_a_stack_is_refused_as_before(tmp_path):
-    KINDS["z-stack, OME"][1](tmp_path / "x.ome.tif")
-    with pytest.raises(ImageError, match=r"\(Z: 4\).*--pages"):
-        load_image(tmp_path / "x.ome.tif", 1)
+def test_frames_of_a_gif_are_no_channels(tmp_path):
     gif(tmp_path / "x.gif")
     with pytest.raises(ImageError, match="3 pages.*TIFF, DICOM.*OME-Zarr"):
         load_image(tmp_path / "x.gif", 3, Pixels(page="channels"))
@@ -116,10 +113,7 @@ def test_windows_of_pages(tmp_path):
 
 
 def test_zarr_stacks(tmp_path):
-    group = new_group(tmp_path / "x.zarr")
-    add_array(group, "0", shape=ZC.shape, chunks=(1, 1, 16, 16), dtype=ZC.dtype)[...] = ZC
-    axes = [{"name": name} for name in "zcyx"]
-    group.attrs["multiscales"] = [{"axes": axes, "datasets": [{"path": "0"}]}]
+    save_zarr(tmp_path / "x.zarr", ZC, "zcyx", 16, 0.4)
     source = PageSource(FolderSource(tmp_path, 2))
     assert len(source) == 3
     assert all(torch.equal(source[i], torch.from_numpy(ZC[i].astype(np.float32) / np.float32(65535))) for i in range(3))

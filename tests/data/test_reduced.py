@@ -178,18 +178,12 @@ def test_bad_jpegs_are_as_bad_when_reduced(tmp_path, progressive):
         except ImageError as error:
             return str(error)
 
-    for length in [
-        0,
-        3,
-        300,
-        700,
-        *range(1000, len(content), len(content) // 10),
-        *range(len(content) - 3, len(content)),
-    ]:
+    size = len(content)
+    for length in [0, 3, 300, 700, *range(1000, size, size // 10), *range(size - 3, size)]:
         (tmp_path / "x.jpg").write_bytes(content[:length])
         assert verdict(None) == verdict(lambda size: 8)
         assert length > 1000 or verdict(None)
-    (tmp_path / "x.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "x.jpg").write_bytes(content[: size // 2])
     photograph(300, 400, 1).save(tmp_path / "y.jpg")
     dataset = PretrainDataset(source := FolderSource(tmp_path), PretrainTransform(32, **PLAIN), (4, 4), 0.5)
     image, _, bad = dataset[0, 0]
@@ -209,6 +203,8 @@ def test_channels_and_transforms_of_reduced_images(tmp_path):
         FolderSource(tmp_path, 4).read(0, lambda size: 2)
     with pytest.raises(ValueError, match="3 channels.*--mean.* 1 number:"):
         PretrainTransform(32, mean=(0,), std=(1,))(FolderSource(tmp_path).read(0, lambda size: 2))
+    with pytest.raises(ValueError, match="1 channel,.*--mean.* 3 numbers"):
+        PretrainTransform(32)(torch.zeros(1, 40, 40))
 
 
 def test_reduced_samples_are_repeatable_and_leave_the_generator_alone(tmp_path):

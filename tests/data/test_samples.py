@@ -1,6 +1,7 @@
 """Crops, masks and batches: functions of seed, epoch and index alone."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -72,11 +73,6 @@ def test_transform_crops_within_scale():
 def test_transform_errors(options, words):
     with pytest.raises(ValueError, match=words):
         PretrainTransform(**{"img_size": 32, **options})
-
-
-def test_transform_needs_one_mean_per_channel():
-    with pytest.raises(ValueError, match="1 channel,.*--mean.* 3 numbers"):
-        PretrainTransform(32)(torch.zeros(1, 40, 40))
 
 
 def test_sample_seed_is_fixed_and_well_mixed():
@@ -192,12 +188,8 @@ def test_bad_images_are_replaced_and_reported(tmp_path, workers):
     dataset = PretrainDataset(FolderSource(bad), PretrainTransform(32), (4, 4), 0.6)
     whole = PretrainDataset(FolderSource(good), PretrainTransform(32), (4, 4), 0.6)
     for index, instead in ((1, 3), (5, 0)):
-        image, mask, _ = dataset[2, index]
-        whole.source.__class__ = type(
-            "Swapped", (FolderSource,), {"path": lambda s, i, k=instead: f"{s.root}/00{k}.png"}
-        )
-        assert torch.equal(image, whole[2, index][0]) and torch.equal(mask, whole[2, index][1])
-        whole.source.__class__ = FolderSource
+        shutil.copy(good / f"00{instead}.png", good / f"00{index}.png")
+        assert all(torch.equal(a, b) for a, b in zip(dataset[2, index][:2], whole[2, index][:2], strict=True))
 
 
 def test_many_bad_images_in_a_row(tmp_path, monkeypatch):

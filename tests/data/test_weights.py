@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from drawn import Numbers
 
-from timm_convnextv2.data import EpochBatchSampler, Source, hold_out
+from timm_convnextv2.data import EpochBatchSampler, hold_out
 from timm_convnextv2.data.sources.groups import REPEAT, Groups, sampling_groups
 
 
@@ -79,20 +80,10 @@ def test_without_weights_the_order_is_a_permutation():
     assert sampling_groups((3, 4), None, None) is None
 
 
-class Weighted(Source):
-    """A source of numbers, where every third image is of weight 2."""
-
-    groups = sampling_groups((30, 20), (1, 4), np.where(np.arange(50) % 3, 1.0, 2.0))
-
-    def __len__(self):
-        return 50
-
-    def read(self, i, choose=None, seed=None):
-        return i
-
-
 def test_held_out_images_are_never_drawn():
-    train, apart = hold_out(Weighted(), 0.2, 0)
+    source = Numbers(50)
+    source.groups = sampling_groups((30, 20), (1, 4), np.where(np.arange(50) % 3, 1.0, 2.0))  # 2: every third image
+    train, apart = hold_out(source, 0.2, 0)
     held = {apart[i] for i in range(len(apart))}
     seen = Counter(train[i] for epoch in drawn(train.groups, 20, 40) for i in epoch)
     assert {*seen} == {*range(50)} - held

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from zarr_files import add_array, new_group
+from zarr_files import save_zarr
 
 from timm_convnextv2.data import (
     DemoSource,
@@ -48,15 +48,6 @@ def smooth(channels):
     """Survives JPEG, and shows when chroma is shifted."""
     y, x = np.mgrid[:H, :W]
     return np.stack([128 + 100 * np.sin((y + c * x) / 9) for c in range(1, channels + 1)], -1).astype(np.uint8)
-
-
-def save_zarr(path, x, axes, side, ome=0.5):
-    """OME-Zarr with chunks of `side` x 16."""
-    group = new_group(path, 3 if ome == 0.5 else 2)
-    chunks = (*[1] * (x.ndim - 2), side, 16)
-    add_array(group, "0", shape=x.shape, chunks=chunks, dtype=x.dtype)[...] = x
-    scales = [{"version": str(ome), "axes": [{"name": a} for a in axes], "datasets": [{"path": "0"}]}]
-    group.attrs.update({"ome": {"version": "0.5", "multiscales": scales}} if ome == 0.5 else {"multiscales": scales})
 
 
 def twelve_bits(path):

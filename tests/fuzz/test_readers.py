@@ -222,9 +222,12 @@ READERS: dict[str, Callable[[], Reader]] = {
 }  # fmt: skip
 
 
-def mutations(reader: Reader, whole: Path, work: Path, count: int):
-    """Writes one damaged copy after another to `work`, which holds a whole one, and yields what was done."""
-    paths = sorted(path for path in whole.glob(reader.damaged) if path.is_file())
+def attack(reader: Reader, whole: Path, work: Path, count: int) -> int:
+    """Reads one damaged copy after another in `work`, which holds a whole one; the number of refusals.
+
+    Anything but a result or a documented error fails.
+    """
+    refused, paths = 0, sorted(path for path in whole.glob(reader.damaged) if path.is_file())
     for seed in range(count):
         rng = random.Random(seed)
         path = rng.choice(paths)
@@ -237,14 +240,7 @@ def mutations(reader: Reader, whole: Path, work: Path, count: int):
         if damaged == data:
             continue
         target.write_bytes(damaged)
-        yield f"{seed}, {path.name}, {what}"
-        target.write_bytes(data)
-
-
-def attack(reader: Reader, whole: Path, work: Path, count: int) -> int:
-    """The number of refusals; anything but a result or a documented error fails."""
-    refused = 0
-    for what in mutations(reader, whole, work, count):
+        what = f"{seed}, {path.name}, {what}"
         try:
             with within(20), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -254,6 +250,7 @@ def attack(reader: Reader, whole: Path, work: Path, count: int) -> int:
             assert str(e), what
         except Exception as e:
             raise AssertionError(f"{what}: {type(e).__name__}: {e}") from e
+        target.write_bytes(data)
     return refused
 
 
