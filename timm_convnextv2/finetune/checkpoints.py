@@ -45,8 +45,8 @@ def check_new_folder(folder: Path) -> None:
 
     A run that was killed while it wrote its first checkpoint has nothing to resume: train.py writes over what it left.
     """
-    if {path.name for path in folder.glob("*.pth.tar")} - {*TORN} or newest_whole(folder):
-        found = newest_whole(folder)
+    found = newest_whole(folder)
+    if found or {path.name for path in folder.glob("*.pth.tar")} - {*TORN}:
         resume = f"Resume it: --resume {found[0]}." if found else "All of them are corrupt."
         raise ValueError(
             f"{folder} holds the checkpoints of another run. {resume} Or choose another --experiment or --output."
@@ -56,7 +56,7 @@ def check_new_folder(folder: Path) -> None:
 def after_failure(folder: Path, epochs: int, experiment: str) -> str:
     """Removes a half-written checkpoint of a run that failed; returns a message on what is left and how to resume."""
     found, lines = newest_whole(folder), []
-    for path in (folder / name for name in TORN):
+    for path in map(folder.joinpath, TORN):
         if path.is_file() and (found is None or path != found[0]):
             lines.append(f"Removed {path.name} ({path.stat().st_size / 2**20:.1f} MiB), which was half written.")
             path.unlink()

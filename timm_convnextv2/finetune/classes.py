@@ -48,7 +48,8 @@ def describe_classes(plan: Plan, model: Path, epoch: int) -> None:
         for item, image, chance in zip(whole, images, chances, strict=True):
             label, found = split.samples[item.index][1], int(chance.argmax())
             counts[label, found] += 1
-            _keep(sides[label == found], (float(chance[found]), item.index, found, image))
+            side = sides[label == found]
+            side[:] = heapq.nlargest(SHOWN, [*side, (float(chance[found]), item.index, found, image)])
     bar.close()
     if left := len(source) - int(counts.sum()):
         say(f"warning: {left} validation images cannot be decoded; the results per class lack them", error=True)
@@ -58,21 +59,13 @@ def describe_classes(plan: Plan, model: Path, epoch: int) -> None:
         _draw(plan.folder / "predictions" / f"epoch-{epoch:04d}.png", sides, split.samples, names)
 
 
-def _keep(best: list[Seen], seen: Seen) -> None:
-    """Adds an image to the surest ones."""
-    heapq.heappush(best, seen)
-    if len(best) > SHOWN:
-        heapq.heappop(best)
-
-
 def _draw(path: Path, sides: tuple[list[Seen], list[Seen]], samples: list[tuple[str, int]], names: list[str]) -> None:
     """Surest mistakes above, surest hits below."""
-    everything = [seen for side in sides for seen in side]
-    display = display_of([image for *_, image in everything])
+    display = display_of([image for side in sides for *_, image in side])
     rows = []
     for side in filter(None, sides):
         row: list[Any] = []
-        for chance, index, found, image in sorted(side, key=lambda seen: -seen[0]):
+        for chance, index, found, image in side:
             label = samples[index][1]
             wrong = "" if label == found else f"\ntaken for {names[found]}"
             row.append((display.rgb(image), f"{names[label]}{wrong}, {chance:.0%}"))

@@ -36,8 +36,7 @@ def prepare_evaluation(
     if not options.data_folder and not options.dataset:
         raise ValueError("--data-dir is needed: the folder of the images.")
     if kept is not None:
-        words, options = _with_results(words, options)
-        resolved = options
+        options = _with_results(options)
     options, device = for_this_machine(options)
     check_input_mode(options)
     reader, pixels, notes = None, Pixels(nodata), []
@@ -65,16 +64,14 @@ def _with_model(words: list[str]) -> list[str]:
     return ["--model", model_name(name), *rest]
 
 
-def _with_results(words: list[str], options: ScriptOptions) -> tuple[list[str], ScriptOptions]:
+def _with_results(options: ScriptOptions) -> ScriptOptions:
     """Lets inference.py write a file that can be named, and print no results to the console.
 
     Its own name for the file has that of the model, whose folder need not exist below the results.
     """
-    if options.values.get("results_file", "") is None:
-        words, options = [*words, "--results-file", RESULTS], options.evolve(results_file=RESULTS)
-    if options.values.get("no_console_results") is False:
-        words, options = [*words, "--no-console-results"], options.evolve(no_console_results=True)
-    return words, options
+    wanted = {"results_file": RESULTS, "no_console_results": True}
+    unset = [name for name in wanted if options.values.get(name, "") in (None, False)]  # validate.py has neither
+    return options.evolve(**{name: wanted[name] for name in unset})
 
 
 def results_files(script: ModuleType, words: list[str]) -> list[Path]:
@@ -82,10 +79,9 @@ def results_files(script: ModuleType, words: list[str]) -> list[Path]:
     options, endings = resolve_options(script, words), getattr(script, "_FMT_EXT", {})
     path = Path(options.values.get("results_dir") or "") / (options.values.get("results_file") or RESULTS)
     stem = path.with_suffix("") if path.suffix in endings.values() else path
-    names = (
-        stem.with_name(stem.name + endings.get(kind, ".csv")) for kind in options.values.get("results_format") or ()
-    )
-    return [file for file in dict.fromkeys(names) if file.is_file()]
+    kinds = options.values.get("results_format") or ()
+    names = dict.fromkeys(stem.with_name(stem.name + endings.get(kind, ".csv")) for kind in kinds)
+    return [file for file in names if file.is_file()]
 
 
 def _names_several(options: ScriptOptions) -> bool:
@@ -111,7 +107,13 @@ def _check_images(
         cfg: Any = model.pretrained_cfg
         names, num_classes = cfg.get("label_names"), int(model.num_classes)  # type: ignore[arg-type]
         if isinstance(names, list | tuple) and not options.class_map and not getattr(options, "valid_labels", ""):
-            class_to_idx = _match(reader, [str(name) for name in names])
+            class_to_idx = {str(name): i for i, name in enumerate(names)}
+            if unknown := [name for name in reader.classes if name not in class_to_idx]:
+                raise ValueError(
+                    f"{reader.root} has {count(len(unknown), 'class')} that the model does not have: {shown(unknown)}. "
+                    f"The model's: {shown([*class_to_idx])}. Rename the folders, or give their order with --class-map "
+                    "FILE."
+                )
             reader = reader.renumbered(class_to_idx)
         elif max(reader.class_to_idx.values()) >= num_classes:
             found = f"{reader.root} has {count(len(reader.classes), 'class')}"
@@ -130,7 +132,6 @@ def _check_images(
 
 def _open_labelled(options: ScriptOptions, root: Path, open_folder: Open) -> tuple[FolderReader, list[str]]:
     """The images of --split; of a folder or CSV without splits, those that the run of the model did not train on."""
-    train = options.split.partition("[")[0] in TRAIN_FOLDERS
     rows, source = [], root
     if is_table(root):
         rows = read_labelled(root)[0]
@@ -146,22 +147,11 @@ def _open_labelled(options: ScriptOptions, root: Path, open_folder: Open) -> tup
             return reader, [f"None of the {len(reader)} images is in {source}: all are measured."]
     if not any(row.part for row in rows):
         return reader, []
+    train = options.split.partition("[")[0] in TRAIN_FOLDERS
     chosen = [row for row in rows if (row.part in TRAIN_FOLDERS) == train]
     if not chosen:
         raise ValueError(f"{source} has no images of --split {options.split} in {root}.")
     note = f"Measured: {count(len(chosen), 'training image' if train else 'validation image')} of {source}"
     left = len(reader) - len(chosen)
-    return RowReader(str(root), chosen, options.class_map), [
-        f"{note}; {count(left, 'other image')} of {root} left out."
-    ]
-
-
-def _match(reader: FolderReader, names: list[str]) -> dict[str, int]:
-    """The model's class index by name; refuses folders that the model has no class for."""
-    class_to_idx = {name: i for i, name in enumerate(names)}
-    if unknown := [name for name in reader.classes if name not in class_to_idx]:
-        raise ValueError(
-            f"{reader.root} has {count(len(unknown), 'class')} that the model does not have: {shown(unknown)}. The "
-            f"model's: {shown(names)}. Rename the folders, or give their order with --class-map FILE."
-        )
-    return class_to_idx
+    note += f"; {count(left, 'other image')} of {root} left out."
+    return RowReader(str(root), chosen, options.class_map), [note]

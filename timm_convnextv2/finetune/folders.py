@@ -81,10 +81,13 @@ class FolderReader(ReaderImageFolder):
 
     def _number(self, found: list[tuple[str, str]], class_map: str | Mapping[str, int]) -> None:
         """Sets samples and classes from paths and the names of their classes."""
-        names = sorted({label for _, label in found}, key=natural_key)
-        self.class_to_idx: dict[str, int] = (
-            _load_class_map(class_map, self.root) if class_map else {name: i for i, name in enumerate(names)}
-        )
+        if not class_map:
+            class_map = {name: i for i, name in enumerate(sorted({label for _, label in found}, key=natural_key))}
+        try:
+            mapped = class_map if isinstance(class_map, Mapping) else load_class_map(class_map, self.root)
+        except (AssertionError, OSError, ValueError) as e:
+            raise ValueError(f"--class-map {class_map} cannot be read: {e}") from e
+        self.class_to_idx: dict[str, int] = dict(mapped)
         # by folder that the class map lacks
         self.unlabelled = Counter(label for _, label in found if label not in self.class_to_idx)
         samples = [(path, self.class_to_idx[label]) for path, label in found if label in self.class_to_idx]
@@ -133,12 +136,8 @@ def is_table(place: str | os.PathLike | None) -> bool:
 
 def is_unsplit(root: Path) -> bool:
     """Whether a folder holds folders of classes, and none of a split such as train/ or Test/."""
-    names = (
-        [entry.name.lower() for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."]
-        if root.is_dir()
-        else []
-    )
-    return bool(names) and not {*names} & {*TRAIN_FOLDERS, *TEST_FOLDERS, "testing"}
+    names = {path.name.lower() for path in root.glob("[!.]*") if path.is_dir()}
+    return bool(names) and not names & {*TRAIN_FOLDERS, *TEST_FOLDERS, "testing"}
 
 
 def split_rows(
@@ -173,13 +172,6 @@ def split_rows(
             "validate on: add images, or leave the class out."
         )
     return [train, validation], notes
-
-
-def _load_class_map(class_map: str | Mapping[str, int], root: str) -> dict[str, int]:
-    try:
-        return dict(class_map) if isinstance(class_map, Mapping) else load_class_map(class_map, root)
-    except (AssertionError, OSError, ValueError) as e:
-        raise ValueError(f"--class-map {class_map} cannot be read: {e}") from e
 
 
 Open = Callable[[Path], FolderReader]

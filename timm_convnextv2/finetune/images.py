@@ -176,7 +176,7 @@ class ImageStream(IterableImageDataset):
 
 def probe(dataset: Images, tries: int = 32) -> str:
     """Decodes images spread over a data set; returns the kinds of tensors, such as 'not 8-bit with 3 channels'."""
-    n, kinds, bad = max(1, min(tries, len(dataset))), {}, []
+    n, kinds, bad = max(1, min(tries, len(dataset))), [], []
     for i in (k * len(dataset) // n for k in range(n)):
         try:
             image = dataset.load(i)[0]
@@ -184,12 +184,11 @@ def probe(dataset: Images, tries: int = 32) -> str:
             bad.append(str(e))
             continue
         if isinstance(image, torch.Tensor):
-            kinds[f"{'8-bit' if image.dtype == torch.uint8 else 'not 8-bit'} with {count(len(image), 'channel')}"] = (
-                None
-            )
+            depth = "8-bit" if image.dtype == torch.uint8 else "not 8-bit"
+            kinds.append(f"{depth} with {count(len(image), 'channel')}")
     if len(bad) == n:
         raise ValueError(f"None of {n} images tried (of {len(dataset)}) can be read, for example: {bad[0]}")
-    return ", ".join(kinds)
+    return ", ".join(dict.fromkeys(kinds))
 
 
 def refuse_for_tensors(kinds: str, options: Mapping[str, Any], crop_mode: str | None) -> None:

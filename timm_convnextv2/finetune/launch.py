@@ -52,11 +52,10 @@ def _keep_labels(plan: Plan) -> None:
     if not plan.splits or world_info_from_env()[1] != 0:
         return
     reader, file = plan.splits[0], plan.folder / SPLIT_FILE
+    plan.folder.mkdir(parents=True, exist_ok=True)
     if isinstance(reader, RowReader) and not (plan.options.resume and file.is_file()):
-        plan.folder.mkdir(parents=True, exist_ok=True)
         write_split(file, *(split.rows for split in plan.splits if isinstance(split, RowReader)))
     if sorted(reader.class_to_idx.values()) == list(range(plan.options.num_classes)):  # a class map may leave gaps
-        plan.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(reader.classes, ensure_ascii=False, indent=0)
         (plan.folder / LABEL_NAMES).write_text(text + "\n", encoding="utf-8")
 
@@ -71,7 +70,7 @@ def failure(plan: Plan, error: BaseException) -> str:
 
 def export(plan: Plan) -> Path:
     """Exports the result of train.py to the folder `model` of the run."""
-    if not any((plan.folder / name).is_file() for name in ("model_best.pth.tar", "last.pth.tar")):
+    if not any((plan.folder / name).is_file() for name in BEST):
         raise ValueError(f"train.py ended without a checkpoint in {plan.folder}; there is nothing to export.")
     try:
         return export_finetuned(plan.folder, plan.folder / "model", info={"Recipe": plan.recipe.name})
@@ -113,10 +112,10 @@ def result(plan: Plan) -> list[str]:
     lines = []
     with contextlib.suppress(ValueError):
         lines.append(verdict(read_run(plan.folder)).text)
-    written = [
-        name for name in ("report.html", "summary.csv", SPLIT_FILE, LABEL_NAMES) if (plan.folder / name).is_file()
-    ]
-    return [*lines, *([f"Written to {near(plan.folder)}: model/, {', '.join(written)}"] if written else [])]
+    files = ("report.html", "summary.csv", SPLIT_FILE, LABEL_NAMES)
+    if written := [name for name in files if (plan.folder / name).is_file()]:
+        lines.append(f"Written to {near(plan.folder)}: model/, {', '.join(written)}")
+    return lines
 
 
 def _needs_path(script: ModuleType) -> bool:

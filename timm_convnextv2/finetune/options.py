@@ -55,6 +55,8 @@ class ScriptOptions:
                 continue
             if isinstance(value, list | tuple):
                 words += [flag, *map(str, value)]
+            elif value is True:
+                words.append(flag)
             else:  # with '=', so that a negative number is not taken for an option
                 words.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
         return words
