@@ -13,6 +13,7 @@ Values for which timm's format has no field are in the section `training` of `co
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -93,6 +94,11 @@ def table(head: str, values: dict[str, Any]) -> str:
     """A Markdown table of two columns."""
     rows = [(head, ""), ("---", "---"), *values.items()]
     return "\n".join(f"| {escaped(name)} | {escaped(value)} |" for name, value in rows)
+
+
+def images_in(folder: Path) -> list[str]:
+    """The names of a card's images that are in a folder."""
+    return [name for name in IMAGES if (folder / name).is_file()]
 
 
 def images_text(images: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from ..files import new_part, remove_leftovers, sync, write_errors
 from ..models import FCMAE
 from ..models.weights import check_weights, first_not_finite
 from ..version import __version__
-from .card import IMAGES, render_card
+from .card import images_in, render_card
 from .provenance import WEIGHTS, resolve_license
 
 # The entries of a `pretrained_cfg` that still hold after training, whatever the weights started from.
@@ -105,8 +105,7 @@ def place_folder(
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             safetensors.torch.save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
             shutil.copymode(temporary / "config.json", temporary / WEIGHTS)  # safetensors lets only the owner read
-            images = [name for name in IMAGES if (folder / name).is_file()]
-            (temporary / "README.md").write_text(render(config, images), encoding="utf-8")
+            (temporary / "README.md").write_text(render(config, images_in(folder)), encoding="utf-8")
             folder.mkdir(parents=True, exist_ok=True)
             for name in names:
                 sync(temporary / name)

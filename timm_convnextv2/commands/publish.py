@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -39,9 +40,9 @@ def check_options(config: PublishConfig) -> Path:
         raise ValueError(f"FOLDER '{folder}' " + ("is not a folder." if folder.exists() else "does not exist."))
     if config.output and not config.dry_run:
         raise ValueError("--output is for --dry-run only.")
-    for name, value in (("REPO", config.repo), ("--base-model", config.base_model)):
+    for name, value in (("REPO", config.repo), ("--base-model", config.base_model or config.repo)):
         try:
-            validate_repo_id(value or config.repo)
+            validate_repo_id(value)
         except HFValidationError as e:
             raise ValueError(f"{name} '{value}' cannot be the name of a repository, expected USER/NAME: {e}") from e
     return folder
@@ -63,10 +64,8 @@ def write_dry_run(staged: Path, what: str, folder: Path, config: PublishConfig) 
     """Writes and lists the files that would be sent."""
     files = files_to_push(staged, config.repo, config.revision)
     target = open_output(folder, config.output)
-    for name in sorted(
-        files, key=lambda name: name != "README.md"
-    ):  # a card marks the folder as ours, also after a kill
-        content = files[name]
+    # the card first: it marks the folder as ours, also after a kill
+    for name, content in sorted(files.items(), key=lambda item: item[0] != "README.md"):
         with whole_file(target / name) as part:
             part.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(content, part)
     for path in target.iterdir():
@@ -87,19 +86,13 @@ def publish(config: PublishConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="publish-") as temporary:
         staged = Path(temporary) / folder.resolve().name  # removed after an error as well
         staged.mkdir()
-        what = stage(folder, staged, part=config.part, stated=stated)
+        what = stage(folder, staged, config.part, stated)
         if config.dry_run:
             write_dry_run(staged, what, folder, config)
             return
         say(f"Publishing {what} as {config.repo}")
-        url = push_to_hub(
-            staged,
-            config.repo,
-            private=config.private or None,
-            revision=config.revision,
-            commit_message=config.commit_message,
-        )
-        say(f"Published: {url}")
+        how: Any = dict(revision=config.revision, commit_message=config.commit_message)
+        say(f"Published: {push_to_hub(staged, config.repo, private=config.private or None, **how)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

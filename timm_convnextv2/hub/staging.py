@@ -1,6 +1,5 @@
 """Gathers the files to publish from a timm folder or a run, and settles their licence."""
 
-import json
 import math
 import os
 import shutil
@@ -12,14 +11,14 @@ import timm
 from huggingface_hub import ModelCard
 from timm.models import clean_state_dict
 
-from ..checkpoint.card import IMAGES, render_card
+from ..checkpoint.card import images_in, render_card
 from ..checkpoint.export import export_fcmae
 from ..checkpoint.finetuned import BEST, export_finetuned
 from ..checkpoint.provenance import WEIGHTS, origin_of_config, read_config, resolve_license, training_of
 from ..checkpoint.task_folder import TASKS, is_task, read_folder_config, render_folder_card
 from ..console import say
 from ..data import Pixels
-from ..files import load_checkpoint, read_rows
+from ..files import load_checkpoint, read_rows, write_json
 from .upload import check_folder
 
 
@@ -31,7 +30,7 @@ class Stated(NamedTuple):
     base_model: str | None = None  # Hub id of the model that training started from
 
 
-def stage(source: Path, target: Path, *, part: str = "encoder", stated: Stated | None = None) -> str:
+def stage(source: Path, target: Path, part: str, stated: Stated) -> str:
     """Fills the empty `target` with the files to publish; returns a description of their source, for messages.
 
     `source` is a timm folder, the folder of a detector or segmenter, or that of any training run; `part` of a
@@ -41,7 +40,6 @@ def stage(source: Path, target: Path, *, part: str = "encoder", stated: Stated |
         ValueError: Nothing to publish, a corrupt file, a licence that nothing states or that contradicts the inherited
             one, or `part='fcmae'` of weights without a decoder.
     """
-    stated = stated or Stated()
     if (source / "config.json").is_file() and not (source / "args.yaml").is_file():
         run = source.parent if source.name in ("encoder", "model") and (source.parent / "args.yaml").is_file() else None
         config = read_folder_config(source)
@@ -68,10 +66,6 @@ def _images_of(run: Path) -> dict[str, Path]:
     return {name: path for name, path in images.items() if path.is_file()}
 
 
-def _images_in(folder: Path) -> dict[str, Path]:
-    return {name: folder / name for name in IMAGES if (folder / name).is_file()}
-
-
 def _with_loss(config: dict[str, Any], run: Path) -> dict[str, Any]:
     """The config with the last training loss of a pretraining run in the card's table."""
     training, rows = training_of(config), read_rows(run / "summary.csv")[0]
@@ -86,7 +80,7 @@ def _with_loss(config: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def _write_description(folder: Path, config: dict[str, Any], card: str) -> None:
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config, indent=2)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -104,23 +98,17 @@ def _describe(folder: Path, config: dict[str, Any], stated: Stated) -> dict[str,
             f"Nothing states the licence of the weights in {folder}. Name it with --license, by its id on the Hub "
             "(mit, apache-2.0, cc-by-4.0, ...; cc-by-nc-4.0 for training from the published weights)."
         )
-    if binding and not training.get("inherited_license"):
-        training["inherited_license"] = binding
-    if stated.datasets:
-        training["datasets"] = list(stated.datasets)
-    if stated.base_model:
-        training["base_model"] = stated.base_model
+    known = {"inherited_license": binding, "datasets": list(stated.datasets), "base_model": stated.base_model}
+    training |= {key: value for key, value in known.items() if value}
     return {**config, "pretrained_cfg": {**cfg, "license": license}, "training": training}
 
 
 def _stage_folder(folder: Path, target: Path, run: Path | None, stated: Stated) -> None:
     """Stages a timm folder, with images and last loss of its pretraining run."""
-    files = check_folder(folder)
+    _, text = check_folder(folder)
     before = read_folder_config(folder)
     config = _describe(folder, before, stated)
-    images = _images_in(folder)
-    readme = files["README.md"]
-    text = readme.decode() if isinstance(readme, bytes) else readme.read_text(encoding="utf-8")
+    images = {name: folder / name for name in images_in(folder)}
     edited = text != render_folder_card(before, list(images))
     if run is not None:
         images = {**_images_of(run), **images}
@@ -130,9 +118,7 @@ def _stage_folder(folder: Path, target: Path, run: Path | None, stated: Stated) 
         say(f"{folder / 'README.md'} was edited by hand: its text is kept.")
         kept, license = ModelCard(text, ignore_metadata_errors=True), config["pretrained_cfg"]["license"]
         new = {"license": license, "datasets": list(stated.datasets), "base_model": stated.base_model}
-        for name, value in new.items():
-            if value:
-                setattr(kept.data, name, value)
+        vars(kept.data).update({name: value for name, value in new.items() if value})
         card = str(kept)
     try:
         os.symlink((folder / WEIGHTS).resolve(), target / WEIGHTS)  # they are large
@@ -159,10 +145,8 @@ def _stage_fcmae(run: Path, target: Path, stated: Stated) -> None:
         f"fcmae_{encoder['architecture']}", img_size=tuple(settings["input_size"][1:]), device="meta", **options
     )
     model.base_model = training.get("base_model")
-    if training.get("inherited_license"):
-        model.encoder.pretrained_cfg["license"] = training["inherited_license"]
-    if cfg.get("origin_url"):
-        model.encoder.pretrained_cfg["origin_url"] = cfg["origin_url"]
+    inherited = {"license": training.get("inherited_license"), "origin_url": cfg.get("origin_url")}
+    model.encoder.pretrained_cfg |= {key: value for key, value in inherited.items() if value}
     export_fcmae(
         model,
         target,
@@ -182,7 +166,7 @@ def _finish(run: Path, target: Path, stated: Stated, with_loss: bool = False) ->
         shutil.copyfile(path, target / name)
     config = _describe(run, read_config(target / "config.json"), stated)
     config = _with_loss(config, run) if with_loss else config
-    _write_description(target, config, render_card(config, list(_images_in(target))))
+    _write_description(target, config, render_card(config, images_in(target)))
 
 
 def _stage_finetuned(run: Path, target: Path, part: str, stated: Stated) -> str:

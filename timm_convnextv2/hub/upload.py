@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoint.card import IMAGES, card_for_repo
+from ..checkpoint.card import card_for_repo, images_in
 from ..checkpoint.provenance import WEIGHTS, origin_of_config, training_of
 from ..checkpoint.task_folder import is_task, read_folder_config, render_folder_card
 from ..hub_errors import HUB_ERRORS, failure
@@ -70,8 +70,10 @@ def _check_licence(folder: Path, config: dict[str, Any], card: str) -> None:
         )
 
 
-def check_folder(folder: str | os.PathLike) -> dict[str, Path | bytes]:
-    """Checks an exported folder; returns its files for the Hub by name, or the content of a README.md that it lacks.
+def check_folder(folder: str | os.PathLike) -> tuple[list[str], str]:
+    """Checks an exported folder; returns the names of its files for the Hub, and the text of its README.md.
+
+    A README.md that it lacks is made from config.json.
 
     Raises:
         ValueError: No such folder, a missing or foreign `config.json`, weights that are missing, corrupt or do not fit
@@ -95,22 +97,17 @@ def check_folder(folder: str | os.PathLike) -> dict[str, Path | bytes]:
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"'{folder}' has no {WEIGHTS}. Export the model again.")
     _check_folder_weights(folder, config)
-    images = [name for name in IMAGES if (folder / name).is_file()]
-    readme = folder / "README.md"
+    images, readme = images_in(folder), folder / "README.md"
     card = readme.read_text(encoding="utf-8") if readme.is_file() else render_folder_card(config, images)
     _check_licence(folder, config, card)
-    files: dict[str, Path | bytes] = {name: folder / name for name in ("config.json", WEIGHTS, *images)}
-    files["README.md"] = readme if readme.is_file() else card.encode()
-    return files
+    return ["config.json", WEIGHTS, *images], card
 
 
 def files_to_push(folder: str | os.PathLike, repo_id: str, revision: str | None = None) -> dict[str, Path | bytes]:
     """`check_folder`, with the repository's name in the card: exactly the files that `push_to_hub` sends."""
-    files = check_folder(folder)
-    card = files["README.md"]
-    text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
-    files["README.md"] = card_for_repo(text, repo_id, revision).encode()
-    return files
+    names, card = check_folder(folder)
+    files: dict[str, Path | bytes] = {name: Path(folder) / name for name in names}
+    return files | {"README.md": card_for_repo(card, repo_id, revision).encode()}
 
 
 def _explain(error: BaseException, repo_id: str, revision: str | None) -> str:
