@@ -271,8 +271,7 @@ PUSHING = {  # every step of a push, and a word of the message
 
 
 @pytest.mark.parametrize(
-    "step, how",
-    [*itertools.product(PUSHING, (500, 403, "cut", "silent", "lost")), ("commit", 401), ("commit", 404)],
+    "step, how", [*itertools.product(PUSHING, (500, 403, "cut", "silent", "lost")), ("commit", 401), ("commit", 404)]
 )
 def test_push_gives_up_when_a_fault_goes_on(hub, folder, step, how):
     """One message with the cause; nothing is published by halves; the same call again succeeds, with one commit."""

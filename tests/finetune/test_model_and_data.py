@@ -124,10 +124,7 @@ WIDER, SHORTER = dict(depths=[1, 1, 2, 1], dims=[8, 8, 16, 24]), dict(depths=[1,
         (cut_off, "1000 bytes.*truncated"),
         (replaced("resnet18"), r"the first names: \['bn1.bias', .*found \d+ of the model's \d+ tensors"),
         (replaced("convnextv2_atto", patch_size=1, **WIDER), r"'stages\.3\.downsample\.1\.weight' is \[24, 16, 2, 2\]"),
-        (
-            replaced("convnextv2_atto", patch_size=1, **SHORTER),
-            r"'stages\.2\.blocks\.1\.\S+' is missing",
-        ),
+        (replaced("convnextv2_atto", patch_size=1, **SHORTER), r"'stages\.2\.blocks\.1\.\S+' is missing"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_before_training(refused, run, encoder, tmp_path, damage, words):

@@ -6,14 +6,16 @@ are CC-BY-NC 4.0.
 
 from typing import Any
 
+from timm.models import build_model_with_cfg
 from timm.models import convnext as timm_convnext
 from timm.models.convnext import checkpoint_filter_fn
+from torch import nn
 
+from ..hub_errors import HUB_ERRORS, hub_error
 from ..models.convnextv2 import ConvNeXtV2
 from ..models.variants import VARIANTS, layer_decay_type, register_variants
 from ..models.weights import check_weights
 from .foreign import official_names
-from .hub import build_model
 
 
 def filter_weights(state_dict: dict[str, Any], model: ConvNeXtV2) -> dict[str, Any]:
@@ -39,6 +41,22 @@ def filter_weights(state_dict: dict[str, Any], model: ConvNeXtV2) -> dict[str, A
     )
     check_weights(loaded, model.state_dict(), what, optional=("head.",), resized=("stem.0.weight",), remedy=remedy)
     return loaded
+
+
+def build_model(model_cls: type, variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    """`timm.models.build_model_with_cfg`, with one HubError if neither the Hub nor its cache has the weights."""
+    try:
+        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    except HUB_ERRORS as e:
+        from timm.models._builder import resolve_pretrained_cfg
+
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        if not pretrained or not cfg.hf_hub_id or cfg.file or cfg.state_dict:
+            raise
+        name = f"{variant}.{cfg.tag}" if cfg.tag else variant
+        overlay = "pretrained_cfg_overlay=dict(file='model.safetensors')"
+        instead = f"pass its weights: timm.create_model('{name}', pretrained=True, {overlay})"
+        raise hub_error(e, cfg.hf_hub_id, "weights", instead) from e
 
 
 def _create_convnextv2(variant: str, pretrained: bool = False, **kwargs) -> ConvNeXtV2:

@@ -11,9 +11,8 @@ from timm.models.convnext import ConvNeXt
 from ..models.fcmae import FCMAE
 from ..models.variants import VARIANTS, layer_decay_type, register_variants, variant_options
 from ..models.weights import check_weights
+from .convnextv2 import build_model, filter_weights
 from .convnextv2 import default_cfgs as encoder_cfgs
-from .convnextv2 import filter_weights
-from .hub import build_model
 
 _logger = logging.getLogger(__name__)
 
