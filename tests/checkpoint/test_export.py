@@ -570,34 +570,6 @@ def test_origins_of_folders_of_others(tmp_path):
             read_config(tmp_path / "config.json")
 
 
-@pytest.mark.timm_train
-def test_checkpoints_of_the_real_train_py(tmp_path):
-    """What train.py writes is what `make_run` writes: the average travels, with the metrics it measured."""
-    script = os.environ.get("TIMM_TRAIN")
-    if not script:
-        pytest.skip("needs timm's train.py: set TIMM_TRAIN=/path/to/train.py")
-    from PIL import Image
-
-    for split in ("train", "validation"):
-        for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
-            for i in range(4):
-                Image.new("RGB", (40, 40), tuple(c + 5 * i for c in colour)).save(folder / f"{i}.png")
-    start = export_encoder(timm.create_model("fcmae_convnextv2_atto", **FCMAE), tmp_path / "start", license="mit")
-    command = [script, "--data-dir", tmp_path / "data", "--model", f"local-dir:{start}", "--pretrained"]
-    command += "--num-classes 2 --img-size 32 --epochs 2 --batch-size 4 --workers 1 --device cpu --opt adamw".split()
-    command += f"--lr 1e-3 --model-ema --model-ema-decay 0.5 --output {tmp_path} --experiment run".split()
-    run = run_python(*command, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr[-2000:]
-    folder = export_finetuned(tmp_path / "run", tmp_path / "out")
-    content = load_checkpoint(tmp_path / "run" / "model_best.pth.tar")
-    assert equal(safetensors.torch.load_file(folder / "model.safetensors"), content["state_dict_ema"])
-    config = config_of(folder)
-    assert config["pretrained_cfg"]["license"] == "mit" and config["pretrained_cfg"]["input_size"] == [3, 32, 32]
-    assert config["training"]["metrics"]["top1"] == pytest.approx(content["metric"], abs=1e-3)
-
-
 @pytest.mark.parametrize("license", ["MIT License", "", "-", "Apache 2.0", "my-own", "other"])
 def test_licences_are_ids_of_the_hub(license, tmp_path):
     assert resolve_license("openrail++", None) == "openrail++"

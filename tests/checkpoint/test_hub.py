@@ -29,7 +29,6 @@ from timm_convnextv2.commands import pretrain, publish
 from timm_convnextv2.commands.main import main
 from timm_convnextv2.data.demo import write_folder
 from timm_convnextv2.hub import push_to_hub, upload
-from timm_convnextv2.hub.upload import check_folder
 
 # huggingface_hub calls its HTTP library in a way that is on its way out
 pytestmark = pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
@@ -119,16 +118,6 @@ def folder(exported, tmp_path):
     for name, content in exported["encoder"].items():
         (path / name).write_bytes(content)
     return path
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_not_published(folder, value):
-    weights = safetensors.torch.load_file(folder / WEIGHTS)
-    name = sorted(weights)[3]
-    weights[name].view(-1)[-1] = value
-    safetensors.torch.save_file(weights, folder / WEIGHTS)
-    with pytest.raises(ValueError, match=f"'{name}'.*finite"):
-        check_folder(folder)
 
 
 def files_of(folder):
@@ -228,14 +217,6 @@ def test_model_card_arrives_and_the_hub_accepts_it(hub, exported, tmp_path, kind
     assert "timm" in card.tags
 
 
-def test_broken_metadata_is_refused_before_anything_is_uploaded(hub, folder):
-    card = (folder / "README.md").read_text()
-    (folder / "README.md").write_text(re.sub(r"tags:\n(- .*\n)+", "tags: [timm\n", card))
-    with pytest.raises(ValueError, match="README.md"):
-        push_to_hub(folder, REPO)
-    assert not hub.requests
-
-
 @pytest.mark.parametrize(
     "token, repo_id", [(None, REPO), ("hf_wrong", REPO), ("hf_reader", REPO), ("hf_owner", "elsewhere/model")]
 )
@@ -256,13 +237,6 @@ def test_push_with_a_token_that_is_given(hub, folder, monkeypatch):
     assert not any("authorization" in r.headers for r in hub.requests if r.server == "storage")
 
 
-def test_push_of_a_folder_without_a_model_asks_nobody(hub, tmp_path):
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            push_to_hub(path, REPO)
-    assert not hub.requests
-
-
 PUSHING = {  # every step of a push, and a word of the message
     "create": ("POST", "repos/create"), "branch": ("POST", "/branch/"), "card": ("POST", "validate-yaml"),
     "preupload": ("POST", "/preupload/"), "batch": ("POST", "/objects/batch"), "upload": ("PUT", LFS),
@@ -275,15 +249,9 @@ PUSHING = {  # every step of a push, and a word of the message
 )
 def test_push_gives_up_when_a_fault_goes_on(hub, folder, step, how):
     """One message with the cause; nothing is published by halves; the same call again succeeds, with one commit."""
-    where = PUSHING[step]
-    if how == "cut":
-        hub.cut(*where, after=20, times=FOREVER)
-    elif how == "silent":
-        hub.fall_silent(*where, seconds=0.2, times=FOREVER)
-    elif how == "lost":
-        hub.lose_answer(*where, times=FOREVER)
-    else:
-        hub.fail(*where, how, times=FOREVER)
+    words = {"cut": (hub.cut, 20), "silent": (hub.fall_silent, 0.2), "lost": (hub.lose_answer,)}
+    fault, *more = words.get(how, (hub.fail, how))
+    fault(*PUSHING[step], *more, times=FOREVER)
     with pytest.raises(RuntimeError, match=f"{REPO}.*{how if isinstance(how, int) else 'call again'}") as error:
         push_to_hub(folder, REPO, revision="v1")
     assert "\n" not in str(error.value) and "signature=" not in str(error.value)
@@ -526,19 +494,17 @@ def test_stock_timm_and_push_with_the_environment_alone(exported, tmp_path):
 # -- the scripts, in this process
 
 
-FAULTS = {
-    "no token": lambda hub, env: env.delenv("HF_TOKEN"),
-    "stranger": lambda hub, env: env.setenv("HF_TOKEN", "hf_stranger"),
-    "outage": lambda hub, env: hub.fail("POST", "/preupload/", 503, times=FOREVER),
+FAULTS = {  # a fault, by a part of the message
+    "HF_TOKEN": lambda hub, env: env.delenv("HF_TOKEN"),
+    "403": lambda hub, env: env.setenv("HF_TOKEN", "hf_stranger"),
+    "503": lambda hub, env: hub.fail("POST", "/preupload/", 503, times=FOREVER),
     "network": lambda hub, env: hub.stop(),
 }
 
 
-@pytest.mark.parametrize(
-    "fault, said", [("no token", "HF_TOKEN"), ("stranger", "403"), ("outage", "503"), ("network", "network")]
-)
-def test_publish_says_in_one_message_what_went_wrong(hub, folder, capsys, monkeypatch, fault, said):
-    FAULTS[fault](hub, monkeypatch)
+@pytest.mark.parametrize("said", FAULTS)
+def test_publish_says_in_one_message_what_went_wrong(hub, folder, capsys, monkeypatch, said):
+    FAULTS[said](hub, monkeypatch)
     assert publish.main([str(folder), REPO]) == 2
     err = capsys.readouterr().err
     assert re.search(rf"^timm-convnextv2 publish: error: .*{REPO}.*{said}", err, re.MULTILINE), err
@@ -552,13 +518,3 @@ def test_pretraining_goes_on_from_the_hub(hub, exported, capsys, tmp_path, kind)
     assert pretrain.main([*options, "--output", str(tmp_path), "--dry-run"]) == 0, capsys.readouterr().err
     assert len(hub.log("GET", LFS)) == 1
     assert not any("/resolve/main/" in r.path for r in hub.requests)
-
-
-@pytest.mark.parametrize("name", ["owner/absent", f"{REPO}@v9"])
-def test_pretraining_from_what_is_not_there(hub, exported, capsys, tmp_path, name):
-    hub.add(REPO, exported["fcmae"], private=True)
-    options = ["--model", f"hf-hub:{name}", "--pretrained", "--device", "cpu", "--workers", "0"]
-    assert pretrain.main([*options, "--output", str(tmp_path / "runs")]) == 2
-    err = capsys.readouterr().err
-    assert re.search(rf"error: .*{name}", err), err
-    assert not (tmp_path / "runs").exists()

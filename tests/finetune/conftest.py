@@ -1,13 +1,15 @@
 """A data folder, a model and a stand-in for timm's train.py, shared by the tests of finetuning."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
-from folders import write_images
+from folders import write_images, write_model
 from PIL import ImageOps
 from timm.models import save_for_hf
 
@@ -39,6 +41,26 @@ def encoder(tmp_path_factory):
     cfg = dict(input_size=(3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), num_classes=0, license="mit")
     save_for_hf(model, folder, model_config=dict(pretrained_cfg=cfg), model_args=shape, safe_serialization=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def timm_train():
+    """The real train.py, for tests that are marked `timm_train`."""
+    path = os.environ.get("TIMM_TRAIN")
+    if not path:
+        pytest.skip("TIMM_TRAIN=/path/to/timm's/train.py is not set")
+    return Path(path).resolve()
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A classifier in the folder of a run, out/x; stand-ins for validate.py and inference.py are in TIMM_TRAIN."""
+    (tmp_path / "timm").mkdir()
+    for name in ("validate.py", "inference.py"):
+        shutil.copy(Path(__file__).with_name("stand_in_validate.py"), tmp_path / "timm" / name)
+    monkeypatch.setenv("TIMM_TRAIN", str(tmp_path / "timm" / "train.py"))
+    monkeypatch.chdir(tmp_path)
+    return write_model(tmp_path / "out/x/model")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Checkpoints that a failed or killed finetuning leaves behind: named in a message, and resumed."""
 
-import os
 import random
 import shutil
 import signal
@@ -44,18 +43,13 @@ def test_failure_names_the_whole_checkpoint(command, encoder, tmp_path, capsys):
 def test_newest_whole_one(tmp_path, state):
     """What a SIGKILL leaves at each moment of timm's saver, which takes `last` away before the new one has its name."""
     save(tmp_path / "checkpoint-0.pth.tar", 0)
-    os.link(tmp_path / "checkpoint-0.pth.tar", tmp_path / "last.pth.tar")
     if state == "between two renames":
         save(tmp_path / "tmp.pth.tar", 1)
-        (tmp_path / "last.pth.tar").unlink()
         assert newest_whole(tmp_path) == (tmp_path / "tmp.pth.tar", 2)
         assert "after epoch 2 of 9" in after_failure(tmp_path, 9, "x") and (tmp_path / "tmp.pth.tar").exists()
         return
     if state == "torn last":  # a copy of a file system without links
-        (tmp_path / "last.pth.tar").unlink()
         (tmp_path / "last.pth.tar").write_bytes((tmp_path / "checkpoint-0.pth.tar").read_bytes()[:-50])
-    else:
-        (tmp_path / "last.pth.tar").unlink()
     assert newest_whole(tmp_path) == (tmp_path / "checkpoint-0.pth.tar", 1)
 
 
@@ -87,12 +81,9 @@ def test_corrupt_checkpoint_is_not_resumed_from(run, refused, tmp_path):
 
 
 @pytest.fixture
-def words(encoder, data, tmp_path):
-    path = os.environ.get("TIMM_TRAIN")
-    if not path:
-        pytest.skip("TIMM_TRAIN=/path/to/timm's/train.py is not set")
+def words(timm_train, encoder, data, tmp_path):
     given = ["-m", "timm_convnextv2", "finetune", "--recipe", "smoke", "--model", f"local-dir:{encoder}"]
-    given += ["--data-dir", str(data), "--output", str(tmp_path), "--experiment", "r", "--timm-train", path]
+    given += ["--data-dir", str(data), "--output", str(tmp_path), "--experiment", "r", "--timm-train", str(timm_train)]
     given += "--epochs 4 --warmup-epochs 0 --batch-size 8 --workers 0 --device cpu".split()
     return [python(), *given]
 
@@ -104,15 +95,14 @@ def finish(words, folder, *more):
 
 
 @pytest.mark.timm_train
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
-def test_killed_and_resumed(words, tmp_path, seed):
+def test_killed_and_resumed(words, tmp_path):
     """At a random moment after the first checkpoint."""
     folder = tmp_path / "r"
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
     end = time.monotonic() + 100
     while not (folder / "last.pth.tar").exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
-    time.sleep(random.Random(seed).uniform(0, 1))
+    time.sleep(random.random())
     process.send_signal(signal.SIGKILL)
     process.wait()
     time.sleep(0.5)

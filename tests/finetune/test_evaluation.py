@@ -6,33 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
-from folders import write_images
-from timm.models import save_for_hf
+from folders import write_images, write_model
 
 from timm_convnextv2.commands import predict, validate
-
-SHAPE = dict(patch_size=1, depths=[1, 1, 1, 1], dims=[8, 8, 8, 8])
-
-
-def write_model(folder, in_chans=3):
-    """A timm folder of a classifier of a, b and c."""
-    model = timm.create_model("convnextv2_atto", num_classes=3, in_chans=in_chans, **SHAPE)
-    cfg = dict(input_size=(in_chans, 32, 32), num_classes=3, label_names=["a", "b", "c"], license="mit")
-    args = {**SHAPE, "in_chans": in_chans}
-    save_for_hf(model, folder, model_config=dict(pretrained_cfg=cfg), model_args=args, safe_serialization=True)
-    return folder
-
-
-@pytest.fixture
-def model(tmp_path, monkeypatch):
-    """The classifier's folder; both scripts are in TIMM_TRAIN."""
-    (tmp_path / "timm").mkdir()
-    for name in ("validate.py", "inference.py"):
-        shutil.copy(Path(__file__).with_name("stand_in_validate.py"), tmp_path / "timm" / name)
-    monkeypatch.setenv("TIMM_TRAIN", str(tmp_path / "timm" / "train.py"))
-    monkeypatch.chdir(tmp_path)
-    return write_model(tmp_path / "model")
 
 
 def seen():

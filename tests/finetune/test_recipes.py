@@ -1,9 +1,7 @@
 """The recipes against the paper's tables, the official schedule, and timm's train.py."""
 
 import argparse
-import importlib.util
 import math
-import os
 import re
 
 import helpers
@@ -16,6 +14,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_layer
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_convnextv2.commands.finetune import main
+from timm_convnextv2.finetune.scripts import load_script
 from timm_convnextv2.recipes import load_recipe
 
 RECIPES = {path.stem: path for path in helpers.RECIPES.glob("*.yaml")}
@@ -147,13 +146,8 @@ def test_keys_and_types(name):
 
 
 @pytest.mark.timm_train
-def test_train_script_knows_every_key():
-    path = os.environ.get("TIMM_TRAIN")
-    if not path:
-        pytest.skip("TIMM_TRAIN=/path/to/timm's/train.py is not set")
-    spec = importlib.util.spec_from_file_location("train_for_recipes", path)
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
+def test_train_script_knows_every_key(timm_train):
+    train = load_script("train.py", str(timm_train))
     known = vars(train.parser.parse_args([]))
     assert set(known) >= TRAIN_OPTIONS
     for name in RECIPES:

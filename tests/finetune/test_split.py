@@ -13,11 +13,10 @@ import timm
 import torch
 from folders import CLASSES, write_images
 from helpers import run_python
-from test_evaluation import write_model
 
 from timm_convnextv2.commands import validate
 from timm_convnextv2.commands.finetune import main
-from timm_convnextv2.data.labelled import SPLIT_FILE, Row, kept_rows, write_split
+from timm_convnextv2.data.labelled import SPLIT_FILE, Row, kept_rows, read_labelled, write_split
 from timm_convnextv2.features import open_labelled
 
 
@@ -142,16 +141,6 @@ def test_a_resumed_run_keeps_its_split(run, refused, flat, tmp_path, encoder, ca
     assert f"None of the 3 images of new is in {folder / SPLIT_FILE}" in refused(*words, data=Path("new"))
 
 
-@pytest.fixture
-def model(tmp_path, monkeypatch):
-    """The model folder of a run in out/x; validate.py is in TIMM_TRAIN."""
-    (tmp_path / "timm").mkdir()
-    shutil.copy(Path(__file__).with_name("stand_in_validate.py"), tmp_path / "timm" / "validate.py")
-    monkeypatch.setenv("TIMM_TRAIN", str(tmp_path / "timm"))
-    monkeypatch.chdir(tmp_path)
-    return write_model(tmp_path / "out" / "x" / "model")
-
-
 @pytest.mark.parametrize(
     "place, words, targets, said",
     [
@@ -164,19 +153,13 @@ def model(tmp_path, monkeypatch):
 )
 def test_validate_measures_the_validation_images_of_the_run(model, flat, capsys, place, words, targets, said):
     data = open_labelled(flat)
-    sides = ([r for r in rows_of(flat) if r.path in part.source.paths] for part in (data.train, data.test))
+    sides = ([r for r in read_labelled(flat)[0] if r.path in part.source.paths] for part in (data.train, data.test))
     write_split(model.parent / SPLIT_FILE, *sides)
     write_table(Path("labels.csv"), labels(flat))
     write_images(Path("other"), n=1)
     assert validate.main([str(model), "--data-dir", place, "--device", "cpu", *words]) == 0
     assert json.loads(Path("seen.json").read_text())["targets"] == targets
     assert said.format(run=model.parent) in capsys.readouterr().out
-
-
-def rows_of(flat):
-    from timm_convnextv2.data.labelled import read_labelled
-
-    return read_labelled(flat)[0]
 
 
 def one_image(flat):
@@ -188,37 +171,26 @@ def one_image(flat):
 def halves(flat):
     for name in ("train", "validation"):
         shutil.copytree(flat, Path("halves") / name)
-    return Path("halves")
+    return Path("halves"), "--validation-share", "0.5"
 
 
+def table(columns, *rows):
+    return lambda flat: write_table(Path("l.csv"), [f"flat/{row}" for row in rows], columns)
+
+
+PLAIN, SPLIT = "name,label", "name,label,split"
 BAD = {
     "1 of 3 classes has 1 image: b. Each needs two or more": one_image,
-    "1 image with several labels (flat/a/0.png has the labels a;b)": lambda flat: write_table(
-        Path("l.csv"), ["flat/a/0.png,a;b", "flat/a/1.png,a", "flat/b/1.png,b"]
-    ),
-    "'l.csv' line 3: split is 'tst', expected train or validation": lambda flat: write_table(
-        Path("l.csv"), ["flat/a/0.png,a,train", "flat/b/0.png,b,tst"], "name,label,split"
-    ),
-    "only 'l.csv/train' has a (1); only 'l.csv/val' has b (1)": lambda flat: write_table(
-        Path("l.csv"), ["flat/a/0.png,a,train", "flat/b/0.png,b,val"], "name,label,split"
-    ),
-    "has two splits for 'flat/a/0.png': 'train' and 'val'": lambda flat: write_table(
-        Path("l.csv"), ["flat/a/0.png,a,train", "flat/a/0.png,a,val"], "name,label,split"
-    ),
-    "has two labels for 'flat/a/0.png'": lambda flat: write_table(
-        Path("l.csv"), ["flat/a/0.png,a", "flat/a/0.png,b"]
-    ),
-    "'l.csv' has the columns ['file', 'label'], expected name and label": lambda flat: write_table(
-        Path("l.csv"), ["flat/a/0.png,a"], "file,label"
-    ),
+    "1 image with several labels (flat/a/0.png has the labels a;b)": table(PLAIN, "a/0.png,a;b", "b/1.png,b"),
+    "line 3: split is 'tst', expected train or validation": table(SPLIT, "a/0.png,a,train", "b/0.png,b,tst"),
+    "only 'l.csv/train' has a (1); only 'l.csv/val' has b (1)": table(SPLIT, "a/0.png,a,train", "b/0.png,b,val"),
+    "has two splits for 'flat/a/0.png': 'train' and 'val'": table(SPLIT, "a/0.png,a,train", "a/0.png,a,val"),
+    "has two labels for 'flat/a/0.png'": table(PLAIN, "a/0.png,a", "a/0.png,b"),
+    "'l.csv' has the columns ['file', 'label'], expected name and label": table("file,label", "a/0.png,a"),
     "'no.csv' do not exist; expected a folder or a CSV": lambda flat: Path("no.csv"),
     "has one class, a; expected at least two": lambda flat: shutil.rmtree("flat/b") or shutil.rmtree("flat/c") or flat,
     "flat has no --train-split 'train'; it has Test, a, b, c": lambda flat: (flat / "Test").mkdir() or flat,
-    "split a folder of classes or a CSV; the data has a split of its own: halves": lambda flat: (
-        halves(flat),
-        "--validation-share",
-        "0.5",
-    ),
+    "split a folder of classes or a CSV; the data has a split of its own: halves": halves,
     "validation_share is 1.0, expected a fraction above 0": lambda flat: (flat, "--validation-share", "1"),
     "flat has no --train-split 'mine'": lambda flat: (flat, "--train-split", "mine"),
     "--groups patient is a column of a CSV": lambda flat: (flat, "--groups", "patient"),
@@ -239,9 +211,7 @@ def test_other_processes_write_no_split(command, flat, monkeypatch, tmp_path):
 
 
 @pytest.mark.timm_train
-def test_real_run_on_class_folders(encoder, flat, tmp_path):
-    if not os.environ.get("TIMM_TRAIN"):
-        pytest.skip("TIMM_TRAIN=/path/to/timm's/train.py is not set")
+def test_real_run_on_class_folders(timm_train, encoder, flat, tmp_path):
     words = ["--recipe", "smoke", "--model", f"local-dir:{encoder}", "--output", "out", "--experiment", "x"]
     words += ["--epochs", "2", "--warmup-epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
     result = run_python("-m", "timm_convnextv2", "finetune", *words, "--data-dir", "flat", cwd=tmp_path, timeout=300)
