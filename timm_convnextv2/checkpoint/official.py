@@ -49,18 +49,23 @@ _CONV_1X1 = _Form(lambda v: v[..., None, None], lambda v: v.flatten(1))  # [Cout
 _Row = tuple[str, str, _Form]  # official name, our name, form
 
 
-def _affine(official: str, ours: str, weight: _Form = _SAME, bias: _Form = _SAME) -> Iterator[_Row]:
+def _affine(official: str, ours: str, weight: _Form = _SAME) -> Iterator[_Row]:
     yield f"{official}.weight", f"{ours}.weight", weight
-    yield f"{official}.bias", f"{ours}.bias", bias
+    yield f"{official}.bias", f"{ours}.bias", _SAME
+
+
+def _conv(official: str, ours: str, kernel: _Form | None) -> Iterator[_Row]:
+    """A convolution of the sparse format by the form of its `kernel`, or with None of the dense one."""
+    if kernel is None:
+        yield from _affine(official, ours)
+    else:
+        yield f"{official}.kernel", f"{ours}.weight", kernel
+        yield f"{official}.bias", f"{ours}.bias", _ROW
 
 
 def _block(official: str, ours: str, sparse: bool, mlp: _Form) -> Iterator[_Row]:
     ln, linear = (".ln", ".linear") if sparse else ("", "")
-    if sparse:
-        yield f"{official}.dwconv.kernel", f"{ours}.conv_dw.weight", _DEPTHWISE
-        yield f"{official}.dwconv.bias", f"{ours}.conv_dw.bias", _ROW
-    else:
-        yield from _affine(f"{official}.dwconv", f"{ours}.conv_dw")
+    yield from _conv(f"{official}.dwconv", f"{ours}.conv_dw", _DEPTHWISE if sparse else None)
     yield from _affine(f"{official}.norm{ln}", f"{ours}.norm")
     yield from _affine(f"{official}.pwconv1{linear}", f"{ours}.mlp.fc1", mlp)
     yield f"{official}.grn.gamma", f"{ours}.mlp.grn.weight", _ROW if sparse else _GRN
@@ -80,11 +85,7 @@ def _table(
         if s > 0:
             official, ours = f"{prefix}downsample_layers.{s}", f"{prefix}stages.{s}.downsample"
             yield from _affine(f"{official}.0.ln" if sparse else f"{official}.0", f"{ours}.0")
-            if sparse:
-                yield f"{official}.1.kernel", f"{ours}.1.weight", _KERNEL
-                yield f"{official}.1.bias", f"{ours}.1.bias", _ROW
-            else:
-                yield from _affine(f"{official}.1", f"{ours}.1")
+            yield from _conv(f"{official}.1", f"{ours}.1", _KERNEL if sparse else None)
         for b in range(depth):
             yield from _block(f"{prefix}stages.{s}.{b}", f"{prefix}stages.{s}.blocks.{b}", sparse, mlp)
     if norm:

@@ -4,9 +4,10 @@ from timm.utils.distributed import world_info_from_env
 
 from ..config import build
 from ..console import count, refused, say
+from ..finetune.checkpoints import after_failure
 from ..finetune.config import RECIPES, FinetuneConfig
-from ..finetune.launch import describe, epochs_done, export, exported, failure, next_commands, result, run_plan
-from ..finetune.options import ScriptOptions, resolve_options, with_model_name
+from ..finetune.launch import describe, epochs_done, export, exported, next_commands, result, run_plan
+from ..finetune.options import ScriptOptions, resolve_options
 from ..finetune.plan import Plan, check_augmentation, describe_plan, make_plan, warnings
 from ..finetune.scripts import load_script
 from ..hub_errors import HubError
@@ -34,7 +35,6 @@ def prepare(argv: list[str] | None) -> Plan | None:
         raise ValueError("The launcher sets train.py's --config: give your file as --recipe FILE.")
     # train.py's parser knows these two as well, so that they are in its args.yaml
     kept = {"nodata": config.nodata, "license": config.license}
-    rest = with_model_name(rest)
     rest += [f"--{name}={value}" for name, value in kept.items() if value is not None]
     recipe = load_recipe(config.recipe, RECIPES)
     if config.from_scratch:
@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run_plan(plan)
     except BaseException as e:
-        if first and (message := failure(plan, e)):
-            say(message, error=True)
+        if first and not (isinstance(e, SystemExit) and e.code in (None, 0)):
+            left = after_failure(plan.folder, plan.epochs, plan.options.experiment)
+            say(f"train.py failed ({type(e).__name__}). {left}", error=True)
         raise
     return finish(plan) if first else 0

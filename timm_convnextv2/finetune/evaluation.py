@@ -16,7 +16,7 @@ from ..data.labelled import SPLIT_FILE, kept_rows, read_labelled
 from .folders import FolderReader, Open, RowReader, describe, is_folder, is_table, open_split, shown, split_folder
 from .images import Images, Kept, Reading, feed, probe, refuse_for_tensors
 from .model import check_weights_file, choose_pixels, create_fitted_model
-from .options import ScriptOptions, check_input_mode, for_this_machine, resolve_options, with_model_name
+from .options import ScriptOptions, check_input_mode, for_this_machine, resolve_options
 
 RESULTS = "predictions"  # the file of inference.py, without its ending
 
@@ -33,6 +33,7 @@ def prepare_evaluation(
     options = resolved = resolve_options(script, words)
     if options.model == options.defaults["model"]:
         raise ValueError("--model is needed: --model local-dir:FOLDER, the `model` folder of a finetuning, or a name.")
+    options = options.evolve(model=model_name(options.model))
     if not options.data_folder and not options.dataset:
         raise ValueError("--data-dir is needed: the folder of the images.")
     if kept is not None:
@@ -57,11 +58,11 @@ def prepare_evaluation(
 def _with_model(words: list[str]) -> list[str]:
     """The words, with --model before the first if that is a name or a folder."""
     if not words or words[0].startswith("-"):
-        return with_model_name(words)
+        return words
     name, *rest = words
     if any(word in ("-m", "--model") or word.startswith("--model=") for word in rest):
         raise ValueError(f"'{name}' and --model both name a model; the folder of the images is --data-dir.")
-    return ["--model", model_name(name), *rest]
+    return ["--model", name, *rest]
 
 
 def _with_results(options: ScriptOptions) -> ScriptOptions:

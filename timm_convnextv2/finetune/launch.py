@@ -20,7 +20,6 @@ from ..report.html import write_report
 from ..report.kinds import verdict
 from ..report.next_steps import near, publish_preview
 from ..report.run import read_run
-from .checkpoints import after_failure
 from .classes import describe_classes
 from .folders import RowReader
 from .images import Reading, feed
@@ -58,14 +57,6 @@ def _keep_labels(plan: Plan) -> None:
     if sorted(reader.class_to_idx.values()) == list(range(plan.options.num_classes)):  # a class map may leave gaps
         text = json.dumps(reader.classes, ensure_ascii=False, indent=0)
         (plan.folder / LABEL_NAMES).write_text(text + "\n", encoding="utf-8")
-
-
-def failure(plan: Plan, error: BaseException) -> str:
-    """The message for an error of train.py: which checkpoint is whole, and how to resume. Empty for exit status 0."""
-    if isinstance(error, SystemExit) and error.code in (None, 0):
-        return ""
-    left = after_failure(plan.folder, plan.epochs, plan.options.experiment)
-    return f"train.py failed ({type(error).__name__}). {left}"
 
 
 def export(plan: Plan) -> Path:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..checkpoint.loading import model_name
 from ..config import usable_cores
 from ..console import CommandParser, closest
 from ..recipes import Recipe
@@ -70,17 +69,6 @@ class ScriptOptions:
     def channels(self) -> int:
         """Channels of the images."""
         return self.in_chans or (self.input_size[0] if self.input_size else 3)
-
-
-def with_model_name(words: list[str]) -> list[str]:
-    """The words with timm's name for the --model of a size, or of the folder of a run."""
-    found = list(words)
-    for i, word in enumerate(words):
-        if word in ("-m", "--model") and i + 1 < len(words):
-            found[i + 1] = model_name(words[i + 1])
-        elif word.startswith("--model="):
-            found[i] = f"--model={model_name(word.partition('=')[2])}"
-    return found
 
 
 def resolve_options(script: ModuleType, words: list[str], recipe: Recipe | None = None) -> ScriptOptions:

@@ -18,7 +18,8 @@ from timm.models import safe_model_name
 from timm.optim import param_groups_layer_decay
 from timm.utils.distributed import world_info_from_env
 
-from ..checkpoint.finetuned import added_epochs, origin_of_run
+from ..checkpoint.finetuned import added_epochs, all_epochs, origin_of_run
+from ..checkpoint.loading import model_name
 from ..checkpoint.provenance import resolve_license
 from ..console import count
 from ..data import Pixels
@@ -78,14 +79,9 @@ class Plan:
         return bool(self.options.pretrained or any(getattr(self.options, name) for name in START_FILES))
 
     @property
-    def extra_epochs(self) -> dict[str, int]:
-        """Epochs that train.py adds to --epochs: the warmup, if --warmup-prefix is set, and the cooldown."""
-        return added_epochs(self.options.values)
-
-    @property
     def epochs(self) -> int:
         """Number of epochs, warmup and cooldown included."""
-        return self.options.epochs + sum(self.extra_epochs.values())
+        return all_epochs(self.options.values)
 
     @property
     def pixels(self) -> Pixels:
@@ -115,6 +111,7 @@ def make_plan(
     if "model" not in options.given and options.model == options.defaults["model"]:
         what = "where FOLDER is the encoder that pretraining exported"
         raise ValueError(f"--model is needed: --model local-dir:FOLDER, {what}.")
+    options = options.evolve(model=model_name(options.model))
     loads = options.pretrained and not options.pretrained_path
     start = dict(drop_path_rate=options.drop_path, global_pool=options.gp)
     options, model, fitted = create_fitted_model(options, need_weights=options.pretrained, check_weights=loads, **start)
@@ -266,7 +263,7 @@ def check_augmentation(policy: str | None) -> None:
 def describe_plan(plan: Plan) -> list[str]:
     """Lines on what will run."""
     options, path, version = plan.options, script_path(plan.script), script_version(plan.script)
-    more = "".join(f" + {n} of {name}" for name, n in plan.extra_epochs.items() if n)
+    more = "".join(f" + {n} of {name}" for name, n in added_epochs(options.values).items() if n)
     length = count(plan.epochs, "epoch") + (f" ({options.epochs}{more})" if more else "")
     if plan.splits:
         length += f" of {count(_updates_per_epoch(options, plan.splits[0], plan.world_size), 'update')}"
@@ -330,7 +327,7 @@ def warnings(plan: Plan, from_scratch: bool = False) -> list[str]:
     few = ""
     if plan.splits:
         per_epoch = _updates_per_epoch(options, plan.splits[0], plan.world_size)
-        few = few_updates(plan.epochs * per_epoch, per_epoch, sum(plan.extra_epochs.values()))
+        few = few_updates(plan.epochs * per_epoch, per_epoch, plan.epochs - options.epochs)
     unloaded = options.model.startswith("local-dir:") and not plan.pretrained and not from_scratch
     found = [
         (plan.kinds, f"there are images {plan.kinds}: their augmentation is crop, scale, ratio, flips, random erasing, "

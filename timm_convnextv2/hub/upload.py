@@ -18,7 +18,7 @@ from ..hub_errors import HUB_ERRORS, failure
 from ..models.weights import check_weights, first_not_finite
 
 _FAULTS: Any = (*HUB_ERRORS, RuntimeError)  # RuntimeError: the upload of a large file failed, with its cause
-_SILENCE = 60.0  # seconds without an answer; a commit of large files takes the Hub some
+_SILENCE = 60.0  # seconds without an answer until it gives up; a commit of large files takes the Hub some
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
 
 
@@ -165,7 +165,9 @@ def push_to_hub(
     files = files_to_push(folder, repo_id, revision)
     api = HfApi(token=_token(repo_id, token), library_name="timm_convnextv2")
     try:
-        _limit_silence()
+        client: Any = get_session()
+        if all(seconds is None for seconds in client.timeout.as_dict().values()):  # huggingface_hub would wait for ever
+            client.timeout = max(_SILENCE, constants.HF_HUB_DOWNLOAD_TIMEOUT)
         full_id = _open_repo(api, repo_id, private, revision)
         if full_id != repo_id:  # a name without a user: the card needs both
             files = files_to_push(folder, full_id, revision)
@@ -190,13 +192,6 @@ def _token(repo_id: str, token: str | None) -> str:
             f"Publishing '{repo_id}' needs an access token of the Hugging Face Hub: `hf auth login`, or set HF_TOKEN."
         )
     return token
-
-
-def _limit_silence() -> None:
-    """Gives up on a Hub that accepts a connection and then says nothing: huggingface_hub waits for ever by default."""
-    client: Any = get_session()
-    if all(seconds is None for seconds in client.timeout.as_dict().values()):
-        client.timeout = max(_SILENCE, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
 def _open_repo(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
