@@ -28,7 +28,6 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 LFS_PATTERNS = ("*.bin", "*.pth", "*.safetensors")
-NOW = "2025-01-01T00:00:00.000Z"
 # token: (user, who owns the repositories of that name; role)
 USERS = {"hf_owner": ("owner", "write"), "hf_reader": ("owner", "read"), "hf_stranger": ("stranger", "write")}
 
@@ -292,18 +291,11 @@ class HubServer:
             raise _Answer.error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
-    def whoami(self, request: Request) -> None:
-        user = self._user(request)
-        if user is None:
-            raise _Answer.error(401, "Invalid username or password.")
-        auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": user[1]}}
-        raise _Answer.json({"type": "user", "name": user[0], "fullname": user[0], "orgs": [], "auth": auth})
-
     def validate_yaml(self, request: Request) -> None:
         metadata = card_metadata(json.loads(request.body)["content"]) or {}
         texts, lists = ("license", "library_name", "pipeline_tag"), ("base_model", "datasets", "tags", "metrics")
         wrong = [k for k in texts if not isinstance(metadata.get(k, ""), str)]
-        wrong += [k for k in lists if not all(isinstance(v, str) for v in _as_list(metadata.get(k, [])))]
+        wrong += [k for k in lists if not all(isinstance(v, str) for v in metadata.get(k, []))]  # or one string
         raise _Answer.json({"errors": [{"message": k} for k in wrong], "warnings": []}, 400 if wrong else 200)
 
     def create(self, request: Request) -> None:
@@ -326,12 +318,7 @@ class HubServer:
         repo = self._repo(request, repo_id)
         commit = self._commit(repo, revision)
         card = commit.files.get("README.md")
-        content = {
-            **{"id": repo_id, "modelId": repo_id, "author": repo_id.partition("/")[0], "sha": commit.oid},
-            **{"private": repo.private, "gated": "auto" if repo.gated else False, "disabled": False},
-            **{"createdAt": NOW, "lastModified": NOW, "tags": [], "downloads": 0, "likes": 0},
-            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
-        }
+        content = {"id": repo_id, "sha": commit.oid, "private": repo.private, "tags": []}
         if card is not None:
             content["cardData"] = card_metadata(card.data.decode())
         raise _Answer.json(content)
@@ -340,9 +327,7 @@ class HubServer:
         repo = self._repo(request, repo_id, write=True)
         if branch in repo.branches:
             raise _Answer.error(409, f"Reference already exists: {branch}")
-        start = self._commit(repo, json.loads(request.body or b"{}").get("startingPoint") or "main")
-        history = next(h for h in repo.branches.values() if start in h)
-        repo.branches[branch] = history[: history.index(start) + 1]
+        repo.branches[branch] = list(repo.branches["main"])
         raise _Answer(201)
 
     def refs(self, request: Request, repo_id: str) -> None:
@@ -447,7 +432,6 @@ _REPO = r"(?P<repo_id>[^/]+/[^/]+?)"
 _API, _LFS = rf"/api/models/{_REPO}", rf"/{_REPO}\.git/info/lfs/objects"
 _REVISION = r"(?P<revision>[^/]+)"  # a slash in it comes quoted
 _ROUTES: list[tuple[str, str, str, Callable]] = [
-    ("hub", "GET", "/api/whoami-v2", HubServer.whoami),
     ("hub", "POST", "/api/validate-yaml", HubServer.validate_yaml),
     ("hub", "POST", "/api/repos/create", HubServer.create),
     ("hub", "GET", _API, HubServer.info),
@@ -471,10 +455,6 @@ def _part(request: Request, data: bytes, headers: dict[str, str]) -> _Answer:
         return _Answer(200, data, headers)
     first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
     return _Answer(206, data[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"})
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def card_metadata(text: str) -> Any:

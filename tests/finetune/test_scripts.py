@@ -14,12 +14,17 @@ from timm_convnextv2.commands.finetune import main
 from timm_convnextv2.finetune.scripts import find_script, kept_script
 
 
-def test_order_in_which_train_script_is_searched(tmp_path, monkeypatch, stand_in):
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """The clone that timm lies in, without scripts; there is no TIMM_TRAIN, and the cache is empty."""
     monkeypatch.delenv("TIMM_TRAIN", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    clone = tmp_path / "clone"
-    (clone / "timm").mkdir(parents=True)
-    monkeypatch.setattr(timm, "__file__", str(clone / "timm" / "__init__.py"))
+    (tmp_path / "clone" / "timm").mkdir(parents=True)
+    monkeypatch.setattr(timm, "__file__", str(tmp_path / "clone" / "timm" / "__init__.py"))
+    return tmp_path / "clone"
+
+
+def test_order_in_which_train_script_is_searched(clone, tmp_path, monkeypatch, stand_in):
     (clone / "train.py").write_text("print('of another project')\n")
     with pytest.raises(ValueError, match="not part of timm's package"):
         find_script("train.py")
@@ -35,10 +40,7 @@ def test_order_in_which_train_script_is_searched(tmp_path, monkeypatch, stand_in
 
 
 @pytest.mark.parametrize("name", ["train.py", "validate.py", "inference.py"])
-def test_missing_script_is_an_error_with_all_ways_to_get_it(tmp_path, monkeypatch, name, stand_in):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("TIMM_TRAIN", raising=False)
-    monkeypatch.setattr(timm, "__file__", str(tmp_path / "timm" / "__init__.py"))
+def test_missing_script_is_an_error_with_all_ways_to_get_it(clone, name, stand_in):
     with pytest.raises(ValueError) as e:
         find_script(name)
     message = str(e.value)
@@ -52,12 +54,7 @@ def test_missing_script_is_an_error_with_all_ways_to_get_it(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("fetched", [True, False])
-def test_next_command_names_the_script_only_if_it_is_not_found_alone(
-    command, train, tmp_path, monkeypatch, capsys, fetched
-):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("TIMM_TRAIN")
-    monkeypatch.setattr(timm, "__file__", str(tmp_path / "nowhere" / "timm" / "__init__.py"))
+def test_next_command_names_the_script_only_if_it_is_not_found_alone(command, train, clone, capsys, fetched):
     if fetched:
         kept_script("train.py").parent.mkdir(parents=True)
         shutil.copy(train, kept_script("train.py"))
@@ -71,11 +68,8 @@ def test_path_that_is_not_there(refused, monkeypatch, tmp_path, kind):
     if kind == "TIMM_TRAIN":
         monkeypatch.setenv(kind, str(path))
     message = refused(*([kind, str(path)] if kind == "--timm-train" else []))
-    assert (
-        f"{kind} is {path}" in message
-        and f"curl -fL --create-dirs -o {path} " in message
-        and f"v{timm.__version__}/train.py" in message
-    )
+    assert f"{kind} is {path}" in message and f"v{timm.__version__}/train.py" in message
+    assert f"curl -fL --create-dirs -o {path} " in message
 
 
 def test_other_scripts_are_found_beside_train_script(train, tmp_path, capsys):
