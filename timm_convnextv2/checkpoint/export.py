@@ -86,11 +86,8 @@ def place_folder(
 ) -> Path:
     """Writes weights, config.json and README.md beside `folder` and moves them into it; its other files stay.
 
-    `render` makes the README.md from the config and the names of the images in the folder.
-
-    Raises:
-        ValueError: A weight is not finite.
-        WriteError: (an OSError) The folder cannot be written.
+    `render` makes the README.md from the config and the names of the images in the folder. A weight that is not finite
+    is a `ValueError`, a folder that cannot be written a `WriteError`.
     """
     # safetensors needs contiguous tensors that share no memory; channels_last weights are not contiguous
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}

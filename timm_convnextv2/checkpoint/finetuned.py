@@ -76,16 +76,11 @@ def _model_name(args: dict[str, Any], folder: Path) -> str:
 def origin_of_run(
     args: dict[str, Any], name: str, cfg: dict[str, Any], folder: Path, followed: tuple[Path, ...] = ()
 ) -> Origin:
-    """The provenance of the weights that a run of train.py started from; empty for training from scratch.
+    """The provenance of the weights that a run with the options `args` started from; empty if they were random.
 
-    Args:
-        args: The run's options.
-        name: The model's present name for timm's factory, `cfg` its `pretrained_cfg`.
-        folder: The run's folder, searched for files that are missing at the paths in `args`.
-        followed: Checkpoints that were already followed.
-
-    Raises:
-        ValueError: A file that the run started from is missing or cannot be read.
+    `name` is the model's present name for timm's factory, `cfg` its `pretrained_cfg`. `folder` is the run's, which is
+    searched for files that are missing at the paths in `args`; a file that is in neither place is a `ValueError`.
+    `followed` are the checkpoints on the way here.
     """
     # in this order: what train.py loads last replaces earlier weights
     keys = ("resume", "initial_checkpoint", *(("pretrained_path",) if args.get("pretrained") else ()))

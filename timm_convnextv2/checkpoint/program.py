@@ -78,12 +78,8 @@ def write_program(
 ) -> Program:
     """Exports a model for the CPU, compares the file with the model on random images, and times both.
 
-    Args:
-        form: 'onnx' or 'torch'.
-        dynamic: What may change from call to call: 'batch', 'size' (height and width, from twice the stride).
-
-    Raises:
-        RuntimeError: The model cannot be exported so, or the file computes something else; nothing is written.
+    `form` is 'onnx' or 'torch'; `dynamic` names what may change from call to call: 'batch', 'size' (height and width,
+    from twice the stride). If the file would compute something else, nothing is written, a `RuntimeError`.
     """
     model, least = what.model.eval().requires_grad_(False), 2 * what.stride
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())

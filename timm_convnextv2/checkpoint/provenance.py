@@ -323,13 +323,9 @@ def origin_of_config(config: dict[str, Any], hub_id: str | None = None) -> Origi
 def origin_of_file(path: Path, names: Iterable[str], run: Mapping[str, Any] | None = None) -> Origin:
     """The provenance of the weights in a file, by the `config.json` beside it.
 
-    Without one, weights with the official names have the licence of the published weights, and a pretraining run that
-    started from random weights states its own.
-
-    Args:
-        path: The file; the `config.json` of a pretraining run lies in `encoder/`.
-        names: Names of the tensors in it.
-        run: Settings of the pretraining run that wrote the file; None for other files.
+    Without one, weights whose `names` are the official ones have the licence of the published weights, and a
+    pretraining run that started from random weights states its own. `run` has the settings of the pretraining run that
+    wrote the file, whose `config.json` lies in `encoder/`; None for other files.
     """
     folder = path.parent if run is None else path.parent / "encoder"
     config = config_beside({"file": folder / WEIGHTS})

@@ -34,11 +34,7 @@ def stage(source: Path, target: Path, part: str, stated: Stated) -> str:
     """Fills the empty `target` with the files to publish; returns a description of their source, for messages.
 
     `source` is a timm folder, the folder of a detector or segmenter, or that of any training run; `part` of a
-    pretraining run is 'encoder' or 'fcmae', with the decoder.
-
-    Raises:
-        ValueError: Nothing to publish, a corrupt file, a licence that nothing states or that contradicts the inherited
-            one, or `part='fcmae'` of weights without a decoder.
+    pretraining run is 'encoder' or 'fcmae', with the decoder. What cannot be published is a `ValueError`.
     """
     if (source / "config.json").is_file() and not (source / "args.yaml").is_file():
         run = source.parent if source.name in ("encoder", "model") and (source.parent / "args.yaml").is_file() else None
