@@ -118,7 +118,7 @@ def test_channels_that_only_the_folder_tells(run, refused, encoder, tmp_path, ca
 def test_layers_that_hardly_learn(run, command, capsys):
     run("--layer-decay", "0.2")
     assert "3.2e-04 of the rate" in capsys.readouterr().err  # 0.2 ** 5
-    assert main(command("--dry-run", "--lr", "0.1", recipe="linear-probe")) == 0
+    assert main(command("--dry-run", recipe="linear-probe", experiment="probe")) == 0
     out = capsys.readouterr().out
     assert "stem.0.weight frozen" in out and "head.fc.bias 1; " in out and "parameters are frozen" in out
 

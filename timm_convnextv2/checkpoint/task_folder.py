@@ -15,18 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..hub_errors import HUB_ERRORS, hub_error
-from .card import (
-    HERE,
-    OR_HUB,
-    escaped,
-    images_text,
-    licence_text,
-    pixels_text,
-    render_card,
-    results,
-    table,
-    with_metadata,
-)
+from . import card
+from .card import HERE, OR_HUB
 from .export import how_made, place_folder
 from .provenance import MODEL_ARGS, WEIGHTS, check_config, check_training, check_types, is_ours, read_object
 
@@ -174,7 +164,7 @@ def write_task(
 
 def render_folder_card(config: dict[str, Any], images: Sequence[str] = ()) -> str:
     """The model card of a timm folder, or of a detector or segmenter; see `card.render_card`."""
-    return _render(config, images) if is_task(config) else render_card(config, images)
+    return _render(config, images) if is_task(config) else card.render_card(config, images)
 
 
 def _render(config: dict[str, Any], images: Sequence[str]) -> str:
@@ -184,7 +174,7 @@ def _render(config: dict[str, Any], images: Sequence[str]) -> str:
     architecture = config["backbone"]["architecture"]
     license, metrics = config["pretrained_cfg"].get("license"), config["metrics"]
     stated = [(kind, title, round(metrics[k], 4)) for k, kind, title in _STATED[task] if metrics.get(k, -1) >= 0]
-    found = results(_PIPELINES[task], config.get("dataset"), stated, dataset_split="validation")
+    found = card.results(_PIPELINES[task], config.get("dataset"), stated, dataset_split="validation")
     data = ModelCardData(
         library_name="timm_convnextv2", pipeline_tag=_PIPELINES[task], license=license,
         base_model=training.get("base_model"), datasets=training.get("datasets") or None,
@@ -192,16 +182,18 @@ def _render(config: dict[str, Any], images: Sequence[str]) -> str:
         model_name=f"{kind} on {architecture}" if found else None, eval_results=found or None,
     )  # fmt: skip
     masks = ", masks" if kind == "Mask R-CNN" else ""
-    named = ", ".join(map(escaped, classes[:200])) + (f", and {len(classes) - 200} more" if len(classes) > 200 else "")
+    more = f", and {len(classes) - 200} more" if len(classes) > 200 else ""
+    named = ", ".join(map(card.escaped, classes[:200])) + more
     parts = [
-        f"# {kind} on {escaped(architecture)}\n\nA {TASKS[task]} of {len(classes)} classes, "
+        f"# {kind} on {card.escaped(architecture)}\n\nA {TASKS[task]} of {len(classes)} classes, "
         f"{'from label 1' if task == 'detection' else 'from index 0'}: {named}. It was trained with `timm_convnextv2` "
-        f"{escaped(training['made_with'].get('timm_convnextv2'))} and opens with that package alone.",
+        f"{card.escaped(training['made_with'].get('timm_convnextv2'))} and opens with that package alone.",
         f"```python\n{_CODE[task].format(name=HERE, or_hub=OR_HUB, masks=masks)}\n```",
     ]
     if training.get("pixels"):
-        parts.append(pixels_text(training["pixels"], "`load_image` above and the commands of `timm_convnextv2` do it."))
-    parts += ["## How it was made", table("", training["table"])]
+        by_whom = "`load_image` above and the commands of `timm_convnextv2` do it."
+        parts.append(card.pixels_text(training["pixels"], by_whom))
+    parts += ["## How it was made", card.table("", training["table"])]
     numbers = {name: f"{v:.4f}" for name, v in metrics.items() if isinstance(v, float) and v >= 0}
     for key, measure in (("iou", "IoU"), ("class_ap", "box AP")):
         if isinstance(metrics.get(key), list) and len(classes) <= 50:
@@ -209,7 +201,6 @@ def _render(config: dict[str, Any], images: Sequence[str]) -> str:
             numbers |= {f"{measure} of {name}": f"{v:.4f}" for name, v in of_class if v is not None}
     if numbers:
         where = f"validation images of {config['dataset']}" if config.get("dataset") else "validation images"
-        parts += ["## Results", table(where, numbers)]
-    return with_metadata(
-        data, [*parts, *images_text(images), "## Licence and provenance", licence_text(license, training)]
-    )
+        parts += ["## Results", card.table(where, numbers)]
+    parts += [*card.images_text(images), "## Licence and provenance", card.licence_text(license, training)]
+    return card.with_metadata(data, parts)

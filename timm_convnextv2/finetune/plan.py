@@ -30,19 +30,9 @@ from ..models import ConvNeXtV2
 from ..recipes import Recipe
 from ..report.next_steps import near
 from ..runs.plan import few_updates
+from . import folders
 from .checkpoints import check_new_folder, check_resume
-from .folders import (
-    FolderReader,
-    describe,
-    imbalance,
-    is_folder,
-    is_table,
-    is_unsplit,
-    opaque_prefix,
-    open_splits,
-    shown,
-    split_rows,
-)
+from .folders import FolderReader
 from .images import Images, Reading, probe, refuse_for_tensors
 from .model import check_weights_file, choose_pixels, create_fitted_model
 from .options import PLUGIN, ScriptOptions, check_input_mode, for_this_machine
@@ -137,18 +127,19 @@ def _open_splits(options: ScriptOptions, splitting: Splitting) -> tuple[list[Fol
     """The training and validation images, and notes on how they were split; neither if train.py opens the data."""
     place, how = options.data_folder, {"class_map": options.class_map, "input_key": options.input_key}
     named = {"train_split", "val_split"} & {*options.given, *options.changed()}
-    if place and not opaque_prefix(options.dataset) and (is_table(place) or not named and is_unsplit(Path(place))):
+    images = not folders.opaque_prefix(options.dataset)
+    if place and images and (folders.is_table(place) or not named and folders.is_unsplit(Path(place))):
         kept = Path(options.resume).parent / SPLIT_FILE if options.resume else None
-        return split_rows(Path(place), splitting, options.seed, kept, **how)
+        return folders.split_rows(Path(place), splitting, options.seed, kept, **how)
     if splitting != SPLITTING:
         raise ValueError(
             "--validation-share, --groups and --group-by split a folder of classes or a CSV; the data has a split of "
             f"its own: {options.dataset or place}. Leave them out."
         )
-    if not is_folder(options.dataset, place):
+    if not folders.is_folder(options.dataset, place):
         return [], []
     names = {"--train-split": options.train_split, "--val-split": options.val_split}
-    return open_splits(place, names, partial(FolderReader, **how)), []
+    return folders.open_splits(place, names, partial(FolderReader, **how)), []
 
 
 def _with_classes(options: ScriptOptions, splits: list[FolderReader]) -> tuple[ScriptOptions, list[str]]:
@@ -161,7 +152,7 @@ def _with_classes(options: ScriptOptions, splits: list[FolderReader]) -> tuple[S
         return options, []
     train, found = splits[0], len(splits[0].classes)
     if "num_classes" in options.given and given != found:
-        has = f"{train.root} has {count(found, 'class')} ({shown(train.classes)})"
+        has = f"{train.root} has {count(found, 'class')} ({folders.shown(train.classes)})"
         raise ValueError(f"--num-classes {given}, but {has}. Leave --num-classes out, or correct one.")
     replaced = [f"{count(found, 'class')}, counted in {train.root}, replace the recipe's {given}."]
     return options.evolve(num_classes=found), replaced if given not in (None, found) else []
@@ -278,7 +269,7 @@ def describe_plan(plan: Plan) -> list[str]:
         f"recipe {plan.recipe.name}: {plan.recipe.description}",
         f"{options.model}, {'pretrained' if plan.pretrained else 'from random weights'}, "
         f"{count(options.num_classes, 'class')}",
-        *(line for split in plan.splits for line in describe(split)),
+        *(line for split in plan.splits for line in folders.describe(split)),
         f"global batch {batch} = {made}",
         length,
         _describe_layers(plan),
@@ -321,7 +312,7 @@ def warnings(plan: Plan, from_scratch: bool = False) -> list[str]:
     options, version, decay = plan.options, script_version(plan.script), plan.options.layer_decay
     scales = [] if decay is None else [scale for scale in _layer_scales(plan).values() if scale is not None]
     smallest = min(scales, default=1.0)
-    unequal = imbalance(plan.splits[0].counts()) if plan.splits else ""
+    unequal = folders.imbalance(plan.splits[0].counts()) if plan.splits else ""
     files = [[path for path, _ in split.samples] for split in plan.splits]
     shared = shared_note(files[0], files[1], "validation") if len(files) == 2 else ""
     few = ""
