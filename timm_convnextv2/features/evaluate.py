@@ -169,18 +169,18 @@ def evaluate_models(
 
         Its budgets are means over `labels` and `more` orders of them, for which no probe is trained.
         """
-        how: dict[str, Any] = {
-            "num_classes": len(data.classes), "scoring": scoring, "device": extraction.devices[0],
-        }  # fmt: skip
+        how: dict[str, Any] = {"num_classes": len(data.classes), "device": extraction.devices[0]}
         try:
             each = [
-                resampled_features(train, labels, test, data.test.labels, groups=data.test.groups, **how)
+                resampled_features(
+                    train, labels, test, data.test.labels, groups=data.test.groups, scoring=scoring, **how
+                )
                 for train, test in rows
             ]
             rank = sum(rankme(test) for _, test in rows) / len(rows)
             orders = [(labels, scoring), *((order, replace(scoring, probe=False)) for order in more)]
             curves = [
-                over_budgets(train, order, test, data.test.labels, sizes, **how | {"scoring": by})
+                over_budgets(train, order, test, data.test.labels, sizes, scoring=by, **how)
                 for train, test in rows
                 for order, by in orders
             ]

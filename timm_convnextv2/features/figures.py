@@ -37,12 +37,13 @@ def _save(figure: Any, path: str | Path, columns: int = 1) -> None:
     save_figure(figure, path)
 
 
-def _styled(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Any, str]]:
+def _styled(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Any, Any, str]]:
     """Each result with its colour and marker: greys for baselines."""
     greys = zip(GREYS, MARKERS, strict=True)
     colours = iter(_colours(sum("baseline" not in result for result in results)))
     for result in results:
-        yield result, *(next(greys) if "baseline" in result else (next(colours), "o"))
+        colour, marker = next(greys) if "baseline" in result else (next(colours), "o")
+        yield result, colour, marker
 
 
 def _unit(found: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask, TrainingTask
-from torch import Tensor
+from timm.task import TrainingTask
+from torch import Tensor, nn
 
 from .fcmae import FCMAE
 
@@ -20,8 +20,18 @@ class FCMAETask(TrainingTask):
         self.trainable_module = model
         self._layout = model.visible  # the unwrapped model's method: DDP and compile wrappers hide it
 
-    prepare_distributed: Any = ClassificationTask.prepare_distributed
-    compile: Any = ClassificationTask.compile
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> "FCMAETask":
+        """Wraps the model in DistributedDataParallel."""
+        self.trainable_module = nn.parallel.DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs
+        )
+        return self
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs) -> nn.Module:
+        """Compiles the model, before DDP wrapping."""
+        compiled: Any = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        self.trainable_module = compiled
+        return compiled
 
     def forward(self, input: Tensor, target: Tensor | None = None, channels: Tensor | None = None) -> dict[str, Tensor]:
         """'loss' (scalar) and 'mask' of images `[B, C, H, W]`.

@@ -206,7 +206,7 @@ def _check_shapes(state: dict[int, dict[str, Any]], shapes: Sequence[torch.Size]
                 raise ValueError(f"{key} of parameter {number} is {found}, expected {wanted}")
 
 
-def _is_scaler(there: object, here: dict[str, Any]) -> bool:
+def _is_scaler(there: Any, here: dict[str, Any]) -> bool:
     """Whether it is a table of numbers with the same names."""
-    fits = isinstance(there, dict) and there.keys() == here.keys()
-    return fits and all(isinstance(v, int | float) and not isinstance(v, bool) for v in there.values())
+    same = isinstance(there, dict) and there.keys() == here.keys()
+    return same and all(type(value) in (int, float) for value in there.values())

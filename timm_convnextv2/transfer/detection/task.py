@@ -26,7 +26,7 @@ class DetectionTask(Task):
     name, command = "detection", "detect"
     main_metric = ("box AP", "box_ap")
     fixed = ("boxes_only", "out_channels")
-    collate, table = staticmethod(collate), staticmethod(table)
+    collate = staticmethod(collate)
     model: Any
 
     def __init__(self, config: DetectConfig | DetectEvalConfig) -> None:
@@ -123,6 +123,9 @@ class DetectionTask(Task):
 
     def export(self, model: Any, folder: Path, **about: Any) -> None:
         export_detector(model, folder, classes=self.classes, **about)
+
+    def table(self, metrics: dict[str, Any]) -> str:
+        return table(metrics)
 
     def write_found(self, path: Path, found: Any) -> None:
         write_json(path, found)

@@ -27,7 +27,7 @@ class SegmentationTask(Task):
     name, command = "segmentation", "segment"
     fixed = ("channels", "auxiliary_channels")
     main_metric = ("mIoU", "miou")
-    collate, export = staticmethod(default_collate), staticmethod(export_segmenter)
+    collate = staticmethod(default_collate)
     model: Any
 
     def __init__(self, config: SegmentConfig | SegmentEvalConfig) -> None:
@@ -113,6 +113,9 @@ class SegmentationTask(Task):
 
     def draw(self, path: Path, found: Any, title: str, shown: int) -> None:
         save_segmentations(path, self.validation, found, title)
+
+    def export(self, model: Any, folder: Path, **about: Any) -> None:
+        export_segmenter(model, folder, **about)
 
     def table(self, metrics: dict[str, Any]) -> str:
         return table(metrics, self.classes)
