@@ -26,6 +26,7 @@ TEXTS = dict(
 COUNTS = dict(
     num_classes=None, in_chans=None, img_size=None, batch_size=128, grad_accum_steps=1, lr_base_size=256,
     warmup_epochs=5, epochs=300, cooldown_epochs=0, workers=4, checkpoint_hist=10, log_interval=50, seed=42,
+    val_interval=1,
 )  # fmt: skip
 NUMBERS = dict(
     crop_pct=None, drop_path=None, head_init_scale=None, opt_eps=None, weight_decay=2e-5, clip_grad=None,

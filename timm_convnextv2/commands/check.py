@@ -21,7 +21,7 @@ from ..data.measure.inspection import (
     some_of_each,
     thumbnail,
 )
-from ..data.paths.find import find_files
+from ..data.paths.find import check_places, find_files
 from ..files import write_json
 from ..report.images import save_contact_sheet
 from ..runs.group import Processes
@@ -40,6 +40,7 @@ def check(config: CheckConfig) -> int:
     if not paths.data_dir and not paths.data_list:
         raise ValueError("No images given. Name a folder: check IMAGES.")
     check_bands(config.show_bands, max(config.show_bands or (3,)))
+    check_places(paths)
     output = check_output("check", config.output, paths.data_dir, config.overwrite)
     figure = output.with_suffix(".png")
     page = one_page(config.pages)

@@ -27,7 +27,7 @@ from ..data.measure.sample import (
     measured_options,
     suggestions,
 )
-from ..data.paths.find import find_files
+from ..data.paths.find import check_places, find_files
 from ..data.paths.listing import base_of
 from ..files import check_free, write_json
 from ..report.images import FIGURE_OF, save_histograms
@@ -63,6 +63,7 @@ def measure_images(config: StatsConfig) -> tuple[Measured, Pixels, Path]:
 
     pixels = config.pixels.to_pixels()
     check_limits(config.pixels)
+    check_places(paths, config.data_set.dataset)
     output = check_output("stats", config.output, paths.data_dir, config.overwrite)
     listing = find_files(paths, config.data_set.dataset, 1.0, Processes())
     options = dict(seed=config.seed, error=config.error, max_images=config.max_images, workers=config.workers)

@@ -1,5 +1,6 @@
 """Gathers the files to publish from a timm folder or a run, and settles their licence."""
 
+import json
 import math
 import os
 import shutil
@@ -18,7 +19,7 @@ from ..checkpoint.provenance import WEIGHTS, origin_of_config, read_config, reso
 from ..checkpoint.task_folder import TASKS, is_task, read_folder_config, render_folder_card
 from ..console import say
 from ..data import Pixels
-from ..files import load_checkpoint, read_rows, write_json
+from ..files import load_checkpoint, read_rows
 from .upload import check_folder
 
 
@@ -76,7 +77,7 @@ def _with_loss(config: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def _write_description(folder: Path, config: dict[str, Any], card: str) -> None:
-    write_json(folder / "config.json", config, indent=2)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
