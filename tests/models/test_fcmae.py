@@ -189,6 +189,21 @@ def test_loss_by_hand(norm):
     torch.testing.assert_close(reference_forward(model, images, mask).loss, expected)
 
 
+def test_grn_sums_over_the_visible_tokens_of_one_image():
+    """GRN's input and output inside the packed encoder, against the formula on each image's own tokens."""
+    model = toy(in_chans=1)
+    images = torch.randn(2, 1, 64, 64, dtype=torch.float64)
+    mask = torch.tensor([[[0, 1], [1, 1]], [[1, 1], [0, 1]]]).bool()
+    grn, seen = model.encoder.stages[3].blocks[0].mlp.grn, {}
+    grn.register_forward_hook(lambda module, args, out: seen.update(x=args[0].detach(), out=out.detach()))
+    model(images, mask)
+    assert seen["x"].shape == (2, 1, 1, 80)  # one visible patch per image, one token per patch, 4 x 20 channels
+    for x, out in zip(seen["x"].view(2, 80), seen["out"].view(2, 80), strict=True):
+        norms = x.abs()
+        expected = x + grn.weight * x * norms / (norms.sum() / 80 + 1e-6) + grn.bias
+        torch.testing.assert_close(out, expected.detach(), rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("kwargs", [{}, dict(patch_size=1), dict(patch_size=2), dict(conv_mlp=False, kernel_sizes=5)])
 @pytest.mark.parametrize("grid", [(2, 2), (1, 3)])
 def test_nothing_masked_is_the_dense_model(kwargs, grid):
