@@ -203,7 +203,7 @@ def words_of_cell(cell: Cell, more: Sequence[str]) -> list[str]:
     # with --warmup-prefix, train.py adds the warmup to --epochs
     length = ["--epochs", str(cell.epochs - warmup), "--warmup-epochs", str(warmup), "--warmup-prefix"]
     # the last epoch is always validated, and nothing else counts in tuning
-    interval = math.ceil(cell.epochs / VALIDATIONS) if not cell.tunes else cell.epochs
+    interval = cell.epochs if cell.tunes else math.ceil(cell.epochs / VALIDATIONS)
     words = [*cell.candidate.start, *length, "--val-interval", str(interval), *more, "--seed", str(cell.seed)]
     most = int((1 - HELD_OUT) * cell.images)
     if most < cell.candidate.batch and not batch_given(more):  # train.py drops a batch that is not full
@@ -270,7 +270,7 @@ def compare(
             seconds = _finetune(cell, made_with(cell))
             spent, done = spent + seconds, done + updates.pop(cell.folder)
         accuracy = _accuracies(cell.folder)
-        last = [*accuracy.values()][-1]
+        last = accuracy[cell.epochs]
         took = f"{seconds:.0f} s" if seconds else "finished before"
         to_go = spent * sum(updates.values()) / max(1, done)
         rest = f"; {len(updates)} to go, about {duration(to_go)}" if updates and done else ""

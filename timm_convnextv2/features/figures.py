@@ -67,13 +67,13 @@ def save_measures(found: Mapping[str, Any], path: str | Path) -> None:
     results = found["results"]
     keys = [key for key in results[0]["measures"] if key != "rank"]
     figure, (axis,) = _axes((1.6 + 1.3 * len(keys), 3.6 + 0.22 * len(results)), _unit(found))
-    for i, (result, colour, marker) in enumerate(_styled(results)):
+    for i, (result, colour, _) in enumerate(_styled(results)):
         shift = 0.7 * ((i + 0.5) / len(results) - 0.5)
         value, low, high = ([100 * result["measures"][key][end] for key in keys] for end in ("value", "low", "high"))
         below = [max(v - end, 0) for v, end in zip(value, low, strict=True)]
         above = [max(end - v, 0) for v, end in zip(value, high, strict=True)]
         axis.errorbar(
-            [x + shift for x in range(len(keys))], value, yerr=[below, above], fmt="o" if marker == "o" else "s",
+            [x + shift for x in range(len(keys))], value, yerr=[below, above], fmt="s" if "baseline" in result else "o",
             markersize=5, linewidth=1.3, capsize=2, color=colour, label=short(result["model"]),
         )  # fmt: skip
     chance = 100 * found["data"]["chance"]
@@ -96,7 +96,7 @@ def save_budgets(found: Mapping[str, Any], path: str | Path) -> None:
             label = short(result["model"]) if key == keys[0] else None
             axis.plot(
                 images, value, color=colour, marker=marker, markersize=5, label=label,
-                linestyle="-" if marker == "o" else "--",
+                linestyle="--" if "baseline" in result else "-",
             )  # fmt: skip
             axis.fill_between(images, low, high, color=colour, alpha=0.15, linewidth=0)
     for axis, key in zip(axes, keys, strict=True):

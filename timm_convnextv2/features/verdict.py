@@ -39,7 +39,7 @@ def last_of(curves: Sequence[Curve]) -> Last:
     """Accuracy after the last epoch, by number of images, candidate and seed."""
     found: Last = {}
     for curve in curves:
-        found.setdefault(curve.images, {}).setdefault(curve.name, {})[curve.seed] = [*curve.accuracy.values()][-1]
+        found.setdefault(curve.images, {}).setdefault(curve.name, {})[curve.seed] = curve.accuracy[max(curve.accuracy)]
     return dict(sorted(found.items()))
 
 

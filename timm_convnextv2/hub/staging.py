@@ -115,7 +115,8 @@ def _stage_folder(folder: Path, target: Path, run: Path | None, stated: Stated) 
         say(f"{folder / 'README.md'} was edited by hand: its text is kept.")
         kept, license = ModelCard(text, ignore_metadata_errors=True), config["pretrained_cfg"]["license"]
         new = {"license": license, "datasets": list(stated.datasets), "base_model": stated.base_model}
-        vars(kept.data).update({name: value for name, value in new.items() if value})
+        for name in filter(new.get, new):
+            setattr(kept.data, name, new[name])
         card = str(kept)
     try:
         os.symlink((folder / WEIGHTS).resolve(), target / WEIGHTS)  # they are large

@@ -18,7 +18,7 @@ from ..hub_errors import HUB_ERRORS, failure
 from ..models.weights import check_weights, first_not_finite
 
 _FAULTS: Any = (*HUB_ERRORS, RuntimeError)  # RuntimeError: the upload of a large file failed, with its cause
-_SILENCE = 60.0  # seconds without an answer until it gives up; a commit of large files takes the Hub some
+_SILENCE = 60.0  # seconds without an answer; a commit of large files takes the Hub a while
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth", ".tar")
 
 

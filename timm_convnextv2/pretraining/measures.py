@@ -8,7 +8,6 @@ columns `eval_*` of summary.csv; they are named beforehand, because they stay em
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,10 @@ def measure_epoch(
     for measure in measures:
         numbers.update(dict.fromkeys(measure.columns, ""))
         if measure.due(epoch, epochs):
-            act = partial(lambda run: numbers.update(run(epoch, encoder)), measure.run)
+
+            def act(run: Run = measure.run) -> None:
+                numbers.update(run(epoch, encoder))
+
             attempt("a measure", act, note, (OSError, ValueError))
     return numbers
 
