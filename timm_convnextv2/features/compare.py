@@ -269,7 +269,7 @@ def compare(
         if before[cell.folder] is None:
             seconds = _finetune(cell, made_with(cell))
             spent, done = spent + seconds, done + updates.pop(cell.folder)
-        accuracy = _accuracies(cell.folder)
+        accuracy = accuracies(cell.folder)
         last = accuracy[cell.epochs]
         took = f"{seconds:.0f} s" if seconds else "finished before"
         to_go = spent * sum(updates.values()) / max(1, done)
@@ -298,7 +298,7 @@ def _finetune(cell: Cell, made_with: dict[str, Any]) -> float:
         run.with_name(f"{run.name}.log"),
     )
     seconds = call("finetune", [*made_with["options"], *place], log)
-    if cell.epochs not in _accuracies(run):  # train.py ends quietly on Ctrl-C
+    if cell.epochs not in accuracies(run):  # train.py ends quietly on Ctrl-C
         raise subprocess.CalledProcessError(1, ["finetune", str(log)])
     write_json(run / MADE_WITH, made_with, indent=1)
     return seconds
@@ -354,7 +354,7 @@ def tail(path: Path, lines: int) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:])
 
 
-def _accuracies(run: Path) -> dict[int, float]:
+def accuracies(run: Path) -> dict[int, float]:
     """Validation accuracy in % by the number of epochs before it, from train.py's summary.csv."""
     rows = read_rows(run / "summary.csv")[0]
     return {int(str(row["epoch"])) + 1: float(str(row["eval_top1"])) for row in rows if row.get("eval_top1")}

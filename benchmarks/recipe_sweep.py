@@ -1,0 +1,106 @@
+"""The recipes of small labelled sets: the learning rate, and each other setting alone.
+
+    python -m benchmarks.recipe_sweep --timm-train path/to/timm/train.py --data PHOTOGRAPHS-32 --output SWEEP
+    python -m benchmarks.recipe_sweep --timm-train path/to/timm/train.py --data CLIPART-32 --output SWEEP --encoder RUN
+
+The data are a folder of `python -m benchmarks.images`. Without --encoder, a small ConvNeXt V2 is finetuned from random
+weights with `scratch-small`; with it, from a pretraining run with `small-data`. It trains on four fifths of a
+stratified part of the training images and is measured on the rest: the validation images stay unseen. Every row of
+`benchmarks/results/scratch_sweep.csv` or `small_data_sweep.csv` is one finetuning; `--output` keeps them, and they are
+not repeated.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import conditions, write_csv
+from timm_convnextv2.data.labelled import rows_of_folder
+from timm_convnextv2.features.compare import Candidate, Cell, accuracies, call, part_folders, words_of_cell
+
+RANDOM = ("--from-scratch", "--model-kwargs", "depths=[1,1,2,1]", "dims=[16,32,64,128]", "patch_size=1")
+MIXING = ("--mixup", "0.8", "--cutmix", "1.0")
+SCRATCH: dict[str, tuple[float, tuple[str, ...]]] = {
+    "scratch-small": (8e-3, ()),
+    "a tenth of the learning rate": (8e-4, ()),
+    "0.3 times the learning rate": (2.4e-3, ()),
+    "3 times the learning rate": (2.4e-2, ()),
+    "layer decay 0.9": (8e-3, ("--layer-decay", "0.9")),
+    "head_init_scale 0.001": (8e-3, ("--head-init-scale", "0.001")),
+    "mixup 0.8 and cutmix 1": (8e-3, MIXING),
+    "all three, a tenth of the learning rate": (
+        8e-4,
+        ("--layer-decay", "0.9", "--head-init-scale", "0.001", *MIXING),
+    ),
+}
+PRETRAINED: dict[str, tuple[float, tuple[str, ...]]] = {
+    "small-data": (8e-4, ()),
+    "0.3 times the learning rate": (2.4e-4, ()),
+    "4 times the learning rate": (3.2e-3, ()),
+    "16 times the learning rate": (1.28e-2, ()),
+    "64 times the learning rate": (5.12e-2, ()),
+    "no mixup and cutmix": (8e-4, ("--mixup", "0", "--cutmix", "0")),
+} | {
+    f"{name}, 16 times the learning rate": (1.28e-2, tuple(words.split()))
+    for name, words in {
+        "no mixup and cutmix": "--mixup 0 --cutmix 0",
+        "no random erasing": "--reprob 0",
+        "no RandAugment": "--aa None",
+        "none of the three": "--mixup 0 --cutmix 0 --reprob 0 --aa None",
+        "no mixup and cutmix, head_init_scale 1": "--mixup 0 --cutmix 0 --head-init-scale 1",
+        "no mixup and cutmix, no layer decay": "--mixup 0 --cutmix 0 --layer-decay 1",
+        "no mixup and cutmix, layer decay 0.75": "--mixup 0 --cutmix 0 --layer-decay 0.75",
+        "no mixup and cutmix, drop path 0": "--mixup 0 --cutmix 0 --drop-path 0",
+    }.items()
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="of benchmarks.images")
+    parser.add_argument("--encoder", metavar="RUN", help="a pretraining run to start from (default: random weights)")
+    parser.add_argument("--settings", nargs="+", choices=[*SCRATCH, *PRETRAINED], metavar="NAME")
+    parser.add_argument("--images", type=int, default=1520, help="training images, a fifth of them to measure on")
+    parser.add_argument("--epochs", type=int, default=12, help="a tenth of them warmup")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--timm-train", metavar="PATH", help="timm's train.py, as of finetuning")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="keep the runs there")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    if args.timm_train:
+        os.environ["TIMM_TRAIN"] = str(Path(args.timm_train).resolve())
+    rows = rows_of_folder(args.data / "train", [])
+    parts = part_folders(rows, [args.images], args.data / "validation", args.output / "data")
+    part = parts[args.images]
+    about = conditions(torch.device("cpu"), args.threads)
+    about["sets"] = f"{args.images} of {len(rows)} training images of {args.data.name}, a fifth held out"
+    more = ["--img-size", "32", "--workers", "0", "--device", "cpu"]
+    result, settings = ("small_data_sweep", PRETRAINED) if args.encoder else ("scratch_sweep", SCRATCH)
+    recipe = next(iter(settings))
+    model, start = ("convnextv2_atto", RANDOM)
+    if args.encoder:
+        model, start = f"local-dir:{(Path(args.encoder) / 'encoder').resolve()}", ()
+    found = []
+    for seed in args.seeds:
+        for name in args.settings or settings:
+            rate, options = settings[name]
+            candidate = Candidate(name, model, (*start, *options), recipe, (rate,), 64)
+            folder = args.output / f"{recipe}-{list(settings).index(name)}-seed-{seed}"
+            cell = Cell(candidate, args.images, args.epochs, seed, rate, part.tune, part.digest, folder, tunes=True)
+            if not (folder / "summary.csv").exists() or args.epochs not in accuracies(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                place = ["--data-dir", str(part.tune), "--output", str(args.output), "--experiment", folder.name]
+                call("finetune", [*words_of_cell(cell, more), *place], folder.with_suffix(".log"))
+            accuracy = accuracies(folder)[args.epochs]
+            found.append(dict(setting=name, lr_base=f"{rate:g}", seed=seed, epochs=args.epochs, held_out_top1=accuracy))
+            print(found[-1], flush=True)
+            path = write_csv(result, found, about)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
