@@ -7,6 +7,7 @@ Measures how well the classes can be told apart. Writes `benchmarks/results/demo
 
 import argparse
 import time
+from typing import Any
 
 import timm
 import torch
@@ -38,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pixels = Pixels(standardize="channel")
-    shape = DEMO_NETWORK["model_kwargs"]
+    shape: Any = DEMO_NETWORK["model_kwargs"]
     rows = []
     for seed in args.seeds:
         torch.manual_seed(seed)

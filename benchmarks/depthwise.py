@@ -9,6 +9,7 @@ gradient. Memory's speed is that of copying a large tensor, in turn with the res
 
 import argparse
 import statistics
+from typing import Any
 
 import timm
 import torch
@@ -32,7 +33,7 @@ def copy_step(device: str, dtype: str):
 def mix_step(backend: str, size: str, stage: int, packed: bool, batch: int, device: str, dtype: str):
     """Forward and backward of a stage's depthwise convolution: visible patches at mask ratio 0.6, or whole images."""
     torch.manual_seed(0)
-    model = timm.create_model(f"convnextv2_{size}").to(device, getattr(torch, dtype))
+    model: Any = timm.create_model(f"convnextv2_{size}").to(device, getattr(torch, dtype))
     conv, p = model.stages[stage].blocks[0].conv_dw, 8 >> stage
     keep = num_visible((7, 7), 0.6)
     rows, columns = (keep * p, p) if packed else (7 * p, 7 * p)
@@ -59,7 +60,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []
     itemsize = getattr(torch, args.dtype).itemsize
-    dims = [s["num_chs"] for s in timm.create_model(f"convnextv2_{args.size}", features_only=True).feature_info.info]
+    maps: Any = timm.create_model(f"convnextv2_{args.size}", features_only=True)
+    dims = maps.feature_info.channels()
     for packed in (True, False):
         for stage, channels in enumerate(dims):
             where = (args.size, stage, packed, args.batch, args.device, args.dtype)

@@ -17,6 +17,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ def open_there(index: str, root: str, reads: int, pipe) -> None:
     """Opens an index in this process and tells what that took."""
     origins = origins_of(root)
     before, start = resident(), time.perf_counter()
-    source = create_source(root, listing=Index(index).listing(origins))
+    source: Any = create_source(root, listing=Index(index).listing(origins))
     source.name(len(source) - 1)
     seconds, opened = time.perf_counter() - start, resident()
     start = time.perf_counter()

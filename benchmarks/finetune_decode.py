@@ -32,7 +32,7 @@ def compare(size: int, img_size: int, count: int, rounds: int) -> dict[str, str]
             write_photographs(folder, size, count)
         options: Any = dict(root=name, split="train", search_split=False)
         ours = images.create_dataset("", name, "train", reading=images.Reading())
-        timms = create_dataset("", **options)
+        timms: Any = create_dataset("", **options)
         transform = create_transform((3, img_size, img_size), is_training=True, use_prefetcher=True)
         timms.transform, ours.transform = transform, images.ByKind(transform)
 

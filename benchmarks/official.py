@@ -17,6 +17,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import timm
@@ -42,7 +43,7 @@ def pretraining_step(
 ) -> Callable[[], None]:
     """A step of one candidate, by its name."""
     torch.manual_seed(0)
-    model = filled(timm.create_model(f"fcmae_convnextv2_{size}")).to(device)
+    model: Any = filled(timm.create_model(f"fcmae_convnextv2_{size}")).to(device)
     images = torch.randn(batch, 3, IMG_SIZE, IMG_SIZE, device=device)
     mask = random_mask(batch, model.grid(IMG_SIZE, IMG_SIZE), 0.6).to(device)
     trained, name = model, which.removesuffix(" compiled")
