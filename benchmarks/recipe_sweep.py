@@ -20,6 +20,8 @@ import torch
 from benchmarks.measure import conditions, write_csv
 from timm_convnextv2.data.labelled import rows_of_folder
 from timm_convnextv2.features.compare import Candidate, Cell, accuracies, call, part_folders, words_of_cell
+from timm_convnextv2.finetune.config import RECIPES
+from timm_convnextv2.recipes import load_recipe
 
 RANDOM = ("--from-scratch", "--model-kwargs", "depths=[1,1,2,1]", "dims=[16,32,64,128]", "patch_size=1")
 MIXING = ("--mixup", "0.8", "--cutmix", "1.0")
@@ -81,6 +83,7 @@ def main() -> None:
     more = ["--img-size", "32", "--workers", "0", "--device", "cpu"]
     result, settings = ("small_data_sweep", PRETRAINED) if args.encoder else ("scratch_sweep", SCRATCH)
     recipe = next(iter(settings))
+    values = load_recipe(recipe, RECIPES).values
     model, start = ("convnextv2_atto", RANDOM)
     if args.encoder:
         model, start = f"local-dir:{(Path(args.encoder) / 'encoder').resolve()}", ()
@@ -88,7 +91,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.settings or settings:
             rate, options = settings[name]
-            candidate = Candidate(name, model, (*start, *options), recipe, (rate,), 64)
+            candidate = Candidate(name, model, (*start, *options), recipe, (rate,), values)
             folder = args.output / f"{recipe}-{list(settings).index(name)}-seed-{seed}"
             cell = Cell(candidate, args.images, args.epochs, seed, rate, part.tune, part.digest, folder, tunes=True)
             if not (folder / "summary.csv").exists() or args.epochs not in accuracies(folder):

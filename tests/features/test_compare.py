@@ -193,7 +193,9 @@ def test_several_labels_are_refused(tmp_path, calls, encoder, capsys):
 
 def test_resume_keeps_what_is_finished(tmp_path, calls, encoder, capsys):
     """A finetuning that was stopped starts again, also if its export was written; it used to be refused for ever."""
-    options = words(tmp_path, "--encoder", str(encoder), "--seeds", "0", "1", "--epochs", "6")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("lr_base: 8.0e-4\n")
+    options = words(tmp_path, "--encoder", str(encoder), "--recipe", str(recipe), "--seeds", "0", "1", "--epochs", "6")
     assert command.main(options) == 0
     before = [c for c in calls if c[0] == "finetune"]
     run = tmp_path / "out/finetune-1-20-images-seed-1"
@@ -210,6 +212,10 @@ def test_resume_keeps_what_is_finished(tmp_path, calls, encoder, capsys):
     calls.clear()
     assert command.main([*options[:-1], "2", "--resume"]) == 2
     assert "finetuned with options" in capsys.readouterr().err
+    recipe.write_text("lr_base: 8.0e-4\nmixup: 0.5\n")
+    assert command.main([*options, "--resume"]) == 2
+    assert "finetuned with recipe" in capsys.readouterr().err
+    recipe.write_text("lr_base: 8.0e-4  # as before\n")
     (encoder / "config.json").write_text("[]")
     assert command.main([*options, "--resume"]) == 2
     assert "finetuned with weights" in capsys.readouterr().err and not [c for c in calls if c[0] == "finetune"]

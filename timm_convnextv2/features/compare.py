@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import shlex
@@ -34,8 +35,8 @@ VALIDATIONS = 12  # per finetuning at most: with few labels they would take long
 class Candidate(NamedTuple):
     """A name in the table, the weights to finetune, and a recipe that suits them.
 
-    `options` are more words of `finetune`; `rates` are the values of --lr-base to choose from, `batch` is the recipe's
-    --batch-size.
+    `options` are more words of `finetune`; `rates` are the values of --lr-base to choose from, `values` are the options
+    that the recipe sets.
     """
 
     name: str
@@ -43,7 +44,12 @@ class Candidate(NamedTuple):
     options: tuple[str, ...]
     recipe: str
     rates: tuple[float, ...]
-    batch: int
+    values: Mapping[str, Any]
+
+    @property
+    def batch(self) -> int:
+        """The recipe's --batch-size, or that of train.py."""
+        return self.values.get("batch_size", 128)
 
     @property
     def start(self) -> list[str]:
@@ -109,7 +115,7 @@ def candidates_of(encoder: str, config: CompareConfig, values_of: Callable[[str]
         if "lr_base" not in values:
             raise ValueError(f"--recipe {recipe} sets no lr_base, which --lr-grid multiplies.")
         rates = tuple(x * values["lr_base"] for x in config.lr_grid)
-        return Candidate(name, model, options, recipe, rates, values.get("batch_size", 128))
+        return Candidate(name, model, options, recipe, rates, values)
 
     found = [candidate(SCRATCH, encoder, True, "--from-scratch"), candidate(OWN, encoder, False)]
     for name in config.also:
@@ -244,8 +250,8 @@ def compare(
 ) -> Iterator[Curve]:  # fmt: skip
     """Chooses the learning rate of each candidate and number of images by `tuning`, then runs `final`; yields curves.
 
-    `more` are words of `finetune` for all. `resume` keeps finished runs, which must have the same options and weights,
-    and starts the others again. A failure is a `CalledProcessError`, see `call`.
+    `more` are words of `finetune` for all. `resume` keeps finished runs, which must have the same options, recipe and
+    weights, and starts the others again. A failure is a `CalledProcessError`, see `call`.
     """
     weights = {cell.candidate.model: _digest(cell.candidate.model) for cell in final}
     before = {cell.folder: _finished(cell.folder) if resume else None for cell in (*tuning, *final)}
@@ -254,9 +260,10 @@ def compare(
     spent, done = 0.0, 0
 
     def made_with(cell: Cell) -> dict[str, Any]:
+        recipe = hashlib.sha256(json.dumps(cell.candidate.values, sort_keys=True).encode()).hexdigest()
         return {"options": words_of_cell(cell, more), "epochs": cell.epochs, "images": cell.digest} | {
-            "weights": weights[cell.candidate.model]
-        }
+            "weights": weights[cell.candidate.model], "recipe": recipe
+        }  # fmt: skip
 
     for cell in tuning:  # differences are told before anything is run
         _refuse_other(cell.folder, before[cell.folder], made_with(cell))
