@@ -1,4 +1,4 @@
-"""LayerNorm of the stem and of downsampling: a Triton kernel on CUDA, a faster backward on CPU."""
+"""LayerNorm of the stem and of downsampling: a Triton kernel on CUDA, a faster and exact backward on CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,9 @@ class LayerNorm2d(TimmLayerNorm2d):
         if not torch.jit.is_scripting():
             if not self.why_eager(x):
                 dtype = autocast_dtype(x)
-                dtype = x.dtype if dtype is None else dtype if self.feeds_conv else torch.float32
+                # without a convolution the type is PyTorch's: under autocast float32 on CUDA, that of the input on CPU
+                plain = torch.float32 if dtype is not None and backend(x.device) == "triton" else x.dtype
+                dtype = dtype if dtype is not None and self.feeds_conv else plain
                 out = fused_layer_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps, dtype)
                 return out.permute(0, 3, 1, 2)
         out = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
@@ -42,8 +44,8 @@ class LayerNorm2d(TimmLayerNorm2d):
         reason = why_eager(x, (self.weight, self.bias))
         if reason or backend(x.device) == "triton":
             return reason
-        if x.device.type != "cpu" or x.dtype != torch.float32 or autocast_dtype(x) is not None:
-            return "only the backend 'triton' has a kernel for it, and only the CPU in float32 a faster backward"
+        if x.device.type != "cpu":
+            return "only the backend 'triton' has a kernel for it, and only the CPU a faster backward"
         if not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
             return "no gradient is needed, and the forward is PyTorch's in any case"
         return ""
