@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def labelled(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def score(encoder: Path, train: tuple, test: tuple) -> dict[str, float]:
     """kNN accuracy in % with all bands, with queries that lack half of them, and with the same half missing in both."""
     model = load_model(f"local-dir:{encoder}", num_classes=0).eval()
-    config = model.pretrained_cfg
+    config: Any = model.pretrained_cfg
     mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
     (gallery, labels), (queries, truth) = (((x - mean) / std, y) for x, y in (train, test))
     generator = torch.Generator().manual_seed(0)

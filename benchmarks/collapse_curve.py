@@ -13,6 +13,7 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
@@ -56,8 +57,8 @@ def measure(folder: Path, images: Path, count: int) -> list[dict]:
     model = load_model(f"local-dir:{folder}", num_classes=0).eval()
     source = FolderSource(images)
     step = max(1, len(source) // count)
-    chosen = torch.utils.data.Subset(source, range(0, len(source), step)[:count])
-    chosen.name = lambda i: source.name(chosen.indices[i])  # type: ignore[attr-defined]
+    chosen: Any = torch.utils.data.Subset(source, range(0, len(source), step)[:count])
+    chosen.name = lambda i: source.name(chosen.indices[i])
     transform = preprocessing(resolve_model_data_config(model))
     batches = torch.cat(list(image_batches(chosen, transform)))
     return [

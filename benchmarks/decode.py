@@ -16,6 +16,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,10 +69,10 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 def psnr_at(content: bytes, factor: float, interpolation: str, seed: int) -> Iterator[float]:
     """PSNR of a JPEG reduced by 2, 4 and 8, for outputs that leave the crop `factor` times as many pixels."""
     with Image.open(io.BytesIO(content)) as image:
-        size = image.size[::-1]
+        width, height = image.size
     crop = PretrainTransform(8)
     torch.manual_seed(seed)
-    _, _, height, width = crop._box(size)
+    _, _, height, width = crop._box((height, width))
     full = decode(content, 3, "x.jpg")
     for reduction in (2, 4, 8):
         out = (int(height / reduction / factor), int(width / reduction / factor))
@@ -96,7 +97,10 @@ def compare(size: int, img_size: int, count: int, rounds: int) -> dict[str, str]
         full, reduced = (PretrainDataset(source(name), *options) for source in (Full, FolderSource))
         keys = [(epoch, i) for epoch in range(2) for i in range(len(full))]
         values = [psnr(full[key][0], reduced[key][0]) for key in keys]
-        steps = {"full": lambda: [full[key] for key in keys], "reduced": lambda: [reduced[key] for key in keys]}
+        steps: dict[str, Any] = {
+            "full": lambda: [full[key] for key in keys],
+            "reduced": lambda: [reduced[key] for key in keys],
+        }
         seconds = time_in_turn(steps, rounds, warmup=1)
     changed = [value for value in values if value < 100] or values
     middle, low, high = ratio(seconds["full"], seconds["reduced"])

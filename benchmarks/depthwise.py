@@ -40,7 +40,7 @@ def mix_step(backend: str, size: str, stage: int, packed: bool, batch: int, devi
     x = torch.randn(batch, conv.in_channels, rows, columns, device=device, dtype=getattr(torch, dtype))
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     grad, mask = torch.randn_like(x), random_mask(batch, (7, 7), 0.6)
-    layout = PackedLayout(mask, keep, device=device)
+    layout = PackedLayout(mask, keep, device=torch.device(device))
 
     def step() -> None:
         x.grad = conv.weight.grad = conv.bias.grad = None
@@ -65,7 +65,7 @@ def main() -> None:
     for packed in (True, False):
         for stage, channels in enumerate(dims):
             where = (args.size, stage, packed, args.batch, args.device, args.dtype)
-            make = {name: (mix_step, (name, *where)) for name in args.backends}
+            make: dict[str, Any] = {name: (mix_step, (name, *where)) for name in args.backends}
             make["copy"] = (copy_step, (args.device, args.dtype))
             with Candidates(make, device, args.threads, warmup=5) as candidates:
                 seconds = {k: statistics.median(v) for k, v in candidates.time(args.rounds).items()}

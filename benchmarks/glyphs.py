@@ -15,6 +15,7 @@ import random
 import string
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -30,7 +31,8 @@ def find_fonts(folder: Path) -> dict[str, list[Path]]:
     for path in sorted([*folder.rglob("*.ttf"), *folder.rglob("*.otf")]):
         try:
             font = ImageFont.truetype(str(path), 24)
-            drawn = {bytes(font.getmask(c)) + bytes(font.getmask(c).size) for c in CHARACTERS}
+            masks: list[Any] = [font.getmask(c) for c in CHARACTERS]
+            drawn = {bytes(mask) + bytes(mask.size) for mask in masks}
             name = str(font.getname()[0])
         except (OSError, ValueError):
             continue

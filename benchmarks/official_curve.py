@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -91,7 +92,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    model = timm.create_model(f"fcmae_convnextv2_{args.size}", img_size=args.img_size).to(dtype)
+    model: Any = timm.create_model(f"fcmae_convnextv2_{args.size}", img_size=args.img_size).to(dtype)
     official = official_fcmae(Path(args.checkout), model).to(dtype)
     data = batches(model, args.updates, dtype)
     theirs = train(official, lambda x, mask: official_loss(official, x, mask), data, args.lr)

@@ -76,7 +76,7 @@ def main() -> None:
     if args.timm_train:
         os.environ["TIMM_TRAIN"] = str(Path(args.timm_train).resolve())
     rows = rows_of_folder(args.data / "train", [])
-    parts = part_folders(rows, [args.images], args.data / "validation", args.output / "data")
+    parts = part_folders(rows, [args.images], [], args.output / "data")
     part = parts[args.images]
     about = conditions(torch.device("cpu"), args.threads)
     about["sets"] = f"{args.images} of {len(rows)} training images of {args.data.name}, a fifth held out"

@@ -79,14 +79,15 @@ def embed(folder: Path) -> Sides:
 
 def save_encoder(folder: Path) -> str:
     """Exports atto with random weights as a pretraining does."""
-    export_encoder(timm.create_model("fcmae_convnextv2_atto"), folder / "encoder")
+    model: Any = timm.create_model("fcmae_convnextv2_atto")
+    export_encoder(model, folder / "encoder")
     return f"local-dir:{folder / 'encoder'}"
 
 
 def timm_rows(images: str, model: nn.Module, config: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """Labels and pooled features by timm's loader and one model."""
     shape = {key: config[key] for key in ("input_size", "interpolation", "mean", "std", "crop_pct")}
-    data = create_dataset("", images, search_split=False)
+    data: Any = create_dataset("", images, search_split=False)
     loader = create_loader(data, batch_size=32, use_prefetcher=False, num_workers=0, **shape)
     with torch.inference_mode():
         return [(labels, model(batch)) for batch, labels in loader]
@@ -118,7 +119,7 @@ def evaluate(folder: Path) -> Sides:
 def finetune_loader(folder: Path) -> Sides:
     """An epoch of training samples: what `finetune` feeds timm's `train.py` with, and timm's own data set."""
     ours = finetune_images.create_dataset("", str(folder / "train"), "train", reading=finetune_images.Reading())
-    theirs = create_dataset("", str(folder / "train"), search_split=False)
+    theirs: Any = create_dataset("", str(folder / "train"), search_split=False)
     options: Any = dict(batch_size=16, is_training=True, use_prefetcher=False, num_workers=1)
     loaders = {name: create_loader(data, (3, 224, 224), **options) for name, data in (("o", ours), ("t", theirs))}
     ours.transform = finetune_images.ByKind(ours.transform)

@@ -57,7 +57,8 @@ def write_zarr(path: Path, x: np.ndarray) -> None:
     group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [{"path": "0"}]}]}
 
 
-PLAIN, TILED = dict(photometric="minisblack", planarconfig="contig"), dict(tile=(256, 256))
+PLAIN: dict[str, Any] = dict(photometric="minisblack", planarconfig="contig")
+TILED: dict[str, Any] = dict(tile=(256, 256))
 # name: channels, writer
 FORMATS: dict[str, tuple[int, Callable[[Path, np.ndarray], Any]]] = {
     "TIFF, tiles, deflate": (4, lambda p, x: tifffile.imwrite(p / "x.tif", x, compression="zlib", **PLAIN, **TILED)),
@@ -117,7 +118,7 @@ def write_huge(path: Path, kind: str) -> None:
         return
     packed = [t.tobytes() if kind == "TIFF, tiles" else zlib.compress(t.tobytes(), 1) for t in tiles]
     stream = (packed[i % 16] for i in range(side**2))
-    options = {} if kind == "TIFF, tiles" else {"compression": "zlib"}
+    options: dict[str, Any] = {} if kind == "TIFF, tiles" else {"compression": "zlib"}
     tifffile.imwrite(path, stream, shape=shape, dtype=np.uint8, bigtiff=True, **PLAIN, **TILED, **options)
 
 
