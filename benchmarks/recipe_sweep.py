@@ -6,8 +6,7 @@
 The data are a folder of `python -m benchmarks.images`. Without --encoder, a small ConvNeXt V2 is finetuned from random
 weights with `scratch-small`; with it, from a pretraining run with `small-data`. It trains on four fifths of a
 stratified part of the training images and is measured on the rest: the validation images stay unseen. Every row of
-`benchmarks/results/scratch_sweep.csv` or `small_data_sweep.csv` is one finetuning; `--output` keeps them, and they are
-not repeated.
+`benchmarks/results/recipe_sweep_*.csv` is one finetuning; `--output` keeps them, and they are not repeated.
 """
 
 import argparse
@@ -40,14 +39,18 @@ SCRATCH: dict[str, tuple[float, str]] = {
     "layer decay 0.9": (8e-3, "--layer-decay 0.9"),
     "head_init_scale 0.001": (8e-3, "--head-init-scale 0.001"),
 } | {name: (8e-3, words) for name, words in AUGMENTATIONS.items()}
-PRETRAINED: dict[str, tuple[float, str]] = {
-    "small-data": (8e-4, ""),
-    "4 times the learning rate": (3.2e-3, ""),
-    "16 times the learning rate": (1.28e-2, ""),
-} | {
-    f"{name}, 4 times the learning rate": (3.2e-3, words)
-    for name, words in (AUGMENTATIONS | {"head_init_scale 1": "--head-init-scale 1"}).items()
-}
+PRETRAINED: dict[str, tuple[float, str]] = (
+    {
+        "small-data": (8e-4, ""),
+        "4 times the learning rate": (3.2e-3, ""),
+        "16 times the learning rate": (1.28e-2, ""),
+    }
+    | {f"{name}, 4 times the learning rate": (3.2e-3, words) for name, words in AUGMENTATIONS.items()}
+    | {
+        "crops from 0.35, 4 times the learning rate": (3.2e-3, "--scale 0.35 1"),
+        "head_init_scale 1, 4 times the learning rate": (3.2e-3, "--head-init-scale 1"),
+    }
+)
 
 
 def main() -> None:
@@ -71,8 +74,9 @@ def main() -> None:
     about = conditions(torch.device("cpu"), args.threads)
     about["sets"] = f"{args.images} of {len(rows)} training images of {args.data.name}, a fifth held out"
     more = ["--img-size", "32", "--workers", "0", "--device", "cpu"]
-    result, settings = ("small_data_sweep", PRETRAINED) if args.encoder else ("scratch_sweep", SCRATCH)
+    settings = PRETRAINED if args.encoder else SCRATCH
     recipe = next(iter(settings))
+    result = f"recipe_sweep_{recipe}_{args.data.name}".replace("-", "_")
     values = load_recipe(recipe, RECIPES).values
     model, start = ("convnextv2_atto", RANDOM)
     if args.encoder:

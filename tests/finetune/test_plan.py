@@ -36,6 +36,21 @@ def test_number_of_classes(run, refused, capsys):
     assert "replace the recipe's 1000" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "options, warned",
+    [
+        ("--epochs 100 --mixup 0.8 --aa rand-m9", "updates may be too few for --aa rand-m9, --mixup 0.8:"),
+        ("--epochs 700 --mixup 0.8", ""),
+        ("--epochs 2 --mixup 0.8", ""),  # too few in any case, which another warning says
+        ("--epochs 100 --mixup 0 --reprob 0.25", ""),
+    ],
+)
+def test_few_updates_for_strong_augmentation(run, capsys, options, warned):
+    run(*options.split())
+    err = capsys.readouterr().err
+    assert warned in err and ("too few for" in err) == bool(warned)
+
+
 @pytest.mark.parametrize("world, wanted, steps", [(1, 8, 1), (1, 24, 3), (2, 16, 1), (2, 48, 3)])
 def test_global_batch(run, monkeypatch, capsys, world, wanted, steps):
     monkeypatch.setenv("WORLD_SIZE", str(world))

@@ -39,6 +39,9 @@ from .options import PLUGIN, ScriptOptions, check_input_mode, for_this_machine
 from .scripts import allow_processes_on_cpu, matching_script, script_path, script_version
 
 SMALL_SCALE = 1e-3  # a layer whose rate is a thousandth of the head's hardly changes
+# With RandAugment or mixup and cutmix a small network learnt little or nothing in 600 updates:
+# benchmarks/results/recipe_sweep_*.csv
+AUGMENTED_UPDATES = 2000
 SPLITTING = Splitting()  # the defaults
 START_FILES = ("resume", "initial_checkpoint", "pretrained_path")
 
@@ -315,15 +318,23 @@ def warnings(plan: Plan, from_scratch: bool = False) -> list[str]:
     unequal = folders.imbalance(plan.splits[0].counts()) if plan.splits else ""
     files = [[path for path, _ in split.samples] for split in plan.splits]
     shared = shared_note(files[0], files[1], "validation") if len(files) == 2 else ""
-    few = ""
+    few = augmented = ""
     if plan.splits:
         per_epoch = _updates_per_epoch(options, plan.splits[0], plan.world_size)
-        few = few_updates(plan.epochs * per_epoch, per_epoch, plan.epochs - options.epochs)
+        updates = plan.epochs * per_epoch
+        few = few_updates(updates, per_epoch, plan.epochs - options.epochs)
+        strong = [f"--{name} {options.values[name]}" for name in ("aa", "mixup", "cutmix") if options.values[name]]
+        if strong and not few and updates < AUGMENTED_UPDATES:
+            augmented = (
+                f"{updates} updates may be too few for {', '.join(strong)}: small networks learnt more without. "
+                "Leave them out, as the recipes small-data and scratch-small do, or raise --epochs."
+            )
     unloaded = options.model.startswith("local-dir:") and not plan.pretrained and not from_scratch
     found = [
         (plan.kinds, f"there are images {plan.kinds}: their augmentation is crop, scale, ratio, flips, random erasing, "
          "mixup and cutmix; --aa, --color-jitter and --grayscale-prob are for 8-bit RGB or grey and are left out."),
         (few, few),
+        (augmented, augmented),
         (unequal, unequal),
         (shared, shared),
         (decay is not None and not isinstance(plan.model, ConvNeXtV2),
