@@ -50,6 +50,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     "half the batch, twice the updates": {"--batch-size": "32"},
     "48 px": {"--img-size": "48"},
     "64 px": {"--img-size": "64"},
+    "64 px, patches of 2": {"--img-size": "64", "--patch-size": "2"},
+    "atto": {"--model-kwargs": "depths=[2,2,6,2] dims=[40,80,160,320]"},
 }
 
 
