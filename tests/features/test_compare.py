@@ -354,7 +354,8 @@ def test_with_timm(tmp_path, capsys):
     small = "--img-size 32 --patch-size 1 --decoder-dim 8 --model-kwargs depths=[1,1,1,1] dims=[8,8,8,8] -b 4 -j 0"
     options = ["--unlabelled", str(tmp_path / "labelled/train"), "--pretrain", f"{small} --epochs 1 --device cpu"]
     options += "--epochs 2 --seeds 0 --lr-grid 1 3 --recipe smoke --device cpu -b 4 --workers 0".split()
+    options += ["--also", "test_resnet"]  # another model of timm, which is trained but not exported
     assert command.main(words(tmp_path, *options)) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "out/compare.json").read_text())["top1"]
-    assert found["24"].keys() == {verdict.SCRATCH, verdict.OWN}
+    assert found["24"].keys() == {verdict.SCRATCH, verdict.OWN, "test_resnet"}
     assert all(0 <= value <= 100 for curve in found["24"].values() for value in curve.values())

@@ -103,7 +103,8 @@ def test_batches_that_cannot_be_made(refused, monkeypatch):
 
 def test_other_models_are_allowed_with_a_warning(run, capsys):
     run(model="resnet18")
-    assert "not a ConvNeXt V2" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "not a ConvNeXt V2" in err and "Done: the weights are in out/x/last.pth.tar; only ConvNeXt V2 is" in out
     run(model="convnextv2_atto", experiment="y")
     assert "not a ConvNeXt V2" not in capsys.readouterr().err
 

@@ -77,12 +77,15 @@ def finish(plan: Plan) -> int:
     if done is not None and done < plan.epochs:  # train.py ends quietly on Ctrl-C
         resume = f"--experiment {plan.options.experiment} --resume {near(plan.folder / 'last.pth.tar')}"
         say(f"Stopped after {count(done, 'epoch')} of {plan.epochs}; repeat the command with {resume} to resume.")
-        say(f"The model so far is in {near(model)}{exported(plan, model)}")
+        say(f"So far {exported(plan, model)}")
     else:
-        say(f"Done: the finetuned model is in {near(model)}{exported(plan, model)}")
-    describe(plan, model)
+        say(f"Done: {exported(plan, model)}")
+    if model:
+        describe(plan, model)
     for line in result(plan):
         say(line)
+    if not model:
+        return 0
     say("Evaluate the model, and see what would be published:")
     for command in next_commands(plan, model):
         say(f"  {command}")

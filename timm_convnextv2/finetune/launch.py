@@ -16,6 +16,7 @@ from ..checkpoint.provenance import read_object
 from ..console import invocation, say
 from ..data.labelled import SPLIT_FILE, write_split
 from ..files import read_rows
+from ..models.convnextv2 import ConvNeXtV2
 from ..report.html import write_report
 from ..report.kinds import verdict
 from ..report.next_steps import near, publish_preview
@@ -59,10 +60,12 @@ def _keep_labels(plan: Plan) -> None:
         (plan.folder / LABEL_NAMES).write_text(text + "\n", encoding="utf-8")
 
 
-def export(plan: Plan) -> Path:
-    """Exports the result of train.py to the folder `model` of the run."""
+def export(plan: Plan) -> Path | None:
+    """Exports the result of train.py to the folder `model` of the run; None for models that are not ConvNeXt V2."""
     if not any((plan.folder / name).is_file() for name in BEST):
         raise ValueError(f"train.py ended without a checkpoint in {plan.folder}; there is nothing to export.")
+    if not isinstance(plan.model, ConvNeXtV2):
+        return None
     try:
         return export_finetuned(plan.folder, plan.folder / "model", info={"Recipe": plan.recipe.name})
     except (OSError, ValueError, RuntimeError) as e:
@@ -77,8 +80,15 @@ def epochs_done(folder: Path) -> int | None:
         return None
 
 
-def exported(plan: Plan, model: Path) -> str:
-    """': the best epoch, 3 of 10, with 57.1 % top-1', of the exported model; '' if it does not say."""
+def exported(plan: Plan, model: Path | None) -> str:
+    """'the finetuned model is in run/model: the best epoch, 3 of 10, with 57.1 % top-1', as far as it is known."""
+    if model is None:
+        best = next(plan.folder / name for name in BEST if (plan.folder / name).is_file())
+        return f"the weights are in {near(best)}; only ConvNeXt V2 is exported, and this is {plan.options.model}"
+    return f"the finetuned model is in {near(model)}{_epoch(plan, model)}"
+
+
+def _epoch(plan: Plan, model: Path) -> str:
     try:
         training = read_object(model / "config.json")["training"]
         epoch = training["table"]["Epochs"].partition(",")[0]
@@ -105,7 +115,8 @@ def result(plan: Plan) -> list[str]:
         lines.append(verdict(read_run(plan.folder)).text)
     files = ("report.html", "summary.csv", SPLIT_FILE, LABEL_NAMES)
     if written := [name for name in files if (plan.folder / name).is_file()]:
-        lines.append(f"Written to {near(plan.folder)}: model/, {', '.join(written)}")
+        model = "model/, " if isinstance(plan.model, ConvNeXtV2) else ""
+        lines.append(f"Written to {near(plan.folder)}: {model}{', '.join(written)}")
     return lines
 
 
