@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="of benchmarks.images")
     parser.add_argument("--encoder", metavar="RUN", help="a pretraining run to start from (default: random weights)")
     parser.add_argument("--settings", nargs="+", choices=[*SCRATCH, *PRETRAINED], metavar="NAME")
-    parser.add_argument("--images", type=int, default=1520, help="training images, a fifth of them to measure on")
+    parser.add_argument("--images", type=int, default=3814, help="training images, a fifth of them to measure on")
     parser.add_argument("--epochs", type=int, default=12, help="a tenth of them warmup")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
@@ -69,8 +69,7 @@ def main() -> None:
     if args.timm_train:
         os.environ["TIMM_TRAIN"] = str(Path(args.timm_train).resolve())
     rows = rows_of_folder(args.data / "train", [])
-    parts = part_folders(rows, [args.images], [], args.output / "data")
-    part = parts[args.images]
+    part = part_folders(rows, [args.images], [], args.output / "data")[args.images]
     about = conditions(torch.device("cpu"), args.threads)
     about["sets"] = f"{args.images} of {len(rows)} training images of {args.data.name}, a fifth held out"
     more = ["--img-size", "32", "--workers", "0", "--device", "cpu"]
@@ -78,7 +77,7 @@ def main() -> None:
     recipe = next(iter(settings))
     result = f"recipe_sweep_{recipe}_{args.data.name}".replace("-", "_")
     values = load_recipe(recipe, RECIPES).values
-    model, start = ("convnextv2_atto", RANDOM)
+    model, start = "convnextv2_atto", RANDOM
     if args.encoder:
         model, start = f"local-dir:{(Path(args.encoder) / 'encoder').resolve()}", ()
     found = []

@@ -80,15 +80,13 @@ def finish(plan: Plan) -> int:
         say(f"So far {exported(plan, model)}")
     else:
         say(f"Done: {exported(plan, model)}")
-    if model:
-        describe(plan, model)
+    describe(plan, model)
     for line in result(plan):
         say(line)
-    if not model:
-        return 0
-    say("Evaluate the model, and see what would be published:")
-    for command in next_commands(plan, model):
-        say(f"  {command}")
+    if model:
+        say("Evaluate the model, and see what would be published:")
+        for command in next_commands(plan, model):
+            say(f"  {command}")
     return 0
 
 

@@ -99,10 +99,11 @@ def _epoch(plan: Plan, model: Path) -> str:
     return f": the {'best' if (plan.folder / BEST[0]).is_file() else 'last'} epoch, {epoch}{measured}"
 
 
-def describe(plan: Plan, model: Path) -> None:
-    """Writes results per class and the report; a failure is a warning, because the model is there already."""
+def describe(plan: Plan, model: Path | None) -> None:
+    """Writes the report, with results per class of an exported model; a failure is a warning, because it is trained."""
     try:
-        describe_classes(plan, model, epochs_done(plan.folder) or 0)
+        if model:
+            describe_classes(plan, model, epochs_done(plan.folder) or 0)
         write_report([plan.folder], plan.folder / "report.html")
     except (OSError, ValueError, RuntimeError) as e:
         say(f"warning: results per class and the report could not be written: {e}", error=True)
@@ -113,10 +114,9 @@ def result(plan: Plan) -> list[str]:
     lines = []
     with contextlib.suppress(ValueError):
         lines.append(verdict(read_run(plan.folder)).text)
-    files = ("report.html", "summary.csv", SPLIT_FILE, LABEL_NAMES)
-    if written := [name for name in files if (plan.folder / name).is_file()]:
-        model = "model/, " if isinstance(plan.model, ConvNeXtV2) else ""
-        lines.append(f"Written to {near(plan.folder)}: {model}{', '.join(written)}")
+    files = ("model/", "report.html", "summary.csv", SPLIT_FILE, LABEL_NAMES)
+    if written := [name for name in files if (plan.folder / name).exists()]:
+        lines.append(f"Written to {near(plan.folder)}: {', '.join(written)}")
     return lines
 
 

@@ -326,8 +326,8 @@ def warnings(plan: Plan, from_scratch: bool = False) -> list[str]:
         strong = [f"--{name} {options.values[name]}" for name in ("aa", "mixup", "cutmix") if options.values[name]]
         if strong and not few and updates < AUGMENTED_UPDATES:
             augmented = (
-                f"{updates} updates may be too few for {', '.join(strong)}: small networks learnt more without. "
-                "Leave them out, as the recipes small-data and scratch-small do, or raise --epochs."
+                f"{count(updates, 'update')} may be too few for {', '.join(strong)}: small networks learnt more "
+                "without. Leave them out, as the recipes small-data and scratch-small do, or raise --epochs."
             )
     unloaded = options.model.startswith("local-dir:") and not plan.pretrained and not from_scratch
     found = [

@@ -6,13 +6,18 @@ Source: ConvNeXt V2, section 3 (https://arxiv.org/abs/2301.00808); `timm.layers.
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from timm.layers import GELU, DropPath, GlobalResponseNormMlp, LayerNorm, LayerNorm2d, drop_path
+from timm.layers import GELU, DropPath, GlobalResponseNormMlp, drop_path
+from timm.layers import LayerNorm as TimmLayerNorm
+from timm.layers import LayerNorm2d as TimmLayerNorm2d
 from torch import Tensor, nn
 
 from ..ops.dispatch import why_eager
 from ..ops.functional import stats_dtype
 from ..ops.token_mlp import fused_token_mlp
 from .grn import GlobalResponseNorm
+from .layer_norm import LayerNorm, LayerNorm2d
+
+NORMS = (LayerNorm, LayerNorm2d, TimmLayerNorm, TimmLayerNorm2d, nn.LayerNorm)
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -47,7 +52,7 @@ class TokenMlp(GlobalResponseNormMlp):
 
         It computes the same only if norm, MLP and drop path are of known types and nothing intercepts them.
         """
-        if type(norm) not in (LayerNorm, LayerNorm2d, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+        if type(norm) not in NORMS or norm.weight is None or norm.bias is None:
             return "its norm is not a LayerNorm with weight and bias"
         for fc in (self.fc1, self.fc2):
             if type(fc) not in (nn.Linear, PointwiseConv2d) or fc.bias is None:

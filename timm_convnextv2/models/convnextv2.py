@@ -16,7 +16,7 @@ from timm.models import checkpoint_seq
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
-from ..layers import DepthwiseConv2d, LayerNorm2d, PatchConv2d, TokenMlp
+from ..layers import DepthwiseConv2d, LayerNorm, LayerNorm2d, PatchConv2d, TokenMlp
 
 
 class Layout(Protocol):
@@ -45,6 +45,8 @@ class ConvNeXtV2Block(ConvNeXtBlock):
         block.__class__ = ConvNeXtV2Block
         assert isinstance(block, ConvNeXtV2Block)
         DepthwiseConv2d.adopt(block.conv_dw)
+        for kind in (LayerNorm, LayerNorm2d):  # for blocks that the fused token MLP cannot run
+            kind.adopt(block.norm, feeds_conv=True)
         block.mlp_channels_last = not block.use_conv_mlp
         if type(block.mlp) is GlobalResponseNormMlp:
             TokenMlp.adopt(block.mlp)

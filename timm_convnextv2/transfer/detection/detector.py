@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -20,6 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ...checkpoint.task_folder import open_task, write_task
 from ...console import closest
+from ...layers import LayerNorm2d
 from ...runs.device import check_device
 from ..backbone import Backbone, create_backbone, open_backbone
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ...checkpoint.task_folder import open_task, write_task
+from ...layers import LayerNorm2d
 from ..backbone import Backbone, create_backbone, open_backbone
 from .heads import FCNHead, UPerHead, resize
 
