@@ -32,23 +32,23 @@ AUGMENTATIONS = {
 AUGMENTATIONS["all four, as in the paper"] = " ".join(AUGMENTATIONS.values())
 # name: learning rate, options; the first is the recipe, whose name it has
 SCRATCH: dict[str, tuple[float, str]] = {
-    "scratch-small": (8e-3, ""),
-    "0.1 times the learning rate": (8e-4, ""),
-    "0.3 times the learning rate": (2.4e-3, ""),
-    "3 times the learning rate": (2.4e-2, ""),
-    "layer decay 0.9": (8e-3, "--layer-decay 0.9"),
-    "head_init_scale 0.001": (8e-3, "--head-init-scale 0.001"),
-} | {name: (8e-3, words) for name, words in AUGMENTATIONS.items()}
+    "scratch-small": (4e-3, ""),
+    "0.1 times the learning rate": (4e-4, ""),
+    "0.3 times the learning rate": (1.2e-3, ""),
+    "3 times the learning rate": (1.2e-2, ""),
+    "layer decay 0.9": (4e-3, "--layer-decay 0.9"),
+    "head_init_scale 0.001": (4e-3, "--head-init-scale 0.001"),
+} | {name: (4e-3, words) for name, words in AUGMENTATIONS.items()}
 PRETRAINED: dict[str, tuple[float, str]] = (
     {
-        "small-data": (8e-4, ""),
-        "4 times the learning rate": (3.2e-3, ""),
-        "16 times the learning rate": (1.28e-2, ""),
+        "small-data": (1.6e-3, ""),
+        "0.25 times the learning rate": (4e-4, ""),
+        "4 times the learning rate": (6.4e-3, ""),
     }
-    | {f"{name}, 4 times the learning rate": (3.2e-3, words) for name, words in AUGMENTATIONS.items()}
+    | {name: (1.6e-3, words) for name, words in AUGMENTATIONS.items()}
     | {
-        "crops from 0.35, 4 times the learning rate": (3.2e-3, "--scale 0.35 1"),
-        "head_init_scale 1, 4 times the learning rate": (3.2e-3, "--head-init-scale 1"),
+        "crops from 0.35": (1.6e-3, "--scale 0.35 1"),
+        "head_init_scale 1": (1.6e-3, "--head-init-scale 1"),
     }
 )
 

@@ -14,6 +14,7 @@ from kernels import as_backend, kernels  # noqa: E402, F401
 from real import demo, detected, pretrained, segmented  # noqa: E402, F401
 
 from timm_convnextv2.data import DemoSource  # noqa: E402
+from timm_convnextv2.runs import device  # noqa: E402
 
 torch.set_num_threads(1)
 os.fsync = lambda number: None  # 8 ms per file of a run, and no test cuts the power
@@ -30,6 +31,18 @@ DemoSource._draw = functools.wraps(draw)(lambda self, i: _drawn(self.seed, self.
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fast_bfloat16(monkeypatch):
+    """Recipes keep their mixed precision on every CPU that runs the tests."""
+    monkeypatch.setattr(device, "_has_bfloat16", lambda: True)
+
+
+@pytest.fixture
+def slow_bfloat16(monkeypatch):
+    """As on a CPU that has no instructions for bfloat16."""
+    monkeypatch.setattr(device, "_has_bfloat16", lambda: False)
 
 
 @pytest.fixture

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from timm_convnextv2.commands.base import fit_amp
+from timm_convnextv2.commands.table import COMMANDS
+from timm_convnextv2.config import build, entries, flat
 from timm_convnextv2.console import check_same_classes
 from timm_convnextv2.files import check_free, claim_folder, write_csv, write_json
-from timm_convnextv2.runs.device import check_device
+from timm_convnextv2.runs import device
+from timm_convnextv2.runs.device import check_device, slow_amp
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,41 @@ def test_devices(monkeypatch):
     for name in ("cuda:1", "tpu9"):
         with pytest.raises(ValueError, match=f"--device {name}"):
             check_device(name)
+
+
+has_bfloat16 = device._has_bfloat16  # the real one; tests replace it
+
+
+def test_pytorch_tells_whether_the_cpu_has_bfloat16():
+    assert has_bfloat16() in (True, False)
+
+
+def test_slow_mixed_precision(slow_bfloat16, monkeypatch):
+    assert "bfloat16" in slow_amp("cpu") and slow_amp("cpu") == slow_amp("cuda:0, cpu")
+    assert not slow_amp("cuda:0") and not slow_amp("mps")
+    monkeypatch.setattr(device, "_has_bfloat16", lambda: True)
+    assert not slow_amp("cpu")
+
+
+NEEDED = {"data_dir": "x", "model": "x", "models": ("x",), "output": "x"}
+WITH_AMP = [name for name, command in COMMANDS.items() if "amp" in entries(command.config)]
+
+
+@pytest.mark.parametrize("name", WITH_AMP)
+def test_every_command_tells_of_slow_mixed_precision(slow_bfloat16, capsys, name):
+    """Asked for, it is kept with a warning; of a file, it is switched off with a note; a GPU has neither."""
+    cls = COMMANDS[name].config
+    needed = {key: value for key, value in NEEDED.items() if key in entries(cls)}
+
+    def fitted(given, **more):
+        config = fit_amp(build(cls, needed, {"amp": True, "device": "cpu"}, more), given)
+        return flat(config)["amp"], *capsys.readouterr()
+
+    on, out, err = fitted({"amp": True})
+    assert on and not out and err.startswith("warning: --amp: this CPU")
+    on, out, err = fitted({})
+    assert not on and out.startswith("--no-amp: this CPU") and not err
+    assert fitted({}, device="cuda") == (True, "", "") and fitted({}, amp=False) == (False, "", "")
 
 
 def test_cells_are_no_formulas(tmp_path):

@@ -247,6 +247,12 @@ def test_performance_page_quotes_the_step(case):
         assert rows[name][COLUMNS[case]] == spread(step_result(case, measure)), name
 
 
+def test_performance_page_quotes_slow_bfloat16():
+    times = [1 / float(step_result(case, "our step in float32")["ratio"]) for case in ("atto:4", "tiny:2")]
+    quoted = f"{times[0]:.0f} to {times[1]:.0f} times as long"
+    assert quoted in PAGES["docs/performance.md"] and quoted in " ".join(read("CHANGELOG.md").split())
+
+
 def test_performance_page_quotes_the_compiled_step():
     rows = {(r["case"], r["measure"]): r for r in results("pretrain_step_cpu_float32_compiled.csv")}
     page = " ".join(PAGES["docs/performance.md"].split())

@@ -19,9 +19,9 @@ class Recipe:
     description: str = ""  # first line of the header
     global_batch: int | None = None  # images per update over all processes, from the header's `Global batch:`
 
-    def from_scratch(self) -> "Recipe":
-        """The same recipe from random weights."""
-        return replace(self, values={**self.values, "pretrained": False})
+    def evolve(self, **values: Any) -> "Recipe":
+        """A copy with other values."""
+        return replace(self, values={**self.values, **values})
 
 
 def recipe_names(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ for name, kind, default in (
     ("crop_mode", str, None), ("device", str, "cuda"),
 ):  # fmt: skip
     parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default)
+parser.add_argument("--amp", action="store_true")
 parser.add_argument("-j", "--workers", type=int, default=4)
 parser.add_argument("--input-size", type=int, nargs=3)
 parser.add_argument("--mean", type=float, nargs="+")

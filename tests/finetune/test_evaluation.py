@@ -34,6 +34,12 @@ def test_device_is_one_that_is_there(model, data, monkeypatch, capsys):
     assert seen()["args"]["device"] == "cpu" and "--device cpu: PyTorch sees no" in capsys.readouterr().out
 
 
+def test_amp_on_a_slow_cpu(model, data, slow_bfloat16, capsys):
+    for words, warns in ([], False), (["--amp"], True):
+        assert validate.main([str(model), "--data-dir", str(data), "--device", "cpu", *words]) == 0
+        assert seen()["args"]["amp"] is warns and ("warning: --amp: this CPU" in capsys.readouterr().out) == warns
+
+
 def test_channels_that_only_the_model_has(model, tmp_path):
     for label in "ab":
         (tmp_path / "bands" / label).mkdir(parents=True)

@@ -133,8 +133,8 @@ def test_dry_run_tells_everything_and_does_nothing(command, train, data, tmp_pat
     out = capsys.readouterr().out
     assert str(train) in out and f"timm {timm.__version__} is installed" in out
     assert f"{data / 'train'}: 24 images" in out and f"{data / 'validation'}: 12 images" in out and "3 classes" in out
-    assert "global batch 16 = 8 images x 2 processes x 1 step; lr 5e-05 (0.0008 x 16 / 256)" in out
-    assert "the recipe's is 64, lr 0.0002" in out
+    assert "global batch 16 = 8 images x 2 processes x 1 step; lr 0.0004 (0.0016 x sqrt(16 / 256))" in out
+    assert "the recipe's is 64, lr 0.0008" in out
     assert "100 epochs (90 + 10 of warmup) of 1 update" in out
     assert "stem.0.weight 0.03125" in out and "head.fc.bias 1" in out  # five blocks: 0.5 ** 5
     assert "  layer_decay: 0.5\n" in out and "  num_classes: 3\n" in out and "hflip" not in out

@@ -161,6 +161,21 @@ def test_cuda_that_is_not_there(run, refused, command, monkeypatch, capsys):
     assert "--device cpu: PyTorch sees no CUDA GPU here." in out and " --device cpu" in out.splitlines()[-2]
 
 
+@pytest.mark.parametrize("words, on", [([], False), (["--amp"], True), (["--no-amp"], False)])
+def test_amp_on_a_slow_cpu(run, slow_bfloat16, capsys, words, on):
+    """A recipe's is left out; the next command agrees."""
+    assert run(*words, recipe="small-data")["args"]["amp"] is on
+    out = capsys.readouterr().out
+    assert ("--no-amp: this CPU" in out) == (not words) and ("warning: --amp: this CPU" in out) == on
+    assert (" --amp" in out.splitlines()[-2]) == on
+
+
+def test_no_amp(run, refused):
+    assert run(recipe="small-data", experiment="with")["args"]["amp"] is True
+    assert run("--no-amp", recipe="small-data", experiment="without")["args"]["amp"] is False
+    assert "--no-amp" in refused("--amp", "--no-amp", recipe="small-data", experiment="both")
+
+
 def test_augmentation_that_pillow_refuses(run, refused, monkeypatch):
     def posterize(image, bits):
         if not 1 <= bits <= 8:

@@ -259,7 +259,7 @@ def test_recipe_and_its_header(recipe_file):
     assert recipe.path == helpers.RECIPES / "finetune-1k-tiny.yaml" and recipe.name == "finetune-1k-tiny"
     assert recipe.description == "ConvNeXt V2 tiny: finetune on ImageNet-1K at 224 px after FCMAE pretraining"
     assert recipe.global_batch == 1024 and recipe.values["pretrained"] and recipe.values["epochs"] == 260
-    scratch = recipe.from_scratch()
+    scratch = recipe.evolve(pretrained=False)
     assert scratch.values == {**recipe.values, "pretrained": False} and scratch.path == recipe.path
     path = recipe_file(epochs=3)
     path.write_text(f"# Mine\n\n# Global batch: 2,048\n{path.read_text()}# Global batch: 7\n")

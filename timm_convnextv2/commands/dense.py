@@ -14,7 +14,7 @@ from ..files import claim_folder, write_json
 from ..recipes import Recipe, list_recipes, load_recipe
 from ..runs.end import run_command, start_command
 from ..transfer.task import Task, set_up
-from .base import command_of, ended, own_options
+from .base import command_of, ended, fit_amp, own_options
 from .table import COMMANDS
 
 
@@ -41,7 +41,7 @@ class Dense:
         action, cls = name.split()[1], COMMANDS[name].config
         recipe = load_recipe(given["recipe"], self.recipes) if given.get("recipe") else None
         below = [from_mapping(cls, recipe.values, f"--recipe {recipe.name}")] if recipe else []
-        return action, build(cls, *below, given), recipe
+        return action, fit_amp(build(cls, *below, given), given), recipe
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Runs the command. A mistake in options or data is one message and exit status 2."""

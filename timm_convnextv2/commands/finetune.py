@@ -38,9 +38,13 @@ def prepare(argv: list[str] | None) -> Plan | None:
     rest += [f"--{name}={value}" for name, value in kept.items() if value is not None]
     recipe = load_recipe(config.recipe, RECIPES)
     if config.from_scratch:
-        recipe = recipe.from_scratch()
+        recipe = recipe.evolve(pretrained=False)
+    if config.no_amp:
+        recipe = recipe.evolve(amp=False)
     script = load_script("train.py", config.timm_train)
     options = resolve_options(script, rest, recipe)
+    if options.amp and config.no_amp:
+        raise ValueError("--amp and --no-amp exclude each other: leave one of them out.")
     _check_start(options, config.from_scratch)
     check_augmentation(options.aa)
     plan = make_plan(script, recipe, options, rest, config.global_batch_size, config.split, config.dry_run)

@@ -43,6 +43,7 @@ class FinetuneConfig(EvaluationConfig):
     list_recipes: bool = option(False, "print names and purposes of the recipes, then stop")
     global_batch_size: int | None = option(None, "images per update over all processes", metavar="N")
     from_scratch: bool = option(False, "the same recipe from random weights")
+    no_amp: bool = option(False, "float32, although the recipe sets amp")
     license: str | None = option(
         None, "licence of the weights, e.g. mit; weights that you start from keep their own", metavar="ID"
     )

@@ -38,7 +38,7 @@ def run_plan(plan: Plan) -> None:
     feed(plan.script, Reading(plan.options.channels, plan.pixels), dict(zip(names, plan.splits, strict=False)))
     with tempfile.TemporaryDirectory() as folder:
         config = plan.recipe.path
-        if yaml.safe_load(config.read_text(encoding="utf-8")) != plan.recipe.values:  # --from-scratch
+        if yaml.safe_load(config.read_text(encoding="utf-8")) != plan.recipe.values:  # --from-scratch, --no-amp
             config = Path(folder) / config.name
             config.write_text(yaml.safe_dump(plan.recipe.values), encoding="utf-8")
         run_script(plan.script, ["--config", str(config), *plan.words])

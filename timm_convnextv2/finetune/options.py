@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..config import usable_cores
 from ..console import CommandParser, closest
 from ..recipes import Recipe
-from ..runs.device import check_device
+from ..runs.device import check_device, slow_amp
 from .scripts import matching_script, script_path, script_version
 
 PLUGIN = "timm_convnextv2"  # for train.py's --device-modules
@@ -124,18 +124,22 @@ def fit_channels(options: ScriptOptions, model: torch.nn.Module) -> tuple[Script
 
 
 def for_this_machine(options: ScriptOptions) -> tuple[ScriptOptions, list[str]]:
-    """The options with a device that this machine has, and a note if that is not timm's default.
+    """The options with a device that this machine has, without a recipe's amp if that is slow there; notes on both.
 
     Data workers are at most as many as the cores of the process, unless the user gave a number.
     """
     cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if "workers" not in options.given and getattr(options, "workers", 0) > cores:
         options = options.evolve(workers=cores)
+    notes = []
     if options.device == "cuda" and "device" not in options.given and not torch.cuda.is_available():
-        note = "--device cpu: PyTorch sees no CUDA GPU here."
-        return options.evolve(device="cpu"), [note]
+        options, notes = options.evolve(device="cpu"), ["--device cpu: PyTorch sees no CUDA GPU here."]
     check_device(options.device)
-    return options, []
+    if options.amp and (slow := slow_amp(options.device)):
+        asked = "amp" in options.given
+        notes.append(f"warning: --amp: {slow}. Leave it out." if asked else f"--no-amp: {slow}.")
+        options = options.evolve(amp=asked)
+    return options, notes
 
 
 def check_input_mode(options: ScriptOptions) -> None:

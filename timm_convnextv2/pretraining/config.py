@@ -150,7 +150,7 @@ class Compute:
     """Where and in which precision the model trains."""
 
     device: str = device_option()
-    amp: bool = option(False, "mixed precision")
+    amp: bool = option(False, "mixed precision", negatable=True)
     amp_dtype: str = option("bfloat16", "type of mixed precision", choices=("bfloat16", "float16"))
     torchcompile: str | None = option(None, "compile the model", const="inductor", metavar="BACKEND")
 
