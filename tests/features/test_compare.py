@@ -76,6 +76,23 @@ def words(tmp_path, *more):
     return ["--data-dir", str(tmp_path / "labelled"), "--output", str(tmp_path / "out"), *more]
 
 
+def test_models_of_also_get_the_inputs_of_the_encoder(tmp_path, calls, encoder):
+    """Random weights all of them, published ones those of the stored values; a model of ours has its own."""
+    cfg = {"input_size": [2, 48, 48], "mean": [0.1, 0.2], "std": [0.3, 0.4]}
+    pixels = {"divide": 4095.0, "standardize": "channel"}
+    config = json.dumps({"architecture": "convnextv2_atto", "pretrained_cfg": cfg, "training": {"pixels": pixels}})
+    (encoder / "config.json").write_text(config)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text(config)
+    also = ["--also", "resnet18", "resnet18.a1_in1k", f"local-dir:{tmp_path / 'other'}"]
+    assert command.main(words(tmp_path, "--encoder", str(encoder.parent), *also, "--dry-run")) == 0
+    own, random, published, ours = [call[1 : call.index("--epochs")] for call in calls][1:]
+    size = ["--in-chans", "2", "--img-size", "48", "--mean", "0.1", "0.2", "--std", "0.3", "0.4"]
+    assert random[2:-2] == ["--from-scratch", *size, "--pixels", json.dumps(pixels)]
+    assert published[2:-2] == ["--pretrained", "--in-chans", "2", "--pixels", '{"divide": 4095.0}']
+    assert ours[2:-2] == ["--pretrained"] and own[2:-2] == []
+
+
 def test_each_candidate_is_tuned_alike_and_runs_once_per_seed(tmp_path, calls, encoder, capsys):
     options = ["--encoder", str(encoder.parent), "--also", "resnet18", "--epochs", "30", "--seeds", "0", "3"]
     assert command.main(words(tmp_path, *options, "--workers", "0")) == 0

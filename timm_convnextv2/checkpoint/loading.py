@@ -1,5 +1,6 @@
 """Reads files of weights and builds models from them, without executing code and without partial weights."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,36 @@ def model_window(name: str) -> int | None:
     return int(size) if size.isdecimal() else None
 
 
+def shared_inputs(name: str, other: str, random: bool) -> list[str]:
+    """Words of `finetune` that give the model `other`, unless it has a record of pixels, the images of model `name`.
+
+    That is channels and record; for `random` weights also image size, mean, std and `standardize`, which do not suit
+    weights that were trained with others.
+    """
+    if _training(other):
+        return []
+    config = _config(name)
+    cfg, record = config.get("pretrained_cfg") or {}, dict(training_of(config).get("pixels") or {})
+    channels, *size = cfg.get("input_size") or (3,)
+    words = ["--in-chans", str(channels)] if channels != 3 else []
+    if random:
+        words += ["--img-size", str(size[0])] if len(set(size)) == 1 else []
+        words += [word for key in ("mean", "std") if cfg.get(key) for word in (f"--{key}", *map(str, cfg[key]))]
+    else:
+        record.pop("standardize", None)
+    return [*words, "--pixels", json.dumps(record)] if record else words
+
+
 def _training(name: str) -> dict[str, Any]:
-    """The section `training` of a folder's or repository's config.json; {} for other models."""
+    return training_of(_config(name))
+
+
+def _config(name: str) -> dict[str, Any]:
+    """The config.json of a folder or repository; {} for other models."""
     source, _, place = name.partition(":")
     if source not in ("local-dir", "hf-hub", "hf_hub"):
         return {}
-    return training_of(config_beside({"file": place} if source == "local-dir" else {"hf_hub_id": place}) or {})
+    return config_beside({"file": place} if source == "local-dir" else {"hf_hub_id": place}) or {}
 
 
 def weights_in(content: dict[str, Any]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
+from ..checkpoint.loading import shared_inputs
 from ..config import read_json
 from ..console import PACKAGE, closest, duration, ended_by_signals
 from ..data.formats.files import printable
@@ -104,7 +105,7 @@ def pretrain_options(config: CompareConfig) -> list[str]:
 
 
 def candidates_of(encoder: str, config: CompareConfig, values_of: Callable[[str], Any]) -> list[Candidate]:
-    """Random weights, the user's encoder and those of --also, which must differ.
+    """Random weights, the user's encoder and those of --also, which must differ and get the encoder's inputs.
 
     `values_of` has the options that a recipe sets. Random weights get --scratch-recipe, the others --recipe.
     """
@@ -120,7 +121,8 @@ def candidates_of(encoder: str, config: CompareConfig, values_of: Callable[[str]
     found = [candidate(SCRATCH, encoder, True, "--from-scratch"), candidate(OWN, encoder, False)]
     for name in config.also:
         random = ":" not in name and "." not in name
-        found.append(candidate(name, name, random, "--from-scratch" if random else "--pretrained"))
+        options = "--from-scratch" if random else "--pretrained", *shared_inputs(encoder, name, random)
+        found.append(candidate(name, name, random, *options))
     for i, one in enumerate(found):
         if one.name in [other.name for other in found[:i]]:
             raise ValueError(f"--also names {one.name} twice.")
