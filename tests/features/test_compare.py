@@ -208,6 +208,19 @@ def test_several_labels_are_refused(tmp_path, calls, encoder, capsys):
     assert "has several labels" in capsys.readouterr().err and not calls
 
 
+def test_without_an_outside_baseline_one_is_proposed(tmp_path, calls, encoder, capsys):
+    """As it is printed: what is finished is kept."""
+    options = words(tmp_path, "--encoder", str(encoder), "--epochs", "6", "--seeds", "0")
+    assert command.main(options) == 0
+    (more,) = re.findall(r"better baseline: (.*)", capsys.readouterr().out)
+    calls.clear()
+    assert command.main([*options, *more.split()]) == 0
+    ran = [call for call in calls if call[0] == "finetune"]
+    assert (
+        len(ran) == 4 and all("resnet18" in call for call in ran) and "better baseline" not in capsys.readouterr().out
+    )
+
+
 def test_resume_keeps_what_is_finished(tmp_path, calls, encoder, capsys):
     """A finetuning that was stopped starts again, also if its export was written; it used to be refused for ever."""
     recipe = tmp_path / "mine.yaml"
