@@ -249,6 +249,13 @@ def test_a_config_file_lies_below_keywords(demo, tmp_path, capsys):
     assert "16 updates of 2 images" in capsys.readouterr().out
 
 
+def test_slow_mixed_precision_is_told(slow_bfloat16, run, demo, capsys):
+    tcx.pretrain(demo / "validation", **TINY, **SHORT | {"device": "cpu"}, amp=True, dry_run=True)
+    assert "warning: --amp: " in capsys.readouterr().err
+    tcx.collapse(run, demo, amp=True, device="cpu", num_images=2)
+    assert "warning: --amp: " in capsys.readouterr().err
+
+
 def test_a_stopped_run_raises_and_resumes(demo, tmp_path, monkeypatch, run):
     """Ctrl-C, as a notebook sends it, ends the cell; the same call with resume='auto' continues to the same weights."""
     how = dict(**TINY, **SHORT, output=tmp_path, experiment="mine")

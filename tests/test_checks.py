@@ -1,15 +1,19 @@
 """Checks that several commands share: class names, outputs, devices."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from timm_convnextv2.commands.base import fit_amp
+from timm_convnextv2.commands import base, detect, pretrain, segment
 from timm_convnextv2.commands.table import COMMANDS
-from timm_convnextv2.config import build, entries, flat
+from timm_convnextv2.config import entries, flat, words_of
 from timm_convnextv2.console import check_same_classes
 from timm_convnextv2.files import check_free, claim_folder, write_csv, write_json
 from timm_convnextv2.runs import device
-from timm_convnextv2.runs.device import check_device, slow_amp
+from timm_convnextv2.runs.device import check_device, keep_amp
+
+CPU = Path("/proc/cpuinfo")
 
 
 @pytest.mark.parametrize(
@@ -59,36 +63,61 @@ def test_devices(monkeypatch):
 has_bfloat16 = device._has_bfloat16  # the real one; tests replace it
 
 
+@pytest.mark.skipif(not CPU.is_file() or "flags" not in CPU.read_text(), reason="/proc/cpuinfo lists no flags of x86")
 def test_pytorch_tells_whether_the_cpu_has_bfloat16():
-    assert has_bfloat16() in (True, False)
+    flags = set(CPU.read_text().split())
+    if "avx512_bf16" in flags:
+        assert has_bfloat16()
+    elif not {"avx512bw", "avx_ne_convert"} & flags:
+        assert not has_bfloat16()
 
 
 def test_slow_mixed_precision(slow_bfloat16, monkeypatch):
-    assert "bfloat16" in slow_amp("cpu") and slow_amp("cpu") == slow_amp("cuda:0, cpu")
-    assert not slow_amp("cuda:0") and not slow_amp("mps")
+    for devices in ("cpu", "cuda:0, cpu"):
+        assert keep_amp(devices, asked=True) and not keep_amp(devices, asked=False)
+    assert keep_amp("cuda:0", asked=False) and keep_amp("mps", asked=False)
     monkeypatch.setattr(device, "_has_bfloat16", lambda: True)
-    assert not slow_amp("cpu")
+    assert keep_amp("cpu", asked=False)
 
 
-NEEDED = {"data_dir": "x", "model": "x", "models": ("x",), "output": "x"}
+NEEDED = {"data_dir": "x", "model": "atto", "output": "x"}
 WITH_AMP = [name for name, command in COMMANDS.items() if "amp" in entries(command.config)]
+
+
+def configured(name, *words):
+    """The config with which a command starts."""
+    cls = COMMANDS[name].config
+    words = [*words_of(cls, {key: value for key, value in NEEDED.items() if key in entries(cls)}), *words]
+    words += ["x"] if "models" in entries(cls) else []
+    if name == "pretrain":
+        return pretrain.parse_options(words)[0]
+    if " " in name:
+        group, action = name.split()
+        return {"detect": detect, "segment": segment}[group].COMMAND.parse([action, *words])[1]
+    found = []
+    assert base.run(name, found.append, words) == 0
+    return found[0]
 
 
 @pytest.mark.parametrize("name", WITH_AMP)
 def test_every_command_tells_of_slow_mixed_precision(slow_bfloat16, capsys, name):
-    """Asked for, it is kept with a warning; of a file, it is switched off with a note; a GPU has neither."""
-    cls = COMMANDS[name].config
-    needed = {key: value for key, value in NEEDED.items() if key in entries(cls)}
+    """Asked for, it is kept with a warning, but none on a GPU."""
+    assert flat(configured(name, "--amp", "--device", "cpu"))["amp"]
+    assert capsys.readouterr().err.startswith("warning: --amp: this CPU")
+    assert flat(configured(name, "--amp", "--device", "cuda"))["amp"] and not capsys.readouterr().err
+    assert not flat(configured(name, "--device", "cpu"))["amp"] and capsys.readouterr() == ("", "")
 
-    def fitted(given, **more):
-        config = fit_amp(build(cls, needed, {"amp": True, "device": "cpu"}, more), given)
-        return flat(config)["amp"], *capsys.readouterr()
 
-    on, out, err = fitted({"amp": True})
-    assert on and not out and err.startswith("warning: --amp: this CPU")
-    on, out, err = fitted({})
-    assert not on and out.startswith("--no-amp: this CPU") and not err
-    assert fitted({}, device="cuda") == (True, "", "") and fitted({}, amp=False) == (False, "", "")
+@pytest.mark.parametrize("name, option", [("pretrain", "--config"), ("detect train", "--recipe")])
+def test_slow_mixed_precision_of_a_file_is_left_out(slow_bfloat16, capsys, tmp_path, name, option):
+    (tmp_path / "mine.yaml").write_text("amp: true\n")
+    words = [option, str(tmp_path / "mine.yaml"), "--device"]
+    assert not flat(configured(name, *words, "cpu"))["amp"]
+    assert capsys.readouterr().out.startswith("--no-amp: this CPU")
+    assert (
+        flat(configured(name, *words, "cuda"))["amp"] and not flat(configured(name, *words, "cuda", "--no-amp"))["amp"]
+    )
+    assert capsys.readouterr() == ("", "")
 
 
 def test_cells_are_no_formulas(tmp_path):

@@ -26,6 +26,7 @@ from .pretraining.config import PretrainConfig
 from .pretraining.resolve import configure
 from .pretraining.setup import set_up
 from .report.run import read_run
+from .runs.device import fit_amp
 from .runs.end import call_run
 from .transfer.predict import Detector, PixelClassifier
 from .transfer.predict import open_for_objects as open_detector
@@ -110,7 +111,8 @@ def evaluate(models: Places | Run, data_dir: Place, **options: Any) -> dict[str,
 
     Models are runs, `local-dir:FOLDER`, `hf-hub:USER/NAME` or names of timm.
     """
-    return evaluate_config(build(EvaluateConfig, _keywords(EvaluateConfig, options, models=models, data_dir=data_dir)))
+    given = _keywords(EvaluateConfig, options, models=models, data_dir=data_dir)
+    return evaluate_config(fit_amp(build(EvaluateConfig, given), given))
 
 
 def collapse(models: Places | Run, data_dir: Place | None = None, **options: Any) -> dict[str, list[BlockCollapse]]:
@@ -119,7 +121,7 @@ def collapse(models: Places | Run, data_dir: Place | None = None, **options: Any
     Nothing is written unless `output` is given.
     """
     given = _keywords(CollapseConfig, {"output": "", **options}, models=models, data_dir=data_dir)
-    return measure_collapse(build(CollapseConfig, given))
+    return measure_collapse(fit_amp(build(CollapseConfig, given), given))
 
 
 def compare(data_dir: Place, *, finetune: Sequence[str] = (), **options: Any) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def test_device_is_one_that_is_there(model, data, monkeypatch, capsys):
 def test_amp_on_a_slow_cpu(model, data, slow_bfloat16, capsys):
     for words, warns in ([], False), (["--amp"], True):
         assert validate.main([str(model), "--data-dir", str(data), "--device", "cpu", *words]) == 0
-        assert seen()["args"]["amp"] is warns and ("warning: --amp: this CPU" in capsys.readouterr().out) == warns
+        assert seen()["args"]["amp"] is warns and ("warning: --amp: this CPU" in capsys.readouterr().err) == warns
 
 
 def test_channels_that_only_the_model_has(model, tmp_path):

@@ -165,8 +165,8 @@ def test_cuda_that_is_not_there(run, refused, command, monkeypatch, capsys):
 def test_amp_on_a_slow_cpu(run, slow_bfloat16, capsys, words, on):
     """A recipe's is left out; the next command agrees."""
     assert run(*words, recipe="small-data")["args"]["amp"] is on
-    out = capsys.readouterr().out
-    assert ("--no-amp: this CPU" in out) == (not words) and ("warning: --amp: this CPU" in out) == on
+    out, err = capsys.readouterr()
+    assert ("--no-amp: this CPU" in out) == (not words) and ("warning: --amp: this CPU" in err) == on
     assert (" --amp" in out.splitlines()[-2]) == on
 
 

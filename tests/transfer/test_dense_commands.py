@@ -332,15 +332,6 @@ def test_options_win_over_the_recipe(tmp_path, capsys):
     assert "mask-rcnn-base" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_amp_of_a_recipe_on_a_slow_cpu(slow_bfloat16, capsys, task):
-    words = ["train", "--recipe", "small-data", "--data-dir", "x", "--device", "cpu"]
-    assert not COMMANDS[task].parse(words)[1].compute.amp
-    assert capsys.readouterr().out.startswith("--no-amp: ")
-    assert COMMANDS[task].parse([*words, "--amp"])[1].compute.amp
-    assert capsys.readouterr().err.startswith("warning: --amp: ")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_two_processes(task, data, tmp_path):

@@ -2,10 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..config import add_options, build, check_values, entries, evolve, flat, parsed, words_given
+from ..config import add_options, build, check_values, entries, parsed, words_given
 from ..console import PROGRAM, CommandParser, closest, ended_by_signals, refused, say
 from .table import COMMANDS, GROUPS, actions
 
@@ -95,28 +95,14 @@ def run(name: str, act: Callable[[Any], int | None], words: Sequence[str] | None
 
     def start() -> int | None:
         given, _ = own_options(name, words)
-        return act(fit_amp(build(COMMANDS[name].config, given), given))
+        config = build(COMMANDS[name].config, given)
+        if given.get("amp"):
+            from ..runs.device import fit_amp  # imports torch, which a mistake in options does not need
+
+            config = fit_amp(config, given)
+        return act(config)
 
     return ended(name, start)
-
-
-def fit_amp(config: Any, given: Mapping[str, Any]) -> Any:
-    """The config without mixed precision that a file asks for and that is slow here; warns if words ask for it.
-
-    `given` are the values that the words set.
-    """
-    values = flat(config)
-    if not values.get("amp"):
-        return config
-    from ..runs.device import slow_amp  # imports torch
-
-    if not (slow := slow_amp(values["device"])):
-        return config
-    if given.get("amp"):
-        say(f"warning: --amp: {slow}. Leave it out.", error=True)
-        return config
-    say(f"--no-amp: {slow}.")
-    return evolve(config, amp=False)
 
 
 def ended(name: str, act: Callable[[], int | None]) -> int:

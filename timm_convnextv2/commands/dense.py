@@ -12,9 +12,10 @@ from ..config import build, from_mapping
 from ..console import refused, say
 from ..files import claim_folder, write_json
 from ..recipes import Recipe, list_recipes, load_recipe
+from ..runs.device import fit_amp
 from ..runs.end import run_command, start_command
 from ..transfer.task import Task, set_up
-from .base import command_of, ended, fit_amp, own_options
+from .base import command_of, ended, own_options
 from .table import COMMANDS
 
 

@@ -13,15 +13,14 @@ from ..pretraining.resolve import configure
 from ..pretraining.setup import open_replay, set_up
 from ..pretraining.start import Start
 from ..runs.end import run_command, start_command
-from .base import fit_amp, own_options
+from .base import own_options
 
 
 def parse_options(argv: Sequence[str]) -> tuple[PretrainConfig, Start | None]:
     """The config of a command line and of the file of its --config; the model to start from."""
     given, _ = own_options("pretrain", argv)
     path = given.pop("config", None)
-    config, start = configure(given, read_yaml(PretrainConfig, path) if path else {})
-    return fit_amp(config, given), start
+    return configure(given, read_yaml(PretrainConfig, path) if path else {})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,7 +38,7 @@ def prepare_evaluation(
         raise ValueError("--data-dir is needed: the folder of the images.")
     if kept is not None:
         options = _with_results(options)
-    options, machine = for_this_machine(options)
+    options, device = for_this_machine(options)
     check_input_mode(options)
     reader, pixels, notes = None, Pixels(nodata), []
     if not _names_several(options):
@@ -52,7 +52,7 @@ def prepare_evaluation(
         reader, listed = _check_images(options, model, kept is None, pixels)
         notes += [*read, *listed]
     feed(script, Reading(options.channels, pixels, kept), {options.split: reader} if reader is not None else None)
-    return [*words, *options.words_since(resolved)], [*machine, *notes]
+    return [*words, *options.words_since(resolved)], [*device, *notes]
 
 
 def _with_model(words: list[str]) -> list[str]:

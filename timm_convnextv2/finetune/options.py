@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..config import usable_cores
 from ..console import CommandParser, closest
 from ..recipes import Recipe
-from ..runs.device import check_device, slow_amp
+from ..runs.device import check_device, keep_amp
 from .scripts import matching_script, script_path, script_version
 
 PLUGIN = "timm_convnextv2"  # for train.py's --device-modules
@@ -124,8 +124,9 @@ def fit_channels(options: ScriptOptions, model: torch.nn.Module) -> tuple[Script
 
 
 def for_this_machine(options: ScriptOptions) -> tuple[ScriptOptions, list[str]]:
-    """The options with a device that this machine has, without a recipe's amp if that is slow there; notes on both.
+    """The options with a device that this machine has, and a note if that is not timm's default.
 
+    A recipe's amp is left out where it is slow, see `keep_amp`.
     Data workers are at most as many as the cores of the process, unless the user gave a number.
     """
     cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -135,10 +136,8 @@ def for_this_machine(options: ScriptOptions) -> tuple[ScriptOptions, list[str]]:
     if options.device == "cuda" and "device" not in options.given and not torch.cuda.is_available():
         options, notes = options.evolve(device="cpu"), ["--device cpu: PyTorch sees no CUDA GPU here."]
     check_device(options.device)
-    if options.amp and (slow := slow_amp(options.device)):
-        asked = "amp" in options.given
-        notes.append(f"warning: --amp: {slow}. Leave it out." if asked else f"--no-amp: {slow}.")
-        options = options.evolve(amp=asked)
+    if options.amp and not keep_amp(options.device, "amp" in options.given):
+        options = options.evolve(amp=False)
     return options, notes
 
 

@@ -92,7 +92,7 @@ def make_plan(
     `dry_run`.
     """
     resolved, world_size = options, world_info_from_env()[2]
-    options, machine = for_this_machine(options)
+    options, device = for_this_machine(options)
     if options.amp != resolved.amp:  # of the recipe: train.py has no word that switches it off
         recipe, resolved = recipe.evolve(amp=False), resolved.evolve(amp=False)
     if options.device == "cpu" and world_size > 1:
@@ -124,7 +124,7 @@ def make_plan(
     kinds = ", ".join(dict.fromkeys(filter(None, map(probe, opened))))
     values = dict(options.values)
     refuse_for_tensors(kinds, values, resolve_data_config(values, model=model)["crop_mode"])
-    words, notes = [*words, *options.words_since(resolved)], [*machine, *divided, *notes, *fitted, *read]
+    words, notes = [*words, *options.words_since(resolved)], [*device, *divided, *notes, *fitted, *read]
     return Plan(script, recipe, options, words, splits, model, folder, kinds, notes, world_size)
 
 

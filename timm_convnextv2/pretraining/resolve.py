@@ -18,6 +18,7 @@ from ..data.config import PixelOptions, check_limits
 from ..data.display import check_bands
 from ..data.measure.sample import measure_pixels, measured_options
 from ..models.masking import random_channels
+from ..runs.device import fit_amp
 from ..runs.group import Processes, on_primary
 from ..runs.progress import with_progress
 from .config import AUTO, Crops, PretrainConfig
@@ -75,6 +76,7 @@ def configure(given: Mapping[str, Any], file: Mapping[str, Any]) -> tuple[Pretra
     if best and not (config.selection.holdout if best == "loss" else config.measures.probe_dir):
         needed = "--holdout X" if best == "loss" else "--probe-dir DIR"
         raise ValueError(f"--keep-best {best} needs {needed}, which measures it.")
+    config = fit_amp(config, given)
     return (evolve(config, **intervals(config)) if config.schedule.epochs else config), start
 
 

@@ -1,6 +1,14 @@
-"""What a device can do: `check_device` whether it is there, `slow_amp` whether mixed precision is slow on it."""
+"""What a device can do: `check_device` whether it is there, `keep_amp` whether mixed precision is fast on it."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
+
+from ..config import evolve, flat
+from ..console import say
+
+C = TypeVar("C")
 
 
 def check_device(name: str) -> torch.device:
@@ -16,12 +24,27 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def slow_amp(names: str) -> str:
-    """Why mixed precision is slow on one of these devices, separated by commas; '' if it is not."""
-    if "cpu" not in [name.strip() for name in names.split(",")] or _has_bfloat16():
-        return ""
+def keep_amp(devices: str, asked: bool) -> bool:
+    """Whether mixed precision stays on for these devices, separated by commas; tells where it is slow.
+
+    It is then left out, unless the user `asked` for it by more than a file of options.
+    """
+    if "cpu" not in [name.strip() for name in devices.split(",")] or _has_bfloat16():
+        return True
     # 12 to 14 times as long: benchmarks/results/pretrain_step_cpu_float32.csv
-    return "this CPU has no instructions for bfloat16 and computes it ten times slower than float32"
+    slow = "this CPU has no instructions for bfloat16 and computes it ten times slower than float32"
+    if asked:
+        say(f"warning: --amp: {slow}. Leave it out.", error=True)
+    else:
+        say(f"--no-amp: {slow}.")
+    return asked
+
+
+def fit_amp(config: C, given: Mapping[str, Any]) -> C:
+    """The config, whose options `given` the user set, by `keep_amp`."""
+    values = flat(config)
+    off = values.get("amp") and not keep_amp(values["device"], bool(given.get("amp")))
+    return evolve(config, amp=False) if off else config
 
 
 def _has_bfloat16() -> bool:
