@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -97,21 +98,22 @@ def test_each_candidate_is_tuned_alike_and_runs_once_per_seed(tmp_path, calls, e
     options = ["--encoder", str(encoder.parent), "--also", "resnet18", "--epochs", "30", "--seeds", "0", "3"]
     assert command.main(words(tmp_path, *options, "--workers", "0")) == 0
     checks, runs = [c for c in calls if c[0] == "check"], [c for c in calls if c[0] == "finetune"]
-    assert len(checks) == 3 and calls[:3] == checks and len(runs) == 9 + 6
+    assert len(checks) == 3 and calls[:3] == checks and len(runs) == 11 + 6
     starts = [["--model", f"local-dir:{encoder}", "--from-scratch", "--recipe", "scratch-small"]]
     starts += [["--model", f"local-dir:{encoder}", "--recipe", "small-data"]]
     starts += [["--model", "resnet18", "--from-scratch", "--recipe", "scratch-small"]]
     budget = ["--epochs", "27", "--warmup-epochs", "3", "--warmup-prefix", "--val-interval", "{}", "--workers", "0"]
-    rates = [[1.2e-3, 4e-3, 1.2e-2], [4.8e-4, 1.6e-3, 4.8e-3], [1.2e-3, 4e-3, 1.2e-2]]
+    # one step further where the best is the smallest or largest
+    rates = [[1.2e-3, 4e-3, 1.2e-2], [4.8e-4, 1.6e-3, 4.8e-3, 1.44e-4], [1.2e-3, 4e-3, 1.2e-2, 3.6e-2]]
+    expected = [(number, "0", rate) for number, grid in enumerate(rates) for rate in grid]
+    expected += [(number, seed, rate) for seed in ("0", "3") for number, rate in enumerate(BEST.values())]
     data = tmp_path / "out/data"
-    for i, run in enumerate(runs):
-        number, tunes = (i // 3, True) if i < 9 else ((i - 9) % 3, False)
-        start, seed = starts[number], "0" if tunes else str([0, 3][(i - 9) // 3])
+    for i, (run, (number, seed, rate)) in enumerate(zip(runs, expected, strict=True)):
+        start, tunes = starts[number], i < 11
         assert run[1 : 1 + len(start)] == start and run[run.index("--seed") + 1] == seed
         assert run[1 + len(start) :][: len(budget)] == [word.format(30 if tunes else 3) for word in budget]
         assert run[run.index("--data-dir") + 1] == str(data / ("20-tune" if tunes else "20"))
         assert run[run.index("--batch-size") + 1] == "16"  # of 16 images to tune on
-        rate = rates[number][i % 3] if tunes else list(BEST.values())[number]
         assert float(run[run.index("--lr-base") + 1]) == pytest.approx(rate)
     printed = capsys.readouterr().out
     assert re.search(r"own encoder +60\.0 +66\.0 +63\.0  0\.00048", printed)
@@ -121,17 +123,32 @@ def test_each_candidate_is_tuned_alike_and_runs_once_per_seed(tmp_path, calls, e
     )
     assert verdict in printed and "14 to go, about 21 s" in printed
     found = json.loads((tmp_path / "out/compare.json").read_text())
-    edge = "warning: the best learning rate of {} with 20 images, {}, is the {} that was tried: it may do better with "
-    edges = [edge.format("own encoder", "0.00048", "smallest"), edge.format("resnet18", "0.012", "largest")]
-    edges = [f"{line}another. Widen --lr-grid." for line in edges]
-    assert all(line in printed for line in edges)
-    assert found["top1"]["20"]["own encoder"] == {"0": 60.0, "3": 66.0} and found["verdict"] == [verdict, *edges]
+    tried = {"0.000144": 55.0, "0.00048": 60.0, "0.0016": 55.0, "0.0048": 55.0}
+    assert found["tuning"]["own encoder, 20 images"] == tried and found["lr_base"]["own encoder, 20 images"] == 4.8e-4
+    assert found["top1"]["20"]["own encoder"] == {"0": 60.0, "3": 66.0} and found["verdict"] == [verdict]
     with open(tmp_path / "out/compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 60 and [row["epoch"] for row in rows[:3]] == ["3", "6", "9"]
     assert rows[9] == dict(candidate="from scratch", images="20", seed="0", epoch="30", top1="40.0")
     with Image.open(tmp_path / "out/compare.png") as image:
         assert image.width > 600
+
+
+@pytest.mark.parametrize("peak", [-7, -2, -1, 0, 1, 2, 6])
+def test_rates_are_tried_until_the_best_has_neighbours(tmp_path, peak):
+    """Wherever the peak lies, and on a plateau the first of it; a grid in any order, with steps of its own."""
+    grid = (1e-2, 1e-3, 3e-3)
+    candidate = compare.Candidate("x", "resnet18", (), "smoke", grid, {})
+    cell = compare.Cell(candidate, 20, 8, 0, grid[-1], tmp_path, "", tmp_path / f"tune-0-20-images-{grid[-1]:g}", True)
+    accuracy = lambda rate: 50 - abs(math.log(rate / (3e-3 * 10 ** (peak / 2))))  # noqa: E731
+    tried, folders = {rate: accuracy(rate) for rate in grid}, {cell.folder}
+    while another := compare.wider(cell, tried):
+        assert another.folder.name == f"tune-0-20-images-{another.rate:g}" and another.folder not in folders
+        folders.add(another.folder)
+        tried[another.rate], cell = accuracy(another.rate), another
+    best, rates = max(tried, key=lambda rate: tried[rate]), sorted(tried)
+    assert rates[0] < best < rates[-1] and len(tried) <= 3 + 2 * abs(peak)
+    assert compare.wider(cell, dict.fromkeys((1e-3, 3e-3, 1e-2, 3e-4), 10.0)) is None  # all are alike
 
 
 def test_parts_are_nested_and_tuning_never_sees_the_validation_images(tmp_path, calls, encoder, capsys):
@@ -217,7 +234,7 @@ def test_without_an_outside_baseline_one_is_proposed(tmp_path, calls, encoder, c
     assert command.main([*options, *more.split()]) == 0
     ran = [call for call in calls if call[0] == "finetune"]
     assert (
-        len(ran) == 4 and all("resnet18" in call for call in ran) and "better baseline" not in capsys.readouterr().out
+        len(ran) == 5 and all("resnet18" in call for call in ran) and "better baseline" not in capsys.readouterr().out
     )
 
 
@@ -280,7 +297,7 @@ def test_pretrains_first_and_checks_with_the_untrained_encoder(tmp_path, calls, 
     options = words(tmp_path, "--unlabelled", str(tmp_path / "images"), "--pretrain", small, "--seeds", "0")
     assert command.main(options) == 0
     kinds = [c[0] for c in calls]
-    assert kinds == ["pretrain", "check", "check", "pretrain", *["finetune"] * 8]
+    assert kinds == ["pretrain", "check", "check", "pretrain", *["finetune"] * 9]
     assert calls[0] == [*calls[3], "--dry-run"] and "--resume" in calls[3] and "depths=[1,1,1,1]" in calls[3]
     untrained, trained = tmp_path / "out/untrained", tmp_path / "out/pretrain/encoder"
     assert calls[1][2] == f"local-dir:{untrained}"
@@ -339,7 +356,8 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path, calls, encoder, capsys):
     # (8 of 10 images in 11 epochs and 16 of 20 in 8) for 3 rates of 2 candidates, then all images for 3 seeds
     updates = 6 * (11 * 4 + 8 * 8) + 6 * (11 * 5 + 8 * 10)
     what = (
-        f"12 finetunings to choose learning rates and 12 to compare, about {updates:,} updates in all: from scratch, "
+        f"12 finetunings to choose learning rates and 12 to compare, about {updates:,} updates in all (more while "
+        "the best rate is the smallest or largest): from scratch, "
     )
     assert what + "own encoder; with 10, 20 images" in capsys.readouterr().out
     assert not [c for c in calls if "--batch-size" in c]  # the user's is kept
@@ -358,7 +376,7 @@ def test_the_cost_of_a_pretraining(pretrained):
     with open(run / "summary.csv", newline="") as file:
         epochs = len(list(csv.DictReader(file)))
     text = verdict.pretraining_cost(f"local-dir:{run / 'encoder'}")
-    found = re.search(r"for (\d+) epochs, about (\d+) updates of (\d+) images", text)
+    found = re.search(r"for (\d+) epochs, ([\d,]+) updates of (\d+) images", text)
     assert found and int(found[1]) == epochs, text
     settings = yaml.safe_load((run / "args.yaml").read_text())
     assert int(found[3]) == settings["batch_size"] * settings["grad_accum_steps"] and int(found[2]) >= epochs

@@ -80,12 +80,11 @@ def _run(config: CompareConfig, rest: list[str]) -> None:
         curves.append(curve)
         comparison.write_results(curves, candidates, config, output)
     say(results.table(curves))
-    edges = results.at_an_edge(curves, {candidate.name: candidate.rates for candidate in candidates})
     # benchmarks/results/real_compare.csv: by 15 points on photographs
     more = (
         "" if config.also else "A small ResNet from random weights may be the better baseline: --also resnet18 --resume"
     )
-    for line in [results.pretraining_cost(encoder), *results.verdict(results.last_of(curves)), more, *edges]:
+    for line in [results.pretraining_cost(encoder), *results.verdict(results.last_of(curves)), more]:
         if line:
             say(line)
     say(f"Written: {output}/compare.csv, compare.json, compare.png")

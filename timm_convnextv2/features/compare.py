@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from ..files import claim_folder, read_rows, write_csv, write_json
 from .budgets import budget_sizes, nested_subsets
 from .config import CompareConfig
 from .linear import HELD_OUT
-from .verdict import OWN, SCRATCH, Curve, at_an_edge, draw, last_of, pretraining_cost, verdict
+from .verdict import OWN, SCRATCH, Curve, draw, last_of, pretraining_cost, verdict
 
 SPLIT_SEED = 0  # of data without a split: more --seeds keep it
 MADE_WITH = "compare.json"  # in the folder of a finished finetuning
@@ -205,6 +206,20 @@ def cells_of(
     return tuning, sorted(final, key=lambda cell: (cell.images, config.seeds.index(cell.seed)))
 
 
+def wider(cell: Cell, tried: Mapping[float, float]) -> Cell | None:
+    """One step of the grid further, if the best learning rate is the smallest or largest; `tried`: accuracy by rate."""
+    best, rates = _best(tried), sorted(tried)
+    if best not in (rates[0], rates[-1]):
+        return None
+    rate = best * best / (rates[1] if best == rates[0] else rates[-2])
+    folder = cell.folder.with_name(cell.folder.name.removesuffix(f"{cell.rate:g}") + f"{rate:g}")
+    return cell._replace(rate=rate, folder=folder)
+
+
+def _best(tried: Mapping[float, float]) -> float:
+    return max(tried, key=lambda rate: tried[rate])
+
+
 def words_of_cell(cell: Cell, more: Sequence[str]) -> list[str]:
     """The words of `finetune`, but for those that name folders of this comparison."""
     warmup = cell.epochs // 10
@@ -242,7 +257,7 @@ def plan_text(tuning: Sequence[Cell], final: Sequence[Cell], more: Sequence[str]
     updates = sum(updates_of(cell, more) for cell in (*tuning, *final))
     return (
         f"{len(tuning)} finetunings to choose learning rates and {len(final)} to compare, about {updates:,} updates in "
-        f"all: {names}; with {sizes} images"
+        f"all (more while the best rate is the smallest or largest): {names}; with {sizes} images"
     )
 
 
@@ -252,14 +267,20 @@ def compare(
 ) -> Iterator[Curve]:  # fmt: skip
     """Chooses the learning rate of each candidate and number of images by `tuning`, then runs `final`; yields curves.
 
-    `more` are words of `finetune` for all. `resume` keeps finished runs, which must have the same options, recipe and
-    weights, and starts the others again. A failure is a `CalledProcessError`, see `call`.
+    Rates are tried until the best one has a worse one, or an equal one, on either side. `more` are words of `finetune`
+    for all. `resume` keeps finished runs, which must have the same options, recipe and weights, and starts the others
+    again. A failure is a `CalledProcessError`, see `call`.
     """
     weights = {cell.candidate.model: _digest(cell.candidate.model) for cell in final}
-    before = {cell.folder: _finished(cell.folder) if resume else None for cell in (*tuning, *final)}
-    scores: dict[tuple[str, int], dict[float, float]] = {}
-    updates = {cell.folder: updates_of(cell, more) for cell in (*tuning, *final) if before[cell.folder] is None}
+    before: dict[Path, dict[str, Any] | None] = {}
+    updates: dict[Path, int] = {}  # of the finetunings to go
+    tried: dict[tuple[str, int], dict[float, float]] = {}
     spent, done = 0.0, 0
+
+    def plan(cell: Cell) -> None:
+        before[cell.folder] = _finished(cell.folder) if resume else None
+        if before[cell.folder] is None:
+            updates[cell.folder] = updates_of(cell, more)
 
     def made_with(cell: Cell) -> dict[str, Any]:
         recipe = hashlib.sha256(json.dumps(cell.candidate.values, sort_keys=True).encode()).hexdigest()
@@ -267,13 +288,17 @@ def compare(
             "weights": weights[cell.candidate.model], "recipe": recipe
         }  # fmt: skip
 
+    queue = deque((*tuning, *final))
+    for cell in queue:
+        plan(cell)
     for cell in tuning:  # differences are told before anything is run
         _refuse_other(cell.folder, before[cell.folder], made_with(cell))
-    for cell in (*tuning, *final):
+    while queue:
+        cell = queue.popleft()
         key = cell.candidate.name, cell.images
         if not cell.tunes:
-            cell = cell._replace(rate=max(scores[key], key=lambda rate: scores[key][rate]))
-            _refuse_other(cell.folder, before[cell.folder], made_with(cell))
+            cell = cell._replace(rate=_best(tried[key]))
+        _refuse_other(cell.folder, before[cell.folder], made_with(cell))
         seconds = 0.0
         if before[cell.folder] is None:
             seconds = _finetune(cell, made_with(cell))
@@ -285,10 +310,13 @@ def compare(
         rest = f"; {len(updates)} to go, about {duration(to_go)}" if updates and done else ""
         what = f"learning rate {cell.rate:g}" if cell.tunes else f"seed {cell.seed}"
         note(f"{cell.images} images, {cell.candidate.name}, {what}: {last:.1f} % ({took}{rest})")
-        if cell.tunes:
-            scores.setdefault(key, {})[cell.rate] = last
-        else:
-            yield Curve(cell.candidate.name, cell.images, cell.seed, accuracy, cell.rate, seconds)
+        if not cell.tunes:
+            yield Curve(cell.candidate.name, cell.images, cell.seed, accuracy, cell.rate, tried[key], seconds)
+            continue
+        tried.setdefault(key, {})[cell.rate] = last
+        if len(tried[key]) >= len(cell.candidate.rates) and (another := wider(cell, tried[key])):
+            plan(another)
+            queue.appendleft(another)
 
 
 def _refuse_other(run: Path, before: dict[str, Any] | None, made_with: dict[str, Any]) -> None:
@@ -380,7 +408,8 @@ def write_results(
         "epochs": config.epochs, "data_dir": config.data_dir, "lr_grid": list(config.lr_grid),
         "candidates": {c.name: {"model": c.model, "recipe": c.recipe} for c in candidates}, "top1": last,
         "lr_base": {f"{c.name}, {c.images} images": c.rate for c in curves},
-        "verdict": [*verdict(last), *at_an_edge(curves, {c.name: c.rates for c in candidates})],
+        "tuning": {f"{c.name}, {c.images} images": {f"{x:g}": y for x, y in sorted(c.tried.items())} for c in curves},
+        "verdict": verdict(last),
         "pretraining": pretraining_cost(candidates[1].model),
         "seconds": {f"{c.name}, {c.images} images, seed {c.seed}": round(c.seconds, 1) for c in curves},
     }  # fmt: skip

@@ -21,7 +21,7 @@ class Curve(NamedTuple):
     """One finetuning of a candidate: top-1 in % on the validation images, by the number of epochs before it.
 
     `images` is the number of training images, `seed` that of the order of images, augmentation and new weights, `rate`
-    the --lr-base that was chosen; `seconds` is 0 if the run had finished before.
+    the --lr-base that was chosen, by the accuracy of those `tried`; `seconds` is 0 if the run had finished before.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Curve(NamedTuple):
     seed: int
     accuracy: dict[int, float]
     rate: float
+    tried: Mapping[float, float]
     seconds: float
 
 
@@ -111,19 +112,6 @@ def verdict(last: Last) -> list[str]:
     return lines
 
 
-def at_an_edge(curves: Sequence[Curve], rates: Mapping[str, Sequence[float]]) -> list[str]:
-    """Warnings on candidates whose best learning rate is the smallest or largest of those tried: a race is not fair."""
-    lines = []
-    for images, name, rate in dict.fromkeys((c.images, c.name, c.rate) for c in curves):
-        for end, word in ((min(rates[name]), "smallest"), (max(rates[name]), "largest")):
-            if rate == end:
-                lines.append(
-                    f"warning: the best learning rate of {name} with {images} images, {rate:g}, is the {word} that was "
-                    "tried: it may do better with another. Widen --lr-grid."
-                )
-    return lines
-
-
 def pretraining_cost(encoder: str) -> str:
     """Epochs, updates and duration of the pretraining of an encoder in its run's folder; '' for others."""
     folder = Path(encoder.removeprefix("local-dir:"))
@@ -134,10 +122,9 @@ def pretraining_cost(encoder: str) -> str:
         batch = int(re.search(r"for (\d+) images per update", card)[1])  # pyright: ignore[reportOptionalSubscript]
     except (OSError, KeyError, TypeError, ValueError):
         return ""
-    seconds, updates = sum(time for time, _ in epochs), sum(time * speed for time, speed in epochs) / batch
-    length = f"{len(epochs)} epochs, about"
+    seconds, updates = sum(time for time, _ in epochs), sum(round(time * speed / batch) for time, speed in epochs)
     return (
-        f"Pretraining took {duration(seconds)} for {length} {updates:,.0f} updates of {batch} images. "
+        f"Pretraining took {duration(seconds)} for {len(epochs)} epochs, {updates:,} updates of {batch} images. "
         "It comes on top, once for all tasks."
     )
 
