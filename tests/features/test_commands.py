@@ -207,6 +207,23 @@ def test_repeatable_and_only_what_is_asked_for(run, labelled):
     assert first[0]["measures"] == again[0]["measures"]
 
 
+def test_all_stages_of_the_models_and_of_random_weights(run, labelled, capsys, tmp_path):
+    """Baselines without a network stay the same."""
+    words = [str(run), "--data-dir", str(labelled), "-j", "0", "--no-probe", "--device", "cpu", "--random-seeds", "1"]
+    found = []
+    for name, more in (("last", []), ("all", ["--all-stages"])):
+        assert main([*words, *more, "--output", str(tmp_path / name)]) == 0
+        found.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
+        assert ("Features are the mean and standard deviation" in capsys.readouterr().out) == bool(more)
+    last, every = ({one["model"]: one for one in part["results"]} for part in found)
+    stages = [stage["num_chs"] for stage in open_encoder(run).model.feature_info]
+    for name, one in every.items():
+        plain = name in ("8x8 pixels", "histogram of each channel", "border only")
+        assert one["features"] == (last[name]["features"] if plain else 2 * sum(stages))
+        assert plain == (one["measures"] == last[name]["measures"])
+    assert [part["settings"]["all_stages"] for part in found] == [False, True]
+
+
 def test_random_weights_are_of_the_architecture_and_the_seed(run):
     encoder = open_encoder(str(run))
     trained = encoder.model

@@ -26,8 +26,9 @@ from timm_convnextv2.commands.embed import main
 from timm_convnextv2.data import DemoSource, MissingPackageError
 from timm_convnextv2.data.formats.decode import decode
 from timm_convnextv2.features import embed as run
-from timm_convnextv2.features import extract
+from timm_convnextv2.features import extract, extract_features
 from timm_convnextv2.features import rows as writing
+from timm_convnextv2.features.encoder import open_encoder
 from timm_convnextv2.features.rows import Parts
 from timm_convnextv2.runs.progress import ImageProgress
 
@@ -259,6 +260,16 @@ def test_mixed_precision_is_close_and_stored_in_float32(small, images_dir, tmp_p
     np.testing.assert_allclose(a, b, atol=0.1)
 
 
+def test_all_stages_are_the_rows_of_python(small, images_dir, tmp_path):
+    embed(small, images_dir, tmp_path / "rows.npy", all_stages=True, batch_size=2)
+    encoder = open_encoder(small, device="cpu")
+    rows, names, _ = encoder.embed(images_dir, all_stages=True, progress=False)
+    np.testing.assert_allclose(np.load(tmp_path / "rows.npy"), rows, atol=1e-5)
+    batch = torch.stack([encoder.transform(encoder.load_image(images_dir / name)) for name in names])
+    np.testing.assert_allclose(rows, extract_features(encoder.model, [batch], all_stages=True), atol=1e-5)
+    assert rows.shape == (5, 2 * sum(stage["num_chs"] for stage in encoder.model.feature_info))
+
+
 def test_a_data_set_of_the_hub(small, images_dir, tmp_path):
     datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
     files = [str(images_dir / name) for name in ORDER]
@@ -345,6 +356,7 @@ def test_a_run_resumes_where_it_stopped(small, images_dir, whole, tmp_path, monk
         (dict(batch_size=2), "another batch_size; batch_size was 1 and is 2"),
         (dict(img_size=40), r"another input_size; input_size was \[3, 32, 32\]"),
         (dict(amp=True), "another amp"),
+        (dict(all_stages=True), "another all_stages; all_stages was False and is True"),
         (dict(split="other"), "another split"),
     ):
         with pytest.raises(ValueError, match=message):

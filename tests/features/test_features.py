@@ -79,6 +79,42 @@ def test_of_other_models_of_timm(name):
     assert rows.shape == (5, model.num_features) and torch.allclose(rows, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["encoder", "one pixel", *SMALL])
+def test_of_all_stages_are_mean_and_deviation_of_each_map(encoder, name):
+    """By hooks and NumPy; a map of one pixel has the deviation 0."""
+    torch.manual_seed(0)
+    ours = name in ("encoder", "one pixel")
+    model = encoder if ours else timm.create_model(name, **SMALL[name]).eval()
+    side = 8 if name == "one pixel" else 37 if name == "encoder" else 32
+    images, maps = torch.randn(3, 3, side, side), []
+    if ours:
+        hooks = [stage.register_forward_hook(lambda *a: maps.append(a[2].numpy())) for stage in model.stages]
+        extract_features(model, [images])
+        for hook in hooks:
+            hook.remove()
+    else:
+        with torch.no_grad():
+            maps = [m.numpy() for m in model.forward_intermediates(images, intermediates_only=True)]
+    expected = []
+    for m in maps:
+        for row in (m.mean((2, 3)), m.std((2, 3))):
+            expected.append((row - row.mean(1, keepdims=True)) / np.sqrt(row.var(1, keepdims=True) + 1e-6))
+    rows = extract_features(model, [images[:2], images[2:]], all_stages=True)
+    assert rows.shape == (3, 2 * sum(m.shape[1] for m in maps)) and rows.dtype == torch.float32
+    np.testing.assert_allclose(rows.numpy(), np.concatenate(expected, 1), atol=2e-3 if name == "one pixel" else 1e-4)
+    assert rows.isfinite().all()
+
+
+def test_all_stages_of_an_fcmae_and_of_a_model_without_maps(encoder):
+    model = timm.create_model(
+        "fcmae_convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), decoder_dim=8, patch_size=1, img_size=32
+    )
+    rows = extract_features(model, IMAGES, all_stages=True)
+    assert rows.shape == (5, 112) and torch.equal(rows, extract_features(model.encoder, IMAGES, all_stages=True))
+    with pytest.raises(ValueError, match="Linear gives no maps of its stages: leave out --all-stages"):
+        extract_features(torch.nn.Linear(2, 2), IMAGES, all_stages=True)
+
+
 def test_batches_go_to_devices_in_turn_and_rows_keep_their_order(encoder):
     batches, seen = [torch.randn(n, 3, 32, 32) for n in (2, 1, 3, 2, 1)], []
     rows = extract_features(encoder, batches, devices=("cpu", "cpu", "cpu"), progress=seen.append)

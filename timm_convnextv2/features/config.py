@@ -39,6 +39,8 @@ class Extraction(Computation):
 
     batch_size: int = option(64, "images per batch", short="-b", metavar="N", at_least=1)
     workers: int = workers_option("processes (for a stream: threads) that decode images; 0: the main process")
+    all_stages: bool = option(
+        False, "rows of the mean and standard deviation of each stage's map (default: the mean of the last one)")
 
 
 @dataclass(frozen=True)

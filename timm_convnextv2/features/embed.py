@@ -19,7 +19,7 @@ from ..runs.group import on_primary, processes
 from ..runs.progress import ImageProgress
 from .config import EmbedImages, Extraction
 from .encoder import Encoder, open_encoder
-from .extract import EXTRACTION, Limit, embed_batches
+from .extract import EXTRACTION, Limit, choose_rows, embed_batches
 from .rows import Parts, check_output, write_output
 
 _STREAM_BATCHES_PER_PART = 16
@@ -51,6 +51,7 @@ def embed(
         if not 0 <= max_bad_images <= 1:
             raise ValueError(f"--max-bad-images is a fraction from 0 to 1, got {max_bad_images}.")
         encoder = open_encoder(model, extraction.img_size, extraction.nodata, extraction.device)
+        rows_of = choose_rows([encoder.model], extraction.all_stages)
         # rows are numbered by one listing, so that no process may have its own
         listing = find_files(
             images.paths, images.data_set.dataset, max_bad_images, group, progress=progress, copies=False
@@ -91,8 +92,9 @@ def embed(
         with closing(ImageProgress(share.images(total, batch_size), enabled=progress and group.primary)) as bar:
             try:
                 for number, count, part in embed_batches(
-                    batches, encoder.model, limit, amp=extraction.amp, per_part=per_part, bad=bad, progress=bar.update
-                ):
+                    batches, encoder.model, limit, amp=extraction.amp, per_part=per_part, bad=bad, rows_of=rows_of,
+                    progress=bar.update,
+                ):  # fmt: skip
                     seen += count
                     if part.names or part.skipped:
                         parts.write(number, part)
@@ -122,6 +124,7 @@ def _record(
     record |= {"images": None if isinstance(source, TimmStream) else len(source), "names": _digest_of_names(source)}
     pixels = {key: str(value) for key, value in encoder.pixels.record().items()}  # as text: NaN is not equal to itself
     record |= {"pixels": pixels, "batch_size": extraction.batch_size, "amp": extraction.amp}
+    record["all_stages"] = extraction.all_stages
     return record | {"device": torch.device(extraction.device).type}
 
 

@@ -24,7 +24,7 @@ from ..data.sources.open import open_images
 from ..data.sources.source import Source
 from ..runs.device import check_device
 from ..runs.progress import ImageProgress
-from .extract import EXTRACTION, Embedded, Limit, embed_batches
+from .extract import EXTRACTION, Embedded, Limit, choose_rows, embed_batches
 
 SIZES_TRIED = 8
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
@@ -62,14 +62,16 @@ class Encoder:
 
     def embed(
         self, images: str | os.PathLike | Sequence[str | os.PathLike], *, batch_size: int = EXTRACTION.batch_size,
-        workers: int = EXTRACTION.workers, amp: bool = False, max_bad_images: float = 0.01, progress: bool = True,
+        workers: int = EXTRACTION.workers, amp: bool = False, all_stages: bool = False, max_bad_images: float = 0.01,
+        progress: bool = True,
     ) -> Embedded:  # fmt: skip
         """One row of pooled features per image, as the command `embed` writes them: `rows, names, skipped`.
 
         `images` are files, or folders, `.tar` files and patterns such as 'scans/**/*.png'; rows have their order.
-        `workers` processes decode; `amp` computes in bfloat16. A `ValueError` says that more than the fraction
-        `max_bad_images` cannot be decoded.
+        `workers` processes decode; `amp` computes in bfloat16; for `all_stages` see `extract_features`. A `ValueError`
+        says that more than the fraction `max_bad_images` cannot be decoded.
         """
+        rows_of = choose_rows([self.model], all_stages)
         check_limits(replace(EXTRACTION, batch_size=batch_size, workers=workers))
         source = open_images(images, self.in_chans, self.pixels)
         check_readable(source)
@@ -79,7 +81,8 @@ class Encoder:
         batches = map_batches(source, self.transform, batch_size, numbers, min(workers, len(numbers) - 1))
         limit = Limit(max_bad_images, len(source))
         with closing(ImageProgress(len(source), enabled=progress)) as bar:
-            parts = [part for _, _, part in embed_batches(batches, self.model, limit, amp=amp, progress=bar.update)]
+            how: dict[str, Any] = {"amp": amp, "rows_of": rows_of, "progress": bar.update}
+            parts = [part for _, _, part in embed_batches(batches, self.model, limit, **how)]
         rows, names, skipped = zip(*parts, strict=True)
         return Embedded(np.concatenate([part for part in rows if len(part)]), [*chain(*names)], [*chain(*skipped)])
 

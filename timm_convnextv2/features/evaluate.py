@@ -26,7 +26,7 @@ from .baselines import SHORTCUTS, hashes, near_duplicates, plain_baselines
 from .budgets import budget_sizes, over_budgets
 from .config import NEIGHBOURS, EvaluateConfig, Extraction, Scoring, Splitting
 from .encoder import Encoder, open_encoder
-from .extract import EXTRACTION, SCORING, extract_many, image_batches
+from .extract import EXTRACTION, SCORING, choose_rows, extract_many, image_batches
 from .figures import save_budgets, save_measures
 from .labelled import Labelled, open_labelled
 from .linear import Estimate, estimate, linear_probe, resampled, ridge
@@ -129,6 +129,7 @@ def evaluate_models(
         return open_labelled(data_dir, in_chans=in_chans, pixels=pixels, **how)
 
     encoders = [open_encoder(name, extraction.img_size, extraction.nodata, "cpu") for name in models]
+    rows_of = choose_rows([encoder.model for encoder in encoders], extraction.all_stages)
     data = [labelled(encoder.in_chans, encoder.pixels) for encoder in encoders][0]
     groups = None if data.test.groups is None else int(data.test.groups.max()) + 1
     if groups == 1:
@@ -156,7 +157,7 @@ def evaluate_models(
             train, test = (
                 extract_many(
                     columns, image_batches(part.source, *how), devices=extraction.devices, amp=extraction.amp,
-                    progress=bar.update,
+                    rows_of=rows_of, progress=bar.update,
                 )
                 for part in parts
             )  # fmt: skip
@@ -248,7 +249,10 @@ def evaluate_models(
         "chance": data.chance,
     }  # fmt: skip
     settings = asdict(scoring) | {"k": k, "device": extraction.devices[0], "amp": extraction.amp} | asdict(split)
-    return {"data": about, "settings": settings, "results": results, "notes": too_easy(results, about["test_images"])}
+    settings["all_stages"] = extraction.all_stages
+    notes = too_easy(results, about["test_images"])
+    notes += ["Features are the mean and standard deviation of each stage's map."] * extraction.all_stages
+    return {"data": about, "settings": settings, "results": results, "notes": notes}
 
 
 def shuffles(labels: Tensor, seed: int) -> list[Tensor]:

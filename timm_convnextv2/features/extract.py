@@ -23,6 +23,7 @@ EPS = 1e-6  # as in timm's ConvNeXt
 BAD_NAMED = 5
 _SEEN_BEFORE_STREAM_LIMIT = 1000  # the fraction of bad images in a stream is known only after some images
 _NO_ROWS = np.empty((0, 0), np.float32)
+RowsOf = Callable[[Any, Tensor], Tensor]  # of a model and images
 
 
 class Embedded(NamedTuple):
@@ -66,23 +67,31 @@ def refuse_bad(reasons: Sequence[str]) -> None:
 
 def extract_features(
     model: nn.Module, batches: Iterable[Tensor], *, devices: Sequence[str | torch.device] = ("cpu",), amp: bool = False,
-    progress: Callable[[int], Any] | None = None
+    all_stages: bool = False, progress: Callable[[int], Any] | None = None
 ) -> Tensor:  # fmt: skip
     """Rows of features `[N, D]` on the CPU: the global mean of the last stage's map, and LayerNorm without parameters.
 
     This equals timm's pre-logits for a ConvNeXt whose head is untrained. For models without a map `[B, C, h, w]`
-    (tokens of a ViT, channels-last maps of a Swin), the rows are timm's pre-logits. Batches are images `[B, C, H, W]`,
-    normalised for this model; `devices` compute them in turn, each on a copy of the model unless it is there already.
-    `amp` computes in bfloat16. `progress` is called with the number of images of each batch.
+    (tokens of a ViT, channels-last maps of a Swin), the rows are timm's pre-logits. With `all_stages` rows are the mean
+    and the standard deviation of each stage's (or block's) map, each after such a LayerNorm.
+
+    Batches are images `[B, C, H, W]`, normalised for this model; `devices` compute them in turn, each on a copy of the
+    model unless it is there already. `amp` computes in bfloat16. `progress` is called with the number of images of each
+    batch.
     """
-    return extract_many([model], batches, devices=devices, amp=amp, progress=progress)[0]
+    rows_of = choose_rows([model], all_stages)
+    return extract_many([model], batches, devices=devices, amp=amp, rows_of=rows_of, progress=progress)[0]
 
 
 def extract_many(
     models: Sequence[nn.Module | Callable[[Tensor], Tensor]], batches: Iterable[Tensor], *,
-    devices: Sequence[str | torch.device] = ("cpu",), amp: bool = False, progress: Callable[[int], Any] | None = None
+    devices: Sequence[str | torch.device] = ("cpu",), amp: bool = False, rows_of: RowsOf | None = None,
+    progress: Callable[[int], Any] | None = None
 ) -> list[Tensor]:  # fmt: skip
-    """`extract_features` of several models, and rows of plain functions of images, from one pass over the batches."""
+    """`extract_features` of several models, and rows of plain functions of images, from one pass over the batches.
+
+    `rows_of` is what `choose_rows` gives, by default the mean of the last map.
+    """
     networks = [model.encoder if isinstance(model, FCMAE) else model for model in models]
     columns: list[list[Tensor]] = [[] for _ in networks]
     with ExitStack() as stack:
@@ -94,7 +103,7 @@ def extract_many(
             placed = images.to(devices[i % len(devices)])
             for column, network in zip(columns, copies[i % len(devices)], strict=True):
                 if isinstance(network, nn.Module):
-                    column.append(compute_rows(network, placed, amp, mean_of_last_map))
+                    column.append(compute_rows(network, placed, amp, rows_of or mean_of_last_map))
                 else:
                     column.append(network(images))
                 if i + 1 >= len(devices):  # the newest rows stay on their devices, so that these compute meanwhile
@@ -115,9 +124,7 @@ def _on(network: Any, device: torch.device) -> Any:
     return network if same else copy.deepcopy(network).to(device)
 
 
-def compute_rows(
-    network: nn.Module, images: Tensor, amp: bool, rows_of: Callable[[Any, Tensor], Tensor] | None = None
-) -> Tensor:
+def compute_rows(network: nn.Module, images: Tensor, amp: bool, rows_of: RowsOf | None = None) -> Tensor:
     """One row per image `[B, C, H, W]`, float32 `[B, D]`: `rows_of(network, images)` or `network(images)`."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         rows = rows_of(network, images) if rows_of else network(images)
@@ -130,9 +137,29 @@ def mean_of_last_map(network: Any, images: Tensor) -> Tensor:
     x = network.forward_features(images)
     channels_first = getattr(network, "output_fmt", "NCHW") == "NCHW" and x.ndim == 4
     if channels_first and x.shape[1] == network.num_features:
-        x = x.float().mean((2, 3))
-        return F.layer_norm(x, x.shape[1:], eps=EPS)
+        return _normalised(x.float().mean((2, 3)))
     return network.forward_head(x, pre_logits=True)
+
+
+def statistics_of_maps(network: Any, images: Tensor) -> Tensor:
+    """The mean over the map hides how much it varies: on small drawings and textures that tells more of the class."""
+    found = []
+    for x in network.forward_intermediates(images, intermediates_only=True):
+        variance, mean = torch.var_mean(x.float(), (2, 3), correction=0)  # a map may be one pixel
+        found += [_normalised(mean), _normalised(variance.sqrt())]
+    return torch.cat(found, dim=1)
+
+
+def _normalised(rows: Tensor) -> Tensor:
+    return F.layer_norm(rows, rows.shape[1:], eps=EPS)
+
+
+def choose_rows(models: Sequence[nn.Module], all_stages: bool) -> RowsOf | None:
+    """Which rows `--all-stages` means, None for the default; refuses models without maps."""
+    for model in models if all_stages else ():
+        if not hasattr(model.encoder if isinstance(model, FCMAE) else model, "forward_intermediates"):
+            raise ValueError(f"{type(model).__name__} gives no maps of its stages: leave out --all-stages.")
+    return statistics_of_maps if all_stages else None
 
 
 class Limit(NamedTuple):
@@ -153,7 +180,7 @@ class Limit(NamedTuple):
 
 def embed_batches(
     batches: Iterable[Batch], network: nn.Module, limit: Limit, *, amp: bool = False, per_part: int = 1, bad: int = 0,
-    progress: Callable[[int], Any] | None = None,
+    rows_of: RowsOf | None = None, progress: Callable[[int], Any] | None = None,
 ) -> Iterator[tuple[int, int, Embedded]]:  # fmt: skip
     """Number, images read, and content of each part of `per_part` batches; `bad` counts bad images of earlier runs."""
     seen, reasons = 0, []
@@ -177,7 +204,7 @@ def embed_batches(
             limit.check(reasons, seen, before=bad)
             if images:
                 with torch.inference_mode():
-                    rows.append(compute_rows(network, torch.stack(images).to(device), amp).cpu().numpy())
+                    rows.append(compute_rows(network, torch.stack(images).to(device), amp, rows_of).cpu().numpy())
             if progress is not None:
                 progress(batch.count)
         yield number, seen - before, Embedded(np.concatenate(rows or [_NO_ROWS]), names, skipped)
