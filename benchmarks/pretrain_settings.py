@@ -10,16 +10,19 @@ of the labelled training images to the rest: the validation images stay unseen. 
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.measure import call, conditions, write_csv
 from timm_convnextv2 import open_encoder
 from timm_convnextv2.features import measure_features, open_labelled
 from timm_convnextv2.features.config import Scoring
-from timm_convnextv2.features.extract import EPS, image_batches
+from timm_convnextv2.features.extract import EPS, extract_many, image_batches, statistics_of_maps
 from timm_convnextv2.files import read_rows
 
 BASE = {
@@ -74,24 +77,30 @@ def measured(run: Path, epochs: int) -> dict[str, float] | None:
     return found | {f"{start}_{name}": baselines[start][name] for start in SHORTCUTS for name in ("knn", "ridge")}
 
 
-def of_stage(run: Path, images: Path, seed: int, stage: int) -> dict[str, float]:
-    """kNN and ridge as the probe of a run has them, on the mean of another stage's map; stages count from 1."""
-    encoder = open_encoder(run, device="cpu")
+def mean_of_stage_3(network: Any, images: Tensor) -> Tensor:
+    row = network.forward_intermediates(images, intermediates_only=True)[2].float().mean((2, 3))
+    return F.layer_norm(row, row.shape[1:], eps=EPS)
+
+
+READ = {"features of stage 3": mean_of_stage_3, "features of all stages": statistics_of_maps}
+
+
+def read_otherwise(run: Path, images: Path, seed: int, rows_of: Callable[[Any, Tensor], Tensor]) -> dict[str, float]:
+    """kNN and ridge as the probe of a run has them, on other rows of features; of random weights, too."""
+    encoder, found = open_encoder(run, device="cpu"), {}
     labelled = open_labelled(str(images), in_chans=encoder.in_chans, seed=seed)
-    rows = []
-    for split in (labelled.train, labelled.test):
-        part = []
-        for batch in image_batches(split.source, encoder.transform):
-            with torch.inference_mode():
-                maps = encoder.model.forward_intermediates(batch, indices=4, intermediates_only=True)  # pyright: ignore
-            row = maps[stage - 1].float().mean((2, 3))
-            part.append(F.layer_norm(row, row.shape[1:], eps=EPS))
-        rows.append(torch.cat(part))
-    found = measure_features(
-        rows[0], labelled.train.labels, rows[1], labelled.test.labels, num_classes=len(labelled.classes),
-        scoring=Scoring(k=(20,), probe=False),
-    )  # fmt: skip
-    return {f"eval_{name}": round(100 * found[key].value, 2) for name, key in (("knn", "knn_20"), ("ridge", "ridge"))}
+    models = [encoder.model, encoder.with_random_weights(seed)]
+    train, test = (
+        extract_many(models, image_batches(part.source, encoder.transform), rows_of=rows_of)
+        for part in (labelled.train, labelled.test)
+    )
+    for start, *rows in zip(("eval", "random"), train, test, strict=True):
+        values = measure_features(
+            rows[0], labelled.train.labels, rows[1], labelled.test.labels, num_classes=len(labelled.classes),
+            scoring=Scoring(k=(20,), probe=False),
+        )  # fmt: skip
+        found |= {f"{start}_knn": values["knn_20"].value, f"{start}_ridge": values["ridge"].value}
+    return {name: round(100 * value, 2) for name, value in found.items()}
 
 
 def main() -> None:
@@ -120,7 +129,9 @@ def main() -> None:
             rows.append(dict(setting=name, seed=seed) | (measured(run, args.epochs) or {}))
             print(rows[-1], flush=True)
             if name == "base":
-                rows.append(dict(setting="base, features of stage 3", seed=seed) | of_stage(run, images, seed, 3))
+                for read, rows_of in READ.items():
+                    of_read = read_otherwise(run, images, seed, rows_of)
+                    rows.append(dict(setting=f"base, {read}", seed=seed) | of_read)
             path = write_csv("pretrain_settings", rows, about)
     print(path)
 

@@ -149,6 +149,15 @@ def test_readme_is_short():
             assert image.height <= 500, f"{path} is {image.height} px high"
 
 
+def test_the_features_of_docs_python_run():
+    text = PAGES["docs/python.md"].partition("## Features of any model")[2]
+    code = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)[0].replace("cuda:0", "cpu")
+    scope: dict = dict(model=timm.create_model("test_resnet"), batches=[torch.rand(8, 3, 32, 32)] * 2)
+    scope |= dict(labels=torch.arange(16) % 10, test_rows=torch.rand(20, 800), test_labels=torch.arange(20) % 10)
+    exec(compile(code.replace(', "cuda:1"', ""), "docs/python.md", "exec"), scope)
+    assert scope["rows"].shape == (16, 800)
+
+
 def test_the_models_of_docs_python_run(tmp_path, monkeypatch):
     """With a smaller model and batch; `test_api` runs the lines above them."""
     code = re.findall(r"^```python\n(.*?)^```", PAGES["docs/python.md"], flags=re.M | re.S)[1]
