@@ -394,6 +394,21 @@ def test_a_finetuning_that_fails(tmp_path, calls, encoder, capsys, monkeypatch):
     assert "'finetune' failed with status 3" in error and "the last line" in error and "--resume" in error
 
 
+def test_a_rate_that_diverges_is_a_bad_one(tmp_path, calls, encoder, capsys, monkeypatch):
+    """`finetune` fails after its last epoch, because it does not export weights that are not finite."""
+    fine = compare.call
+
+    def diverge(command, words, log):
+        seconds = fine(command, words, log)
+        if command == "finetune" and float(words[words.index("--lr-base") + 1]) > 0.01:
+            raise subprocess.CalledProcessError(2, [command, str(log)])
+        return seconds
+
+    monkeypatch.setattr(compare, "call", diverge)
+    assert command.main(words(tmp_path, "--encoder", str(encoder), "--epochs", "6", "--seeds", "0")) == 0
+    assert re.search(r"from scratch, learning rate 0.012: 35.0 % \(\d+ s; ", capsys.readouterr().out)
+
+
 @pytest.mark.timm_train
 def test_with_timm(tmp_path, capsys):
     if not os.environ.get("TIMM_TRAIN"):
@@ -401,7 +416,7 @@ def test_with_timm(tmp_path, capsys):
     write_folder(tmp_path / "labelled", size=32, train=24, validation=16)
     small = "--img-size 32 --patch-size 1 --decoder-dim 8 --model-kwargs depths=[1,1,1,1] dims=[8,8,8,8] -b 4 -j 0"
     options = ["--unlabelled", str(tmp_path / "labelled/train"), "--pretrain", f"{small} --epochs 1 --device cpu"]
-    options += "--epochs 2 --seeds 0 --lr-grid 1 3 --recipe smoke --device cpu -b 4 --workers 0".split()
+    options += "--epochs 2 --seeds 0 --lr-grid 1 1e12 --recipe smoke --device cpu -b 4 --workers 0".split()
     options += ["--also", "test_resnet"]  # another model of timm, which is trained but not exported
     assert command.main(words(tmp_path, *options)) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "out/compare.json").read_text())["top1"]
