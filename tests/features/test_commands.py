@@ -84,6 +84,7 @@ def test_models_beside_baselines(run, labelled, tmp_path, capsys):
             assert all(base in line for base in BASELINES)
     # colour is the label, and a histogram tells it
     assert re.search(rf"a shortcut is [a-z ]*as good as {models[0]}: histogram of each channel alone has", out)
+    assert "may hide what a model has learned: try --all-stages." in out
     easy = [name for name, of in results.items() if any(of["measures"][k]["value"] == 1 for k in ("knn_3", "ridge"))]
     assert "8x8 pixels" in easy
     assert f"16 test images are too few or too easy to tell models apart: {', '.join(easy)} have all of them" in out
@@ -214,7 +215,9 @@ def test_all_stages_of_the_models_and_of_random_weights(run, labelled, capsys, t
     for name, more in (("last", []), ("all", ["--all-stages"])):
         assert main([*words, *more, "--output", str(tmp_path / name)]) == 0
         found.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
-        assert ("Features are the mean and standard deviation" in capsys.readouterr().out) == bool(more)
+        out = capsys.readouterr().out
+        assert ("Features are the mean and standard deviation" in out) == bool(more) and "a shortcut is" in out
+        assert ("try --all-stages" in out) == (not more)
     last, every = ({one["model"]: one for one in part["results"]} for part in found)
     stages = [stage["num_chs"] for stage in open_encoder(run).model.feature_info]
     for name, one in every.items():

@@ -37,6 +37,7 @@ from .verdict import mean_interval
 FILES = ("evaluation.json", "evaluation.png")
 BUDGET_FILES = ("budgets.csv", "budgets.png")
 SHUFFLES = 5  # of the control
+SHORTCUT = "warning: a shortcut"
 
 
 def resampled_features(
@@ -251,7 +252,10 @@ def evaluate_models(
     settings = asdict(scoring) | {"k": k, "device": extraction.devices[0], "amp": extraction.amp} | asdict(split)
     settings["all_stages"] = extraction.all_stages
     notes = too_easy(results, about["test_images"])
-    notes += ["Features are the mean and standard deviation of each stage's map."] * extraction.all_stages
+    if extraction.all_stages:
+        notes.append("Features are the mean and standard deviation of each stage's map.")
+    elif any(line.startswith(SHORTCUT) for one in results for line in one.get("verdict", ())):
+        notes.append("The mean of the last map may hide what a model has learned: try --all-stages.")
     return {"data": about, "settings": settings, "results": results, "notes": notes}
 
 
@@ -334,7 +338,7 @@ def warnings_of(
             better = [key for key in keys if gains[base][key].high < 0]
             word = "as good as" if not better else "better than" if better == keys else "at least as good as"
             lines.append(
-                f"warning: a shortcut is {word} {name}: {base} alone has {shown} (chance {100 * chance:.1f} %). "
+                f"{SHORTCUT} is {word} {name}: {base} alone has {shown} (chance {100 * chance:.1f} %). "
                 "The classes may differ in colour, exposure or background rather than in what they show."
             )
     control = measures.get(f"{name}, shuffled labels", {})
