@@ -147,7 +147,8 @@ class CompareConfig:
     label_budgets: tuple[float, ...] = option(
         (1.0,), "shares of the training images up to 1, or numbers of images", metavar="X", above=0)
     lr_grid: tuple[float, ...] = option(
-        (0.3, 1.0, 3.0), "learning rates to choose from, as multiples of the recipe's", metavar="X", above=0)
+        (0.3, 1.0, 3.0), "learning rates to choose from, as multiples of the recipe's; more are tried while the best "
+        "is the smallest or largest", metavar="X", above=0)
     recipe: str = option("small-data", "recipe for weights that are trained already", metavar="NAME")
     scratch_recipe: str = option("scratch-small", "recipe for random weights", metavar="NAME")
     output: str = option("output/compare", "folder to write to", metavar="DIR")
